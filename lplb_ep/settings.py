@@ -1,0 +1,157 @@
+"""Every environment variable of the package, in one frozen record, and the package's exceptions.
+
+No other file reads the environment (a test holds this), so this one is the whole list of switches.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+
+class PlacementError(ValueError):
+    """A placement that cannot be: the message names the expert, slot or rank at fault."""
+
+
+class InfeasibleError(ValueError):
+    """A load that no plan can serve, e.g. an expert whose copies' limits sum below its load."""
+
+
+class ContractError(RuntimeError):
+    """A call that does not fit the drop-in contract; the message says which call would."""
+
+
+class RankError(RuntimeError):
+    """Ranks of one group disagree, or a peer refused its input; the message names the ranks."""
+
+
+class MissingPackageError(ImportError):
+    """An optional package is needed and absent; the message says what to install."""
+
+
+def _setting(variable: str, default: object, meaning: str, choices: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+    return field(
+        default=default,
+        metadata={"variable": variable, "meaning": meaning, "choices": choices},
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for; `Settings.from_env()` is read once, when a buffer is made.
+
+    Raises:
+        ValueError: a value is not of its variable's type or choices; the variable is named.
+    """
+
+    mode: str = _setting(
+        "LPLB_EP",
+        "0",
+        "`0`: every call is passed on unchanged. `home`: every token goes to its expert's home "
+        "slot. `1`: balance every batch.",
+        ("0", "home", "1"),
+    )
+    backend: str = _setting(
+        "LPLB_EP_BACKEND",
+        "auto",
+        "The buffer underneath: DeepEP's, or the embedded one on `torch.distributed`. `auto` takes "
+        "DeepEP where it imports and a CUDA device is there.",
+        ("auto", "deep_ep", "embedded"),
+    )
+    counts: str = _setting(
+        "LPLB_EP_COUNTS",
+        "auto",
+        "How the ranks' counts are exchanged.",
+        ("auto", "torch"),
+    )
+    solver: str = _setting(
+        "LPLB_EP_SOLVER", "auto", "Which solver makes the quotas.", ("auto", "cpu")
+    )
+    indices: str = _setting(
+        "LPLB_EP_INDICES",
+        "logical",
+        "What callers pass as `topk_idx`: router output (`logical`), or slots already chosen by "
+        "the engine (`physical`: vLLM, SGLang).",
+        ("logical", "physical"),
+    )
+    placement: str = _setting(
+        "LPLB_EP_PLACEMENT",
+        "",
+        "A file written by `Placement.save`, in force on every buffer made without `placement=`.",
+    )
+    replicas: str = _setting(
+        "LPLB_EP_REPLICAS",
+        "tracked",
+        "`tracked`: balance only while the replica weights are known to equal the home weights. "
+        "`valid`: the program keeps them equal itself, trust it.",
+        ("tracked", "valid"),
+    )
+    num_physical_experts: int = _setting(
+        "LPLB_EP_NUM_PHYSICAL_EXPERTS",
+        0,
+        "The number of slots P that buffer size hints use before any placement is known; 0: none.",
+    )
+    check: bool = _setting(
+        "LPLB_EP_CHECK", False, "`1`: verify every plan's invariants (slow; for debugging)."
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value, variable = getattr(self, f.name), f.metadata["variable"]
+            choices = f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {value!r}")
+        if self.num_physical_experts < 0:
+            raise ValueError(
+                "LPLB_EP_NUM_PHYSICAL_EXPERTS must be a whole number of at least 0; "
+                f"got {self.num_physical_experts}"
+            )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Reads the environment (or `environ`); empty values count as unset.
+
+        Raises:
+            ValueError: names the variable, the value and what it may be; also for an unknown
+                variable that begins with `LPLB_EP`, which is most often a misspelt one.
+        """
+        environ = os.environ if environ is None else environ
+        known = {f.metadata["variable"]: f for f in fields(cls)}
+        unknown = sorted(v for v in environ if v.startswith("LPLB_EP") and v not in known)
+        if unknown:
+            raise ValueError(f"unknown setting {unknown[0]}; known ones: {', '.join(known)}")
+        values: dict[str, object] = {}
+        for variable, f in known.items():
+            text = environ.get(variable, "").strip()
+            if not text:
+                continue
+            if isinstance(f.default, bool):
+                if text not in ("0", "1"):
+                    raise ValueError(f"{variable} must be one of 0, 1; got {text!r}")
+                values[f.name] = text == "1"
+            elif isinstance(f.default, int):
+                if not text.isdecimal():
+                    raise ValueError(f"{variable} must be a whole number; got {text!r}")
+                values[f.name] = int(text)
+            else:
+                values[f.name] = text
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def settings_table() -> str:
+    """The settings as a Markdown table; README's is this text (a test compares them)."""
+    rows = ["| variable | values | default | meaning |", "| --- | --- | --- | --- |"]
+    for f in fields(Settings):
+        default = f.default
+        if isinstance(default, bool):
+            values, shown = "`0`, `1`", f"`{int(default)}`"
+        elif isinstance(default, int):
+            values, shown = "whole number", f"`{default}`"
+        else:
+            values = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or "path"
+            shown = f"`{default}`" if default else "none"
+        rows.append(
+            f"| `{f.metadata['variable']}` | {values} | {shown} | {f.metadata['meaning']} |"
+        )
+    return "\n".join(rows) + "\n"

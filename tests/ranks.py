@@ -1,0 +1,114 @@
+"""Runs a function on several gloo ranks, each a process of its own.
+
+The processes are forked from a server that has torch imported, and stay for the whole test
+session, so that a test on eight ranks costs milliseconds and not eight imports of torch.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import multiprocessing as mp
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "scipy.sparse.csgraph"])
+
+
+def _serve(rank: int, num_ranks: int, store: str, pipe: Any) -> None:
+    import datetime
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    while (task := pipe.recv()) is not None:
+        function, args, kwargs, environ = task
+        saved = dict(os.environ)
+        os.environ.update(environ)
+        try:
+            pipe.send((True, function(dist.group.WORLD, *args, **kwargs)))
+        except BaseException as error:  # noqa: BLE001  (shown in the parent)
+            pipe.send((False, (type(error).__name__, str(error), traceback.format_exc())))
+        finally:
+            os.environ.clear()
+            os.environ.update(saved)
+    dist.destroy_process_group()
+
+
+class _Pool:
+    def __init__(self, num_ranks: int) -> None:
+        self.store = os.path.join(tempfile.mkdtemp(prefix="lplb_ep_test_"), "store")
+        self.pipes, self.processes = [], []
+        for rank in range(num_ranks):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(
+                target=_serve, args=(rank, num_ranks, self.store, theirs), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+@functools.lru_cache(maxsize=None)
+def _pool(num_ranks: int) -> _Pool:
+    pool = _Pool(num_ranks)
+    atexit.register(pool.close)
+    return pool
+
+
+class RankFailure(AssertionError):
+    """What the ranks raised: `errors[rank]` is (type name, message) or None."""
+
+    def __init__(self, failures: dict[int, tuple[str, str, str]], num_ranks: int) -> None:
+        self.errors = [failures[r][:2] if r in failures else None for r in range(num_ranks)]
+        first = min(failures)
+        super().__init__(f"ranks {sorted(failures)} failed; rank {first}:\n{failures[first][2]}")
+
+
+def run(
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    environ: dict[str, str] | None = None,
+    timeout: float = 60.0,
+    **kwargs: Any,
+) -> list[Any]:
+    """`[function(group, *args, **kwargs) for each rank]`, run on `num_ranks` gloo ranks at once.
+
+    `function` must be importable (defined at a test module's top level). A rank that raises fails
+    the call with `RankFailure`; ranks that hang are killed after `timeout` seconds.
+    """
+    pool = _pool(num_ranks)
+    for pipe in pool.pipes:
+        pipe.send((function, args, kwargs, environ or {}))
+    results, failures = [], {}
+    for rank, pipe in enumerate(pool.pipes):
+        if not pipe.poll(timeout):
+            pool.close()
+            _pool.cache_clear()
+            raise TimeoutError(f"rank {rank} of {num_ranks} did not answer in {timeout} s")
+        ok, value = pipe.recv()
+        results.append(value)
+        if not ok:
+            failures[rank] = value
+    if failures:
+        raise RankFailure(failures, num_ranks)
+    return results
