@@ -28,7 +28,7 @@ _PUBLIC = {
     "attach": "buffer",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = ["__version__", *_PUBLIC]
 
 
 def __getattr__(name: str) -> Any:

@@ -21,10 +21,12 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "scipy.sparse.csg
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Any) -> None:
     import datetime
+    import warnings
 
     import torch
     import torch.distributed as dist
 
+    warnings.simplefilter("error")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -67,14 +69,14 @@ class _Pool:
             process.join()
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _pool(num_ranks: int) -> _Pool:
     pool = _Pool(num_ranks)
     atexit.register(pool.close)
     return pool
 
 
-class RankFailure(AssertionError):
+class RanksFailedError(AssertionError):
     """What the ranks raised: `errors[rank]` is (type name, message) or None."""
 
     def __init__(self, failures: dict[int, tuple[str, str, str]], num_ranks: int) -> None:
@@ -94,7 +96,7 @@ def run(
     """`[function(group, *args, **kwargs) for each rank]`, run on `num_ranks` gloo ranks at once.
 
     `function` must be importable (defined at a test module's top level). A rank that raises fails
-    the call with `RankFailure`; ranks that hang are killed after `timeout` seconds.
+    the call with `RanksFailedError`; ranks that hang are killed after `timeout` seconds.
     """
     pool = _pool(num_ranks)
     for pipe in pool.pipes:
@@ -110,5 +112,5 @@ def run(
         if not ok:
             failures[rank] = value
     if failures:
-        raise RankFailure(failures, num_ranks)
+        raise RanksFailedError(failures, num_ranks)
     return results

@@ -1,0 +1,93 @@
+"""Local counts → everybody's counts: what crosses between ranks, and nothing else does.
+
+An exchange gathers one row of integers from every rank. It knows neither experts nor DeepEP.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from .settings import RankError
+
+COUNTS = ("auto", "torch", "given")
+
+
+class Exchange(Protocol):
+    """Collective: each rank brings a row, and each gets all of them."""
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """[W] int32 from each rank → [R, W] int32, the same on every rank, in rank order."""
+
+
+class LocalExchange:
+    """The exchange of a single rank."""
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        return row[None]
+
+
+class TorchExchange:
+    """An all-gather on a `torch.distributed` group (gloo: rows on the CPU)."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def gather(self, row: torch.Tensor) -> torch.Tensor:
+        rows = row.new_empty(self.group.size(), *row.shape)
+        dist.all_gather(list(rows.unbind()), row, group=self.group)
+        return rows
+
+
+def choose_counts(counts: str, group: dist.ProcessGroup | None, num_ranks: int) -> tuple[str, str]:
+    """The exchange for a request, and why.
+
+    Args:
+        counts: one of `COUNTS`.
+        group: the expert-parallel group, or None.
+        num_ranks: R.
+
+    Returns:
+        ("local" | "torch" | "given", the reason in words).
+
+    Raises:
+        ValueError: an unknown name, or one that needs a group where there is none.
+    """
+    if counts not in COUNTS:
+        raise ValueError(f"counts must be one of {', '.join(COUNTS)}; got {counts!r}")
+    if counts == "given":
+        return "given", "asked for: the caller brings the counts of all ranks"
+    if num_ranks == 1:
+        return "local", "a single rank has nothing to exchange"
+    if group is None:
+        raise ValueError(
+            f"counts={counts!r} needs a group to exchange the counts of {num_ranks} ranks; "
+            'pass group=, or counts="given" and the counts with each batch'
+        )
+    return "torch", "asked for" if counts == "torch" else "the only exchange of this version"
+
+
+def agree(group: dist.ProcessGroup | None, what: str, facts: dict[str, object]) -> None:
+    """Collective: checks that every rank brings the same facts.
+
+    Args:
+        group: the ranks; None for a single one.
+        what: whose facts, for the message.
+        facts: name → plain value.
+
+    Raises:
+        RankError: on every rank alike; names the facts that differ and who has which.
+    """
+    if group is None or group.size() == 1:
+        return
+    everyone: list[dict[str, object]] = [{} for _ in range(group.size())]
+    dist.all_gather_object(everyone, facts, group=group)
+    for name in sorted(set().union(*everyone)):
+        holders: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(everyone):
+            holders.setdefault(repr(theirs.get(name)), []).append(rank)
+        if len(holders) > 1:
+            shown = "; ".join(f"ranks {ranks}: {value}" for value, ranks in holders.items())
+            raise RankError(f"{what}: ranks differ in {name}: {shown}")

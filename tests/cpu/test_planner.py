@@ -1,0 +1,247 @@
+import numpy as np
+import oracle
+import pytest
+import ranks
+import torch
+
+from lplb_ep import Placement, Planner, check_plan, cpu
+from lplb_ep.planner import Status
+
+
+def batch(rng, placement, num_tokens, num_topk, dtype=torch.int64, none=0.05):
+    """[T, K] for each rank, with a taste that differs from rank to rank."""
+    E = placement.num_experts
+    topks = []
+    for tokens in num_tokens:
+        weight = rng.lognormal(0, 1.2, E)
+        topks.append(torch.from_numpy(oracle.random_topk(rng, tokens, num_topk, weight, none)))
+    return [t.to(dtype) for t in topks]
+
+
+def plans_with_given_counts(placement, topks):
+    counts = torch.stack([cpu.count(t, placement.num_experts) for t in topks])
+    for rank, topk in enumerate(topks):
+        planner = Planner(placement, rank=rank, counts="given")
+        yield rank, topk, planner(topk, counts=counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("R", [1, 2, 8, 16])
+def test_plans_hold_their_invariants(R, dtype):
+    rng = np.random.default_rng(R)
+    for _ in range(12):
+        node = int(rng.choice([n for n in (1, 2, 4, 8, 16) if R % n == 0]))
+        placement = oracle.random_placement(
+            rng, R, int(rng.integers(9, 70)), int(rng.integers(0, 4)), num_ranks_per_node=node
+        )
+        num_tokens = rng.integers(0, 60, R) * (rng.random(R) < 0.8)
+        topks = batch(rng, placement, num_tokens, int(rng.integers(1, 9)), dtype)
+        first = None
+        for rank, topk, plan in plans_with_given_counts(placement, topks):
+            check_plan(plan, topk, placement, rank)
+            assert int(plan.status) == Status.OPTIMAL
+            first = first or plan
+            for field in ("counts", "quota", "split", "rank_load", "status"):
+                assert torch.equal(getattr(plan, field), getattr(first, field)), field
+
+
+@pytest.mark.parametrize(
+    "topk",
+    [torch.zeros(0, 4).long(), torch.full((5, 4), -1), torch.zeros(9, 1).int()],
+    ids=["no tokens", "no picks", "top-1 of one expert"],
+)
+def test_thin_batches(topk):
+    placement = Placement([0, 1, 2, 3, 0, 1], 2)
+    for rank, own, plan in plans_with_given_counts(placement, [topk, topk[:3]]):
+        check_plan(plan, own, placement, rank)
+
+
+def test_the_split_prefers_own_rank_then_node_then_rank_order():
+    # Expert 0 on ranks 0 and 3 of two nodes {0, 1}, {2, 3}; ten tokens each from all ranks.
+    placement = Placement([0, 1, 2, 3, 4, 5, 0, 6], 4, num_ranks_per_node=2)
+    counts = torch.zeros(4, 7, dtype=torch.int32)
+    counts[:, 0] = 10
+    quota = torch.zeros(7, 2, dtype=torch.int32)
+    quota[0] = torch.tensor([24, 16])
+    shares = cpu.split(counts, quota, placement)[:, 0]
+    # Rank 3 keeps its ten, and takes six of its neighbour; rank 0 takes its own node's twenty,
+    # and then what is left over.
+    assert shares.tolist() == [[10, 0], [10, 0], [4, 6], [0, 10]]
+
+
+def test_picks_go_to_copies_in_row_major_order():
+    placement = Placement([0, 1, 0, 2], 2)
+    topk = torch.tensor([[0, 1], [2, 0], [0, -1], [1, 0]])
+    shares = torch.zeros(3, 2, dtype=torch.int32)
+    shares[:, 0] = torch.tensor([3, 2, 1])
+    shares[0] = torch.tensor([3, 1])
+    assert cpu.rewrite(topk, shares, placement).tolist() == [[0, 1], [3, 0], [0, -1], [1, 2]]
+
+
+def exchanged(group, placement, topks, **kwargs):
+    planner = Planner(placement, group, **kwargs)
+    topk = topks[group.rank()]
+    plan = planner(topk)
+    check_plan(plan, topk, placement, group.rank())
+    again = planner(topk)
+    assert torch.equal(plan.topk_idx, again.topk_idx)
+    assert len(topk) == 0 or plan.topk_idx.data_ptr() != again.topk_idx.data_ptr()
+    return plan
+
+
+@pytest.mark.parametrize("R", [2, 8])
+def test_exchanged_counts_give_the_plans_of_given_ones(R):
+    rng = np.random.default_rng(R)
+    placement = oracle.random_placement(rng, R, 40, 2)
+    topks = batch(rng, placement, rng.integers(0, 50, R), 4)
+    topks[-1] = topks[-1][:0]
+    plans = ranks.run(R, exchanged, placement, topks)
+    for (_, _, given), plan in zip(plans_with_given_counts(placement, topks), plans, strict=True):
+        for field in ("topk_idx", "counts", "quota", "split", "rank_load", "status"):
+            assert torch.equal(getattr(plan, field), getattr(given, field)), field
+
+
+def test_one_rank_needs_no_group():
+    placement = Placement([0, 1, 2, 0], 1)
+    topk = torch.tensor([[0, 2], [1, -1]])
+    check_plan(Planner(placement)(topk), topk, placement, 0)
+
+
+def stale_on_one(group, placement, topks):
+    planner = Planner(placement, group)
+    topk = topks[group.rank()]
+    plan = planner(topk, stale=group.rank() == 1)
+    check_plan(plan, topk, placement, group.rank())
+    assert torch.equal(plan.topk_idx, planner.home(topk))
+    return int(plan.status), dict(planner.num_batches)
+
+
+def test_one_stale_rank_sends_all_home():
+    rng = np.random.default_rng(0)
+    placement = oracle.random_placement(rng, 4, 20, 2)
+    topks = batch(rng, placement, [9, 0, 30, 5], 3)
+    expected = (Status.STALE, {Status.STALE: 1})
+    assert ranks.run(4, stale_on_one, placement, topks) == [expected] * 4
+
+
+def refused(group, placement, topks):
+    Planner(placement, group)(topks[group.rank()])
+
+
+def test_a_bad_batch_on_one_rank_raises_on_all():
+    placement = Placement([0, 1, 2, 0], 2)
+    topks = [torch.tensor([[0, 1]]), torch.tensor([[0, 3]])]
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, refused, placement, topks)
+    (mine, peer), (theirs, own) = failure.value.errors
+    assert mine == "RankError"
+    assert "ranks [1] refused" in peer
+    assert theirs == "ValueError"
+    assert "topk_idx[0, 1] is 3; expected -1 or an expert in [0, 3)" in own
+
+
+def differing(group):
+    table = [0, 1, 2, 0] if group.rank() < 2 else [0, 1, 1, 2]
+    Planner(Placement([*table, 0, 1, 2, 2], 4), group)
+
+
+def test_differing_placements_are_named():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(4, differing)
+    for kind, message in failure.value.errors:
+        assert kind == "RankError"
+        assert "ranks differ in placement: ranks [0, 1]: " in message
+        assert "; ranks [2, 3]: " in message
+
+
+def test_counts_that_cannot_be_send_the_batch_home():
+    class Broken:
+        def gather(self, row):
+            return torch.stack([row, torch.full_like(row, -5)])
+
+    placement = Placement([0, 1, 2, 0], 2)
+    planner = Planner(placement, rank=0, counts="given")
+    planner.exchange = Broken()
+    topk = torch.tensor([[0, 2], [0, 1]])
+    plan = planner(topk)
+    assert int(plan.status) == Status.BAD_COUNTS
+    assert torch.equal(plan.topk_idx, planner.home(topk))
+    assert planner.num_batches == {Status.BAD_COUNTS: 1}
+
+
+TWO = Placement([0, 1, 2, 0], 2)
+
+
+@pytest.mark.parametrize(
+    ("topk", "counts", "message"),
+    [
+        (torch.zeros(3).long(), None, r"topk_idx must be \[T, K\] of int32 or int64; got \[3\]"),
+        (torch.zeros(3, 2), None, "got .* of torch.float32"),
+        (torch.tensor([[0, -2]]), None, r"topk_idx\[0, 1\] is -2"),
+        (torch.tensor([[0, 1]]), torch.ones(2, 3), r"counts must be \[2, 3\] of int32 or int64"),
+        (torch.tensor([[0, 1]]), torch.ones(1, 3).int(), r"got \[1, 3\]"),
+        (torch.tensor([[0, 1]]), torch.tensor([[1, 2, 0], [0, 0, 0]]), r"counts\[0, 1\] is 2"),
+    ],
+)
+def test_bad_batches_are_named(topk, counts, message):
+    counts = torch.tensor([[1, 1, 0], [5, 0, 0]]) if counts is None else counts
+    with pytest.raises(ValueError, match=message):
+        Planner(TWO, rank=0, counts="given")(topk, counts=counts)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "rank must be given where there is no group"),
+        ({"rank": 2}, r"rank must be in \[0, 2\); got 2"),
+        ({"rank": 0}, "counts='auto' needs a group"),
+        ({"rank": 0, "counts": "nvlink"}, "counts must be one of auto, torch, given"),
+        ({"rank": 0, "counts": "given", "solver": "x"}, "solver must be one of auto, cpu"),
+    ],
+)
+def test_bad_planners_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Planner(TWO, **kwargs)
+
+
+def test_counts_are_passed_when_and_only_when_given():
+    topk = torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match="'given': pass counts="):
+        Planner(TWO, rank=0, counts="given")(topk)
+    one = Placement([0, 1, 2, 0], 1)
+    with pytest.raises(ValueError, match="'local': counts= must not be passed"):
+        Planner(one)(topk, counts=torch.tensor([[1, 1, 0]]))
+
+
+def test_check_plan_can_fail():
+    import dataclasses
+
+    topk = torch.tensor([[0, 1], [0, 2]])
+    counts = torch.tensor([[2, 1, 1], [3, 0, 0]])
+    plan = Planner(TWO, rank=0, counts="given")(topk, counts=counts)
+    check_plan(plan, topk, TWO, 0)
+    lost = plan.topk_idx.clone()
+    lost[0, 0] = -1
+    misrouted = plan.topk_idx.clone()
+    misrouted[0, 1] = 0
+    uneven = plan.quota.clone()
+    uneven[0] = torch.tensor([5, 0])
+    for change, message in [
+        ({"topk_idx": lost}, "-1 was not kept"),
+        ({"topk_idx": misrouted}, "slot of another expert"),
+        ({"quota": uneven}, "split does not sum to the quotas"),
+        ({"rank_load": plan.rank_load + 1}, "rank_load"),
+    ]:
+        with pytest.raises(AssertionError, match=message):
+            check_plan(dataclasses.replace(plan, **change), topk, TWO, 0)
+    home = dataclasses.replace(
+        plan,
+        quota=uneven,
+        split=torch.stack(
+            [torch.tensor([[2, 0], [1, 0], [1, 0]]), torch.tensor([[3, 0], [0, 0], [0, 0]])]
+        ).int(),
+        rank_load=torch.tensor([6, 1]).int(),
+        topk_idx=torch.tensor([[0, 1], [0, 2]]),
+    )
+    with pytest.raises(AssertionError, match="the largest rank load is 6"):
+        check_plan(home, topk, TWO, 0)

@@ -1,0 +1,110 @@
+"""Independent judges: other libraries' answers to the same linear program, and random instances.
+
+Nothing here may import `lplb_ep.cpu` or `lplb_ep.solver` (a test holds this).
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import networkx
+import numpy as np
+import scipy.sparse
+from scipy.optimize import linprog
+
+from lplb_ep.placement import Placement
+
+
+def linear_program(placement, load, base_load=None, speed=None, max_quota=None) -> float:
+    """T* by HiGHS: minimise T subject to every rank's (load + base) / speed <= T."""
+    expert, column = np.nonzero(placement.copy_rank >= 0)
+    rank = placement.copy_rank[expert, column]
+    n, R, E = expert.size, placement.num_ranks, placement.num_experts
+    speeds = np.ones(R) if speed is None else np.asarray(speed, float)
+    ranks = scipy.sparse.coo_array(
+        (
+            np.append(np.ones(n), -speeds),
+            (np.append(rank, np.arange(R)), np.append(np.arange(n), np.full(R, n))),
+        ),
+        shape=(R, n + 1),
+    )
+    experts = scipy.sparse.coo_array((np.ones(n), (expert, np.arange(n))), shape=(E, n + 1))
+    upper = np.full(n, np.inf) if max_quota is None else np.asarray(max_quota)[expert, column]
+    result = linprog(
+        np.append(np.zeros(n), 1.0),
+        A_ub=ranks.tocsr(),
+        b_ub=np.zeros(R) if base_load is None else -np.asarray(base_load, float),
+        A_eq=experts.tocsr(),
+        b_eq=np.asarray(load, float),
+        bounds=np.stack([np.zeros(n + 1), np.append(upper, np.inf)], axis=1),
+        method="highs",
+    )
+    assert result.status == 0, result.message
+    return float(result.fun)
+
+
+def fits(time, placement, load, base_load=None, speed=None, max_quota=None) -> bool:
+    """Is there a whole-numbered plan in which no rank takes longer? By networkx's maximum flow."""
+    graph = networkx.DiGraph()
+    graph.add_nodes_from(["source", "sink"])
+    for rank in range(placement.num_ranks):
+        base = 0 if base_load is None else int(base_load[rank])
+        room = math.floor(Fraction(time) * (1 if speed is None else int(speed[rank]))) - base
+        if room < 0:
+            return False
+        graph.add_edge(("rank", rank), "sink", capacity=room)
+    for expert, ranks in enumerate(placement.copy_rank.tolist()):
+        graph.add_edge("source", ("expert", expert), capacity=int(load[expert]))
+        for column, rank in enumerate(ranks):
+            if rank >= 0:
+                edge = {} if max_quota is None else {"capacity": int(max_quota[expert, column])}
+                graph.add_edge(("expert", expert), ("rank", rank), **edge)
+    return networkx.maximum_flow_value(graph, "source", "sink") == int(np.sum(load))
+
+
+def random_placement(
+    rng, num_ranks, num_experts, num_redundant_per_rank, max_copies=8, num_ranks_per_node=None
+) -> Placement:
+    """Any table: experts anywhere, some copies doubled on a rank, some slots unused."""
+    num_slots = num_ranks * (-(-num_experts // num_ranks) + num_redundant_per_rank)
+    table = np.full(num_slots, -1)
+    slots = rng.permutation(num_slots)
+    table[slots[:num_experts]] = rng.permutation(num_experts)
+    copies = np.ones(num_experts, int)
+    for slot in slots[num_experts:]:
+        able = np.flatnonzero(copies < max_copies)
+        if able.size and rng.random() < 0.9:
+            table[slot] = rng.choice(able)
+            copies[table[slot]] += 1
+    return Placement(
+        table, num_ranks, num_experts=num_experts, num_ranks_per_node=num_ranks_per_node
+    )
+
+
+def random_load(rng, num_experts, scale=100.0) -> np.ndarray:
+    """[E] int64: flat, skewed as recorded ones, Zipf, one hot, sparse, or nothing at all."""
+    kind = rng.integers(6)
+    if kind == 0:
+        return np.zeros(num_experts, np.int64)
+    if kind == 1:
+        load = np.zeros(num_experts, np.int64)
+        load[rng.integers(num_experts)] = int(scale * num_experts)
+        return load
+    if kind == 2:
+        weight = rng.permutation(1.0 / np.arange(1, num_experts + 1))
+    elif kind == 3:
+        weight = np.ones(num_experts)
+    else:
+        # Sigmas fitted to DeepSeek-V3's routing: an expert's own, and that of 32 neighbours.
+        weight = rng.lognormal(0, 0.6, num_experts)
+        weight *= np.repeat(rng.lognormal(0, 0.33, -(-num_experts // 32)), 32)[:num_experts]
+    load = rng.poisson(weight / weight.mean() * scale)
+    return load * (rng.random(num_experts) < 0.5) if kind == 5 else load
+
+
+def random_topk(rng, num_tokens, num_topk, weight, none=0.05) -> np.ndarray:
+    """[T, K] int64: K different experts a token, likelier where `weight` is; some picks -1."""
+    gumbel = rng.gumbel(size=(num_tokens, len(weight))) + np.log(np.asarray(weight) + 1e-9)
+    topk = np.argsort(-gumbel, axis=1)[:, :num_topk]
+    return np.where(rng.random(topk.shape) < none, -1, topk)
