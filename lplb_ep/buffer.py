@@ -1,0 +1,616 @@
+"""The drop-ins for DeepEP's buffers, and the patch that puts them in place.
+
+The only file that names `deep_ep`. `Buffer` and `ElasticBuffer` are subclasses of DeepEP's (or of
+the embedded ones), made on first use; `patch` puts the same overriding methods on the original
+classes. An override that has nothing to do passes the caller's arguments on untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import replicas
+from .exchange import agree
+from .placement import Placement
+from .planner import Planner, check_plan, check_topk_idx
+from .settings import ContractError, MissingPackageError, Settings
+
+log = logging.getLogger(__name__)
+
+
+def choose_backend(backend: str) -> tuple[str, str]:
+    """The module whose buffers move the tokens, and why.
+
+    Args:
+        backend: "auto", "deep_ep" or "embedded".
+
+    Raises:
+        MissingPackageError: DeepEP is asked for and cannot be imported.
+    """
+    installed = importlib.util.find_spec("deep_ep") is not None
+    if backend == "embedded":
+        return "lplb_ep.embedded", "asked for"
+    if backend == "deep_ep":
+        if not installed:
+            raise MissingPackageError(
+                "LPLB_EP_BACKEND=deep_ep, and deep_ep is not installed; build it from its "
+                "repository (https://github.com/deepseek-ai/DeepEP), or set LPLB_EP_BACKEND=auto"
+            )
+        return "deep_ep", "asked for"
+    if not installed:
+        return "lplb_ep.embedded", "deep_ep is not installed"
+    if not torch.cuda.is_available():
+        return "lplb_ep.embedded", "no CUDA device"
+    return "deep_ep", "installed, and a CUDA device is there"
+
+
+def _inner() -> ModuleType:
+    return importlib.import_module(choose_backend(Settings.from_env().backend)[0])
+
+
+# --- what is in force -----------------------------------------------------------------------------
+
+Target = tuple[Placement, int]
+"""A placement, and the micro-batch slot whose channel plans with it."""
+
+_used: ContextVar[Target | None] = ContextVar("lplb_ep.use", default=None)
+
+
+@contextlib.contextmanager
+def use(placement: Placement, slot: int = 0) -> Iterator[None]:
+    """Puts a placement in force on every buffer, for calls that cannot be given a view.
+
+    A context variable, read only when a plan is made: a backward pass needs none. Free to enter.
+
+    Args:
+        placement: the copies of the layer that runs inside.
+        slot: which of the micro-batches in flight; each has a channel of its own.
+    """
+    token = _used.set((placement, slot))
+    try:
+        yield
+    finally:
+        _used.reset(token)
+
+
+@dataclass(eq=False)
+class _Planned:
+    """What a call that planned leaves for the calls that follow it."""
+
+    placement: Placement
+    logical: torch.Tensor
+    physical: torch.Tensor
+
+
+@dataclass(eq=False)
+class _State:
+    """What the drop-in keeps on a buffer."""
+
+    settings: Settings
+    group: Any
+    default: Target | None = None
+    registered: bool = False
+    """A placement was registered on this buffer: from then on a call without one is an error."""
+    warned: bool = False
+    planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """From the tensor or handle by which a later call names the plan, weakly held."""
+
+
+# Channels outlive buffers, which frameworks replace by larger ones.
+_channels: dict[tuple[Any, Placement, int], Planner] = {}
+
+
+def _channel(state: _State, target: Target) -> Planner:
+    """The planner of a placement and slot; collective when it is new."""
+    placement, slot = target
+    key = (state.group, placement, slot)
+    if key not in _channels:
+        if not isinstance(state.group, dist.ProcessGroup):
+            raise ContractError(
+                "balancing needs a buffer on a torch.distributed group; "
+                f"this one is on {type(state.group).__name__}"
+            )
+        settings = state.settings
+        _channels[key] = Planner(
+            placement, state.group, counts=settings.counts, solver=settings.solver
+        )
+    state.registered = True
+    return _channels[key]
+
+
+def _target(buffer: Any, state: _State) -> Target | None:
+    """The view's placement, else the context's, else the buffer's own."""
+    return getattr(buffer, "_lplb_target", None) or _used.get() or state.default
+
+
+def _in_force(buffer: Any, state: _State) -> Target | None:
+    """What a call that plans goes by; None: pass it on.
+
+    Raises:
+        ContractError: nothing is in force on a buffer that had a placement registered.
+    """
+    target = _target(buffer, state)
+    if target is None and state.registered:
+        raise ContractError(
+            "no placement is in force for this call, and this buffer has had one: call it "
+            "through buffer.view(placement), within lplb_ep.use(placement), or from a module "
+            "that was attached"
+        )
+    if target is None and not state.warned:
+        state.warned = True
+        log.warning(
+            "LPLB_EP=%s, and no placement is registered on this buffer: calls are passed on "
+            "unchanged",
+            state.settings.mode,
+        )
+    return target
+
+
+def _refuse_when_off(settings: Settings, what: str) -> None:
+    if settings.mode == "0":
+        raise ContractError(
+            f"{what} was given a placement, and LPLB_EP is 0 (or unset), which suits only a model "
+            "without replica slots; set LPLB_EP=home or LPLB_EP=1"
+        )
+
+
+def _plan(buffer: Any, state: _State, target: Target, call: _Call) -> _Planned:
+    """Makes the plan of a call, and puts slots and P in place of its experts and E."""
+    placement, _ = target
+    num_experts, topk_idx = call["num_experts"], call["topk_idx"]
+    indices = state.settings.indices
+    E, P = placement.num_experts, placement.num_physical_experts
+    expected, other = (E, P) if indices == "logical" else (P, E)
+    if num_experts != expected:
+        hint = (
+            "" if num_experts != other else " (LPLB_EP_INDICES says which of the two callers use)"
+        )
+        raise ContractError(
+            f"num_experts must be {expected} with {indices} indices on this placement "
+            f"({E} experts in {P} slots); got {num_experts}{hint}"
+        )
+    # Unlike DeepEP's kernels, planning runs on the current stream: it must wait as they would.
+    event = call.event("previous_event")
+    if event is not None:
+        event.current_stream_wait()
+    planner = _channel(state, target)
+    logical = topk_idx if indices == "logical" else _to_logical(topk_idx, placement)
+    if state.settings.mode == "home":
+        physical = planner.home(logical)
+    else:
+        trusted = state.settings.replicas == "valid" or replicas.are_valid(placement)
+        plan = planner(logical, stale=not trusted)
+        if state.settings.check:
+            check_plan(plan, logical, placement, planner.rank)
+        physical = plan.topk_idx
+    if event is not None:
+        call["previous_event"] = buffer.capture()
+    call["topk_idx"], call["num_experts"] = physical, P
+    return _Planned(placement, topk_idx, physical)
+
+
+def _to_logical(topk_idx: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Slots that an engine chose → the experts in them."""
+    check_topk_idx(topk_idx, placement.num_physical_experts)
+    table = torch.from_numpy(np.append(placement.physical_to_logical, -1))
+    logical = table.to(topk_idx.device, topk_idx.dtype)[topk_idx.long()]
+    empty = topk_idx[(topk_idx >= 0) & (logical < 0)]
+    if len(empty):
+        raise ValueError(f"topk_idx names slot {int(empty[0])}, which holds no expert")
+    return logical
+
+
+# --- the overriding methods -----------------------------------------------------------------------
+
+
+class _Call:
+    """One call of an overridden method: its arguments by name, and the original to pass them to."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        signature: inspect.Signature,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._original = original
+        self._bound = signature.bind(*args, **kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._bound.arguments.get(name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._bound.arguments[name] = value
+
+    def event(self, name: str) -> Any:
+        """An event argument, or None where it carries no event (as DeepEP reads it)."""
+        event = self[name]
+        return None if getattr(event, "event", event) is None else event
+
+    def forward(self) -> Any:
+        return self._original(*self._bound.args, **self._bound.kwargs)
+
+
+_Hook = Callable[[Any, _State, _Call], Any]
+
+
+def _override(original: Callable[..., Any], hook: _Hook) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state: _State | None = getattr(self, "_lplb_state", None)
+        if state is None:  # made before the patch
+            return original(self, *args, **kwargs)
+        if state.settings.mode == "0":
+            if _used.get() is not None:
+                _refuse_when_off(state.settings, "use()")
+            return original(self, *args, **kwargs)
+        return hook(self, state, _Call(original, signature, (self, *args), kwargs))
+
+    return method
+
+
+def _get_dispatch_layout(self: Any, state: _State, call: _Call) -> Any:
+    target = _in_force(self, state)
+    if target is None:
+        return call.forward()
+    planned = _plan(self, state, target, call)
+    layout = call.forward()
+    state.planned[layout[3]] = planned  # is_token_in_rank
+    return layout
+
+
+def _dispatch(self: Any, state: _State, call: _Call) -> Any:
+    """Legacy dispatch: takes the plan of the layout that it is given."""
+    layout = call["is_token_in_rank"]
+    if call["handle"] is not None or layout is None:
+        return call.forward()  # a cached dispatch; or an incomplete one, which DeepEP refuses
+    planned = state.planned.get(layout)
+    if planned is None:
+        if state.registered:
+            raise ContractError(
+                "is_token_in_rank is not from this buffer's get_dispatch_layout: a layout made "
+                "elsewhere does not know the plan"
+            )
+        return call.forward()
+    if call["topk_idx"] is not None:
+        _replace_topk_idx(state, call, planned)
+    event = call.event("previous_event")
+    if event is not None:
+        # The caller's may be older than the rewrite, which the communication must not overtake.
+        event.current_stream_wait()
+        call["previous_event"] = self.capture()
+    return call.forward()
+
+
+def _replace_topk_idx(state: _State, call: _Call, planned: _Planned) -> None:
+    given = call["topk_idx"]
+    if given is planned.physical:
+        return
+    same = given.shape == planned.logical.shape and (
+        # Comparing the values of CUDA tensors would synchronise.
+        torch.equal(given, planned.logical)
+        if given.device.type == "cpu" or state.settings.check
+        else given.dtype == planned.logical.dtype
+    )
+    if not same:
+        raise ContractError(
+            f"topk_idx ({list(given.shape)} of {given.dtype}) is not the one that was planned "
+            f"({list(planned.logical.shape)} of {planned.logical.dtype})"
+        )
+    call["topk_idx"] = planned.physical
+
+
+def _low_latency_dispatch(self: Any, state: _State, call: _Call) -> Any:
+    target = _in_force(self, state)
+    if target is None:
+        return call.forward()
+    placement = target[0]
+    tokens, hidden = call["num_max_dispatch_tokens_per_rank"], call["x"].size(1)
+    hint = type(self).get_low_latency_rdma_size_hint.__wrapped__
+    E, P = placement.num_experts, placement.num_physical_experts
+    needed = hint(tokens, hidden, placement.num_ranks, P)
+    if self.num_rdma_bytes < needed:
+        raise ContractError(
+            f"num_rdma_bytes is {self.num_rdma_bytes}, and {P} slots need {needed} "
+            f"({E} experts: {hint(tokens, hidden, placement.num_ranks, E)}); make the placement, "
+            "or set LPLB_EP_NUM_PHYSICAL_EXPERTS, before get_low_latency_rdma_size_hint"
+        )
+    planned = _plan(self, state, target, call)
+    out = call.forward()
+    state.planned[out[2][0]] = planned  # the handle's first tensor
+    return out
+
+
+def _low_latency_combine(self: Any, state: _State, call: _Call) -> Any:
+    planned = state.planned.get(call["handle"][0])
+    if planned is not None:
+        _replace_topk_idx(state, call, planned)
+    elif state.registered:
+        raise ContractError("handle is not from this buffer's low_latency_dispatch")
+    return call.forward()
+
+
+def _elastic_dispatch(self: Any, state: _State, call: _Call) -> Any:
+    if call["handle"] is not None:
+        planned = state.planned.get(call["handle"])
+        if planned is not None and call["num_experts"] == planned.placement.num_experts:
+            call["num_experts"] = planned.placement.num_physical_experts
+        return call.forward()
+    target = _in_force(self, state)
+    if target is None:
+        return call.forward()
+    planned = _plan(self, state, target, call)
+    out = call.forward()
+    state.planned[out[3]] = planned  # the EPHandle
+    return out
+
+
+def _count_slots(self: Any, state: _State, call: _Call) -> Any:
+    """For calls that only ask how many experts there are."""
+    call["num_experts"] = _num_slots(call["num_experts"], state.settings)
+    return call.forward()
+
+
+def _num_slots(num_experts: int, settings: Settings) -> int:
+    """The slots of that many experts: of the largest placement known, else by the setting."""
+    known = {placement for _, placement, _ in _channels}
+    if settings.placement:
+        known.add(Placement.load(settings.placement))
+    if not known:
+        return max(num_experts, settings.num_physical_experts)
+    slots = [p.num_physical_experts for p in known if p.num_experts == num_experts]
+    return max(slots, default=num_experts)
+
+
+def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def get_low_latency_rdma_size_hint(*args: Any, **kwargs: Any) -> int:
+        settings = Settings.from_env()
+        if settings.mode == "0":
+            return original(*args, **kwargs)
+        call = _Call(original, signature, args, kwargs)
+        call["num_experts"] = _num_slots(call["num_experts"], settings)
+        return call.forward()
+
+    return staticmethod(get_low_latency_rdma_size_hint)
+
+
+def _init(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(  # noqa: N807
+        self: Any,
+        *args: Any,
+        placement: Placement | None = None,
+        num_local_slots: int | None = None,
+        indices: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        settings = Settings.from_env()
+        if indices is not None:
+            settings = dataclasses.replace(settings, indices=indices)
+        if placement is not None:
+            _check_slots(placement, num_local_slots)
+        elif settings.placement:
+            placement = Placement.load(settings.placement)
+        if placement is not None:
+            _refuse_when_off(settings, "Buffer")
+        original(self, *args, **kwargs)
+        group = self.group if isinstance(self.group, dist.ProcessGroup) else None
+        # With LPLB_EP=0 too: one rank that misses the variable would leave the others waiting.
+        agree(
+            group,
+            "settings",
+            {"LPLB_EP": settings.mode, "indices": settings.indices, "replicas": settings.replicas},
+        )
+        self._lplb_state = _State(settings, self.group)
+        if placement is not None:
+            self._lplb_state.default = (placement, 0)
+            _channel(self._lplb_state, (placement, 0))
+
+    return __init__
+
+
+def _check_slots(placement: Placement, num_local_slots: int | None) -> None:
+    if num_local_slots != placement.num_local_slots:
+        raise ContractError(
+            f"num_local_slots must be the slots a rank has in the placement and in the model, "
+            f"{placement.num_local_slots}; got {num_local_slots}"
+        )
+
+
+def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
+    """A facade over the same buffer with a placement of its own in force: one for each layer.
+
+    Collective: every rank makes its views in the same order.
+
+    Args:
+        placement: the copies of the layer.
+        slot: which of the micro-batches in flight; each has a channel of its own.
+
+    Returns:
+        An instance of this buffer's class that shares all of its state.
+
+    Raises:
+        ContractError: LPLB_EP is 0.
+        RankError: ranks bring different placements or settings.
+    """
+    _refuse_when_off(self._lplb_state.settings, "view()")
+    _channel(self._lplb_state, (placement, slot))
+    view: Any = object.__new__(_view_class(self.__class__))
+    view.__dict__ = self.__dict__
+    view._lplb_target = (placement, slot)
+    return view
+
+
+@functools.cache
+def _view_class(base: type) -> type:
+    if "_lplb_target" in vars(base):  # a view of a view
+        return base
+    # The slot is the only thing of a view's own; all else lives in the dict that it shares.
+    return type(base.__name__, (base,), {"__slots__": ("_lplb_target",), "__doc__": base.__doc__})
+
+
+_HOOKS: dict[str, dict[str, _Hook]] = {
+    "Buffer": {
+        "get_dispatch_layout": _get_dispatch_layout,
+        "dispatch": _dispatch,
+        "internode_dispatch": _dispatch,
+        "low_latency_dispatch": _low_latency_dispatch,
+        "low_latency_combine": _low_latency_combine,
+        "clean_low_latency_buffer": _count_slots,
+    },
+    "ElasticBuffer": {
+        "dispatch": _elastic_dispatch,
+        "get_theoretical_num_sms": _count_slots,
+    },
+}
+
+
+def _overrides(base: type) -> dict[str, Any]:
+    """The methods that make a drop-in of DeepEP's class `base`."""
+    methods = {
+        name: _override(getattr(base, name), hook)
+        for name, hook in _HOOKS[base.__name__].items()
+        if hasattr(base, name)
+    }
+    if hasattr(base, "get_low_latency_rdma_size_hint"):
+        methods["get_low_latency_rdma_size_hint"] = _size_hint(base.get_low_latency_rdma_size_hint)
+    return {**methods, "__init__": _init(base.__init__), "view": _view}  # type: ignore[misc]
+
+
+# --- putting them in place ------------------------------------------------------------------------
+
+_patched: dict[type, dict[str, Any]] = {}
+
+
+@functools.cache
+def _drop_in(base: type) -> type:
+    return type(base.__name__, (base,), {**_overrides(base), "__doc__": base.__doc__})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOOKS:
+        base = getattr(_inner(), name)
+        return base if base in _patched else _drop_in(base)
+    if name in ("EPHandle", "EventOverlap", "EventHandle", "Config"):
+        return getattr(_inner(), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def patch() -> None:
+    """Puts the overriding methods on the original classes, which programs import by name.
+
+    Where DeepEP is not to be had, the embedded module takes its name, so that a program that
+    imports `deep_ep` runs without it.
+    """
+    module = _inner()
+    sys.modules.setdefault("deep_ep", module)
+    for name in _HOOKS:
+        base = getattr(module, name, None)
+        if base is None or base in _patched:
+            continue
+        overrides = _overrides(base)
+        _patched[base] = {key: vars(base).get(key) for key in overrides}
+        for key, method in overrides.items():
+            setattr(base, key, method)
+    if hasattr(module, "HybridEPBuffer"):
+        log.warning("HybridEPBuffer is not balanced: it is left as it is")
+
+
+def unpatch() -> None:
+    """Takes back what `patch` did."""
+    for base, originals in _patched.items():
+        for key, method in originals.items():
+            if method is None:
+                delattr(base, key)
+            else:
+                setattr(base, key, method)
+    _patched.clear()
+    if getattr(sys.modules.get("deep_ep"), "__name__", "") == "lplb_ep.embedded":
+        del sys.modules["deep_ep"]
+
+
+def attach(
+    module: torch.nn.Module,
+    placement: Placement,
+    *,
+    num_local_slots: int,
+    buffer: Any = None,
+    experts: torch.nn.Module | None = None,
+    slot: int = 0,
+) -> Attached:
+    """Declares that a layer has a placement's slots, and puts it in force while the layer runs.
+
+    Collective where `buffer` is given.
+
+    Args:
+        module: the MoE layer, whose forward calls the buffer.
+        placement: its copies.
+        num_local_slots: P / R, the expert slots that the layer has on each rank.
+        buffer: the buffer it will call; its channel is made now, not at the first batch.
+        experts: the layer's slots, for a check of their weights: a ModuleList of P / R modules,
+            or a module whose parameters all have P / R as leading dimension. Default:
+            `module.experts` if there is one.
+        slot: which of the micro-batches in flight; each has a channel of its own.
+
+    Returns:
+        A handle whose `remove()` detaches the layer.
+
+    Raises:
+        ContractError: LPLB_EP is 0, or the slots are not the placement's.
+        ValueError: the weights do not have that many slots; names the parameter.
+    """
+    _refuse_when_off(Settings.from_env(), "attach()")
+    _check_slots(placement, num_local_slots)
+    experts = getattr(module, "experts", None) if experts is None else experts
+    if experts is not None:
+        replicas.slot_parameters(experts, num_local_slots)
+    if buffer is not None:
+        _channel(buffer._lplb_state, (placement, slot))
+    outer: list[Target | None] = []
+
+    def enter(*_: Any) -> None:
+        outer.append(_used.get())
+        _used.set((placement, slot))
+
+    def leave(*_: Any) -> None:
+        _used.set(outer.pop())
+
+    before = module.register_forward_pre_hook(enter)
+    after = module.register_forward_hook(leave, always_call=True)
+    return Attached(before, after)
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A layer's attachment."""
+
+    _before: RemovableHandle
+    _after: RemovableHandle
+
+    def remove(self) -> None:
+        """Detaches the layer: its calls no longer have a placement from it."""
+        self._before.remove()
+        self._after.remove()

@@ -1,0 +1,722 @@
+"""The drop-in contract, on an inner buffer that records what reaches it."""
+
+import functools
+import gc
+import inspect
+import logging
+import sys
+import time
+import types
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+
+import lplb_ep
+from lplb_ep import ContractError, Placement, Planner, buffer, replicas
+
+PLACEMENT = Placement([0, 1, 2, 3, 0, 2], 1)
+E, P = 4, 6
+TOPK = torch.tensor([[0, 1], [2, -1], [0, 3], [0, 2]])
+X = torch.zeros(4, 8)
+
+
+class Event:
+    def __init__(self, log, name):
+        self.log, self.name, self.event = log, name, object()
+
+    def current_stream_wait(self):
+        self.log.append(("wait", self.name))
+
+
+def recorded(method):
+    """Writes every call down as it arrives: name, positional and keyword arguments."""
+
+    @functools.wraps(method)
+    def record(self, *args, **kwargs):
+        self.log.append((method.__name__, args, kwargs))
+        return method(self, *args, **kwargs)
+
+    return record
+
+
+def recorder():
+    """A module with classes of DeepEP's names and signatures that move nothing."""
+
+    class Recording:
+        def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, explicitly_destroy=False):
+            self.group, self.num_rdma_bytes, self.log = group, num_rdma_bytes, []
+            self.runtime = object()
+
+        def capture(self):
+            self.log.append(("capture", (), {}))
+            return Event(self.log, "fresh")
+
+        def destroy(self):
+            self.runtime = None
+
+    class Buffer(Recording):
+        """As deep_ep.Buffer."""
+
+        num_sms = 20
+
+        @staticmethod
+        def get_low_latency_rdma_size_hint(
+            num_max_dispatch_tokens_per_rank, hidden, num_ranks, num_experts
+        ):
+            return num_max_dispatch_tokens_per_rank * hidden * num_experts
+
+        @recorded
+        def get_dispatch_layout(
+            self, topk_idx, num_experts, previous_event=None, async_finish=False
+        ):
+            in_rank = (topk_idx >= 0).any(1, keepdim=True)
+            return torch.zeros(1), None, torch.zeros(num_experts), in_rank, None
+
+        @recorded
+        def dispatch(
+            self,
+            x,
+            handle=None,
+            num_tokens_per_rank=None,
+            num_tokens_per_rdma_rank=None,
+            is_token_in_rank=None,
+            num_tokens_per_expert=None,
+            topk_idx=None,
+            topk_weights=None,
+            previous_event=None,
+        ):
+            return x, topk_idx, topk_weights, [], (is_token_in_rank,), None
+
+        @recorded
+        def combine(self, x, handle, topk_weights=None):
+            return x, None, None
+
+        @recorded
+        def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank, hidden, num_experts):
+            pass
+
+        @recorded
+        def low_latency_dispatch(
+            self, x, topk_idx, num_max_dispatch_tokens_per_rank, num_experts, use_fp8=True
+        ):
+            handle = (torch.zeros(3), torch.zeros(3), 4, x.size(1), num_experts)
+            return x, torch.zeros(num_experts), handle, None, None
+
+        @recorded
+        def low_latency_combine(self, x, topk_idx, topk_weights, handle, out=None):
+            return x, None, None
+
+    class EPHandle:
+        pass
+
+    class ElasticBuffer(Recording):
+        """As deep_ep.ElasticBuffer."""
+
+        @recorded
+        def get_theoretical_num_sms(self, num_experts, num_topk):
+            return 4
+
+        @recorded
+        def dispatch(self, x, topk_idx=None, num_experts=None, previous_event=None, handle=None):
+            return x, topk_idx, None, handle or EPHandle(), None
+
+        @recorded
+        def combine(self, x, handle):
+            return x, None, None
+
+    module = types.ModuleType("deep_ep")
+    module.Buffer, module.ElasticBuffer, module.EPHandle = Buffer, ElasticBuffer, EPHandle
+    return module
+
+
+@pytest.fixture
+def mode(monkeypatch):
+    """Sets LPLB_EP, and further variables; the replicas' weights are taken to be valid."""
+
+    def set_mode(value, **others):
+        for variable, setting in {"LPLB_EP": value, **others}.items():
+            monkeypatch.setenv(variable, setting)
+
+    monkeypatch.setenv("LPLB_EP_REPLICAS", "valid")
+    return set_mode
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A gloo group of one rank, in this process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield dist.group.WORLD
+    buffer._channels.clear()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def make(group):
+    """Makes a drop-in over the recorder: `make("Buffer", placement=...)`."""
+
+    def make_drop_in(name="Buffer", **kwargs):
+        return buffer._drop_in(getattr(recorder(), name))(group, **kwargs)
+
+    return make_drop_in
+
+
+def planned(placement=PLACEMENT, topk=TOPK):
+    counts = lplb_ep.cpu.count(topk, placement.num_experts)[None]
+    return Planner(placement, rank=0, counts="given")(topk, counts=counts).topk_idx
+
+
+def arrived(drop_in, name):
+    """The arguments of the last call of that name to reach the inner buffer, by name."""
+    (args, kwargs) = [entry[1:] for entry in drop_in.log if entry[0] == name][-1]
+    return {**dict(zip(parameters(drop_in, name), args, strict=False)), **kwargs}
+
+
+def parameters(drop_in, name):
+    return list(inspect.signature(getattr(drop_in, name)).parameters)
+
+
+# --- passed on -------------------------------------------------------------------------------
+
+
+class Handle:
+    pass
+
+
+CALLS = {
+    "Buffer": [
+        ("get_dispatch_layout", (TOPK, E), {}),
+        ("get_dispatch_layout", (TOPK,), {"num_experts": 7, "async_finish": True}),
+        ("dispatch", (X,), {"topk_idx": TOPK, "is_token_in_rank": TOPK > 0, "topk_weights": X}),
+        ("dispatch", (X, (1, 2)), {}),
+        ("combine", (X, (1,)), {}),
+        ("clean_low_latency_buffer", (4, 8, E), {}),
+        ("low_latency_dispatch", (X, TOPK, 4), {"num_experts": E}),
+        ("low_latency_combine", (X, TOPK, X, (X, X, 4, 8, E)), {"out": X}),
+    ],
+    "ElasticBuffer": [
+        ("dispatch", (X, TOPK), {"num_experts": E}),
+        ("dispatch", (X,), {"handle": Handle()}),
+        ("combine", (X,), {"handle": Handle()}),
+        ("get_theoretical_num_sms", (E, 2), {}),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "args", "kwargs"),
+    [(name, *call) for name, calls in CALLS.items() for call in calls],
+)
+def test_off_the_very_same_arguments_arrive(make, mode, name, method, args, kwargs):
+    mode("0")
+    drop_in = make(name)
+    getattr(drop_in, method)(*args, **kwargs)
+    ((called, got, named),) = drop_in.log
+    assert called == method
+    assert len(got) == len(args)
+    assert all(a is b for a, b in zip(got, args, strict=True))
+    assert list(named) == list(kwargs)
+    assert all(named[key] is kwargs[key] for key in kwargs)
+
+
+@pytest.mark.parametrize("value", ["1", "home"])
+@pytest.mark.parametrize("name", CALLS)
+def test_before_any_placement_calls_pass_with_one_warning(make, mode, caplog, name, value):
+    mode(value)
+    drop_in = make(name)
+    for method, args, kwargs in CALLS[name]:
+        drop_in.log.clear()
+        getattr(drop_in, method)(*args, **kwargs)
+        ((called, _, _),) = drop_in.log
+        assert called == method
+        got = arrived(drop_in, method)
+        expected = {**dict(zip(parameters(drop_in, method), args, strict=False)), **kwargs}
+        assert all(got[key] is expected[key] for key in expected)
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "no placement is registered on this buffer" in caplog.text
+
+
+def test_off_every_way_to_give_a_placement_raises(make, mode, tmp_path):
+    mode("0")
+    with pytest.raises(ContractError, match="LPLB_EP is 0"):
+        make(placement=PLACEMENT, num_local_slots=P)
+    drop_in = make()
+    with pytest.raises(ContractError, match=r"view.* LPLB_EP is 0"):
+        drop_in.view(PLACEMENT)
+    with lplb_ep.use(PLACEMENT), pytest.raises(ContractError, match=r"use.* LPLB_EP is 0"):
+        drop_in.get_dispatch_layout(TOPK, E)
+    with pytest.raises(ContractError, match=r"attach.* LPLB_EP is 0"):
+        lplb_ep.attach(torch.nn.Linear(1, 1), PLACEMENT, num_local_slots=P)
+    PLACEMENT.save(tmp_path / "placement.json")
+    mode("0", LPLB_EP_PLACEMENT=str(tmp_path / "placement.json"))
+    with pytest.raises(ContractError, match="LPLB_EP is 0"):
+        make()
+    assert drop_in.log == []
+
+
+# --- planned ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", planned()), ("home", torch.tensor([[0, 1], [2, -1], [0, 3], [0, 2]]))],
+)
+def test_layout_and_dispatch_see_slots(make, mode, value, expected):
+    mode(value)
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    before = TOPK.clone()
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    got = arrived(drop_in, "get_dispatch_layout")
+    assert got["num_experts"] == P
+    assert torch.equal(got["topk_idx"], expected)
+    assert torch.equal(TOPK, before)
+    x, recv_topk_idx, *_ = drop_in.dispatch(
+        X, topk_idx=TOPK, is_token_in_rank=layout[3], topk_weights=X
+    )
+    assert x is X
+    assert torch.equal(recv_topk_idx, expected)
+    assert arrived(drop_in, "dispatch")["topk_weights"] is X
+    drop_in.dispatch(X, is_token_in_rank=layout[3])
+    assert arrived(drop_in, "dispatch").get("topk_idx") is None
+
+
+def test_two_layouts_in_flight_keep_their_plans(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    other = torch.tensor([[3, 3], [0, 0], [0, 0], [0, 0]])
+    first, second = (drop_in.get_dispatch_layout(t, E)[3] for t in (TOPK, other))
+    got = drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=first)[1]
+    assert torch.equal(got, planned())
+    got = drop_in.dispatch(X, topk_idx=other, is_token_in_rank=second)[1]
+    assert torch.equal(got, planned(topk=other))
+
+
+def test_plans_live_as_long_as_what_names_them(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    assert len(drop_in._lplb_state.planned) == 1
+    drop_in.log.clear()
+    del layout
+    gc.collect()
+    assert len(drop_in._lplb_state.planned) == 0
+
+
+def test_cached_dispatch_and_combine_plan_nothing(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    planner = next(iter(buffer._channels.values()))
+    handle, elsewhere = (1, 2, 3), Placement([0, 1], 1)
+    with lplb_ep.use(elsewhere):
+        drop_in.dispatch(X, handle)
+        drop_in.combine(X, handle)
+    assert [(name, args) for name, args, _ in drop_in.log] == [
+        ("dispatch", (X, handle)),
+        ("combine", (X, handle)),
+    ]
+    assert sum(planner.num_batches.values()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_index_dtype_that_comes_in_goes_out(make, mode, dtype):
+    mode("1")
+    drop_in = make("ElasticBuffer", placement=PLACEMENT, num_local_slots=P)
+    assert drop_in.dispatch(X, TOPK.to(dtype), E)[1].dtype == dtype
+
+
+def test_physical_indices_are_planned_by_their_experts(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P, indices="physical")
+    chosen = torch.tensor([[4, 1], [5, -1], [0, 3], [4, 2]])  # copies that an engine picked
+    layout = drop_in.get_dispatch_layout(chosen, P)
+    assert torch.equal(arrived(drop_in, "get_dispatch_layout")["topk_idx"], planned())
+    got = drop_in.dispatch(X, topk_idx=chosen, is_token_in_rank=layout[3])[1]
+    assert torch.equal(got, planned())
+
+
+def test_physical_indices_may_not_name_unused_slots(make, mode):
+    mode("1")
+    placement = Placement([0, 1, -1, 0], 1)
+    drop_in = make(placement=placement, num_local_slots=4, indices="physical")
+    with pytest.raises(ValueError, match="slot 2, which holds no expert"):
+        drop_in.get_dispatch_layout(torch.tensor([[2]]), 4)
+    with pytest.raises(ValueError, match=r"topk_idx\[0, 0\] is 4; expected -1 or .* \[0, 4\)"):
+        drop_in.get_dispatch_layout(torch.tensor([[4]]), 4)
+
+
+@pytest.mark.parametrize(
+    ("indices", "num_experts", "message"),
+    [
+        ("logical", P, "num_experts must be 4 with logical indices .*; got 6.*LPLB_EP_INDICES"),
+        ("logical", 5, "num_experts must be 4 with logical indices .*; got 5$"),
+        ("physical", E, "num_experts must be 6 with physical indices .*; got 4.*LPLB_EP_INDICES"),
+    ],
+)
+def test_num_experts_that_does_not_fit_is_refused(make, mode, indices, num_experts, message):
+    mode("1", LPLB_EP_INDICES=indices)
+    for name in CALLS:
+        drop_in = make(name, placement=PLACEMENT, num_local_slots=P)
+        args = (TOPK, num_experts) if name == "Buffer" else (X, TOPK, num_experts)
+        planning = getattr(drop_in, "get_dispatch_layout" if name == "Buffer" else "dispatch")
+        with pytest.raises(ContractError, match=message):
+            planning(*args)
+        assert drop_in.log == []
+
+
+@pytest.mark.parametrize("value", ["1", "home"])
+def test_slots_where_experts_belong_are_refused(make, mode, value):
+    mode(value)
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    with pytest.raises(ValueError, match=r"topk_idx\[1, 0\] is 5; expected -1 or .* \[0, 4\)"):
+        drop_in.get_dispatch_layout(torch.tensor([[0, 1], [5, 0]]), E)
+
+
+def test_foreign_layouts_and_indices_are_refused(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    with pytest.raises(ContractError, match="is_token_in_rank is not from this buffer"):
+        drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3].clone())
+    for other in (TOPK[:3], TOPK.flip(0), torch.zeros_like(TOPK)):
+        with pytest.raises(ContractError, match="is not the one that was planned"):
+            drop_in.dispatch(X, topk_idx=other, is_token_in_rank=layout[3])
+    drop_in.dispatch(X, topk_idx=TOPK.clone(), is_token_in_rank=layout[3])
+
+
+# --- events ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["1", "home"])
+def test_no_index_is_read_before_it_is_rewritten(make, mode, monkeypatch, value):
+    """The caller's event is waited for, the plan made (slowly), a fresh event captured after it,
+    and only that one handed on."""
+    mode(value)
+    log = []
+    for name in ("__call__", "home"):
+        original = getattr(Planner, name)
+
+        def slow(self, *args, _original=original, **kwargs):
+            log.append(("planning", (), {}))
+            time.sleep(0.05)
+            out = _original(self, *args, **kwargs)
+            log.append(("rewritten", (), {}))
+            return out
+
+        monkeypatch.setattr(Planner, name, slow)
+
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    drop_in.log = log
+    stale = Event(log, "stale")
+    layout = drop_in.get_dispatch_layout(TOPK, E, previous_event=stale, async_finish=True)
+    assert [entry[:2] if entry[0] == "wait" else entry[0] for entry in log] == [
+        ("wait", "stale"),
+        "planning",
+        "rewritten",
+        "capture",
+        "get_dispatch_layout",
+    ]
+    assert arrived(drop_in, "get_dispatch_layout")["previous_event"].name == "fresh"
+    # Megatron-Core hands dispatch the event that it captured before the layout.
+    log.clear()
+    drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3], previous_event=stale)
+    assert [entry[0] for entry in log] == ["wait", "capture", "dispatch"]
+    assert arrived(drop_in, "dispatch")["previous_event"].name == "fresh"
+
+    elastic = make("ElasticBuffer", placement=PLACEMENT, num_local_slots=P)
+    log.clear()
+    elastic.log = log
+    elastic.dispatch(X, TOPK, E, previous_event=stale)
+    assert [entry[0] for entry in log] == ["wait", "planning", "rewritten", "capture", "dispatch"]
+    assert arrived(elastic, "dispatch")["previous_event"].name == "fresh"
+
+
+def test_no_event_stays_no_event(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    empty = Event([], "empty")
+    empty.event = None  # deep_ep.EventOverlap() carries none
+    for event in (None, empty):
+        drop_in.log.clear()
+        drop_in.get_dispatch_layout(TOPK, E, previous_event=event)
+        assert [entry[0] for entry in drop_in.log] == ["get_dispatch_layout"]
+        assert arrived(drop_in, "get_dispatch_layout")["previous_event"] is event
+
+
+# --- low latency -----------------------------------------------------------------------------
+
+
+def test_low_latency_calls_see_slots(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=4 * 8 * P)
+    handle = drop_in.low_latency_dispatch(X, TOPK, 4, E, use_fp8=False)[2]
+    got = arrived(drop_in, "low_latency_dispatch")
+    assert got["num_experts"] == P
+    assert torch.equal(got["topk_idx"], planned())
+    assert len(handle) == 5
+    assert handle[4] == P
+    drop_in.low_latency_combine(X, TOPK, X, handle)
+    got = arrived(drop_in, "low_latency_combine")
+    assert torch.equal(got["topk_idx"], planned())
+    assert got["handle"] is handle
+    drop_in.clean_low_latency_buffer(4, 8, E)
+    assert arrived(drop_in, "clean_low_latency_buffer")["num_experts"] == P
+    with pytest.raises(ContractError, match="handle is not from this buffer"):
+        drop_in.low_latency_combine(X, TOPK, X, (X.clone(), *handle[1:]))
+    with pytest.raises(ContractError, match="is not the one that was planned"):
+        drop_in.low_latency_combine(X, TOPK.flip(0), X, handle)
+
+
+def test_a_buffer_sized_for_the_experts_is_refused_with_both_sizes(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=4 * 8 * E)
+    with pytest.raises(ContractError, match=r"num_rdma_bytes is 128, and 6 slots need 192"):
+        drop_in.low_latency_dispatch(X, TOPK, 4, E)
+    assert drop_in.log == []
+
+
+def test_size_hints_count_slots(make, mode, tmp_path):
+    def hint(num_experts):
+        return type(drop_in).get_low_latency_rdma_size_hint(4, 8, 1, num_experts) // 32
+
+    mode("0")
+    drop_in = make()
+    assert hint(E) == E
+    mode("1")
+    assert hint(E) == E
+    mode("1", LPLB_EP_NUM_PHYSICAL_EXPERTS="5")
+    assert hint(E) == 5
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    assert hint(E) == P
+    drop_in.view(Placement([0, 1, 2, 3, 0, 2, 1, 0], 1))
+    assert hint(E) == 8  # the largest
+    assert hint(9) == 9  # of another model
+    assert type(drop_in).num_sms == 20
+
+
+def test_a_saved_placement_counts_before_the_buffer_is_made(make, mode, tmp_path):
+    PLACEMENT.save(tmp_path / "placement.json")
+    mode("home", LPLB_EP_PLACEMENT=str(tmp_path / "placement.json"))
+    cls = buffer._drop_in(recorder().Buffer)
+    assert cls.get_low_latency_rdma_size_hint(4, 8, 1, E) == 4 * 8 * P
+    drop_in = make()
+    drop_in.get_dispatch_layout(TOPK, E)
+    assert arrived(drop_in, "get_dispatch_layout")["num_experts"] == P
+
+
+# --- V2 --------------------------------------------------------------------------------------
+
+
+def test_elastic_handles_carry_the_plan(make, mode):
+    mode("1")
+    drop_in = make("ElasticBuffer", placement=PLACEMENT, num_local_slots=P)
+    handle = drop_in.dispatch(X, TOPK, num_experts=E)[3]
+    got = arrived(drop_in, "dispatch")
+    assert got["num_experts"] == P
+    assert torch.equal(got["topk_idx"], planned())
+    with lplb_ep.use(Placement([0, 1], 1)):
+        drop_in.dispatch(X, num_experts=E, handle=handle)
+    got = arrived(drop_in, "dispatch")
+    assert got["num_experts"] == P
+    assert got["handle"] is handle
+    assert got.get("topk_idx") is None
+    drop_in.dispatch(X, handle=handle)
+    assert arrived(drop_in, "dispatch").get("num_experts") is None
+    drop_in.get_theoretical_num_sms(E, 2)
+    assert arrived(drop_in, "get_theoretical_num_sms")["num_experts"] == P
+
+
+# --- layers ----------------------------------------------------------------------------------
+
+
+OTHER = Placement([3, 2, 1, 0], 1)
+
+
+def slots_seen(drop_in):
+    return arrived(drop_in, "get_dispatch_layout")["topk_idx"]
+
+
+def test_views_share_the_buffer_and_have_their_own_placement(make, mode):
+    mode("1")
+    drop_in = make()
+    one, two = drop_in.view(PLACEMENT), drop_in.view(OTHER)
+    assert isinstance(one, type(drop_in))
+    assert one.log is drop_in.log
+    for _ in range(2):
+        one.get_dispatch_layout(TOPK, E)
+        assert torch.equal(slots_seen(drop_in), planned())
+        layout = two.get_dispatch_layout(TOPK, E)
+        assert torch.equal(slots_seen(drop_in), planned(OTHER))
+    with lplb_ep.use(PLACEMENT):  # the view knows better
+        two.get_dispatch_layout(TOPK, E)
+    assert torch.equal(slots_seen(drop_in), planned(OTHER))
+    again = two.view(PLACEMENT)
+    again.get_dispatch_layout(TOPK, E)
+    assert torch.equal(slots_seen(drop_in), planned())
+    # A layout made through one view is known to all.
+    drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
+    assert torch.equal(arrived(drop_in, "dispatch")["topk_idx"], planned(OTHER))
+    one.destroy()
+    assert drop_in.runtime is None
+    assert two.runtime is None
+
+
+def test_micro_batch_slots_have_channels_of_their_own(make, mode):
+    mode("1")
+    drop_in = make()
+    drop_in.view(PLACEMENT)
+    drop_in.view(PLACEMENT)
+    assert len(buffer._channels) == 1
+    drop_in.view(PLACEMENT, slot=1)
+    assert len(buffer._channels) == 2
+    make().view(PLACEMENT)  # a buffer that replaces another finds the channels there
+    assert len(buffer._channels) == 2
+
+
+def test_use_is_in_force_inside_only(make, mode):
+    mode("1")
+    drop_in = make()
+    with lplb_ep.use(PLACEMENT):
+        drop_in.get_dispatch_layout(TOPK, E)
+        assert torch.equal(slots_seen(drop_in), planned())
+        with lplb_ep.use(OTHER):
+            drop_in.get_dispatch_layout(TOPK, E)
+            assert torch.equal(slots_seen(drop_in), planned(OTHER))
+        drop_in.get_dispatch_layout(TOPK, E)
+        assert torch.equal(slots_seen(drop_in), planned())
+    with pytest.raises(ContractError, match="no placement is in force"):
+        drop_in.get_dispatch_layout(TOPK, E)
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, drop_in, num_slots=P):
+        super().__init__()
+        self.drop_in = drop_in
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(num_slots))
+
+    def forward(self, topk_idx):
+        return self.drop_in.get_dispatch_layout(topk_idx, E)
+
+
+def test_attached_layers_run_with_their_placement(make, mode):
+    mode("1")
+    drop_in = make()
+    layers = [Layer(drop_in), Layer(drop_in, 4)]
+    handles = [
+        lplb_ep.attach(layer, placement, num_local_slots=len(layer.experts), buffer=drop_in)
+        for layer, placement in zip(layers, (PLACEMENT, OTHER), strict=True)
+    ]
+    assert len(buffer._channels) == 2
+    for layer, placement in zip(layers, (PLACEMENT, OTHER), strict=True):
+        layer(TOPK)
+        assert torch.equal(slots_seen(drop_in), planned(placement))
+    # A forward that raises leaves nothing in force behind it.
+    with pytest.raises(ValueError, match="topk_idx"):
+        layers[0](torch.tensor([[9]]))
+    with pytest.raises(ContractError, match="no placement is in force"):
+        drop_in.get_dispatch_layout(TOPK, E)
+    handles[0].remove()
+    with pytest.raises(ContractError, match="no placement is in force"):
+        layers[0](TOPK)
+
+
+def test_attach_checks_the_model(make, mode):
+    mode("1")
+    layer = Layer(make())
+    with pytest.raises(ContractError, match=r"num_local_slots must be .* 6; got 4"):
+        lplb_ep.attach(layer, PLACEMENT, num_local_slots=4)
+    with pytest.raises(ValueError, match="6"):
+        lplb_ep.attach(Layer(None, 5), PLACEMENT, num_local_slots=P)
+    stacked = torch.nn.Module()
+    stacked.w1 = torch.nn.Parameter(torch.zeros(4, 2, 2))
+    with pytest.raises(ValueError, match="w1"):
+        lplb_ep.attach(layer, PLACEMENT, num_local_slots=P, experts=stacked)
+    with pytest.raises(ContractError, match=r"num_local_slots must be .* 6; got None"):
+        layer.drop_in.__class__(layer.drop_in.group, placement=PLACEMENT)
+
+
+def test_stale_replicas_send_tokens_home_until_valid(make, mode, caplog):
+    mode("1", LPLB_EP_REPLICAS="tracked")
+    placement = Placement([0, 1, 2, 3, 0, 2], 1)
+    # On one rank a second copy never has a quota, so look at the status that planners count.
+    drop_in = make(placement=placement, num_local_slots=P)
+    planner = next(iter(buffer._channels.values()))
+    drop_in.get_dispatch_layout(TOPK, E)
+    assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1}
+    assert "home slots: STALE" in caplog.text
+    replicas.mark_valid(placement)
+    drop_in.get_dispatch_layout(TOPK, E)
+    assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1, "OPTIMAL": 1}
+
+
+# --- in place --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deep_ep(monkeypatch):
+    module = recorder()
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
+    monkeypatch.setattr(buffer, "choose_backend", lambda backend: ("deep_ep", "for the test"))
+    yield module
+    buffer.unpatch()
+
+
+def test_drop_ins_are_subclasses_made_on_first_use(deep_ep, mode, group):
+    mode("1")
+    assert issubclass(lplb_ep.Buffer, deep_ep.Buffer)
+    assert lplb_ep.Buffer is lplb_ep.Buffer
+    assert lplb_ep.Buffer.num_sms == 20
+    assert lplb_ep.Buffer.__doc__ == "As deep_ep.Buffer."
+    assert issubclass(lplb_ep.ElasticBuffer, deep_ep.ElasticBuffer)
+    assert lplb_ep.EPHandle is deep_ep.EPHandle
+
+
+def test_the_patch_reaches_names_imported_early(deep_ep, mode, group):
+    mode("1")
+    early, methods = deep_ep.Buffer, dict(vars(deep_ep.Buffer))
+    older = early(group)
+    buffer.patch()
+    buffer.patch()
+    assert lplb_ep.Buffer is early
+    drop_in = early(group, placement=PLACEMENT, num_local_slots=P)
+    drop_in.get_dispatch_layout(TOPK, E)
+    (call,) = drop_in.log  # planned once, however often it was patched
+    assert torch.equal(call[1][0], planned())
+    assert isinstance(drop_in.view(OTHER), early)
+    older.get_dispatch_layout(TOPK, E)  # made before the patch: as it was
+    assert older.log[0][1][0] is TOPK
+    buffer.unpatch()
+    assert dict(vars(deep_ep.Buffer)) == methods
+
+
+def test_hybrid_buffers_are_left_alone_with_one_warning(deep_ep, mode, caplog):
+    class HybridEPBuffer:
+        def dispatch(self):
+            pass
+
+    deep_ep.HybridEPBuffer = HybridEPBuffer
+    before = dict(vars(HybridEPBuffer))
+    buffer.patch()
+    assert dict(vars(HybridEPBuffer)) == before
+    assert caplog.text.count("HybridEPBuffer") == 1
+
+
+def differing_modes(group):
+    import os
+
+    os.environ["LPLB_EP"] = "0" if group.rank() == 2 else "1"
+    buffer._drop_in(recorder().Buffer)(group)
+
+
+def test_ranks_with_different_modes_are_named():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(4, differing_modes)
+    for kind, message in failure.value.errors:
+        assert kind == "RankError"
+        assert "ranks differ in LPLB_EP: ranks [0, 1, 3]: '1'; ranks [2]: '0'" in message
+
+
+def test_a_missing_deep_ep_is_named():
+    with pytest.raises(lplb_ep.MissingPackageError, match="deep_ep is not installed"):
+        buffer.choose_backend("deep_ep")
+    assert buffer.choose_backend("auto")[0] == "lplb_ep.embedded"
