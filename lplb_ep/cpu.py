@@ -19,7 +19,7 @@ import torch
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from .placement import Placement
+from .placement import IntArray, Placement
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -94,23 +94,10 @@ def solve(
     most = most[arcs.expert, arcs.column]
     movable = quota[arcs.expert, arcs.column]
 
-    # Two bounds that need no flow: a component's mean, and what cannot leave a single rank.
     component = placement.component
     stuck = rank_load.copy()
     np.subtract.at(stuck, arcs.rank, movable)
-    bounds = []
-    for label in range(component.max() + 1):
-        members = component == label
-        worst = np.argmax(np.where(members, stuck / speeds, -1))
-        alone = np.arange(component.size) == worst
-        bounds.append(
-            max(
-                _Bound(members, rank_load[members].sum(), speeds),
-                _Bound(alone, stuck[worst], speeds),
-                key=lambda b: b.ratio,
-            )
-        )
-
+    bounds = _first_bounds(component, rank_load, stuck, speeds)
     times = [_whole_time(b.load, speeds[b.ranks]) for b in bounds]
     while True:
         limit = np.array([int(times[i] * int(s)) for i, s in zip(component, speeds, strict=True)])
@@ -153,6 +140,21 @@ class _Bound:
     def __init__(self, ranks: Bool, load: int, speeds: Int64) -> None:
         self.ranks, self.load = ranks, int(load)
         self.ratio = Fraction(self.load, int(speeds[ranks].sum()))
+
+
+def _first_bounds(
+    component: IntArray, rank_load: Int64, stuck: Int64, speeds: Int64
+) -> list[_Bound]:
+    """Of each component, the better of two bounds that need no flow: its mean, and what cannot
+    leave a single rank."""
+    bounds = []
+    for label in range(component.max() + 1):
+        members = component == label
+        worst = np.argmax(np.where(members, stuck / speeds, -1))
+        alone = _Bound(np.arange(component.size) == worst, stuck[worst], speeds)
+        mean = _Bound(members, rank_load[members].sum(), speeds)
+        bounds.append(max(mean, alone, key=lambda bound: bound.ratio))
+    return bounds
 
 
 def _whole_time(total: int, speeds: Int64) -> Fraction:

@@ -41,12 +41,12 @@ class TorchExchange:
         return rows
 
 
-def choose_counts(counts: str, group: dist.ProcessGroup | None, num_ranks: int) -> tuple[str, str]:
+def choose_counts(counts: str, has_group: bool, num_ranks: int) -> tuple[str, str]:
     """The exchange for a request, and why.
 
     Args:
         counts: one of `COUNTS`.
-        group: the expert-parallel group, or None.
+        has_group: whether there is a group to exchange them on.
         num_ranks: R.
 
     Returns:
@@ -61,7 +61,7 @@ def choose_counts(counts: str, group: dist.ProcessGroup | None, num_ranks: int) 
         return "given", "asked for: the caller brings the counts of all ranks"
     if num_ranks == 1:
         return "local", "a single rank has nothing to exchange"
-    if group is None:
+    if not has_group:
         raise ValueError(
             f"counts={counts!r} needs a group to exchange the counts of {num_ranks} ranks; "
             'pass group=, or counts="given" and the counts with each batch'

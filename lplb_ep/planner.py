@@ -94,7 +94,7 @@ class Planner:
         self.placement = placement
         self.rank = rank
         self.solver, _ = choose_solver(solver)
-        self.counts, _ = choose_counts(counts, group, placement.num_ranks)
+        self.counts, _ = choose_counts(counts, group is not None, placement.num_ranks)
         self.exchange: Exchange | None = None
         if self.counts == "local":
             self.exchange = LocalExchange()

@@ -139,6 +139,12 @@ class Settings:
         return cls(**values)  # type: ignore[arg-type]
 
 
+def put_in_environment(name: str, value: str) -> None:
+    """Sets the variable of a setting for this process and those that it starts."""
+    (variable,) = (f.metadata["variable"] for f in fields(Settings) if f.name == name)
+    os.environ[variable] = value
+
+
 def settings_table() -> str:
     """The settings as a Markdown table; README's is this text (a test compares them)."""
     rows = ["| variable | values | default | meaning |", "| --- | --- | --- | --- |"]

@@ -1,0 +1,315 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import lplb_ep.buffer
+from lplb_ep import Placement, cli
+from lplb_ep.report import load_recording, replay
+
+
+@pytest.fixture(autouse=True)
+def process(monkeypatch):
+    """The command's process: a clean environment, and a path and arguments to put back."""
+    for variable in [v for v in os.environ if v.startswith("LPLB_EP")]:
+        monkeypatch.delenv(variable)
+    for variable in ("LPLB_EP", "LPLB_EP_PLACEMENT"):
+        monkeypatch.setenv(variable, "")  # `run` sets them: put back at the end
+    monkeypatch.setattr(sys, "argv", ["lplb-ep"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+
+
+def fails(capsys, *argv):
+    """The one line on stderr of a command that ends with status 2."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([str(a) for a in argv])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("lplb-ep: error: ")
+    return line
+
+
+# --- doctor ---------------------------------------------------------------------------------------
+
+
+def sections(text):
+    """{heading: {first word of a line: the rest}}"""
+    found, lines = {}, {}
+    for line in text.splitlines():
+        if line.startswith("  "):
+            name, _, rest = line.strip().partition(" ")
+            lines[name] = rest.strip()
+        elif line:
+            lines = found.setdefault(line, {})
+    return found
+
+
+def test_doctor_tells_choices_and_reasons(capsys, monkeypatch):
+    monkeypatch.setenv("LPLB_EP_BACKEND", "embedded")
+    assert cli.main(["doctor"]) == 0
+    told = sections(capsys.readouterr().out)
+    assert told["Packages"]["torch"].startswith(torch.__version__)
+    assert told["Settings"]["LPLB_EP_BACKEND"].split() == ["embedded", "set"]
+    assert told["Settings"]["LPLB_EP_SOLVER"].split() == ["auto", "default"]
+    assert told["Used"]["buffer"].split(maxsplit=1) == ["lplb_ep.embedded", "asked for"]
+    assert told["Used"]["counts"].startswith("torch")
+    assert told["Used"]["solver"].startswith("cpu")
+    assert "cuda" in told["Devices"] or "cuda:0" in told["Devices"]
+
+
+def test_doctor_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_version", lambda distribution: None)
+    assert cli.main(["doctor"]) == 0
+    told = sections(capsys.readouterr().out)
+    assert 'pip install "lplb-ep[plot]"' in told["Packages"]["matplotlib"]
+    assert told["Packages"]["deep_ep"].startswith("missing")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("LPLB_EP", "2", "LPLB_EP must be one of 0, home, 1; got '2'"),
+        ("LPLB_EP_MODE", "1", "unknown setting LPLB_EP_MODE"),
+        ("LPLB_EP_PLACEMENT", "none.json", "No such file"),
+    ],
+)
+def test_doctor_shows_bad_settings(capsys, monkeypatch, variable, value, says):
+    monkeypatch.setenv(variable, value)
+    assert cli.main(["doctor"]) == 2
+    assert says in capsys.readouterr().out
+
+
+# --- replay ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recording(tmp_path):
+    """A file with two arrays of [3 layers, 16 experts], and what they hold."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.lognormal(6, 1, (3, 16)).astype(np.int64) for name in ("new", "old")}
+    path = tmp_path / "counts.npz"
+    np.savez(path, **arrays)
+    return path, arrays
+
+
+@pytest.mark.parametrize("kind", ["cube", "ring:4", "torus:2x4", "eplb"])
+@pytest.mark.parametrize("learned", ["new", "old"])
+def test_replay(recording, tmp_path, capsys, kind, learned):
+    path, arrays = recording
+    argv = ["replay", path, "--key", "new", "--placement", kind, "--ranks", 8, "--redundant", 2]
+    argv += ["--json", tmp_path / "out.json"]
+    if learned != "new":
+        argv += ["--learn-from", learned]
+    assert cli.main([str(a) for a in argv]) == 0
+    shape = {"num_ranks": 8, "num_redundant_per_rank": 2}
+    placements = [
+        Placement.from_history(load, **shape)
+        if kind == "eplb"
+        else Placement.from_topology(kind, num_experts=16, load=load, **shape)
+        for load in arrays[learned]
+    ]
+    expected = replay(load_recording(path, key="new"), placements)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["imbalance"] == expected.to_json()["imbalance"]
+    assert told["learned_from"] == f"counts.npz: {learned}"
+    assert (told["num_ranks"], told["num_physical_experts"]) == (8, 32)
+    out = capsys.readouterr().out
+    assert out.endswith(expected.table() + "\n")
+    assert ("learned from counts.npz: old" in out) == (learned == "old")
+
+
+def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):
+    path, _ = recording
+    placement = Placement([*range(16)], 4)
+    placement.save(tmp_path / "placement.json")
+    argv = ["replay", path, "--key", "old", "--placement", tmp_path / "placement.json"]
+    argv += ["--png", tmp_path / "out.png", "--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    imbalance = json.loads((tmp_path / "out.json").read_text())["imbalance"]
+    assert imbalance["home"] == imbalance["in_order"]
+
+
+def test_replay_of_ids_learned_from_another_file(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", rng.random((64, 2, 8)).argsort(axis=2)[:, :, :3])
+    argv = ["replay", tmp_path / "a.npy", "--layout", "token-layer", "--experts", 8]
+    argv += ["--tokens-per-batch", 16, "--learn-from", tmp_path / "b.npy", "--placement", "eplb"]
+    argv += ["--ranks", 4, "--redundant", 1, "--ranks-per-node", 2, "--groups", 2]
+    argv += ["--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["learned_from"] == "b.npy"
+    assert np.shape(told["imbalance"]["lp"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "key must name one of its arrays: new [3, 16], old [3, 16]"),
+        (["--key", "new", "--experts", "8"], "num_experts is 8"),
+        (["--key", "new", "--learn-from", "gone"], "no array 'gone'"),
+        (["--key", "new", "--placement", "star"], "--placement must be cube, "),
+        (
+            ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],
+            "--groups is for",
+        ),
+        (["--key", "new", "--placement", "eplb", "--ranks", "8"], "needs --ranks and --redundant"),
+        (["--key", "new", "--placement", "ring"], "needs --ranks"),
+        (["--key", "new", "--placement", "cube", "--ranks", "6"], "num_ranks"),
+        (["--key", "new", "--placement", "p.json", "--ranks", "8"], "--ranks does not go with"),
+    ],
+)
+def test_replay_says_what_is_wrong_in_one_line(recording, capsys, options, says):
+    if "--placement" not in options:
+        options = [*options, "--placement", "cube", "--ranks", "8"]
+    assert says in fails(capsys, "replay", recording[0], *options)
+
+
+def test_replay_learns_from_the_same_model_only(recording, tmp_path, capsys):
+    np.save(tmp_path / "other.npy", np.ones((2, 16), int))
+    options = ["--placement", "cube", "--ranks", 8, "--learn-from", tmp_path / "other.npy"]
+    np.save(tmp_path / "one.npy", recording[1]["new"])
+    says = fails(capsys, "replay", tmp_path / "one.npy", *options)
+    assert "other.npy has 2 layers of 16 experts; one.npy has 3 of 16" in says
+
+
+# --- run and demo ---------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, sys
+told = {"name": __name__, "argv": sys.argv, "path": sys.path[0]}
+told |= {"mode": os.environ["LPLB_EP"], "placement": os.environ["LPLB_EP_PLACEMENT"]}
+with open(sys.argv[1], "w") as file:
+    json.dump(told, file)
+"""
+
+
+@pytest.fixture
+def patched(monkeypatch):
+    calls = []
+    monkeypatch.setattr(lplb_ep.buffer, "patch", lambda: calls.append("patched"))
+    return calls
+
+
+def test_run_a_script(tmp_path, patched):
+    script, out = tmp_path / "script.py", tmp_path / "out.json"
+    script.write_text(SCRIPT)
+    Placement([0, 1], 2).save(tmp_path / "placement.json")
+    options = ["--placement", tmp_path / "placement.json", "--mode", "home"]
+    argv = ["run", *options, script, out, "--placement", "its own", "-m"]
+    assert cli.main([str(a) for a in argv]) == 0
+    assert json.loads(out.read_text()) == {
+        "name": "__main__",
+        "argv": [str(script), str(out), "--placement", "its own", "-m"],
+        "path": str(tmp_path),
+        "mode": "home",
+        "placement": str(tmp_path / "placement.json"),
+    }
+    assert patched == ["patched"]
+
+
+def test_run_a_module(tmp_path, patched, monkeypatch):
+    package = tmp_path / "a_package_of_the_test"
+    package.mkdir()
+    (package / "part.py").write_text(SCRIPT)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "-m", "a_package_of_the_test.part", "out.json", "-x"]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["name"] == "__main__"
+    assert told["argv"] == [str(package / "part.py"), "out.json", "-x"]
+    assert told["path"] == str(tmp_path)
+    assert told["mode"] == "", "not set where not asked for"
+
+
+def test_what_a_script_raises_is_its_own(tmp_path, patched):
+    script = tmp_path / "script.py"
+    script.write_text("raise ValueError('of the script')")
+    with pytest.raises(ValueError, match="of the script"):
+        cli.main(["run", str(script)])
+    script.write_text("raise SystemExit(7)")
+    with pytest.raises(SystemExit, match="7"):
+        cli.main(["run", str(script)])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "a script, or -m and a module"),
+        (["none.py"], "no such script: none.py"),
+        (["-m", "no_such_module.part"], "no module named no_such_module.part"),
+        (["--placement", "none.json", "x.py"], "No such file"),
+    ],
+)
+def test_run_says_what_is_wrong_in_one_line(capsys, patched, argv, says):
+    assert says in fails(capsys, "run", *argv)
+    assert not patched
+
+
+def test_run_refuses_bad_settings(capsys, patched, monkeypatch):
+    monkeypatch.setenv("LPLB_EP_SOLVER", "none")
+    assert "LPLB_EP_SOLVER must be" in fails(capsys, "run", __file__)
+
+
+def test_run_gives_a_script_the_drop_ins(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import deep_ep, lplb_ep\n"
+        "assert deep_ep.Buffer is lplb_ep.Buffer\n"
+        "assert hasattr(deep_ep.Buffer, 'view')\n"
+        "print('drop-in')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "lplb_ep.cli", "run", "--mode", "1", script],
+        env={**os.environ, "LPLB_EP_BACKEND": "embedded"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "drop-in\n"), done.stderr
+
+
+def test_demo_runs_the_example(tmp_path, monkeypatch):
+    script = tmp_path / "examples" / "moe_layer.py"
+    script.parent.mkdir()
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "cli.py"))
+    assert cli.main(["demo", str(tmp_path / "out.json"), "--help", "--steps", "3"]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["argv"] == [str(script), str(tmp_path / "out.json"), "--help", "--steps", "3"]
+    assert told["path"] == str(script.parent)
+
+
+def test_demo_without_the_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "cli.py"))
+    assert "examples/moe_layer.py of the source tree" in fails(capsys, "demo")
+
+
+# --- the command itself ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", [[], ["none"], ["doctor", "--json"], ["replay"]])
+def test_unknown_arguments_are_refused(capsys, argv):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(argv)
+    assert "usage: lplb-ep" in capsys.readouterr().err
+
+
+def test_the_command_starts_light():
+    code = (
+        "import sys, lplb_ep.cli as cli\n"
+        "try: cli.main(['--version'])\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    version, loaded = done.stdout.splitlines()
+    assert version.startswith("lplb-ep ")
+    assert loaded == "[]"

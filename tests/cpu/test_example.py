@@ -1,0 +1,68 @@
+"""The example runs as its reader would run it, and shows what it promises."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "moe_layer.py"
+SMALL = ["--ranks", "4", "--experts", "16", "--topk", "2", "--sequences", "2", "--steps", "4"]
+
+
+def run(*arguments, environ=None):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLE), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env={**os.environ, **(environ or {})},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+def test_balanced_steps_equal_home_steps(tmp_path, dtype, tolerance):
+    picture = tmp_path / "picture.png"
+    out = run(*SMALL, "--balance", "both", "--dtype", dtype, "--out", str(picture))
+    checks = re.findall(r"^(\d+) +([\d.]+) +([\d.]+) +([\d.e+-]+)$", out, re.MULTILINE)
+    assert [int(step) for step, *_ in checks] == [0, 2, 3]
+    for _, balanced, home, difference in checks:
+        assert abs(float(balanced) - float(home)) <= tolerance * float(home)
+        assert 0 < float(difference) < tolerance  # the sums are ordered differently
+    rows = re.findall(r"^layer \d, placed .*?((?: +\d\.\d{3}){6})$", out, re.MULTILINE)
+    assert len(rows) == 4
+    for row in rows:
+        home, plan, bound, *_ = map(float, row.split())
+        assert bound <= plan <= home
+        assert plan < bound + 0.02  # whole tokens
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_environment_switches_the_mode(tmp_path):
+    picture = ["--out", str(tmp_path / "picture.png")]
+    out = run(*SMALL, *picture, environ={"LPLB_EP": "home"})
+    assert "(mode home)" in out
+    assert "gradients differ" not in out
+    for row in re.findall(r"^layer \d, placed .*?((?: +\d\.\d{3}){6})$", out, re.MULTILINE):
+        home, plan, *_ = row.split()
+        assert home == plan
+
+
+def test_a_recording_drives_the_routing(tmp_path):
+    counts = np.ones((1, 8), np.int64)
+    counts[0, :2] = 200
+    np.save(tmp_path / "trace.npy", counts)
+    out = run(
+        *SMALL, "--balance", "on", "--trace", str(tmp_path / "trace.npy"),
+        "--out", str(tmp_path / "picture.png"),
+    )  # fmt: skip
+    assert "8 experts" in out
+    # Two experts get nearly all: two ranks of four work, or with their copies all of them.
+    (home, plan, *_) = re.search(r"layer 0, placed evenly((?: +\d\.\d{3}){6})", out)[1].split()
+    assert float(home) > 1.9
+    assert float(plan) < 1.1

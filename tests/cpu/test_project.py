@@ -1,0 +1,192 @@
+"""The project's own rules: layers, light import, settings in one place, packaging, README."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import lplb_ep
+from lplb_ep.settings import Settings, settings_table
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "lplb_ep"
+# Each module imports only from those above it.
+LAYERS = [
+    "__init__",
+    "settings",
+    "eplb",
+    "topology",
+    "placement",
+    "cpu",
+    "solver",
+    "exchange",
+    "planner",
+    "replicas",
+    "embedded",
+    "embedded_elastic",
+    "buffer",
+    "report",
+    "cli",
+]
+
+
+def trees():
+    for path in sorted(PACKAGE.glob("*.py")):
+        yield path.stem, ast.parse(path.read_text())
+
+
+def inner_imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (
+            node.level or (node.module or "").startswith("lplb_ep")
+        ):
+            module = (node.module or "").removeprefix("lplb_ep").strip(".")
+            names = [module] if module else [alias.name for alias in node.names]
+            yield from (name if name in LAYERS else "__init__" for name in names)
+
+
+def test_modules_import_only_from_those_above():
+    assert sorted(name for name, _ in trees()) == sorted(LAYERS)
+    for name, tree in trees():
+        if name == "__init__":
+            continue
+        for imported in inner_imports(tree):
+            assert LAYERS.index(imported) < LAYERS.index(name), f"{name} imports {imported}"
+
+
+def test_only_settings_reads_the_environment():
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"):
+                assert name == "settings", f"{name}.py line {node.lineno} reads the environment"
+
+
+def test_only_the_drop_in_imports_deep_ep():
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            assert not any(n.split(".")[0] == "deep_ep" for n in names), name
+
+
+def test_asserts_say_what_broke():
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assert):
+                assert node.msg is not None, f"{name}.py line {node.lineno}"
+
+
+def test_sizes_stay_readable():
+    for name, tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                lines = node.end_lineno - node.lineno + 1 - docstring
+                assert lines <= 70, f"{name}.{node.name} has {lines} lines beside its docstring"
+
+
+def test_everything_public_is_documented():
+    for name in lplb_ep.__all__:
+        if name == "__version__" or name in ("EPHandle",):
+            continue
+        thing = getattr(lplb_ep, name)
+        assert inspect.getdoc(thing), name
+
+
+def test_import_is_light():
+    heavy = ["torch", "numpy", "scipy", "cupy", "deep_ep", "matplotlib", "nvshmem", "logging"]
+    code = (
+        "import sys\n"
+        f"before = set(sys.modules)\n"
+        "import lplb_ep\n"
+        f"print([m for m in {heavy} if m in sys.modules and m not in before])\n"
+        "print('Buffer' in dir(lplb_ep))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "[]\nTrue\n"
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="no attribute 'Bufer'"):
+        lplb_ep.Bufer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("LPLB_EP", "on", "LPLB_EP must be one of 0, home, 1; got 'on'"),
+        (
+            "LPLB_EP_BACKEND",
+            "gpu",
+            "LPLB_EP_BACKEND must be one of auto, deep_ep, embedded; got 'gp",
+        ),
+        ("LPLB_EP_COUNTS", "given", "LPLB_EP_COUNTS must be one of auto, torch; got 'given'"),
+        ("LPLB_EP_SOLVER", "lp", "LPLB_EP_SOLVER must be one of auto, cpu; got 'lp'"),
+        ("LPLB_EP_INDICES", "both", "LPLB_EP_INDICES must be one of logical, physical; got 'both'"),
+        ("LPLB_EP_REPLICAS", "1", "LPLB_EP_REPLICAS must be one of tracked, valid; got '1'"),
+        ("LPLB_EP_NUM_PHYSICAL_EXPERTS", "-3", "_EXPERTS must be a whole number; got '-3'"),
+        ("LPLB_EP_CHECK", "yes", "LPLB_EP_CHECK must be one of 0, 1; got 'yes'"),
+        ("LPLB_EP_BALANCE", "1", "unknown setting LPLB_EP_BALANCE; known ones: LPLB_EP, LPLB_EP_"),
+    ],
+)
+def test_bad_settings_name_themselves(variable, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Settings.from_env({variable: value})
+
+
+def test_settings_have_defaults_and_ignore_empty_values():
+    assert Settings.from_env({}) == Settings.from_env({"LPLB_EP": " "}) == Settings()
+    chosen = Settings.from_env(
+        {"LPLB_EP": "1", "LPLB_EP_CHECK": "1", "LPLB_EP_NUM_PHYSICAL_EXPERTS": "72"}
+    )
+    assert (chosen.mode, chosen.check, chosen.num_physical_experts) == ("1", True, 72)
+
+
+README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""
+
+
+def test_readme_has_the_settings_as_they_are():
+    assert settings_table() in README
+
+
+def test_readme_names_only_files_that_exist():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
+    tree = re.findall(r"^(?:\w|\.)[\w./]*(?:/|\.py|\.md|\.toml)(?=\s)", README, re.MULTILINE)
+    assert links
+    for path in links + tree:
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_is_in_order():
+    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
+    assert headings == [
+        "Quick start",
+        "Install on GPUs",
+        "Use it with DeepEP",
+        "How it works",
+        "Limitations",
+        "Settings",
+        "Results",
+        "Files",
+    ]
+
+
+def test_the_wheel_holds_the_package(tmp_path):
+    build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run(
+        [sys.executable, "-m", *build, str(tmp_path), str(ROOT)], check=True, capture_output=True
+    )
+    (wheel,) = tmp_path.glob("lplb_ep-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"lplb_ep/{name}.py" for name in LAYERS} | {"lplb_ep/py.typed"} <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
