@@ -263,25 +263,26 @@ class Trainer:
         for layer in self.layers:
             layer.replicas.copy_weights()  # (5)
 
-    def compare_with_home(self, tokens: torch.Tensor) -> tuple[float, float, float]:
-        """One step's loss balanced and with every token at home, and the gradients' difference.
-
-        The difference is the largest, over all weights of the model, of max |a - b| / max |b|.
-        """
-        balanced_loss, balanced = float(self.gradients(tokens)), self.logical_gradients()
+    def gradients_at_home(self, tokens: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        """The same with every token at its home: the loss, and all gradients."""
         views = [layer.buffer for layer in self.layers]
         for layer in self.layers:
             layer.buffer = self.home_buffer.view(layer.placement)
-        home_loss, home = float(self.gradients(tokens)), self.logical_gradients()
+        loss, grads = float(self.gradients(tokens)), self.logical_gradients()
         for layer, view in zip(self.layers, views, strict=True):
             layer.buffer = view
+            layer.replicas.copy_weights()  # stale after reduce_gradients: a step should follow
+        return loss, grads
+
+    def difference(self, grads: list[torch.Tensor]) -> float:
+        """The largest max |a - b| / max |b| over all weights of the model. Collective."""
         worst = max(
             float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
-            for a, b in zip(balanced, home, strict=True)
+            for a, b in zip(self.logical_gradients(), grads, strict=True)
         )
-        worst = torch.tensor(worst, dtype=torch.float64)
-        dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.group)
-        return balanced_loss, home_loss, float(worst)
+        out = torch.tensor(worst, dtype=torch.float64)
+        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group)
+        return float(out)
 
     def logical_gradients(self) -> list[torch.Tensor]:
         """Of every weight the model is made of: dense ones, and the experts whose home is here."""
@@ -326,9 +327,12 @@ def train(args: argparse.Namespace, group: dist.ProcessGroup) -> tuple[Trainer, 
             dist.all_reduce(loads, group=group)
             trainer.place(list(loads))
         tokens = trainer.batch()
-        if args.balance == "both" and step in (0, args.steps // 2, args.steps - 1):
-            record.checks.append((step, *trainer.compare_with_home(tokens)))
+        compared = args.balance == "both" and step in (0, args.steps // 2, args.steps - 1)
+        if compared:
+            home_loss, home_grads = trainer.gradients_at_home(tokens)
         loss = trainer.gradients(tokens)
+        if compared:
+            record.checks.append((step, float(loss), home_loss, trainer.difference(home_grads)))
         record.add(trainer.layers, float(loss))
         trainer.step()
         if group.rank() == 0:

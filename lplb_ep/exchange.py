@@ -69,25 +69,44 @@ def choose_counts(counts: str, has_group: bool, num_ranks: int) -> tuple[str, st
     return "torch", "asked for" if counts == "torch" else "the only exchange of this version"
 
 
-def agree(group: dist.ProcessGroup | None, what: str, facts: dict[str, object]) -> None:
+def agree(
+    group: dist.ProcessGroup | None,
+    what: str,
+    facts: dict[str, object],
+    refusal: ValueError | None = None,
+) -> None:
     """Collective: checks that every rank brings the same facts.
 
     Args:
         group: the ranks; None for a single one.
         what: whose facts, for the message.
         facts: name → plain value.
+        refusal: why this rank has no facts to bring. The others are told before it is raised
+            here: they would wait for this rank for ever.
 
     Raises:
-        RankError: on every rank alike; names the facts that differ and who has which.
+        ValueError: `refusal`, on its own rank.
+        RankError: another rank refused, or ranks differ; names who, and in what.
     """
-    if group is None or group.size() == 1:
-        return
-    everyone: list[dict[str, object]] = [{} for _ in range(group.size())]
-    dist.all_gather_object(everyone, facts, group=group)
-    for name in sorted(set().union(*everyone)):
-        holders: dict[str, list[int]] = {}
-        for rank, theirs in enumerate(everyone):
-            holders.setdefault(repr(theirs.get(name)), []).append(rank)
+    if group is not None and group.size() > 1:
+        everyone: list[tuple[dict[str, object], str]] = [({}, "")] * group.size()
+        dist.all_gather_object(everyone, (facts, str(refusal or "")), group=group)
+        if refusal is None:
+            _compare(what, everyone)
+    if refusal is not None:
+        raise refusal
+
+
+def _compare(what: str, everyone: list[tuple[dict[str, object], str]]) -> None:
+    refused = [rank for rank, (_, refusal) in enumerate(everyone) if refusal]
+    if refused:
+        raise RankError(
+            f"{what}: ranks {refused} refused; rank {refused[0]}: {everyone[refused[0]][1]}"
+        )
+    for name in sorted(set().union(*(facts for facts, _ in everyone))):
+        holders: dict[object, list[int]] = {}
+        for rank, (facts, _) in enumerate(everyone):
+            holders.setdefault(facts.get(name, "absent"), []).append(rank)
         if len(holders) > 1:
-            shown = "; ".join(f"ranks {ranks}: {value}" for value, ranks in holders.items())
+            shown = "; ".join(f"{value} on ranks {ranks}" for value, ranks in holders.items())
             raise RankError(f"{what}: ranks differ in {name}: {shown}")

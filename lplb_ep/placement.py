@@ -14,15 +14,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from .eplb import rebalance
 from .settings import PlacementError
+from .topology import redundant_to_original
 
 IntArray = npt.NDArray[np.int32]
 
@@ -65,29 +68,32 @@ class Placement:
     ) -> None:
         table = _integers("physical_to_logical", physical_to_logical)
         num_slots = table.size
-        if num_ranks < 1 or num_slots == 0 or num_slots % num_ranks:
+        num_ranks = _whole("num_ranks", num_ranks)
+        if num_slots == 0 or num_slots % num_ranks:
             raise PlacementError(
                 f"num_ranks must divide the number of slots: {num_slots} slots, {num_ranks} ranks"
             )
-        node = num_ranks if num_ranks_per_node is None else num_ranks_per_node
-        if node < 1 or num_ranks % node:
-            raise PlacementError(
-                f"num_ranks_per_node must divide num_ranks: {node} does not divide {num_ranks}"
-            )
-        experts = int(table.max()) + 1 if num_experts is None else num_experts
+        experts = (
+            max(int(table.max()) + 1, 1)
+            if num_experts is None
+            else _whole("num_experts", num_experts)
+        )
         wrong = np.flatnonzero((table < -1) | (table >= experts))
         if wrong.size:
             raise PlacementError(
                 f"slot {wrong[0]} holds expert {table[wrong[0]]}, expected -1 (unused) or one of "
                 f"[0, {experts})"
             )
-        missing = np.flatnonzero(np.bincount(table[table >= 0], minlength=experts) == 0)
-        if experts < 1 or missing.size:
-            which = ", ".join(map(str, missing[:8])) or "0"
-            raise PlacementError(f"no slot holds expert {which} (of {experts} experts)")
+        # Of more experts than slots one of the first num_slots + 1 is missing.
+        missing = np.setdiff1d(np.arange(min(experts, num_slots + 1)), table)
+        if missing.size:
+            which = ", ".join(map(str, missing[:8]))
+            raise PlacementError(
+                f"no slot holds expert {which} (of {experts} experts, in {num_slots} slots)"
+            )
 
         self.num_ranks = num_ranks
-        self.num_ranks_per_node = node
+        self.num_ranks_per_node = _ranks_per_node(num_ranks, num_ranks_per_node)
         self.num_experts = experts
         self.num_physical_experts = num_slots
         self.num_local_slots = num_slots // num_ranks
@@ -102,6 +108,188 @@ class Placement:
             repeated = (rank[:, :column] == rank[:, column : column + 1]).any(axis=1)
             rank[repeated, column] = -1
         self.copy_rank = _frozen(rank)
+
+    @classmethod
+    def from_topology(
+        cls,
+        topology: str | npt.ArrayLike,
+        *,
+        num_experts: int,
+        num_ranks: int,
+        num_redundant_per_rank: int | None = None,
+        load: npt.ArrayLike | None = None,
+        num_ranks_per_node: int | None = None,
+    ) -> Placement:
+        """LPLB's placement: each rank's hottest experts get one replica each, on fixed ranks.
+
+        The table is the one that LPLB's planner makes (github.com/deepseek-ai/LPLB). A topology
+        is LPLB's `r2o` [G, D], for groups of G ranks: rank i of a group copies from rank
+        `r2o[i, d]` of that group. Home experts fill slots 0 … E / R - 1 of each rank; the k-th
+        slot after them holds the k-th home expert of rank `r2o[i, k % D]`. A group of ranks
+        shares no expert with another, so each is an LP of its own.
+
+        Args:
+            topology: "cube" (8 ranks, 2 columns), "hypercube" (16, 2), "torus" (all ranks, as
+                square as possible, 2) or "torus:4x8" (4 rows of 8 ranks), "ring" (all ranks, 1)
+                or "ring:8"; or an `r2o`, [G, D] integers in [0, G), each column a permutation that
+                maps no rank to itself.
+            num_experts: E, a multiple of R.
+            num_ranks: R, a multiple of G.
+            num_redundant_per_rank: replicas on each rank, a multiple of D up to E / R. Default: D.
+            load: [E] or [N, E] (summed) numbers of at least 0, in any unit. Home experts are then
+                packed on the ranks by load and ordered by descending load on each, so that the
+                hottest are the replicated ones. As in LPLB, where the number of groups of ranks
+                is a multiple of the number of nodes, E is cut into as many groups of consecutive
+                experts, and these are spread over the nodes whole (a node that is one group of
+                ranks keeps its consecutive experts); otherwise, and on one node, experts are
+                packed over all ranks. Without a load: experts in order, the first replicated.
+            num_ranks_per_node: as for `Placement`.
+
+        Raises:
+            PlacementError: names the argument that does not fit, or the rank and column of `r2o`.
+        """
+        num_experts = _whole("num_experts", num_experts)
+        num_ranks = _whole("num_ranks", num_ranks)
+        node = _ranks_per_node(num_ranks, num_ranks_per_node)
+        if not isinstance(topology, str):
+            topology = _integers("topology", topology, dims=(2,))
+        source = redundant_to_original(topology, num_ranks)
+        size, columns = source.shape
+        if num_experts % num_ranks:
+            raise PlacementError(
+                f"num_ranks must divide num_experts: {num_ranks} does not divide {num_experts}"
+            )
+        local = num_experts // num_ranks
+        redundant = (
+            columns
+            if num_redundant_per_rank is None
+            else _whole("num_redundant_per_rank", num_redundant_per_rank)
+        )
+        if redundant % columns or redundant > local:
+            raise PlacementError(
+                f"num_redundant_per_rank must be a multiple of the topology's {columns} columns, "
+                f"up to num_experts / num_ranks = {local}; got {redundant}"
+            )
+
+        if load is None:
+            home = np.arange(num_experts).reshape(num_ranks, local)
+        else:
+            weight = _expert_load(load, num_experts)
+            groups, nodes = num_ranks // size, num_ranks // node
+            whole = (nodes, groups) if groups % nodes == 0 else (1, 1)
+            home = rebalance(weight, num_ranks, local, *whole)  # hottest first on each rank
+        group_start = np.arange(num_ranks)[:, None] // size * size
+        copied = group_start + np.tile(source, (num_ranks // size, redundant // columns))
+        table = np.concatenate([home, home[copied, np.arange(redundant)]], axis=1)
+        return cls(table.ravel(), num_ranks, num_experts=num_experts, num_ranks_per_node=node)
+
+    @classmethod
+    def from_history(
+        cls,
+        load: npt.ArrayLike,
+        *,
+        num_ranks: int,
+        num_redundant_per_rank: int,
+        num_ranks_per_node: int | None = None,
+        num_groups: int | None = None,
+    ) -> Placement:
+        """EPLB's placement of one layer: the hottest experts get most copies, packed by load.
+
+        EPLB's policies (github.com/deepseek-ai/EPLB), in float64, ties to the lower expert.
+        Hierarchical: groups of experts are packed on nodes, and replicated and packed inside
+        their node. Global: over all ranks. Like EPLB, this judges rank loads by the even split of
+        each expert over its copies. A second copy on a rank is worth nothing to a plan, so no
+        expert gets more copies than its node has ranks, and copies that meet are swapped apart,
+        each only where the maximum rank load does not grow; two copies on a rank can remain.
+
+        Args:
+            load: [E] or [N, E] (summed) numbers of at least 0, in any unit.
+            num_ranks: R.
+            num_redundant_per_rank: replicas on each rank, at least 0. Where R does not divide E,
+                ranks have ⌈E / R⌉ + num_redundant_per_rank slots, all of them filled.
+            num_ranks_per_node: as for `Placement`.
+            num_groups: groups of consecutive experts that the router limits its picks to; must
+                divide E. With a multiple of the number of nodes the policy is hierarchical,
+                otherwise, as by default, global.
+
+        Raises:
+            PlacementError: names the argument that does not fit, or the expert with a bad load.
+        """
+        weight = _expert_load(load)
+        experts = weight.size
+        num_ranks = _whole("num_ranks", num_ranks)
+        nodes = num_ranks // _ranks_per_node(num_ranks, num_ranks_per_node)
+        groups = 1 if num_groups is None else _whole("num_groups", num_groups)
+        if experts % groups:
+            raise PlacementError(
+                f"num_groups must divide the number of experts: {groups} does not divide {experts}"
+            )
+        if groups % nodes:
+            nodes = groups = 1
+        redundant = _whole("num_redundant_per_rank", num_redundant_per_rank, least=0)
+        slots = -(-experts // num_ranks) + redundant
+        if slots > experts // nodes:
+            raise PlacementError(
+                f"num_redundant_per_rank is too large: {slots} slots on a rank, for "
+                f"{experts // nodes} experts{' of its node' if nodes > 1 else ''}; got {redundant}"
+            )
+        table = rebalance(weight, num_ranks, slots, nodes, groups)
+        return cls(
+            table.ravel(), num_ranks, num_experts=experts, num_ranks_per_node=num_ranks_per_node
+        )
+
+    @classmethod
+    def from_physical_to_logical(
+        cls,
+        table: npt.ArrayLike | Mapping[str, Any],
+        num_ranks: int,
+        *,
+        num_experts: int | None = None,
+        num_ranks_per_node: int | None = None,
+    ) -> Placement | list[Placement]:
+        """A serving engine's own placement, its `physical_to_logical_map`.
+
+        vLLM (`EplbState`) and SGLang (`ExpertLocationMetadata`) keep an int64 tensor
+        [layers, P] with slots numbered rank-major, as here. The values are copied: after the
+        engine has moved experts, make the placements anew.
+
+        Args:
+            table: [P] or [layers, P] integers, -1 = a slot that holds nothing: a tensor on any
+                device, an array or nested lists; or a mapping that has one as
+                "physical_to_logical_map", which is what SGLang's `--init-expert-location` files
+                hold.
+            num_ranks: R; must divide P.
+            num_experts: E; by default one more than the largest entry of all layers.
+            num_ranks_per_node: as for `Placement`.
+
+        Returns:
+            A placement for [P]; for [layers, P] a list of them, one per layer.
+
+        Raises:
+            PlacementError: as for `Placement`; for [layers, P] the layer is named.
+        """
+        name = "physical_to_logical_map"
+        if isinstance(table, Mapping) and name not in table:
+            raise PlacementError(f"table must have the key {name!r}, got the keys {list(table)}")
+        slots = table[name] if isinstance(table, Mapping) else table
+        layers = _integers(name, slots, dims=(1, 2))
+        if num_experts is None and layers.size:
+            num_experts = max(int(layers.max()) + 1, 1)
+        make = partial(
+            cls,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+            num_ranks_per_node=num_ranks_per_node,
+        )
+        if layers.ndim == 1:
+            return make(layers)
+        placements = []
+        for layer, layer_slots in enumerate(layers):
+            try:
+                placements.append(make(layer_slots))
+            except PlacementError as error:
+                raise PlacementError(f"layer {layer}: {error}") from error
+        return placements
 
     def _copies(self, home: npt.ArrayLike | None) -> npt.NDArray[Any]:
         """[E, C]: each expert's slots, its home first, then by (local slot, rank)."""
@@ -187,6 +375,10 @@ class Placement:
     def __hash__(self) -> int:
         return hash(self._fingerprint)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its state: a pickled array would come back writable.
+        return partial(Placement, **self._state), ()
+
     def __repr__(self) -> str:
         return (
             f"Placement({self.num_experts} experts in {self.num_physical_experts} slots on "
@@ -216,20 +408,73 @@ class Placement:
             raise PlacementError(f"{os.fspath(path)} is not a placement saved by this version")
         try:
             return cls(**state)
-        except TypeError as error:
+        except (PlacementError, TypeError) as error:
             raise PlacementError(f"{os.fspath(path)}: {error}") from error
 
 
-def _integers(name: str, values: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """`values` as a flat int64 array; torch tensors on any device are taken too."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
+def _integers(
+    name: str, values: npt.ArrayLike, dims: tuple[int, ...] = (1,)
+) -> npt.NDArray[np.int64]:
+    """`values` as an int64 array of its own; torch tensors on any device are taken too."""
+    array = _array(name, values)
+    if array.ndim not in dims or array.dtype.kind not in "iu":
         raise PlacementError(
-            f"{name} must be a flat list of integers, got shape {list(array.shape)} of {array.dtype}"
+            f"{name} must be integers with {' or '.join(map(str, dims))} dimensions, got shape "
+            f"{list(array.shape)} of {array.dtype}"
         )
     return array.astype(np.int64)
+
+
+def _expert_load(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[np.float64]:
+    """[E]: the load of each expert, summed over batches."""
+    array = _array("load", load)
+    if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or array.size == 0:
+        raise PlacementError(
+            f"load must be numbers [E] or [N, E], got shape {list(array.shape)} of {array.dtype}"
+        )
+    if num_experts not in (None, array.shape[-1]):
+        raise PlacementError(
+            f"load must have one entry per expert: {num_experts}, got {array.shape[-1]}"
+        )
+    wrong = np.argwhere(~((array >= 0) & np.isfinite(array)))
+    if wrong.size:
+        expert = wrong[0, -1]
+        raise PlacementError(
+            f"load of expert {expert} must be finite and at least 0, got {array[tuple(wrong[0])]}"
+        )
+    return array.astype(np.float64).reshape(-1, array.shape[-1]).sum(axis=0)
+
+
+def _array(name: str, values: Any) -> npt.NDArray[Any]:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        # bfloat16 has no NumPy counterpart.
+        values = (values.double() if values.is_floating_point() else values).numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise PlacementError(f"{name} must be an array, got rows of unequal length") from error
+
+
+def _whole(name: str, value: int, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise PlacementError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    return number
+
+
+def _ranks_per_node(num_ranks: int, num_ranks_per_node: int | None) -> int:
+    if num_ranks_per_node is None:
+        return num_ranks
+    node = _whole("num_ranks_per_node", num_ranks_per_node)
+    if num_ranks % node:
+        raise PlacementError(
+            f"num_ranks_per_node must divide num_ranks: {node} does not divide {num_ranks}"
+        )
+    return node
 
 
 def _frozen(array: npt.NDArray[Any] | Iterable[int]) -> IntArray:

@@ -713,7 +713,7 @@ def test_ranks_with_different_modes_are_named():
         ranks.run(4, differing_modes)
     for kind, message in failure.value.errors:
         assert kind == "RankError"
-        assert "ranks differ in LPLB_EP: ranks [0, 1, 3]: '1'; ranks [2]: '0'" in message
+        assert "ranks differ in LPLB_EP: 1 on ranks [0, 1, 3]; 0 on ranks [2]" in message
 
 
 def test_a_missing_deep_ep_is_named():

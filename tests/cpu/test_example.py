@@ -62,7 +62,7 @@ def test_a_recording_drives_the_routing(tmp_path):
         "--out", str(tmp_path / "picture.png"),
     )  # fmt: skip
     assert "8 experts" in out
-    # Two experts get nearly all: two ranks of four work, or with their copies all of them.
+    # Two experts get nearly all: two ranks of four work, or with their copies three.
     (home, plan, *_) = re.search(r"layer 0, placed evenly((?: +\d\.\d{3}){6})", out)[1].split()
     assert float(home) > 1.9
-    assert float(plan) < 1.1
+    assert float(plan) < 1.4

@@ -150,8 +150,9 @@ def test_differing_placements_are_named():
         ranks.run(4, differing)
     for kind, message in failure.value.errors:
         assert kind == "RankError"
-        assert "ranks differ in placement: ranks [0, 1]: " in message
-        assert "; ranks [2, 3]: " in message
+        assert "ranks differ in placement: " in message
+        assert " on ranks [0, 1]; " in message
+        assert message.endswith(" on ranks [2, 3]")
 
 
 def test_counts_that_cannot_be_send_the_batch_home():

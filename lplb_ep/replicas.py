@@ -1,0 +1,569 @@
+"""Weights of replicas kept equal to their home's, gradients of replicas summed into the home's.
+
+A replica is a second place to compute the same expert, so a run with replicas is the run with
+everything at home, up to the order of summation, as long as two things hold: whenever tokens go
+to a replica its weights equal the home's, and before the optimizer steps the home's gradient holds
+what every copy contributed.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .exchange import agree
+from .placement import Placement
+
+# How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
+_GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# Both are keyed by identity: two layers may have equal placements and different weights.
+_replicas_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> WeakSet of its Replicas
+_trusted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> True, by mark_valid()
+
+
+def slot_parameters(experts: nn.Module, num_local_slots: int) -> dict[str, list[Tensor]]:
+    """The parameters of a rank's slots, by name and slot.
+
+    Args:
+        experts: an `nn.ModuleList` of P / R expert modules whose parameters have the same names,
+            shapes and dtypes, or any other module whose every parameter is stacked: leading
+            dimension P / R, row i belonging to local slot i. A `DTensor` counts by its local part.
+        num_local_slots: P / R.
+
+    Returns:
+        For each parameter name, in alphabetical order, P / R tensors that share the parameters'
+        memory: the parameters themselves for a list of modules, detached rows of them for a
+        stacked module.
+
+    Raises:
+        ValueError: the module does not have these slots; names the parameter, what was expected
+            and what it has.
+    """
+    return {
+        name: [slot.weight for slot in slots]
+        for name, slots in _slots(experts, num_local_slots).items()
+    }
+
+
+class Replicas:
+    """The replicas of one layer's experts: their weights, gradients, version and checkpoints.
+
+    A training step is: forward and backward of every micro-batch, `reduce_gradients()`, the
+    data-parallel reduction and clipping, `optimizer.step()`, `copy_weights()`. The optimizer gets
+    `optimizer_parameters()`, a checkpoint `state_dict()`.
+
+    Construction, `copy_weights` and `reduce_gradients` are collective: every rank of the group
+    calls them, in the same order. Everything else is local. Replicas start out stale.
+
+    Slots that hold no expert (-1) are left alone. The module must keep its submodules; parameters
+    may be replaced (`.to()`, `load_state_dict(assign=True)`), which makes the replicas stale.
+
+    Args:
+        experts: this rank's P / R slots, in one of the two forms that `slot_parameters` takes.
+            Persistent buffers are refused: what a forward pass may change (running statistics of
+            BatchNorm) cannot be kept equal by copying after the optimizer's step. A constant is
+            a buffer with `persistent=False`, which is neither copied nor checkpointed; a weight
+            that is not trained is a parameter with `requires_grad=False`.
+        placement: the layer's own `Placement` object; `are_valid` asks about this very object.
+        group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r holds the
+            placement's rank r. None only where the placement has one rank.
+
+    Raises:
+        ValueError: the module does not fit the placement (see `slot_parameters`), has persistent
+            buffers or parameters made under `torch.inference_mode`, or the group has not the
+            placement's number of ranks.
+        RankError: ranks differ in placement or in parameter names, shapes or dtypes, or some
+            refused their module; the message names the ranks.
+    """
+
+    def __init__(
+        self, experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None = None
+    ) -> None:
+        _agree(experts, placement, group)
+        self.experts = experts
+        self.placement = placement
+        self.group = group
+        self._rank = 0 if group is None else dist.get_rank(group)
+        self._homes = [  # (expert, local slot) of the homes on this rank
+            (expert, self._local(slot))
+            for expert, slot in enumerate(placement.home.tolist())
+            if self._rank_of(slot) == self._rank
+        ]
+        # Pairs of slots of all ranks, by expert and column of logical_to_physical. Weights come to
+        # a rank once: further copies there take them from the first.
+        self._replicas: list[tuple[int, int]] = []  # (home, replica)
+        self._sources: list[tuple[int, int]] = []  # (where its weights come from, replica)
+        for slots_of_expert in placement.logical_to_physical.tolist():
+            home, *copies = (slot for slot in slots_of_expert if slot >= 0)
+            first = {self._rank_of(home): home}
+            for slot in copies:
+                source = first.setdefault(self._rank_of(slot), slot)
+                self._sources.append((home if source == slot else source, slot))
+                self._replicas.append((home, slot))
+
+        # Where each parameter hangs, so that `is_valid` sees a parameter that was replaced.
+        self._owners: list[tuple[Mapping[str, Any], str]] = [
+            (module._parameters, name)
+            for module in experts.modules()
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+        # What they were when the replicas were last valid: parameter, its local part, its version.
+        self._seen: list[tuple[Tensor, Tensor, tuple[int, int, int]]] | None = None
+        _replicas_of.setdefault(placement, weakref.WeakSet()).add(self)
+        _trusted.pop(placement, None)
+        _watch_optimizers()
+
+    @torch.no_grad()
+    def copy_weights(self) -> None:
+        """Copies the home weights to all replicas, which are then valid. Collective.
+
+        Call it after `optimizer.step()` and after loading, not between a forward pass and its
+        backward: writing a weight that autograd has saved is an error there.
+        """
+        self._seen = None
+        moves = [
+            _Move(source, replica, copies, copies[0].weight.dtype)
+            for source, replica in self._sources
+            for copies in self._slots().values()
+        ]
+        for replica, weight in self._move("weight", moves):
+            replica.weight.copy_(weight)
+        self.mark_valid()
+
+    @torch.no_grad()
+    def reduce_gradients(self) -> None:
+        """Adds the replicas' gradients to their home's and zeroes them. Collective.
+
+        Call it once per step, after the last micro-batch's backward and before the data-parallel
+        reduction, unscaling and clipping. An optimizer's step is next, and not all of them can be
+        seen, so the replicas are stale from here until `copy_weights`.
+
+        The gradient is `parameter.main_grad` where that is set (Megatron-Core), else
+        `parameter.grad`. A replica's gradient travels in its own dtype; the home's keeps its dtype
+        and adds the replicas one by one, by column of `logical_to_physical`, so the result is the
+        same bits in every run. None counts as zero,
+        and the home's gradient stays None where that of every copy is. (Whose is None the ranks
+        tell one another in a small message that the CPU waits for.)
+
+        Raises:
+            ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64.
+        """
+        slots = self._slots()
+        dtypes = self._gradient_dtypes(slots)
+        moves = [
+            _Move(replica, home, copies, dtype)
+            for home, replica in self._replicas
+            for copies, dtype in zip(slots.values(), dtypes[replica], strict=True)
+            if dtype is not None
+        ]
+        for home, gradient in self._move("gradient", moves):
+            total = home.start_gradient() if home.gradient is None else home.gradient
+            total.add_(gradient)
+        for move in moves:
+            if self._rank_of(move.source) == self._rank:
+                spent = move.slots[self._local(move.source)].gradient
+                assert spent is not None, "a gradient announced to its home is gone"
+                spent.zero_()
+        self.mark_stale()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the replicas' weights are known to equal the home's; local, no communication.
+
+        True from `copy_weights` or `mark_valid` until `reduce_gradients`, or until a parameter of
+        this rank changes: by an in-place operation that autograd counts (`load_state_dict`, most
+        optimizers), by the step of any `torch.optim.Optimizer` that holds it, or by being
+        replaced. What none of these shows must be followed by `mark_stale` or `copy_weights`:
+        writes through `.data` or through a buffer that the parameter is a view of, and replays of
+        a CUDA graph.
+
+        Always True for a placement of one copy per expert.
+        """
+        if not self._replicas:
+            return True
+        return self._seen is not None and all(
+            parameters.get(name) is parameter and _version(parameter, local) == version
+            for (parameters, name), (parameter, local, version) in zip(
+                self._owners, self._seen, strict=True
+            )
+        )
+
+    def mark_valid(self) -> None:
+        """Says that the replicas equal the home weights as they are now (an engine fills them)."""
+        self._seen = [
+            (parameter, local, _version(parameter, local))
+            for parameter, local in (
+                (parameters[name], _local(parameters[name])) for parameters, name in self._owners
+            )
+        ]
+
+    def mark_stale(self) -> None:
+        """Declares that home weights changed; `is_valid` is False until the next copy."""
+        self._seen = None
+
+    def optimizer_parameters(self) -> list[nn.Parameter]:
+        """The parameters to give to an optimizer, so that it sees each logical expert once.
+
+        Of a list of modules these are the parameters of home slots only; none on a rank without
+        a home. Of a stacked module they are the stacked parameters, rows of replicas included.
+        The gradient of those rows is zero after `reduce_gradients`, but weight decay still
+        shrinks them and momentum of a weight decay still moves them, each as its own row of the
+        optimizer's state, without touching a home's row. That is harmless: `copy_weights` writes
+        the home's values over whatever a replica's row became, and nothing reads it in between.
+        It holds for optimizers that treat elements one by one (SGD, Adam, AdamW); one that takes
+        a norm over a whole tensor (LAMB, Adafactor, Muon) mixes the rows of a stack, replicas'
+        among them: give it a list of modules.
+        """
+        slots = self._slots()
+        parameters = (
+            copies[slot].parameter for _, slot in self._homes for copies in slots.values()
+        )
+        return list(dict.fromkeys(parameters))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The logical experts whose home is on this rank.
+
+        Returns:
+            `{"{expert}.{parameter name}": tensor}`. Keys are unique over the ranks and do not
+            name slots, so `torch.distributed.checkpoint` stores them, and loads them into any
+            other placement, by name; so does merging the dicts of all ranks. The tensors share
+            the parameters' memory, as PyTorch's do. `torch.save` writes the whole storage of a
+            tensor, for a stacked module all of its rows: clone the values first.
+        """
+        slots = self._slots()
+        return {
+            f"{expert}.{name}": copies[slot].weight.detach()
+            for expert, slot in self._homes
+            for name, copies in slots.items()
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Loads the experts whose home is here and leaves the replicas stale. Local.
+
+        Call `copy_weights()`, which is collective, once every rank has loaded.
+
+        Args:
+            state: what `state_dict` gave on the ranks of any placement of the same experts,
+                merged; at least the experts whose home is here, the others are not read. Values
+                are converted to the parameters' dtype and device.
+
+        Raises:
+            ValueError: names the keys that are missing, of another shape, or not a parameter of
+                any expert; nothing is loaded then.
+        """
+        own = self.state_dict()
+        missing = [key for key in own if key not in state]
+        misshapen = [
+            f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
+            for key, value in own.items()
+            if key in state and state[key].shape != value.shape
+        ]
+        names = self._slots()
+        known = {f"{e}.{name}" for e in range(self.placement.num_experts) for name in names}
+        unknown = [key for key in state if key not in known]
+        problems = [
+            f"{what} {', '.join(keys[:8])}{', ...' if len(keys) > 8 else ''}"
+            for what, keys in (("lacks", missing), ("has", misshapen), ("has unknown", unknown))
+            if keys
+        ]
+        if problems:
+            raise ValueError(f"state does not fit these experts: it {'; it '.join(problems)}")
+        self.mark_stale()
+        for key, value in own.items():
+            value.copy_(state[key])
+
+    def _slots(self) -> dict[str, list[_Slot]]:
+        return _slots(self.experts, self.placement.num_local_slots)
+
+    def _rank_of(self, slot: int) -> int:
+        return slot // self.placement.num_local_slots
+
+    def _local(self, slot: int) -> int:
+        return slot % self.placement.num_local_slots
+
+    def _staging(self) -> torch.device:
+        """Where messages are put together: gloo moves host memory only."""
+        if dist.get_backend(self.group) == "gloo":
+            return torch.device("cpu")
+        return next(self.experts.parameters()).device
+
+    def _gradient_dtypes(self, slots: dict[str, list[_Slot]]) -> list[list[torch.dtype | None]]:
+        """[P][number of parameters]: the dtype of each slot's gradients, None where it has none.
+
+        What no replica on another rank needs may be missing: without any, nothing is gathered.
+        """
+        P = self.placement.num_physical_experts
+        own = torch.zeros(self.placement.num_local_slots, len(slots), dtype=torch.uint8)
+        for index, (name, copies) in enumerate(slots.items()):
+            for slot, copy in enumerate(copies):
+                if copy.gradient is None:
+                    continue
+                if copy.gradient.dtype not in _GRADIENT_DTYPES:
+                    raise ValueError(
+                        f"the gradient of parameter {name} is {copy.gradient.dtype}, expected one "
+                        f"of {', '.join(map(str, _GRADIENT_DTYPES))}"
+                    )
+                own[slot, index] = 1 + _GRADIENT_DTYPES.index(copy.gradient.dtype)
+        codes = torch.zeros(self.placement.num_ranks, *own.shape, dtype=torch.uint8)
+        codes[self._rank] = own
+        if any(self._rank_of(home) != self._rank_of(replica) for home, replica in self._replicas):
+            codes = codes.to(self._staging())
+            dist.all_gather(list(codes.unbind()), codes[self._rank].clone(), group=self.group)
+        return [
+            [_GRADIENT_DTYPES[code - 1] if code else None for code in slot]
+            for slot in codes.view(P, len(slots)).tolist()
+        ]
+
+    def _move(self, what: str, moves: Sequence[_Move]) -> list[tuple[_Slot, Tensor]]:
+        """Brings the weights or gradients of slots to other slots, with one all-to-all per dtype.
+
+        Args:
+            what: "weight" or "gradient".
+            moves: those of all ranks, the same on every rank.
+
+        Returns:
+            For each move to this rank, in order: where it goes, and the tensor. One that was here
+            all along is not a copy and shows what is written to its slot meanwhile.
+        """
+        here, num_ranks = self._rank, self.placement.num_ranks
+        tensors: dict[int, Tensor] = {}
+        crossing: dict[torch.dtype, list[int]] = {}
+        for index, move in enumerate(moves):
+            if self._rank_of(move.source) != self._rank_of(move.target):
+                crossing.setdefault(move.dtype, []).append(index)
+            elif self._rank_of(move.target) == here:
+                tensors[index] = getattr(move.slots[self._local(move.source)], what)
+
+        for dtype in sorted(crossing, key=str):
+            # For each rank in the order of the moves; as bytes, because back ends lack some
+            # dtypes: gloo bfloat16, all of them float8.
+            leaving: list[list[Tensor]] = [[] for _ in range(num_ranks)]
+            arriving: list[list[int]] = [[] for _ in range(num_ranks)]
+            for index in crossing[dtype]:
+                source, target, slots, _ = moves[index]
+                if self._rank_of(source) == here:
+                    tensor = getattr(slots[self._local(source)], what).contiguous()
+                    leaving[self._rank_of(target)].append(tensor.reshape(-1).view(torch.uint8))
+                elif self._rank_of(target) == here:
+                    arriving[self._rank_of(source)].append(index)
+            like = {
+                index: moves[index].slots[0].weight for indices in arriving for index in indices
+            }
+            size = {index: weight.numel() * dtype.itemsize for index, weight in like.items()}
+            flat = [tensor for of_rank in leaving for tensor in of_rank]
+            received = torch.empty(sum(size.values()), dtype=torch.uint8, device=self._staging())
+            dist.all_to_all_single(
+                received,
+                torch.cat(flat).to(received.device) if flat else received.new_empty(0),
+                [sum(size[index] for index in of_rank) for of_rank in arriving],
+                [sum(tensor.numel() for tensor in of_rank) for of_rank in leaving],
+                group=self.group,
+            )
+            for part, (index, weight) in zip(
+                received.split(list(size.values())), like.items(), strict=True
+            ):
+                tensors[index] = part.view(dtype).view(weight.shape).to(weight.device)
+        return [
+            (moves[index].slots[self._local(moves[index].target)], tensors[index])
+            for index in sorted(tensors)
+        ]
+
+
+def mark_valid(placement: Placement) -> None:
+    """Declares that the replicas of this placement object equal their homes.
+
+    For engines that fill the copies themselves. Where `Replicas` were made for the object they
+    are marked and keep watching their weights; without any, the word holds until `mark_stale`,
+    or until `Replicas` are made.
+    """
+    live = list(_replicas_of.get(placement, ()))
+    for replicas in live:
+        replicas.mark_valid()
+    if not live:
+        _trusted[placement] = True
+
+
+def mark_stale(placement: Placement) -> None:
+    """Takes `mark_valid` back: tokens go to home slots until the replicas are valid again."""
+    for replicas in list(_replicas_of.get(placement, ())):
+        replicas.mark_stale()
+    _trusted.pop(placement, None)
+
+
+def are_valid(placement: Placement) -> bool:
+    """Whether tokens may go to the replicas of this placement object; local, no communication.
+
+    The object counts, not its value: two layers may have equal placements and different weights.
+
+    Returns:
+        True if no expert has a second copy; else, if there are live `Replicas` made for the
+        object, whether all of them are valid; else whether `mark_valid` was called for it.
+    """
+    if placement.max_replicas == 1:
+        return True
+    live = list(_replicas_of.get(placement, ()))
+    return all(replicas.is_valid for replicas in live) if live else placement in _trusted
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One parameter of one local slot: a parameter of its own, or a row of a stacked one."""
+
+    parameter: nn.Parameter
+    row: int | None
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        tensor = _local(tensor)
+        return tensor if self.row is None else tensor[self.row]
+
+    @property
+    def weight(self) -> Tensor:
+        return self._part(self.parameter if self.row is None else self.parameter.detach())
+
+    @property
+    def gradient(self) -> Tensor | None:
+        main_grad = getattr(self.parameter, "main_grad", None)
+        gradient = self.parameter.grad if main_grad is None else main_grad
+        return None if gradient is None else self._part(gradient)
+
+    def start_gradient(self) -> Tensor:
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        return self._part(self.parameter.grad)
+
+
+class _Move(NamedTuple):
+    """One parameter's weight or gradient, from one slot to another copy's."""
+
+    source: int
+    target: int
+    slots: list[_Slot]  # of this rank, for this parameter
+    dtype: torch.dtype  # of what is moved
+
+
+def _slots(experts: nn.Module, num_local_slots: int) -> dict[str, list[_Slot]]:
+    """`slot_parameters`, with the parameters behind the views."""
+    if not isinstance(experts, nn.ModuleList):
+        stacked = dict(sorted(experts.named_parameters()))
+        if not stacked:
+            raise ValueError("experts must have parameters, got none")
+        for name, parameter in stacked.items():
+            shape = list(_local(parameter).shape)
+            if shape[:1] != [num_local_slots]:
+                raise ValueError(
+                    f"parameter {name} must have leading dimension {num_local_slots}, one row per "
+                    f"slot of this rank, got shape {shape}"
+                )
+        return {
+            name: [_Slot(parameter, row) for row in range(num_local_slots)]
+            for name, parameter in stacked.items()
+        }
+
+    if len(experts) != num_local_slots:
+        raise ValueError(
+            f"experts must be {num_local_slots} modules, one per slot of this rank, got "
+            f"{len(experts)}"
+        )
+    slots = [dict(sorted(expert.named_parameters())) for expert in experts]
+    if not slots[0]:
+        raise ValueError("experts must have parameters, got none")
+    seen: set[int] = set()
+    for number, parameters in enumerate(slots):
+        for name in sorted({*slots[0], *parameters}):
+            want, got = (
+                _describe(of[name]) if name in of else "absent" for of in (slots[0], parameters)
+            )
+            if want != got:
+                raise ValueError(
+                    f"parameter {name} of slot {number} is {got}, expected {want} as in slot 0"
+                )
+            if id(parameters[name]) in seen:
+                raise ValueError(
+                    f"parameter {name} of slot {number} is shared with another slot, expected "
+                    "each slot to have its own"
+                )
+        seen.update(map(id, parameters.values()))
+    return {name: [_Slot(parameters[name], None) for parameters in slots] for name in slots[0]}
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a `DTensor`, which shares its memory; any other tensor itself."""
+    if hasattr(tensor, "to_local"):
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor
+
+
+def _version(parameter: Tensor, local: Tensor) -> tuple[int, int, int]:
+    """Changes with every write that autograd counts, and with the memory (`.data = ...`).
+
+    A `DTensor` counts its own operations, and its local part those on it.
+    """
+    return parameter._version, local._version, local.data_ptr()
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{list(_local(tensor).shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _refuse_state_outside_parameters(experts: nn.Module) -> None:
+    persistent = experts.state_dict(keep_vars=True)
+    for name, _ in experts.named_buffers():
+        if name in persistent:
+            raise ValueError(
+                f"experts must have no persistent buffers, got {name}: make it a parameter with "
+                "requires_grad=False if it is a weight, or non-persistent if it is a constant"
+            )
+    for name, parameter in experts.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"parameter {name} was made under torch.inference_mode and has no version to "
+                "watch; make the module outside of it"
+            )
+
+
+def _agree(experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None) -> None:
+    """Checks what `Replicas` is given, on this rank and between ranks."""
+    if group is None and placement.num_ranks > 1:
+        raise ValueError(
+            f"group must be given: the placement has {placement.num_ranks} ranks, and None stands "
+            "for a single one"
+        )
+    size = 1 if group is None else group.size()
+    facts: dict[str, object] = {"placement": placement.fingerprint()}
+    refusal = None
+    try:
+        if size != placement.num_ranks:
+            raise ValueError(
+                f"group must have the placement's {placement.num_ranks} ranks, got {size}"
+            )
+        _refuse_state_outside_parameters(experts)
+        for name, copies in _slots(experts, placement.num_local_slots).items():
+            facts[f"parameter {name}"] = _describe(copies[0].weight)
+    except ValueError as error:
+        refusal = error
+    agree(group, "Replicas", facts, refusal)
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Sees steps that leave no trace in a version counter: fused optimizers do not count."""
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for live in list(_replicas_of.values()):
+        for replicas in list(live):
+            if any(id(parameters.get(name)) in stepped for parameters, name in replicas._owners):
+                replicas.mark_stale()
