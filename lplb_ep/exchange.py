@@ -30,15 +30,25 @@ class LocalExchange:
 
 
 class TorchExchange:
-    """An all-gather on a `torch.distributed` group (gloo: rows on the CPU)."""
+    """A gather on a `torch.distributed` group (gloo: rows on the CPU)."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        rows = row.new_empty(self.group.size(), *row.shape)
-        dist.all_gather(list(rows.unbind()), row, group=self.group)
-        return rows
+        return gather_rows(row, self.group)
+
+
+def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """A tensor from each rank → [R, ...], the same on every rank. Collective.
+
+    By an all-to-all, whose messages are all under way at once: gloo's all-gather passes them round
+    a ring, R - 1 steps that wait for one another (three times slower with 8 ranks on 2 cores).
+    """
+    copies = row.expand(group.size(), *row.shape).contiguous()
+    rows = torch.empty_like(copies)
+    dist.all_to_all_single(rows, copies, group=group)
+    return rows
 
 
 def choose_counts(counts: str, has_group: bool, num_ranks: int) -> tuple[str, str]:

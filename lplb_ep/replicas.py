@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .exchange import agree
+from .exchange import agree, gather_rows
 from .placement import Placement
 
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
@@ -317,9 +317,10 @@ class Replicas:
                 own[slot, index] = 1 + _GRADIENT_DTYPES.index(copy.gradient.dtype)
         codes = torch.zeros(self.placement.num_ranks, *own.shape, dtype=torch.uint8)
         codes[self._rank] = own
-        if any(self._rank_of(home) != self._rank_of(replica) for home, replica in self._replicas):
-            codes = codes.to(self._staging())
-            dist.all_gather(list(codes.unbind()), codes[self._rank].clone(), group=self.group)
+        if self.group is not None and any(
+            self._rank_of(home) != self._rank_of(replica) for home, replica in self._replicas
+        ):
+            codes = gather_rows(own.to(self._staging()), self.group)
         return [
             [_GRADIENT_DTYPES[code - 1] if code else None for code in slot]
             for slot in codes.view(P, len(slots)).tolist()
