@@ -489,7 +489,7 @@ def main(args: argparse.Namespace, rank: int | None = None, store: str | None = 
     if dist.get_rank() == 0:
         print(
             f"{dist.get_world_size()} ranks, {args.experts} experts, top-{args.topk}, "
-            f"{args.redundant} redundant slots a rank; buffers: {lplb_ep.Buffer.__mro__[1]}"
+            f"{args.redundant} redundant slots a rank; buffers of {lplb_ep.Buffer.__mro__[1].__module__}"
         )
     report(args, *train(args, dist.group.WORLD))
     dist.destroy_process_group()
@@ -506,8 +506,10 @@ if __name__ == "__main__":
     else:
         import multiprocessing
 
-        # Processes forked from a server that has torch imported start in no time.
-        multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "lplb_ep.buffer"])
+        # The ranks are forked from a server that has imported what takes long.
+        multiprocessing.set_forkserver_preload(
+            ["torch._dynamo", "lplb_ep.buffer", "lplb_ep.embedded", "lplb_ep.report"]
+        )
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.start_processes(
                 launch,

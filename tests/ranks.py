@@ -51,12 +51,14 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Any) -> None:
 
 class _Pool:
     def __init__(self, num_ranks: int) -> None:
-        self.store = os.path.join(tempfile.mkdtemp(prefix="lplb_ep_test_"), "store")
+        self.folder = tempfile.TemporaryDirectory(prefix="lplb_ep_test_")
         self.pipes, self.processes = [], []
         for rank in range(num_ranks):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_serve, args=(rank, num_ranks, self.store, theirs), daemon=True
+                target=_serve,
+                args=(rank, num_ranks, f"{self.folder.name}/store", theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -67,6 +69,7 @@ class _Pool:
         for process in self.processes:
             process.kill()
             process.join()
+        self.folder.cleanup()
 
 
 @functools.cache

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lplb_ep"
 # Each module imports only from those above it.
 LAYERS = [
-    "__init__",
+    "",
     "settings",
     "eplb",
     "topology",
@@ -27,8 +27,10 @@ LAYERS = [
     "exchange",
     "planner",
     "replicas",
+    "embedded.rows",
+    "embedded.legacy",
+    "embedded.elastic",
     "embedded",
-    "embedded_elastic",
     "buffer",
     "report",
     "cli",
@@ -36,27 +38,31 @@ LAYERS = [
 
 
 def trees():
-    for path in sorted(PACKAGE.glob("*.py")):
-        yield path.stem, ast.parse(path.read_text())
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(part for part in parts if part != "__init__"), ast.parse(path.read_text())
 
 
-def inner_imports(tree):
+def inner_imports(name, tree):
+    """The package's modules that a module imports, by their names in LAYERS."""
+    package = name.split(".") if name in ("", "embedded") else name.split(".")[:-1]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (
-            node.level or (node.module or "").startswith("lplb_ep")
-        ):
-            module = (node.module or "").removeprefix("lplb_ep").strip(".")
-            names = [module] if module else [alias.name for alias in node.names]
-            yield from (name if name in LAYERS else "__init__" for name in names)
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        base = package[: len(package) - node.level + 1] + (node.module or "").split(".")
+        module = ".".join(part for part in base if part)
+        for alias in node.names:
+            inside = f"{module}.{alias.name}".strip(".")
+            yield inside if inside in LAYERS else module
 
 
 def test_modules_import_only_from_those_above():
     assert sorted(name for name, _ in trees()) == sorted(LAYERS)
     for name, tree in trees():
-        if name == "__init__":
-            continue
-        for imported in inner_imports(tree):
+        for imported in inner_imports(name, tree):
             assert LAYERS.index(imported) < LAYERS.index(name), f"{name} imports {imported}"
+        absolute = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
+        assert not any((n.module or "").startswith("lplb_ep") for n in absolute), name
 
 
 def test_only_settings_reads_the_environment():
@@ -188,5 +194,6 @@ def test_the_wheel_holds_the_package(tmp_path):
     )
     (wheel,) = tmp_path.glob("lplb_ep-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {f"lplb_ep/{name}.py" for name in LAYERS} | {"lplb_ep/py.typed"} <= names
+    sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    assert sources | {"lplb_ep/py.typed"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
