@@ -439,6 +439,7 @@ def report(args: argparse.Namespace, trainer: Trainer, record: Record) -> None:
         lower_bound=bound[:, 0],
         title=f"MoE layer 0: {args.experts} experts on {num_ranks} ranks, "
         f"{args.redundant} redundant slots each",
+        marks={args.place_at: "placed by load"},
     )
     print(f"\n{args.steps} steps in {record.seconds:.0f} s; picture: {picture}")
 
@@ -460,7 +461,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, default=64)
     parser.add_argument("--redundant", type=int, default=2, help="redundant slots on each rank")
     parser.add_argument("--topk", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--place-at", type=int, help="step to place anew by load; default steps/4")
     parser.add_argument("--sequences", type=int, default=8, help=f"of {SEQUENCE} bytes, a rank")
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -489,7 +490,8 @@ def main(args: argparse.Namespace, rank: int | None = None, store: str | None = 
     if dist.get_rank() == 0:
         print(
             f"{dist.get_world_size()} ranks, {args.experts} experts, top-{args.topk}, "
-            f"{args.redundant} redundant slots a rank; buffers of {lplb_ep.Buffer.__mro__[1].__module__}"
+            f"{args.redundant} redundant slots a rank, "
+            f"buffers of {lplb_ep.Buffer.__mro__[1].__module__}"
         )
     report(args, *train(args, dist.group.WORLD))
     dist.destroy_process_group()

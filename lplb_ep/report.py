@@ -497,6 +497,7 @@ def plot_training(
     step: int | None = None,
     title: str = "",
     step_label: str = "training step",
+    marks: Mapping[int, str] | None = None,
 ) -> None:
     """Draws a training run: the ranks' loads at one step, and the imbalance over all steps.
 
@@ -508,6 +509,7 @@ def plot_training(
         step: the step whose loads are drawn, in [0, S); by default the most unbalanced one.
         title: headline.
         step_label: what a step is.
+        marks: what happened before a step, by its number; drawn as a line with a text.
 
     Raises:
         ValueError: shapes that do not fit, or no such step.
@@ -551,6 +553,17 @@ def plot_training(
         lines.plot(steps, ratio["bound"], color="black", lw=1, ls=":", label="lower bound")
         lines.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
         lines.axvline(chosen, color="0.87", lw=5, zorder=0)
+        for number, text in (marks or {}).items():
+            lines.axvline(number - 0.5, color="0.35", lw=1, zorder=0)
+            lines.annotate(
+                f" {text}",
+                (number - 0.5, 0.98),
+                xycoords=("data", "axes fraction"),
+                va="top",
+                fontsize=9,
+                color="0.35",
+            )
+        lines.xaxis.get_major_locator().set_params(integer=True)
         lines.set_xlabel(step_label)
         lines.set_ylabel("imbalance: max / mean rank load")
         for axes, handles in ((bars, drawn), (lines, lines.get_lines()[:3])):
