@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # `Buffer` and the other names of DeepEP are only known at run time
+    from .layers import attach, use
+    from .placement import Placement
+    from .planner import Plan, Planner, check_plan
+    from .replicas import Replicas
+    from .settings import (
+        ContractError,
+        InfeasibleError,
+        MissingPackageError,
+        PlacementError,
+        RankError,
+        Settings,
+    )
+    from .solver import Solution, solve
 
 __version__ = "0.1.0"
 
@@ -24,8 +39,8 @@ _PUBLIC = {
     "Buffer": "buffer",
     "ElasticBuffer": "buffer",
     "EPHandle": "buffer",
-    "use": "buffer",
-    "attach": "buffer",
+    "use": "layers",
+    "attach": "layers",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -7,7 +7,6 @@ classes. An override that has nothing to do passes the caller's arguments on unt
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
@@ -15,22 +14,29 @@ import importlib.util
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.hooks import RemovableHandle
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import replicas
 from .exchange import agree
+from .layers import (
+    BufferState,
+    Target,
+    channel,
+    channels,
+    check_slots,
+    in_force,
+    refuse_when_off,
+    used,
+)
 from .placement import Placement
-from .planner import Planner, check_plan, check_topk_idx
+from .planner import check_plan, check_topk_idx
 from .settings import ContractError, MissingPackageError, Settings
 
 log = logging.getLogger(__name__)
@@ -66,31 +72,6 @@ def _inner() -> ModuleType:
     return importlib.import_module(choose_backend(Settings.from_env().backend)[0])
 
 
-# --- what is in force -----------------------------------------------------------------------------
-
-Target = tuple[Placement, int]
-"""A placement, and the micro-batch slot whose channel plans with it."""
-
-_used: ContextVar[Target | None] = ContextVar("lplb_ep.use", default=None)
-
-
-@contextlib.contextmanager
-def use(placement: Placement, slot: int = 0) -> Iterator[None]:
-    """Puts a placement in force on every buffer, for calls that cannot be given a view.
-
-    A context variable, read only when a plan is made: a backward pass needs none. Free to enter.
-
-    Args:
-        placement: the copies of the layer that runs inside.
-        slot: which of the micro-batches in flight; each has a channel of its own.
-    """
-    token = _used.set((placement, slot))
-    try:
-        yield
-    finally:
-        _used.reset(token)
-
-
 @dataclass(eq=False)
 class _Planned:
     """What a call that planned leaves for the calls that follow it."""
@@ -100,79 +81,7 @@ class _Planned:
     physical: torch.Tensor
 
 
-@dataclass(eq=False)
-class _State:
-    """What the drop-in keeps on a buffer."""
-
-    settings: Settings
-    group: Any
-    default: Target | None = None
-    registered: bool = False
-    """A placement was registered on this buffer: from then on a call without one is an error."""
-    warned: bool = False
-    planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    """From the tensor or handle by which a later call names the plan, weakly held."""
-
-
-# Channels outlive buffers, which frameworks replace by larger ones.
-_channels: dict[tuple[Any, Placement, int], Planner] = {}
-
-
-def _channel(state: _State, target: Target) -> Planner:
-    """The planner of a placement and slot; collective when it is new."""
-    placement, slot = target
-    key = (state.group, placement, slot)
-    if key not in _channels:
-        if not isinstance(state.group, dist.ProcessGroup):
-            raise ContractError(
-                "balancing needs a buffer on a torch.distributed group; "
-                f"this one is on {type(state.group).__name__}"
-            )
-        settings = state.settings
-        _channels[key] = Planner(
-            placement, state.group, counts=settings.counts, solver=settings.solver
-        )
-    state.registered = True
-    return _channels[key]
-
-
-def _target(buffer: Any, state: _State) -> Target | None:
-    """The view's placement, else the context's, else the buffer's own."""
-    return getattr(buffer, "_lplb_target", None) or _used.get() or state.default
-
-
-def _in_force(buffer: Any, state: _State) -> Target | None:
-    """What a call that plans goes by; None: pass it on.
-
-    Raises:
-        ContractError: nothing is in force on a buffer that had a placement registered.
-    """
-    target = _target(buffer, state)
-    if target is None and state.registered:
-        raise ContractError(
-            "no placement is in force for this call, and this buffer has had one: call it "
-            "through buffer.view(placement), within lplb_ep.use(placement), or from a module "
-            "that was attached"
-        )
-    if target is None and not state.warned:
-        state.warned = True
-        log.warning(
-            "LPLB_EP=%s, and no placement is registered on this buffer: calls are passed on "
-            "unchanged",
-            state.settings.mode,
-        )
-    return target
-
-
-def _refuse_when_off(settings: Settings, what: str) -> None:
-    if settings.mode == "0":
-        raise ContractError(
-            f"{what} was given a placement, and LPLB_EP is 0 (or unset), which suits only a model "
-            "without replica slots; set LPLB_EP=home or LPLB_EP=1"
-        )
-
-
-def _plan(buffer: Any, state: _State, target: Target, call: _Call) -> _Planned:
+def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Planned:
     """Makes the plan of a call, and puts slots and P in place of its experts and E."""
     placement, _ = target
     num_experts, topk_idx = call["num_experts"], call["topk_idx"]
@@ -191,7 +100,7 @@ def _plan(buffer: Any, state: _State, target: Target, call: _Call) -> _Planned:
     event = call.event("previous_event")
     if event is not None:
         event.current_stream_wait()
-    planner = _channel(state, target)
+    planner = channel(state, target)
     logical = topk_idx if indices == "logical" else _to_logical(topk_idx, placement)
     if state.settings.mode == "home":
         physical = planner.home(logical)
@@ -249,7 +158,7 @@ class _Call:
         return self._original(*self._bound.args, **self._bound.kwargs)
 
 
-_Hook = Callable[[Any, _State, _Call], Any]
+_Hook = Callable[[Any, BufferState, _Call], Any]
 
 
 def _override(original: Callable[..., Any], hook: _Hook) -> Callable[..., Any]:
@@ -257,20 +166,20 @@ def _override(original: Callable[..., Any], hook: _Hook) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state: _State | None = getattr(self, "_lplb_state", None)
+        state: BufferState | None = getattr(self, "_lplb_state", None)
         if state is None:  # made before the patch
             return original(self, *args, **kwargs)
         if state.settings.mode == "0":
-            if _used.get() is not None:
-                _refuse_when_off(state.settings, "use()")
+            if used.get() is not None:
+                refuse_when_off(state.settings, "use()")
             return original(self, *args, **kwargs)
         return hook(self, state, _Call(original, signature, (self, *args), kwargs))
 
     return method
 
 
-def _get_dispatch_layout(self: Any, state: _State, call: _Call) -> Any:
-    target = _in_force(self, state)
+def _get_dispatch_layout(self: Any, state: BufferState, call: _Call) -> Any:
+    target = in_force(self, state)
     if target is None:
         return call.forward()
     planned = _plan(self, state, target, call)
@@ -279,7 +188,7 @@ def _get_dispatch_layout(self: Any, state: _State, call: _Call) -> Any:
     return layout
 
 
-def _dispatch(self: Any, state: _State, call: _Call) -> Any:
+def _dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     """Legacy dispatch: takes the plan of the layout that it is given."""
     layout = call["is_token_in_rank"]
     if call["handle"] is not None or layout is None:
@@ -302,7 +211,7 @@ def _dispatch(self: Any, state: _State, call: _Call) -> Any:
     return call.forward()
 
 
-def _replace_topk_idx(state: _State, call: _Call, planned: _Planned) -> None:
+def _replace_topk_idx(state: BufferState, call: _Call, planned: _Planned) -> None:
     given = call["topk_idx"]
     if given is planned.physical:
         return
@@ -320,8 +229,8 @@ def _replace_topk_idx(state: _State, call: _Call, planned: _Planned) -> None:
     call["topk_idx"] = planned.physical
 
 
-def _low_latency_dispatch(self: Any, state: _State, call: _Call) -> Any:
-    target = _in_force(self, state)
+def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
+    target = in_force(self, state)
     if target is None:
         return call.forward()
     placement = target[0]
@@ -341,7 +250,7 @@ def _low_latency_dispatch(self: Any, state: _State, call: _Call) -> Any:
     return out
 
 
-def _low_latency_combine(self: Any, state: _State, call: _Call) -> Any:
+def _low_latency_combine(self: Any, state: BufferState, call: _Call) -> Any:
     planned = state.planned.get(call["handle"][0])
     if planned is not None:
         _replace_topk_idx(state, call, planned)
@@ -350,13 +259,13 @@ def _low_latency_combine(self: Any, state: _State, call: _Call) -> Any:
     return call.forward()
 
 
-def _elastic_dispatch(self: Any, state: _State, call: _Call) -> Any:
+def _elastic_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     if call["handle"] is not None:
         planned = state.planned.get(call["handle"])
         if planned is not None and call["num_experts"] == planned.placement.num_experts:
             call["num_experts"] = planned.placement.num_physical_experts
         return call.forward()
-    target = _in_force(self, state)
+    target = in_force(self, state)
     if target is None:
         return call.forward()
     planned = _plan(self, state, target, call)
@@ -365,7 +274,7 @@ def _elastic_dispatch(self: Any, state: _State, call: _Call) -> Any:
     return out
 
 
-def _count_slots(self: Any, state: _State, call: _Call) -> Any:
+def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
     """For calls that only ask how many experts there are."""
     call["num_experts"] = _num_slots(call["num_experts"], state.settings)
     return call.forward()
@@ -373,7 +282,7 @@ def _count_slots(self: Any, state: _State, call: _Call) -> Any:
 
 def _num_slots(num_experts: int, settings: Settings) -> int:
     """The slots of that many experts: of the largest placement known, else by the setting."""
-    known = {placement for _, placement, _ in _channels}
+    known = {placement for _, placement, _ in channels}
     if settings.placement:
         known.add(Placement.load(settings.placement))
     if not known:
@@ -411,11 +320,11 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         if indices is not None:
             settings = dataclasses.replace(settings, indices=indices)
         if placement is not None:
-            _check_slots(placement, num_local_slots)
+            check_slots(placement, num_local_slots)
         elif settings.placement:
             placement = Placement.load(settings.placement)
         if placement is not None:
-            _refuse_when_off(settings, "Buffer")
+            refuse_when_off(settings, "Buffer")
         original(self, *args, **kwargs)
         group = self.group if isinstance(self.group, dist.ProcessGroup) else None
         # With LPLB_EP=0 too: one rank that misses the variable would leave the others waiting.
@@ -424,20 +333,12 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
             "settings",
             {"LPLB_EP": settings.mode, "indices": settings.indices, "replicas": settings.replicas},
         )
-        self._lplb_state = _State(settings, self.group)
+        self._lplb_state = BufferState(settings, self.group)
         if placement is not None:
             self._lplb_state.default = (placement, 0)
-            _channel(self._lplb_state, (placement, 0))
+            channel(self._lplb_state, (placement, 0))
 
     return __init__
-
-
-def _check_slots(placement: Placement, num_local_slots: int | None) -> None:
-    if num_local_slots != placement.num_local_slots:
-        raise ContractError(
-            f"num_local_slots must be the slots a rank has in the placement and in the model, "
-            f"{placement.num_local_slots}; got {num_local_slots}"
-        )
 
 
 def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
@@ -456,8 +357,8 @@ def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
         ContractError: LPLB_EP is 0.
         RankError: ranks bring different placements or settings.
     """
-    _refuse_when_off(self._lplb_state.settings, "view()")
-    _channel(self._lplb_state, (placement, slot))
+    refuse_when_off(self._lplb_state.settings, "view()")
+    channel(self._lplb_state, (placement, slot))
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_target = (placement, slot)
@@ -550,67 +451,3 @@ def unpatch() -> None:
     _patched.clear()
     if getattr(sys.modules.get("deep_ep"), "__name__", "") == "lplb_ep.embedded":
         del sys.modules["deep_ep"]
-
-
-def attach(
-    module: torch.nn.Module,
-    placement: Placement,
-    *,
-    num_local_slots: int,
-    buffer: Any = None,
-    experts: torch.nn.Module | None = None,
-    slot: int = 0,
-) -> Attached:
-    """Declares that a layer has a placement's slots, and puts it in force while the layer runs.
-
-    Collective where `buffer` is given.
-
-    Args:
-        module: the MoE layer, whose forward calls the buffer.
-        placement: its copies.
-        num_local_slots: P / R, the expert slots that the layer has on each rank.
-        buffer: the buffer it will call; its channel is made now, not at the first batch.
-        experts: the layer's slots, for a check of their weights: a ModuleList of P / R modules,
-            or a module whose parameters all have P / R as leading dimension. Default:
-            `module.experts` if there is one.
-        slot: which of the micro-batches in flight; each has a channel of its own.
-
-    Returns:
-        A handle whose `remove()` detaches the layer.
-
-    Raises:
-        ContractError: LPLB_EP is 0, or the slots are not the placement's.
-        ValueError: the weights do not have that many slots; names the parameter.
-    """
-    _refuse_when_off(Settings.from_env(), "attach()")
-    _check_slots(placement, num_local_slots)
-    experts = getattr(module, "experts", None) if experts is None else experts
-    if experts is not None:
-        replicas.slot_parameters(experts, num_local_slots)
-    if buffer is not None:
-        _channel(buffer._lplb_state, (placement, slot))
-    outer: list[Target | None] = []
-
-    def enter(*_: Any) -> None:
-        outer.append(_used.get())
-        _used.set((placement, slot))
-
-    def leave(*_: Any) -> None:
-        _used.set(outer.pop())
-
-    before = module.register_forward_pre_hook(enter)
-    after = module.register_forward_hook(leave, always_call=True)
-    return Attached(before, after)
-
-
-@dataclass(frozen=True)
-class Attached:
-    """A layer's attachment."""
-
-    _before: RemovableHandle
-    _after: RemovableHandle
-
-    def remove(self) -> None:
-        """Detaches the layer: its calls no longer have a placement from it."""
-        self._before.remove()
-        self._after.remove()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 import lplb_ep
-from lplb_ep import ContractError, Placement, Planner, buffer, replicas
+from lplb_ep import ContractError, Placement, Planner, buffer, layers, replicas
 
 PLACEMENT = Placement([0, 1, 2, 3, 0, 2], 1)
 E, P = 4, 6
@@ -148,7 +148,7 @@ def group(tmp_path):
     """A gloo group of one rank, in this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
-    buffer._channels.clear()
+    layers.channels.clear()
     dist.destroy_process_group()
 
 
@@ -306,7 +306,7 @@ def test_plans_live_as_long_as_what_names_them(make, mode):
 def test_cached_dispatch_and_combine_plan_nothing(make, mode):
     mode("1")
     drop_in = make(placement=PLACEMENT, num_local_slots=P)
-    planner = next(iter(buffer._channels.values()))
+    planner = next(iter(layers.channels.values()))
     handle, elsewhere = (1, 2, 3), Placement([0, 1], 1)
     with lplb_ep.use(elsewhere):
         drop_in.dispatch(X, handle)
@@ -566,11 +566,11 @@ def test_micro_batch_slots_have_channels_of_their_own(make, mode):
     drop_in = make()
     drop_in.view(PLACEMENT)
     drop_in.view(PLACEMENT)
-    assert len(buffer._channels) == 1
+    assert len(layers.channels) == 1
     drop_in.view(PLACEMENT, slot=1)
-    assert len(buffer._channels) == 2
+    assert len(layers.channels) == 2
     make().view(PLACEMENT)  # a buffer that replaces another finds the channels there
-    assert len(buffer._channels) == 2
+    assert len(layers.channels) == 2
 
 
 def test_use_is_in_force_inside_only(make, mode):
@@ -601,23 +601,23 @@ class Layer(torch.nn.Module):
 def test_attached_layers_run_with_their_placement(make, mode):
     mode("1")
     drop_in = make()
-    layers = [Layer(drop_in), Layer(drop_in, 4)]
+    attached = [Layer(drop_in), Layer(drop_in, 4)]
     handles = [
         lplb_ep.attach(layer, placement, num_local_slots=len(layer.experts), buffer=drop_in)
-        for layer, placement in zip(layers, (PLACEMENT, OTHER), strict=True)
+        for layer, placement in zip(attached, (PLACEMENT, OTHER), strict=True)
     ]
-    assert len(buffer._channels) == 2
-    for layer, placement in zip(layers, (PLACEMENT, OTHER), strict=True):
+    assert len(layers.channels) == 2
+    for layer, placement in zip(attached, (PLACEMENT, OTHER), strict=True):
         layer(TOPK)
         assert torch.equal(slots_seen(drop_in), planned(placement))
     # A forward that raises leaves nothing in force behind it.
     with pytest.raises(ValueError, match="topk_idx"):
-        layers[0](torch.tensor([[9]]))
+        attached[0](torch.tensor([[9]]))
     with pytest.raises(ContractError, match="no placement is in force"):
         drop_in.get_dispatch_layout(TOPK, E)
     handles[0].remove()
     with pytest.raises(ContractError, match="no placement is in force"):
-        layers[0](TOPK)
+        attached[0](TOPK)
 
 
 def test_attach_checks_the_model(make, mode):
@@ -640,7 +640,7 @@ def test_stale_replicas_send_tokens_home_until_valid(make, mode, caplog):
     placement = Placement([0, 1, 2, 3, 0, 2], 1)
     # On one rank a second copy never has a quota, so look at the status that planners count.
     drop_in = make(placement=placement, num_local_slots=P)
-    planner = next(iter(buffer._channels.values()))
+    planner = next(iter(layers.channels.values()))
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1}
     assert "home slots: STALE" in caplog.text

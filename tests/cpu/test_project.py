@@ -31,6 +31,7 @@ LAYERS = [
     "embedded.legacy",
     "embedded.elastic",
     "embedded",
+    "layers",
     "buffer",
     "report",
     "cli",
