@@ -1,24 +1,12 @@
-"""Exact load balance for DeepEP expert parallelism. Nothing is imported before it is used."""
+"""Exact load balance for DeepEP expert parallelism. Nothing is imported before it is used.
+
+Type checkers read `__init__.pyi` in this file's place.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:  # `Buffer` and the other names of DeepEP are only known at run time
-    from .layers import attach, use
-    from .placement import Placement
-    from .planner import Plan, Planner, check_plan
-    from .replicas import Replicas
-    from .settings import (
-        ContractError,
-        InfeasibleError,
-        MissingPackageError,
-        PlacementError,
-        RankError,
-        Settings,
-    )
-    from .solver import Solution, solve
+from typing import Any
 
 __version__ = "0.1.0"
 

@@ -108,6 +108,13 @@ def test_everything_public_is_documented():
         assert inspect.getdoc(thing), name
 
 
+def test_type_checkers_see_every_public_name():
+    tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
+    imported = [a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]
+    declared = [n.target.id for n in tree.body if isinstance(n, ast.AnnAssign)]
+    assert sorted({*imported, *declared} - {None}) == sorted(lplb_ep.__all__)
+
+
 def test_import_is_light():
     heavy = ["torch", "numpy", "scipy", "cupy", "deep_ep", "matplotlib", "nvshmem", "logging"]
     code = (
@@ -196,5 +203,5 @@ def test_the_wheel_holds_the_package(tmp_path):
     (wheel,) = tmp_path.glob("lplb_ep-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
-    assert sources | {"lplb_ep/py.typed"} <= names
+    assert sources | {"lplb_ep/py.typed", "lplb_ep/__init__.pyi"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
