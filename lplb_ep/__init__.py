@@ -17,6 +17,7 @@ _PUBLIC = {
     "ContractError": "settings",
     "RankError": "settings",
     "MissingPackageError": "settings",
+    "CompileError": "settings",
     "Placement": "placement",
     "Solution": "solver",
     "solve": "solver",

@@ -7,6 +7,7 @@ from .planner import Plan as Plan
 from .planner import Planner as Planner
 from .planner import check_plan as check_plan
 from .replicas import Replicas as Replicas
+from .settings import CompileError as CompileError
 from .settings import ContractError as ContractError
 from .settings import InfeasibleError as InfeasibleError
 from .settings import MissingPackageError as MissingPackageError

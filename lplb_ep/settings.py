@@ -6,8 +6,9 @@ No other file reads the environment (a test holds this), so this one is the whol
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 
 class PlacementError(ValueError):
@@ -28,6 +29,26 @@ class RankError(RuntimeError):
 
 class MissingPackageError(ImportError):
     """An optional package is needed and absent; the message says what to install."""
+
+
+class CompileError(RuntimeError):
+    """A kernel that does not compile.
+
+    Attributes:
+        stage: which tool refused what.
+        log: what the tool said.
+        options: what it was given.
+        source: where the source was saved, headers beside it, for another try; None where nothing
+            was.
+    """
+
+    def __init__(self, stage: str, log: str, options: Sequence[str], source: Path | None = None):
+        super().__init__(stage, log, options, source)
+        self.stage, self.log, self.options, self.source = stage, log, options, source
+
+    def __str__(self) -> str:
+        options = " ".join(self.options)
+        return f"{self.stage}: {self.log}\noptions: {options}\nsource: {self.source}"
 
 
 def _setting(variable: str, default: object, meaning: str, choices: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
@@ -95,6 +116,11 @@ class Settings:
     check: bool = _setting(
         "LPLB_EP_CHECK", False, "`1`: verify every plan's invariants (slow; for debugging)."
     )
+    cache_dir: str = _setting(
+        "LPLB_EP_CACHE_DIR",
+        "",
+        "Where compiled kernels are kept; by default `lplb_ep` in `XDG_CACHE_HOME` or `~/.cache`.",
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -137,6 +163,23 @@ class Settings:
             else:
                 values[f.name] = text
         return cls(**values)  # type: ignore[arg-type]
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept.
+
+    Raises:
+        ValueError: as `Settings.from_env`.
+    """
+    chosen = Settings.from_env().cache_dir
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(chosen) if chosen else (Path(base) if base else Path.home() / ".cache") / "lplb_ep"
+
+
+def cuda_home() -> Path | None:
+    """The CUDA toolkit that the user points to, as other programs understand it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return Path(home) if home else None
 
 
 def put_in_environment(name: str, value: str) -> None:

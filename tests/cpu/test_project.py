@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lplb_ep
+from lplb_ep.jit import KERNELS
 from lplb_ep.settings import Settings, settings_table
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +24,7 @@ LAYERS = [
     "topology",
     "placement",
     "cpu",
+    "jit",
     "solver",
     "exchange",
     "planner",
@@ -195,6 +197,12 @@ def test_readme_is_in_order():
     ]
 
 
+def test_kernel_sources_are_found_from_the_source_tree():
+    """As an editable install has it too."""
+    assert sorted(KERNELS.iterdir())
+    assert KERNELS.resolve() == ROOT / "kernels"
+
+
 def test_the_wheel_holds_the_package(tmp_path):
     build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run(
@@ -203,5 +211,6 @@ def test_the_wheel_holds_the_package(tmp_path):
     (wheel,) = tmp_path.glob("lplb_ep-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    sources |= {f"lplb_ep/kernels/{path.name}" for path in (ROOT / "kernels").iterdir()}
     assert sources | {"lplb_ep/py.typed", "lplb_ep/__init__.pyi"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)

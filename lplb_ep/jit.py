@@ -1,0 +1,486 @@
+"""CUDA C++ to kernels: NVRTC, libmathdx and nvJitLink, behind a cache on disk.
+
+Compiling needs neither a GPU nor a driver, so any architecture can be built anywhere; loading needs
+CuPy and a device. Sources lie in `kernels/`. A source sees the headers (`*.cuh`) beside it and
+nothing else, neither the toolkit's nor the standard library's, so the cache's key, which has their
+text in it, is complete.
+
+Facts about the tool chain are in docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from ctypes import byref, c_char_p, c_int, c_longlong, c_size_t, c_uint, c_void_p
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from .settings import CompileError, MissingPackageError, cache_directory, cuda_home
+
+log = logging.getLogger(__name__)
+
+KERNELS = Path(__file__).parent / "kernels"
+
+_INSTALL = 'pip install "lplb-ep[cuda]"'
+# Part of every key; raised when a change here would make old entries wrong.
+_SCHEMA = 1
+_COMPILE_OPTIONS = ("-std=c++17", "-lineinfo", "-no-source-include")
+# Without the last option the cubin keeps thousands of constants of cuSolverDx's templates: 1.4 MB
+# instead of 0.2.
+_LINK_OPTIONS = ("-lto", "-optimize-unused-variables")
+
+# library: its wheel, its file, the function for its version and that function's results
+_LIBRARIES = {
+    "nvrtc": ("nvidia-cuda-nvrtc", "libnvrtc.so.13", "nvrtcVersion", 2),
+    "nvJitLink": ("nvidia-nvjitlink", "libnvJitLink.so.13", "nvJitLinkVersion", 2),
+    "mathdx": ("nvidia-libmathdx-cu13", "libmathdx.so.0", "mathdxGetVersionEx", 3),
+}
+
+# Values of libcusolverdx.h and libcommondx.h, which reserve the right to change them: the library's
+# version is checked.
+_MATHDX_VERSION = "0.4."
+_SIZE, _TYPE, _PRECISION, _SM, _EXECUTION, _BLOCK_DIM, _API, _FUNCTION = range(8)
+_ARRANGEMENT, _FILL_MODE, _LEADING_DIMENSION = 8, 9, 13
+_SYMBOL_NAME, _TARGET_SM = 0, 1
+_FUNCTIONS = {"potrf": 2, "potrs": 3, "posv": 11}
+_PRECISIONS = {"float": 5, "double": 6}
+_ARRANGEMENTS = {"column": 0, "row": 1}
+_FILLS = {"upper": 0, "lower": 1}
+_LTOIR, _FATBIN = 3, 4  # of nvJitLink.h
+
+
+@dataclass(frozen=True)
+class CuSolverDx:
+    """A device function of cuSolverDx for one shape, run by all threads of a block together.
+
+    A kernel declares it and calls it with pointers into shared memory, one of
+
+        extern "C" __device__ void potrf(double* A, int* info);             // A = L Lᵀ, in place
+        extern "C" __device__ void potrs(double* A, double* B);             // B = (L Lᵀ)⁻¹ B
+        extern "C" __device__ void posv(double* A, double* B, int* info);   // both
+
+    under the name `symbol`. A is [size, size] (only the triangle `fill` is read), B is
+    [size, num_right_hand_sides]. One thread writes `*info`, which may be in global or shared
+    memory: 0, or k where the leading minor of order k is not positive. There is no barrier at
+    either end: the kernel has `__syncthreads()` before and after, and between two calls.
+
+    Args:
+        function: "potrf", "potrs" or "posv".
+        size: the order of A, at least 1.
+        num_threads: `blockDim.x` of the kernel, exactly; `blockDim.y` and `.z` are 1.
+        symbol: the device function's name in the kernel; by default that of `function`.
+        num_right_hand_sides: columns of B.
+        precision: "double" or "float".
+        arrangement: "column" or "row", of both matrices.
+        fill: "lower" or "upper", the triangle of A that is used.
+        leading_dimensions: of A and B, in elements; by default without gaps.
+
+    Raises:
+        ValueError: an argument is not one of these; it is named.
+    """
+
+    function: str
+    size: int
+    num_threads: int
+    symbol: str = ""
+    num_right_hand_sides: int = 1
+    precision: str = "double"
+    arrangement: str = "column"
+    fill: str = "lower"
+    leading_dimensions: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("function", _FUNCTIONS),
+            ("precision", _PRECISIONS),
+            ("arrangement", _ARRANGEMENTS),
+            ("fill", _FILLS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
+                )
+        for name in ("size", "num_threads", "num_right_hand_sides"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A source and what it is compiled with; with an architecture it makes a `Cubin`.
+
+    Args:
+        source: a file in `kernels/`, such as "count.cu", or a path.
+        defines: macros, name to value.
+        solvers: device functions of cuSolverDx that the source calls.
+    """
+
+    source: str | Path
+    defines: Mapping[str, int | str] = field(default_factory=dict)
+    solvers: Sequence[CuSolverDx] = ()
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{name}={value}" for name, value in self.defines.items())
+        return f"{Path(self.source).name}{f' ({values})' if values else ''}"
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """Machine code for one architecture.
+
+    Attributes:
+        name: the program, for messages.
+        arch: "sm_90", ...
+        data: an ELF image.
+        path: its entry in the cache, which cuobjdump and nvdisasm read as it is.
+        cached: whether it came from there.
+    """
+
+    name: str
+    arch: str
+    data: bytes = field(repr=False)
+    path: Path
+    cached: bool
+
+
+class Kernels:
+    """The kernels of a cubin, loaded on the current CUDA device.
+
+    Raises:
+        MissingPackageError: CuPy is not installed.
+    """
+
+    def __init__(self, cubin: Cubin):
+        try:
+            import cupy
+        except ImportError as error:
+            raise MissingPackageError(f"CuPy launches kernels: {_INSTALL}") from error
+        self._driver = cupy.cuda.driver
+        self._module = cupy.cuda.Module()
+        self._module.load(cubin.data)
+
+    def kernel(self, name: str, *, num_shared_bytes: int = 0) -> Any:
+        """A kernel, to be called as `kernel(grid, block, args, shared_mem=…, stream=…)`.
+
+        Args:
+            name: its name in the source, where it is `extern "C"`.
+            num_shared_bytes: the most dynamic shared memory that a launch will ask for. Above
+                48 KiB a kernel must be allowed it beforehand, which this does.
+
+        Returns:
+            A `cupy.cuda.Function`.
+        """
+        function = self._module.get_function(name)
+        if num_shared_bytes > 48 * 1024:
+            max_dynamic_shared_size = 8  # CUfunction_attribute, cuda.h
+            self._driver.funcSetAttribute(function.ptr, max_dynamic_shared_size, num_shared_bytes)
+        return function
+
+
+def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin]:
+    """Compiles every program for every architecture, logging each at INFO.
+
+    Raises:
+        CompileError, MissingPackageError, ValueError: as `compile_cubin`, at the first that fails.
+    """
+    pairs = [(program, arch) for program in programs for arch in archs]
+    cubins = []
+    for number, (program, arch) in enumerate(pairs, 1):
+        cubins.append(compile_cubin(program, arch))
+        size, origin = len(cubins[-1].data), "in the cache" if cubins[-1].cached else "compiled"
+        log.info("[%d/%d] %s for %s: %s, %d bytes", number, len(pairs), program, arch, origin, size)
+    return cubins
+
+
+def compile_cubin(program: Program, arch: str = "sm_90") -> Cubin:
+    """The machine code of a program, from the cache or compiled now.
+
+    Of several processes that miss the same entry one compiles and the others wait for it. An entry
+    that is cut short, damaged or another program's is compiled anew. Where the cache cannot be
+    written, that is logged as a warning and the cubin is good for this process only.
+
+    Args:
+        program: what to compile.
+        arch: "sm_90", "sm_100", ...; also with the suffix a (its architecture alone) or f (its
+            family).
+
+    Raises:
+        CompileError: the source, or a cuSolverDx shape, does not compile for `arch`. Holds the
+            log, the options, and where the source was saved.
+        MissingPackageError: NVRTC, nvJitLink or libmathdx is not installed.
+        OSError: the source cannot be read.
+        ValueError: `arch` is not of that form.
+    """
+    if not re.fullmatch(r"sm_\d{2,3}[af]?", arch):
+        raise ValueError(f"arch must be sm_90, sm_100, ...; got {arch!r}")
+    source = KERNELS / program.source
+    texts = {p.name: p.read_text("utf-8") for p in (source, *sorted(source.parent.glob("*.cuh")))}
+    options = [f"-arch={arch}", *_COMPILE_OPTIONS]
+    for name, value in program.defines.items():
+        options.append(f"-D{name}={value if isinstance(value, str) else int(value)}")
+    tools = ("nvrtc", "mathdx", "nvJitLink") if program.solvers else ("nvrtc",)
+    versions = [_library(tool)[1] for tool in tools]
+    recipe = (_SCHEMA, texts, options, _LINK_OPTIONS, tuple(program.solvers), versions)
+    key = hashlib.sha256(repr(recipe).encode()).hexdigest()
+    path = cache_directory() / f"{source.stem}-{arch}-{key}.cubin"
+
+    with _lock(path.with_suffix(".lock")):
+        data = _read(path, key)
+        if data is not None:
+            return Cubin(str(program), arch, data, path, cached=True)
+        log.info("compiling %s for %s ...", program, arch)
+        start = time.perf_counter()
+        try:
+            data = _build(source.name, texts, options, program.solvers, arch)
+        except CompileError as error:
+            error.source = _save(path.parent / "failed" / path.stem, texts) / source.name
+            raise
+        log.info("compiled %s for %s in %.1f s", program, arch, time.perf_counter() - start)
+        _write(path, key, data)
+    return Cubin(str(program), arch, data, path, cached=False)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def _footer(key: str, data: bytes) -> bytes:
+    """What ends an entry. ELF readers pass over bytes behind the image."""
+    return f"\nlplb_ep {key} {len(data):016d} {hashlib.sha256(data).hexdigest()}\n".encode()
+
+
+def _read(path: Path, key: str) -> bytes | None:
+    """The entry's cubin, or None where there is no whole one of this key."""
+    try:
+        entry = path.read_bytes()
+    except OSError:
+        return None
+    data = entry[: -len(_footer(key, b""))]
+    if entry != data + _footer(key, data):
+        log.warning("%s is damaged or not ours: compiling it anew", path)
+        return None
+    return data
+
+
+def _write(path: Path, key: str, data: bytes) -> None:
+    # Not by tempfile, which would keep other users from reading a cache that is shared.
+    private = path.with_suffix(f".{os.urandom(8).hex()}")
+    try:
+        try:
+            with open(private, "xb") as file:
+                file.write(data + _footer(key, data))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(private, path)
+        finally:
+            private.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be kept, and LPLB_EP_CACHE_DIR may say where: %s", path, error)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Lets one process at a time in, where the file system has locks.
+
+    It only spares work: without it several compile, and the last to rename leaves the same bytes.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(open(path, "wb")), fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            # Whoever still waits on this file looks for the entry next, and finds it.
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _save(directory: Path, texts: Mapping[str, str]) -> Path:
+    """Keeps the sources that did not compile; the log matters more than the copy."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (directory / name).write_text(text, "utf-8")
+    return directory
+
+
+# --- the tool chain -------------------------------------------------------------------------------
+
+
+@functools.cache
+def _library(name: str) -> tuple[ctypes.CDLL, str]:
+    """A library of the tool chain and its version: from its wheel, CUDA_HOME, or the loader's path.
+
+    Raises:
+        MissingPackageError: it is in none of them, or of a version that this file does not fit.
+    """
+    wheel, soname, get_version, num_parts = _LIBRARIES[name]
+    if name == "mathdx":
+        _library("nvrtc")  # which libmathdx needs, and would not find by itself
+    home, path, release = cuda_home(), Path(soname), ""
+    if home and (home / "lib64" / soname).exists():
+        path = home / "lib64" / soname
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        distribution = metadata.distribution(wheel)
+        for file in distribution.files or ():
+            if file.name == soname:
+                path, release = Path(file.locate()), distribution.version
+    try:
+        if name == "nvrtc" and path.is_absolute():
+            # NVRTC opens it by name when it compiles, and no search path leads into a wheel.
+            for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
+                ctypes.CDLL(str(builtins))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise MissingPackageError(f"{wheel} compiles kernels: {_INSTALL} ({error})") from error
+    parts = [c_int() for _ in range(num_parts)]
+    getattr(library, get_version)(*map(byref, parts))
+    version = ".".join(str(part.value) for part in parts)
+    if name == "mathdx" and not version.startswith(_MATHDX_VERSION):
+        raise MissingPackageError(f"{path} is {version}, not {_MATHDX_VERSION}x: {_INSTALL}")
+    return library, f"{name} {version} {release}"
+
+
+def _build(
+    name: str,
+    texts: Mapping[str, str],
+    options: Sequence[str],
+    solvers: Sequence[CuSolverDx],
+    arch: str,
+) -> bytes:
+    if not solvers:
+        return _compile(name, texts, options, "CUBIN")
+    inputs = [("source", _LTOIR, _compile(name, texts, (*options, "-dlto"), "LTOIR"))]
+    for solver in solvers:
+        function, fatbin = _cusolverdx(solver, arch)
+        inputs += [(repr(solver), _LTOIR, function), ("cuSolverDx", _FATBIN, fatbin)]
+    return _link(inputs, (f"-arch={arch}", *_LINK_OPTIONS))
+
+
+def _strings(texts: Iterable[str]) -> ctypes.Array[c_char_p]:
+    encoded = [text.encode() for text in texts]
+    return (c_char_p * len(encoded))(*encoded)
+
+
+def _fetch(library: ctypes.CDLL, name: str, handle: Any, *, sized: bool = False) -> bytes:
+    """What `name` gives of a handle, by the length that `nameSize` gives.
+
+    Args:
+        sized: whether `name` is passed the length too.
+    """
+    length = c_size_t()
+    status = getattr(library, f"{name}Size")(handle, byref(length))
+    buffer = ctypes.create_string_buffer(length.value)
+    status = status or getattr(library, name)(handle, *([length] if sized else []), buffer)
+    assert status == 0, f"{name} gave {status} for {length.value} bytes"
+    return buffer.raw
+
+
+def _fetch_text(library: ctypes.CDLL, name: str, handle: Any) -> str:
+    return _fetch(library, name, handle).rstrip(b"\0").decode(errors="replace").strip()
+
+
+def _compile(name: str, texts: Mapping[str, str], options: Sequence[str], result: str) -> bytes:
+    """NVRTC: a source and its headers to a "CUBIN" or to "LTOIR"."""
+    nvrtc, _ = _library("nvrtc")
+    program = c_void_p()
+    headers = {other: text for other, text in texts.items() if other != name}
+    sources = (len(headers), _strings(headers.values()), _strings(headers))
+    status = nvrtc.nvrtcCreateProgram(byref(program), texts[name].encode(), name.encode(), *sources)
+    assert status == 0, f"nvrtcCreateProgram gave {status}"
+    try:
+        status = nvrtc.nvrtcCompileProgram(program, len(options), _strings(options))
+        messages = _fetch_text(nvrtc, "nvrtcGetProgramLog", program)
+        if status:
+            raise CompileError(f"NVRTC, {name}", messages or f"status {status}", options)
+        if messages:
+            log.info("%s", messages)
+        return _fetch(nvrtc, f"nvrtcGet{result}", program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(byref(program))
+
+
+def _cusolverdx(solver: CuSolverDx, arch: str) -> tuple[bytes, bytes]:
+    """libmathdx: the LTO-IR of a device function, and the fatbin that its calls lead to."""
+    mathdx, _ = _library("mathdx")
+    mathdx.commondxStatusToStr.restype = c_char_p
+
+    def check(status: int) -> None:
+        if status:
+            reason, length = mathdx.commondxStatusToStr(status), c_size_t()
+            if status == 3:  # the only one that leaves a message: its own compiler's log
+                mathdx.commondxGetLastErrorStrSize(byref(length))
+                buffer = ctypes.create_string_buffer(length.value + 1)
+                mathdx.commondxGetLastErrorStr(byref(c_int()), length, buffer)
+                reason = buffer.value
+            raise CompileError("libmathdx", reason.decode(), (f"-arch={arch}", repr(solver)))
+
+    def array(values: Sequence[int]) -> tuple[c_size_t, ctypes.Array[c_longlong]]:
+        return c_size_t(len(values)), (c_longlong * len(values))(*values)
+
+    sm = 10 * int(re.sub(r"\D", "", arch))
+    operators: dict[int, int | Sequence[int]] = {
+        _SIZE: (solver.size, solver.size, solver.num_right_hand_sides),
+        _TYPE: 0,  # real
+        _PRECISION: _PRECISIONS[solver.precision],
+        _SM: sm,
+        _EXECUTION: 1,  # by a block
+        _BLOCK_DIM: (solver.num_threads, 1, 1),
+        _API: 0,  # matrices in shared memory, leading dimensions fixed
+        _FUNCTION: _FUNCTIONS[solver.function],
+        _ARRANGEMENT: _ARRANGEMENTS[solver.arrangement],
+        _FILL_MODE: _FILLS[solver.fill],
+    }
+    if solver.leading_dimensions:
+        operators[_LEADING_DIMENSION] = solver.leading_dimensions
+    handle, code = c_longlong(), c_longlong()
+    with contextlib.ExitStack() as stack:
+        check(mathdx.cusolverdxCreateDescriptor(byref(handle)))
+        stack.callback(mathdx.cusolverdxDestroyDescriptor, handle)
+        for operator, value in operators.items():
+            if isinstance(value, int):
+                check(mathdx.cusolverdxSetOperatorInt64(handle, operator, c_longlong(value)))
+            else:
+                check(mathdx.cusolverdxSetOperatorInt64s(handle, operator, *array(value)))
+        symbol = (solver.symbol or solver.function).encode()
+        check(mathdx.cusolverdxSetOptionStr(handle, _SYMBOL_NAME, symbol))
+        check(mathdx.commondxCreateCode(byref(code)))
+        stack.callback(mathdx.commondxDestroyCode, code)
+        target = (sm, {"a": 1, "f": 2}.get(arch[-1], 0))
+        check(mathdx.commondxSetCodeOptionInt64s(code, _TARGET_SM, *array(target)))
+        check(mathdx.cusolverdxFinalizeCode(code, handle))
+        return (
+            _fetch(mathdx, "commondxGetCodeLTOIR", code, sized=True),
+            _fetch(mathdx, "cusolverdxGetUniversalFATBIN", handle, sized=True),
+        )
+
+
+def _link(inputs: Sequence[tuple[str, int, bytes]], options: Sequence[str]) -> bytes:
+    """nvJitLink: LTO-IR and fatbins, each with a name for messages, to a cubin."""
+    linker, _ = _library("nvJitLink")
+    handle = c_void_p()
+
+    def check(status: int) -> None:
+        if status:
+            messages = _fetch_text(linker, "nvJitLinkGetErrorLog", handle) if handle else ""
+            raise CompileError("nvJitLink", messages or f"status {status}", options)
+
+    check(linker.nvJitLinkCreate(byref(handle), c_uint(len(options)), _strings(options)))
+    try:
+        for name, kind, data in inputs:
+            check(linker.nvJitLinkAddData(handle, kind, data, c_size_t(len(data)), name.encode()))
+        check(linker.nvJitLinkComplete(handle))
+        return _fetch(linker, "nvJitLinkGetLinkedCubin", handle)
+    finally:
+        linker.nvJitLinkDestroy(byref(handle))

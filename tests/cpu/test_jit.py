@@ -1,0 +1,353 @@
+"""From source to cubin: the cache, its errors, cuSolverDx. No GPU; a missing wheel fails here."""
+
+import os
+import pickle
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from lplb_ep import CompileError, MissingPackageError, jit
+from lplb_ep.settings import cache_directory
+
+DOUBLE = """\
+#include "scale.cuh"
+extern "C" __global__ void scale(float* values) { values[threadIdx.x] *= SCALE + OFFSET; }
+"""
+
+# Solves A X = B for a symmetric positive definite A, in one block.
+SOLVE = """\
+extern "C" __device__ void posv(double* A, double* B, int* info);
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+solve(const double* A, double* B, int* info) {
+    __shared__ double a[N * N], b[N];
+    for (int i = threadIdx.x; i < N * N; i += THREADS) a[i] = A[i];
+    for (int i = threadIdx.x; i < N; i += THREADS) b[i] = B[i];
+    __syncthreads();
+    posv(a, b, info);
+    __syncthreads();
+    for (int i = threadIdx.x; i < N; i += THREADS) B[i] = b[i];
+}
+"""
+
+# The same in two steps, in single precision, with gaps between the rows.
+FACTOR = """\
+extern "C" __device__ void factor(float* A, int* info);
+extern "C" __device__ void substitute(float* A, float* B);
+
+extern "C" __global__ void __launch_bounds__(32) solve(const float* A, float* B, int* info) {
+    __shared__ float a[8 * 9], b[8];
+    for (int i = threadIdx.x; i < 8 * 8; i += 32) a[i / 8 * 9 + i % 8] = A[i];
+    if (threadIdx.x < 8) b[threadIdx.x] = B[threadIdx.x];
+    __syncthreads();
+    factor(a, info);
+    for (int step = 0; step < 2; ++step) {
+        __syncthreads();
+        substitute(a, b);
+    }
+    __syncthreads();
+    if (threadIdx.x < 8) B[threadIdx.x] = b[threadIdx.x];
+}
+"""
+
+
+@pytest.fixture
+def scale(tmp_path, monkeypatch):
+    """A program of a source and a header, before an empty cache."""
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "scale.cu").write_text(DOUBLE)
+    (tmp_path / "scale.cuh").write_text("#define SCALE 2\n")
+    return jit.Program(tmp_path / "scale.cu", {"OFFSET": 0})
+
+
+@pytest.fixture(scope="module")
+def solve(tmp_path_factory):
+    """A program that needs cuSolverDx, whose cubins take seconds, and its tests' cache."""
+    directory = tmp_path_factory.mktemp("solve")
+    (directory / "solve.cu").write_text(SOLVE)
+    (directory / "factor.cu").write_text(FACTOR)
+    posv = jit.CuSolverDx("posv", size=8, num_threads=32)
+    return jit.Program(directory / "solve.cu", {"N": 8, "THREADS": 32}, [posv])
+
+
+def elf(image):
+    """(SM number, {symbol: (is it global, type, section)}) of a 64-bit little-endian ELF image."""
+    assert image[:6] == b"\x7fELF\x02\x01"
+    (offset,) = struct.unpack_from("<Q", image, 0x28)
+    flags, _, _, _, size, count = struct.unpack_from("<IHHHHH", image, 0x30)
+    headers = [struct.unpack_from("<IIQQQQIIQQ", image, offset + i * size) for i in range(count)]
+    (table,) = (h for h in headers if h[1] == 2)
+    names = headers[table[6]][4]
+    found = {}
+    for at in range(table[4], table[4] + table[5], 24):
+        name, info, _, section = struct.unpack_from("<IBBH", image, at)
+        start = names + name
+        found[image[start : image.index(0, start)].decode()] = (info >> 4 == 1, info & 15, section)
+    return flags >> 8 & 0xFF, found
+
+
+def is_kernel(symbol):
+    is_global, kind, section = symbol
+    return is_global and kind == 2 and section != 0
+
+
+# --- the tool chain -------------------------------------------------------------------------------
+
+
+RACER = """
+import hashlib, sys
+from lplb_ep import jit
+posv = jit.CuSolverDx("posv", size=8, num_threads=32)
+program = jit.Program(sys.argv[1], {"N": 8, "THREADS": 32}, [posv])
+print("ready", flush=True)
+sys.stdin.readline()
+cubin = jit.compile_cubin(program, "sm_90")
+print(cubin.cached, hashlib.sha256(cubin.data).hexdigest())
+"""
+
+
+def test_of_two_processes_on_a_cold_cache_one_compiles(solve):
+    cache = solve.source.parent / "cache"
+    racers = [
+        subprocess.Popen(
+            [sys.executable, "-c", RACER, str(solve.source)],
+            env={**os.environ, "LPLB_EP_CACHE_DIR": str(cache)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    for racer in racers:
+        assert racer.stdout.readline() == "ready\n"
+    for racer in racers:
+        racer.stdin.write("\n")
+        racer.stdin.flush()
+    told = [racer.communicate(timeout=120)[0].split() for racer in racers]
+    assert [racer.returncode for racer in racers] == [0, 0]
+    assert sorted(cached for cached, _ in told) == ["False", "True"]
+    assert told[0][1] == told[1][1]
+    assert [path.suffix for path in cache.iterdir()] == [".cubin"]
+
+
+@pytest.mark.parametrize(("arch", "number"), [("sm_90", 90), ("sm_100", 100)])
+def test_cusolverdx_is_linked_in(solve, monkeypatch, arch, number):
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(solve.source.parent / "cache"))
+    cubin = jit.compile_cubin(solve, arch)
+    sm, symbols = elf(cubin.data)
+    assert sm == number
+    assert is_kernel(symbols["solve"])
+    # Nothing is left to be found when it is loaded, and the templates' constants are gone.
+    assert [
+        name for name, (is_global, _, section) in symbols.items() if is_global and not section
+    ] == []
+    assert len(cubin.data) < 200_000
+
+
+def test_factor_and_substitute_apart(solve, monkeypatch):
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(solve.source.parent / "cache"))
+    shape = dict(size=8, num_threads=32, precision="float", arrangement="row", fill="upper")
+    program = jit.Program(
+        solve.source.with_name("factor.cu"),
+        solvers=[
+            jit.CuSolverDx("potrf", symbol="factor", leading_dimensions=(9, 1), **shape),
+            jit.CuSolverDx("potrs", symbol="substitute", leading_dimensions=(9, 1), **shape),
+        ],
+    )
+    assert is_kernel(elf(jit.compile_cubin(program).data)[1]["solve"])
+
+
+def test_a_shape_that_cusolverdx_refuses(solve, monkeypatch, tmp_path):
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path))
+    posv = jit.CuSolverDx("posv", size=8, num_threads=5000)
+    with pytest.raises(CompileError, match="libmathdx: ") as error:
+        jit.compile_cubin(jit.Program(solve.source, solve.defines, [posv]))
+    assert "BlockDim" in error.value.log
+    assert error.value.options == ("-arch=sm_90", repr(posv))
+
+
+def test_sources_see_the_headers_beside_them_only(scale, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "stray.cuh").write_text("")
+    monkeypatch.chdir(elsewhere)
+    scale.source.write_text('#include "stray.cuh"\n' + DOUBLE)
+    with pytest.raises(CompileError, match=r'could not open source file "stray.cuh"'):
+        jit.compile_cubin(scale)
+
+
+def test_a_broken_kernel_says_all_there_is_to_know(scale, tmp_path):
+    broken = DOUBLE.replace("values[", "valeus[")
+    scale.source.write_text(broken)
+    with pytest.raises(CompileError) as caught:
+        jit.compile_cubin(scale)
+    error = caught.value
+    assert 'scale.cu(2): error: identifier "valeus" is undefined' in error.log
+    assert {"-arch=sm_90", "-DOFFSET=0"} <= set(error.options)
+    assert error.source.read_text() == broken
+    assert (error.source.parent / "scale.cuh").read_text() == "#define SCALE 2\n"
+    assert tmp_path / "cache" in error.source.parents
+    for part in ("NVRTC, scale.cu", error.log, "-DOFFSET=0", str(error.source)):
+        assert part in str(error)
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+def test_a_function_that_nothing_brings(solve, monkeypatch, tmp_path):
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path))
+    with pytest.raises(CompileError, match="posv"):
+        jit.compile_cubin(jit.Program(solve.source, solve.defines))
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+def test_the_second_time_comes_from_the_cache(scale, caplog):
+    caplog.set_level("INFO", "lplb_ep.jit")
+    first, second = jit.compile_cubin(scale), jit.compile_cubin(scale)
+    assert (first.cached, second.cached) == (False, True)
+    assert first.data == second.data
+    assert is_kernel(elf(first.data)[1]["scale"])
+    assert is_kernel(elf(first.path.read_bytes())[1]["scale"])
+    begin, end = (record.getMessage() for record in caplog.records)
+    assert begin == "compiling scale.cu (OFFSET=0) for sm_90 ..."
+    assert end.startswith("compiled scale.cu (OFFSET=0) for sm_90 in ")
+
+
+def test_every_change_has_its_own_entry(scale):
+    header = scale.source.with_name("scale.cuh")
+    seen = [jit.compile_cubin(scale)]
+    scale.source.write_text(DOUBLE.replace("*=", "-="))
+    seen.append(jit.compile_cubin(scale))
+    header.write_text("#define SCALE 3\n")
+    seen.append(jit.compile_cubin(scale))
+    seen.append(jit.compile_cubin(scale, "sm_100"))
+    seen.append(jit.compile_cubin(jit.Program(scale.source, {"OFFSET": 1})))
+    assert len({cubin.path for cubin in seen}) == len({cubin.data for cubin in seen}) == len(seen)
+
+    header.write_text("#define SCALE 2\n")
+    scale.source.write_text(DOUBLE)
+    assert jit.compile_cubin(scale).cached
+
+
+@pytest.mark.parametrize("damage", ["empty", "short", "long", "byte", "header", "other"])
+def test_damaged_and_foreign_entries_are_built_anew(scale, caplog, damage):
+    cubin = jit.compile_cubin(scale)
+    whole = cubin.path.read_bytes()
+    middle = len(whole) // 2
+    cubin.path.write_bytes(
+        {
+            "empty": b"",
+            "short": whole[:middle],
+            "long": whole + b"\n",
+            "byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+            "header": cubin.data,
+            "other": jit.compile_cubin(scale, "sm_100").path.read_bytes(),
+        }[damage]
+    )
+    again = jit.compile_cubin(scale)
+    assert (again.cached, again.data) == (False, cubin.data)
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"{cubin.path} is damaged or not ours: compiling it anew"
+    ]
+    assert cubin.path.read_bytes() == whole
+    assert jit.compile_cubin(scale).cached
+
+
+def test_a_cache_that_cannot_be_written(scale, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    cubin = jit.compile_cubin(scale)
+    assert is_kernel(elf(cubin.data)[1]["scale"])
+    assert "LPLB_EP_CACHE_DIR" in caplog.text
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "lplb_ep"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_directory() == tmp_path / "xdg" / "lplb_ep"
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path / "own"))
+    assert cache_directory() == tmp_path / "own"
+
+
+def test_compile_all_shows_its_progress(scale, caplog):
+    caplog.set_level("INFO", "lplb_ep.jit")
+    cubins = jit.compile_all([scale, scale], ["sm_90", "sm_100"])
+    assert [(c.arch, c.cached) for c in cubins] == [
+        ("sm_90", False),
+        ("sm_100", False),
+        ("sm_90", True),
+        ("sm_100", True),
+    ]
+    told = [message for message in caplog.messages if message.startswith("[")]
+    size = len(cubins[0].data)
+    assert told[0] == f"[1/4] scale.cu (OFFSET=0) for sm_90: compiled, {size} bytes"
+    assert told[2] == f"[3/4] scale.cu (OFFSET=0) for sm_90: in the cache, {size} bytes"
+
+
+# --- what is missing or wrong ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("refused", "wheel"),
+    [
+        ("nvrtc", "nvidia-cuda-nvrtc"),
+        ("mathdx", "nvidia-libmathdx-cu13"),
+        ("nvJitLink", "nvidia-nvjitlink"),
+    ],
+)
+def test_a_missing_library_says_what_to_install(solve, tmp_path, refused, wheel):
+    code = f"""
+import ctypes, sys
+load = ctypes.CDLL
+def refuse(name, *args):
+    if "lib{refused}.so" in name:
+        raise OSError(name + ": no such file")
+    return load(name, *args)
+ctypes.CDLL = refuse
+from lplb_ep import MissingPackageError, jit
+try:
+    jit.compile_cubin(jit.Program(sys.argv[1], solvers=[jit.CuSolverDx("posv", 8, 32)]))
+except MissingPackageError as error:
+    print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(solve.source)],
+        env={**os.environ, "LPLB_EP_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.startswith(f'{wheel} compiles kernels: pip install "lplb-ep[cuda]" (')
+
+
+def test_loading_needs_cupy(scale, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(MissingPackageError, match=r'CuPy launches kernels: pip install "lplb-ep'):
+        jit.Kernels(jit.compile_cubin(scale))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"function": "gesv"}, "function must be one of potrf, potrs, posv; got 'gesv'"),
+        ({"precision": "half"}, "precision must be one of float, double; got 'half'"),
+        ({"arrangement": "C"}, "arrangement must be one of column, row; got 'C'"),
+        ({"fill": "full"}, "fill must be one of upper, lower; got 'full'"),
+        ({"size": 0}, "size must be at least 1; got 0"),
+        ({"num_threads": 0}, "num_threads must be at least 1; got 0"),
+        ({"num_right_hand_sides": -1}, "num_right_hand_sides must be at least 1; got -1"),
+    ],
+)
+def test_wrong_solvers_name_themselves(change, message):
+    with pytest.raises(ValueError, match=message):
+        jit.CuSolverDx(**{"function": "posv", "size": 8, "num_threads": 32, **change})
+
+
+@pytest.mark.parametrize("arch", ["90", "sm90", "compute_90", "sm_9.0", "sm_90 "])
+def test_wrong_architectures_name_themselves(scale, arch):
+    with pytest.raises(ValueError, match="arch must be sm_90, sm_100, "):
+        jit.compile_cubin(scale, arch)
