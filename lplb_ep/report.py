@@ -553,6 +553,8 @@ def plot_training(
         lines.plot(steps, ratio["bound"], color="black", lw=1, ls=":", label="lower bound")
         lines.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
         lines.axvline(chosen, color="0.87", lw=5, zorder=0)
+        low, high = lines.get_ylim()
+        lines.set_ylim(low, high + (0.12 * (high - low) if marks else 0))  # room for the texts
         for number, text in (marks or {}).items():
             lines.axvline(number - 0.5, color="0.35", lw=1, zorder=0)
             lines.annotate(
