@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import replicas
+from . import __version__, replicas
 from .exchange import agree
 from .layers import (
     BufferState,
@@ -33,6 +33,7 @@ from .layers import (
     check_slots,
     in_force,
     refuse_when_off,
+    register,
     used,
 )
 from .placement import Placement
@@ -331,12 +332,19 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         agree(
             group,
             "settings",
-            {"LPLB_EP": settings.mode, "indices": settings.indices, "replicas": settings.replicas},
+            {
+                "LPLB_EP": settings.mode,
+                "indices": settings.indices,
+                "replicas": settings.replicas,
+                "counts": settings.counts,
+                "solver": settings.solver,
+                "lplb_ep version": __version__,
+            },
         )
         self._lplb_state = BufferState(settings, self.group)
         if placement is not None:
             self._lplb_state.default = (placement, 0)
-            channel(self._lplb_state, (placement, 0))
+            register(self._lplb_state, (placement, 0))
 
     return __init__
 
@@ -358,7 +366,7 @@ def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
         RankError: ranks bring different placements or settings.
     """
     refuse_when_off(self._lplb_state.settings, "view()")
-    channel(self._lplb_state, (placement, slot))
+    register(self._lplb_state, (placement, slot))
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_target = (placement, slot)

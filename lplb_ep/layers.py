@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import replicas
+from .exchange import agree
 from .placement import Placement
 from .planner import Planner
 from .settings import ContractError, Settings
@@ -65,8 +66,21 @@ class BufferState:
 channels: dict[tuple[Any, Placement, int], Planner] = {}
 
 
+def register(state: BufferState, target: Target) -> None:
+    """Makes the channel of a placement and slot. Collective, also where it exists already: ranks
+    that bring different placements must meet here, not in their exchanges.
+
+    Raises:
+        RankError: names the ranks that bring another placement or slot.
+    """
+    placement, slot = target
+    if isinstance(state.group, dist.ProcessGroup):
+        agree(state.group, "placement", {"placement": placement.fingerprint(), "slot": slot})
+    channel(state, target)
+
+
 def channel(state: BufferState, target: Target) -> Planner:
-    """The planner of a placement and slot; collective when it is new."""
+    """The planner of a placement and slot. Local: every batch compares its placement anyway."""
     placement, slot = target
     key = (state.group, placement, slot)
     if key not in channels:
@@ -77,7 +91,11 @@ def channel(state: BufferState, target: Target) -> Planner:
             )
         settings = state.settings
         channels[key] = Planner(
-            placement, state.group, counts=settings.counts, solver=settings.solver
+            placement,
+            state.group,
+            counts=settings.counts,
+            solver=settings.solver,
+            compare=False,
         )
     state.registered = True
     return channels[key]
@@ -163,7 +181,7 @@ def attach(
     if experts is not None:
         replicas.slot_parameters(experts, num_local_slots)
     if buffer is not None:
-        channel(buffer._lplb_state, (placement, slot))
+        register(buffer._lplb_state, (placement, slot))
     outer: list[Target | None] = []
 
     def enter(*_: Any) -> None:

@@ -49,8 +49,9 @@ class Plan:
     """[] int32, a `Status`."""
 
 
-# The first word of an exchanged row says how its rank fares; the counts follow.
+# An exchanged row begins with how its rank fares, and its placement's tag; the counts follow.
 _FINE, _STALE, _REFUSED = 0, 1, 2
+_NUM_HEAD = 2
 
 
 class Planner:
@@ -65,6 +66,8 @@ class Planner:
         rank: this rank, where there is no group.
         counts: "auto", "torch", or "given" (each call brings the counts of all ranks).
         solver: "auto" or "cpu".
+        compare: whether the ranks compare placement and settings now, which makes this collective.
+            Placements are compared with every exchange too, by a tag of 28 bits.
 
     Raises:
         ValueError: arguments that do not fit together; the message names them.
@@ -78,6 +81,8 @@ class Planner:
         rank: int | None = None,
         counts: str = "auto",
         solver: str = "auto",
+        *,
+        compare: bool = True,
     ) -> None:
         if group is not None and group.size() != placement.num_ranks:
             raise ValueError(
@@ -103,16 +108,10 @@ class Planner:
             self.exchange = TorchExchange(group)
         self.num_batches: collections.Counter[Status] = collections.Counter()
         """Batches planned so far, by status."""
-        agree(
-            group,
-            "Planner",
-            {
-                "placement": placement.fingerprint(),
-                "solver": self.solver,
-                "counts": self.counts,
-                "lplb_ep version": __version__,
-            },
-        )
+        self._tag = int(placement.fingerprint()[:7], 16)
+        if compare:
+            facts = {"solver": self.solver, "counts": self.counts, "lplb_ep version": __version__}
+            agree(group, "Planner", {"placement": placement.fingerprint(), **facts})
 
     def __call__(
         self, topk_idx: torch.Tensor, counts: torch.Tensor | None = None, *, stale: bool = False
@@ -127,7 +126,8 @@ class Planner:
 
         Raises:
             ValueError: `topk_idx` or `counts` of a wrong shape, dtype or range.
-            RankError: another rank refused its input (every rank raises then, so none hangs).
+            RankError: another rank refused its input, or plans with another placement (every rank
+                raises then, so none hangs).
         """
         if (counts is None) == (self.exchange is None):
             raise ValueError(
@@ -205,12 +205,13 @@ class Planner:
 
     def _gather(self, topk_idx: torch.Tensor, stale: bool) -> tuple[torch.Tensor, bool]:
         assert self.exchange is not None, "only a planner with an exchange gathers"
-        row = torch.zeros(1 + self.placement.num_experts, dtype=torch.int32)
+        row = torch.zeros(_NUM_HEAD + self.placement.num_experts, dtype=torch.int32)
+        row[1] = self._tag
         error = None
         try:
             check_topk_idx(topk_idx, self.placement.num_experts)
             row[0] = _STALE if stale else _FINE
-            row[1:] = cpu.count(topk_idx.cpu(), self.placement.num_experts)
+            row[_NUM_HEAD:] = cpu.count(topk_idx.cpu(), self.placement.num_experts)
         except ValueError as refused:
             # The others wait for this row: send word first, raise after.
             row[0], error = _REFUSED, refused
@@ -220,7 +221,10 @@ class Planner:
         refused_by = torch.nonzero(rows[:, 0] == _REFUSED).flatten().tolist()
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
-        return rows[:, 1:].contiguous(), bool((rows[:, 0] == _STALE).any())
+        others = torch.nonzero(rows[:, 1] != self._tag).flatten().tolist()
+        if others:
+            raise RankError(f"ranks {others} plan this batch with another placement than this rank")
+        return rows[:, _NUM_HEAD:].contiguous(), bool((rows[:, 0] == _STALE).any())
 
 
 def check_topk_idx(topk_idx: torch.Tensor, num_experts: int) -> None:

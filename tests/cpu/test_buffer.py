@@ -720,3 +720,31 @@ def test_a_missing_deep_ep_is_named():
     with pytest.raises(lplb_ep.MissingPackageError, match="deep_ep is not installed"):
         buffer.choose_backend("deep_ep")
     assert buffer.choose_backend("auto")[0] == "lplb_ep.embedded"
+
+
+def differing_placements(group, where):
+    import os
+
+    os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
+    first, second = Placement([0, 1, 2, 0], 2), Placement([0, 1, 2, 1], 2)
+    drop_in = buffer._drop_in(recorder().Buffer)(group)
+    drop_in.view(first)
+    drop_in.view(second)
+    mine = first if group.rank() == 0 else second
+    if where == "view":
+        drop_in.view(mine)
+    else:
+        with lplb_ep.use(mine):
+            drop_in.get_dispatch_layout(torch.tensor([[0, 2]]), 3)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("view", "ranks differ in placement"), ("batch", "plan this batch with another placement")],
+)
+def test_ranks_that_bring_different_known_placements_are_named(where, message):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, differing_placements, where)
+    for kind, text in failure.value.errors:
+        assert kind == "RankError"
+        assert message in text
