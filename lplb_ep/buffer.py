@@ -85,25 +85,19 @@ class _Planned:
 def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Planned:
     """Makes the plan of a call, and puts slots and P in place of its experts and E."""
     placement, _ = target
-    num_experts, topk_idx = call["num_experts"], call["topk_idx"]
-    indices = state.settings.indices
-    E, P = placement.num_experts, placement.num_physical_experts
-    expected, other = (E, P) if indices == "logical" else (P, E)
-    if num_experts != expected:
-        hint = (
-            "" if num_experts != other else " (LPLB_EP_INDICES says which of the two callers use)"
-        )
-        raise ContractError(
-            f"num_experts must be {expected} with {indices} indices on this placement "
-            f"({E} experts in {P} slots); got {num_experts}{hint}"
-        )
+    topk_idx, balance = call["topk_idx"], state.settings.mode == "1"
     # Unlike DeepEP's kernels, planning runs on the current stream: it must wait as they would.
     event = call.event("previous_event")
     if event is not None:
         event.current_stream_wait()
     planner = channel(state, target)
-    logical = topk_idx if indices == "logical" else _to_logical(topk_idx, placement)
-    if state.settings.mode == "home":
+    try:
+        logical = _logical(topk_idx, call["num_experts"], placement, state.settings.indices)
+    except (ContractError, ValueError) as error:
+        if balance:
+            planner.refuse(error)
+        raise
+    if not balance:
         physical = planner.home(logical)
     else:
         trusted = state.settings.replicas == "valid" or replicas.are_valid(placement)
@@ -113,13 +107,27 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
         physical = plan.topk_idx
     if event is not None:
         call["previous_event"] = buffer.capture()
-    call["topk_idx"], call["num_experts"] = physical, P
+    call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
     return _Planned(placement, topk_idx, physical)
 
 
-def _to_logical(topk_idx: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """Slots that an engine chose → the experts in them."""
-    check_topk_idx(topk_idx, placement.num_physical_experts)
+def _logical(
+    topk_idx: torch.Tensor, num_experts: int, placement: Placement, indices: str
+) -> torch.Tensor:
+    """The experts that a call names, by their logical or by their physical numbers."""
+    E, P = placement.num_experts, placement.num_physical_experts
+    expected, other = (E, P) if indices == "logical" else (P, E)
+    if num_experts != expected:
+        hint = (
+            " (LPLB_EP_INDICES says which of the two callers use)" if num_experts == other else ""
+        )
+        raise ContractError(
+            f"num_experts must be {expected} with {indices} indices on this placement "
+            f"({E} experts in {P} slots); got {num_experts}{hint}"
+        )
+    if indices == "logical":
+        return topk_idx
+    check_topk_idx(topk_idx, P)
     table = torch.from_numpy(np.append(placement.physical_to_logical, -1))
     logical = table.to(topk_idx.device, topk_idx.dtype)[topk_idx.long()]
     empty = topk_idx[(topk_idx >= 0) & (logical < 0)]

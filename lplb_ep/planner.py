@@ -7,6 +7,7 @@ import enum
 import logging
 import math
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -203,21 +204,24 @@ class Planner:
             )
         return gathered.int()
 
-    def _gather(self, topk_idx: torch.Tensor, stale: bool) -> tuple[torch.Tensor, bool]:
+    def refuse(self, error: Exception) -> NoReturn:
+        """Raises `error` after sending word to the other ranks, which wait for this one's counts
+        and raise too. Collective, in the place of a call."""
+        self._exchange(_REFUSED, torch.zeros(self.placement.num_experts, dtype=torch.int32))
+        raise error
+
+    def _exchange(self, state: int, counts: torch.Tensor) -> torch.Tensor:
         assert self.exchange is not None, "only a planner with an exchange gathers"
-        row = torch.zeros(_NUM_HEAD + self.placement.num_experts, dtype=torch.int32)
-        row[1] = self._tag
-        error = None
+        head = torch.tensor([state, self._tag], dtype=torch.int32)
+        return self.exchange.gather(torch.cat([head, counts]))
+
+    def _gather(self, topk_idx: torch.Tensor, stale: bool) -> tuple[torch.Tensor, bool]:
         try:
             check_topk_idx(topk_idx, self.placement.num_experts)
-            row[0] = _STALE if stale else _FINE
-            row[_NUM_HEAD:] = cpu.count(topk_idx.cpu(), self.placement.num_experts)
-        except ValueError as refused:
-            # The others wait for this row: send word first, raise after.
-            row[0], error = _REFUSED, refused
-        rows = self.exchange.gather(row)
-        if error is not None:
-            raise error
+        except ValueError as error:
+            self.refuse(error)
+        counts = cpu.count(topk_idx.cpu(), self.placement.num_experts)
+        rows = self._exchange(_STALE if stale else _FINE, counts)
         refused_by = torch.nonzero(rows[:, 0] == _REFUSED).flatten().tolist()
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")

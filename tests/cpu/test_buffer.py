@@ -748,3 +748,21 @@ def test_ranks_that_bring_different_known_placements_are_named(where, message):
     for kind, text in failure.value.errors:
         assert kind == "RankError"
         assert message in text
+
+
+def refused_by_one(group):
+    import os
+
+    os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid", LPLB_EP_INDICES="physical")
+    drop_in = buffer._drop_in(recorder().Buffer)(group)
+    view = drop_in.view(Placement([0, 1, -1, 0], 2))
+    view.get_dispatch_layout(torch.tensor([[0, 2 if group.rank() else 1]]), 4)
+
+
+def test_slots_that_one_rank_may_not_name_raise_on_all():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, refused_by_one)
+    (peer, its), (own, mine) = failure.value.errors
+    assert (peer, own) == ("RankError", "ValueError")
+    assert "ranks [1] refused" in its
+    assert "slot 2, which holds no expert" in mine
