@@ -25,6 +25,7 @@ LAYERS = [
     "placement",
     "cpu",
     "jit",
+    "cuda",
     "solver",
     "exchange",
     "planner",

@@ -1,0 +1,133 @@
+"""The GPU solver against the CPU's, which has judges of its own."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from lplb_ep import Placement, cpu, cuda
+
+pytestmark = pytest.mark.gpu
+
+
+def device():
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def check(placement, loads):
+    """Every row: legal quotas, and each component's largest load its own optimum."""
+    load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
+    quota, held, status = cuda.Solver(placement, device())(load)
+    assert status.tolist() == [0] * len(loads)
+    expert, column = np.nonzero(placement.copy_rank >= 0)
+    rank = placement.copy_rank[expert, column]
+    for row, given, loaded in zip(loads, quota.cpu().numpy(), held.cpu().numpy(), strict=True):
+        assert (given >= 0).all()
+        assert (given[placement.copy_rank < 0] == 0).all()
+        assert (given.sum(1) == row).all()
+        assert (np.bincount(rank, given[expert, column], placement.num_ranks) == loaded).all()
+        assert loaded.max() == math.ceil(cpu.solve(torch.from_numpy(row), placement).bound)
+    return quota
+
+
+@pytest.mark.parametrize("R", [1, 2, 3, 8, 16, 31, 32, 33, 48, 64])
+def test_optima_are_exact(R):
+    rng = np.random.default_rng(R)
+    for _ in range(20):
+        E = int(rng.integers(1, 257))
+        placement = oracle.random_placement(
+            rng, R, E, int(rng.integers(0, 5)), int(rng.integers(1, 9))
+        )
+        scale = float(rng.choice([3, 100, 3000]))
+        check(placement, [oracle.random_load(rng, E, scale) for _ in range(8)])
+
+
+def test_a_batch_of_two_to_the_31_tokens_is_exact():
+    rng = np.random.default_rng(0)
+    for R in (1, 8, 64):
+        placement = oracle.random_placement(rng, R, 96, 2)
+        share = rng.lognormal(0, 2, 96)
+        load = np.floor(share / share.sum() * (2**31 - 1)).astype(np.int64)
+        load[0] += 2**31 - 1 - load.sum()
+        check(placement, [load])
+
+
+def test_each_component_reaches_its_own_optimum():
+    rng = np.random.default_rng(1)
+    placement = Placement.from_topology(
+        "cube", num_experts=64, num_ranks=16, num_redundant_per_rank=2
+    )
+    loads = [oracle.random_load(rng, 64, 90.0) for _ in range(8)]
+    load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
+    _, held, _ = cuda.Solver(placement, device())(load)
+    part = Placement.from_topology("cube", num_experts=32, num_ranks=8, num_redundant_per_rank=2)
+    for row, loaded in zip(loads, held.cpu().numpy(), strict=True):
+        for g in range(2):
+            alone = cpu.solve(torch.from_numpy(row[32 * g : 32 * g + 32]), part)
+            assert loaded[8 * g : 8 * g + 8].max() == math.ceil(alone.bound)
+
+
+def test_the_same_bits_on_every_run_and_in_graphs_with_new_loads():
+    rng = np.random.default_rng(2)
+    placement = oracle.random_placement(rng, 16, 128, 2)
+    solver = cuda.Solver(placement, device())
+    loads = [oracle.random_load(rng, 128, 500.0) for _ in range(6)]
+    load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
+    eager = [[t.clone() for t in solver(load[i : i + 1])] for i in range(6)]
+    for _ in range(20):
+        again = solver(load)
+        assert torch.equal(again[0], torch.cat([quota for quota, _, _ in eager]))
+    static = load[:1].clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = solver(static)
+    for i in range(6):
+        static.copy_(load[i : i + 1])
+        graph.replay()
+        for got, expected in zip(captured, eager[i], strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_two_streams_at_once():
+    rng = np.random.default_rng(3)
+    placements = [oracle.random_placement(rng, 8, 64, 2) for _ in range(2)]
+    solvers = [cuda.Solver(p, device()) for p in placements]
+    loads = [
+        torch.tensor(
+            np.stack([oracle.random_load(rng, 64, 500.0) for _ in range(64)]),
+            dtype=torch.int32,
+            device=device(),
+        )
+        for _ in range(2)
+    ]
+    expected = [s(x)[0].clone() for s, x in zip(solvers, loads, strict=True)]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    got = [[], []]
+    for _ in range(20):
+        for i, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[i].append(solvers[i](loads[i])[0])
+    torch.cuda.synchronize()
+    for i in range(2):
+        assert all(torch.equal(quota, expected[i]) for quota in got[i])
+
+
+def test_running_out_of_rounds_is_told_and_loses_no_token():
+    rng = np.random.default_rng(4)
+    placement = oracle.random_placement(rng, 16, 128, 2)
+    load = torch.tensor([oracle.random_load(rng, 128, 500.0) + 1], dtype=torch.int32).to(device())
+    quota, held, status = cuda.Solver(placement, device())(load, max_rounds=1)
+    assert status.tolist() == [1]
+    assert torch.equal(quota.sum(2), load)
+    assert int(held.sum()) == int(load.sum())
+
+
+def test_no_loads_at_all():
+    placement = Placement([0, 1, 2, 0], 2)
+    quota, held, status = cuda.Solver(placement, device())(
+        torch.empty(0, 3, dtype=torch.int32, device=device())
+    )
+    assert (len(quota), len(held), len(status)) == (0, 0, 0)
