@@ -1,4 +1,4 @@
-"""The command `lplb-ep`: `doctor`, `replay`, `demo` and `run`."""
+"""The command `lplb-ep`: `doctor`, `replay`, `demo`, `compile` and `run`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import runpy
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
-from .settings import MissingPackageError, Settings, put_in_environment
+from .settings import CompileError, MissingPackageError, Settings, put_in_environment
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -121,6 +122,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(command=_demo)
 
+    compile_ = commands.add_parser(
+        "compile", help="compile every kernel beforehand, for any architecture, without a GPU"
+    )
+    compile_.set_defaults(command=_compile)
+    compile_.add_argument(
+        "--arch", action="append", metavar="sm_90", help="may be repeated; default: sm_90, sm_100"
+    )
+
     run = commands.add_parser(
         "run",
         help="run a script with the drop-ins in place of DeepEP's buffers",
@@ -139,7 +148,7 @@ def _one_line_errors() -> Iterator[None]:
     """Ends the process with status 2 and one line for a mistake of the caller."""
     try:
         yield
-    except (OSError, ValueError, MissingPackageError) as error:
+    except (OSError, ValueError, MissingPackageError, CompileError) as error:
         print(f"lplb-ep: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -310,6 +319,16 @@ def _placements(
             for load in learned.load
         ]
     return [Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load]
+
+
+def _compile(args: argparse.Namespace, rest: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with _one_line_errors():
+        from .cuda import programs
+        from .jit import compile_all
+
+        compile_all(programs(), args.arch or ["sm_90", "sm_100"])
+    return 0
 
 
 def _demo(args: argparse.Namespace, rest: list[str]) -> int:

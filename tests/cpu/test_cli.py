@@ -313,3 +313,21 @@ def test_the_command_starts_light():
     version, loaded = done.stdout.splitlines()
     assert version.startswith("lplb-ep ")
     assert loaded == "[]"
+
+
+def test_compile_builds_every_kernel_and_says_so(tmp_path):
+    def compile_for(arch):
+        return subprocess.run(
+            [sys.executable, "-m", "lplb_ep.cli", "compile", "--arch", arch],
+            env={**os.environ, "LPLB_EP_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+
+    built = compile_for("sm_90")
+    assert built.returncode == 0
+    assert "[1/2] flow.cu (RANKS_PER_LANE=1) for sm_90: compiled" in built.stderr
+    refused = compile_for("sm_1")
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("lplb-ep: error: ")
+    assert "Traceback" not in refused.stderr

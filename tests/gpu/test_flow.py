@@ -118,7 +118,7 @@ def test_two_streams_at_once():
 def test_running_out_of_rounds_is_told_and_loses_no_token():
     rng = np.random.default_rng(4)
     placement = oracle.random_placement(rng, 16, 128, 2)
-    load = torch.tensor([oracle.random_load(rng, 128, 500.0) + 1], dtype=torch.int32).to(device())
+    load = torch.from_numpy(rng.integers(1, 900, (1, 128), np.int32)).to(device())
     quota, held, status = cuda.Solver(placement, device())(load, max_rounds=1)
     assert status.tolist() == [1]
     assert torch.equal(quota.sum(2), load)
