@@ -78,6 +78,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is installed, set, and used, and why")
     doctor.set_defaults(command=_doctor)
 
+    _add_replay(commands)
+
+    demo = commands.add_parser(
+        "demo", add_help=False, help="train the example MoE layer; arguments are the example's"
+    )
+    demo.set_defaults(command=_demo)
+
+    compile_ = commands.add_parser(
+        "compile", help="compile every kernel beforehand, for any architecture, without a GPU"
+    )
+    compile_.set_defaults(command=_compile)
+    compile_.add_argument(
+        "--arch", action="append", metavar="sm_90", help="may be repeated; default: sm_90, sm_100"
+    )
+
+    run = commands.add_parser(
+        "run",
+        help="run a script with the drop-ins in place of DeepEP's buffers",
+        usage="lplb-ep run [--placement FILE] [--mode home|1] (SCRIPT | -m MODULE) [ARGUMENT ...]",
+    )
+    run.set_defaults(command=_run)
+    run.add_argument("--placement", metavar="FILE", help="sets LPLB_EP_PLACEMENT")
+    run.add_argument("--mode", choices=("0", "home", "1"), help="sets LPLB_EP")
+    run.add_argument("-m", dest="module", action="store_true", help="run a module, not a script")
+    run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_replay(commands: Any) -> None:
     replay = commands.add_parser(
         "replay",
         help="recorded routing on a placement: imbalance at home slots, with an even split, by LP",
@@ -116,31 +145,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     replay.add_argument("--json", metavar="PATH", help="write all numbers")
     replay.add_argument("--png", metavar="PATH", help="draw the layers' imbalance")
-
-    demo = commands.add_parser(
-        "demo", add_help=False, help="train the example MoE layer; arguments are the example's"
-    )
-    demo.set_defaults(command=_demo)
-
-    compile_ = commands.add_parser(
-        "compile", help="compile every kernel beforehand, for any architecture, without a GPU"
-    )
-    compile_.set_defaults(command=_compile)
-    compile_.add_argument(
-        "--arch", action="append", metavar="sm_90", help="may be repeated; default: sm_90, sm_100"
-    )
-
-    run = commands.add_parser(
-        "run",
-        help="run a script with the drop-ins in place of DeepEP's buffers",
-        usage="lplb-ep run [--placement FILE] [--mode home|1] (SCRIPT | -m MODULE) [ARGUMENT ...]",
-    )
-    run.set_defaults(command=_run)
-    run.add_argument("--placement", metavar="FILE", help="sets LPLB_EP_PLACEMENT")
-    run.add_argument("--mode", choices=("0", "home", "1"), help="sets LPLB_EP")
-    run.add_argument("-m", dest="module", action="store_true", help="run a module, not a script")
-    run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    return parser
 
 
 @contextlib.contextmanager
