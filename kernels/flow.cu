@@ -222,8 +222,9 @@ extern "C" __global__ void solve(
         #pragma unroll
         for (int i = 0; i < RANKS_PER_LANE; ++i) {
             int rank = lane + 32 * i;
-            if (rank < shape.ranks)
-                rank_load[batch * num_ranks + net.ranks[g * RANKS + rank]] = over[i] + limit;
+            if (rank < shape.ranks)  // what was received last is only unseen if the rounds ran out
+                rank_load[batch * num_ranks + net.ranks[g * RANKS + rank]] =
+                    over[i] + received[rank] + limit;
         }
         if (lane == 0 && rounds == 0) status[batch] = 1;
     }
