@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from .layers import (
     in_force,
     refuse_when_off,
     register,
+    state_of,
     used,
 )
 from .placement import Placement
@@ -94,9 +95,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
     try:
         logical = _logical(topk_idx, call["num_experts"], placement, state.settings.indices)
     except (ContractError, ValueError) as error:
-        if balance:
-            planner.refuse(error)
-        raise
+        _refuse(state, target, error)
     if not balance:
         physical = planner.home(logical)
     else:
@@ -109,6 +108,13 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
     return _Planned(placement, topk_idx, physical)
+
+
+def _refuse(state: BufferState, target: Target, error: Exception) -> NoReturn:
+    """Raises an error of a call that plans; where the other ranks wait for counts, on all."""
+    if state.settings.mode == "1":
+        channel(state, target).refuse(error)
+    raise error
 
 
 def _logical(
@@ -177,6 +183,8 @@ def _override(original: Callable[..., Any], hook: _Hook) -> Callable[..., Any]:
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         state: BufferState | None = getattr(self, "_lplb_state", None)
         if state is None:  # made before the patch
+            if used.get() is not None:
+                state_of(self)
             return original(self, *args, **kwargs)
         if state.settings.mode == "0":
             if used.get() is not None:
@@ -247,12 +255,22 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     hint = type(self).get_low_latency_rdma_size_hint.__wrapped__
     E, P = placement.num_experts, placement.num_physical_experts
     needed = hint(tokens, hidden, placement.num_ranks, P)
+    error = None
     if self.num_rdma_bytes < needed:
-        raise ContractError(
+        error = (
             f"num_rdma_bytes is {self.num_rdma_bytes}, and {P} slots need {needed} "
             f"({E} experts: {hint(tokens, hidden, placement.num_ranks, E)}); make the placement, "
             "or set LPLB_EP_NUM_PHYSICAL_EXPERTS, before get_low_latency_rdma_size_hint"
         )
+    elif state.low_latency_slots not in (None, P):
+        # DeepEP lays the buffer out by the number of experts, and cleans only what it knows of.
+        error = (
+            f"this buffer's low-latency calls have had placements of {state.low_latency_slots} "
+            f"slots, and this one has {P}: make a buffer for each number of slots"
+        )
+    if error is not None:
+        _refuse(state, target, ContractError(error))
+    state.low_latency_slots = P
     planned = _plan(self, state, target, call)
     out = call.forward()
     state.planned[out[2][0]] = planned  # the handle's first tensor
@@ -285,19 +303,15 @@ def _elastic_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
 
 def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
     """For calls that only ask how many experts there are."""
-    call["num_experts"] = _num_slots(call["num_experts"], state.settings)
+    here = {placement for group, placement, _ in channels if group is state.group}
+    call["num_experts"] = _num_slots(call["num_experts"], here)
     return call.forward()
 
 
-def _num_slots(num_experts: int, settings: Settings) -> int:
-    """The slots of that many experts: of the largest placement known, else by the setting."""
-    known = {placement for _, placement, _ in channels}
-    if settings.placement:
-        known.add(Placement.load(settings.placement))
-    if not known:
-        return max(num_experts, settings.num_physical_experts)
-    slots = [p.num_physical_experts for p in known if p.num_experts == num_experts]
-    return max(slots, default=num_experts)
+def _num_slots(num_experts: int, placements: set[Placement], at_least: int = 0) -> int:
+    """The slots of that many experts: of the largest placement of so many."""
+    slots = [p.num_physical_experts for p in placements if p.num_experts == num_experts]
+    return max([num_experts, at_least, *slots])
 
 
 def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
@@ -309,7 +323,10 @@ def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
         if settings.mode == "0":
             return original(*args, **kwargs)
         call = _Call(original, signature, args, kwargs)
-        call["num_experts"] = _num_slots(call["num_experts"], settings)
+        known = {placement for _, placement, _ in channels}
+        if settings.placement:
+            known.add(Placement.load(settings.placement))
+        call["num_experts"] = _num_slots(call["num_experts"], known, settings.num_physical_experts)
         return call.forward()
 
     return staticmethod(get_low_latency_rdma_size_hint)
@@ -325,34 +342,38 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
         indices: str | None = None,
         **kwargs: Any,
     ) -> None:
-        settings = Settings.from_env()
-        if indices is not None:
-            settings = dataclasses.replace(settings, indices=indices)
-        if placement is not None:
-            check_slots(placement, num_local_slots)
-        elif settings.placement:
-            placement = Placement.load(settings.placement)
-        if placement is not None:
-            refuse_when_off(settings, "Buffer")
-        original(self, *args, **kwargs)
-        group = self.group if isinstance(self.group, dist.ProcessGroup) else None
-        # With LPLB_EP=0 too: one rank that misses the variable would leave the others waiting.
-        agree(
-            group,
-            "settings",
-            {
+        settings = Settings()
+        facts: dict[str, object] = {}
+        refusal = None
+        try:
+            settings = Settings.from_env()
+            if indices is not None:
+                settings = dataclasses.replace(settings, indices=indices)
+            if placement is not None:
+                check_slots(placement, num_local_slots)
+            elif settings.placement:
+                placement = Placement.load(settings.placement)
+            if placement is not None:
+                refuse_when_off(settings, "Buffer")
+            facts = {
                 "LPLB_EP": settings.mode,
                 "indices": settings.indices,
                 "replicas": settings.replicas,
                 "counts": settings.counts,
                 "solver": settings.solver,
+                "placement": "none" if placement is None else placement.fingerprint(),
                 "lplb_ep version": __version__,
-            },
-        )
+            }
+        except (ContractError, ValueError, OSError) as error:
+            refusal = error
+        original(self, *args, **kwargs)
+        group = self.group if isinstance(self.group, dist.ProcessGroup) else None
+        # With LPLB_EP=0 too: one rank that misses the variable would leave the others waiting.
+        agree(group, "settings", facts, refusal)
         self._lplb_state = BufferState(settings, self.group)
         if placement is not None:
             self._lplb_state.default = (placement, 0)
-            register(self._lplb_state, (placement, 0))
+            channel(self._lplb_state, (placement, 0))
 
     return __init__
 
@@ -373,8 +394,9 @@ def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
         ContractError: LPLB_EP is 0.
         RankError: ranks bring different placements or settings.
     """
-    refuse_when_off(self._lplb_state.settings, "view()")
-    register(self._lplb_state, (placement, slot))
+    state = state_of(self)
+    refuse_when_off(state.settings, "view()")  # on every rank alike
+    register(state, (placement, slot))
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_target = (placement, slot)

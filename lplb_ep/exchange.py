@@ -30,13 +30,14 @@ class LocalExchange:
 
 
 class TorchExchange:
-    """A gather on a `torch.distributed` group (gloo: rows on the CPU)."""
+    """A gather on a `torch.distributed` group; NCCL's moves device memory only."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
+        self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        return gather_rows(row, self.group)
+        return gather_rows(row.to(self.device), self.group).to(row.device)
 
 
 def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -83,7 +84,7 @@ def agree(
     group: dist.ProcessGroup | None,
     what: str,
     facts: dict[str, object],
-    refusal: ValueError | None = None,
+    refusal: Exception | None = None,
 ) -> None:
     """Collective: checks that every rank brings the same facts.
 
@@ -95,7 +96,7 @@ def agree(
             here: they would wait for this rank for ever.
 
     Raises:
-        ValueError: `refusal`, on its own rank.
+        Exception: `refusal`, on its own rank.
         RankError: another rank refused, or ranks differ; names who, and in what.
     """
     if group is not None and group.size() > 1:

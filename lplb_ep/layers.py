@@ -58,6 +58,8 @@ class BufferState:
     registered: bool = False
     """A placement was registered on this buffer: from then on a call without one is an error."""
     warned: bool = False
+    low_latency_slots: int | None = None
+    """P of the low-latency calls, which lay the buffer out by it."""
     planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """From the tensor or handle by which a later call names the plan, weakly held."""
 
@@ -66,16 +68,17 @@ class BufferState:
 channels: dict[tuple[Any, Placement, int], Planner] = {}
 
 
-def register(state: BufferState, target: Target) -> None:
+def register(state: BufferState, target: Target, refusal: Exception | None = None) -> None:
     """Makes the channel of a placement and slot. Collective, also where it exists already: ranks
     that bring different placements must meet here, not in their exchanges.
 
     Raises:
-        RankError: names the ranks that bring another placement or slot.
+        RankError: names the ranks that bring another placement or slot, or a refusal.
+        Exception: `refusal`, what this rank found wrong beforehand.
     """
     placement, slot = target
-    if isinstance(state.group, dist.ProcessGroup):
-        agree(state.group, "placement", {"placement": placement.fingerprint(), "slot": slot})
+    group = state.group if isinstance(state.group, dist.ProcessGroup) else None
+    agree(group, "placement", {"placement": placement.fingerprint(), "slot": slot}, refusal)
     channel(state, target)
 
 
@@ -95,10 +98,25 @@ def channel(state: BufferState, target: Target) -> Planner:
             state.group,
             counts=settings.counts,
             solver=settings.solver,
+            slot=slot,
             compare=False,
         )
     state.registered = True
     return channels[key]
+
+
+def state_of(buffer: Any) -> BufferState:
+    """What the drop-in keeps on a buffer.
+
+    Raises:
+        ContractError: the buffer was made before `patch`, so nothing is kept.
+    """
+    state: BufferState | None = getattr(buffer, "_lplb_state", None)
+    if state is None:
+        raise ContractError(
+            "this buffer was made before lplb_ep was patched in, and plans nothing: make it after"
+        )
+    return state
 
 
 def target_of(buffer: Any, state: BufferState) -> Target | None:
@@ -175,18 +193,27 @@ def attach(
         ContractError: LPLB_EP is 0, or the slots are not the placement's.
         ValueError: the weights do not have that many slots; names the parameter.
     """
-    refuse_when_off(Settings.from_env(), "attach()")
-    check_slots(placement, num_local_slots)
-    experts = getattr(module, "experts", None) if experts is None else experts
-    if experts is not None:
-        replicas.slot_parameters(experts, num_local_slots)
-    if buffer is not None:
-        register(buffer._lplb_state, (placement, slot))
+    state = None if buffer is None else state_of(buffer)
+    target, refusal = (placement, slot), None
+    try:
+        refuse_when_off(Settings.from_env() if state is None else state.settings, "attach()")
+        check_slots(placement, num_local_slots)
+        experts = getattr(module, "experts", None) if experts is None else experts
+        if experts is not None:
+            replicas.slot_parameters(experts, num_local_slots)
+    except (ContractError, ValueError) as error:
+        refusal = error
+    if state is not None:
+        register(state, target, refusal)
+    elif refusal is not None:
+        raise refusal
     outer: list[Target | None] = []
 
     def enter(*_: Any) -> None:
         outer.append(used.get())
-        used.set((placement, slot))
+        # Around it, `use(placement, slot)` may have said which micro-batch this is.
+        inherited = outer[-1] is not None and outer[-1][0] is placement
+        used.set(outer[-1] if inherited else target)
 
     def leave(*_: Any) -> None:
         used.set(outer.pop())

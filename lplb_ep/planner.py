@@ -50,9 +50,12 @@ class Plan:
     """[] int32, a `Status`."""
 
 
-# An exchanged row begins with how its rank fares, and its placement's tag; the counts follow.
+# An exchanged row begins with how its rank fares and with what it plans: its placement's tag, the
+# channel's slot and the number of the batch. The counts follow.
 _FINE, _STALE, _REFUSED = 0, 1, 2
-_NUM_HEAD = 2
+_NUM_HEAD = 4
+# Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
+_ROW_MULTIPLE = 512
 
 
 class Planner:
@@ -67,6 +70,7 @@ class Planner:
         rank: this rank, where there is no group.
         counts: "auto", "torch", or "given" (each call brings the counts of all ranks).
         solver: "auto" or "cpu".
+        slot: which of several planners on one placement and group this is.
         compare: whether the ranks compare placement and settings now, which makes this collective.
             Placements are compared with every exchange too, by a tag of 28 bits.
 
@@ -83,6 +87,7 @@ class Planner:
         counts: str = "auto",
         solver: str = "auto",
         *,
+        slot: int = 0,
         compare: bool = True,
     ) -> None:
         if group is not None and group.size() != placement.num_ranks:
@@ -109,7 +114,8 @@ class Planner:
             self.exchange = TorchExchange(group)
         self.num_batches: collections.Counter[Status] = collections.Counter()
         """Batches planned so far, by status."""
-        self._tag = int(placement.fingerprint()[:7], 16)
+        self._head = [int(placement.fingerprint()[:7], 16), slot]
+        self._num_exchanges = 0
         if compare:
             facts = {"solver": self.solver, "counts": self.counts, "lplb_ep version": __version__}
             agree(group, "Planner", {"placement": placement.fingerprint(), **facts})
@@ -212,8 +218,19 @@ class Planner:
 
     def _exchange(self, state: int, counts: torch.Tensor) -> torch.Tensor:
         assert self.exchange is not None, "only a planner with an exchange gathers"
-        head = torch.tensor([state, self._tag], dtype=torch.int32)
-        return self.exchange.gather(torch.cat([head, counts]))
+        size = _NUM_HEAD + self.placement.num_experts
+        row = torch.zeros(-(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE, dtype=torch.int32)
+        self._num_exchanges = (self._num_exchanges + 1) % 2**31
+        row[:_NUM_HEAD] = torch.tensor([state, *self._head, self._num_exchanges])
+        row[_NUM_HEAD:size] = counts
+        rows = self.exchange.gather(row)
+        others = (rows[:, 1:_NUM_HEAD] != row[1:_NUM_HEAD]).any(1)
+        if others.any() and state != _REFUSED:
+            raise RankError(
+                f"ranks {torch.nonzero(others).flatten().tolist()} plan another batch than this "
+                "rank: another placement, another slot, or the same ones in another order"
+            )
+        return rows[:, :size]
 
     def _gather(self, topk_idx: torch.Tensor, stale: bool) -> tuple[torch.Tensor, bool]:
         try:
@@ -225,9 +242,6 @@ class Planner:
         refused_by = torch.nonzero(rows[:, 0] == _REFUSED).flatten().tolist()
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
-        others = torch.nonzero(rows[:, 1] != self._tag).flatten().tolist()
-        if others:
-            raise RankError(f"ranks {others} plan this batch with another placement than this rank")
         return rows[:, _NUM_HEAD:].contiguous(), bool((rows[:, 0] == _STALE).any())
 
 

@@ -111,7 +111,8 @@ class Settings:
     num_physical_experts: int = _setting(
         "LPLB_EP_NUM_PHYSICAL_EXPERTS",
         0,
-        "The number of slots P that buffer size hints use before any placement is known; 0: none.",
+        "The least number of slots P that low-latency buffer size hints count with, for before any "
+        "placement is known; 0: none.",
     )
     check: bool = _setting(
         "LPLB_EP_CHECK", False, "`1`: verify every plan's invariants (slow; for debugging)."

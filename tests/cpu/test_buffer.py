@@ -488,6 +488,9 @@ def test_size_hints_count_slots(make, mode, tmp_path):
     assert hint(E) == 5
     drop_in = make(placement=PLACEMENT, num_local_slots=P)
     assert hint(E) == P
+    mode("1", LPLB_EP_NUM_PHYSICAL_EXPERTS="7")
+    assert hint(E) == 7
+    mode("1", LPLB_EP_NUM_PHYSICAL_EXPERTS="0")
     drop_in.view(Placement([0, 1, 2, 3, 0, 2, 1, 0], 1))
     assert hint(E) == 8  # the largest
     assert hint(9) == 9  # of another model
@@ -726,7 +729,7 @@ def differing_placements(group, where):
     import os
 
     os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
-    first, second = Placement([0, 1, 2, 0], 2), Placement([0, 1, 2, 1], 2)
+    first, second = Placement([0, 1, 2, 0], 2), Placement([0, 1, 2, 3, 0, 1], 2)
     drop_in = buffer._drop_in(recorder().Buffer)(group)
     drop_in.view(first)
     drop_in.view(second)
@@ -735,12 +738,12 @@ def differing_placements(group, where):
         drop_in.view(mine)
     else:
         with lplb_ep.use(mine):
-            drop_in.get_dispatch_layout(torch.tensor([[0, 2]]), 3)
+            drop_in.get_dispatch_layout(torch.tensor([[0, 2]]), mine.num_experts)
 
 
 @pytest.mark.parametrize(
     ("where", "message"),
-    [("view", "ranks differ in placement"), ("batch", "plan this batch with another placement")],
+    [("view", "ranks differ in placement"), ("batch", "plan another batch than this rank")],
 )
 def test_ranks_that_bring_different_known_placements_are_named(where, message):
     with pytest.raises(ranks.RanksFailedError) as failure:
@@ -766,3 +769,73 @@ def test_slots_that_one_rank_may_not_name_raise_on_all():
     assert (peer, own) == ("RankError", "ValueError")
     assert "ranks [1] refused" in its
     assert "slot 2, which holds no expert" in mine
+
+
+def wrong_on_one_rank(group, what):
+    import os
+
+    os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
+    odd = group.rank() == 1
+    placement = Placement([0, 1, 2, 0], 2)
+    cls = buffer._drop_in(recorder().Buffer)
+    if what == "placement on one rank only":
+        cls(group, **({"placement": placement, "num_local_slots": 2} if odd else {}))
+    elif what == "slots":
+        cls(group, placement=placement, num_local_slots=3 if odd else 2)
+    elif what == "setting":
+        os.environ["LPLB_EP_CHECK"] = "maybe" if odd else "1"
+        cls(group)
+    elif what == "attach":
+        layer = Layer(cls(group), 2)
+        lplb_ep.attach(layer, placement, num_local_slots=3 if odd else 2, buffer=layer.drop_in)
+    else:
+        drop_in = cls(group)
+        slots = [drop_in.view(placement, slot) for slot in range(2)]
+        slots[odd].get_dispatch_layout(torch.tensor([[0, 2]]), 3)
+
+
+@pytest.mark.parametrize(
+    ("what", "peer", "own"),
+    [
+        ("placement on one rank only", "differ in placement: none on ranks [0]", "differ in plac"),
+        ("slots", "ranks [1] refused; rank 1: num_local_slots", "num_local_slots must be"),
+        ("setting", "ranks [1] refused; rank 1: LPLB_EP_CHECK", "LPLB_EP_CHECK must be one of"),
+        ("attach", "ranks [1] refused; rank 1: num_local_slots", "num_local_slots must be"),
+        ("micro-batches", "ranks [1] plan another batch", "ranks [0] plan another batch"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_named_on_all(what, peer, own):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, wrong_on_one_rank, what)
+    (_, theirs), (_, its) = failure.value.errors
+    assert peer in theirs
+    assert own in its
+
+
+def test_low_latency_layers_of_one_buffer_have_the_same_number_of_slots(make, mode):
+    mode("1")
+    drop_in = make(num_rdma_bytes=1 << 20)
+    drop_in.view(PLACEMENT).low_latency_dispatch(X, TOPK, 4, E)
+    larger = drop_in.view(Placement([0, 1, 2, 3, 0, 2, 1, 0], 1))
+    with pytest.raises(ContractError, match="placements of 6 slots, and this one has 8"):
+        larger.low_latency_dispatch(X, TOPK, 4, E)
+
+
+def test_buffers_made_before_the_patch_refuse_placements(deep_ep, mode, group):
+    mode("1")
+    older = deep_ep.Buffer(group)
+    buffer.patch()
+    with lplb_ep.use(PLACEMENT), pytest.raises(ContractError, match="made before lplb_ep was"):
+        older.get_dispatch_layout(TOPK, E)
+    with pytest.raises(ContractError, match="made before lplb_ep was"):
+        older.view(PLACEMENT)
+
+
+def test_an_attached_layer_keeps_the_micro_batch_around_it(make, mode):
+    mode("1")
+    drop_in = make()
+    layer = Layer(drop_in)
+    lplb_ep.attach(layer, PLACEMENT, num_local_slots=P, buffer=drop_in)
+    with lplb_ep.use(PLACEMENT, slot=1):
+        layer(TOPK)
+    assert {slot for _, _, slot in layers.channels} == {0, 1}
