@@ -107,7 +107,8 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
     if event is not None:
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
-    return _Planned(placement, topk_idx, physical)
+    # A copy: the caller may mask picks in place before it combines.
+    return _Planned(placement, topk_idx.clone(), physical)
 
 
 def _refuse(state: BufferState, target: Target, error: Exception) -> NoReturn:
@@ -228,22 +229,26 @@ def _dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     return call.forward()
 
 
-def _replace_topk_idx(state: BufferState, call: _Call, planned: _Planned) -> None:
-    given = call["topk_idx"]
+def _replace_topk_idx(
+    state: BufferState, call: _Call, planned: _Planned, masked: bool = False
+) -> None:
+    """Puts the planned slots in place of the picks that were planned; with `masked`, some of these
+    may have become -1 since, and stay so."""
+    given, logical = call["topk_idx"], planned.logical
     if given is planned.physical:
         return
-    same = given.shape == planned.logical.shape and (
+    same = given.shape == logical.shape and (
         # Comparing the values of CUDA tensors would synchronise.
-        torch.equal(given, planned.logical)
+        bool(((given == logical) | ((given == -1) & masked)).all())
         if given.device.type == "cpu" or state.settings.check
-        else given.dtype == planned.logical.dtype
+        else given.dtype == logical.dtype
     )
     if not same:
         raise ContractError(
             f"topk_idx ({list(given.shape)} of {given.dtype}) is not the one that was planned "
             f"({list(planned.logical.shape)} of {planned.logical.dtype})"
         )
-    call["topk_idx"] = planned.physical
+    call["topk_idx"] = torch.where(given < 0, -1, planned.physical) if masked else planned.physical
 
 
 def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
@@ -280,7 +285,7 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
 def _low_latency_combine(self: Any, state: BufferState, call: _Call) -> Any:
     planned = state.planned.get(call["handle"][0])
     if planned is not None:
-        _replace_topk_idx(state, call, planned)
+        _replace_topk_idx(state, call, planned, masked=True)
     elif state.registered:
         raise ContractError("handle is not from this buffer's low_latency_dispatch")
     return call.forward()

@@ -839,3 +839,30 @@ def test_an_attached_layer_keeps_the_micro_batch_around_it(make, mode):
     with lplb_ep.use(PLACEMENT, slot=1):
         layer(TOPK)
     assert {slot for _, _, slot in layers.channels} == {0, 1}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_picks_masked_before_a_low_latency_combine_stay_masked(make, mode, in_place):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=1 << 20)
+    topk = TOPK.clone()
+    handle = drop_in.low_latency_dispatch(X, topk, 4, E)[2]
+    masked = topk if in_place else topk.clone()
+    masked[2] = -1
+    drop_in.low_latency_combine(X, masked, X, handle)
+    expected = planned()
+    expected[2] = -1
+    assert torch.equal(arrived(drop_in, "low_latency_combine")["topk_idx"], expected)
+    masked[0, 0] = 3
+    with pytest.raises(ContractError, match="is not the one that was planned"):
+        drop_in.low_latency_combine(X, masked, X, handle)
+
+
+def test_picks_changed_between_layout_and_dispatch_are_refused(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    topk = TOPK.clone()
+    layout = drop_in.get_dispatch_layout(topk, E)
+    topk[2] = -1
+    with pytest.raises(ContractError, match="is not the one that was planned"):
+        drop_in.dispatch(X, topk_idx=topk, is_token_in_rank=layout[3])
