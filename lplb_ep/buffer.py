@@ -308,8 +308,9 @@ def _elastic_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
 
 def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
     """For calls that only ask how many experts there are."""
-    here = {placement for group, placement, _ in channels if group is state.group}
-    call["num_experts"] = _num_slots(call["num_experts"], here)
+    if isinstance(state.group, dist.ProcessGroup):
+        here = {placement for placement, _ in channels.get(state.group, {})}
+        call["num_experts"] = _num_slots(call["num_experts"], here)
     return call.forward()
 
 
@@ -328,7 +329,7 @@ def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
         if settings.mode == "0":
             return original(*args, **kwargs)
         call = _Call(original, signature, args, kwargs)
-        known = {placement for _, placement, _ in channels}
+        known = {placement for targets in channels.values() for placement, _ in targets}
         if settings.placement:
             known.add(Placement.load(settings.placement))
         call["num_experts"] = _num_slots(call["num_experts"], known, settings.num_physical_experts)

@@ -5,12 +5,13 @@ An exchange gathers one row of integers from every rank. It knows neither expert
 
 from __future__ import annotations
 
+import weakref
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from .settings import RankError
+from .settings import ContractError, RankError
 
 COUNTS = ("auto", "torch", "given")
 
@@ -30,14 +31,20 @@ class LocalExchange:
 
 
 class TorchExchange:
-    """A gather on a `torch.distributed` group; NCCL's moves device memory only."""
+    """A gather on a `torch.distributed` group; NCCL's moves device memory only.
+
+    The group is held weakly: one that is still held when the interpreter ends can abort it.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        self._group = weakref.ref(group)
         self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        return gather_rows(row.to(self.device), self.group).to(row.device)
+        group = self._group()
+        if group is None:
+            raise ContractError("the group that this exchange was made for is destroyed")
+        return gather_rows(row.to(self.device), group).to(row.device)
 
 
 def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -64,8 +65,8 @@ class BufferState:
     """From the tensor or handle by which a later call names the plan, weakly held."""
 
 
-# Channels outlive buffers, which frameworks replace by larger ones.
-channels: dict[tuple[Any, Placement, int], Planner] = {}
+# Channels outlive buffers, which frameworks replace by larger ones, and end with their group.
+channels: WeakKeyDictionary[dist.ProcessGroup, dict[Target, Planner]] = WeakKeyDictionary()
 
 
 def register(state: BufferState, target: Target, refusal: Exception | None = None) -> None:
@@ -84,25 +85,24 @@ def register(state: BufferState, target: Target, refusal: Exception | None = Non
 
 def channel(state: BufferState, target: Target) -> Planner:
     """The planner of a placement and slot. Local: every batch compares its placement anyway."""
-    placement, slot = target
-    key = (state.group, placement, slot)
-    if key not in channels:
-        if not isinstance(state.group, dist.ProcessGroup):
-            raise ContractError(
-                "balancing needs a buffer on a torch.distributed group; "
-                f"this one is on {type(state.group).__name__}"
-            )
-        settings = state.settings
-        channels[key] = Planner(
+    if not isinstance(state.group, dist.ProcessGroup):
+        raise ContractError(
+            "balancing needs a buffer on a torch.distributed group; "
+            f"this one is on {type(state.group).__name__}"
+        )
+    of_group = channels.setdefault(state.group, {})
+    if target not in of_group:
+        placement, slot = target
+        of_group[target] = Planner(
             placement,
             state.group,
-            counts=settings.counts,
-            solver=settings.solver,
+            counts=state.settings.counts,
+            solver=state.settings.solver,
             slot=slot,
             compare=False,
         )
     state.registered = True
-    return channels[key]
+    return of_group[target]
 
 
 def state_of(buffer: Any) -> BufferState:

@@ -7,6 +7,7 @@ import logging
 import sys
 import time
 import types
+import weakref
 
 import pytest
 import ranks
@@ -162,6 +163,11 @@ def make(group):
     return make_drop_in
 
 
+def targets():
+    """The channels of the one group: (placement, slot) → planner."""
+    return layers.channels.get(dist.group.WORLD, {})
+
+
 def planned(placement=PLACEMENT, topk=TOPK):
     counts = lplb_ep.cpu.count(topk, placement.num_experts)[None]
     return Planner(placement, rank=0, counts="given")(topk, counts=counts).topk_idx
@@ -306,7 +312,7 @@ def test_plans_live_as_long_as_what_names_them(make, mode):
 def test_cached_dispatch_and_combine_plan_nothing(make, mode):
     mode("1")
     drop_in = make(placement=PLACEMENT, num_local_slots=P)
-    planner = next(iter(layers.channels.values()))
+    planner = next(iter(targets().values()))
     handle, elsewhere = (1, 2, 3), Placement([0, 1], 1)
     with lplb_ep.use(elsewhere):
         drop_in.dispatch(X, handle)
@@ -569,11 +575,11 @@ def test_micro_batch_slots_have_channels_of_their_own(make, mode):
     drop_in = make()
     drop_in.view(PLACEMENT)
     drop_in.view(PLACEMENT)
-    assert len(layers.channels) == 1
+    assert len(targets()) == 1
     drop_in.view(PLACEMENT, slot=1)
-    assert len(layers.channels) == 2
+    assert len(targets()) == 2
     make().view(PLACEMENT)  # a buffer that replaces another finds the channels there
-    assert len(layers.channels) == 2
+    assert len(targets()) == 2
 
 
 def test_use_is_in_force_inside_only(make, mode):
@@ -609,7 +615,7 @@ def test_attached_layers_run_with_their_placement(make, mode):
         lplb_ep.attach(layer, placement, num_local_slots=len(layer.experts), buffer=drop_in)
         for layer, placement in zip(attached, (PLACEMENT, OTHER), strict=True)
     ]
-    assert len(layers.channels) == 2
+    assert len(targets()) == 2
     for layer, placement in zip(attached, (PLACEMENT, OTHER), strict=True):
         layer(TOPK)
         assert torch.equal(slots_seen(drop_in), planned(placement))
@@ -643,7 +649,7 @@ def test_stale_replicas_send_tokens_home_until_valid(make, mode, caplog):
     placement = Placement([0, 1, 2, 3, 0, 2], 1)
     # On one rank a second copy never has a quota, so look at the status that planners count.
     drop_in = make(placement=placement, num_local_slots=P)
-    planner = next(iter(layers.channels.values()))
+    planner = next(iter(targets().values()))
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1}
     assert "home slots: STALE" in caplog.text
@@ -838,7 +844,7 @@ def test_an_attached_layer_keeps_the_micro_batch_around_it(make, mode):
     lplb_ep.attach(layer, PLACEMENT, num_local_slots=P, buffer=drop_in)
     with lplb_ep.use(PLACEMENT, slot=1):
         layer(TOPK)
-    assert {slot for _, _, slot in layers.channels} == {0, 1}
+    assert {slot for _, slot in targets()} == {0, 1}
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -866,3 +872,17 @@ def test_picks_changed_between_layout_and_dispatch_are_refused(make, mode):
     topk[2] = -1
     with pytest.raises(ContractError, match="is not the one that was planned"):
         drop_in.dispatch(X, topk_idx=topk, is_token_in_rank=layout[3])
+
+
+def test_channels_end_with_their_group(tmp_path, mode):
+    """A group that outlives destroy_process_group can abort the interpreter at its end."""
+    mode("1")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    group = weakref.ref(dist.group.WORLD)
+    drop_in = buffer._drop_in(recorder().Buffer)(group(), placement=PLACEMENT, num_local_slots=P)
+    drop_in.get_dispatch_layout(TOPK, E)
+    del drop_in
+    dist.destroy_process_group()
+    gc.collect()
+    assert group() is None
+    assert len(layers.channels) == 0
