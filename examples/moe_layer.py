@@ -182,16 +182,15 @@ def text() -> torch.Tensor:
     return torch.frombuffer(bytearray("\n\n".join(topics.values()).encode()), dtype=torch.uint8)
 
 
-def recorded_routing(path: str, layers: list[MoE], rank: int) -> None:
+def recorded_routing(path: str, layers: list[MoE], generator: torch.Generator) -> None:
     """Lets a recording choose the experts: each token's K are drawn by the recorded loads."""
     from lplb_ep.report import load_recording
 
     counts = load_recording(path).counts.sum(0)  # [layers, experts]
     for number, layer in enumerate(layers):
         log_load = counts[number * len(counts) // len(layers)].double().clamp(min=1e-3).log()
-        generator = torch.Generator().manual_seed(1000 * rank + number)
 
-        def pick(num_tokens, num_topk, log_load=log_load, generator=generator):
+        def pick(num_tokens, num_topk, log_load=log_load):
             noise = torch.rand(num_tokens, len(log_load), generator=generator, dtype=torch.float64)
             return (log_load - (-noise.log()).log()).topk(num_topk, dim=-1).indices  # Gumbel top-k
 
@@ -214,8 +213,9 @@ class Trainer:
         for layer in self.layers:
             for weight in layer.experts.parameters():
                 weight.data.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+        self.picker = torch.Generator()
         if args.trace:
-            recorded_routing(args.trace, self.layers, self.rank)
+            recorded_routing(args.trace, self.layers, self.picker)
         # One buffer serves all layers; the environment is read when it is made.
         self.buffer = lplb_ep.Buffer(group)  # (1)
         self.home_buffer = None
@@ -244,6 +244,7 @@ class Trainer:
 
     def gradients(self, tokens: torch.Tensor) -> torch.Tensor:
         """Leaves the gradients of the mean loss over all ranks; returns that loss. Collective."""
+        self.picker.manual_seed(int(tokens.sum()))  # a batch is routed alike in every pass
         self.model.zero_grad()
         logits = self.model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()) / self.num_ranks
@@ -275,14 +276,18 @@ class Trainer:
         return loss, grads
 
     def difference(self, grads: list[torch.Tensor]) -> float:
-        """The largest max |a - b| / max |b| over all weights of the model. Collective."""
-        worst = max(
-            float((a - b).abs().max() / b.abs().max().clamp(min=1e-300))
-            for a, b in zip(self.logical_gradients(), grads, strict=True)
+        """The largest difference from `grads`, over the largest gradient. Collective."""
+        # A rank may be home to no expert, and then has no gradients of any.
+        pairs = [(a, b) for a, b in zip(self.logical_gradients(), grads, strict=True) if len(b)]
+        out = torch.tensor(
+            [
+                max(float((a - b).abs().max()) for a, b in pairs),
+                max(float(b.abs().max()) for _, b in pairs),
+            ],
+            dtype=torch.float64,
         )
-        out = torch.tensor(worst, dtype=torch.float64)
         dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.group)
-        return float(out)
+        return float(out[0] / out[1])
 
     def logical_gradients(self) -> list[torch.Tensor]:
         """Of every weight the model is made of: dense ones, and the experts whose home is here."""
@@ -441,6 +446,10 @@ def report(args: argparse.Namespace, trainer: Trainer, record: Record) -> None:
         f"{args.redundant} redundant slots each",
         marks={args.place_at: "placed by load"},
     )
+    tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}[args.dtype]
+    for step, balanced, home, difference in record.checks:
+        if not (abs(balanced - home) <= tolerance * home and difference <= tolerance):
+            sys.exit(f"step {step}: balanced and home differ by more than {tolerance}")
     print(f"\n{args.steps} steps in {record.seconds:.0f} s; picture: {picture}")
 
 
@@ -469,11 +478,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", default="out/moe_layer.png", help="the picture")
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype)
-    args.place_at = args.steps // 4 if args.place_at is None else args.place_at
+    args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks))  # torchrun's
+    args.place_at = max(1, args.steps // 4) if args.place_at is None else args.place_at
     if args.trace:
         from lplb_ep.report import load_recording
 
         args.experts = load_recording(args.trace).num_experts
+    for name, least in (("ranks", 1), ("topk", 1), ("sequences", 1), ("redundant", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}")
+    if not 1 <= args.place_at < args.steps:
+        parser.error(
+            f"--place-at must be in [1, --steps); got {args.place_at} of {args.steps} steps"
+        )
+    if args.topk > args.experts:
+        parser.error(f"--topk must be at most the {args.experts} experts; got {args.topk}")
+    if args.ranks == 1 and args.redundant:
+        parser.error("--redundant must be 0 on a single rank: a copy there helps no plan")
     if args.experts % args.ranks:
         parser.error(f"--experts must be a multiple of the {args.ranks} ranks; got {args.experts}")
     return args

@@ -172,7 +172,7 @@ class Placement:
             )
 
         if load is None:
-            home = np.arange(num_experts).reshape(num_ranks, local)
+            home: npt.NDArray[Any] = np.arange(num_experts).reshape(num_ranks, local)
         else:
             weight = _expert_load(load, num_experts)
             groups, nodes = num_ranks // size, num_ranks // node
@@ -294,7 +294,7 @@ class Placement:
     def _copies(self, home: npt.ArrayLike | None) -> npt.NDArray[Any]:
         """[E, C]: each expert's slots, its home first, then by (local slot, rank)."""
         slots = np.arange(self.num_physical_experts)
-        order = slots.reshape(self.num_ranks, -1).T.ravel()
+        order: npt.NDArray[Any] = slots.reshape(self.num_ranks, -1).T.ravel()
         order = order[self.physical_to_logical[order] >= 0]
         if home is not None:
             first = _integers("home", home)

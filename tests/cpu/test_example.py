@@ -66,3 +66,40 @@ def test_a_recording_drives_the_routing(tmp_path):
     (home, plan, *_) = re.search(r"layer 0, placed evenly((?: +\d\.\d{3}){6})", out)[1].split()
     assert float(home) > 1.9
     assert float(plan) < 1.4
+
+
+@pytest.mark.parametrize("case", ["a recording", "top-1, and a rank that is home to none"])
+def test_the_comparison_holds_whatever_routes(tmp_path, case):
+    counts = np.arange(1, 17)[None]
+    np.save(tmp_path / "trace.npy", counts)
+    options = {
+        "a recording": ["--trace", str(tmp_path / "trace.npy"), "--ranks", "2", "--topk", "2"],
+        "top-1, and a rank that is home to none": (
+            ["--ranks", "4", "--experts", "4", "--redundant", "2", "--topk", "1"]
+        ),
+    }[case]
+    out = run(
+        *options, "--sequences", "2", "--steps", "2", "--dtype", "float64",
+        "--out", str(tmp_path / "picture.png"),
+    )  # fmt: skip
+    checks = re.findall(r"^(\d+) +([\d.]+) +([\d.]+) +([\d.e+-]+)$", out, re.MULTILINE)
+    assert [int(step) for step, *_ in checks] == [0, 1]
+    assert all(float(difference) < 1e-9 for *_, difference in checks)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "1"], "--place-at must be in"),
+        (["--ranks", "0"], "--ranks must be at least 1"),
+        (["--ranks", "1"], "--redundant must be 0 on a single rank"),
+        (["--topk", "65"], "--topk must be at most the 64 experts"),
+        (["--experts", "20"], "--experts must be a multiple of the 8 ranks"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, message):
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE), *options], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 2
+    assert message in result.stderr
