@@ -28,6 +28,10 @@ _PUBLIC = {
     "Buffer": "buffer",
     "ElasticBuffer": "buffer",
     "EPHandle": "buffer",
+    "EventOverlap": "buffer",
+    "EventHandle": "buffer",
+    "Config": "buffer",
+    "topk_idx_t": "buffer",
     "use": "layers",
     "attach": "layers",
 }

@@ -23,3 +23,7 @@ __version__: str
 Buffer: Any
 ElasticBuffer: Any
 EPHandle: Any
+EventOverlap: Any
+EventHandle: Any
+Config: Any
+topk_idx_t: Any

@@ -15,6 +15,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NoReturn
@@ -35,9 +36,10 @@ from .layers import (
     refuse_when_off,
     register,
     state_of,
+    target_of,
     used,
 )
-from .placement import Placement
+from .placement import Placement, check_placement
 from .planner import check_plan, check_topk_idx
 from .settings import ContractError, MissingPackageError, Settings
 
@@ -71,7 +73,15 @@ def choose_backend(backend: str) -> tuple[str, str]:
 
 
 def _inner() -> ModuleType:
-    return importlib.import_module(choose_backend(Settings.from_env().backend)[0])
+    try:
+        backend = Settings.from_env().backend
+    except ValueError:
+        backend = "auto"  # raised where a buffer is made, where the other ranks can be told
+    return importlib.import_module(choose_backend(backend)[0])
+
+
+# Set while DeepEP runs: methods that it calls of itself are given slots already.
+_inside: ContextVar[bool] = ContextVar("lplb_ep.inside", default=False)
 
 
 @dataclass(eq=False)
@@ -94,7 +104,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
     planner = channel(state, target)
     try:
         logical = _logical(topk_idx, call["num_experts"], placement, state.settings.indices)
-    except (ContractError, ValueError) as error:
+    except (ContractError, TypeError, ValueError) as error:
         _refuse(state, target, error)
     if not balance:
         physical = planner.home(logical)
@@ -171,7 +181,11 @@ class _Call:
         return None if getattr(event, "event", event) is None else event
 
     def forward(self) -> Any:
-        return self._original(*self._bound.args, **self._bound.kwargs)
+        token = _inside.set(True)
+        try:
+            return self._original(*self._bound.args, **self._bound.kwargs)
+        finally:
+            _inside.reset(token)
 
 
 _Hook = Callable[[Any, BufferState, _Call], Any]
@@ -182,13 +196,15 @@ def _override(original: Callable[..., Any], hook: _Hook) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _inside.get():
+            return original(self, *args, **kwargs)
         state: BufferState | None = getattr(self, "_lplb_state", None)
         if state is None:  # made before the patch
-            if used.get() is not None:
+            if used() is not None:
                 state_of(self)
             return original(self, *args, **kwargs)
         if state.settings.mode == "0":
-            if used.get() is not None:
+            if used() is not None:
                 refuse_when_off(state.settings, "use()")
             return original(self, *args, **kwargs)
         return hook(self, state, _Call(original, signature, (self, *args), kwargs))
@@ -235,8 +251,6 @@ def _replace_topk_idx(
     """Puts the planned slots in place of the picks that were planned; with `masked`, some of these
     may have become -1 since, and stay so."""
     given, logical = call["topk_idx"], planned.logical
-    if given is planned.physical:
-        return
     same = given.shape == logical.shape and (
         # Comparing the values of CUDA tensors would synchronise.
         bool(((given == logical) | ((given == -1) & masked)).all())
@@ -251,20 +265,26 @@ def _replace_topk_idx(
     call["topk_idx"] = torch.where(given < 0, -1, planned.physical) if masked else planned.physical
 
 
+def _size(
+    state: BufferState, num_tokens: int, hidden: int, placement: Placement, num_slots: int
+) -> int:
+    assert state.size_hint is not None, "a buffer with low_latency_dispatch has a size hint"
+    return state.size_hint(num_tokens, hidden, placement.num_ranks, num_slots)
+
+
 def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     target = in_force(self, state)
     if target is None:
         return call.forward()
-    placement = target[0]
-    tokens, hidden = call["num_max_dispatch_tokens_per_rank"], call["x"].size(1)
-    hint = type(self).get_low_latency_rdma_size_hint.__wrapped__
+    placement, error = target[0], None
     E, P = placement.num_experts, placement.num_physical_experts
-    needed = hint(tokens, hidden, placement.num_ranks, P)
-    error = None
-    if self.num_rdma_bytes < needed:
+    x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
+    if not isinstance(x, torch.Tensor) or x.ndim != 2:
+        error = f"x must be a tensor [tokens, hidden]; got {getattr(x, 'shape', type(x).__name__)}"
+    elif self.num_rdma_bytes < (needed := _size(state, tokens, x.size(1), placement, P)):
         error = (
             f"num_rdma_bytes is {self.num_rdma_bytes}, and {P} slots need {needed} "
-            f"({E} experts: {hint(tokens, hidden, placement.num_ranks, E)}); make the placement, "
+            f"({E} experts: {_size(state, tokens, x.size(1), placement, E)}); make the placement, "
             "or set LPLB_EP_NUM_PHYSICAL_EXPERTS, before get_low_latency_rdma_size_hint"
         )
     elif state.low_latency_slots not in (None, P):
@@ -307,10 +327,23 @@ def _elastic_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
 
 
 def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
-    """For calls that only ask how many experts there are."""
-    if isinstance(state.group, dist.ProcessGroup):
+    """For calls that only ask how many experts there are: of the placement in force, if one is,
+    else of any."""
+    target = target_of(self, state)
+    if target is not None:
+        here = {target[0]}
+    elif isinstance(state.group, dist.ProcessGroup):
         here = {placement for placement, _ in channels.get(state.group, {})}
-        call["num_experts"] = _num_slots(call["num_experts"], here)
+    else:
+        here = set()
+    call["num_experts"] = _num_slots(call["num_experts"], here)
+    return call.forward()
+
+
+def _clean(self: Any, state: BufferState, call: _Call) -> Any:
+    if state.low_latency_slots is None:
+        return _count_slots(self, state, call)
+    call["num_experts"] = state.low_latency_slots  # what its calls have laid the buffer out by
     return call.forward()
 
 
@@ -338,7 +371,10 @@ def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
     return staticmethod(get_low_latency_rdma_size_hint)
 
 
-def _init(original: Callable[..., None]) -> Callable[..., None]:
+def _init(base: type) -> Callable[..., None]:
+    original: Callable[..., None] = base.__init__  # type: ignore[misc]
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def __init__(  # noqa: N807
         self: Any,
@@ -356,12 +392,16 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
             if placement is not None:
+                check_placement(placement)
                 check_slots(placement, num_local_slots)
+            elif num_local_slots is not None:
+                raise ContractError("num_local_slots goes with placement=, and there is none")
             elif settings.placement:
                 placement = Placement.load(settings.placement)
             if placement is not None:
                 refuse_when_off(settings, "Buffer")
             facts = {
+                "buffer": f"{base.__module__}.{base.__name__}",
                 "LPLB_EP": settings.mode,
                 "indices": settings.indices,
                 "replicas": settings.replicas,
@@ -370,13 +410,17 @@ def _init(original: Callable[..., None]) -> Callable[..., None]:
                 "placement": "none" if placement is None else placement.fingerprint(),
                 "lplb_ep version": __version__,
             }
-        except (ContractError, ValueError, OSError) as error:
+        except (ContractError, TypeError, ValueError, OSError) as error:
             refusal = error
+        group = signature.bind(self, *args, **kwargs).arguments.get("group")
+        # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;
+        # with LPLB_EP=0 too, or one rank that misses the variable would leave the others waiting.
+        agree(group if isinstance(group, dist.ProcessGroup) else None, "settings", facts, refusal)
         original(self, *args, **kwargs)
-        group = self.group if isinstance(self.group, dist.ProcessGroup) else None
-        # With LPLB_EP=0 too: one rank that misses the variable would leave the others waiting.
-        agree(group, "settings", facts, refusal)
-        self._lplb_state = BufferState(settings, self.group)
+        size_hint = getattr(base, "get_low_latency_rdma_size_hint", None)
+        self._lplb_state = BufferState(
+            settings, self.group, size_hint and inspect.unwrap(size_hint)
+        )
         if placement is not None:
             self._lplb_state.default = (placement, 0)
             channel(self._lplb_state, (placement, 0))
@@ -398,11 +442,16 @@ def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
 
     Raises:
         ContractError: LPLB_EP is 0.
-        RankError: ranks bring different placements or settings.
+        TypeError: `placement` is not one.
+        RankError: ranks bring different placements or slots.
     """
-    state = state_of(self)
+    state, refusal = state_of(self), None
     refuse_when_off(state.settings, "view()")  # on every rank alike
-    register(state, (placement, slot))
+    try:
+        check_placement(placement)
+    except TypeError as error:
+        refusal = error
+    register(state, (placement, slot), refusal)
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_target = (placement, slot)
@@ -424,7 +473,7 @@ _HOOKS: dict[str, dict[str, _Hook]] = {
         "internode_dispatch": _dispatch,
         "low_latency_dispatch": _low_latency_dispatch,
         "low_latency_combine": _low_latency_combine,
-        "clean_low_latency_buffer": _count_slots,
+        "clean_low_latency_buffer": _clean,
     },
     "ElasticBuffer": {
         "dispatch": _elastic_dispatch,
@@ -442,7 +491,7 @@ def _overrides(base: type) -> dict[str, Any]:
     }
     if hasattr(base, "get_low_latency_rdma_size_hint"):
         methods["get_low_latency_rdma_size_hint"] = _size_hint(base.get_low_latency_rdma_size_hint)
-    return {**methods, "__init__": _init(base.__init__), "view": _view}  # type: ignore[misc]
+    return {**methods, "__init__": _init(base), "view": _view}
 
 
 # --- putting them in place ------------------------------------------------------------------------
@@ -459,7 +508,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOOKS:
         base = getattr(_inner(), name)
         return base if base in _patched else _drop_in(base)
-    if name in ("EPHandle", "EventOverlap", "EventHandle", "Config"):
+    if name in ("EPHandle", "EventOverlap", "EventHandle", "Config", "topk_idx_t"):
         return getattr(_inner(), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

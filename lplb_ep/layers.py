@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import replicas
 from .exchange import agree
-from .placement import Placement
+from .placement import Placement, check_placement
 from .planner import Planner
 from .settings import ContractError, Settings
 
@@ -29,7 +29,14 @@ log = logging.getLogger(__name__)
 Target = tuple[Placement, int]
 """A placement, and the micro-batch slot whose channel plans with it."""
 
-used: ContextVar[Target | None] = ContextVar("lplb_ep.use", default=None)
+# What is in force, innermost last: who put it there (an attached layer, or None) and what.
+_entered: ContextVar[tuple[tuple[object, Target], ...]] = ContextVar("lplb_ep.use", default=())
+
+
+def used() -> Target | None:
+    """What `use` or an attached layer put in force."""
+    entered = _entered.get()
+    return entered[-1][1] if entered else None
 
 
 @contextlib.contextmanager
@@ -41,12 +48,16 @@ def use(placement: Placement, slot: int = 0) -> Iterator[None]:
     Args:
         placement: the copies of the layer that runs inside.
         slot: which of the micro-batches in flight; each has a channel of its own.
+
+    Raises:
+        TypeError: `placement` is not one.
     """
-    token = used.set((placement, slot))
+    check_placement(placement)
+    token = _entered.set((*_entered.get(), (None, (placement, slot))))
     try:
         yield
     finally:
-        used.reset(token)
+        _entered.reset(token)
 
 
 @dataclass(eq=False)
@@ -55,14 +66,22 @@ class BufferState:
 
     settings: Settings
     group: Any
+    size_hint: Callable[..., int] | None = None
+    """DeepEP's own `get_low_latency_rdma_size_hint`, which counts the slots it is told."""
     default: Target | None = None
-    registered: bool = False
-    """A placement was registered on this buffer: from then on a call without one is an error."""
+    """What the buffer was made with, while no other placement has been in force on it: a call that
+    strayed out of its layer (a recompute) must not plan with another layer's copies."""
     warned: bool = False
     low_latency_slots: int | None = None
     """P of the low-latency calls, which lay the buffer out by it."""
     planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
     """From the tensor or handle by which a later call names the plan, weakly held."""
+
+    @property
+    def registered(self) -> bool:
+        """The ranks have planned, so a model with replica slots calls: a call with no placement is
+        an error, on a buffer that replaces another too."""
+        return isinstance(self.group, dist.ProcessGroup) and self.group in channels
 
 
 # Channels outlive buffers, which frameworks replace by larger ones, and end with their group.
@@ -78,8 +97,11 @@ def register(state: BufferState, target: Target, refusal: Exception | None = Non
         Exception: `refusal`, what this rank found wrong beforehand.
     """
     placement, slot = target
+    facts: dict[str, object] = {}
+    if refusal is None:
+        facts = {"placement": placement.fingerprint(), "slot": slot}
     group = state.group if isinstance(state.group, dist.ProcessGroup) else None
-    agree(group, "placement", {"placement": placement.fingerprint(), "slot": slot}, refusal)
+    agree(group, "placement", facts, refusal)
     channel(state, target)
 
 
@@ -101,7 +123,8 @@ def channel(state: BufferState, target: Target) -> Planner:
             slot=slot,
             compare=False,
         )
-    state.registered = True
+    if state.default is not None and target[0] is not state.default[0]:
+        state.default = None
     return of_group[target]
 
 
@@ -121,21 +144,22 @@ def state_of(buffer: Any) -> BufferState:
 
 def target_of(buffer: Any, state: BufferState) -> Target | None:
     """The view's placement, else the context's, else the buffer's own."""
-    return getattr(buffer, "_lplb_target", None) or used.get() or state.default
+    return getattr(buffer, "_lplb_target", None) or used() or state.default
 
 
 def in_force(buffer: Any, state: BufferState) -> Target | None:
     """What a call that plans goes by; None: pass it on.
 
     Raises:
-        ContractError: nothing is in force on a buffer that had a placement registered.
+        ContractError: nothing is in force, and the ranks have planned before.
     """
     target = target_of(buffer, state)
     if target is None and state.registered:
         raise ContractError(
-            "no placement is in force for this call, and this buffer has had one: call it "
-            "through buffer.view(placement), within lplb_ep.use(placement), or from a module "
-            "that was attached"
+            "no placement is in force for this call, and these ranks have planned with some: call "
+            "the buffer through buffer.view(placement), within lplb_ep.use(placement), or from a "
+            "module that was attached. A checkpoint inside an attached module recomputes outside "
+            "of it, and needs a view"
         )
     if target is None and not state.warned:
         state.warned = True
@@ -169,7 +193,7 @@ def attach(
     *,
     num_local_slots: int,
     buffer: Any = None,
-    experts: torch.nn.Module | None = None,
+    experts: torch.nn.Module | Literal[False] | None = None,
     slot: int = 0,
 ) -> Attached:
     """Declares that a layer has a placement's slots, and puts it in force while the layer runs.
@@ -183,40 +207,46 @@ def attach(
         buffer: the buffer it will call; its channel is made now, not at the first batch.
         experts: the layer's slots, for a check of their weights: a ModuleList of P / R modules,
             or a module whose parameters all have P / R as leading dimension. Default:
-            `module.experts` if there is one.
+            `module.experts` if there is one. False: no check, for weights laid out otherwise.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Returns:
-        A handle whose `remove()` detaches the layer.
+        A handle whose `remove()` detaches the layer. Of several attachments the last one holds.
 
     Raises:
         ContractError: LPLB_EP is 0, or the slots are not the placement's.
+        TypeError: `placement` is not one.
         ValueError: the weights do not have that many slots; names the parameter.
     """
     state = None if buffer is None else state_of(buffer)
     target, refusal = (placement, slot), None
     try:
+        check_placement(placement)
         refuse_when_off(Settings.from_env() if state is None else state.settings, "attach()")
         check_slots(placement, num_local_slots)
         experts = getattr(module, "experts", None) if experts is None else experts
-        if experts is not None:
+        if experts:
             replicas.slot_parameters(experts, num_local_slots)
-    except (ContractError, ValueError) as error:
+    except (ContractError, TypeError, ValueError) as error:
         refusal = error
     if state is not None:
         register(state, target, refusal)
     elif refusal is not None:
         raise refusal
-    outer: list[Target | None] = []
+    this = object()
 
     def enter(*_: Any) -> None:
-        outer.append(used.get())
         # Around it, `use(placement, slot)` may have said which micro-batch this is.
-        inherited = outer[-1] is not None and outer[-1][0] is placement
-        used.set(outer[-1] if inherited else target)
+        outer = used()
+        inner = outer if outer is not None and outer[0] is placement else target
+        _entered.set((*_entered.get(), (this, inner)))
 
     def leave(*_: Any) -> None:
-        used.set(outer.pop())
+        # Called also where a hook before `enter` raised, and then there is nothing to take back.
+        entered = _entered.get()
+        mine = [depth for depth, (who, _) in enumerate(entered) if who is this]
+        if mine:
+            _entered.set(entered[: mine[-1]])
 
     before = module.register_forward_pre_hook(enter)
     after = module.register_forward_hook(leave, always_call=True)

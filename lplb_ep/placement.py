@@ -412,6 +412,12 @@ class Placement:
             raise PlacementError(f"{os.fspath(path)}: {error}") from error
 
 
+def check_placement(placement: object) -> None:
+    """Raises TypeError unless it is a `Placement`."""
+    if not isinstance(placement, Placement):
+        raise TypeError(f"placement must be an lplb_ep.Placement; got a {type(placement).__name__}")
+
+
 def _integers(
     name: str, values: npt.ArrayLike, dims: tuple[int, ...] = (1,)
 ) -> npt.NDArray[np.int64]:

@@ -8,14 +8,15 @@ import logging
 import math
 from dataclasses import dataclass
 from typing import NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 from . import __version__, cpu
 from .exchange import Exchange, LocalExchange, TorchExchange, agree, choose_counts
-from .placement import Placement
-from .settings import RankError
+from .placement import Placement, check_placement
+from .settings import ContractError, RankError
 from .solver import MAX_TOTAL, choose_solver, rank_load, solve
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,13 @@ class Status(enum.IntEnum):
     """Replica weights are out of date on some rank: every token goes home."""
     BAD_COUNTS = 2
     """The exchanged counts cannot be: every token goes home."""
+
+
+_REASONS = {
+    Status.STALE: "STALE, the replicas' weights are not known to equal their homes' on some rank. "
+    "Replicas.copy_weights() makes them so; LPLB_EP_REPLICAS=valid says that the program does",
+    Status.BAD_COUNTS: "BAD_COUNTS, the ranks' counts are negative or total more than 2**31 - 1",
+}
 
 
 @dataclass(frozen=True)
@@ -51,18 +59,23 @@ class Plan:
 
 
 # An exchanged row begins with how its rank fares and with what it plans: its placement's tag, the
-# channel's slot and the number of the batch. The counts follow.
+# channel's slot, which of the group's planners this is, and the number of the batch. The counts
+# follow.
 _FINE, _STALE, _REFUSED = 0, 1, 2
-_NUM_HEAD = 4
+_NUM_HEAD = 5
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
 _ROW_MULTIPLE = 512
+
+# How many planners were made for a group, so that two on one placement are told apart.
+_num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 class Planner:
     """Plans batches on one placement; a channel of its own between the ranks.
 
     Every rank makes its planners in the same order and calls them for every batch, with no tokens
-    too: making one and each call are collective where there is a group.
+    too: making one and each call are collective where there is a group. One thread and one stream
+    at a time: micro-batches in flight together need a planner each.
 
     Args:
         placement: the copies.
@@ -75,8 +88,10 @@ class Planner:
             Placements are compared with every exchange too, by a tag of 28 bits.
 
     Raises:
+        TypeError: `placement` is not one.
         ValueError: arguments that do not fit together; the message names them.
-        RankError: ranks differ in placement, settings or version; names what and who.
+        RankError: ranks differ in placement, settings or version, or one refused its arguments;
+            names what and who.
     """
 
     def __init__(
@@ -90,22 +105,27 @@ class Planner:
         slot: int = 0,
         compare: bool = True,
     ) -> None:
-        if group is not None and group.size() != placement.num_ranks:
-            raise ValueError(
-                f"group has {group.size()} ranks, and the placement is for {placement.num_ranks}"
-            )
-        if group is not None and rank not in (None, group.rank()):
-            raise ValueError(f"rank is {rank}, and in the group this is rank {group.rank()}")
-        if rank is None:
-            if group is None and placement.num_ranks > 1:
-                raise ValueError("rank must be given where there is no group")
-            rank = 0 if group is None else group.rank()
-        if not 0 <= rank < placement.num_ranks:
-            raise ValueError(f"rank must be in [0, {placement.num_ranks}); got {rank}")
+        facts: dict[str, object] = {}
+        refusal = None
+        try:
+            check_placement(placement)
+            self.rank = _own_rank(placement, group, rank)
+            self.solver, _ = choose_solver(solver)
+            self.counts, _ = choose_counts(counts, group is not None, placement.num_ranks)
+            facts = {
+                "placement": placement.fingerprint(),
+                "slot": slot,
+                "solver": self.solver,
+                "counts": self.counts,
+                "lplb_ep version": __version__,
+            }
+        except (TypeError, ValueError) as error:
+            refusal = error
+        if compare:
+            agree(group, "Planner", facts, refusal)
+        elif refusal is not None:
+            raise refusal
         self.placement = placement
-        self.rank = rank
-        self.solver, _ = choose_solver(solver)
-        self.counts, _ = choose_counts(counts, group is not None, placement.num_ranks)
         self.exchange: Exchange | None = None
         if self.counts == "local":
             self.exchange = LocalExchange()
@@ -114,11 +134,11 @@ class Planner:
             self.exchange = TorchExchange(group)
         self.num_batches: collections.Counter[Status] = collections.Counter()
         """Batches planned so far, by status."""
-        self._head = [int(placement.fingerprint()[:7], 16), slot]
+        number = 0
+        if group is not None and compare:
+            number = _num_made[group] = _num_made.get(group, 0) + 1
+        self._head = [int(placement.fingerprint()[:7], 16), slot, number]
         self._num_exchanges = 0
-        if compare:
-            facts = {"solver": self.solver, "counts": self.counts, "lplb_ep version": __version__}
-            agree(group, "Planner", {"placement": placement.fingerprint(), **facts})
 
     def __call__(
         self, topk_idx: torch.Tensor, counts: torch.Tensor | None = None, *, stale: bool = False
@@ -132,10 +152,14 @@ class Planner:
                 tokens home.
 
         Raises:
+            TypeError: `topk_idx` or `counts` is no tensor.
             ValueError: `topk_idx` or `counts` of a wrong shape, dtype or range.
             RankError: another rank refused its input, or plans with another placement (every rank
                 raises then, so none hangs).
+            ContractError: a CUDA graph is being captured, which cannot hold work of the CPU.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise ContractError("plans are made on the CPU, which a CUDA graph cannot capture")
         if (counts is None) == (self.exchange is None):
             raise ValueError(
                 f"this planner's counts are {self.counts!r}: "
@@ -164,7 +188,11 @@ class Planner:
             shares[:, :, 0] = gathered
             physical = cpu.rewrite_home(topk_idx, self.placement)
         if status is not Status.OPTIMAL and self.num_batches[status] == 0:
-            log.warning("a batch goes to the home slots: %s", status.name)
+            log.warning(
+                "a batch goes to the home slots (placement %s): %s",
+                self.placement.fingerprint()[:8],
+                _REASONS[status],
+            )
         self.num_batches[status] += 1
         device = topk_idx.device
         return Plan(
@@ -193,13 +221,21 @@ class Planner:
 
     def _given(self, topk_idx: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         shape = (self.placement.num_ranks, self.placement.num_experts)
+        if not isinstance(counts, torch.Tensor):
+            raise TypeError(f"counts must be a tensor; got a {type(counts).__name__}")
         if tuple(counts.shape) != shape or counts.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"counts must be {list(shape)} of int32 or int64; "
                 f"got {list(counts.shape)} of {counts.dtype}"
             )
         check_topk_idx(topk_idx, self.placement.num_experts)
-        gathered = counts.cpu()
+        gathered = counts.cpu().long()
+        wrong = torch.nonzero((gathered < 0) | (gathered > MAX_TOTAL))
+        if len(wrong):
+            r, e = wrong[0].tolist()
+            raise ValueError(
+                f"counts[{r}, {e}] must be in [0, {MAX_TOTAL}]; got {int(gathered[r, e])}"
+            )
         own = cpu.count(topk_idx.cpu(), self.placement.num_experts)
         wrong = torch.nonzero(gathered[self.rank] != own)
         if len(wrong):
@@ -235,7 +271,7 @@ class Planner:
     def _gather(self, topk_idx: torch.Tensor, stale: bool) -> tuple[torch.Tensor, bool]:
         try:
             check_topk_idx(topk_idx, self.placement.num_experts)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             self.refuse(error)
         counts = cpu.count(topk_idx.cpu(), self.placement.num_experts)
         rows = self._exchange(_STALE if stale else _FINE, counts)
@@ -245,8 +281,26 @@ class Planner:
         return rows[:, _NUM_HEAD:].contiguous(), bool((rows[:, 0] == _STALE).any())
 
 
+def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:
+    num_ranks = placement.num_ranks
+    if group is not None and group.size() != num_ranks:
+        raise ValueError(f"group has {group.size()} ranks, and the placement is for {num_ranks}")
+    if group is not None and rank not in (None, group.rank()):
+        raise ValueError(f"rank is {rank}, and in the group this is rank {group.rank()}")
+    if rank is None:
+        if group is None and num_ranks > 1:
+            raise ValueError("rank must be given where there is no group")
+        rank = 0 if group is None else group.rank()
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must be in [0, {num_ranks}); got {rank}")
+    return rank
+
+
 def check_topk_idx(topk_idx: torch.Tensor, num_experts: int) -> None:
-    """Raises ValueError unless `topk_idx` is [T, K] int32 or int64 within [-1, num_experts)."""
+    """Raises TypeError unless `topk_idx` is a tensor, and ValueError unless it is [T, K] int32 or
+    int64 within [-1, num_experts)."""
+    if not isinstance(topk_idx, torch.Tensor):
+        raise TypeError(f"topk_idx must be a tensor [T, K]; got a {type(topk_idx).__name__}")
     if topk_idx.ndim != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"topk_idx must be [T, K] of int32 or int64; "
@@ -284,6 +338,12 @@ def check_plan(plan: Plan, topk_idx: torch.Tensor, placement: Placement, rank: i
     hold(plan.topk_idx.dtype == topk_idx.dtype, "topk_idx changed its dtype")
     hold(plan.topk_idx.device == topk_idx.device, "topk_idx changed its device")
     hold(physical.shape == logical.shape, "topk_idx changed its shape")
+    if int(plan.status) == Status.BAD_COUNTS:
+        # Counts that cannot be say nothing: there are no quotas, and every pick is at its home.
+        for name in ("counts", "quota", "split", "rank_load"):
+            hold((getattr(plan, name) == 0).all(), f"{name} of counts that cannot be")
+        hold((physical == cpu.rewrite_home(logical, placement)).all(), "a pick is not at its home")
+        return
     hold(counts.shape == (R, E), f"counts are {list(counts.shape)}")
     hold(quota.shape == (E, C), f"quota is {list(quota.shape)}")
     hold(shares.shape == (R, E, C), f"split is {list(shares.shape)}")

@@ -9,7 +9,7 @@ from fractions import Fraction
 import torch
 
 from . import cpu
-from .placement import Placement
+from .placement import Placement, check_placement
 from .settings import InfeasibleError
 
 SOLVERS = ("auto", "cpu")
@@ -76,12 +76,15 @@ def solve(
         A `Solution` on the device of `load`, with a leading B where `load` has one.
 
     Raises:
+        TypeError: an argument is no tensor, or `placement` is not one.
         ValueError: an argument's shape, dtype or range; the message names it.
         InfeasibleError: an expert whose copies' `max_quota` sum below its load.
     """
+    check_placement(placement)
     name, _ = choose_solver(solver)
     R, E = placement.num_ranks, placement.num_experts
     C = placement.max_replicas
+    _check_tensor("load", load)
     if load.ndim not in (1, 2) or load.shape[-1] != E:
         raise ValueError(f"load must have shape [{E}] or [B, {E}]; got {list(load.shape)}")
     loads = _whole("load", load, load.shape).reshape(-1, E)
@@ -167,10 +170,16 @@ def rank_set_bound(
     return Fraction(kept, int(ranks.sum()) if speed is None else int(speed[ranks].sum()))
 
 
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}")
+
+
 def _whole(
     name: str, value: torch.Tensor, shape: tuple[int, ...], at_least: int = 0
 ) -> torch.Tensor:
     """`value` as int64 on the CPU, checked."""
+    _check_tensor(name, value)
     if value.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64; got {value.dtype}")
     if tuple(value.shape) != tuple(shape):

@@ -5,6 +5,7 @@ import gc
 import inspect
 import logging
 import sys
+import threading
 import time
 import types
 import weakref
@@ -89,6 +90,12 @@ def recorder():
             previous_event=None,
         ):
             return x, topk_idx, topk_weights, [], (is_token_in_rank,), None
+
+        @recorded
+        def internode_dispatch(
+            self, x, handle=None, is_token_in_rank=None, topk_idx=None, previous_event=None
+        ):
+            return x, topk_idx, None, [], (is_token_in_rank,), None
 
         @recorded
         def combine(self, x, handle, topk_weights=None):
@@ -652,7 +659,7 @@ def test_stale_replicas_send_tokens_home_until_valid(make, mode, caplog):
     planner = next(iter(targets().values()))
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1}
-    assert "home slots: STALE" in caplog.text
+    assert "STALE, the replicas' weights are not known" in caplog.text
     replicas.mark_valid(placement)
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1, "OPTIMAL": 1}
@@ -715,6 +722,68 @@ def differing_modes(group):
 
     os.environ["LPLB_EP"] = "0" if group.rank() == 2 else "1"
     buffer._drop_in(recorder().Buffer)(group)
+
+
+DIFFERENT = {
+    "LPLB_EP": ("1", "home", "LPLB_EP: 1 on ranks [0]; home on ranks [1]"),
+    "LPLB_EP_INDICES": ("logical", "physical", "indices: logical on ranks [0]; physical on"),
+    "LPLB_EP_REPLICAS": ("tracked", "valid", "replicas: tracked on ranks [0]; valid on"),
+    "LPLB_EP_COUNTS": ("auto", "torch", "counts: auto on ranks [0]; torch on"),
+    "LPLB_EP_SOLVER": ("auto", "cpu", "solver: auto on ranks [0]; cpu on"),
+}
+
+
+def differing_setting(group, variable, values):
+    import os
+
+    os.environ[variable] = values[group.rank()]
+    buffer._drop_in(recorder().Buffer)(group)
+
+
+@pytest.mark.parametrize("variable", DIFFERENT)
+def test_settings_are_compared(variable):
+    *values, message = DIFFERENT[variable]
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, differing_setting, variable, values)
+    for kind, text in failure.value.errors:
+        assert kind == "RankError"
+        assert message in text
+
+
+def misspelt_setting(group, variable, value):
+    import os
+
+    if group.rank() == 1:
+        os.environ[variable] = value
+    lplb_ep.Buffer(group)
+
+
+@pytest.mark.parametrize("variable", ["LPLB_EP", "LPLB_EP_BACKEND", "LPLB_EP_CHECKS"])
+def test_an_impossible_setting_on_one_rank_is_named_on_all(variable):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, misspelt_setting, variable, "bogus")
+    (peer, theirs), (own, its) = failure.value.errors
+    assert (peer, own) == ("RankError", "ValueError")
+    assert "ranks [1] refused" in theirs
+    assert variable in theirs
+    assert variable in its
+
+
+def other_buffer_on_one_rank(group):
+    module = recorder()
+    cls = module.Buffer
+    if group.rank() == 1:
+        cls.__module__ = "elsewhere"
+    buffer._drop_in(cls)(group)
+
+
+def test_ranks_with_buffers_of_different_libraries_are_named():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, other_buffer_on_one_rank)
+    for kind, text in failure.value.errors:
+        assert kind == "RankError"
+        assert "ranks differ in buffer: " in text
+        assert "elsewhere.Buffer on ranks [1]" in text
 
 
 def test_ranks_with_different_modes_are_named():
@@ -886,3 +955,202 @@ def test_channels_end_with_their_group(tmp_path, mode):
     gc.collect()
     assert group() is None
     assert len(layers.channels) == 0
+
+
+def test_deep_eps_own_calls_inside_a_call_are_left_alone(group, mode):
+    """Across nodes its dispatch calls internode_dispatch, with slots and an event that are right."""
+    mode("1")
+
+    class Buffer(recorder().Buffer):
+        def dispatch(
+            self, x, is_token_in_rank=None, topk_idx=None, previous_event=None, handle=None
+        ):
+            return self.internode_dispatch(x, handle, is_token_in_rank, topk_idx, previous_event)
+
+    drop_in = buffer._drop_in(Buffer)(group, placement=PLACEMENT, num_local_slots=P)
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    drop_in.log.clear()
+    got = drop_in.dispatch(X, layout[3], TOPK, Event(drop_in.log, "given"))[1]
+    assert torch.equal(got, planned())
+    assert [entry[0] for entry in drop_in.log] == ["wait", "capture", "internode_dispatch"]
+
+
+def test_internode_dispatch_takes_the_plan(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    got = drop_in.internode_dispatch(X, is_token_in_rank=layout[3], topk_idx=TOPK)[1]
+    assert torch.equal(got, planned())
+
+
+def test_calls_that_count_experts_count_the_slots_in_force(make, mode):
+    mode("1")
+    drop_in = make(num_rdma_bytes=1 << 20)
+    view, larger = drop_in.view(PLACEMENT), drop_in.view(Placement([0, 1, 2, 3, 0, 2, 1, 0], 1))
+
+    def cleaned(buffer):
+        buffer.clean_low_latency_buffer(4, 8, E)
+        return arrived(drop_in, "clean_low_latency_buffer")["num_experts"]
+
+    assert [cleaned(b) for b in (view, larger, drop_in)] == [P, 8, 8]
+    view.low_latency_dispatch(X, TOPK, 4, E)  # lays the buffer out
+    assert [cleaned(b) for b in (view, larger, drop_in)] == [P, P, P]
+
+
+def test_a_subclass_may_size_the_buffer_its_own_way(mode, group):
+    mode("1")
+
+    class Padded(buffer._drop_in(recorder().Buffer)):
+        @staticmethod
+        def get_low_latency_rdma_size_hint(*args):
+            return 1000 + buffer._drop_in(recorder().Buffer).get_low_latency_rdma_size_hint(*args)
+
+    drop_in = Padded(group, placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=4 * 8 * P)
+    drop_in.low_latency_dispatch(X, TOPK, 4, E)
+    assert arrived(drop_in, "low_latency_dispatch")["num_experts"] == P
+
+
+def test_use_goes_before_the_buffers_own_placement(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    with lplb_ep.use(OTHER):
+        drop_in.get_dispatch_layout(TOPK, E)
+    assert torch.equal(slots_seen(drop_in), planned(OTHER))
+
+
+@pytest.mark.parametrize("how", ["attach", "use", "view"])
+def test_a_default_does_not_stand_in_for_other_layers(make, mode, how):
+    """A recompute inside of a layer runs outside of its hooks: it must not get the default."""
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    layer = Layer(drop_in)
+    with lplb_ep.use(PLACEMENT, slot=1):  # its own, in another micro-batch
+        layer(TOPK)
+    drop_in.get_dispatch_layout(TOPK, E)
+    if how == "attach":
+        lplb_ep.attach(layer, OTHER, num_local_slots=4, experts=False, buffer=drop_in)
+        layer(TOPK)
+    elif how == "use":
+        with lplb_ep.use(OTHER):
+            layer(TOPK)
+    else:
+        drop_in.view(OTHER).get_dispatch_layout(TOPK, E)
+    assert torch.equal(slots_seen(drop_in), planned(OTHER))
+    with pytest.raises(ContractError, match="checkpoint inside an attached module"):
+        drop_in.get_dispatch_layout(TOPK, E)
+
+
+def test_a_buffer_that_replaces_another_knows_that_placements_exist(make, mode):
+    mode("1")
+    make().view(PLACEMENT)
+    larger = make()
+    with pytest.raises(ContractError, match="no placement is in force"):
+        larger.get_dispatch_layout(TOPK, E)
+
+
+def test_of_two_attachments_the_last_one_holds_and_nothing_stays(make, mode):
+    mode("1")
+    layer = Layer(make())
+    first = lplb_ep.attach(layer, PLACEMENT, num_local_slots=P)
+    second = lplb_ep.attach(layer, OTHER, num_local_slots=4, experts=False)
+    layer(TOPK)
+    assert torch.equal(slots_seen(layer.drop_in), planned(OTHER))
+    assert layers.used() is None
+    second.remove()
+    layer(TOPK)
+    assert torch.equal(slots_seen(layer.drop_in), planned())
+    first.remove()
+    assert layers.used() is None
+
+
+def test_a_hook_that_fails_before_ours_takes_nothing_from_the_placement_around_it(make, mode):
+    mode("1")
+    layer = Layer(make())
+
+    def fail(*_):
+        raise RuntimeError("not today")
+
+    layer.register_forward_pre_hook(fail)
+    lplb_ep.attach(layer, PLACEMENT, num_local_slots=P)
+    with lplb_ep.use(OTHER):
+        with pytest.raises(RuntimeError, match="not today"):
+            layer(TOPK)
+        assert layers.used() == (OTHER, 0)
+
+
+def test_threads_in_one_attached_module_do_not_mix(make, mode):
+    mode("1")
+    inside, seen = threading.Barrier(2), []
+
+    class Slow(torch.nn.Module):
+        def forward(self, slot):
+            inside.wait(10)
+            seen.append((slot, layers.used()))
+            inside.wait(10)
+
+    module = Slow()
+    lplb_ep.attach(module, PLACEMENT, num_local_slots=P)
+
+    def run(slot):
+        with lplb_ep.use(PLACEMENT, slot=slot):
+            module(slot)
+        seen.append((slot, layers.used()))
+
+    workers = [threading.Thread(target=run, args=(slot,)) for slot in (1, 2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(seen[:2]) == [(1, (PLACEMENT, 1)), (2, (PLACEMENT, 2))]
+    assert sorted(seen[2:]) == [(1, None), (2, None)]
+
+
+def test_weights_laid_out_otherwise_need_no_check(make, mode):
+    mode("1")
+    layer = Layer(make(), num_slots=3)  # Megatron-Core's experts are one module with all weights
+    with pytest.raises(ValueError, match="experts must be 6 modules"):
+        lplb_ep.attach(layer, PLACEMENT, num_local_slots=P)
+    lplb_ep.attach(layer, PLACEMENT, num_local_slots=P, experts=False)
+    layer(TOPK)
+    assert torch.equal(slots_seen(layer.drop_in), planned())
+
+
+def test_every_plan_is_checked_on_demand(make, mode, monkeypatch):
+    checked = []
+    monkeypatch.setattr(buffer, "check_plan", lambda *args: checked.append(args))
+    for value in ("0", "1"):
+        mode("1", LPLB_EP_CHECK=value)
+        make(placement=PLACEMENT, num_local_slots=P).get_dispatch_layout(TOPK, E)
+    ((plan, topk, placement, rank),) = checked
+    assert torch.equal(plan.topk_idx, planned())
+    assert (topk is TOPK, placement, rank) == (True, PLACEMENT, 0)
+
+
+def test_what_is_no_placement_is_named(make, mode):
+    mode("1")
+    table = [0, 1, 2, 3, 0, 2]
+    drop_in = make()
+    for wrong in (
+        lambda: make(placement=table, num_local_slots=P),
+        lambda: drop_in.view(table),
+        lambda: lplb_ep.attach(torch.nn.Linear(1, 1), table, num_local_slots=P),
+        lambda: lplb_ep.use(table).__enter__(),
+        lambda: Planner(table, rank=0),
+        lambda: lplb_ep.solve(torch.ones(4).int(), table),
+    ):
+        with pytest.raises(TypeError, match=r"placement must be an lplb_ep.Placement; got a list"):
+            wrong()
+    with pytest.raises(ContractError, match="num_local_slots goes with placement="):
+        make(num_local_slots=P)
+    with pytest.raises(ValueError, match=r"LPLB_EP_INDICES must be one of .*; got .bogus."):
+        make(indices="bogus")
+
+
+def test_what_is_no_tensor_is_named(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=1 << 20)
+    for topk in (None, TOPK.tolist(), TOPK.numpy()):
+        with pytest.raises(TypeError, match=r"topk_idx must be a tensor \[T, K\]; got a"):
+            drop_in.get_dispatch_layout(topk, E)
+    with pytest.raises(ContractError, match=r"x must be a tensor \[tokens, hidden\]; got list"):
+        drop_in.low_latency_dispatch([1.0], TOPK, 4, E)

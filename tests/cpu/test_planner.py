@@ -155,10 +155,72 @@ def test_differing_placements_are_named():
         assert message.endswith(" on ranks [2, 3]")
 
 
+def differing_planner(group, what):
+    placement = Placement([0, 1, 2, 0], 2)
+    odd = group.rank() == 1
+    if what == "ranks":
+        Planner(Placement([0, 1, 2, 0], 4) if odd else placement, group)
+    elif what == "type":
+        Planner([0, 1, 2, 0] if odd else placement, group)
+    elif what == "counts":
+        Planner(placement, group, counts="given" if odd else "auto")
+    elif what == "slot":
+        Planner(placement, group, slot=int(odd))
+    elif what == "tensor":
+        Planner(placement, group)([[0, 1]] if odd else torch.tensor([[0, 1]]))
+    else:
+        planners = [Planner(placement, group) for _ in range(2)]
+        planners[odd](torch.tensor([[0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("what", "peer", "own"),
+    [
+        ("ranks", "rank 1: group has 2 ranks", "group has 2 ranks, and the placement is for 4"),
+        ("type", "rank 1: placement must be", "placement must be an lplb_ep.Placement; got a li"),
+        ("counts", "differ in counts: torch on ranks [0]; given", "differ in counts"),
+        ("slot", "differ in slot: 0 on ranks [0]; 1 on ranks [1]", "differ in slot"),
+        ("tensor", "ranks [1] refused", "topk_idx must be a tensor [T, K]; got a list"),
+        ("order", "ranks [1] plan another batch", "ranks [0] plan another batch"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_is_named_on_all(what, peer, own):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, differing_planner, what)
+    (_, theirs), (_, its) = failure.value.errors
+    assert peer in theirs
+    assert own in its
+
+
+def out_of_step(group):
+    planner = Planner(Placement([0, 1, 2, 0], 2), group)
+    planner(torch.tensor([[0, 1]]))
+    planner._num_exchanges += group.rank()  # as if rank 1 had planned a batch that rank 0 did not
+    planner(torch.tensor([[0, 1]]))
+
+
+def test_batches_are_numbered():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, out_of_step)
+    assert [kind for kind, _ in failure.value.errors] == ["RankError", "RankError"]
+
+
+def test_a_batch_too_large_to_count_goes_home():
+    class Full:
+        def gather(self, row):
+            rows = torch.stack([row, row])
+            rows[1, 5:7] = 2**30  # with this rank's picks, 2**31 + 2 tokens
+            return rows
+
+    planner = Planner(TWO, rank=0, counts="given")
+    planner.exchange = Full()
+    assert int(planner(torch.tensor([[0, 1]])).status) == Status.BAD_COUNTS
+
+
 def test_counts_that_cannot_be_send_the_batch_home():
     class Broken:
         def gather(self, row):
-            return torch.stack([row, torch.where(torch.arange(len(row)) < 4, row, -5)])
+            return torch.stack([row, torch.where(torch.arange(len(row)) < 5, row, -5)])
 
     placement = Placement([0, 1, 2, 0], 2)
     planner = Planner(placement, rank=0, counts="given")
@@ -168,6 +230,7 @@ def test_counts_that_cannot_be_send_the_batch_home():
     assert int(plan.status) == Status.BAD_COUNTS
     assert torch.equal(plan.topk_idx, planner.home(topk))
     assert planner.num_batches == {Status.BAD_COUNTS: 1}
+    check_plan(plan, topk, placement, 0)
 
 
 TWO = Placement([0, 1, 2, 0], 2)
@@ -181,6 +244,8 @@ TWO = Placement([0, 1, 2, 0], 2)
         (torch.tensor([[0, -2]]), None, r"topk_idx\[0, 1\] is -2"),
         (torch.tensor([[0, 1]]), torch.ones(2, 3), r"counts must be \[2, 3\] of int32 or int64"),
         (torch.tensor([[0, 1]]), torch.ones(1, 3).int(), r"got \[1, 3\]"),
+        (torch.tensor([[0, 1]]), torch.tensor([[1, 1, 0], [2**32 + 5, 0, 0]]), "got 4294967301"),
+        (torch.tensor([[0, 1]]), torch.tensor([[1, 1, 0], [0, -1, 0]]), r"counts\[1, 1\] must be"),
         (torch.tensor([[0, 1]]), torch.tensor([[1, 2, 0], [0, 0, 0]]), r"counts\[0, 1\] is 2"),
     ],
 )
