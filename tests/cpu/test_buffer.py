@@ -958,7 +958,7 @@ def test_channels_end_with_their_group(tmp_path, mode):
 
 
 def test_deep_eps_own_calls_inside_a_call_are_left_alone(group, mode):
-    """Across nodes its dispatch calls internode_dispatch, with slots and an event that are right."""
+    """Across nodes its dispatch calls internode_dispatch, with slots and a right event."""
     mode("1")
 
     class Buffer(recorder().Buffer):
