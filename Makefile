@@ -1,6 +1,7 @@
 # `make demo` and `make test` do all the set-up themselves, in a virtual environment of their own.
 PYTHON ?= python3
-# Pinned here and not in pyproject.toml: users have their torch. TORCH= takes whatever pip finds.
+# Pinned here and not in pyproject.toml: users have their torch. TORCH=torch takes what pip finds. Where
+# the wheel index serves CUDA builds, add its CPU address to pip (PIP_INDEX_URL) to save gigabytes.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
