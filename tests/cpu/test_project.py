@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -205,9 +206,13 @@ def test_kernel_sources_are_found_from_the_source_tree():
 
 
 def test_the_wheel_holds_the_package(tmp_path):
+    # From a copy: setuptools builds in the tree, and takes up what an earlier build left there.
+    tree = tmp_path / "tree"
+    skip = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=skip)
     build = ["pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run(
-        [sys.executable, "-m", *build, str(tmp_path), str(ROOT)], check=True, capture_output=True
+        [sys.executable, "-m", *build, str(tmp_path), str(tree)], check=True, capture_output=True
     )
     (wheel,) = tmp_path.glob("lplb_ep-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
