@@ -5,19 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import runpy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .settings import CompileError, MissingPackageError, Settings, put_in_environment
+from .settings import (
+    CompileError,
+    MissingPackageError,
+    Settings,
+    put_first_on_python_path,
+    put_in_environment,
+)
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -335,7 +339,7 @@ def _compile(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _demo(args: argparse.Namespace, rest: list[str]) -> int:
+def _demo(args: argparse.Namespace, rest: list[str]) -> NoReturn:
     script = Path(__file__).resolve().parent.parent / "examples" / "moe_layer.py"
     with _one_line_errors():
         if not script.exists():
@@ -343,16 +347,15 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
                 "the demo is examples/moe_layer.py of the source tree, and this is an installed "
                 "package without it: run it from a checkout"
             )
-    sys.path[0] = str(script.parent)
-    return _execute(str(script), rest)
+    _become_python([str(script), *rest])
 
 
-def _run(args: argparse.Namespace, rest: list[str]) -> int:
+def _run(args: argparse.Namespace, rest: list[str]) -> NoReturn:
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
     with _one_line_errors():
-        if not args.program:
+        if not program:
             raise ValueError("run needs a script, or -m and a module")
-        target, *arguments = args.program
-        # Set, not passed on: the script's own buffers read them, in its child processes too.
+        # Set, not passed on: the program's own buffers read them, in its child processes too.
         if args.placement is not None:
             put_in_environment("placement", str(Path(args.placement).resolve()))
         if args.mode is not None:
@@ -362,28 +365,13 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             from .placement import Placement
 
             Placement.load(settings.placement)
-        if args.module:
-            sys.path[0] = os.getcwd()
-            if importlib.util.find_spec(target.partition(".")[0]) is None:
-                raise ValueError(f"no module named {target}")
-        elif not Path(target).exists():
-            raise ValueError(f"no such script: {target}")
-        else:
-            sys.path[0] = str(Path(target).resolve().parent)
-        from .buffer import patch
-
-        patch()
-    return _execute(target, arguments, module=args.module)
+    put_first_on_python_path(Path(__file__).resolve().parent / "startup")
+    _become_python(["-m", *program] if args.module else program)
 
 
-def _execute(target: str, arguments: Sequence[str], *, module: bool = False) -> int:
-    """Runs a script or module as the main program; it finds the `sys.argv` it would have alone."""
-    sys.argv = [target, *arguments]
-    if module:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(target, run_name="__main__")
-    return 0
+def _become_python(arguments: Sequence[str]) -> NoReturn:
+    """Goes on as the interpreter of this process, run afresh: the program finds all as usual."""
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 if __name__ == "__main__":

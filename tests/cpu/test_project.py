@@ -33,9 +33,11 @@ LAYERS = [
     "embedded.rows",
     "embedded.legacy",
     "embedded.elastic",
+    "embedded.utils",
     "embedded",
     "layers",
     "buffer",
+    "startup.sitecustomize",
     "report",
     "cli",
 ]
