@@ -1,8 +1,10 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,8 +66,24 @@ def test_doctor_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_version", lambda distribution: None)
     assert cli.main(["doctor"]) == 0
     told = sections(capsys.readouterr().out)
-    assert 'pip install "lplb-ep[plot]"' in told["Packages"]["matplotlib"]
+    assert "pip install '.[plot]' in a checkout" in told["Packages"]["matplotlib"]
     assert told["Packages"]["deep_ep"].startswith("missing")
+
+
+def test_doctor_without_torch():
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "lplb_ep.cli", "doctor"],  # -S: no installed packages
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    told = sections(done.stdout)
+    assert re.fullmatch("missing .*: pip install torch", told["Packages"]["torch"])
+    assert told["Devices"] == {"error:": "No module named 'torch'"}
+    assert told["Settings"]["LPLB_EP_SOLVER"].split() == ["auto", "default"]
+    assert told["Used"]["error:"].startswith("No module named ")
 
 
 @pytest.mark.parametrize(
@@ -147,26 +165,56 @@ def test_replay_of_ids_learned_from_another_file(tmp_path):
     assert np.shape(told["imbalance"]["lp"]) == (4, 2)
 
 
+def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path):
+    """Ids in batches, on a placement learned on counts: they share neither key nor layout."""
+    ids = np.random.default_rng(0).random((64, 3, 16)).argsort(axis=2)[:, :, :2]
+    np.save(tmp_path / "ids.npy", ids)
+    argv = ["replay", tmp_path / "ids.npy", "--layout", "token-layer", "--tokens-per-batch", 32]
+    argv += ["--experts", 16, "--placement", "cube", "--ranks", 8]
+    argv += ["--learn-from", f"{recording[0]}:old", "--learn-layout", "counts"]
+    argv += ["--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["learned_from"] == "counts.npz: old"
+    assert np.shape(told["imbalance"]["lp"]) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "key must name one of its arrays: new [3, 16], old [3, 16]"),
-        (["--key", "new", "--experts", "8"], "num_experts is 8"),
+        ([], "--key must name one of its arrays: new [3, 16], old [3, 16]"),
+        (["--key", "new", "--experts", "8"], "--experts is 8, but counts"),
+        (["--key", "new", "--layout", "count"], "--layout must be one of counts, "),
         (["--key", "new", "--learn-from", "gone"], "no array 'gone'"),
+        (["--key", "new", "--learn-from", "{file}:gone"], "no array 'gone'; it holds new"),
+        (
+            ["--key", "new", "--learn-from", "old", "--learn-layout", "count"],
+            "--learn-layout must be one of counts, ",
+        ),
+        (["--key", "new", "--learn-layout", "counts"], "--learn-layout needs --learn-from"),
         (["--key", "new", "--placement", "star"], "--placement must be cube, "),
+        (
+            ["--key", "new", "--placement", "kube", "--ranks", "8"],
+            "--placement must be cube, hypercube, torus, ring (or ring:SIZE, torus:ROWSxCOLUMNS), "
+            "eplb, or a file written by Placement.save; got 'kube'",
+        ),
         (
             ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],
             "--groups is for",
         ),
         (["--key", "new", "--placement", "eplb", "--ranks", "8"], "needs --ranks and --redundant"),
         (["--key", "new", "--placement", "ring"], "needs --ranks"),
-        (["--key", "new", "--placement", "cube", "--ranks", "6"], "num_ranks"),
-        (["--key", "new", "--placement", "p.json", "--ranks", "8"], "--ranks does not go with"),
+        (["--key", "new", "--placement", "cube", "--ranks", "6"], "size must divide --ranks: "),
+        (["--key", "new", "--placement", __file__, "--ranks", "8"], "--ranks does not go with"),
+        (["--json", "none/out.json"], "--json none/out.json: there is no directory none"),
+        (["--png", "none/out.png"], "--png none/out.png: there is no directory none"),
+        (["--png", "out.jpg"], "--png must end in .png; got out.jpg"),
     ],
 )
 def test_replay_says_what_is_wrong_in_one_line(recording, capsys, options, says):
     if "--placement" not in options:
         options = [*options, "--placement", "cube", "--ranks", "8"]
+    options = [option.format(file=recording[0]) for option in options]
     assert says in fails(capsys, "replay", recording[0], *options)
 
 
@@ -176,6 +224,26 @@ def test_replay_learns_from_the_same_model_only(recording, tmp_path, capsys):
     np.save(tmp_path / "one.npy", recording[1]["new"])
     says = fails(capsys, "replay", tmp_path / "one.npy", *options)
     assert "other.npy has 2 layers of 16 experts; one.npy has 3 of 16" in says
+    options[-1] = "gone.npy"
+    says = fails(capsys, "replay", tmp_path / "one.npy", *options)
+    assert "--learn-from: there is no file gone.npy" in says
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # noticed at the end, or at the first line
+def test_a_reader_that_leaves_ends_the_command_quietly(recording, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = ["--key", "new", "--placement", "cube", "--ranks", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lplb_ep.cli", "replay", recording[0], *options],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 # --- run and demo ---------------------------------------------------------------------------------
