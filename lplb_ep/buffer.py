@@ -1,6 +1,6 @@
 """The drop-ins for DeepEP's buffers, and the patch that puts them in place.
 
-The only file that names `deep_ep`. `Buffer` and `ElasticBuffer` are subclasses of DeepEP's (or of
+The only file that imports `deep_ep`. `Buffer` and `ElasticBuffer` are subclasses of DeepEP's (or of
 the embedded ones), made on first use; `patch` puts the same overriding methods on the original
 classes. An override that has nothing to do passes the caller's arguments on untouched.
 """
@@ -520,7 +520,8 @@ def patch() -> None:
     imports `deep_ep` runs without it.
     """
     module = _inner()
-    sys.modules.setdefault("deep_ep", module)
+    if sys.modules.setdefault("deep_ep", module).__name__ == "lplb_ep.embedded":
+        sys.modules["deep_ep.utils"] = module.utils
     for name in _HOOKS:
         base = getattr(module, name, None)
         if base is None or base in _patched:
@@ -543,4 +544,5 @@ def unpatch() -> None:
                 setattr(base, key, method)
     _patched.clear()
     if getattr(sys.modules.get("deep_ep"), "__name__", "") == "lplb_ep.embedded":
-        del sys.modules["deep_ep"]
+        for name in ("deep_ep", "deep_ep.utils"):
+            sys.modules.pop(name, None)

@@ -5,25 +5,45 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import runpy
+import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .settings import CompileError, MissingPackageError, Settings, put_in_environment
+from .settings import (
+    CompileError,
+    MissingPackageError,
+    Settings,
+    put_first_on_python_path,
+    put_in_environment,
+)
 
 if TYPE_CHECKING:
     from .placement import Placement
     from .report import Recording
 
 TOPOLOGIES = ("cube", "hypercube", "torus", "ring")
+_KINDS = (
+    f"{', '.join(TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, or a file written by "
+    "Placement.save"
+)
+# The library's arguments, and replay's options for them.
+_OPTIONS = {
+    "num_ranks": "--ranks",
+    "num_redundant_per_rank": "--redundant",
+    "num_ranks_per_node": "--ranks-per-node",
+    "num_groups": "--groups",
+    "num_experts": "--experts",
+    "tokens_per_batch": "--tokens-per-batch",
+    "key": "--key",
+    "layout": "--layout",
+}
 
 # name, distributions that bring it, what it is for, how to get it
 _PACKAGES = (
@@ -31,9 +51,9 @@ _PACKAGES = (
     ("numpy", ("numpy",), "plans on the CPU", "pip install numpy"),
     ("scipy", ("scipy",), "maximum flows", "pip install scipy"),
     ("deep_ep", ("deep_ep",), "moves tokens between GPUs", "https://github.com/deepseek-ai/DeepEP"),
-    ("matplotlib", ("matplotlib",), "pictures", 'pip install "lplb-ep[plot]"'),
+    ("matplotlib", ("matplotlib",), "pictures", "pip install '.[plot]' in a checkout"),
 )
-_CUDA = 'pip install "lplb-ep[cuda]"'
+_CUDA = "pip install '.[cuda]' in a checkout"
 _LATER_PACKAGES = (
     ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "launches kernels", _CUDA),
     ("libmathdx", ("nvidia-libmathdx-cu13", "nvidia-libmathdx-cu12"), "cuSolverDx", _CUDA),
@@ -43,7 +63,7 @@ _LATER_PACKAGES = (
         "nvshmem4py",
         ("nvshmem4py-cu13", "nvshmem4py-cu12"),
         "exchanges counts",
-        'pip install "lplb-ep[nvshmem]"',
+        "pip install '.[nvshmem]' in a checkout",
     ),
 )
 
@@ -55,17 +75,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; by default the process's.
 
     Returns:
-        The exit status: 0, or 2 where `doctor` finds settings that cannot be.
+        The exit status: 0; 2 where `doctor` finds packages missing or settings that cannot be; 1
+        where the reader of the output left, as `head` does.
 
     Raises:
-        SystemExit: 2 for a mistake of the caller, said in one line on stderr; and what a script
-            that is run raises.
+        SystemExit: 2 for a mistake of the caller, said in one line on stderr.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and args.command is not _demo:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return int(args.command(args, rest))
+    try:
+        status = int(args.command(args, rest))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still buffered goes nowhere, for Python flushes stdout once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -122,13 +149,7 @@ def _add_replay(commands: Any) -> None:
     replay.add_argument(
         "--tokens-per-batch", type=int, metavar="T", help="cut expert ids into batches of T tokens"
     )
-    replay.add_argument(
-        "--placement",
-        required=True,
-        metavar="KIND",
-        help=f"{', '.join(TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, or a file "
-        "written by Placement.save",
-    )
+    replay.add_argument("--placement", required=True, metavar="KIND", help=_KINDS)
     replay.add_argument("--ranks", type=int, metavar="R", help="ranks; not with a placement file")
     replay.add_argument(
         "--redundant",
@@ -140,8 +161,11 @@ def _add_replay(commands: Any) -> None:
     replay.add_argument("--groups", type=int, metavar="G", help="eplb: the router's expert groups")
     replay.add_argument(
         "--learn-from",
-        metavar="FILE|KEY",
-        help="learn the placement on another recording, or another array of FILE",
+        metavar="FILE[:KEY]|KEY",
+        help="learn the placement on another recording, or on another array of this one",
+    )
+    replay.add_argument(
+        "--learn-layout", metavar="LAYOUT", help="of --learn-from; default: as --layout"
     )
     replay.add_argument("--json", metavar="PATH", help="write all numbers")
     replay.add_argument("--png", metavar="PATH", help="draw the layers' imbalance")
@@ -152,9 +176,22 @@ def _one_line_errors() -> Iterator[None]:
     """Ends the process with status 2 and one line for a mistake of the caller."""
     try:
         yield
+    except BrokenPipeError:  # not a mistake: `main` ends quietly
+        raise
     except (OSError, ValueError, MissingPackageError, CompileError) as error:
         print(f"lplb-ep: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def _as_typed(options: Mapping[str, str]) -> Iterator[None]:
+    """Puts the options that the caller typed in place of the library's arguments in an error."""
+    try:
+        yield
+    except ValueError as error:
+        arguments = rf"(?<![\w./'-])({'|'.join(options)})(?![\w./'-])"
+        said = re.sub(arguments, lambda match: options[match[1]], str(error))
+        raise ValueError(said) from None
 
 
 def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
@@ -168,15 +205,11 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
             found = next(filter(None, map(_version, distributions)), None)
             _line(name, found or "missing", purpose if found else f"{purpose}: {install}")
 
-    import torch
-
     print("\nDevices")
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        _line(f"cuda:{index}", f"sm_{major}{minor}", torch.cuda.get_device_name(index))
-    if not torch.cuda.is_available():
-        version = torch.version.cuda
-        _line("cuda", "none", f"torch has CUDA {version}" if version else "torch has no CUDA")
+    try:
+        _print_devices()
+    except ImportError as error:
+        print(f"  error: {error}")
 
     print("\nSettings")
     try:
@@ -191,14 +224,30 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
         _line(setting.metadata["variable"], shown or "none", changed or "default", width=28)
 
     print("\nUsed")
+    try:
+        choices = _choices(settings)
+    except ImportError as error:
+        print(f"  error: {error}")
+        return 2
     status = 0
-    for name, choose in _choices(settings).items():
+    for name, choose in choices.items():
         try:
             _line(name, *choose())
         except (OSError, ValueError, MissingPackageError) as error:
             _line(name, "error", str(error))
             status = 2
     return status
+
+
+def _print_devices() -> None:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        _line(f"cuda:{index}", f"sm_{major}{minor}", torch.cuda.get_device_name(index))
+    if not torch.cuda.is_available():
+        version = torch.version.cuda
+        _line("cuda", "none", f"torch has CUDA {version}" if version else "torch has no CUDA")
 
 
 def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
@@ -234,16 +283,10 @@ def _version(distribution: str) -> str | None:
 
 def _replay(args: argparse.Namespace, rest: list[str]) -> int:
     with _one_line_errors():
+        _check_outputs(args)
         from . import report
 
-        recording = _recording(args, args.file, args.key)
-        learned = recording
-        if args.learn_from is not None:
-            if not Path(args.learn_from).exists():
-                learned = _recording(args, args.file, args.learn_from)
-            else:
-                several = args.learn_from.endswith(".npz")
-                learned = _recording(args, args.learn_from, args.key if several else None)
+        recording, learned = _recordings(args)
         placements = _placements(args, recording, learned)
         result = report.replay(recording, placements)
 
@@ -252,10 +295,6 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
         where = f"{args.placement}, {num_ranks} ranks, {num_slots} slots for {num_experts} experts"
         if args.learn_from is not None:
             where += f", learned from {learned.source}"
-        print(f"recording  {recording.source}: {num_batches} batch(es), {num_layers} layers")
-        print(f"placement  {where}")
-        print("imbalance  max rank load / mean rank load; 1.000 is ideal\n")
-        print(result.table())
         if args.json:
             about = {
                 "recording": recording.source,
@@ -268,19 +307,56 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
                 json.dump({**about, **result.to_json()}, file)
         if args.png:
             report.plot_replay(args.png, result, title=recording.source, footnote=where)
+        print(f"recording  {recording.source}: {num_batches} batch(es), {num_layers} layers")
+        print(f"placement  {where}")
+        print("imbalance  max rank load / mean rank load; 1.000 is ideal\n")
+        print(result.table())
     return 0
 
 
-def _recording(args: argparse.Namespace, path: str, key: str | None) -> Recording:
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuses what could not be written, before the work is done."""
+    for option, path in (("--json", args.json), ("--png", args.png)):
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
+    if args.png and Path(args.png).suffix != ".png":
+        raise ValueError(f"--png must end in .png; got {args.png}")
+
+
+def _recordings(args: argparse.Namespace) -> tuple[Recording, Recording]:
+    """What is replayed, and what the placement is learned on."""
     from .report import load_recording
 
-    return load_recording(
-        path,
-        key=key,
-        layout=args.layout,
-        num_experts=args.experts,
-        tokens_per_batch=args.tokens_per_batch,
-    )
+    with _as_typed(_OPTIONS):
+        recording = load_recording(
+            args.file,
+            key=args.key,
+            layout=args.layout,
+            num_experts=args.experts,
+            tokens_per_batch=args.tokens_per_batch,
+        )
+    if args.learn_from is None:
+        if args.learn_layout is not None:
+            raise ValueError("--learn-layout needs --learn-from")
+        return recording, recording
+    path, key = _file_and_key(args)
+    layout = args.layout if args.learn_layout is None else args.learn_layout
+    options = {**_OPTIONS, "key": "--learn-from FILE:KEY", "layout": "--learn-layout"}
+    with _as_typed(options):
+        learned = load_recording(path, key=key, layout=layout, num_experts=args.experts)
+    return recording, learned
+
+
+def _file_and_key(args: argparse.Namespace) -> tuple[str, str | None]:
+    """What `--learn-from` names: a file, a file and its key, or a key of the replayed file."""
+    path, _, key = args.learn_from.rpartition(":")
+    if Path(args.learn_from).exists():
+        return args.learn_from, args.key if args.learn_from.endswith(".npz") else None
+    if path and Path(path).exists():
+        return path, key
+    if not args.file.endswith(".npz"):
+        raise ValueError(f"--learn-from: there is no file {args.learn_from}")
+    return args.file, args.learn_from
 
 
 def _placements(
@@ -292,14 +368,12 @@ def _placements(
     kind, num_layers = args.placement, len(recording.layers)
     topology = kind.split(":")[0] in TOPOLOGIES
     if not topology and kind != "eplb":
+        if not Path(kind).exists():
+            raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
         unfit = ("ranks", "redundant", "ranks_per_node", "groups", "learn_from")
         given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{given[0]} does not go with a placement file ({kind})")
-        if not Path(kind).exists():
-            raise ValueError(
-                f"--placement must be {', '.join(TOPOLOGIES)}, eplb or a file; got {kind!r}"
-            )
         return [Placement.load(kind)] * num_layers
     if args.ranks is None or (args.redundant is None and not topology):
         raise ValueError(
@@ -317,12 +391,15 @@ def _placements(
         "num_redundant_per_rank": args.redundant,
         "num_ranks_per_node": args.ranks_per_node,
     }
-    if topology:
+    with _as_typed(_OPTIONS):
+        if topology:
+            return [
+                Placement.from_topology(kind, num_experts=learned.num_experts, load=load, **shape)
+                for load in learned.load
+            ]
         return [
-            Placement.from_topology(kind, num_experts=learned.num_experts, load=load, **shape)
-            for load in learned.load
+            Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load
         ]
-    return [Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load]
 
 
 def _compile(args: argparse.Namespace, rest: list[str]) -> int:
@@ -335,7 +412,7 @@ def _compile(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _demo(args: argparse.Namespace, rest: list[str]) -> int:
+def _demo(args: argparse.Namespace, rest: list[str]) -> NoReturn:
     script = Path(__file__).resolve().parent.parent / "examples" / "moe_layer.py"
     with _one_line_errors():
         if not script.exists():
@@ -343,16 +420,15 @@ def _demo(args: argparse.Namespace, rest: list[str]) -> int:
                 "the demo is examples/moe_layer.py of the source tree, and this is an installed "
                 "package without it: run it from a checkout"
             )
-    sys.path[0] = str(script.parent)
-    return _execute(str(script), rest)
+    _become_python([str(script), *rest])
 
 
-def _run(args: argparse.Namespace, rest: list[str]) -> int:
+def _run(args: argparse.Namespace, rest: list[str]) -> NoReturn:
+    program = args.program[1:] if args.program[:1] == ["--"] else args.program
     with _one_line_errors():
-        if not args.program:
+        if not program:
             raise ValueError("run needs a script, or -m and a module")
-        target, *arguments = args.program
-        # Set, not passed on: the script's own buffers read them, in its child processes too.
+        # Set, not passed on: the program's own buffers read them, in its child processes too.
         if args.placement is not None:
             put_in_environment("placement", str(Path(args.placement).resolve()))
         if args.mode is not None:
@@ -362,28 +438,13 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             from .placement import Placement
 
             Placement.load(settings.placement)
-        if args.module:
-            sys.path[0] = os.getcwd()
-            if importlib.util.find_spec(target.partition(".")[0]) is None:
-                raise ValueError(f"no module named {target}")
-        elif not Path(target).exists():
-            raise ValueError(f"no such script: {target}")
-        else:
-            sys.path[0] = str(Path(target).resolve().parent)
-        from .buffer import patch
-
-        patch()
-    return _execute(target, arguments, module=args.module)
+    put_first_on_python_path(Path(__file__).resolve().parent / "startup")
+    _become_python(["-m", *program] if args.module else program)
 
 
-def _execute(target: str, arguments: Sequence[str], *, module: bool = False) -> int:
-    """Runs a script or module as the main program; it finds the `sys.argv` it would have alone."""
-    sys.argv = [target, *arguments]
-    if module:
-        runpy.run_module(target, run_name="__main__", alter_sys=True)
-    else:
-        runpy.run_path(target, run_name="__main__")
-    return 0
+def _become_python(arguments: Sequence[str]) -> NoReturn:
+    """Goes on as the interpreter of this process, run afresh: the program finds all as usual."""
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 if __name__ == "__main__":

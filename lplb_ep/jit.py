@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 KERNELS = Path(__file__).parent / "kernels"
 
-_INSTALL = 'pip install "lplb-ep[cuda]"'
+_INSTALL = "pip install '.[cuda]' in a checkout of lplb_ep"
 # Part of every key; raised when a change here would make old entries wrong.
 _SCHEMA = 1
 _COMPILE_OPTIONS = ("-std=c++17", "-lineinfo", "-no-source-include")

@@ -599,7 +599,7 @@ def _save(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingPackageError(
-            'pictures need matplotlib: pip install "lplb-ep[plot]"'
+            "pictures need matplotlib: pip install '.[plot]' in a checkout of lplb_ep"
         ) from error
     figure = Figure(figsize=inches, dpi=160, layout="constrained", facecolor="white")
     draw(figure)

@@ -189,6 +189,12 @@ def put_in_environment(name: str, value: str) -> None:
     os.environ[variable] = value
 
 
+def put_first_on_python_path(directory: Path) -> None:
+    """Where Python processes that this one starts look for modules before all other places."""
+    rest = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
+
+
 def settings_table() -> str:
     """The settings as a Markdown table; README's is this text (a test compares them)."""
     rows = ["| variable | values | default | meaning |", "| --- | --- | --- | --- |"]

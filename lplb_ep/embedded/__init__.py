@@ -10,6 +10,7 @@ memory that DeepEP leaves uninitialised is `unwritten`.
 
 import torch
 
+from . import utils
 from .elastic import ElasticBuffer, EPHandle
 from .legacy import Buffer, Config
 from .rows import EventHandle, EventOverlap
@@ -22,6 +23,7 @@ __all__ = [
     "EventHandle",
     "EventOverlap",
     "topk_idx_t",
+    "utils",
 ]
 
 topk_idx_t = torch.int64

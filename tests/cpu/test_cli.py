@@ -1,26 +1,25 @@
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-import lplb_ep.buffer
 from lplb_ep import Placement, cli
 from lplb_ep.report import load_recording, replay
 
 
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
-    """The command's process: a clean environment, and a path and arguments to put back."""
+    """The command's process: a clean environment, put back at the end."""
     for variable in [v for v in os.environ if v.startswith("LPLB_EP")]:
         monkeypatch.delenv(variable)
     for variable in ("LPLB_EP", "LPLB_EP_PLACEMENT"):
         monkeypatch.setenv(variable, "")  # `run` sets them: put back at the end
-    monkeypatch.setattr(sys, "argv", ["lplb-ep"])
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
 
 
 def fails(capsys, *argv):
@@ -67,8 +66,24 @@ def test_doctor_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(cli, "_version", lambda distribution: None)
     assert cli.main(["doctor"]) == 0
     told = sections(capsys.readouterr().out)
-    assert 'pip install "lplb-ep[plot]"' in told["Packages"]["matplotlib"]
+    assert "pip install '.[plot]' in a checkout" in told["Packages"]["matplotlib"]
     assert told["Packages"]["deep_ep"].startswith("missing")
+
+
+def test_doctor_without_torch():
+    done = subprocess.run(
+        [sys.executable, "-S", "-m", "lplb_ep.cli", "doctor"],  # -S: no installed packages
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    told = sections(done.stdout)
+    assert re.fullmatch("missing .*: pip install torch", told["Packages"]["torch"])
+    assert told["Devices"] == {"error:": "No module named 'torch'"}
+    assert told["Settings"]["LPLB_EP_SOLVER"].split() == ["auto", "default"]
+    assert told["Used"]["error:"].startswith("No module named ")
 
 
 @pytest.mark.parametrize(
@@ -150,26 +165,56 @@ def test_replay_of_ids_learned_from_another_file(tmp_path):
     assert np.shape(told["imbalance"]["lp"]) == (4, 2)
 
 
+def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path):
+    """Ids in batches, on a placement learned on counts: they share neither key nor layout."""
+    ids = np.random.default_rng(0).random((64, 3, 16)).argsort(axis=2)[:, :, :2]
+    np.save(tmp_path / "ids.npy", ids)
+    argv = ["replay", tmp_path / "ids.npy", "--layout", "token-layer", "--tokens-per-batch", 32]
+    argv += ["--experts", 16, "--placement", "cube", "--ranks", 8]
+    argv += ["--learn-from", f"{recording[0]}:old", "--learn-layout", "counts"]
+    argv += ["--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["learned_from"] == "counts.npz: old"
+    assert np.shape(told["imbalance"]["lp"]) == (2, 3)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "key must name one of its arrays: new [3, 16], old [3, 16]"),
-        (["--key", "new", "--experts", "8"], "num_experts is 8"),
+        ([], "--key must name one of its arrays: new [3, 16], old [3, 16]"),
+        (["--key", "new", "--experts", "8"], "--experts is 8, but counts"),
+        (["--key", "new", "--layout", "count"], "--layout must be one of counts, "),
         (["--key", "new", "--learn-from", "gone"], "no array 'gone'"),
+        (["--key", "new", "--learn-from", "{file}:gone"], "no array 'gone'; it holds new"),
+        (
+            ["--key", "new", "--learn-from", "old", "--learn-layout", "count"],
+            "--learn-layout must be one of counts, ",
+        ),
+        (["--key", "new", "--learn-layout", "counts"], "--learn-layout needs --learn-from"),
         (["--key", "new", "--placement", "star"], "--placement must be cube, "),
+        (
+            ["--key", "new", "--placement", "kube", "--ranks", "8"],
+            "--placement must be cube, hypercube, torus, ring (or ring:SIZE, torus:ROWSxCOLUMNS), "
+            "eplb, or a file written by Placement.save; got 'kube'",
+        ),
         (
             ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],
             "--groups is for",
         ),
         (["--key", "new", "--placement", "eplb", "--ranks", "8"], "needs --ranks and --redundant"),
         (["--key", "new", "--placement", "ring"], "needs --ranks"),
-        (["--key", "new", "--placement", "cube", "--ranks", "6"], "num_ranks"),
-        (["--key", "new", "--placement", "p.json", "--ranks", "8"], "--ranks does not go with"),
+        (["--key", "new", "--placement", "cube", "--ranks", "6"], "size must divide --ranks: "),
+        (["--key", "new", "--placement", __file__, "--ranks", "8"], "--ranks does not go with"),
+        (["--json", "none/out.json"], "--json none/out.json: there is no directory none"),
+        (["--png", "none/out.png"], "--png none/out.png: there is no directory none"),
+        (["--png", "out.jpg"], "--png must end in .png; got out.jpg"),
     ],
 )
 def test_replay_says_what_is_wrong_in_one_line(recording, capsys, options, says):
     if "--placement" not in options:
         options = [*options, "--placement", "cube", "--ranks", "8"]
+    options = [option.format(file=recording[0]) for option in options]
     assert says in fails(capsys, "replay", recording[0], *options)
 
 
@@ -179,112 +224,210 @@ def test_replay_learns_from_the_same_model_only(recording, tmp_path, capsys):
     np.save(tmp_path / "one.npy", recording[1]["new"])
     says = fails(capsys, "replay", tmp_path / "one.npy", *options)
     assert "other.npy has 2 layers of 16 experts; one.npy has 3 of 16" in says
+    options[-1] = "gone.npy"
+    says = fails(capsys, "replay", tmp_path / "one.npy", *options)
+    assert "--learn-from: there is no file gone.npy" in says
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # noticed at the end, or at the first line
+def test_a_reader_that_leaves_ends_the_command_quietly(recording, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = ["--key", "new", "--placement", "cube", "--ranks", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lplb_ep.cli", "replay", recording[0], *options],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 # --- run and demo ---------------------------------------------------------------------------------
+
+
+def lplb_ep_run(*argv, **environment):
+    """What `lplb-ep run` printed, the command having ended well."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lplb_ep.cli", "run", *map(str, argv)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python_path(*entries):
+    return os.pathsep.join([*map(str, entries), os.environ.get("PYTHONPATH", "")])
+
 
 SCRIPT = """
 import json, os, sys
 told = {"name": __name__, "argv": sys.argv, "path": sys.path[0]}
 told |= {"mode": os.environ["LPLB_EP"], "placement": os.environ["LPLB_EP_PLACEMENT"]}
-with open(sys.argv[1], "w") as file:
-    json.dump(told, file)
+print(json.dumps(told))
 """
 
 
-@pytest.fixture
-def patched(monkeypatch):
-    calls = []
-    monkeypatch.setattr(lplb_ep.buffer, "patch", lambda: calls.append("patched"))
-    return calls
-
-
-def test_run_a_script(tmp_path, patched):
-    script, out = tmp_path / "script.py", tmp_path / "out.json"
+def test_run_a_script(tmp_path):
+    script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     Placement([0, 1], 2).save(tmp_path / "placement.json")
     options = ["--placement", tmp_path / "placement.json", "--mode", "home"]
-    argv = ["run", *options, script, out, "--placement", "its own", "-m"]
-    assert cli.main([str(a) for a in argv]) == 0
-    assert json.loads(out.read_text()) == {
+    assert json.loads(lplb_ep_run(*options, script, "--placement", "its own", "-m", "--", "x")) == {
         "name": "__main__",
-        "argv": [str(script), str(out), "--placement", "its own", "-m"],
+        "argv": [str(script), "--placement", "its own", "-m", "--", "x"],
         "path": str(tmp_path),
         "mode": "home",
         "placement": str(tmp_path / "placement.json"),
     }
-    assert patched == ["patched"]
 
 
-def test_run_a_module(tmp_path, patched, monkeypatch):
+def test_run_a_module(tmp_path, monkeypatch):
     package = tmp_path / "a_package_of_the_test"
     package.mkdir()
     (package / "part.py").write_text(SCRIPT)
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["run", "-m", "a_package_of_the_test.part", "out.json", "-x"]) == 0
-    told = json.loads((tmp_path / "out.json").read_text())
+    told = json.loads(lplb_ep_run("-m", "a_package_of_the_test.part", "-x"))
     assert told["name"] == "__main__"
-    assert told["argv"] == [str(package / "part.py"), "out.json", "-x"]
+    assert told["argv"] == [str(package / "part.py"), "-x"]
     assert told["path"] == str(tmp_path)
     assert told["mode"] == "", "not set where not asked for"
 
 
-def test_what_a_script_raises_is_its_own(tmp_path, patched):
+def test_run_drops_a_leading_double_dash(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("raise ValueError('of the script')")
-    with pytest.raises(ValueError, match="of the script"):
-        cli.main(["run", str(script)])
-    script.write_text("raise SystemExit(7)")
-    with pytest.raises(SystemExit, match="7"):
-        cli.main(["run", str(script)])
+    script.write_text(SCRIPT)
+    assert json.loads(lplb_ep_run("--mode", "1", "--", script, "--"))["argv"] == [str(script), "--"]
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         ([], "a script, or -m and a module"),
-        (["none.py"], "no such script: none.py"),
-        (["-m", "no_such_module.part"], "no module named no_such_module.part"),
+        (["--"], "a script, or -m and a module"),
         (["--placement", "none.json", "x.py"], "No such file"),
     ],
 )
-def test_run_says_what_is_wrong_in_one_line(capsys, patched, argv, says):
+def test_run_says_what_is_wrong_in_one_line(capsys, argv, says):
     assert says in fails(capsys, "run", *argv)
-    assert not patched
 
 
-def test_run_refuses_bad_settings(capsys, patched, monkeypatch):
+def test_run_refuses_bad_settings(capsys, monkeypatch):
     monkeypatch.setenv("LPLB_EP_SOLVER", "none")
     assert "LPLB_EP_SOLVER must be" in fails(capsys, "run", __file__)
 
 
-def test_run_gives_a_script_the_drop_ins(tmp_path):
+# The import of frameworks such as Megatron-Core, and what they then have.
+IMPORT = """
+def check():
+    import sys
+    from deep_ep import Buffer
+    from deep_ep.utils import EventHandle, EventOverlap
+    import deep_ep, deep_ep.utils, lplb_ep
+    assert hasattr(Buffer, "view") and deep_ep.Buffer is lplb_ep.Buffer
+    assert deep_ep.utils.EventOverlap is deep_ep.EventOverlap is EventOverlap
+    sys.stdout.write("patched\\n")
+"""
+PROGRAMS = {
+    "itself": "check()",
+    "subprocess": """
+import subprocess, sys
+subprocess.run([sys.executable, __file__, "child"], check=True) if not sys.argv[1:] else check()
+""",
+    "mp.spawn": """
+import torch.multiprocessing as mp
+def child(rank):
+    check()
+if __name__ == "__main__":
+    mp.spawn(child, nprocs=1)
+""",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_run_patches_every_process_of_a_program(tmp_path, program):
+    script = tmp_path / "script.py"
+    script.write_text(IMPORT + PROGRAMS[program])
+    assert lplb_ep_run(script, LPLB_EP_BACKEND="embedded") == "patched\n"
+
+
+def test_run_patches_the_workers_of_torchrun(tmp_path):
+    """Every token picks expert 0, which has a copy on both ranks: all stay where they are."""
     script = tmp_path / "script.py"
     script.write_text(
+        IMPORT
+        + """
+import torch, torch.distributed as dist
+from lplb_ep import Placement
+dist.init_process_group("gloo")
+check()
+from deep_ep import Buffer
+view = Buffer(dist.group.WORLD).view(Placement([0, 1, 2, 0], 2))
+tokens_per_rank = view.get_dispatch_layout(torch.zeros(4, 1, dtype=torch.int64), 3)[0]
+expected = torch.zeros(2, dtype=torch.int32)
+expected[dist.get_rank()] = 4
+assert torch.equal(tokens_per_rank, expected), tokens_per_rank
+dist.destroy_process_group()
+"""
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    settings = {"LPLB_EP_BACKEND": "embedded", "LPLB_EP_REPLICAS": "valid"}
+    assert lplb_ep_run("--mode", "1", *launcher, script, **settings) == "patched\n" * 2
+
+
+@pytest.mark.parametrize("first", ["deep_ep", "lplb_ep.buffer"])
+def test_run_patches_an_installed_deep_ep_however_it_is_imported(tmp_path, first):
+    """Also when the first import fails, which programs catch to try again elsewhere."""
+    (tmp_path / "deep_ep.py").write_text(
+        "import sys\n"
+        "sys.tries = getattr(sys, 'tries', 0) + 1\n"
+        "if sys.tries == 1: raise ImportError('not yet')\n"
+        "from lplb_ep.embedded import Buffer as base\n"
+        "class Buffer(base): pass\n"
+    )
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"try: import {first}\n"
+        f"except ImportError: import {first}\n"
         "import deep_ep, lplb_ep\n"
-        "assert deep_ep.Buffer is lplb_ep.Buffer\n"
-        "assert hasattr(deep_ep.Buffer, 'view')\n"
-        "print('drop-in')\n"
+        "assert lplb_ep.Buffer is deep_ep.Buffer\n"
+        "print(deep_ep.__file__, 'view' in vars(deep_ep.Buffer))\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "lplb_ep.cli", "run", "--mode", "1", script],
-        env={**os.environ, "LPLB_EP_BACKEND": "embedded"},
-        capture_output=True,
-        text=True,
-        check=False,
+    told = lplb_ep_run(script, LPLB_EP_BACKEND="deep_ep", PYTHONPATH=python_path(tmp_path))
+    assert told == f"{tmp_path / 'deep_ep.py'} True\n"
+
+
+def test_run_costs_other_processes_nothing(tmp_path):
+    """Nor does asking whether deep_ep is there; and another sitecustomize runs as without it."""
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.of_the_test = 1\n")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, importlib.util, sitecustomize\n"
+        "assert importlib.util.find_spec('deep_ep') is not None\n"
+        "print([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'lplb_ep')])\n"
+        "print(sys.of_the_test, sitecustomize.__file__)\n"
     )
-    assert (done.returncode, done.stdout) == (0, "drop-in\n"), done.stderr
+    told = lplb_ep_run(script, PYTHONPATH=python_path(tmp_path))
+    assert told == f"[]\n1 {tmp_path / 'sitecustomize.py'}\n"
 
 
 def test_demo_runs_the_example(tmp_path, monkeypatch):
     script = tmp_path / "examples" / "moe_layer.py"
     script.parent.mkdir()
-    script.write_text(SCRIPT)
+    script.touch()
     monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "cli.py"))
-    assert cli.main(["demo", str(tmp_path / "out.json"), "--help", "--steps", "3"]) == 0
-    told = json.loads((tmp_path / "out.json").read_text())
-    assert told["argv"] == [str(script), str(tmp_path / "out.json"), "--help", "--steps", "3"]
-    assert told["path"] == str(script.parent)
+    executed = []
+    monkeypatch.setattr(os, "execv", lambda *call: executed.append(call) or sys.exit())
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--help", "--steps", "3"])
+    arguments = [sys.executable, str(script), "--help", "--steps", "3"]
+    assert executed == [(sys.executable, arguments)]
 
 
 def test_demo_without_the_example(tmp_path, monkeypatch, capsys):

@@ -34,9 +34,11 @@ LAYERS = [
     "embedded.rows",
     "embedded.legacy",
     "embedded.elastic",
+    "embedded.utils",
     "embedded",
     "layers",
     "buffer",
+    "startup.sitecustomize",
     "report",
     "cli",
 ]

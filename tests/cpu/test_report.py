@@ -354,5 +354,5 @@ def test_training_pictures_refuse_what_does_not_fit(tmp_path):
 
 def test_pictures_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingPackageError, match=r'pip install "lplb-ep\[plot\]"'):
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[plot\]'"):
         plot_replay(tmp_path / "a.png", small_replay())

@@ -1,0 +1,5 @@
+"""The names that programs import from `deep_ep.utils`."""
+
+from .rows import EventHandle, EventOverlap
+
+__all__ = ["EventHandle", "EventOverlap"]
