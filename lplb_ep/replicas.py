@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,9 +27,10 @@ from .placement import Placement
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-# Both are keyed by identity: two layers may have equal placements and different weights.
+# All are keyed by identity: two layers may have equal placements and different weights.
 _replicas_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> WeakSet of its Replicas
 _trusted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> True, by mark_valid()
+_watchers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Module -> WeakSet of Replicas of its own
 
 
 def slot_parameters(experts: nn.Module, num_local_slots: int) -> dict[str, list[Tensor]]:
@@ -112,16 +114,17 @@ class Replicas:
                 self._replicas.append((home, slot))
 
         # Where each parameter hangs, so that `is_valid` sees a parameter that was replaced.
-        self._owners: list[tuple[Mapping[str, Any], str]] = [
-            (module._parameters, name)
-            for module in experts.modules()
-            for name, _ in module.named_parameters(recurse=False)
-        ]
-        # What they were when the replicas were last valid: parameter, its local part, its version.
+        self._owners: list[tuple[Mapping[str, Any], str]] = []
+        for module in experts.modules():
+            for name, _ in module.named_parameters(recurse=False):
+                self._owners.append((module._parameters, name))
+                _watchers.setdefault(module, weakref.WeakSet()).add(self)
+        # What they were when the replicas were last valid: parameter, its local part (held, so
+        # that no other gets its memory), its version.
         self._seen: list[tuple[Tensor, Tensor, tuple[int, int, int]]] | None = None
         _replicas_of.setdefault(placement, weakref.WeakSet()).add(self)
         _trusted.pop(placement, None)
-        _watch_optimizers()
+        _watch()
 
     @torch.no_grad()
     def copy_weights(self) -> None:
@@ -187,25 +190,27 @@ class Replicas:
         writes through `.data` or through a buffer that the parameter is a view of, and replays of
         a CUDA graph.
 
+        While FSDP2 has gathered the parameters for a forward pass, the sharded ones count.
+
         Always True for a placement of one copy per expert.
         """
         if not self._replicas:
             return True
         return self._seen is not None and all(
-            parameters.get(name) is parameter and _version(parameter, local) == version
-            for (parameters, name), (parameter, local, version) in zip(
+            _stands_for(parameters.get(name), parameter) and _version(parameter) == version
+            for (parameters, name), (parameter, _, version) in zip(
                 self._owners, self._seen, strict=True
             )
         )
 
     def mark_valid(self) -> None:
-        """Says that the replicas equal the home weights as they are now (an engine fills them)."""
-        self._seen = [
-            (parameter, local, _version(parameter, local))
-            for parameter, local in (
-                (parameters[name], _local(parameters[name])) for parameters, name in self._owners
-            )
-        ]
+        """Says that the replicas equal the home weights as they are now (an engine fills them).
+
+        Not within a forward pass under FSDP2.
+        """
+        self._reshard()
+        current = [parameters[name] for parameters, name in self._owners]
+        self._seen = [(parameter, _local(parameter), _version(parameter)) for parameter in current]
 
     def mark_stale(self) -> None:
         """Declares that home weights changed; `is_valid` is False until the next copy."""
@@ -283,7 +288,18 @@ class Replicas:
         for key, value in own.items():
             value.copy_(state[key])
 
+    def _reshard(self) -> None:
+        """Has FSDP2 put its sharded parameters back where a forward pass left gathered ones.
+
+        It does so before it gives a module's state. Modules without such a hook are not asked:
+        making their state may take long.
+        """
+        for module in self.experts.modules():
+            if module._state_dict_pre_hooks:
+                module.state_dict(keep_vars=True)
+
     def _slots(self) -> dict[str, list[_Slot]]:
+        self._reshard()
         return _slots(self.experts, self.placement.num_local_slots)
 
     def _rank_of(self, slot: int) -> int:
@@ -461,9 +477,12 @@ def _slots(experts: nn.Module, num_local_slots: int) -> dict[str, list[_Slot]]:
         for name, parameter in stacked.items():
             shape = list(_local(parameter).shape)
             if shape[:1] != [num_local_slots]:
+                hint = (
+                    "; let FSDP2 shard another dimension" if hasattr(parameter, "to_local") else ""
+                )
                 raise ValueError(
                     f"parameter {name} must have leading dimension {num_local_slots}, one row per "
-                    f"slot of this rank, got shape {shape}"
+                    f"slot of this rank, got shape {shape}{hint}"
                 )
         return {
             name: [_Slot(parameter, row) for row in range(num_local_slots)]
@@ -505,11 +524,24 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _version(parameter: Tensor, local: Tensor) -> tuple[int, int, int]:
+def _stands_for(registered: Tensor | None, parameter: Tensor) -> bool:
+    """Whether a module in which `registered` is found has `parameter` as its weight.
+
+    For forward and backward FSDP2 takes its sharded parameter out of the module and puts the
+    gathered one in, past registration. What replaces a `DTensor` for good registers another,
+    which `_registered` sees, or gives it other contents (`.to()`), which `_version` sees.
+    """
+    return registered is parameter or (
+        hasattr(parameter, "to_local") and isinstance(registered, nn.Parameter)
+    )
+
+
+def _version(parameter: Tensor) -> tuple[int, int, int]:
     """Changes with every write that autograd counts, and with the memory (`.data = ...`).
 
     A `DTensor` counts its own operations, and its local part those on it.
     """
+    local = _local(parameter)
     return parameter._version, local._version, local.data_ptr()
 
 
@@ -557,14 +589,20 @@ def _agree(experts: nn.Module, placement: Placement, group: dist.ProcessGroup | 
 
 
 @functools.cache
-def _watch_optimizers() -> None:
-    """Sees steps that leave no trace in a version counter: fused optimizers do not count."""
+def _watch() -> None:
+    """Sees what may leave no trace: steps of fused optimizers, replaced parameters of FSDP2."""
     register_optimizer_step_post_hook(_stepped)
+    register_module_parameter_registration_hook(_registered)
 
 
 def _stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for live in list(_replicas_of.values()):
         for replicas in list(live):
-            if any(id(parameters.get(name)) in stepped for parameters, name in replicas._owners):
+            if any(id(parameter) in stepped for parameter, _, _ in replicas._seen or ()):
                 replicas.mark_stale()
+
+
+def _registered(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    for replicas in list(_watchers.get(module, ())):
+        replicas.mark_stale()

@@ -6,6 +6,7 @@ expected values need no communication, and the code under test is not its own or
 
 from __future__ import annotations
 
+import functools
 import gc
 import re
 import unittest.mock
@@ -24,6 +25,7 @@ from lplb_ep.replicas import Replicas, are_valid, mark_stale, mark_valid, slot_p
 
 SHAPES = {"down.weight": (5, 3), "gain": (), "up": (3, 5)}
 FORMS = ("list", "stacked")
+FULLY_SHARDED = ("list", "stacked", "distributed")
 
 
 def random_placement(num_ranks: int, seed: int = 0) -> Placement:
@@ -525,14 +527,15 @@ def test_an_engine_marks_a_placement_object_valid():
 
 def test_the_registry_keeps_nothing_alive():
     gc.collect()
-    before = len(module._replicas_of), len(module._trusted)
+    registries = module._replicas_of, module._trusted, module._watchers
+    before = [len(registry) for registry in registries]
     made = valid_replicas("list")
     trusted = Placement([0, 0], num_ranks=1)
     mark_valid(trusted)
-    assert (len(module._replicas_of), len(module._trusted)) == (before[0] + 1, before[1] + 1)
+    assert all(len(now) > then for now, then in zip(registries, before, strict=True))
     del made, trusted
     gc.collect()
-    assert (len(module._replicas_of), len(module._trusted)) == before
+    assert [len(registry) for registry in registries] == before
 
 
 def save_checkpoint(group, form, folder):
@@ -773,3 +776,169 @@ def train_distributed_tensor(group):
 
 def test_distributed_tensors_count_by_their_local_part():
     ranks.run(2, train_distributed_tensor)
+
+
+class AskingExperts(nn.Module):
+    """Two slots of one 4 x 3 weight, which ask in every forward pass whether they are valid."""
+
+    def __init__(self, form: str, weights: list[torch.Tensor], mesh) -> None:
+        from torch.distributed.tensor import DTensor, Shard
+
+        super().__init__()
+        if form == "list":
+            self.slots = nn.ModuleList(nn.ParameterDict({"weight": w.clone()}) for w in weights)
+        else:
+            whole = torch.stack(weights)
+            if form == "distributed":
+                whole = DTensor.from_local(whole, mesh["ep"], [Shard(0)])
+            self.slots = nn.ParameterDict({"weight": whole})
+        self.answers: list[bool] = []
+
+    def forward(self, tokens: list[torch.Tensor]) -> torch.Tensor:
+        self.answers.append(self.replicas.is_valid)
+        if isinstance(self.slots, nn.ModuleList):
+            weights = [slot["weight"] for slot in self.slots]
+        else:
+            weights = self.slots["weight"]
+            weights = weights.to_local() if hasattr(weights, "to_local") else weights
+        return sum((x @ w).square().mean() for x, w in zip(tokens, weights, strict=True))
+
+
+@functools.cache
+def expert_and_data_parallel_mesh():
+    return torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+
+
+def fully_sharded(form: str, dim: int | None = None) -> SimpleNamespace:
+    """Experts 0 and 1, at home in slots 0 and 2, on two expert-parallel x two data-parallel ranks.
+
+    FSDP2 has the layer in one piece with the experts, so that it keeps them gathered after a
+    forward pass: it does that with its root.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    mesh = expert_and_data_parallel_mesh()
+    placement = Placement([0, 1, 1, 0], num_ranks=2, home=[0, 2])
+    home = value("weight", mesh.get_local_rank("ep"), "x")[:4]
+    experts = AskingExperts(form, [home, torch.full_like(home, -7.0)], mesh)
+    layer = nn.Sequential(experts)
+    dim = (0 if form == "list" else 1) if dim is None else dim
+    fully_shard(layer, mesh=mesh["dp"], shard_placement_fn=lambda _: Shard(dim))
+    replicas = experts.replicas = Replicas(experts.slots, placement, mesh["ep"].get_group())
+    return SimpleNamespace(
+        mesh=mesh,
+        placement=placement,
+        layer=layer,
+        experts=experts.slots,
+        replicas=replicas,
+        answers=experts.answers,
+        first=next(experts.parameters()),
+    )
+
+
+def tokens_of(step: int, dp: int, slot: int) -> torch.Tensor:
+    return value(f"tokens {step} {dp}", slot, "x")[:5].repeat(1, 2)[:, :4]
+
+
+def train_fully_sharded(group, form):
+    made = fully_sharded(form)
+    dp, ep = made.mesh.get_local_rank("dp"), made.mesh.get_local_rank("ep")
+    slots = made.placement.physical_to_logical.tolist()
+    logical = [nn.Parameter(value("weight", expert, "x")[:4]) for expert in range(2)]
+    made.replicas.copy_weights()
+    optimizer, reference = (
+        torch.optim.SGD(p, lr=0.1, momentum=0.9)
+        for p in (made.replicas.optimizer_parameters(), logical)
+    )
+    for step in range(3):
+        made.layer([tokens_of(step, dp, 2 * ep + local) for local in range(2)]).backward()
+        for of_dp in range(2):  # FSDP2 averages over the data-parallel ranks
+            for slot, expert in enumerate(slots):
+                loss = (tokens_of(step, of_dp, slot) @ logical[expert]).square().mean() / 2
+                loss.backward()
+        made.replicas.reduce_gradients()
+        for each in (optimizer, reference):
+            each.step()
+            each.zero_grad()
+        with torch.no_grad():  # leaves the parameters gathered
+            made.layer([torch.zeros(1, 4, dtype=torch.float64)] * 2)
+        made.replicas.copy_weights()
+        (tensors,) = slot_parameters(made.experts, 2).values()
+        for tensor, expert in zip(tensors, slots[2 * ep :][:2], strict=True):
+            torch.testing.assert_close(tensor, logical[expert].chunk(2)[dp])
+    return made.answers
+
+
+@pytest.mark.parametrize("form", FULLY_SHARDED)
+def test_fully_sharded_experts_are_valid_in_forward_and_train_as_without_replicas(form):
+    assert ranks.run(4, train_fully_sharded, form) == [[True, False] * 3] * 4
+
+
+def replace_parameter(made):
+    for owner in made.experts.modules():
+        for name, parameter in owner.named_parameters(recurse=False):
+            setattr(owner, name, nn.Parameter(parameter.detach().clone()))
+
+
+FULLY_SHARDED_WRITES = WRITES | {
+    "converted": lambda made: made.layer.float().double(),
+    "replaced": replace_parameter,
+}
+del FULLY_SHARDED_WRITES["new storage"]  # `.data = ...` does not reach the local part of a DTensor
+
+
+def write_fully_sharded(group, form, write):
+    made = fully_sharded(form)
+    zeros = [torch.zeros(1, 4, dtype=torch.float64)] * 2
+    made.replicas.copy_weights()
+    for _ in range(2):  # the first forward pass sets FSDP2 up
+        made.layer(zeros).backward()
+    FULLY_SHARDED_WRITES[write](made)
+    made.layer(zeros).backward()  # nobody asked before FSDP2 gathered the parameters again
+    assert not made.replicas.is_valid
+    made.replicas.copy_weights()
+    made.layer(zeros).backward()
+    return made.answers
+
+
+@pytest.mark.parametrize("write", FULLY_SHARDED_WRITES)
+@pytest.mark.parametrize("form", FULLY_SHARDED)
+def test_a_write_to_fully_sharded_experts_makes_them_stale_in_forward(form, write):
+    assert ranks.run(4, write_fully_sharded, form, write) == [[True, True, False, True]] * 4
+
+
+def gather_fully_sharded(group, form):
+    made = fully_sharded(form)
+    sharded = list(made.experts.parameters())
+    for mark in (made.replicas.copy_weights, made.replicas.mark_valid):
+        made.layer.unshard()
+        assert next(made.experts.parameters()) is not sharded[0]
+        mark()
+        assert made.replicas.is_valid
+        assert all(p is s for p, s in zip(made.experts.parameters(), sharded, strict=True))
+        made.layer.unshard()
+        assert made.replicas.is_valid
+        made.first.grad = torch.ones_like(made.first)
+        OPTIMIZERS["fused"]([made.first]).step()
+        assert not made.replicas.is_valid
+    got = made.replicas.optimizer_parameters()
+    assert {id(parameter) for parameter in got} <= {id(parameter) for parameter in sharded}
+
+
+@pytest.mark.parametrize("form", FULLY_SHARDED)
+def test_gathered_parameters_give_way_to_the_sharded_ones(form):
+    ranks.run(4, gather_fully_sharded, form)
+
+
+def test_stacked_experts_must_not_be_sharded_by_slot():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(4, shard_by_slot)
+    for kind, message in failure.value.errors:
+        assert kind == "ValueError"
+        assert "leading dimension 2" in message
+        assert message.endswith("got shape [1, 4, 3]; let FSDP2 shard another dimension")
+
+
+def shard_by_slot(group):
+    fully_sharded("stacked", dim=0)
