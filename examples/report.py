@@ -180,9 +180,9 @@ class Observer:
             rank_load_before=before[:, 0],
             rank_load_after=after[:, 0],
             lower_bound=bound[:, 0],
-            title=f"MoE layer 0 of {len(self.layers)} in training: {self.args.experts} experts on "
+            title=f"MoE layer 0 (of {len(self.layers)}): {self.args.experts} experts on "
             f"{self.trainer.num_ranks} ranks, {self.args.redundant} redundant slots each",
-            marks={self.args.place_at: "placed by load"},
+            marks={self.args.place_at: "experts placed by their load"},
         )
 
 
