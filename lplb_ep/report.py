@@ -564,18 +564,7 @@ def plot_training(
             )
         )
         lines.axvline(chosen, color="0.87", lw=5, zorder=0)
-        low, high = lines.get_ylim()
-        lines.set_ylim(low, high + (0.12 * (high - low) if marks else 0))  # room for the texts
-        for number, text in (marks or {}).items():
-            lines.axvline(number - 0.5, color="0.35", lw=1, zorder=0)
-            lines.annotate(
-                f" {text}",
-                (number - 0.5, 0.98),
-                xycoords=("data", "axes fraction"),
-                va="top",
-                fontsize=9,
-                color="0.35",
-            )
+        _mark(lines, marks or {})
         lines.set_title(f"Imbalance at every {step_label}", loc="left", fontsize=10)
         lines.xaxis.get_major_locator().set_params(integer=True)
         lines.set_xlabel(step_label)
@@ -589,6 +578,22 @@ def plot_training(
 
 
 _LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}
+
+
+def _mark(axes: Axes, marks: Mapping[int, str]) -> None:
+    """A line before each of these steps, with its text."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + (0.12 * (high - low) if marks else 0))  # room for the texts
+    for number, text in marks.items():
+        axes.axvline(number - 0.5, color="0.35", lw=1, zorder=0)
+        axes.annotate(
+            f" {text}",
+            (number - 0.5, 0.98),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=9,
+            color="0.35",
+        )
 
 
 def _finish(axes: Axes) -> None:
