@@ -481,7 +481,11 @@ def plot_replay(
         note = f"   (mean and range of {batches} batches)" if batches > 1 else ""
         axes.set_xlabel(f"MoE layer{note}")
         axes.set_ylabel("imbalance: max / mean rank load")
-        _finish(axes, drawn)
+        _finish(axes)
+        # Above the axes, clear of the data.
+        axes.legend(
+            handles=drawn, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), **_LEGEND
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
 
@@ -533,63 +537,70 @@ def plot_training(
     def draw(figure: Figure) -> None:
         bars, lines = figure.subplots(1, 2, width_ratios=(1, 1.25))
         ranks = np.arange(num_ranks)
-        drawn = [
-            bars.bar(ranks - 0.2, before[chosen], 0.4, color=_COLOURS["home"], label="home slots"),
-            bars.bar(ranks + 0.2, after[chosen], 0.4, color=_COLOURS["lp"], label="LP"),
-            bars.axhline(mean[chosen], color="0.35", lw=1, ls=(0, (4, 3)), label="mean"),
-            bars.axhline(bound[chosen], color="black", lw=1.2, label="lower bound T*"),
-        ]
+        bars.bar(ranks - 0.2, before[chosen], 0.4, color=_COLOURS["home"])
+        bars.bar(ranks + 0.2, after[chosen], 0.4, color=_COLOURS["lp"])
+        bars.axhline(mean[chosen], color="0.35", lw=1, ls=(0, (4, 3)))
+        bars.axhline(bound[chosen], color="black", lw=1, ls=":")
+        which = ", the most unbalanced at home" if step is None else ""
+        bars.set_title(f"Rank loads at {step_label} {chosen}{which}", loc="left", fontsize=10)
         bars.set_xticks(ranks[:: max(1, num_ranks // 16)])
-        bars.set_xlabel(f"rank, at {step_label} {chosen}")
+        bars.set_xlabel("rank")
         bars.set_ylabel("rank load: tokens")
         bars.yaxis.set_major_formatter("{x:,.0f}")
 
         steps = np.arange(num_steps)
         marker = {"marker": "o", "ms": 3.5} if num_steps <= 60 else {}
-        lines.plot(
-            steps, ratio["home"], color=_COLOURS["home"], lw=1.5, label="home slots", **marker
-        )
-        lines.plot(steps, ratio["lp"], color=_COLOURS["lp"], lw=2.5, label="LP", **marker)
-        lines.plot(steps, ratio["bound"], color="black", lw=1, ls=":", label="lower bound")
-        lines.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
-        lines.axvline(chosen, color="0.87", lw=5, zorder=0)
-        low, high = lines.get_ylim()
-        lines.set_ylim(low, high + (0.12 * (high - low) if marks else 0))  # room for the texts
-        for number, text in (marks or {}).items():
-            lines.axvline(number - 0.5, color="0.35", lw=1, zorder=0)
-            lines.annotate(
-                f" {text}",
-                (number - 0.5, 0.98),
-                xycoords=("data", "axes fraction"),
-                va="top",
-                fontsize=9,
-                color="0.35",
+        drawn = []
+        for name, label, look in (
+            ("home", "home slots (all tokens at home)", {"lw": 1.5, **marker}),
+            ("lp", "LP (tokens spread over replicas)", {"lw": 2.5, **marker}),
+            ("bound", "lower bound T* (no plan is below)", {"lw": 1, "ls": ":"}),
+        ):
+            colour = _COLOURS.get(name, "black")
+            drawn += lines.plot(steps, ratio[name], color=colour, label=label, **look)
+        drawn.append(
+            lines.axhline(
+                1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1, label="mean (perfect balance)"
             )
+        )
+        lines.axvline(chosen, color="0.87", lw=5, zorder=0)
+        _mark(lines, marks or {})
+        lines.set_title(f"Imbalance at every {step_label}", loc="left", fontsize=10)
         lines.xaxis.get_major_locator().set_params(integer=True)
         lines.set_xlabel(step_label)
         lines.set_ylabel("imbalance: max / mean rank load")
-        for axes, handles in ((bars, drawn), (lines, lines.get_lines()[:3])):
-            _finish(axes, handles)
+        for axes in (bars, lines):
+            _finish(axes)
+        figure.legend(handles=drawn, loc="outside lower left", ncols=4, **_LEGEND)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
-    _save(path, (10.5, 4), draw)
+    _save(path, (10.5, 4.4), draw)
 
 
-def _finish(axes: Axes, handles: Sequence[Any]) -> None:
-    """The look that all pictures share; the legend stands above the axes, clear of the data."""
+_LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}
+
+
+def _mark(axes: Axes, marks: Mapping[int, str]) -> None:
+    """A line before each of these steps, with its text."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + (0.12 * (high - low) if marks else 0))  # room for the texts
+    for number, text in marks.items():
+        axes.axvline(number - 0.5, color="0.35", lw=1, zorder=0)
+        axes.annotate(
+            f" {text}",
+            (number - 0.5, 0.98),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=9,
+            color="0.35",
+        )
+
+
+def _finish(axes: Axes) -> None:
+    """The look that all pictures share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", lw=0.8)
     axes.set_axisbelow(True)
-    axes.legend(
-        handles=handles,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=9,
-        columnspacing=1.3,
-        handlelength=1.5,
-    )
 
 
 def _save(

@@ -1,7 +1,9 @@
 """The example runs as its reader would run it, and shows what it promises."""
 
+import contextlib
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,9 @@ import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "moe_layer.py"
 SMALL = ["--ranks", "4", "--experts", "16", "--topk", "2", "--sequences", "2", "--steps", "4"]
+
+
+ROW = r"^layer \d, placed .*?((?: +\d\.\d{3}){6})$"
 
 
 def run(*arguments, environ=None):
@@ -34,8 +39,8 @@ def test_balanced_steps_equal_home_steps(tmp_path, dtype, tolerance):
     for _, balanced, home, difference in checks:
         assert abs(float(balanced) - float(home)) <= tolerance * float(home)
         assert 0 < float(difference) < tolerance  # the sums are ordered differently
-    rows = re.findall(r"^layer \d, placed .*?((?: +\d\.\d{3}){6})$", out, re.MULTILINE)
-    assert len(rows) == 4
+    rows = re.findall(ROW, out, re.MULTILINE)
+    assert len(rows) == 4  # two layers, before and after they are placed by load
     for row in rows:
         home, plan, bound, *_ = map(float, row.split())
         assert bound <= plan <= home
@@ -48,18 +53,25 @@ def test_the_environment_switches_the_mode(tmp_path):
     out = run(*SMALL, *picture, environ={"LPLB_EP": "home"})
     assert "(mode home)" in out
     assert "gradients differ" not in out
-    for row in re.findall(r"^layer \d, placed .*?((?: +\d\.\d{3}){6})$", out, re.MULTILINE):
+    rows = re.findall(ROW, out, re.MULTILINE)
+    assert len(rows) == 4
+    for row in rows:
         home, plan, *_ = row.split()
         assert home == plan
 
 
+def test_an_option_goes_before_the_environment(tmp_path):
+    picture = ["--out", str(tmp_path / "picture.png")]
+    assert "(mode on)" in run(*SMALL, *picture, "--balance", "on", environ={"LPLB_EP": "home"})
+
+
 def test_a_recording_drives_the_routing(tmp_path):
-    counts = np.ones((1, 8), np.int64)
-    counts[0, :2] = 200
-    np.save(tmp_path / "trace.npy", counts)
+    counts = np.ones((1, 1, 8), np.int64)
+    counts[..., :2] = 200
+    np.savez(tmp_path / "trace.npz", hot=counts, other=np.ones((1, 4), np.int64))
     out = run(
-        *SMALL, "--balance", "on", "--trace", str(tmp_path / "trace.npy"),
-        "--out", str(tmp_path / "picture.png"),
+        *SMALL, "--balance", "on", "--trace", str(tmp_path / "trace.npz"),
+        "--trace-key", "hot", "--trace-layout", "counts", "--out", str(tmp_path / "picture.png"),
     )  # fmt: skip
     assert "8 experts" in out
     # Two experts get nearly all: two ranks of four work, or with their copies three.
@@ -88,18 +100,52 @@ def test_the_comparison_holds_whatever_routes(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "environ", "message"),
     [
-        (["--steps", "1"], "--place-at must be in"),
-        (["--ranks", "0"], "--ranks must be at least 1"),
-        (["--ranks", "1"], "--redundant must be 0 on a single rank"),
-        (["--topk", "65"], "--topk must be at most the 64 experts"),
-        (["--experts", "20"], "--experts must be a multiple of the 8 ranks"),
+        (["--steps", "1"], {}, "--place-at must be in"),
+        (["--ranks", "0"], {}, "--ranks must be at least 1"),
+        (["--ranks", "1"], {}, "--redundant must be 0 on a single rank"),
+        (["--topk", "65"], {}, "--topk must be at most the 64 experts"),
+        (["--experts", "20"], {}, "--experts must be a multiple of the 8 ranks"),
+        (["--trace-key", "a"], {}, "--trace-key and --trace-layout say what to read of --trace"),
+        (["--trace", "no.npz"], {}, "no.npz"),
+        ([], {"LPLB_EP": "0"}, "LPLB_EP=0 is for layers without replica slots"),
+        ([], {"LPLB_EP": "2"}, "LPLB_EP must be one of 0, home, 1; got '2'"),
     ],
 )
-def test_options_that_cannot_be_are_named(options, message):
+def test_what_cannot_be_is_named(options, environ, message):
     result = subprocess.run(
-        [sys.executable, str(EXAMPLE), *options], capture_output=True, text=True, timeout=60
+        [sys.executable, str(EXAMPLE), *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environ},
     )
     assert result.returncode == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_ranks_end_with_their_launcher(number):
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLE), *SMALL, "--steps", "1000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline().startswith("4 ranks")  # they all have met
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)  # as Ctrl-C does
+        else:
+            process.send_signal(number)
+        # The ranks write to the same pipes, which end with the last of them.
+        _, errors = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    if number == signal.SIGINT:
+        assert (process.returncode, errors) == (1, "interrupted\n")
+    else:
+        assert process.returncode == -number

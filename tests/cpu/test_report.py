@@ -338,10 +338,20 @@ def test_the_picture_of_a_training_run(tmp_path, figures):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     bars, lines = figures[0].axes
     assert [[bar.get_height() for bar in group] for group in bars.containers] == [[8, 0], [5, 3]]
-    assert bars.get_xlabel() == "rank, at training step 1"
+    assert bars.get_title("left") == "Rank loads at training step 1, the most unbalanced at home"
     np.testing.assert_allclose(lines_of(lines)["home slots"], [1.25, 2, 1])
     np.testing.assert_allclose(lines_of(lines)["LP"], [1, 1.25, 1])
-    np.testing.assert_allclose(lines_of(lines)["lower bound"], [1, 1.25, 1])
+    np.testing.assert_allclose(lines_of(lines)["lower bound T*"], [1, 1.25, 1])
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "home slots (all tokens at home)",
+        "LP (tokens spread over replicas)",
+        "lower bound T* (no plan is below)",
+        "mean (perfect balance)",
+    ]
+    shown = legend.get_window_extent()
+    assert shown.x0 >= 0
+    assert shown.x1 <= figures[0].bbox.width
 
 
 def test_training_pictures_refuse_what_does_not_fit(tmp_path):

@@ -1,0 +1,232 @@
+"""What the example measures, checks and shows. Nothing of it is needed to integrate lplb_ep."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+import lplb_ep
+
+if TYPE_CHECKING:
+    from moe_layer import MoE, Trainer
+
+
+class Observer:
+    """Watches one rank's training, step by step."""
+
+    def __init__(self, args: argparse.Namespace, trainer: Trainer) -> None:
+        self.args, self.trainer, self.layers = args, trainer, trainer.layers
+        self.placements = []  # [steps][layers]
+        self.picks = []  # [steps] of [layers, E]: this rank's
+        self.received = []  # [steps] of [layers]: this rank's
+        self.checks = []  # (step, loss, loss at home, difference of gradients)
+        self.compared = set()
+        if args.balance == "both":
+            self.compared = {0, args.steps // 2, args.steps - 1}
+            with mock.patch.dict(os.environ, LPLB_EP="home"):
+                self.home_buffer = lplb_ep.Buffer(trainer.group)
+        self.draws = torch.Generator()
+        if args.recorded is not None:
+            choose_as_recorded(args.recorded, self.layers, self.draws)
+        if trainer.rank == 0:
+            print(
+                f"{trainer.num_ranks} ranks, {args.experts} experts, top-{args.topk}, "
+                f"{args.redundant} redundant slots a rank, "
+                f"buffers of {lplb_ep.Buffer.__mro__[1].__module__}",
+                flush=True,
+            )
+        self.start = time.perf_counter()
+
+    def before(self, step: int, tokens: torch.Tensor) -> None:
+        """Collective, like the others."""
+        seed = step * self.trainer.num_ranks + self.trainer.rank
+        self.draws.manual_seed(seed)
+        if step in self.compared:
+            self.home_loss, self.home_gradients = self.at_home(tokens)
+            self.draws.manual_seed(seed)  # both passes are routed alike
+
+    def after(self, step: int, loss: float) -> None:
+        if step in self.compared:
+            self.checks.append((step, loss, self.home_loss, self.difference()))
+        self.placements.append([layer.placement for layer in self.layers])
+        self.picks.append(torch.stack([layer.picks() for layer in self.layers]))
+        self.received.append(torch.tensor([layer.received for layer in self.layers]))
+        if self.trainer.rank == 0:
+            progress(step + 1, self.args.steps, f"loss {loss:.3f}")
+
+    # --- the check: the same step with every token at its home -----------------------------------
+
+    def at_home(self, tokens: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+        """The loss, and all gradients."""
+        views = [layer.buffer for layer in self.layers]
+        for layer in self.layers:
+            layer.buffer = self.home_buffer.view(layer.placement)
+        loss, gradients = self.trainer.gradients(tokens), self.logical_gradients()
+        for layer, view in zip(self.layers, views, strict=True):
+            layer.buffer = view
+            layer.replicas.copy_weights()  # stale after reduce_gradients: a step should follow
+        return loss, gradients
+
+    def logical_gradients(self) -> list[torch.Tensor]:
+        """Of every weight the model is made of: dense ones, and the experts whose home is here."""
+        gradients = [p.grad.clone() for p in self.trainer.dense]
+        for layer in self.layers:
+            home = torch.tensor(layer.placement.home)
+            here = home[home // layer.placement.num_local_slots == self.trainer.rank]
+            local = here.long() % layer.placement.num_local_slots
+            gradients += [p.grad[local].clone() for p in layer.experts.parameters()]
+        return gradients
+
+    def difference(self) -> float:
+        """The largest difference from the gradients at home, over the largest gradient."""
+        # A rank may be home to no expert, and then has no gradients of any.
+        pairs = zip(self.logical_gradients(), self.home_gradients, strict=True)
+        pairs = [(a, b) for a, b in pairs if len(b)]
+        out = torch.tensor(
+            [
+                max(float((a - b).abs().max()) for a, b in pairs),
+                max(float(b.abs().max()) for _, b in pairs),
+            ],
+            dtype=torch.float64,
+        )
+        dist.all_reduce(out, op=dist.ReduceOp.MAX, group=self.trainer.group)
+        return float(out[0] / out[1])
+
+    # --- the report ------------------------------------------------------------------------------
+
+    def report(self) -> None:
+        """Prints the tables and draws the picture, on rank 0; fails where the check does."""
+        seconds = time.perf_counter() - self.start
+        before, after, bound = self.loads()
+        alone_ms, exchanged_ms = plan_times(self.trainer)
+        if self.trainer.rank:
+            return
+        self.print_imbalance(before, after, bound)
+        times = [
+            ["count, solve, split, rewrite", f"{alone_ms:.2f}"],
+            [f"with the exchange, {self.trainer.num_ranks} ranks at once", f"{exchanged_ms:.2f}"],
+        ]
+        print_table("Plan of a batch on this machine, median", ["", "ms"], times)
+        if self.checks:
+            print_table(
+                "Balanced against every token at home: the same step, twice",
+                ["step", "loss, balanced", "loss, home", "gradients differ by"],
+                [[str(s), f"{a:.9f}", f"{b:.9f}", f"{d:.1e}"] for s, a, b, d in self.checks],
+            )
+        tolerance = {torch.float32: 1e-4, torch.float64: 1e-9}[self.args.dtype]
+        for step, balanced, home, difference in self.checks:
+            if not (abs(balanced - home) <= tolerance * home and difference <= tolerance):
+                sys.exit(f"step {step}: balanced and home differ by more than {tolerance}")
+        self.draw(before, after, bound)
+        print(f"\n{self.args.steps} steps in {seconds:.0f} s; picture: {self.args.out}")
+
+    def loads(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rank loads at home and as they were [steps, layers, R], and T* [steps, layers]."""
+        group = self.trainer.group
+        picks, received = torch.stack(self.picks), torch.stack(self.received)
+        dist.all_reduce(picks, group=group)  # [steps, layers, E]
+        everyone = [torch.empty_like(received) for _ in range(group.size())]
+        dist.all_gather(everyone, received, group=group)
+        after = torch.stack(everyone, dim=-1)
+        before, bound = torch.zeros_like(after), torch.zeros(after.shape[:2], dtype=torch.float64)
+        for step, placements in enumerate(self.placements):
+            for layer, placement in enumerate(placements):
+                home_rank = torch.tensor(placement.home_rank).long()
+                before[step, layer].index_add_(0, home_rank, picks[step, layer])
+                if self.trainer.rank == 0:
+                    bound[step, layer] = lplb_ep.solve(picks[step, layer], placement).lower_bound
+        return before, after, bound
+
+    def print_imbalance(self, before, after, bound) -> None:
+        mean = after.double().mean(-1)
+        columns = torch.stack([before.amax(-1) / mean, after.amax(-1) / mean, bound / mean], -1)
+        phases = {
+            "placed evenly": slice(0, self.args.place_at),
+            "placed by load": slice(self.args.place_at, None),
+        }
+        rows = []
+        for name, steps in phases.items():
+            for layer in range(len(self.layers)):
+                numbers = [*columns[steps, layer].mean(0), *columns[steps, layer].amax(0)]
+                rows.append([f"layer {layer}, {name}", *(f"{n:.3f}" for n in numbers)])
+        print_table(
+            f"Imbalance: max / mean rank load, mean and worst of the steps "
+            f"(mode {self.args.balance})",
+            ["", "home", "plan", "bound", "worst home", "worst plan", "worst bound"],
+            rows,
+        )
+        print(
+            "\nhome: every token at its expert's home slot; plan: what the ranks got; "
+            "bound: no plan can have less\n"
+            f"placed evenly: before step {self.args.place_at} no load is known, and which experts "
+            "have copies is arbitrary"
+        )
+
+    def draw(self, before, after, bound) -> None:
+        from lplb_ep.report import plot_training
+
+        Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
+        plot_training(
+            self.args.out,
+            rank_load_before=before[:, 0],
+            rank_load_after=after[:, 0],
+            lower_bound=bound[:, 0],
+            title=f"MoE layer 0 (of {len(self.layers)}): {self.args.experts} experts on "
+            f"{self.trainer.num_ranks} ranks, {self.args.redundant} redundant slots each",
+            marks={self.args.place_at: "experts placed by their load"},
+        )
+
+
+def choose_as_recorded(loads: torch.Tensor, layers: list[MoE], draws: torch.Generator) -> None:
+    """Lets recorded loads [L, E] choose in the routers' place: they weigh a token's K draws."""
+    for number, layer in enumerate(layers):
+        log_load = loads[number * len(loads) // len(layers)].double().clamp(min=1e-3).log()
+
+        def choose(scores, num_topk=layer.num_topk, log_load=log_load):
+            noise = torch.rand(scores.shape, generator=draws, dtype=torch.float64)
+            return (log_load - (-noise.log()).log()).topk(num_topk, dim=-1).indices  # Gumbel top-k
+
+        layer.choose = choose
+
+
+def plan_times(trainer: Trainer) -> tuple[float, float]:
+    """Milliseconds of a plan: with the counts of all ranks at hand, and with their exchange."""
+    layer, group = trainer.layers[-1], trainer.group
+    exchanging = lplb_ep.Planner(layer.placement, group)
+    given = lplb_ep.Planner(layer.placement, rank=group.rank(), counts="given")
+    counts, alone = exchanging(layer.topk_idx).counts, 0.0
+    if group.rank() == 0:  # while the others wait
+        alone = median_ms(lambda: given(layer.topk_idx, counts=counts))
+    dist.barrier(group)
+    return alone, median_ms(lambda: exchanging(layer.topk_idx))
+
+
+def median_ms(function, times: int = 21) -> float:
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(seconds)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    from lplb_ep.report import text_table
+
+    print(f"\n{title}\n\n{text_table(header, rows)}")
+
+
+def progress(done: int, total: int, note: str) -> None:
+    if sys.stdout.isatty() or done == total or done % max(1, total // 10) == 0:
+        bar = "█" * (30 * done // total)
+        end = "\r" if sys.stdout.isatty() and done < total else "\n"
+        print(f"  {bar:░<30} {done:>4}/{total} steps  {note}", end=end, flush=True)
