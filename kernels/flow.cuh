@@ -1,235 +1,345 @@
 // The exact flow of one component of the replica graph, by one block: ranks above a limit K push
 // their excess towards ranks below it, layer by layer of a shortest-path layering that is made anew
 // in each round: preflow-push (Goldberg and Tarjan 1988) in waves, with exact labels. Where excess
-// cannot reach a rank below K, the set S of ranks that it does reach is a cut, load(S) / |S| a lower
-// bound, and its ceiling the next K: Newton's method on the parametric cut, as in the CPU's
-// definition. All numbers are whole, and no result depends on the order of atomics.
+// cannot reach a rank below K, the ranks that cannot are a cut S, load(S) / |S| a lower bound, and
+// its ceiling the next K: Newton's method on the parametric cut, as in the CPU's definition. All
+// numbers are whole, and no result depends on the order of atomics.
 //
-// Ranks are lanes of one warp and sets of ranks are bits of a word, so a layer costs a vote.
+// Sets of ranks are bits of a word, and a warp has the whole graph between its lanes, so that a layer
+// costs a vote; every warp finds the layers for itself. PARTS threads share the arcs of a rank.
 
 #pragma once
 
-typedef unsigned long long Set;
+#include "plan.cuh"
 
-constexpr int RANKS = RANKS_PER_LANE * 32;
+constexpr int WORDS = (SIZE + 31) / 32;     // SIZE: the most ranks of a component
+template <int words> struct Bits { typedef unsigned long long Type; };
+template <> struct Bits<1> { typedef unsigned Type; };
+typedef Bits<WORDS>::Type Set;
+constexpr int PUSHING = SIZE * PARTS;       // threads that push
+static_assert(PUSHING % 32 == 0 && PUSHING <= THREADS && 32 % PARTS == 0, "whole warps and ranks");
 
 struct __align__(16) Arc {      // a copy of an expert that has several
-    Set ranks;                  // local ranks that hold a copy
+    unsigned long long ranks;   // local ranks that hold a copy
     int quota;                  // its place in [E, C]
-    short place;                // where the expert's copies begin in `copies`, by local rank
+    short place;                // where the expert's arcs begin in `copies`; the expert's number, too
     short rank;                 // its own local rank
 };
 
-struct __align__(16) Shape { int ranks, arcs, experts, unused; };
+struct __align__(16) Shape { int ranks, arcs, most_arcs, unused; };  // most_arcs: of a rank
 
 // Tables of one component, each at a fixed stride so that all are read at once.
 struct Network {
     const Shape* shape;         // [G]
-    const Arc* arcs;            // [G, MAX_ARCS] by rank, then expert
-    const short* copies;        // [G, MAX_ARCS] arcs by expert, then local rank
-    const short* first_arc;     // [G, RANKS + 1] of each local rank
-    const int* experts;         // [G, MAX_EXPERTS] expert | local rank of its home << 16, RANKS if it has several copies
-    const int* ranks;           // [G, RANKS] local → global
+    const Arc* arcs;            // [G, max_arcs] by rank, then expert
+    const short* copies;        // [G, max_arcs] arcs by expert, then local rank
+    const short* first_arc;     // [G, SIZE + 1] of each local rank
+    const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
+                                // SIZE + the place of its arcs if it has several; -1 behind the last
+    const int* ranks;           // [G, SIZE] local → global
     int max_arcs, max_experts;
 };
-
-__device__ Set vote(const bool (&flag)[RANKS_PER_LANE]) {
-    Set set = 0;
-    #pragma unroll
-    for (int i = 0; i < RANKS_PER_LANE; ++i)
-        set |= Set(__ballot_sync(~0u, flag[i])) << (32 * i);
-    return set;
-}
-
-__device__ Set unite(Set mine) {
-    Set set = __reduce_or_sync(~0u, unsigned(mine));
-    if (RANKS_PER_LANE > 1) set |= Set(__reduce_or_sync(~0u, unsigned(mine >> 32))) << 32;
-    return set;
-}
 
 struct Component {              // in shared memory
     const Arc* arcs;
     const short* copies;
     const short* first_arc;
     int* tokens;                // [arcs] at each copy
-    int* arriving;              // [arcs] pushed to it, not yet seen by its rank
-    int* received;              // [ranks] likewise, the sum over its copies
-    int* room;                  // [ranks] tokens below the limit
-    int num_ranks, num_arcs;
+    int* held;                  // [SIZE] tokens of each rank; while pushing, above the limit
+    int* room;                  // [SIZE] below the limit when the round began
+    Set* next;                  // [SIZE] ranks that a rank's tokens could go to
+    Shape shape;
 };
 
-// Pushes the positive part of `over` (a rank's load above its limit) to where it is negative.
-// Returns the ranks that stay above, with all that their load still reaches: empty if none does,
-// or if the rounds are used up.
-__device__ Set balance(const Component& c, int (&over)[RANKS_PER_LANE], int& rounds) {
-    int lane = threadIdx.x;
-    for (; rounds > 0; --rounds) {
-        Set next[RANKS_PER_LANE], down[RANKS_PER_LANE];
-        int label[RANKS_PER_LANE];
-        bool flag[RANKS_PER_LANE];
+__device__ Set vote(const bool (&flag)[WORDS]) {
+    Set set = 0;
+    #pragma unroll
+    for (int i = 0; i < WORDS; ++i)
+        set |= Set(__ballot_sync(~0u, flag[i])) << (32 * i);
+    return set;
+}
+
+__device__ int lowest_rank(Set set) { return WORDS == 1 ? __ffs(unsigned(set)) - 1 : __ffsll(set) - 1; }
+__device__ int number_of(Set set) { return WORDS == 1 ? __popc(unsigned(set)) : __popcll(set); }
+
+__device__ void meet() {        // of the threads that push
+    if (PUSHING == 32) __syncwarp();
+    else asm volatile("bar.sync 1, %0;" :: "n"(PUSHING) : "memory");
+}
+
+struct Part {                   // what a thread has of a rank's arcs: every PARTS-th
+    int rank, part, first, last;
+    Set ranks;                  // of the first one, which is in registers: most ranks have no more
+    int place;
+};
+
+// One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
+// the lowest layer take what they have room for. Lanes of other layers come with over = 0.
+__device__ void push(const Component& c, const Part& p, int over, Set down, bool lowest) {
+    if (!__any_sync(~0u, over > 0)) return;
+    int gone = 0;
+    Set ranks = p.ranks;
+    for (int a = p.first, place = p.place, k = 0;;) {
+        Set targets = a < p.last && over > 0 ? ranks & down : 0;
+        int able = targets ? c.tokens[a] : 0;
+        if (lowest && able > 0) {
+            unsigned room = 0;
+            for (Set left = targets; left != 0 && room < able; left &= left - 1)
+                room += c.room[lowest_rank(left)];
+            able = min(unsigned(able), room);
+        }
+        int sum = able;         // of this part and those before it
         #pragma unroll
-        for (int i = 0; i < RANKS_PER_LANE; ++i) {
-            int rank = lane + 32 * i;
-            next[i] = down[i] = 0;
-            label[i] = -1;
-            flag[i] = false;
-            if (rank >= c.num_ranks) continue;
-            for (int a = c.first_arc[rank]; a < c.first_arc[rank + 1]; ++a)
-                if (c.tokens[a] + c.arriving[a] > 0) next[i] |= c.arcs[a].ranks;
-            over[i] += c.received[rank];
-            c.received[rank] = 0;
-            c.room[rank] = max(0, -over[i]);
+        for (int other = 1; other < PARTS; other *= 2) {
+            int before = __shfl_up_sync(~0u, sum, other, PARTS);
+            if (p.part >= other) sum += before;
+        }
+        int rest = max(0, min(able, over - gone - (sum - able)));
+        gone += __shfl_sync(~0u, sum, PARTS - 1, PARTS);
+        if (rest > 0) c.tokens[a] -= rest;
+        while (rest > 0) {
+            // Neighbours begin at different targets, not to fill all the same one.
+            Set later = targets >> p.rank << p.rank;
+            int target = lowest_rank(later ? later : targets);
+            Set bit = Set(1) << target;
+            targets ^= bit;
+            int tokens = lowest ? min(rest, c.room[target]) : rest;
+            rest -= tokens;
+            atomicAdd(&c.held[target], tokens);
+            atomicAdd(&c.tokens[c.copies[place + number_of(ranks & (bit - 1))]], tokens);
+        }
+        k += PARTS;
+        if (k >= c.shape.most_arcs) break;
+        a += PARTS;
+        if (a < p.last) {
+            ranks = c.arcs[a].ranks;
+            place = c.arcs[a].place;
+        }
+    }
+    if (p.part == 0 && over > 0) c.held[p.rank] -= min(over, gone);
+}
+
+// Moves tokens until the largest of `held` is the optimum. By the threads that push; false if the
+// rounds did not suffice.
+__device__ bool balance(const Component& c, int rounds) {
+    int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
+    int first = c.first_arc[rank] + part, last = c.first_arc[rank + 1], total = 0;
+    const Arc& arc = c.arcs[first < last ? first : 0];
+    Part mine{rank, part, first, last, Set(arc.ranks), arc.place};
+    #pragma unroll
+    for (int i = 0; i < WORDS; ++i)
+        if (lane + 32 * i < SIZE) total += c.held[lane + 32 * i];
+    total = __reduce_add_sync(~0u, total);
+    int limit = total / c.shape.ranks + (total % c.shape.ranks != 0), rise = limit;
+    meet();
+    for (; rounds > 0; --rounds) {
+        Set reach = first < last && c.tokens[first] > 0 ? mine.ranks : 0;
+        for (int a = first + PARTS; a < last; a += PARTS)
+            if (c.tokens[a] > 0) reach |= c.arcs[a].ranks;
+        #pragma unroll
+        for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
+        if (part == 0) {
+            int over = rank < c.shape.ranks ? c.held[rank] - rise : 0;
+            c.held[rank] = over;
+            c.room[rank] = max(0, -over);
+            c.next[rank] = reach;
+        }
+        rise = 0;
+        meet();
+        Set next[WORDS];
+        int over[WORDS];
+        bool flag[WORDS];
+        #pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            bool is_rank = lane + 32 * i < SIZE;
+            next[i] = is_rank ? c.next[lane + 32 * i] : 0;
+            over[i] = is_rank ? c.held[lane + 32 * i] : 0;
             flag[i] = over[i] > 0;
         }
         Set excess = vote(flag);
-        if (excess == 0) return 0;
+        if (excess == 0) break;
         #pragma unroll
-        for (int i = 0; i < RANKS_PER_LANE; ++i) {
-            flag[i] = lane + 32 * i < c.num_ranks && over[i] < 0;
-            if (flag[i]) label[i] = 0;
-        }
-        Set layer = vote(flag), reached = layer;
-        int top = 0;
+        for (int i = 0; i < WORDS; ++i) flag[i] = over[i] < 0;
+        Set layer = vote(flag), reached = layer, down = 0;
+        int top = 0, label = 0;
         while (layer != 0 && (excess & ~reached) != 0) {
+            Set below = layer;
             ++top;
             #pragma unroll
-            for (int i = 0; i < RANKS_PER_LANE; ++i) {
-                flag[i] = label[i] < 0 && (next[i] & layer) != 0;
-                if (flag[i]) { label[i] = top; down[i] = layer; }
-            }
+            for (int i = 0; i < WORDS; ++i)
+                flag[i] = (next[i] & layer) != 0 && !(reached >> (lane + 32 * i) & 1);
             layer = vote(flag);
             reached |= layer;
-        }
-        Set stuck = excess & ~reached;
-        if (stuck != 0) {
-            for (Set grown = 0; grown != stuck;) {
-                grown = stuck;
-                Set mine = 0;
-                #pragma unroll
-                for (int i = 0; i < RANKS_PER_LANE; ++i)
-                    if (stuck >> (lane + 32 * i) & 1) mine |= next[i];
-                stuck |= unite(mine);
+            if (layer >> rank & 1) {
+                label = top;
+                down = below;
             }
-            return stuck;
+        }
+        if (excess & ~reached) {
+            // What does not reach a rank with room is a cut: nothing leads out of it.
+            int kept = 0, size = c.shape.ranks - number_of(reached);
+            #pragma unroll
+            for (int i = 0; i < WORDS; ++i)
+                if (!(reached >> (lane + 32 * i) & 1)) kept += over[i];
+            kept = __reduce_add_sync(~0u, kept);
+            rise = (kept + size - 1) / size;
+            limit += rise;
+            meet();
+            continue;
         }
         for (; top > 0; --top) {
-            __syncwarp();
-            #pragma unroll
-            for (int i = 0; i < RANKS_PER_LANE; ++i) {
-                if (label[i] != top) continue;
-                int rank = lane + 32 * i;
-                over[i] += c.received[rank];
-                c.received[rank] = 0;
-                for (int a = c.first_arc[rank]; a < c.first_arc[rank + 1] && over[i] > 0; ++a) {
-                    Arc arc = c.arcs[a];
-                    Set targets = arc.ranks & down[i];
-                    int here = c.tokens[a] + c.arriving[a];
-                    if (targets == 0 || here == 0) continue;
-                    c.arriving[a] = 0;
-                    while (targets != 0 && here > 0 && over[i] > 0) {
-                        // Neighbours begin at different targets, not to fill all the same one.
-                        Set later = targets >> rank;
-                        int target = later ? rank + __ffsll(later) - 1 : __ffsll(targets) - 1;
-                        targets &= ~(Set(1) << target);
-                        int push = min(here, over[i]), room = c.room[target];
-                        if (top == 1) push = min(push, room);
-                        int to = c.copies[arc.place + __popcll(arc.ranks & ((Set(1) << target) - 1))];
-                        atomicAdd(&c.arriving[to], push);
-                        atomicAdd(&c.received[target], push);
-                        here -= push;
-                        over[i] -= push;
-                    }
-                    c.tokens[a] = here;
+            meet();
+            push(c, mine, label == top ? c.held[rank] : 0, down, top == 1);
+        }
+        meet();
+    }
+    meet();
+    if (part == 0 && rank < c.shape.ranks) c.held[rank] += limit - rise;
+    return rounds > 0;
+}
+
+// Adds up the counts of the component's experts: `load` of those with several copies, by place, and in
+// `held` what the others bring to their ranks; writes the quotas of these. Returns how the rows say
+// that the batch fares, BAD_COUNTS if a count is negative or they are too many; the same to every
+// thread.
+__device__ int add_up(
+    const Counts& counts, const Network& net, int* load, int* held, int* __restrict__ quota,
+    int max_replicas, int sharing, int packed /* this thread's first expert */) {
+    __shared__ int status;
+    __shared__ Total total;
+    if (threadIdx.x == 0) {
+        status = OPTIMAL;
+        total = {0, 0};
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += THREADS) {
+        int word = i % HEAD, value = counts.of(i / HEAD)[word - HEAD];
+        if (word == 0 && value != OPTIMAL) atomicMax(&status, value);
+        if (word > 0 && value != counts.of(counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
+    }
+    for (int i = threadIdx.x / sharing, row = threadIdx.x % sharing;;) {
+        int expert = packed & 0xffff, home = packed >> 16, signs = 0;
+        long long sum = 0;
+        if (packed >= 0) {
+            const int* count = counts.of(row) + expert;
+            int step = sharing * counts.stride;
+            for (int r = row; r < counts.num_rows; r += 8 * sharing, count += 8 * step) {
+                int several[8];
+                #pragma unroll
+                for (int j = 0; j < 8; ++j)  // guarded, not rolled up: all are under way at once
+                    several[j] = r + j * sharing < counts.num_rows ? count[j * step] : 0;
+                #pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    sum += several[j];
+                    signs |= several[j];
                 }
             }
         }
-        __syncwarp();
+        for (int other = 1; other < sharing; other *= 2) {
+            sum += __shfl_xor_sync(~0u, sum, other);
+            signs |= __shfl_xor_sync(~0u, signs, other);
+        }
+        if (signs < 0 || sum > MAX_TOTAL) {
+            atomicMax(&status, BAD_COUNTS);
+            sum = 0;
+        }
+        bool mine = packed >= 0 && row == 0;
+        total.add(mine ? unsigned(sum) : 0);
+        if (mine) {
+            if (home < SIZE) atomicAdd(&held[home], int(sum));
+            else load[home - SIZE] = int(sum);
+            for (int c = 0; c < max_replicas; ++c)
+                quota[expert * max_replicas + c] = c == 0 && home < SIZE ? int(sum) : 0;
+        }
+        i += THREADS / sharing;
+        if (i - threadIdx.x / sharing >= net.max_experts) break;
+        packed = i < net.max_experts ? net.experts[blockIdx.x * net.max_experts + i] : -1;
     }
-    return 0;
+    __syncthreads();
+    return total.too_large() ? max(status, BAD_COUNTS) : status;
 }
 
-// Lays the component's tables out in shared memory and spreads each expert evenly over its copies.
-// Writes the quotas of experts with one copy.
+// Lays the component out in shared memory and spreads each expert evenly over its copies.
 __device__ Component begin(
-    char* shared, const Network& net, const int* __restrict__ load, int* __restrict__ quota,
-    int max_replicas) {
+    char* shared, const Network& net, const Counts& counts, int* __restrict__ quota,
+    int max_replicas, int& status) {
     int g = blockIdx.x;
     Arc* arcs = reinterpret_cast<Arc*>(shared);
-    int* tokens = reinterpret_cast<int*>(arcs + net.max_arcs);
-    int* arriving = tokens + net.max_arcs;
-    int* received = arriving + net.max_arcs;
-    int* room = received + RANKS;
-    short* copies = reinterpret_cast<short*>(room + RANKS);
+    Set* next = reinterpret_cast<Set*>(arcs + net.max_arcs);
+    int* tokens = reinterpret_cast<int*>(next + SIZE);
+    int* load = tokens + net.max_arcs;  // [max_arcs] of experts, by place
+    int* held = load + net.max_arcs;
+    int* room = held + SIZE;
+    short* copies = reinterpret_cast<short*>(room + SIZE);
     short* first_arc = copies + net.max_arcs;
 
+    // Neighbouring threads share the rows of one expert where there are more threads than experts.
+    int sharing = 1;
+    while (sharing < 32 && 2 * sharing <= counts.num_rows && 2 * sharing * net.max_experts <= THREADS)
+        sharing *= 2;
+    int expert = threadIdx.x / sharing;
+    int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
     Shape shape = net.shape[g];
-    for (int r = threadIdx.x; r <= RANKS; r += blockDim.x) {
-        first_arc[r] = net.first_arc[g * (RANKS + 1) + r];
-        if (r < RANKS) received[r] = 0;
+    for (int r = threadIdx.x; r <= SIZE; r += THREADS) {
+        first_arc[r] = net.first_arc[g * (SIZE + 1) + r];
+        if (r < SIZE) held[r] = 0;
     }
-    __syncthreads();
-    for (int a = threadIdx.x; a < net.max_arcs; a += blockDim.x) {
-        Arc arc = net.arcs[g * net.max_arcs + a];
-        arcs[a] = arc;
+    for (int a = threadIdx.x; a < net.max_arcs; a += THREADS) {
+        arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
-        arriving[a] = 0;
-        if (a >= shape.arcs) continue;
-        // The even split is where to start: half as many rounds as from the homes.
-        int total = load[arc.quota / max_replicas], number = __popcll(arc.ranks);
-        int place = __popcll(arc.ranks & ((Set(1) << arc.rank) - 1));
-        tokens[a] = total / number + (place < total % number);
-        atomicAdd(&received[arc.rank], tokens[a]);
     }
-    for (int i = threadIdx.x; i < shape.experts; i += blockDim.x) {
-        int packed = net.experts[g * net.max_experts + i], expert = packed & 0xffff, home = packed >> 16;
-        int number = home < RANKS ? load[expert] : 0;
-        if (home < RANKS) atomicAdd(&received[home], number);
-        for (int c = 0; c < max_replicas; ++c)
-            quota[expert * max_replicas + c] = c == 0 ? number : 0;
+    int told = add_up(counts, net, load, held, quota, max_replicas, sharing, packed);
+    status = max(status, told);
+    for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
+        // The even split is where to start: half as many rounds as from the homes.
+        Arc arc = arcs[a];
+        int total = load[arc.place], number = number_of(arc.ranks);
+        int place = number_of(arc.ranks & ((Set(1) << arc.rank) - 1));
+        tokens[a] = total / number + (place < total % number);
+        atomicAdd(&held[arc.rank], tokens[a]);
     }
     __syncthreads();
-    return {arcs, copies, first_arc, tokens, arriving, received, room, shape.ranks, shape.arcs};
+    return {arcs, copies, first_arc, tokens, held, room, next, shape};
 }
 
-// Makes the split exact and writes the quotas of experts with several copies.
-__device__ void finish(
-    const Component& c, const Network& net, int* __restrict__ quota, int* __restrict__ rank_load,
-    int* __restrict__ status, int num_ranks, int max_rounds) {
-    int g = blockIdx.x, batch = blockIdx.y, lane = threadIdx.x;
-    if (threadIdx.x < 32) {
-        int over[RANKS_PER_LANE], total = 0, rounds = max_rounds;
-        #pragma unroll
-        for (int i = 0; i < RANKS_PER_LANE; ++i) {
-            int rank = lane + 32 * i;
-            over[i] = rank < c.num_ranks ? c.received[rank] : 0;
-            if (rank < c.num_ranks) c.received[rank] = 0;
-            total += over[i];
-        }
-        total = __reduce_add_sync(~0u, total);
-        int limit = total / c.num_ranks + (total % c.num_ranks != 0);
-        #pragma unroll
-        for (int i = 0; i < RANKS_PER_LANE; ++i) over[i] -= limit;
-        while (Set stuck = balance(c, over, rounds)) {
-            int excess = 0, size = __popcll(stuck);
-            #pragma unroll
-            for (int i = 0; i < RANKS_PER_LANE; ++i)
-                if (stuck >> (lane + 32 * i) & 1) excess += over[i];
-            excess = __reduce_add_sync(~0u, excess);
-            int rise = (excess + size - 1) / size;
-            limit += rise;
-            #pragma unroll
-            for (int i = 0; i < RANKS_PER_LANE; ++i) over[i] -= rise;
-        }
-        #pragma unroll
-        for (int i = 0; i < RANKS_PER_LANE; ++i) {
-            int rank = lane + 32 * i;
-            if (rank < c.num_ranks)  // what was received last is only unseen if the rounds ran out
-                rank_load[batch * num_ranks + net.ranks[g * RANKS + rank]] =
-                    over[i] + c.received[rank] + limit;
-        }
-        if (lane == 0 && rounds == 0) status[batch] = 1;
+// The arguments of a solver's kernel, `solve`.
+struct Problem {
+    Counts counts;
+    Network net;
+    Picks picks;
+    int* quota;                 // [B, E, C]
+    int* rank_load;             // [B, R]
+    int* statuses;              // [B, G]
+    int* counted;               // [R, E] a copy of the counts, or null
+    volatile int* miscounted;
+    int num_components, num_ranks, num_experts, max_replicas, max_rounds;
+    int status;                 // how the batch fares, by what the counts do not say
+};
+
+// One block solves one component of the replica graph for one batch: `start` may better the even split,
+// and the flow makes it exact. Where the rounds do not suffice the quotas are whole, but not the best.
+// Meanwhile further blocks number this rank's picks, which takes no quotas, and copy the counts.
+template <typename Start>
+__device__ void solve_component(const Problem& p, char* shared, Start start) {
+    int batch = blockIdx.y, g = blockIdx.x;
+    if (g >= p.num_components) {
+        int helper = g - p.num_components, step = (gridDim.x - p.num_components) * THREADS;
+        for (int i = helper * THREADS + threadIdx.x; i < p.num_ranks * p.num_experts; i += step)
+            p.counted[i] = p.counts.of(i / p.num_experts)[i % p.num_experts];
+        number(p.picks, helper, p.counts.of(p.counts.rank), p.miscounted, reinterpret_cast<int*>(shared));
+        return;
     }
-    __syncthreads();
-    for (int a = threadIdx.x; a < c.num_arcs; a += blockDim.x)
-        quota[c.arcs[a].quota] = c.tokens[a] + c.arriving[a];
+    int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
+    int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
+    int status = p.status;
+    Component c = begin(shared, p.net, p.counts, quota, p.max_replicas, status);
+    if (status == OPTIMAL) {
+        start(c);
+        if (threadIdx.x < PUSHING && !balance(c, p.max_rounds)) status = NOT_CONVERGED;
+        __syncthreads();
+        for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
+        for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS)
+            rank_load[p.net.ranks[g * SIZE + r]] = c.held[r];
+    }
+    if (threadIdx.x == 0) p.statuses[batch * p.num_components + g] = status;
 }

@@ -3,9 +3,9 @@ from typing import Any
 from .layers import attach as attach
 from .layers import use as use
 from .placement import Placement as Placement
-from .planner import Plan as Plan
+from .plan import Plan as Plan
+from .plan import check_plan as check_plan
 from .planner import Planner as Planner
-from .planner import check_plan as check_plan
 from .replicas import Replicas as Replicas
 from .settings import CompileError as CompileError
 from .settings import ContractError as ContractError

@@ -40,7 +40,7 @@ from .layers import (
     used,
 )
 from .placement import Placement, check_placement
-from .planner import check_plan, check_topk_idx
+from .plan import check_topk_idx
 from .settings import ContractError, MissingPackageError, Settings
 
 log = logging.getLogger(__name__)
@@ -110,10 +110,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
         physical = planner.home(logical)
     else:
         trusted = state.settings.replicas == "valid" or replicas.are_valid(placement)
-        plan = planner(logical, stale=not trusted)
-        if state.settings.check:
-            check_plan(plan, logical, placement, planner.rank)
-        physical = plan.topk_idx
+        physical = planner(logical, stale=not trusted).topk_idx
     if event is not None:
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts

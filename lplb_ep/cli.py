@@ -1,4 +1,4 @@
-"""The command `lplb-ep`: `doctor`, `replay`, `demo`, `compile` and `run`."""
+"""The command `lplb-ep`: `doctor`, `replay`, `demo`, `bench`, `compile` and `run`."""
 
 from __future__ import annotations
 
@@ -106,6 +106,22 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     _add_replay(commands)
+
+    bench = commands.add_parser(
+        "bench",
+        help="what a plan on the GPU costs, by step, and how far it is from the optimum",
+        description="Times plans on the current GPU, on the same skewed loads at every run. "
+        "Without --ranks, for all of the usual sizes.",
+    )
+    bench.set_defaults(command=_bench)
+    bench.add_argument("--ranks", type=int, metavar="R")
+    bench.add_argument("--redundant", type=int, default=2, metavar="D", help="on each rank; 2")
+    bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
+    bench.add_argument("--tokens", type=int, default=8192, metavar="T", help="of a rank; 8192")
+    bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
+    bench.add_argument("--placement", default="eplb", metavar="KIND", help="eplb or a topology")
+    bench.add_argument("--solver", choices=("flow", "cusolverdx"), default="flow")
+    bench.add_argument("--json", metavar="PATH", help="write all numbers")
 
     demo = commands.add_parser(
         "demo", add_help=False, help="train the example MoE layer; arguments are the example's"
@@ -316,11 +332,12 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuses what could not be written, before the work is done."""
-    for option, path in (("--json", args.json), ("--png", args.png)):
+    png = getattr(args, "png", None)
+    for option, path in (("--json", args.json), ("--png", png)):
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
-    if args.png and Path(args.png).suffix != ".png":
-        raise ValueError(f"--png must end in .png; got {args.png}")
+    if png and Path(png).suffix != ".png":
+        raise ValueError(f"--png must end in .png; got {png}")
 
 
 def _recordings(args: argparse.Namespace) -> tuple[Recording, Recording]:
@@ -400,6 +417,37 @@ def _placements(
         return [
             Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load
         ]
+
+
+def _bench(args: argparse.Namespace, rest: list[str]) -> int:
+    with _one_line_errors():
+        _check_outputs(args)
+        from . import bench, cuda
+        from .placement import Placement
+
+        cuda.check()
+        chosen = [(args.placement, args.ranks, args.redundant)]
+        rows = []
+        for kind, num_ranks, redundant in bench.USUAL if args.ranks is None else chosen:
+            batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
+            shape = {"num_ranks": num_ranks, "num_redundant_per_rank": redundant}
+            if kind == "eplb":
+                placement = Placement.from_history(batches.history, **shape)
+            else:
+                placement = Placement.from_topology(
+                    kind, num_experts=args.experts, load=batches.history, **shape
+                )
+            name = f"EP{num_ranks}, {redundant} redundant, {kind}"
+            rows.append((name, bench.measure(placement, batches, args.solver)))
+        about = bench.conditions()
+        about |= {"solver": args.solver, "experts": args.experts}
+        about |= {"tokens": args.tokens, "topk": args.topk}
+        if args.json:
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump({**about, "rows": dict(rows)}, file)
+        print(", ".join(f"{name} {value}" for name, value in about.items()))
+        print(f"\n{bench.table(rows)}")
+    return 0
 
 
 def _compile(args: argparse.Namespace, rest: list[str]) -> int:

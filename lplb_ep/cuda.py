@@ -1,163 +1,175 @@
-"""The steps of a plan on the GPU; so far `solve`, on the device and without synchronisation.
+"""The steps of a plan on the GPU: count, solve, split, rewrite, and no synchronisation.
 
-Shapes and launch choices are pure functions of the placement; the kernel is `kernels/flow.cu`.
+Shapes and launch choices are pure functions of the placement and the number of picks. The kernels
+are `kernels/route.cu` (count, split, rewrite) and, to solve, `kernels/flow.cu` or
+`kernels/interior.cu`, where the flow starts from an interior-point method's optimum.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from .jit import Kernels, Program, compile_cubin
+from . import network
+from .jit import CuSolverDx, Kernels, Program, compile_cubin
 from .placement import Placement
+from .settings import MissingPackageError
 
-MAX_RANKS, MAX_EXPERTS = 64, 512
-"""Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
 MAX_SHARED_BYTES = 99 * 1024
 """What a block may have on every architecture from sm_80 on."""
-NUM_THREADS = 256
+NUM_THREADS = 1024
+"""Of a block that counts or rewrites."""
+MAX_CHUNKS = 64
+"""Blocks that a rank's picks are spread over."""
+NUM_HEAD = 5
+"""Integers before the counts of an exchanged row; `kernels/plan.cuh` says which."""
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
 
-_ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
 _NETWORK = np.dtype([("tables", "u8", 6), ("max_arcs", "i4"), ("max_experts", "i4")])
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
-
-    shape: npt.NDArray[np.int32]
-    """[G, 4]: ranks, arcs and experts of each component; 0."""
-    arcs: npt.NDArray[Any]
-    """[G, max_arcs] of `Arc`, by local rank, then expert."""
-    copies: npt.NDArray[np.int16]
-    """[G, max_arcs] arcs by expert, then local rank."""
-    first_arc: npt.NDArray[np.int16]
-    """[G, ranks_per_lane * 32 + 1] the first arc of each local rank."""
-    experts: npt.NDArray[np.int32]
-    """[G, max_experts] expert | local rank of its home << 16, or ranks_per_lane * 32 << 16 if it
-    has several copies."""
-    ranks: npt.NDArray[np.int32]
-    """[G, ranks_per_lane * 32] local rank → rank."""
-
-    @property
-    def ranks_per_lane(self) -> int:
-        return self.ranks.shape[1] // 32
-
-    @property
-    def num_shared_bytes(self) -> int:
-        arcs, ranks = self.arcs.shape[1], self.ranks.shape[1]
-        return arcs * (_ARC.itemsize + 4 + 4 + 2) + 2 * 4 * ranks + 2 * (ranks + 1)
-
-
-@functools.lru_cache(maxsize=1024)
-def tables(placement: Placement) -> Tables:
-    """Raises ValueError for a component that is too large for one block; names its size."""
-    component, home = placement.component, placement.home_rank
-    num_components = int(component.max()) + 1
-    num_ranks = np.bincount(component)
-    num_experts = np.bincount(component[home], minlength=num_components)
-    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
-        raise ValueError(
-            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
-            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
-        )
-    lanes = 32 if num_ranks.max() <= 32 else 64
-    several = (placement.copy_rank >= 0).sum(1) > 1
-    expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
-    rank = placement.copy_rank[expert, column]
-    num_arcs = np.bincount(component[rank], minlength=num_components)
-    # An even number keeps what follows the arcs aligned.
-    max_arcs = int(-(-max(1, num_arcs.max()) // 2) * 2)
-    out = Tables(
-        shape=np.zeros((num_components, 4), np.int32),
-        arcs=np.zeros((num_components, max_arcs), _ARC),
-        copies=np.zeros((num_components, max_arcs), np.int16),
-        first_arc=np.zeros((num_components, lanes + 1), np.int16),
-        experts=np.zeros((num_components, num_experts.max()), np.int32),
-        ranks=np.zeros((num_components, lanes), np.int32),
-    )
-    local = np.zeros(placement.num_ranks, np.int64)
-    for g in range(num_components):
-        members = np.flatnonzero(component == g)
-        local[members] = np.arange(members.size)
-        mine = np.flatnonzero(component[rank] == g)
-        mine = mine[np.lexsort((expert[mine], local[rank[mine]]))]
-        e, r, n = expert[mine], local[rank[mine]], mine.size
-        holders = np.zeros(placement.num_experts, np.uint64)
-        np.bitwise_or.at(holders, e, np.uint64(1) << r.astype(np.uint64))
-        by_expert = np.lexsort((r, e))
-        out.arcs["ranks"][g, :n] = holders[e]
-        out.arcs["quota"][g, :n] = e * placement.max_replicas + column[mine]
-        out.arcs["place"][g, :n] = np.searchsorted(e[by_expert], e)
-        out.arcs["rank"][g, :n] = r
-        out.copies[g, :n] = by_expert
-        out.first_arc[g] = np.searchsorted(r, np.arange(lanes + 1))
-        own = np.flatnonzero(component[home] == g)
-        out.experts[g, : own.size] = own | np.where(several[own], lanes, local[home[own]]) << 16
-        out.ranks[g, : members.size] = members
-        out.shape[g] = members.size, n, own.size, 0
-    if out.num_shared_bytes > MAX_SHARED_BYTES:
-        raise ValueError(
-            f"the tables of a component must fit {MAX_SHARED_BYTES} bytes of shared memory; "
-            f"{max_arcs} copies of experts with several take {out.num_shared_bytes}"
-        )
-    return out
+_COUNTS = np.dtype([("rows", "u8"), ("numbers", "i4", 5), ("unused", "i4")])
+_PICKS = np.dtype([("scratch", "u8", 3), ("numbers", "i4", 4)])
+_TABLE = np.dtype([("tables", "u8", 5), ("numbers", "i4", 6)])
+_PROBLEM = np.dtype(
+    [
+        ("counts", _COUNTS),
+        ("network", _NETWORK),
+        ("picks", _PICKS),
+        ("tensors", "u8", 5),
+        ("sizes", "i4", 4),
+        ("limits", "i4", 2),
+    ]
+)
+_BATCH = np.dtype([("tensors", "u8", 8), ("numbers", "i4", 2)])
 
 
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
-    return [Program("flow.cu", {"RANKS_PER_LANE": lanes}) for lanes in (1, 2)]
+    return [
+        *(
+            _solver(solver, size, parts)
+            for solver in network.PARTS
+            for size in network.SIZES
+            for parts in network.PARTS[solver]
+        ),
+        *(_route(dtype) for dtype in (torch.int32, torch.int64)),
+    ]
+
+
+def _num_solver_threads(size: int, parts: int) -> int:
+    return max(256, size * parts)  # fewer would take long to add up the counts
+
+
+def num_shared_bytes(placement: Placement, solver: str) -> int:
+    """What a block of the solver takes.
+
+    Raises:
+        ValueError: it is more than a block has; says of what.
+    """
+    built = network.tables(placement)
+    size, num_arcs = built.size, built.arcs.shape[1]
+    num_bytes = num_arcs * (network.ARC.itemsize + 4 + 4 + 2) + size * (8 + 4 + 4) + 2 * (size + 1)
+    if solver == "cusolverdx":  # a matrix with two right-hand sides, and six numbers an arc
+        num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
+    num_warps = _num_solver_threads(size, built.parts(solver)) // 32
+    numbering = 4 * (1 + num_warps) * placement.num_experts
+    if max(num_bytes, numbering) > MAX_SHARED_BYTES:
+        raise ValueError(
+            f"a block has {MAX_SHARED_BYTES} bytes of shared memory, and the solver {solver} takes "
+            f"{num_bytes} for {num_arcs} copies of experts with several in a component, and "
+            f"{numbering} for {placement.num_experts} experts"
+        )
+    return max(num_bytes, numbering)
+
+
+def _solver(solver: str, size: int, parts: int) -> Program:
+    threads = _num_solver_threads(size, parts)
+    defines = {"SIZE": size, "THREADS": threads, "PARTS": parts}
+    if solver == "flow":
+        return Program("flow.cu", defines)
+    factor = CuSolverDx("potrf", size, threads)
+    substitute = CuSolverDx("potrs", size, threads, num_right_hand_sides=2)
+    return Program("interior.cu", defines, (factor, substitute))
+
+
+def _route(dtype: torch.dtype) -> Program:
+    index = "int" if dtype == torch.int32 else "long long"
+    return Program("route.cu", {"INDEX": index, "THREADS": NUM_THREADS})
 
 
 @functools.cache
-def _kernel(ranks_per_lane: int, device: int) -> Any:
+def _kernels(make: Callable[..., Program], variant: tuple[Any, ...], device: int) -> Kernels:
+    """Compiled or found in the cache, and loaded on a device."""
+    program = make(*variant)
     major, minor = torch.cuda.get_device_capability(device)
-    program = programs()[ranks_per_lane - 1]
-    kernels = Kernels(compile_cubin(program, f"sm_{major}{minor}"))
-    return kernels.kernel("solve", num_shared_bytes=MAX_SHARED_BYTES)
+    with torch.cuda.device(device):
+        return Kernels(compile_cubin(program, f"sm_{major}{minor}"))
+
+
+def _upload(tables: network.Tables | network.Routes, device: torch.device) -> list[torch.Tensor]:
+    """Its arrays as bytes, in the order in which the kernels' structs have them."""
+    arrays = [np.ascontiguousarray(getattr(tables, field.name)) for field in fields(tables)]
+    return [torch.from_numpy(array.view(np.uint8).copy()).to(device) for array in arrays]
+
+
+def _struct(dtype: np.dtype[Any], *values: Any) -> Any:
+    """A struct of a kernel's arguments; its integers of each kind are one field."""
+    struct = np.zeros((), dtype)
+    for name, value in zip(dtype.names or (), values, strict=False):
+        struct[name] = value
+    return struct[()]
+
+
+def check(placement: Placement | None = None, solver: str = "flow") -> None:
+    """Whether plans can be made here, on the current device.
+
+    Raises:
+        MissingPackageError: there is no CUDA device, or a package is missing; says which.
+        ValueError: the placement is too large for the kernels; names the size.
+    """
+    if not torch.cuda.is_available():
+        raise MissingPackageError("there is no CUDA device")
+    if importlib.util.find_spec("cupy") is None:
+        raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
+    if placement is not None:
+        num_shared_bytes(placement, solver)
 
 
 class Solver:
     """The exact solver of one placement on one GPU.
 
     Args:
-        placement: the copies.
-        device: a CUDA device; its kernel is compiled and loaded now, its tables stay on it.
+        placement: the copies; whose components must fit a block (`num_shared_bytes`).
+        device: where loads lie; kernels are compiled now, if they never were.
+        solver: "flow" or "cusolverdx".
 
     Raises:
-        ValueError: a component of the placement is too large for one block.
-        MissingPackageError: CuPy or a compiler library is not installed.
-        CompileError: the kernel does not compile; holds the log.
+        ValueError: a component is too large; names its size.
+        MissingPackageError: a package that compiles or launches kernels is missing.
     """
 
-    def __init__(self, placement: Placement, device: torch.device) -> None:
-        self.placement = placement
-        built = tables(placement)
-        self._tables = [
-            torch.from_numpy(np.ascontiguousarray(table).view(np.uint8)).to(device)
-            for table in (
-                built.shape,
-                built.arcs,
-                built.copies,
-                built.first_arc,
-                built.experts,
-                built.ranks,
-            )
-        ]
-        self._network = np.zeros((), _NETWORK)
-        self._network["tables"] = [table.data_ptr() for table in self._tables]
-        self._network["max_arcs"] = built.arcs.shape[1]
-        self._network["max_experts"] = built.experts.shape[1]
-        self._num_components = len(built.shape)
-        self._num_shared_bytes = built.num_shared_bytes
-        self._kernel = _kernel(built.ranks_per_lane, self._tables[0].device.index)
+    def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
+        built = network.tables(placement)
+        self.placement, self.device = placement, device
+        self.tables = _upload(built, device)
+        self._network = _struct(
+            _NETWORK,
+            [table.data_ptr() for table in self.tables],
+            built.arcs.shape[1],
+            built.experts.shape[1],
+        )
+        self.num_components = len(built.shape)
+        size, parts = built.size, built.parts(solver)
+        self._num_threads = _num_solver_threads(size, parts)
+        self._num_shared_bytes = num_shared_bytes(placement, solver)
+        kernels = _kernels(_solver, (solver, size, parts), device.index)
+        self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
 
     def __call__(
         self, load: torch.Tensor, max_rounds: int = MAX_ROUNDS
@@ -165,34 +177,282 @@ class Solver:
         """Solves a batch of loads on the current stream; no synchronisation, graphs may capture it.
 
         Args:
-            load: [B, E] int32 on this device, contiguous; each row totals at most 2**31 - 1.
+            load: [B, E] int32 on this device; B at most 65535, each row totals at most 2**31 - 1.
             max_rounds: rounds of flow that a component may take.
 
         Returns:
             quota: [B, E, C] int32, rows sum to the load.
             rank_load: [B, R] int32; its maximum is ceil(T*), of each component by itself.
-            status: [B] int32, 0 = optimal, 1 = a component ran out of rounds: its quotas are whole
-                and complete, but not the best.
-        """
-        import cupy
+            status: [B, G] int32 of each component: 0 = optimal; 3 = it ran out of rounds, and its
+                quotas are whole and complete, but not the best; 2 = impossible loads, no quotas.
 
-        p, B = self.placement, len(load)
-        quota = load.new_empty(B, p.num_experts, p.max_replicas)
-        rank_load = load.new_empty(B, p.num_ranks)
-        status = load.new_zeros(B)
-        if B:
-            self._kernel(
-                (self._num_components, B),
-                (NUM_THREADS,),
-                (
-                    load.data_ptr(),
-                    self._network[()],
-                    quota.data_ptr(),
-                    rank_load.data_ptr(),
-                    status.data_ptr(),
-                    *map(np.int32, (p.num_ranks, p.num_experts, p.max_replicas, max_rounds)),
-                ),
-                shared_mem=self._num_shared_bytes,
-                stream=cupy.cuda.Stream.from_external(torch.cuda.current_stream(load.device)),
+        Raises:
+            ValueError: `load` has another shape, dtype or device.
+        """
+        p = self.placement
+        shape = [*load.shape[:-1], p.num_experts]
+        if load.ndim != 2 or list(load.shape) != shape or load.dtype != torch.int32:
+            raise ValueError(
+                f"load must be [B, {p.num_experts}] int32; got {list(load.shape)} of {load.dtype}"
             )
-        return quota, rank_load, status
+        if load.device != self.device or len(load) > 65535:
+            raise ValueError(
+                f"load must be at most 65535 rows on {self.device}; "
+                f"got {len(load)} on {load.device}"
+            )
+        load = load.contiguous()
+        counts = _struct(_COUNTS, load.data_ptr(), [1, 0, p.num_experts, 0, 0])
+        return self.launch(counts, len(load), load.device, max_rounds)
+
+    def launch(
+        self,
+        counts: Any,
+        num_batches: int,
+        device: torch.device,
+        max_rounds: int = MAX_ROUNDS,
+        picks: Any = None,
+        counted: torch.Tensor | None = None,
+        miscounted: int = 0,
+        status: int = 0,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What `__call__` does, on a struct of counts; and for the picks of a single batch, numbers
+        them and copies the counts to `counted`."""
+        p, empty = self.placement, torch.empty
+        out = (
+            empty(num_batches, p.num_experts, p.max_replicas, dtype=torch.int32, device=device),
+            empty(num_batches, p.num_ranks, dtype=torch.int32, device=device),
+            empty(num_batches, self.num_components, dtype=torch.int32, device=device),
+        )
+        if num_batches:
+            picks = _struct(_PICKS) if picks is None else picks
+            problem = _struct(
+                _PROBLEM,
+                counts,
+                self._network,
+                picks,
+                [
+                    *(tensor.data_ptr() for tensor in out),
+                    0 if counted is None else counted.data_ptr(),
+                    miscounted,
+                ],
+                [self.num_components, p.num_ranks, p.num_experts, p.max_replicas],
+                [max_rounds, status],
+            )
+            grid = (self.num_components + int(picks["numbers"][1]), num_batches)
+            _launch(
+                self._kernel, grid, self._num_threads, (problem,), self._num_shared_bytes, device
+            )
+        return out
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    num_threads: int,
+    arguments: tuple[Any, ...],
+    num_shared_bytes: int,
+    device: torch.device,
+) -> None:
+    """On torch's current stream. A plain int among the arguments is a pointer."""
+    import cupy
+
+    stream = torch.cuda.current_stream(device)
+    kernel(
+        grid,
+        (num_threads,),
+        arguments,
+        shared_mem=num_shared_bytes,
+        stream=cupy.cuda.Stream.from_external(stream),
+    )
+
+
+@dataclass(frozen=True)
+class Picks:
+    """What `Steps.count` leaves for the other steps."""
+
+    topk_idx: torch.Tensor
+    scratch: tuple[torch.Tensor, ...]
+    struct: Any
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What `Steps.solve` leaves, of `Plan`'s shapes."""
+
+    counts: torch.Tensor
+    quota: torch.Tensor
+    rank_load: torch.Tensor
+    statuses: torch.Tensor
+    """[G] int32, of each component."""
+
+
+class Steps:
+    """The four steps of a planner's batches on one GPU, and the memory that they share.
+
+    Everything runs on the current stream and nothing is waited for, so a CUDA graph may capture
+    it. What goes wrong on the device is told in `told`, in the host's memory.
+
+    Args:
+        placement: the copies.
+        rank: this rank.
+        device: where `topk_idx` lies.
+        head: the integers that an exchanged row begins with, between its status and the number of
+            the batch.
+        num_statuses: how many statuses a batch may end with.
+        row_size: integers of an exchanged row; those behind the counts stay 0.
+        solver: "flow" or "cusolverdx".
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        rank: int,
+        device: torch.device,
+        head: Sequence[int],
+        num_statuses: int,
+        row_size: int,
+        solver: str,
+    ) -> None:
+        self.placement, self.rank, self.device = placement, rank, device
+        self._head = head
+        self._solver = Solver(placement, device, solver)
+        built = network.routes(placement)
+        self._tables = _upload(built, device)
+        p, num_nodes = placement, placement.num_ranks // placement.num_ranks_per_node
+        several, copies = len(built.first) - 1, len(built.copies)
+        self._table = _struct(
+            _TABLE,
+            [table.data_ptr() for table in self._tables],
+            [several, copies, p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas],
+        )
+        self._num_route_bytes = 4 * (
+            p.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
+        )
+        if self._num_route_bytes > MAX_SHARED_BYTES:
+            raise ValueError(
+                f"rewriting with {copies} copies of {several} experts on {num_nodes} nodes takes "
+                f"{self._num_route_bytes} bytes of shared memory; a block has {MAX_SHARED_BYTES}"
+            )
+        zeros = functools.partial(torch.zeros, dtype=torch.int32)
+        self.row = zeros(row_size, device=device)
+        """[row_size] this rank's row of an exchange, between `count` and `route`."""
+        self.num_exchanges = zeros(1, device=device)
+        """[1] the number of the last batch that was exchanged."""
+        self.num_by_status = zeros(num_statuses, device=device)
+        """[num_statuses] batches planned so far that ended so."""
+        self._histograms = zeros(MAX_CHUNKS, p.num_experts, device=device)
+        told = zeros(num_statuses + 2).pin_memory()
+        self._told, self.told = told, told.numpy()
+        """[num_statuses + 2] 1 where a batch ended with that status; then where one had an index
+        out of range, and where given counts were not those of its picks."""
+        for dtype in (torch.int32, torch.int64):
+            self._kernel("count", dtype)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of device memory that this holds, beside what a batch takes and gives back."""
+        held = (*self._tables, *self._solver.tables, self.row, self._histograms)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def _kernel(self, name: str, dtype: torch.dtype) -> Any:
+        kernels = _kernels(_route, (dtype,), self.device.index)
+        return kernels.kernel(name, num_shared_bytes=MAX_SHARED_BYTES)
+
+    def _told_at(self, index: int) -> int:
+        return self._told.data_ptr() + 4 * (len(self.told) + index if index < 0 else index)
+
+    def count(self, topk_idx: torch.Tensor, status: int, *, exchanged: bool) -> Picks:
+        """Counts picks, into `row` if they are to be exchanged.
+
+        Args:
+            topk_idx: [T, K] int32 or int64 on this device.
+            status: how this rank fares, for the head of the row.
+            exchanged: whether the other ranks get `row`; it is zero again after `route`.
+        """
+        num_picks, E = topk_idx.numel(), self.placement.num_experts
+        chunk = -(-max(1, num_picks) // MAX_CHUNKS)
+        chunk = -(-chunk // 128) * 128  # whole cache lines of every kind of index
+        num_chunks = max(1, -(-num_picks // chunk))
+        scratch = (
+            torch.empty(num_picks, dtype=torch.int16, device=self.device),
+            torch.empty(num_picks, dtype=torch.int32, device=self.device),
+        )
+        pointers = [*(tensor.data_ptr() for tensor in scratch), self._histograms.data_ptr()]
+        struct = _struct(_PICKS, pointers, [num_picks, num_chunks, chunk, E])
+        topk_idx = topk_idx.contiguous()
+        _launch(
+            self._kernel("count", topk_idx.dtype),
+            (num_chunks,),
+            NUM_THREADS,
+            (
+                topk_idx.data_ptr(),
+                struct,
+                self.row.data_ptr() if exchanged else 0,
+                self.num_exchanges.data_ptr(),
+                self._told_at(-2),
+                *map(np.int32, (status, *self._head)),
+            ),
+            4 * E,
+            self.device,
+        )
+        return Picks(topk_idx, scratch, struct)
+
+    def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
+        """Solves, and meanwhile numbers the picks.
+
+        Args:
+            picks: what `count` returned.
+            rows: [R, row_size] exchanged rows, or [R, E] counts; int32 on this device.
+            status: how the batch fares, by what the rows do not say.
+            exchanged: which of the two rows are.
+        """
+        p = self.placement
+        head = NUM_HEAD if exchanged else 0
+        sizes = [p.num_ranks, rows.stride(0), 0, head, self.rank]
+        counts = _struct(_COUNTS, rows.data_ptr(), sizes)
+        counted = torch.empty(p.num_ranks, p.num_experts, dtype=torch.int32, device=self.device)
+        quota, rank_load, statuses = self._solver.launch(
+            counts, 1, self.device, MAX_ROUNDS, picks.struct, counted, self._told_at(-1), status
+        )
+        return Solved(counted, quota[0], rank_load[0], statuses[0])
+
+    def route(
+        self, picks: Picks, solved: Solved, *, exchanged: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Splits and rewrites: the physical topk_idx [T, K], and the batch's status []. Where that
+        is not optimal, `solved` becomes the plan in which every token is at home."""
+        ended = torch.empty((), dtype=torch.int32, device=self.device)
+        physical = torch.empty_like(picks.topk_idx)
+        tensors = (solved.counts, solved.quota, solved.rank_load, solved.statuses, ended)
+        pointers = [
+            *(tensor.data_ptr() for tensor in tensors),
+            self.num_by_status.data_ptr(),
+            self._told_at(0),
+            self.row.data_ptr() if exchanged else 0,
+        ]
+        batch = _struct(_BATCH, pointers, [len(solved.statuses), self.rank])
+        _launch(
+            self._kernel("route", physical.dtype),
+            (int(picks.struct["numbers"][1]),),
+            NUM_THREADS,
+            (picks.struct, self._table, batch, physical.data_ptr()),
+            self._num_route_bytes,
+            self.device,
+        )
+        return physical, ended
+
+    def split(self, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+        """As `cpu.split`: [R, E] and [E, C] int32 on this device to [R, E, C]."""
+        p, num_threads = self.placement, 64
+        out = torch.zeros(p.num_ranks, *quota.shape, dtype=torch.int32, device=self.device)
+        num_nodes = p.num_ranks // p.num_ranks_per_node
+        num_bytes = 4 * ((4 + num_threads) * p.max_replicas + num_nodes)
+        _launch(
+            self._kernel("split", torch.int64),
+            (p.num_experts,),
+            num_threads,
+            (self._table, counts.data_ptr(), quota.data_ptr(), out.data_ptr()),
+            num_bytes,
+            self.device,
+        )
+        return out

@@ -119,9 +119,11 @@ def channel(state: BufferState, target: Target) -> Planner:
             placement,
             state.group,
             counts=state.settings.counts,
-            solver=state.settings.solver,
+            # At home nothing is solved, and no kernel need be compiled.
+            solver=state.settings.solver if state.settings.mode == "1" else "cpu",
             slot=slot,
             compare=False,
+            check=state.settings.check,
         )
     if state.default is not None and target[0] is not state.default[0]:
         state.default = None

@@ -87,7 +87,11 @@ class Settings:
         ("auto", "torch"),
     )
     solver: str = _setting(
-        "LPLB_EP_SOLVER", "auto", "Which solver makes the quotas.", ("auto", "cpu")
+        "LPLB_EP_SOLVER",
+        "auto",
+        "Which solver makes the quotas. `auto` takes `flow`, on the GPU, where there is one and it "
+        "takes the placement.",
+        ("auto", "cpu", "flow", "cusolverdx"),
     )
     indices: str = _setting(
         "LPLB_EP_INDICES",
@@ -115,7 +119,9 @@ class Settings:
         "placement is known; 0: none.",
     )
     check: bool = _setting(
-        "LPLB_EP_CHECK", False, "`1`: verify every plan's invariants (slow; for debugging)."
+        "LPLB_EP_CHECK",
+        False,
+        "`1`: verify every batch and its plan at once (slow; for debugging).",
     )
     cache_dir: str = _setting(
         "LPLB_EP_CACHE_DIR",

@@ -8,11 +8,11 @@ from fractions import Fraction
 
 import torch
 
-from . import cpu
+from . import cpu, cuda
 from .placement import Placement, check_placement
-from .settings import InfeasibleError
+from .settings import InfeasibleError, MissingPackageError
 
-SOLVERS = ("auto", "cpu")
+SOLVERS = ("auto", "cpu", "flow", "cusolverdx")
 MAX_TOTAL = 2**31 - 1
 MAX_TOTAL_SPEED = 2**15 - 1
 
@@ -35,17 +35,31 @@ class Solution:
     """The solver that ran."""
 
 
-def choose_solver(solver: str) -> tuple[str, str]:
+def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str, str]:
     """The solver that runs for a request, and why.
 
+    A function of the request, the placement and what is installed, never of a measurement: ranks
+    that chose differently would plan differently.
+
+    Args:
+        solver: one of `SOLVERS`.
+        placement: the copies; None: any that fits.
+
     Raises:
-        ValueError: `solver` is not one of `SOLVERS`.
+        ValueError: `solver` is not one of `SOLVERS`, or the placement is too large for it.
+        MissingPackageError: `solver` needs a device or a package that is not there.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
-    if solver == "auto":
-        return "cpu", "the only solver of this version"
-    return solver, "asked for"
+    if solver == "cpu":
+        return solver, "asked for"
+    try:
+        cuda.check(placement, "flow" if solver == "auto" else solver)
+    except (MissingPackageError, ValueError) as error:
+        if solver != "auto":
+            raise
+        return "cpu", str(error)
+    return ("flow", "a CUDA device is there") if solver == "auto" else (solver, "asked for")
 
 
 def solve(
@@ -81,7 +95,7 @@ def solve(
         InfeasibleError: an expert whose copies' `max_quota` sum below its load.
     """
     check_placement(placement)
-    name, _ = choose_solver(solver)
+    name, _ = "cpu", choose_solver(solver)
     R, E = placement.num_ranks, placement.num_experts
     C = placement.max_replicas
     _check_tensor("load", load)

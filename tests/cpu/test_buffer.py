@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import lplb_ep
-from lplb_ep import ContractError, Placement, Planner, buffer, layers, replicas
+from lplb_ep import ContractError, Placement, Planner, buffer, layers, planner, replicas
 
 PLACEMENT = Placement([0, 1, 2, 3, 0, 2], 1)
 E, P = 4, 6
@@ -1117,9 +1117,10 @@ def test_weights_laid_out_otherwise_need_no_check(make, mode):
 
 def test_every_plan_is_checked_on_demand(make, mode, monkeypatch):
     checked = []
-    monkeypatch.setattr(buffer, "check_plan", lambda *args: checked.append(args))
+    monkeypatch.setattr(planner, "check_plan", lambda *args: checked.append(args))
     for value in ("0", "1"):
         mode("1", LPLB_EP_CHECK=value)
+        layers.channels.clear()  # which keep what they were made with
         make(placement=PLACEMENT, num_local_slots=P).get_dispatch_layout(TOPK, E)
     ((plan, topk, placement, rank),) = checked
     assert torch.equal(plan.topk_idx, planned())

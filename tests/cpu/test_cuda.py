@@ -1,10 +1,13 @@
 """What of the GPU path needs no GPU: its tables, its limits, and that its kernels compile."""
 
+import dataclasses
+
 import numpy as np
 import oracle
 import pytest
+import torch
 
-from lplb_ep import Placement, cuda, jit
+from lplb_ep import Placement, cuda, jit, network
 
 
 @pytest.mark.parametrize("R", [1, 5, 16, 33, 64])
@@ -12,10 +15,10 @@ def test_tables_hold_every_copy_once(R):
     rng = np.random.default_rng(R)
     for _ in range(5):
         placement = oracle.random_placement(rng, R, int(rng.integers(R, 200)), 2)
-        tables = cuda.tables(placement)
+        tables = network.tables(placement)
         C = placement.max_replicas
         copies, experts = [], []
-        for g, (num_ranks, num_arcs, num_experts, _) in enumerate(tables.shape.tolist()):
+        for g, (num_ranks, num_arcs, most_arcs, _) in enumerate(tables.shape.tolist()):
             ranks = tables.ranks[g, :num_ranks]
             assert (placement.component[ranks] == placement.component[ranks[0]]).all()
             arcs = tables.arcs[g, :num_arcs]
@@ -29,7 +32,11 @@ def test_tables_hold_every_copy_once(R):
                 same = tables.copies[g, place : place + len(holders)]
                 assert (arcs["quota"][same] // C == e[a]).all()
                 assert arcs["rank"][same].tolist() == holders
-            packed = tables.experts[g, :num_experts]
+            assert np.bincount(arcs["rank"], minlength=1).max() == most_arcs
+            packed = tables.experts[g][tables.experts[g] >= 0]
+            several = packed[packed >> 16 >= tables.size]
+            places = dict(zip((arcs["quota"] // C).tolist(), arcs["place"].tolist(), strict=True))
+            assert {e & 0xFFFF: (e >> 16) - tables.size for e in several.tolist()} == places
             experts += (packed & 0xFFFF).tolist()
             single = packed >> 16 < tables.ranks.shape[1]
             homes = placement.home_rank[packed[single] & 0xFFFF]
@@ -40,17 +47,53 @@ def test_tables_hold_every_copy_once(R):
         assert sorted(copies) == list(zip(expert.tolist(), column.tolist(), strict=True))
 
 
+def test_tables_of_any_placement_can_be_sent_to_a_device():
+    for table in ([0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 0, 1, 2]):
+        placement = Placement(table, 2)
+        for built in (network.tables(placement), network.routes(placement)):
+            sent = cuda._upload(built, torch.device("cpu"))
+            assert [t.numel() for t in sent] == [
+                getattr(built, field.name).nbytes for field in dataclasses.fields(built)
+            ]
+
+
+def test_routes_hold_every_useful_copy_once():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        placement = oracle.random_placement(rng, 8, 40, 2, num_ranks_per_node=4)
+        routes, found = network.routes(placement), set()
+        for e, slot in enumerate(routes.lookup):
+            if slot >= 0:
+                assert slot == placement.home[e]
+                assert (placement.copy_rank[e] >= 0).sum() == 1
+                continue
+            assert routes.experts[~slot] == e
+            for copy in routes.copies[routes.first[~slot] : routes.first[~slot + 1]]:
+                rank, node, slot, expert, quota = copy.tolist()
+                assert placement.physical_to_logical[slot] == expert == e
+                assert (slot // placement.num_local_slots, rank // 4) == (rank, node)
+                assert placement.logical_to_physical[e, quota - e * placement.max_replicas] == slot
+                found.add(slot)
+        several = (placement.copy_rank >= 0).sum(1) > 1
+        useful = placement.logical_to_physical[(placement.copy_rank >= 0) & several[:, None]]
+        assert found == set(useful.tolist())
+
+
 def test_components_beyond_one_block_are_refused_by_size():
     ring = Placement.from_topology("ring", num_experts=65, num_ranks=65)
     with pytest.raises(
         ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
     ):
-        cuda.tables(ring)
+        network.tables(ring)
     everywhere = Placement(np.tile(np.arange(70), 64), 64)
-    with pytest.raises(ValueError, match="4480 copies of experts with several take 117"):
-        cuda.tables(everywhere)
+    with pytest.raises(ValueError, match=r"takes 1\d{5} for 4480 copies of experts with several"):
+        cuda.num_shared_bytes(everywhere, "flow")
+    half = Placement(np.tile(np.arange(40), 32), 32)  # the interior-point method keeps more
+    assert cuda.num_shared_bytes(half, "flow") < cuda.MAX_SHARED_BYTES
+    with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for 1280 copies"):
+        cuda.num_shared_bytes(half, "cusolverdx")
     # Many independent groups are no matter.
-    assert len(cuda.tables(Placement(np.arange(600), 100)).shape) == 100
+    assert len(network.tables(Placement(np.arange(600), 100)).shape) == 100
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])

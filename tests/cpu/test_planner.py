@@ -5,7 +5,7 @@ import ranks
 import torch
 
 from lplb_ep import Placement, Planner, check_plan, cpu
-from lplb_ep.planner import Status
+from lplb_ep.plan import Status
 
 
 def batch(rng, placement, num_tokens, num_topk, dtype=torch.int64, none=0.05):
@@ -195,7 +195,9 @@ def test_what_is_wrong_on_one_rank_is_named_on_all(what, peer, own):
 def out_of_step(group):
     planner = Planner(Placement([0, 1, 2, 0], 2), group)
     planner(torch.tensor([[0, 1]]))
-    planner._num_exchanges += group.rank()  # as if rank 1 had planned a batch that rank 0 did not
+    planner._steps._num_exchanges += (
+        group.rank()
+    )  # as if rank 1 had planned a batch that rank 0 did not
     planner(torch.tensor([[0, 1]]))
 
 
@@ -224,7 +226,7 @@ def test_counts_that_cannot_be_send_the_batch_home():
 
     placement = Placement([0, 1, 2, 0], 2)
     planner = Planner(placement, rank=0, counts="given")
-    planner.exchange = Broken()
+    planner.exchange, planner.counts = Broken(), "torch"
     topk = torch.tensor([[0, 2], [0, 1]])
     plan = planner(topk)
     assert int(plan.status) == Status.BAD_COUNTS
@@ -262,7 +264,7 @@ def test_bad_batches_are_named(topk, counts, message):
         ({"rank": 2}, r"rank must be in \[0, 2\); got 2"),
         ({"rank": 0}, "counts='auto' needs a group"),
         ({"rank": 0, "counts": "nvlink"}, "counts must be one of auto, torch, given"),
-        ({"rank": 0, "counts": "given", "solver": "x"}, "solver must be one of auto, cpu"),
+        ({"rank": 0, "counts": "given", "solver": "x"}, "solver must be one of auto, cpu, flow"),
     ],
 )
 def test_bad_planners_are_named(kwargs, message):
@@ -295,7 +297,7 @@ def test_check_plan_can_fail():
     for change, message in [
         ({"topk_idx": lost}, "-1 was not kept"),
         ({"topk_idx": misrouted}, "slot of another expert"),
-        ({"quota": uneven}, "split does not sum to the quotas"),
+        ({"_split": lambda *_: plan.split * 2}, "split does not sum to the quotas"),
         ({"rank_load": plan.rank_load + 1}, "rank_load"),
     ]:
         with pytest.raises(AssertionError, match=message):
@@ -303,9 +305,6 @@ def test_check_plan_can_fail():
     home = dataclasses.replace(
         plan,
         quota=uneven,
-        split=torch.stack(
-            [torch.tensor([[2, 0], [1, 0], [1, 0]]), torch.tensor([[3, 0], [0, 0], [0, 0]])]
-        ).int(),
         rank_load=torch.tensor([6, 1]).int(),
         topk_idx=torch.tensor([[0, 1], [0, 2]]),
     )

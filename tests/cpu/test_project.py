@@ -26,8 +26,10 @@ LAYERS = [
     "placement",
     "cpu",
     "jit",
+    "network",
     "cuda",
     "solver",
+    "plan",
     "exchange",
     "planner",
     "replicas",
@@ -40,6 +42,7 @@ LAYERS = [
     "buffer",
     "startup.sitecustomize",
     "report",
+    "bench",
     "cli",
 ]
 
@@ -151,7 +154,11 @@ def test_unknown_names_are_attribute_errors():
             "LPLB_EP_BACKEND must be one of auto, deep_ep, embedded; got 'gp",
         ),
         ("LPLB_EP_COUNTS", "given", "LPLB_EP_COUNTS must be one of auto, torch; got 'given'"),
-        ("LPLB_EP_SOLVER", "lp", "LPLB_EP_SOLVER must be one of auto, cpu; got 'lp'"),
+        (
+            "LPLB_EP_SOLVER",
+            "lp",
+            "LPLB_EP_SOLVER must be one of auto, cpu, flow, cusolverdx; got 'lp'",
+        ),
         ("LPLB_EP_INDICES", "both", "LPLB_EP_INDICES must be one of logical, physical; got 'both'"),
         ("LPLB_EP_REPLICAS", "1", "LPLB_EP_REPLICAS must be one of tracked, valid; got '1'"),
         ("LPLB_EP_NUM_PHYSICAL_EXPERTS", "-3", "_EXPERTS must be a whole number; got '-3'"),

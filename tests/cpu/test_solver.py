@@ -169,7 +169,7 @@ def test_known_optima():
         ("speed", torch.tensor([1, 0]), r"speed must be in \[1, "),
         ("speed", torch.tensor([1, 40000]), "speed must sum to at most 32767"),
         ("max_quota", torch.tensor([[1, 2]]), r"max_quota must have shape \[4, 2\]"),
-        ("solver", "gpu", "solver must be one of auto, cpu; got 'gpu'"),
+        ("solver", "gpu", "solver must be one of auto, cpu, flow, cusolverdx; got 'gpu'"),
     ],
 )
 def test_bad_input_is_named(name, value, message):

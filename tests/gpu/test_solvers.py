@@ -1,4 +1,4 @@
-"""The GPU solver against the CPU's, which has judges of its own."""
+"""The GPU's solvers against the CPU's, which has judges of its own."""
 
 import math
 
@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import Placement, cpu, cuda
+from lplb_ep import Placement, cpu, cuda, network
 
 pytestmark = pytest.mark.gpu
 
@@ -16,11 +16,16 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def check(placement, loads):
+@pytest.fixture(params=network.PARTS)
+def solver(request):
+    return request.param
+
+
+def check(placement, loads, solver):
     """Every row: legal quotas, and each component's largest load its own optimum."""
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    quota, held, status = cuda.Solver(placement, device())(load)
-    assert status.tolist() == [0] * len(loads)
+    quota, held, status = cuda.Solver(placement, device(), solver)(load)
+    assert not status.any()
     expert, column = np.nonzero(placement.copy_rank >= 0)
     rank = placement.copy_rank[expert, column]
     for row, given, loaded in zip(loads, quota.cpu().numpy(), held.cpu().numpy(), strict=True):
@@ -33,7 +38,7 @@ def check(placement, loads):
 
 
 @pytest.mark.parametrize("R", [1, 2, 3, 8, 16, 31, 32, 33, 48, 64])
-def test_optima_are_exact(R):
+def test_optima_are_exact(R, solver):
     rng = np.random.default_rng(R)
     for _ in range(20):
         E = int(rng.integers(1, 257))
@@ -41,27 +46,27 @@ def test_optima_are_exact(R):
             rng, R, E, int(rng.integers(0, 5)), int(rng.integers(1, 9))
         )
         scale = float(rng.choice([3, 100, 3000]))
-        check(placement, [oracle.random_load(rng, E, scale) for _ in range(8)])
+        check(placement, [oracle.random_load(rng, E, scale) for _ in range(8)], solver)
 
 
-def test_a_batch_of_two_to_the_31_tokens_is_exact():
+def test_a_batch_of_two_to_the_31_tokens_is_exact(solver):
     rng = np.random.default_rng(0)
     for R in (1, 8, 64):
         placement = oracle.random_placement(rng, R, 96, 2)
         share = rng.lognormal(0, 2, 96)
         load = np.floor(share / share.sum() * (2**31 - 1)).astype(np.int64)
         load[0] += 2**31 - 1 - load.sum()
-        check(placement, [load])
+        check(placement, [load], solver)
 
 
-def test_each_component_reaches_its_own_optimum():
+def test_each_component_reaches_its_own_optimum(solver):
     rng = np.random.default_rng(1)
     placement = Placement.from_topology(
         "cube", num_experts=64, num_ranks=16, num_redundant_per_rank=2
     )
     loads = [oracle.random_load(rng, 64, 90.0) for _ in range(8)]
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    _, held, _ = cuda.Solver(placement, device())(load)
+    _, held, _ = cuda.Solver(placement, device(), solver)(load)
     part = Placement.from_topology("cube", num_experts=32, num_ranks=8, num_redundant_per_rank=2)
     for row, loaded in zip(loads, held.cpu().numpy(), strict=True):
         for g in range(2):
@@ -69,20 +74,20 @@ def test_each_component_reaches_its_own_optimum():
             assert loaded[8 * g : 8 * g + 8].max() == math.ceil(alone.bound)
 
 
-def test_the_same_bits_on_every_run_and_in_graphs_with_new_loads():
+def test_the_same_bits_on_every_run_and_in_graphs_with_new_loads(solver):
     rng = np.random.default_rng(2)
     placement = oracle.random_placement(rng, 16, 128, 2)
-    solver = cuda.Solver(placement, device())
+    solve = cuda.Solver(placement, device(), solver)
     loads = [oracle.random_load(rng, 128, 500.0) for _ in range(6)]
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    eager = [[t.clone() for t in solver(load[i : i + 1])] for i in range(6)]
+    eager = [[t.clone() for t in solve(load[i : i + 1])] for i in range(6)]
     for _ in range(20):
-        again = solver(load)
+        again = solve(load)
         assert torch.equal(again[0], torch.cat([quota for quota, _, _ in eager]))
     static = load[:1].clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = solver(static)
+        captured = solve(static)
     for i in range(6):
         static.copy_(load[i : i + 1])
         graph.replay()
@@ -120,9 +125,24 @@ def test_running_out_of_rounds_is_told_and_loses_no_token():
     placement = oracle.random_placement(rng, 16, 128, 2)
     load = torch.from_numpy(rng.integers(1, 900, (1, 128), np.int32)).to(device())
     quota, held, status = cuda.Solver(placement, device())(load, max_rounds=1)
-    assert status.tolist() == [1]
+    assert status.tolist() == [[3]]
     assert torch.equal(quota.sum(2), load)
     assert int(held.sum()) == int(load.sum())
+
+
+def test_loads_that_do_not_fit_are_named():
+    solve = cuda.Solver(Placement([0, 1, 2, 0], 2), device())
+    for load, message in (
+        (torch.ones(3).int().cuda(), r"load must be \[B, 3\] int32; got \[3\]"),
+        (torch.ones(2, 4).int().cuda(), r"got \[2, 4\]"),
+        (torch.ones(2, 3).long().cuda(), "of torch.int64"),
+        (torch.ones(2, 3).int(), "on cuda:0; got 2 on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            solve(load)
+    spread = torch.arange(12, device=device()).int().reshape(2, 6)[:, ::2]
+    assert torch.equal(solve(spread)[0].sum(2), spread)
+    assert solve(torch.tensor([[1, -1, 0]], device=device()).int())[2].tolist() == [[2]]
 
 
 def test_no_loads_at_all():

@@ -1,0 +1,289 @@
+// Counting picks, splitting quotas by source rank, and rewriting picks to slots. INDEX is int or
+// long long, as the caller's topk_idx.
+
+#include "plan.cuh"
+
+typedef INDEX Index;
+
+extern "C" __global__ void __launch_bounds__(THREADS) count(
+    const Index* __restrict__ topk_idx,  // [num_picks] experts, -1: none
+    const Picks picks,
+    int* __restrict__ row,               // [HEAD + E], zeroed; or null
+    int* __restrict__ num_batches,       // counted here, so that a replayed graph does it too
+    volatile int* out_of_range,          // in the host's memory
+    int status, int tag, int slot, int planner) {
+    extern __shared__ int histogram[];  // [E]
+    for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
+    __syncthreads();
+    bool wrong = false;
+    int end = picks.begin(blockIdx.x + 1);
+    for (int n = picks.begin(blockIdx.x) + threadIdx.x; n < end; n += THREADS) {
+        Index pick = topk_idx[n];
+        bool valid = pick >= 0 && pick < picks.num_experts;
+        wrong |= !valid && pick != -1;
+        picks.experts[n] = short(valid ? pick : -1);
+        if (valid) atomicAdd(&histogram[pick], 1);
+    }
+    if (wrong) {
+        *out_of_range = 1;
+        if (row != nullptr) atomicMax(&row[0], REFUSED);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) {
+        int number = histogram[e];
+        picks.histograms[size_t(blockIdx.x) * picks.num_experts + e] = number;
+        if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
+    }
+    if (row == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
+    atomicMax(&row[0], status);
+    row[1] = tag;
+    row[2] = slot;
+    row[3] = planner;
+    row[4] = *num_batches = (*num_batches + 1) & MAX_TOTAL;
+}
+
+struct __align__(16) Copy {
+    short rank, node;
+    int slot, expert, quota;  // quota: its place in [E, C]
+};
+
+// The placement. Copies that can get no tokens are left out.
+struct Table {
+    const int* lookup;     // [E] the slot of an expert's only copy, or ~m: the m-th with several
+    const int* experts;    // [M] which that is
+    const int* first;      // [M + 1] where its copies begin, home first
+    const Copy* copies;
+    const int* home_rank;  // [E]
+    int num_several, num_copies, num_ranks, num_ranks_per_node, num_experts, max_replicas;
+};
+
+// How many numbers lie in both [a, b) and [c, d).
+__device__ int overlap(int a, int b, int c, int d) { return max(0, min(b, d) - max(a, c)); }
+
+// One expert's copies, in shared memory, at a batch.
+struct Expert {
+    int num_copies;
+    const int* rank;    // [num_copies]
+    const int* node;    // of that rank
+    const int* stay;    // tokens of its own rank that a copy takes
+    const int* room;    // and how many more
+    const int* supply;  // [num_nodes] tokens on the ranks of each
+    int num_nodes;
+
+    // What is left of a node's tokens when its own copies have taken theirs; `demand`: all they take.
+    __device__ int left(int n, int& demand) const {
+        int tokens = supply[n];
+        demand = 0;
+        for (int c = 0; c < num_copies; ++c)
+            if (node[c] == n) {
+                tokens -= stay[c];
+                demand += room[c];
+            }
+        return tokens;
+    }
+
+    // The shares of a source rank with `mine` tokens, and `before` on earlier ranks of its node: its
+    // own copy's first, then those of its node, then the rest. At each stage tokens in rank order and
+    // rooms in column order are laid end to end.
+    __device__ void share_out(int source, int home, int mine, int before, int* shares) const {
+        int begin = before, end = before + mine, at = 0;
+        for (int c = 0; c < num_copies; ++c) {
+            shares[c] = rank[c] == source ? stay[c] : 0;
+            if (node[c] != home) continue;
+            if (rank[c] < source) begin -= stay[c];
+            if (rank[c] <= source) end -= stay[c];
+        }
+        for (int c = 0; c < num_copies; ++c) {
+            if (node[c] != home) continue;
+            shares[c] += overlap(begin, end, at, at + room[c]);
+            at += room[c];
+        }
+        begin = max(begin, at) - at;
+        end = max(end, at) - at;
+        if (num_nodes == 1 || begin == end) return;
+        int demand, first = at = 0;
+        for (int n = 0; n < home; ++n) {
+            int tokens = left(n, demand);
+            first += max(0, tokens - demand);
+        }
+        for (int c = 0; c < num_copies; ++c) {
+            int tokens = left(node[c], demand), filled = 0;
+            for (int k = 0; k < c; ++k)
+                if (node[k] == node[c]) filled += room[k];
+            int open = room[c] - overlap(filled, filled + room[c], 0, tokens);
+            shares[c] += overlap(first + begin, first + end, at, at + open);
+            at += open;
+        }
+    }
+};
+
+extern "C" __global__ void split(
+    const Table table,
+    const int* __restrict__ counts,  // [R, E]
+    const int* __restrict__ quota,   // [E, C]
+    int* __restrict__ shares) {      // [R, E, C], zeroed. One block to an expert
+    extern __shared__ int shared[];
+    int E = table.num_experts, C = table.max_replicas, R = table.num_ranks, e = blockIdx.x;
+    int m = ~table.lookup[e], nodes = R / table.num_ranks_per_node;
+    if (m < 0) {
+        for (int r = threadIdx.x; r < R; r += blockDim.x)
+            shares[(size_t(r) * E + e) * C] = counts[size_t(r) * E + e];
+        return;
+    }
+    const Copy* copies = table.copies + table.first[m];
+    int N = table.first[m + 1] - table.first[m];
+    int *rank = shared, *node = rank + N, *stay = node + N, *room = stay + N, *supply = room + N;
+    int* own = supply + nodes + threadIdx.x * N;  // [threads, N]
+    for (int c = threadIdx.x; c < N; c += blockDim.x) {
+        rank[c] = copies[c].rank;
+        node[c] = copies[c].node;
+        stay[c] = min(counts[size_t(rank[c]) * E + e], quota[copies[c].quota]);
+        room[c] = quota[copies[c].quota] - stay[c];
+    }
+    for (int n = threadIdx.x; n < nodes; n += blockDim.x) {
+        supply[n] = 0;
+        for (int r = n * table.num_ranks_per_node; r < (n + 1) * table.num_ranks_per_node; ++r)
+            supply[n] += counts[size_t(r) * E + e];
+    }
+    __syncthreads();
+    Expert expert{N, rank, node, stay, room, supply, nodes};
+    for (int r = threadIdx.x; r < R; r += blockDim.x) {
+        int before = 0, home = r / table.num_ranks_per_node;
+        for (int k = home * table.num_ranks_per_node; k < r; ++k) before += counts[size_t(k) * E + e];
+        expert.share_out(r, home, counts[size_t(r) * E + e], before, own);
+        for (int c = 0; c < N; ++c)
+            shares[size_t(r) * E * C + copies[c].quota] = own[c];
+    }
+}
+
+struct Batch {
+    int* counts;          // [R, E]
+    int* quota;           // [E, C]
+    int* rank_load;       // [R]
+    const int* statuses;  // [G]
+    int* status;          // [1]
+    int* num_by_status;   // [OUT_OF_STEP + 1] batches that ended so
+    volatile int* told;   // [OUT_OF_STEP + 1] in the host's memory: some batch ended so
+    int* row;             // to be zeroed for the next count, or null
+    int num_statuses, rank;
+};
+
+// All tokens at home; with counts that cannot be, none.
+__device__ void send_home(const Table& table, const Batch& batch, bool counted) {
+    int first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS, lane = threadIdx.x % 32;
+    int E = table.num_experts, C = table.max_replicas, R = table.num_ranks;
+    for (int i = first; i < E * C; i += step) {
+        int load = 0;
+        for (int r = 0; counted && i % C == 0 && r < R; ++r) load += batch.counts[size_t(r) * E + i / C];
+        batch.quota[i] = load;
+    }
+    for (int rank = first / 32; rank < R; rank += step / 32) {
+        int load = 0;
+        for (int i = lane; counted && i < R * E; i += 32)
+            if (table.home_rank[i % E] == rank) load += batch.counts[i];
+        load = __reduce_add_sync(~0u, load);
+        if (lane == 0) batch.rank_load[rank] = load;
+    }
+    for (int i = first; !counted && i < R * E; i += step) batch.counts[i] = 0;
+}
+
+// How the batch ends, by the worst status that each thread saw; the same to every thread of every block.
+__device__ int conclude(const Table& table, const Batch& batch, int worst) {
+    __shared__ int status;
+    __shared__ Total total;
+    bool fine = !__syncthreads_or(worst);
+    if (fine && batch.num_statuses == 1) return OPTIMAL;
+    if (threadIdx.x == 0) {
+        status = OPTIMAL;
+        total = {0, 0};
+    }
+    __syncthreads();
+    if (worst != OPTIMAL) atomicMax(&status, worst);
+    // Components know their own totals only.
+    for (int r = threadIdx.x; fine && r < (table.num_ranks + 31) / 32 * 32; r += THREADS)
+        total.add(r < table.num_ranks ? batch.rank_load[r] : 0);
+    __syncthreads();
+    return total.too_large() ? BAD_COUNTS : status;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) route(
+    const Picks picks, const Table table, const Batch batch,
+    Index* __restrict__ physical) {  // [num_picks] slots, -1: none
+    extern __shared__ int shared[];
+    int E = table.num_experts, M = table.num_several, N = table.num_copies;
+    int node_size = table.num_ranks_per_node, nodes = table.num_ranks / node_size;
+    int* lookup = shared;          // [E]
+    int* first_copy = lookup + E;  // [M + 1]
+    int* rank = first_copy + M + 1;
+    int *node = rank + N, *slot = node + N, *stay = slot + N, *room = stay + N;  // [N] each
+    int* ends = room + N;
+    int* supply = ends + N;        // [M, nodes] tokens of each node
+    int *before = supply + M * nodes, *mine = before + M;  // [M] of earlier ranks of this node, of this
+
+    int n = picks.begin(blockIdx.x) + threadIdx.x, end = picks.begin(blockIdx.x + 1);
+    int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
+    int worst = OPTIMAL;
+    for (int g = threadIdx.x; g < batch.num_statuses; g += THREADS) worst = max(worst, batch.statuses[g]);
+    for (int e = threadIdx.x; e < E; e += THREADS) lookup[e] = table.lookup[e];
+    for (int m = threadIdx.x; m <= M; m += THREADS) first_copy[m] = table.first[m];
+    for (int i = threadIdx.x; i < N; i += THREADS) {
+        Copy copy = table.copies[i];
+        int quota = batch.quota[copy.quota];
+        int number = min(batch.counts[copy.rank * E + copy.expert], quota);
+        rank[i] = copy.rank;
+        node[i] = copy.node;
+        slot[i] = copy.slot;
+        stay[i] = number;
+        room[i] = quota - number;
+    }
+    // With a single node its tokens are not asked for.
+    int home = batch.rank / node_size;
+    for (int i = threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += THREADS) {
+        int n = i / M, m = i - n * M, sum = 0;
+        int begin = (n < nodes ? n : home) * node_size, last = n < nodes ? begin + node_size : batch.rank;
+        const int* count = batch.counts + begin * E + table.experts[m];
+        if (n == nodes) mine[m] = count[(batch.rank - begin) * E];
+        for (int r = begin; r < last; r += 8, count += 8 * E) {
+            int several[8];
+            #pragma unroll
+            for (int j = 0; j < 8; ++j)  // guarded, not rolled up: all are under way at once
+                several[j] = r + j < last ? count[j * E] : 0;
+            #pragma unroll
+            for (int j = 0; j < 8; ++j) sum += several[j];
+        }
+        if (n < nodes) supply[m * nodes + n] = sum;
+        else before[m] = sum;
+    }
+    int status = conclude(table, batch, worst);
+    for (int m = threadIdx.x; m < M; m += THREADS) {
+        int at = first_copy[m], number = first_copy[m + 1] - at;
+        if (status == OPTIMAL) {
+            Expert one{number, rank + at, node + at, stay + at, room + at, supply + m * nodes, nodes};
+            one.share_out(batch.rank, home, mine[m], before[m], ends + at);
+        }
+        for (int c = 0; c < number; ++c)
+            ends[at + c] = status != OPTIMAL ? int(MAX_TOTAL) : ends[at + c] + (c ? ends[at + c - 1] : 0);
+    }
+    __syncthreads();
+    for (; n < end; n += THREADS) {
+        int at = expert < 0 ? -1 : lookup[expert];
+        if (expert >= 0 && at < 0) {
+            int c = first_copy[~at], last = first_copy[~at + 1] - 1;
+            // More picks than were counted go to the last copy: any computes them right.
+            while (c < last && position >= ends[c]) ++c;
+            at = slot[c];
+        }
+        physical[n] = Index(at);
+        if (n + THREADS < end) {
+            expert = picks.experts[n + THREADS];
+            position = picks.positions[n + THREADS];
+        }
+    }
+    if (status != OPTIMAL) send_home(table, batch, status != BAD_COUNTS);
+    if (blockIdx.x != 0) return;
+    for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + E; i += THREADS) batch.row[i] = 0;
+    if (threadIdx.x != 0) return;
+    *batch.status = status;
+    ++batch.num_by_status[status];
+    if (status != OPTIMAL) batch.told[status] = 1;
+}

@@ -1,0 +1,150 @@
+"""What the kernels know of a placement: arrays laid out as the structs of `kernels/`.
+
+Pure functions of the placement; `cuda.py` sends them to a device.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .placement import Placement
+
+MAX_RANKS, MAX_EXPERTS = 64, 512
+"""Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
+SIZES = (8, 16, 32, 64)
+"""The most ranks of a component, for each variant of a solver."""
+
+PARTS = {"flow": (4, 8), "cusolverdx": (4,)}
+"""By solver, how many threads share the arcs of a rank: as many as it has arcs, if possible."""
+
+ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
+COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
+
+    shape: npt.NDArray[np.int32]
+    """[G, 4]: ranks and arcs of each component, and the most arcs of one of its ranks; 0."""
+    arcs: npt.NDArray[Any]
+    """[G, max_arcs] of `Arc`, by local rank, then expert."""
+    copies: npt.NDArray[np.int16]
+    """[G, max_arcs] arcs by expert, then local rank."""
+    first_arc: npt.NDArray[np.int16]
+    """[G, size + 1] the first arc of each local rank."""
+    experts: npt.NDArray[np.int32]
+    """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
+    rank but size + the place of its arcs in `copies`; -1 behind the last."""
+    ranks: npt.NDArray[np.int32]
+    """[G, size] local rank → rank."""
+
+    @property
+    def size(self) -> int:
+        """The most ranks that the solver's variant takes, one of `SIZES`."""
+        return self.ranks.shape[1]
+
+    def parts(self, solver: str) -> int:
+        """One of the solver's `PARTS`."""
+        most = self.shape[:, 2].max()
+        return next((parts for parts in PARTS[solver] if parts >= most), PARTS[solver][-1])
+
+
+@functools.lru_cache(maxsize=1024)
+def tables(placement: Placement) -> Tables:
+    """Raises ValueError for a component that is too large for one block; names its size."""
+    component, home = placement.component, placement.home_rank
+    num_components = int(component.max()) + 1
+    num_ranks = np.bincount(component)
+    num_experts = np.bincount(component[home], minlength=num_components)
+    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
+        raise ValueError(
+            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
+            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
+        )
+    size = next(size for size in SIZES if size >= num_ranks.max())
+    several = (placement.copy_rank >= 0).sum(1) > 1
+    expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
+    rank = placement.copy_rank[expert, column]
+    num_arcs = np.bincount(component[rank], minlength=num_components)
+    # An even number keeps what follows the arcs aligned.
+    max_arcs = int(-(-max(1, num_arcs.max()) // 2) * 2)
+    out = Tables(
+        shape=np.zeros((num_components, 4), np.int32),
+        arcs=np.zeros((num_components, max_arcs), ARC),
+        copies=np.zeros((num_components, max_arcs), np.int16),
+        first_arc=np.zeros((num_components, size + 1), np.int16),
+        experts=np.full((num_components, num_experts.max()), -1, np.int32),
+        ranks=np.zeros((num_components, size), np.int32),
+    )
+    local = np.zeros(placement.num_ranks, np.int64)
+    for g in range(num_components):
+        members = np.flatnonzero(component == g)
+        local[members] = np.arange(members.size)
+        mine = np.flatnonzero(component[rank] == g)
+        mine = mine[np.lexsort((expert[mine], local[rank[mine]]))]
+        e, r, n = expert[mine], local[rank[mine]], mine.size
+        holders = np.zeros(placement.num_experts, np.uint64)
+        np.bitwise_or.at(holders, e, np.uint64(1) << r.astype(np.uint64))
+        by_expert = np.lexsort((r, e))
+        out.arcs["ranks"][g, :n] = holders[e]
+        out.arcs["quota"][g, :n] = e * placement.max_replicas + column[mine]
+        out.arcs["place"][g, :n] = np.searchsorted(e[by_expert], e)
+        out.arcs["rank"][g, :n] = r
+        out.copies[g, :n] = by_expert
+        out.first_arc[g] = np.searchsorted(r, np.arange(size + 1))
+        own = np.flatnonzero(component[home] == g)
+        place = size + np.searchsorted(e[by_expert], own)
+        out.experts[g, : own.size] = own | np.where(several[own], place, local[home[own]]) << 16
+        out.ranks[g, : members.size] = members
+        out.shape[g] = members.size, n, np.diff(out.first_arc[g]).max(), 0
+    if placement.num_experts >= 2**15:
+        raise ValueError(
+            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What `kernels/route.cu` knows of a placement: its `Table`. Copies that can get no tokens (a
+    second one on a rank) are left out."""
+
+    lookup: npt.NDArray[np.int32]
+    """[E] the slot of an expert's only copy, or ~m for the m-th expert with several."""
+    experts: npt.NDArray[np.int32]
+    """[M] which that is."""
+    first: npt.NDArray[np.int32]
+    """[M + 1] where the copies of each expert with several begin."""
+    copies: npt.NDArray[Any]
+    """[N] of `Copy`, the home first."""
+    home_rank: npt.NDArray[np.int32]
+    """[E]"""
+
+
+@functools.lru_cache(maxsize=1024)
+def routes(placement: Placement) -> Routes:
+    useful = placement.copy_rank >= 0
+    several = useful.sum(1) > 1
+    lookup = np.where(several, -np.cumsum(several), placement.home)
+    expert, column = np.nonzero(useful & several[:, None])
+    copies = np.zeros(expert.size, COPY)
+    copies["rank"] = placement.copy_rank[expert, column]
+    copies["node"] = placement.node[copies["rank"]]
+    copies["slot"] = placement.logical_to_physical[expert, column]
+    copies["expert"] = expert
+    copies["quota"] = expert * placement.max_replicas + column
+    experts = np.flatnonzero(several)
+    first = np.searchsorted(expert, np.append(experts, placement.num_experts))
+    return Routes(
+        lookup.astype(np.int32),
+        experts.astype(np.int32),
+        first.astype(np.int32),
+        copies,
+        placement.home_rank,
+    )

@@ -1,0 +1,136 @@
+"""A `Plan`: the routing of one batch, and what every plan must be."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import cpu
+from .placement import Placement
+from .solver import rank_load, solve
+
+
+class Status(enum.IntEnum):
+    """How a plan came about."""
+
+    OPTIMAL = 0
+    """No plan on this placement has a smaller maximum rank load."""
+    STALE = 1
+    """Replica weights are out of date on some rank: every token goes home."""
+    BAD_COUNTS = 2
+    """The exchanged counts cannot be: every token goes home."""
+    NOT_CONVERGED = 3
+    """The solver on the GPU ran out of rounds: every token goes home."""
+    REFUSED = 4
+    """On the GPU: a rank refused its input, and every rank raises at its next batch."""
+    OUT_OF_STEP = 5
+    """On the GPU: ranks plan different batches, and every rank raises at its next one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The routing of one batch on one rank; all but `topk_idx` is the same on every rank."""
+
+    topk_idx: torch.Tensor
+    """[T, K] of the input's dtype and device: slots in [0, P), -1 where the input has -1."""
+    counts: torch.Tensor
+    """[R, E] int32: tokens on each source rank that picked each expert."""
+    quota: torch.Tensor
+    """[E, C] int32: tokens that each copy computes."""
+    rank_load: torch.Tensor
+    """[R] int32: tokens that each rank computes."""
+    status: torch.Tensor
+    """[] int32, a `Status`."""
+    _split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    @property
+    def split(self) -> torch.Tensor:
+        """[R, E, C] int32: how many of each copy's tokens come from each source rank. Made when it
+        is asked for: routing a rank's picks takes its own shares only."""
+        return self._split(self.counts, self.quota)
+
+
+def check_topk_idx(topk_idx: torch.Tensor, num_experts: int, values: bool = True) -> None:
+    """Raises TypeError unless `topk_idx` is a tensor, and ValueError unless it is [T, K] int32 or
+    int64 and, where `values` are looked at, within [-1, num_experts)."""
+    if not isinstance(topk_idx, torch.Tensor):
+        raise TypeError(f"topk_idx must be a tensor [T, K]; got a {type(topk_idx).__name__}")
+    if topk_idx.ndim != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"topk_idx must be [T, K] of int32 or int64; "
+            f"got {list(topk_idx.shape)} of {topk_idx.dtype}"
+        )
+    if not values:
+        return
+    wrong = torch.nonzero((topk_idx < -1) | (topk_idx >= num_experts))
+    if len(wrong):
+        t, k = wrong[0].tolist()
+        raise ValueError(
+            f"topk_idx[{t}, {k}] is {int(topk_idx[t, k])}; expected -1 or an expert in "
+            f"[0, {num_experts})"
+        )
+
+
+def check_plan(plan: Plan, topk_idx: torch.Tensor, placement: Placement, rank: int) -> None:
+    """Holds a plan against everything that a plan must be; for tests and `LPLB_EP_CHECK=1`.
+
+    Args:
+        plan: the plan that rank `rank` got.
+        topk_idx: [T, K], the logical experts that it was made from.
+        placement: the copies.
+        rank: this rank.
+
+    Raises:
+        AssertionError: names the broken invariant.
+    """
+
+    def hold(condition: object, message: str) -> None:
+        if not bool(condition):
+            raise AssertionError(f"plan of rank {rank}: {message}")
+
+    R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
+    physical, logical = plan.topk_idx.cpu(), topk_idx.cpu()
+    counts, quota, shares = plan.counts.cpu(), plan.quota.cpu(), plan.split.cpu()
+    hold(plan.topk_idx.dtype == topk_idx.dtype, "topk_idx changed its dtype")
+    hold(plan.topk_idx.device == topk_idx.device, "topk_idx changed its device")
+    hold(physical.shape == logical.shape, "topk_idx changed its shape")
+    if int(plan.status) == Status.BAD_COUNTS:
+        # Counts that cannot be say nothing: there are no quotas, and every pick is at its home.
+        for name in ("counts", "quota", "split", "rank_load"):
+            hold((getattr(plan, name) == 0).all(), f"{name} of counts that cannot be")
+        hold((physical == cpu.rewrite_home(logical, placement)).all(), "a pick is not at its home")
+        return
+    hold(counts.shape == (R, E), f"counts are {list(counts.shape)}")
+    hold(quota.shape == (E, C), f"quota is {list(quota.shape)}")
+    hold(shares.shape == (R, E, C), f"split is {list(shares.shape)}")
+
+    hold(((physical == -1) == (logical == -1)).all(), "-1 was not kept")
+    held = torch.tensor(placement.physical_to_logical)[physical.long().clamp(min=0)]
+    hold((held == logical)[logical >= 0].all(), "a pick went to a slot of another expert")
+    hold((counts[rank] == cpu.count(logical, E)).all(), "counts do not count this rank's picks")
+
+    absent = torch.tensor(placement.copy_rank < 0)
+    hold((shares >= 0).all() and (quota >= 0).all(), "a negative quota")
+    hold((quota[absent] == 0).all(), "a quota where no copy can take tokens")
+    hold((quota.sum(1) == counts.sum(0)).all(), "quotas do not sum to the load")
+    hold((shares.sum(0) == quota).all(), "the split does not sum to the quotas")
+    hold((shares.sum(2) == counts).all(), "the split does not sum to the counts")
+    slots = torch.tensor(placement.logical_to_physical).long()
+    took = cpu.count(physical, placement.num_physical_experts)
+    hold((took[slots] * ~absent == shares[rank]).all(), "slots got other picks than their share")
+    e, c = torch.nonzero(~absent, as_tuple=True)
+    own = torch.tensor(placement.copy_rank).long()[e, c]
+    stay = torch.minimum(counts[own, e], quota[e, c])
+    hold((shares[own, e, c] >= stay).all(), "a copy passed over tokens of its own rank")
+
+    load = rank_load(quota, placement)
+    hold((plan.rank_load.cpu() == load).all(), "rank_load is not the load of the quotas")
+    if int(plan.status) == Status.OPTIMAL:
+        best = math.ceil(solve(counts.sum(0), placement, "cpu").lower_bound)
+        hold(load.max() == best, f"the largest rank load is {int(load.max())}, not {best}")
+    else:
+        hold((quota[:, 1:] == 0).all(), "a plan that is not optimal must send every token home")
