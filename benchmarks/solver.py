@@ -1,58 +1,102 @@
-"""The CPU solver: is every optimum exact, and how long does one take?
+"""The solvers: is every optimum exact, and how long does one take on the CPU?
 
     python benchmarks/solver.py                        # 5,000 random instances, then the times
     python benchmarks/solver.py --recording FILE KEY   # recorded loads, too; may be repeated
+    python benchmarks/solver.py --solver flow --instances 100000   # on the GPU; no times
 
-Each instance is solved by `lplb_ep.solve` and by HiGHS (SciPy's `linprog`), and the certificate is
-evaluated: the three must agree. Times are of `lplb_ep.solve` on one core, one load at a time.
+Each instance is solved, its certificate evaluated, and some are solved by HiGHS (`linprog`), too:
+all must agree. Times are of `lplb_ep.solve` on one core, one load at a time.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import statistics
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from multiprocessing.pool import Pool
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import lplb_ep
-from lplb_ep import Placement
+from lplb_ep import Placement, cpu, cuda
 from lplb_ep.report import load_recording, text_table
-from lplb_ep.solver import rank_set_bound
+from lplb_ep.solver import rank_load, rank_set_bound
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle
 
+Instance = tuple[Placement, list[np.ndarray], np.ndarray | None]
+"""A placement, loads for it, and perhaps a base load."""
 
-def check(placement: Placement, load: np.ndarray, base: np.ndarray | None = None) -> int:
-    """Tokens above the rounded-up optimum by the worst of the three judges; 0 is exact."""
+
+def check(solved: tuple[Placement, np.ndarray, np.ndarray | None, torch.Tensor, bool]) -> int:
+    """Tokens above the rounded-up optimum by the worst judge; 0 is exact."""
+    torch.set_num_threads(1)
+    placement, load, base, quota, by_highs = solved
     options = {} if base is None else {"base_load": torch.from_numpy(base)}
-    load = torch.from_numpy(load)
-    solution = lplb_ep.solve(load, placement, **options)
-    reached = int((solution.rank_load + (0 if base is None else options["base_load"])).max())
-    certified = math.ceil(rank_set_bound(solution.tight_ranks, load, placement, **options))
-    highs = oracle.linear_program(placement, load.numpy(), base)
-    # HiGHS is a floating-point solver; optima are fractions over at most 64 ranks.
-    return max(abs(reached - certified), abs(reached - math.ceil(highs - 1e-3)))
+    row = torch.from_numpy(load)
+    held = rank_load(quota, placement) + (0 if base is None else options["base_load"])
+    assert (quota >= 0).all()
+    assert torch.equal(quota.sum(1), row)
+    proof = cpu.solve(row, placement, start=quota, **options)
+    certified = math.ceil(rank_set_bound(proof.tight_ranks, row, placement, **options))
+    wrong = abs(int(held.max()) - certified)
+    if by_highs:
+        # HiGHS is a floating-point solver; optima are fractions over at most 64 ranks.
+        highs = math.ceil(oracle.linear_program(placement, load, base) - 1e-3)
+        wrong = max(wrong, abs(int(held.max()) - highs))
+    return wrong
 
 
-def random_instances(number: int):
+def quotas(instance: Instance, solver: str) -> torch.Tensor:
+    placement, loads, base = instance
+    if solver == "cpu":
+        options = {} if base is None else {"base_load": torch.from_numpy(base)}
+        return torch.stack(
+            [cpu.solve(torch.from_numpy(load), placement, **options).quota for load in loads]
+        )
+    device = torch.device("cuda", 0)
+    load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device)
+    on_device = None if base is None else torch.from_numpy(base).to(device, torch.int32)
+    quota, _, status = cuda.Solver(placement, device, solver)(load, on_device)
+    assert not status.any(), f"status {status.tolist()}"
+    return quota.cpu()
+
+
+def exact(instances: Iterable[Instance], solver: str, every: int, pool: Pool) -> tuple[int, ...]:
+    """How many, how many HiGHS judged (one of `every`), how many were not exact, and the worst."""
+
+    def solved():
+        number = 0
+        for instance in instances:
+            for load, quota in zip(instance[1], quotas(instance, solver), strict=True):
+                yield instance[0], load, instance[2], quota, number % every == 0
+                number += 1
+
+    above = list(pool.imap_unordered(check, solved(), chunksize=16))
+    return len(above), -(-len(above) // every), sum(a > 0 for a in above), max(above)
+
+
+def random_instances(number: int, loads: int) -> Iterator[Instance]:
     rng = np.random.default_rng(2026)
-    for _ in range(number):
+    for _ in range(-(-number // loads)):
         R = int(rng.choice([1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]))
         E = int(rng.integers(1, 257))
         placement = oracle.random_placement(
             rng, R, E, int(rng.integers(0, 5)), int(rng.integers(1, 9))
         )
-        load = oracle.random_load(rng, E, float(rng.choice([3, 100, 3000])))
-        yield placement, load, rng.integers(0, 500, R) if rng.random() < 0.25 else None
+        scale = float(rng.choice([3, 100, 3000]))
+        base = rng.integers(0, 500, R) if rng.random() < 0.25 else None
+        yield placement, [oracle.random_load(rng, E, scale) for _ in range(loads)], base
 
 
-def recorded_instances(path: str, key: str):
+def recorded_instances(path: str, key: str) -> Iterator[Instance]:
     loads = load_recording(path, key=key).counts.flatten(0, 1)
     learned = loads.roll(1, 0)  # placed for another layer's load, so that the LP has work to do
     for load, history in zip(loads, learned, strict=True):
@@ -60,10 +104,10 @@ def recorded_instances(path: str, key: str):
             if len(load) % R:
                 continue
             for redundant in (1, 2, 4):
-                yield (
-                    Placement.from_history(history, num_ranks=R, num_redundant_per_rank=redundant),
-                    load.numpy(),
+                placement = Placement.from_history(
+                    history, num_ranks=R, num_redundant_per_rank=redundant
                 )
+                yield placement, [load.numpy()], None
 
 
 def times() -> str:
@@ -88,19 +132,27 @@ def times() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=int, default=5000)
+    parser.add_argument("--solver", choices=("cpu", "flow", "cusolverdx"), default="cpu")
+    parser.add_argument("--highs-every", type=int, metavar="N", help="1 on the CPU, 50 on the GPU")
     parser.add_argument(
         "--recording", nargs=2, action="append", default=[], metavar=("FILE", "KEY")
     )
     args = parser.parse_args()
-    sources = {"random": random_instances(args.instances)}
+    on_gpu = args.solver != "cpu"
+    every = args.highs_every or (50 if on_gpu else 1)
+    # On the GPU many loads to a placement, which takes time to send there.
+    sources = {"random": random_instances(args.instances, 64 if on_gpu else 1)}
     for path, key in args.recording:
         sources[f"{Path(path).name}: {key}"] = recorded_instances(path, key)
     rows = []
-    for name, instances in sources.items():
-        above = [check(*instance) for instance in instances]
-        rows.append([name, str(len(above)), str(sum(a > 0 for a in above)), str(max(above))])
-    print(text_table(["instances", "number", "not exact", "tokens off, worst"], rows))
-    print(f"\n{times()}")
+    with multiprocessing.get_context("forkserver").Pool() as pool:
+        for name, instances in sources.items():
+            numbers = exact(instances, args.solver, every, pool)
+            rows.append([name, *map(str, numbers)])
+    columns = [f"solver {args.solver}", "instances", "by HiGHS", "not exact", "tokens off, worst"]
+    print(text_table(columns, rows))
+    if not on_gpu:
+        print(f"\n{times()}")
 
 
 if __name__ == "__main__":

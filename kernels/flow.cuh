@@ -261,8 +261,8 @@ __device__ int add_up(
 
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
 __device__ Component begin(
-    char* shared, const Network& net, const Counts& counts, int* __restrict__ quota,
-    int max_replicas, int& status) {
+    char* shared, const Network& net, const Counts& counts, const int* base,
+    int* __restrict__ quota, int max_replicas, int& status) {
     int g = blockIdx.x;
     Arc* arcs = reinterpret_cast<Arc*>(shared);
     Set* next = reinterpret_cast<Set*>(arcs + net.max_arcs);
@@ -282,7 +282,7 @@ __device__ Component begin(
     Shape shape = net.shape[g];
     for (int r = threadIdx.x; r <= SIZE; r += THREADS) {
         first_arc[r] = net.first_arc[g * (SIZE + 1) + r];
-        if (r < SIZE) held[r] = 0;
+        if (r < SIZE) held[r] = base != nullptr && r < shape.ranks ? base[net.ranks[g * SIZE + r]] : 0;
     }
     for (int a = threadIdx.x; a < net.max_arcs; a += THREADS) {
         arcs[a] = net.arcs[g * net.max_arcs + a];
@@ -312,6 +312,7 @@ struct Problem {
     int* statuses;              // [B, G]
     int* counted;               // [R, E] a copy of the counts, or null
     volatile int* miscounted;
+    const int* base;            // [R] load that stays on each rank, or null
     int num_components, num_ranks, num_experts, max_replicas, max_rounds;
     int status;                 // how the batch fares, by what the counts do not say
 };
@@ -332,14 +333,16 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
-    Component c = begin(shared, p.net, p.counts, quota, p.max_replicas, status);
+    Component c = begin(shared, p.net, p.counts, p.base, quota, p.max_replicas, status);
     if (status == OPTIMAL) {
         start(c);
         if (threadIdx.x < PUSHING && !balance(c, p.max_rounds)) status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
-        for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS)
-            rank_load[p.net.ranks[g * SIZE + r]] = c.held[r];
+        for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {
+            int rank = p.net.ranks[g * SIZE + r];
+            rank_load[rank] = c.held[r] - (p.base == nullptr ? 0 : p.base[rank]);
+        }
     }
     if (threadIdx.x == 0) p.statuses[batch * p.num_components + g] = status;
 }

@@ -97,7 +97,8 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
         __syncthreads();
         #pragma unroll
         for (int j = 0; j < PER_LANE; ++j)
-            if (expert[j] >= 0) picks.positions[begin + 32 * j] = seen[expert[j]] + nth[j];
+            if (begin + 32 * j < end)
+                picks.positions[begin + 32 * j] = expert[j] < 0 ? 0 : seen[expert[j]] + nth[j];
         __syncthreads();
     }
     for (int e = threadIdx.x; chunk == picks.num_chunks - 1 && e < E; e += THREADS)

@@ -141,13 +141,24 @@ def _logical(
         )
     if indices == "logical":
         return topk_idx
-    check_topk_idx(topk_idx, P)
-    table = torch.from_numpy(np.append(placement.physical_to_logical, -1))
-    logical = table.to(topk_idx.device, topk_idx.dtype)[topk_idx.long()]
-    empty = topk_idx[(topk_idx >= 0) & (logical < 0)]
-    if len(empty):
-        raise ValueError(f"topk_idx names slot {int(empty[0])}, which holds no expert")
-    return logical
+    on_cpu = topk_idx.device.type == "cpu" if isinstance(topk_idx, torch.Tensor) else True
+    check_topk_idx(topk_idx, P, values=on_cpu)
+    # What is wrong becomes E, which is no expert: the planner refuses it without a synchronisation.
+    known = (topk_idx >= -1) & (topk_idx < P)
+    logical = _logical_table(placement, topk_idx.device)[torch.where(known, topk_idx, P).long()]
+    if on_cpu:
+        empty = topk_idx[logical == E]
+        if len(empty):
+            raise ValueError(f"topk_idx names slot {int(empty[0])}, which holds no expert")
+    return logical.to(topk_idx.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _logical_table(placement: Placement, device: torch.device) -> torch.Tensor:
+    """[P + 2]: the expert of each slot, E for an unused one and for P, and -1 at the end."""
+    table = np.append(placement.physical_to_logical, [-1, -1])
+    table[:-1][table[:-1] < 0] = placement.num_experts
+    return torch.from_numpy(table).to(device)
 
 
 # --- the overriding methods -----------------------------------------------------------------------

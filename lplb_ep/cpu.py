@@ -57,6 +57,7 @@ def solve(
     base_load: torch.Tensor | None = None,
     speed: torch.Tensor | None = None,
     max_quota: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
 ) -> Optimum:
     """Integer quotas with the smallest possible maximum time of a rank, and the proof that it is.
 
@@ -75,6 +76,8 @@ def solve(
         speed: [R] positive whole numbers; a rank's time is its load over its speed; default 1.
         max_quota: [E, C] whole numbers, the most tokens of each copy, which must suffice for the
             load; default: no limit.
+        start: [E, C] quotas for this load, within `max_quota`, to start from; default: at home.
+            From an optimum the proof takes little more than finding that nothing moves.
     """
     arcs = _arcs(placement)
     fixed = np.zeros(placement.num_ranks, np.int64)
@@ -88,6 +91,8 @@ def solve(
         most = np.where(placement.copy_rank >= 0, max_quota.numpy().astype(np.int64), 0)
         filled = np.cumsum(most, axis=1) - most
         quota = np.clip(quota[:, :1] - filled, 0, most)
+    if start is not None:
+        quota = start.numpy().astype(np.int64)
     e, c = np.nonzero(quota)
     rank_load = fixed
     np.add.at(rank_load, placement.copy_rank[e, c], quota[e, c])
@@ -328,5 +333,9 @@ def rewrite(topk_idx: torch.Tensor, shares: torch.Tensor, placement: Placement) 
 
 def rewrite_home(topk_idx: torch.Tensor, placement: Placement) -> torch.Tensor:
     """Logical to physical with every pick at its home, on any device."""
-    table = torch.from_numpy(np.append(placement.home, -1)).to(topk_idx)
-    return table[topk_idx.long()]
+    return _home_table(placement, topk_idx.device)[topk_idx.long()].to(topk_idx.dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _home_table(placement: Placement, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.append(placement.home, -1)).to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -32,21 +33,13 @@ NUM_HEAD = 5
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
 
-_NETWORK = np.dtype([("tables", "u8", 6), ("max_arcs", "i4"), ("max_experts", "i4")])
-_COUNTS = np.dtype([("rows", "u8"), ("numbers", "i4", 5), ("unused", "i4")])
-_PICKS = np.dtype([("scratch", "u8", 3), ("numbers", "i4", 4)])
-_TABLE = np.dtype([("tables", "u8", 5), ("numbers", "i4", 6)])
-_PROBLEM = np.dtype(
-    [
-        ("counts", _COUNTS),
-        ("network", _NETWORK),
-        ("picks", _PICKS),
-        ("tensors", "u8", 5),
-        ("sizes", "i4", 4),
-        ("limits", "i4", 2),
-    ]
-)
-_BATCH = np.dtype([("tensors", "u8", 8), ("numbers", "i4", 2)])
+# The kernels' structs of the same names, in machine layout.
+_COUNTS = struct.Struct("Q5i4x")
+_NETWORK = struct.Struct("6Q2i")
+_PICKS = struct.Struct("3Q4i")
+_PROBLEM = struct.Struct("6Q6i")  # behind the three above
+_TABLE = struct.Struct("5Q6i")
+_BATCH = struct.Struct("8Q2i")
 
 
 def programs() -> list[Program]:
@@ -118,14 +111,6 @@ def _upload(tables: network.Tables | network.Routes, device: torch.device) -> li
     return [torch.from_numpy(array.view(np.uint8).copy()).to(device) for array in arrays]
 
 
-def _struct(dtype: np.dtype[Any], *values: Any) -> Any:
-    """A struct of a kernel's arguments; its integers of each kind are one field."""
-    struct = np.zeros((), dtype)
-    for name, value in zip(dtype.names or (), values, strict=False):
-        struct[name] = value
-    return struct[()]
-
-
 def check(placement: Placement | None = None, solver: str = "flow") -> None:
     """Whether plans can be made here, on the current device.
 
@@ -158,12 +143,8 @@ class Solver:
         built = network.tables(placement)
         self.placement, self.device = placement, device
         self.tables = _upload(built, device)
-        self._network = _struct(
-            _NETWORK,
-            [table.data_ptr() for table in self.tables],
-            built.arcs.shape[1],
-            built.experts.shape[1],
-        )
+        pointers = (table.data_ptr() for table in self.tables)
+        self._network = _NETWORK.pack(*pointers, built.arcs.shape[1], built.experts.shape[1])
         self.num_components = len(built.shape)
         size, parts = built.size, built.parts(solver)
         self._num_threads = _num_solver_threads(size, parts)
@@ -172,17 +153,23 @@ class Solver:
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
 
     def __call__(
-        self, load: torch.Tensor, max_rounds: int = MAX_ROUNDS
+        self,
+        load: torch.Tensor,
+        base_load: torch.Tensor | None = None,
+        max_rounds: int = MAX_ROUNDS,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Solves a batch of loads on the current stream; no synchronisation, graphs may capture it.
 
         Args:
-            load: [B, E] int32 on this device; B at most 65535, each row totals at most 2**31 - 1.
+            load: [B, E] int32 on this device; B at most 65535, each row totals at most 2**31 - 1,
+                `base_load` included.
+            base_load: [R] int32 on this device, at least 0: what stays on each rank; default 0.
             max_rounds: rounds of flow that a component may take.
 
         Returns:
             quota: [B, E, C] int32, rows sum to the load.
-            rank_load: [B, R] int32; its maximum is ceil(T*), of each component by itself.
+            rank_load: [B, R] int32, without base loads; with them its maximum is ceil(T*), of each
+                component by itself.
             status: [B, G] int32 of each component: 0 = optimal; 3 = it ran out of rounds, and its
                 quotas are whole and complete, but not the best; 2 = impossible loads, no quotas.
 
@@ -201,19 +188,22 @@ class Solver:
                 f"got {len(load)} on {load.device}"
             )
         load = load.contiguous()
-        counts = _struct(_COUNTS, load.data_ptr(), [1, 0, p.num_experts, 0, 0])
-        return self.launch(counts, len(load), load.device, max_rounds)
+        counts = _COUNTS.pack(load.data_ptr(), 1, 0, p.num_experts, 0, 0)
+        if base_load is not None:
+            base_load = base_load.contiguous()
+        return self.launch(counts, len(load), load.device, max_rounds, base_load=base_load)
 
     def launch(
         self,
-        counts: Any,
+        counts: bytes,
         num_batches: int,
         device: torch.device,
         max_rounds: int = MAX_ROUNDS,
-        picks: Any = None,
+        picks: Picks | None = None,
         counted: torch.Tensor | None = None,
         miscounted: int = 0,
         status: int = 0,
+        base_load: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `__call__` does, on a struct of counts; and for the picks of a single batch, numbers
         them and copies the counts to `counted`."""
@@ -224,21 +214,15 @@ class Solver:
             empty(num_batches, self.num_components, dtype=torch.int32, device=device),
         )
         if num_batches:
-            picks = _struct(_PICKS) if picks is None else picks
-            problem = _struct(
-                _PROBLEM,
-                counts,
-                self._network,
-                picks,
-                [
-                    *(tensor.data_ptr() for tensor in out),
-                    0 if counted is None else counted.data_ptr(),
-                    miscounted,
-                ],
-                [self.num_components, p.num_ranks, p.num_experts, p.max_replicas],
-                [max_rounds, status],
-            )
-            grid = (self.num_components + int(picks["numbers"][1]), num_batches)
+            pointers = [tensor.data_ptr() for tensor in out]
+            pointers += [0 if counted is None else counted.data_ptr(), miscounted]
+            pointers += [0 if base_load is None else base_load.data_ptr()]
+            sizes = (p.num_ranks, p.num_experts, p.max_replicas, max_rounds, status)
+            problem = counts + self._network
+            problem += bytes(_PICKS.size) if picks is None else picks.struct
+            problem += _PROBLEM.pack(*pointers, self.num_components, *sizes)
+            num_chunks = 0 if picks is None else picks.num_chunks
+            grid = (self.num_components + num_chunks, num_batches)
             _launch(
                 self._kernel, grid, self._num_threads, (problem,), self._num_shared_bytes, device
             )
@@ -253,17 +237,34 @@ def _launch(
     num_shared_bytes: int,
     device: torch.device,
 ) -> None:
-    """On torch's current stream. A plain int among the arguments is a pointer."""
-    import cupy
-
-    stream = torch.cuda.current_stream(device)
+    """On torch's current stream. A plain int among the arguments is a pointer, bytes a struct."""
+    structs = [
+        np.frombuffer(a, [("bytes", "u1", len(a))])[0] if isinstance(a, bytes) else a
+        for a in arguments
+    ]
     kernel(
         grid,
         (num_threads,),
-        arguments,
+        tuple(structs),
         shared_mem=num_shared_bytes,
-        stream=cupy.cuda.Stream.from_external(stream),
+        stream=_stream(torch.cuda.current_stream(device).cuda_stream),
     )
+
+
+@dataclass(frozen=True)
+class _TorchStream:
+    pointer: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer  # version 0 of the protocol
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(pointer: int) -> Any:
+    """CuPy's view of a stream; to make one takes longer than to launch a kernel."""
+    import cupy
+
+    return cupy.cuda.Stream.from_external(_TorchStream(pointer))
 
 
 @dataclass(frozen=True)
@@ -272,7 +273,8 @@ class Picks:
 
     topk_idx: torch.Tensor
     scratch: tuple[torch.Tensor, ...]
-    struct: Any
+    num_chunks: int
+    struct: bytes
 
 
 @dataclass(frozen=True)
@@ -320,11 +322,9 @@ class Steps:
         self._tables = _upload(built, device)
         p, num_nodes = placement, placement.num_ranks // placement.num_ranks_per_node
         several, copies = len(built.first) - 1, len(built.copies)
-        self._table = _struct(
-            _TABLE,
-            [table.data_ptr() for table in self._tables],
-            [several, copies, p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas],
-        )
+        pointers = (table.data_ptr() for table in self._tables)
+        sizes = (p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas)
+        self._table = _TABLE.pack(*pointers, several, copies, *sizes)
         self._num_route_bytes = 4 * (
             p.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
         )
@@ -345,18 +345,19 @@ class Steps:
         self._told, self.told = told, told.numpy()
         """[num_statuses + 2] 1 where a batch ended with that status; then where one had an index
         out of range, and where given counts were not those of its picks."""
-        for dtype in (torch.int32, torch.int64):
-            self._kernel("count", dtype)
+        self._kernels = {
+            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(
+                name, num_shared_bytes=MAX_SHARED_BYTES
+            )
+            for name in ("count", "route", "split")
+            for dtype in (torch.int32, torch.int64)
+        }
 
     @property
     def num_bytes(self) -> int:
         """Of device memory that this holds, beside what a batch takes and gives back."""
         held = (*self._tables, *self._solver.tables, self.row, self._histograms)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
-
-    def _kernel(self, name: str, dtype: torch.dtype) -> Any:
-        kernels = _kernels(_route, (dtype,), self.device.index)
-        return kernels.kernel(name, num_shared_bytes=MAX_SHARED_BYTES)
 
     def _told_at(self, index: int) -> int:
         return self._told.data_ptr() + 4 * (len(self.told) + index if index < 0 else index)
@@ -378,15 +379,15 @@ class Steps:
             torch.empty(num_picks, dtype=torch.int32, device=self.device),
         )
         pointers = [*(tensor.data_ptr() for tensor in scratch), self._histograms.data_ptr()]
-        struct = _struct(_PICKS, pointers, [num_picks, num_chunks, chunk, E])
+        packed = _PICKS.pack(*pointers, num_picks, num_chunks, chunk, E)
         topk_idx = topk_idx.contiguous()
         _launch(
-            self._kernel("count", topk_idx.dtype),
+            self._kernels["count", topk_idx.dtype],
             (num_chunks,),
             NUM_THREADS,
             (
                 topk_idx.data_ptr(),
-                struct,
+                packed,
                 self.row.data_ptr() if exchanged else 0,
                 self.num_exchanges.data_ptr(),
                 self._told_at(-2),
@@ -395,7 +396,7 @@ class Steps:
             4 * E,
             self.device,
         )
-        return Picks(topk_idx, scratch, struct)
+        return Picks(topk_idx, scratch, num_chunks, packed)
 
     def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
         """Solves, and meanwhile numbers the picks.
@@ -408,11 +409,10 @@ class Steps:
         """
         p = self.placement
         head = NUM_HEAD if exchanged else 0
-        sizes = [p.num_ranks, rows.stride(0), 0, head, self.rank]
-        counts = _struct(_COUNTS, rows.data_ptr(), sizes)
+        counts = _COUNTS.pack(rows.data_ptr(), p.num_ranks, rows.stride(0), 0, head, self.rank)
         counted = torch.empty(p.num_ranks, p.num_experts, dtype=torch.int32, device=self.device)
         quota, rank_load, statuses = self._solver.launch(
-            counts, 1, self.device, MAX_ROUNDS, picks.struct, counted, self._told_at(-1), status
+            counts, 1, self.device, MAX_ROUNDS, picks, counted, self._told_at(-1), status
         )
         return Solved(counted, quota[0], rank_load[0], statuses[0])
 
@@ -430,10 +430,10 @@ class Steps:
             self._told_at(0),
             self.row.data_ptr() if exchanged else 0,
         ]
-        batch = _struct(_BATCH, pointers, [len(solved.statuses), self.rank])
+        batch = _BATCH.pack(*pointers, len(solved.statuses), self.rank)
         _launch(
-            self._kernel("route", physical.dtype),
-            (int(picks.struct["numbers"][1]),),
+            self._kernels["route", physical.dtype],
+            (picks.num_chunks,),
             NUM_THREADS,
             (picks.struct, self._table, batch, physical.data_ptr()),
             self._num_route_bytes,
@@ -448,7 +448,7 @@ class Steps:
         num_nodes = p.num_ranks // p.num_ranks_per_node
         num_bytes = 4 * ((4 + num_threads) * p.max_replicas + num_nodes)
         _launch(
-            self._kernel("split", torch.int64),
+            self._kernels["split", torch.int64],
             (p.num_experts,),
             num_threads,
             (self._table, counts.data_ptr(), quota.data_ptr(), out.data_ptr()),

@@ -77,11 +77,15 @@ def solve(
     (sum of quotas on r + base_load[r]) / speed[r] <= T, over whole non-negative quotas. The
     problem is a flow's, so at unit speed the whole-numbered optimum is T* rounded up, exactly.
 
+    The bound and its certificate are always found, and the result held against them, on the CPU;
+    a planner on the GPU (`Planner`) does without.
+
     Args:
         load: [E] or [B, E] int32 or int64, tokens of each logical expert; any device. A batch's
             total, base loads included, is at most 2**31 - 1.
         placement: the copies.
-        solver: "auto" or "cpu".
+        solver: who makes the quotas, one of `SOLVERS`. "auto" is the CPU for a load on the CPU, or
+            where `speed` or `max_quota` are given, which the others do not take.
         base_load: [R] integers, tokens that stay on each rank (a shared expert's, say); default 0.
         speed: [R] positive integers, relative speeds that sum to at most 32767; default 1.
         max_quota: [E, C] integers, the most tokens for each copy; default: no limit.
@@ -92,10 +96,11 @@ def solve(
     Raises:
         TypeError: an argument is no tensor, or `placement` is not one.
         ValueError: an argument's shape, dtype or range; the message names it.
+        MissingPackageError: the solver needs a GPU or a package that is not there.
         InfeasibleError: an expert whose copies' `max_quota` sum below its load.
     """
     check_placement(placement)
-    name, _ = "cpu", choose_solver(solver)
+    name, _ = choose_solver(solver, placement)
     R, E = placement.num_ranks, placement.num_experts
     C = placement.max_replicas
     _check_tensor("load", load)
@@ -120,10 +125,20 @@ def solve(
                 f"{int((most * present)[e].sum())}"
             )
 
-    optima = [
-        cpu.solve(row, placement, base_load=base, speed=speeds, max_quota=most) for row in loads
-    ]
-    quota = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
+    bound_by = {"base_load": base, "speed": speeds, "max_quota": most}
+    if solver == "auto" and (load.device.type == "cpu" or speed is not None or most is not None):
+        name = "cpu"
+    if name == "cpu":
+        optima = [cpu.solve(row, placement, **bound_by) for row in loads]
+        quota = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
+    else:
+        if speeds is not None or most is not None:
+            raise ValueError(f"speed and max_quota go with solver 'cpu'; got {solver!r}")
+        quota = _solve_on_gpu(loads, base, placement, name)
+        optima = [
+            cpu.solve(row, placement, start=start, **bound_by)
+            for row, start in zip(loads, quota, strict=True)
+        ]
     bounds = torch.tensor([float(o.bound) for o in optima], dtype=torch.float64)
     tight = torch.stack([o.tight_ranks for o in optima]) if optima else torch.zeros(0, R).bool()
     held = rank_load(quota, placement)
@@ -140,6 +155,18 @@ def solve(
         tight.reshape(*shape, R).to(device),
         name,
     )
+
+
+def _solve_on_gpu(
+    loads: torch.Tensor, base: torch.Tensor | None, placement: Placement, solver: str
+) -> torch.Tensor:
+    """[B, E] and [R] to [B, E, C] int32, on the CPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    quota, _, status = cuda.Solver(placement, device, solver)(
+        loads.to(device, torch.int32), None if base is None else base.to(device, torch.int32)
+    )
+    assert not status.any(), f"the {solver} solver ended with status {status.tolist()}"
+    return quota.cpu()
 
 
 def rank_load(quota: torch.Tensor, placement: Placement) -> torch.Tensor:

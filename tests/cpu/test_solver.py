@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lplb_ep
-from lplb_ep import InfeasibleError, Placement
+from lplb_ep import InfeasibleError, Placement, cpu
 from lplb_ep.solver import rank_set_bound
 
 
@@ -192,3 +192,26 @@ def test_the_judge_does_not_know_the_accused():
     tree = ast.parse((Path(__file__).parents[1] / "oracle.py").read_text())
     modules = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     assert modules & {"lplb_ep.placement"} == {m for m in modules if m.startswith("lplb_ep")}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_a_solver_on_the_gpu_says_what_is_missing():
+    load, placement = torch.ones(3).int(), Placement([0, 1, 2, 0], 2)
+    with pytest.raises(lplb_ep.MissingPackageError, match="there is no CUDA device"):
+        lplb_ep.solve(load, placement, "flow")
+    assert lplb_ep.solve(load, placement).solver == "cpu"
+
+
+def test_a_proof_starts_from_any_quotas():
+    rng = np.random.default_rng(9)
+    for _ in range(50):
+        placement = oracle.random_placement(rng, int(rng.integers(1, 20)), 40, 2)
+        load = torch.from_numpy(oracle.random_load(rng, 40, 300.0))
+        best = cpu.solve(load, placement)
+        for start in (
+            best.quota,
+            torch.nn.functional.pad(load[:, None], (0, best.quota.shape[1] - 1)),
+        ):
+            again = cpu.solve(load, placement, start=start)
+            assert again.bound == best.bound
+            assert torch.equal(again.quota.sum(1), load.int())

@@ -5,7 +5,17 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import ContractError, Placement, Planner, RankError, check_plan, cpu, cuda, network
+from lplb_ep import (
+    ContractError,
+    Placement,
+    Planner,
+    RankError,
+    buffer,
+    check_plan,
+    cpu,
+    cuda,
+    network,
+)
 from lplb_ep.plan import Status
 
 pytestmark = pytest.mark.gpu
@@ -254,3 +264,17 @@ def test_what_cannot_be_captured_is_refused():
             topk += 0  # an empty graph is warned of
             with pytest.raises(ContractError, match="cannot capture"):
                 planner(topk)
+
+
+def test_engines_slots_are_mapped_without_waiting():
+    """Physical indices of the drop-in: a slot that holds no expert raises at the next call."""
+    placement = Placement([0, 1, -1, 0], 1)
+    chosen = torch.tensor([[3, 1], [0, -1]], device="cuda")
+    for bad in (2, 4, -2):
+        assert buffer._logical(chosen, 4, placement, "physical").tolist() == [[0, 1], [0, -1]]
+        wrong = buffer._logical(torch.tensor([[bad]], device="cuda"), 4, placement, "physical")
+        planner = Planner(placement, solver="flow")
+        planner(wrong)
+        torch.cuda.synchronize()
+        with pytest.raises(ValueError, match="neither -1 nor an expert"):
+            planner(chosen)

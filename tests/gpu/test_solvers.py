@@ -7,6 +7,7 @@ import oracle
 import pytest
 import torch
 
+import lplb_ep
 from lplb_ep import Placement, cpu, cuda, network
 
 pytestmark = pytest.mark.gpu
@@ -143,6 +144,32 @@ def test_loads_that_do_not_fit_are_named():
     spread = torch.arange(12, device=device()).int().reshape(2, 6)[:, ::2]
     assert torch.equal(solve(spread)[0].sum(2), spread)
     assert solve(torch.tensor([[1, -1, 0]], device=device()).int())[2].tolist() == [[2]]
+
+
+def test_solve_takes_loads_on_the_gpu(solver):
+    rng = np.random.default_rng(5)
+    for R in (1, 8, 33):
+        placement = oracle.random_placement(rng, R, 90, 2)
+        loads = torch.from_numpy(np.stack([oracle.random_load(rng, 90, 300.0) for _ in range(4)]))
+        base = torch.from_numpy(rng.integers(0, 20_000, R))
+        for options in ({}, {"base_load": base}):
+            expected = lplb_ep.solve(loads, placement, "cpu", **options)
+            got = lplb_ep.solve(loads.to(device()), placement, solver, **options)
+            assert got.solver == solver
+            assert got.quota.device == device()
+            assert torch.equal(got.lower_bound.cpu(), expected.lower_bound)
+            held = expected.rank_load + options.get("base_load", 0)
+            assert torch.equal(
+                (got.rank_load.cpu() + options.get("base_load", 0)).amax(1), held.amax(1)
+            )
+    alone = placement.num_experts * [1]
+    load = torch.tensor(alone, device=device())
+    assert lplb_ep.solve(load, placement).solver == "flow"
+    assert lplb_ep.solve(load.cpu(), placement).solver == "cpu"
+    speed = torch.ones(R, dtype=torch.int64)
+    assert lplb_ep.solve(load, placement, speed=speed).solver == "cpu"
+    with pytest.raises(ValueError, match="speed and max_quota go with solver 'cpu'"):
+        lplb_ep.solve(load, placement, solver, speed=speed)
 
 
 def test_no_loads_at_all():
