@@ -63,8 +63,8 @@ def quotas(instance: Instance, solver: str) -> torch.Tensor:
         )
     device = torch.device("cuda", 0)
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device)
-    on_device = None if base is None else torch.from_numpy(base).to(device, torch.int32)
-    quota, _, status = cuda.Solver(placement, device, solver)(load, on_device)
+    options = {} if base is None else {"base_load": torch.from_numpy(base)}
+    quota, _, status = cuda.Solver(placement, device, solver)(load, **options)
     assert not status.any(), f"status {status.tolist()}"
     return quota.cpu()
 

@@ -49,6 +49,11 @@ struct Component {              // in shared memory
     int* room;                  // [SIZE] below the limit when the round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
     Shape shape;
+    const int* ranks;           // [SIZE] local → global
+    const int* speed;           // [R] of ranks, or null: all the same
+    const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
+
+    __device__ int capacity(int arc) const { return cap == nullptr ? MAX_TOTAL : cap[arcs[arc].quota]; }
 };
 
 __device__ Set vote(const bool (&flag)[WORDS]) {
@@ -73,19 +78,40 @@ struct Part {                   // what a thread has of a rank's arcs: every PAR
     int place;
 };
 
+// The copies of an expert that may take more.
+__device__ Set open(const Component& c, Set ranks, int place) {
+    if (c.cap == nullptr) return ranks;
+    Set set = 0;
+    for (Set left = ranks; left != 0; left &= left - 1, ++place)
+        if (c.tokens[c.copies[place]] < c.capacity(c.copies[place])) set |= left & -left;
+    return set;
+}
+
 // One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
 // the lowest layer take what they have room for. Lanes of other layers come with over = 0.
+template <bool GENERAL>
 __device__ void push(const Component& c, const Part& p, int over, Set down, bool lowest) {
     if (!__any_sync(~0u, over > 0)) return;
     int gone = 0;
     Set ranks = p.ranks;
     for (int a = p.first, place = p.place, k = 0;;) {
         Set targets = a < p.last && over > 0 ? ranks & down : 0;
+        if (GENERAL && targets != 0) targets &= open(c, ranks, place);
+        // What a target may get of this expert, and from this layer.
+        auto most = [&](int target, int copy) {
+            int tokens = lowest ? c.room[target] : MAX_TOTAL;
+            return GENERAL ? min(tokens, c.capacity(copy) - c.tokens[copy]) : tokens;
+        };
+        auto copy_at = [&](int target) {
+            return c.copies[place + number_of(ranks & ((Set(1) << target) - 1))];
+        };
         int able = targets ? c.tokens[a] : 0;
-        if (lowest && able > 0) {
+        if ((GENERAL || lowest) && able > 0) {
             unsigned room = 0;
-            for (Set left = targets; left != 0 && room < able; left &= left - 1)
-                room += c.room[lowest_rank(left)];
+            for (Set left = targets; left != 0 && room < able; left &= left - 1) {
+                int target = lowest_rank(left);
+                room += most(target, GENERAL ? copy_at(target) : 0);
+            }
             able = min(unsigned(able), room);
         }
         int sum = able;         // of this part and those before it
@@ -101,12 +127,11 @@ __device__ void push(const Component& c, const Part& p, int over, Set down, bool
             // Neighbours begin at different targets, not to fill all the same one.
             Set later = targets >> p.rank << p.rank;
             int target = lowest_rank(later ? later : targets);
-            Set bit = Set(1) << target;
-            targets ^= bit;
-            int tokens = lowest ? min(rest, c.room[target]) : rest;
+            targets ^= Set(1) << target;
+            int copy = copy_at(target), tokens = min(rest, most(target, copy));
             rest -= tokens;
             atomicAdd(&c.held[target], tokens);
-            atomicAdd(&c.tokens[c.copies[place + number_of(ranks & (bit - 1))]], tokens);
+            atomicAdd(&c.tokens[copy], tokens);
         }
         k += PARTS;
         if (k >= c.shape.most_arcs) break;
@@ -119,8 +144,60 @@ __device__ void push(const Component& c, const Part& p, int over, Set down, bool
     if (p.part == 0 && over > 0) c.held[p.rank] -= min(over, gone);
 }
 
-// Moves tokens until the largest of `held` is the optimum. By the threads that push; false if the
-// rounds did not suffice.
+// The least time in which the ranks of `set` take `load` tokens between them, and by it the limits of
+// the ranks of this lane: numbers of whole tokens, and so of `own`.
+__device__ void raise(const Component& c, Set set, int load, int (&limit)[WORDS], int& own, int rank) {
+    typedef long long Long;
+    int lane = threadIdx.x % 32, speed[WORDS], done[WORDS], speeds = 0, short_of = load;
+    #pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        int r = lane + 32 * i;
+        speed[i] = r < c.shape.ranks ? c.speed[c.ranks[r]] : 1;
+        if (r < c.shape.ranks && set >> r & 1) speeds += speed[i];
+    }
+    speeds = __reduce_add_sync(~0u, speeds);
+    #pragma unroll
+    for (int i = 0; i < WORDS; ++i) {
+        bool inside = lane + 32 * i < c.shape.ranks && set >> (lane + 32 * i) & 1;
+        done[i] = inside ? int(Long(load) * speed[i] / speeds) : -1;
+        short_of -= __reduce_add_sync(~0u, inside ? done[i] : 0);
+    }
+    // Rounding down loses at most a token a rank: each goes to whoever ends it first.
+    Long tokens = load, time = speeds;
+    for (; short_of > 0; --short_of) {
+        Long next = MAX_TOTAL, pace = 1;
+        int who = -1;
+        #pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            if (done[i] >= 0 && (who < 0 || (done[i] + Long(1)) * pace < next * speed[i])) {
+                next = done[i] + Long(1);
+                pace = speed[i];
+                who = lane + 32 * i;
+            }
+        for (int other = 16; other > 0; other /= 2) {
+            Long their = __shfl_xor_sync(~0u, next, other), their_pace = __shfl_xor_sync(~0u, pace, other);
+            int they = __shfl_xor_sync(~0u, who, other);
+            Long ahead = their * pace - next * their_pace;
+            if (they >= 0 && (who < 0 || ahead < 0 || (ahead == 0 && they < who))) {
+                next = their;
+                pace = their_pace;
+                who = they;
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            if (lane + 32 * i == who) ++done[i];
+        tokens = next;
+        time = pace;
+    }
+    #pragma unroll
+    for (int i = 0; i < WORDS; ++i) limit[i] = int(min(tokens * speed[i] / time, Long(MAX_TOTAL)));
+    own = rank < c.shape.ranks ? int(min(tokens * c.speed[c.ranks[rank]] / time, Long(MAX_TOTAL))) : 0;
+}
+
+// Moves tokens until the largest of `held`, by the ranks' speeds, is the optimum. By the threads that
+// push; false if the rounds did not suffice. GENERAL: with speeds or capacities.
+template <bool GENERAL>
 __device__ bool balance(const Component& c, int rounds) {
     int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
     int first = c.first_arc[rank] + part, last = c.first_arc[rank + 1], total = 0;
@@ -130,12 +207,18 @@ __device__ bool balance(const Component& c, int rounds) {
     for (int i = 0; i < WORDS; ++i)
         if (lane + 32 * i < SIZE) total += c.held[lane + 32 * i];
     total = __reduce_add_sync(~0u, total);
-    int limit = total / c.shape.ranks + (total % c.shape.ranks != 0), rise = limit;
+    // K, of this thread's rank; with speeds, of the ranks of this lane, too.
+    int limit = total / c.shape.ranks + (total % c.shape.ranks != 0), limits[WORDS];
+    if (GENERAL && c.speed != nullptr) raise(c, ~Set(0), total, limits, limit, rank);
+    int rise = limit;
     meet();
     for (; rounds > 0; --rounds) {
-        Set reach = first < last && c.tokens[first] > 0 ? mine.ranks : 0;
+        Set reach = 0;
+        if (first < last && c.tokens[first] > 0)
+            reach = GENERAL ? open(c, mine.ranks, mine.place) : mine.ranks;
         for (int a = first + PARTS; a < last; a += PARTS)
-            if (c.tokens[a] > 0) reach |= c.arcs[a].ranks;
+            if (c.tokens[a] > 0)
+                reach |= GENERAL ? open(c, c.arcs[a].ranks, c.arcs[a].place) : Set(c.arcs[a].ranks);
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
         if (part == 0) {
@@ -177,19 +260,26 @@ __device__ bool balance(const Component& c, int rounds) {
         }
         if (excess & ~reached) {
             // What does not reach a rank with room is a cut: nothing leads out of it.
-            int kept = 0, size = c.shape.ranks - number_of(reached);
+            int kept = 0, size = c.shape.ranks - number_of(reached), before = limit;
             #pragma unroll
             for (int i = 0; i < WORDS; ++i)
-                if (!(reached >> (lane + 32 * i) & 1)) kept += over[i];
+                if (lane + 32 * i < c.shape.ranks && !(reached >> (lane + 32 * i) & 1))
+                    kept += over[i] + (GENERAL && c.speed != nullptr ? limits[i] : 0);
             kept = __reduce_add_sync(~0u, kept);
-            rise = (kept + size - 1) / size;
-            limit += rise;
+            if (GENERAL && c.speed != nullptr) raise(c, ~reached, kept, limits, limit, rank);
+            else limit += (kept + size - 1) / size;
+            rise = limit - before;
             meet();
             continue;
         }
         for (; top > 0; --top) {
-            meet();
-            push(c, mine, label == top ? c.held[rank] : 0, down, top == 1);
+            // Two ranks could fill one copy beyond its capacity: in turn, then.
+            int turns = GENERAL && c.cap != nullptr ? c.shape.ranks : 1;
+            for (int turn = 0; turn < turns; ++turn) {
+                meet();
+                bool pushes = label == top && (turns == 1 || rank == turn);
+                push<GENERAL>(c, mine, pushes ? c.held[rank] : 0, down, top == 1);
+            }
         }
         meet();
     }
@@ -259,10 +349,27 @@ __device__ int add_up(
     return total.too_large() ? max(status, BAD_COUNTS) : status;
 }
 
+// The arguments of a solver's kernel, `solve`.
+struct Problem {
+    Counts counts;
+    Network net;
+    Picks picks;
+    int* quota;                 // [B, E, C]
+    int* rank_load;             // [B, R]
+    int* statuses;              // [B, G]
+    int* counted;               // [R, E] a copy of the counts, or null
+    volatile int* miscounted;
+    const int* base;            // [R] load that stays on each rank, or null
+    const int* speed;           // [R] of each rank, or null
+    const int* cap;             // [E, C] the most tokens of each copy, or null
+    int num_components, num_ranks, num_experts, max_replicas, max_rounds;
+    int status;                 // how the batch fares, by what the counts do not say
+};
+
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
-__device__ Component begin(
-    char* shared, const Network& net, const Counts& counts, const int* base,
-    int* __restrict__ quota, int max_replicas, int& status) {
+__device__ Component begin(const Problem& p, char* shared, int* __restrict__ quota, int& status) {
+    const Network& net = p.net;
+    const Counts& counts = p.counts;
     int g = blockIdx.x;
     Arc* arcs = reinterpret_cast<Arc*>(shared);
     Set* next = reinterpret_cast<Set*>(arcs + net.max_arcs);
@@ -282,40 +389,35 @@ __device__ Component begin(
     Shape shape = net.shape[g];
     for (int r = threadIdx.x; r <= SIZE; r += THREADS) {
         first_arc[r] = net.first_arc[g * (SIZE + 1) + r];
-        if (r < SIZE) held[r] = base != nullptr && r < shape.ranks ? base[net.ranks[g * SIZE + r]] : 0;
+        if (r < SIZE) held[r] = p.base && r < shape.ranks ? p.base[net.ranks[g * SIZE + r]] : 0;
     }
     for (int a = threadIdx.x; a < net.max_arcs; a += THREADS) {
         arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
     }
-    int told = add_up(counts, net, load, held, quota, max_replicas, sharing, packed);
+    int told = add_up(counts, net, load, held, quota, p.max_replicas, sharing, packed);
     status = max(status, told);
     for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
-        // The even split is where to start: half as many rounds as from the homes.
         Arc arc = arcs[a];
         int total = load[arc.place], number = number_of(arc.ranks);
         int place = number_of(arc.ranks & ((Set(1) << arc.rank) - 1));
-        tokens[a] = total / number + (place < total % number);
-        atomicAdd(&held[arc.rank], tokens[a]);
+        if (p.cap == nullptr) {
+            // The even split is where to start: half as many rounds as from the homes.
+            tokens[a] = total / number + (place < total % number);
+            atomicAdd(&held[arc.rank], tokens[a]);
+            continue;
+        }
+        for (int i = 0; place == 0 && i < number; ++i) {
+            int copy = copies[arc.place + i], most = min(total, p.cap[arcs[copy].quota]);
+            tokens[copy] = most;
+            atomicAdd(&held[arcs[copy].rank], most);
+            total -= most;
+        }
     }
     __syncthreads();
-    return {arcs, copies, first_arc, tokens, held, room, next, shape};
+    const int* ranks = net.ranks + g * SIZE;
+    return {arcs, copies, first_arc, tokens, held, room, next, shape, ranks, p.speed, p.cap};
 }
-
-// The arguments of a solver's kernel, `solve`.
-struct Problem {
-    Counts counts;
-    Network net;
-    Picks picks;
-    int* quota;                 // [B, E, C]
-    int* rank_load;             // [B, R]
-    int* statuses;              // [B, G]
-    int* counted;               // [R, E] a copy of the counts, or null
-    volatile int* miscounted;
-    const int* base;            // [R] load that stays on each rank, or null
-    int num_components, num_ranks, num_experts, max_replicas, max_rounds;
-    int status;                 // how the batch fares, by what the counts do not say
-};
 
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
 // and the flow makes it exact. Where the rounds do not suffice the quotas are whole, but not the best.
@@ -333,10 +435,13 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
-    Component c = begin(shared, p.net, p.counts, p.base, quota, p.max_replicas, status);
+    Component c = begin(p, shared, quota, status);
     if (status == OPTIMAL) {
         start(c);
-        if (threadIdx.x < PUSHING && !balance(c, p.max_rounds)) status = NOT_CONVERGED;
+        bool general = p.speed != nullptr || p.cap != nullptr, done = true;
+        if (threadIdx.x < PUSHING)
+            done = general ? balance<true>(c, p.max_rounds) : balance<false>(c, p.max_rounds);
+        if (!done) status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {

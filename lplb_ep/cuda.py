@@ -37,7 +37,7 @@ MAX_ROUNDS = 10_000
 _COUNTS = struct.Struct("Q5i4x")
 _NETWORK = struct.Struct("6Q2i")
 _PICKS = struct.Struct("3Q4i")
-_PROBLEM = struct.Struct("6Q6i")  # behind the three above
+_PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
 
@@ -142,6 +142,8 @@ class Solver:
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
         built = network.tables(placement)
         self.placement, self.device = placement, device
+        self.max_rounds = MAX_ROUNDS
+        """Rounds of flow that a component may take."""
         self.tables = _upload(built, device)
         pointers = (table.data_ptr() for table in self.tables)
         self._network = _NETWORK.pack(*pointers, built.arcs.shape[1], built.experts.shape[1])
@@ -156,20 +158,23 @@ class Solver:
         self,
         load: torch.Tensor,
         base_load: torch.Tensor | None = None,
-        max_rounds: int = MAX_ROUNDS,
+        speed: torch.Tensor | None = None,
+        max_quota: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Solves a batch of loads on the current stream; no synchronisation, graphs may capture it.
 
         Args:
             load: [B, E] int32 on this device; B at most 65535, each row totals at most 2**31 - 1,
                 `base_load` included.
-            base_load: [R] int32 on this device, at least 0: what stays on each rank; default 0.
-            max_rounds: rounds of flow that a component may take.
+            base_load: [R] int32, at least 0: what stays on each rank; default 0.
+            speed: [R] int32, positive, totals at most 2**15 - 1: of each rank; default 1.
+            max_quota: [E, C] int32, at least 0: the most tokens of each copy, which must suffice
+                for the load; default: no limit. All three hold for all rows.
 
         Returns:
             quota: [B, E, C] int32, rows sum to the load.
             rank_load: [B, R] int32, without base loads; with them its maximum is ceil(T*), of each
-                component by itself.
+                component by itself (with speeds: no whole-numbered plan takes less time).
             status: [B, G] int32 of each component: 0 = optimal; 3 = it ran out of rounds, and its
                 quotas are whole and complete, but not the best; 2 = impossible loads, no quotas.
 
@@ -189,43 +194,43 @@ class Solver:
             )
         load = load.contiguous()
         counts = _COUNTS.pack(load.data_ptr(), 1, 0, p.num_experts, 0, 0)
-        if base_load is not None:
-            base_load = base_load.contiguous()
-        return self.launch(counts, len(load), load.device, max_rounds, base_load=base_load)
+        options = tuple(
+            None if option is None else option.to(self.device, torch.int32).contiguous()
+            for option in (base_load, speed, max_quota)
+        )
+        return self.launch(counts, len(load), options=options)
 
     def launch(
         self,
         counts: bytes,
         num_batches: int,
-        device: torch.device,
-        max_rounds: int = MAX_ROUNDS,
         picks: Picks | None = None,
         counted: torch.Tensor | None = None,
         miscounted: int = 0,
         status: int = 0,
-        base_load: torch.Tensor | None = None,
+        options: Sequence[torch.Tensor | None] = (None, None, None),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `__call__` does, on a struct of counts; and for the picks of a single batch, numbers
         them and copies the counts to `counted`."""
-        p, empty = self.placement, torch.empty
+        p, empty = self.placement, functools.partial(torch.empty, dtype=torch.int32)
         out = (
-            empty(num_batches, p.num_experts, p.max_replicas, dtype=torch.int32, device=device),
-            empty(num_batches, p.num_ranks, dtype=torch.int32, device=device),
-            empty(num_batches, self.num_components, dtype=torch.int32, device=device),
+            empty(num_batches, p.num_experts, p.max_replicas, device=self.device),
+            empty(num_batches, p.num_ranks, device=self.device),
+            empty(num_batches, self.num_components, device=self.device),
         )
         if num_batches:
             pointers = [tensor.data_ptr() for tensor in out]
             pointers += [0 if counted is None else counted.data_ptr(), miscounted]
-            pointers += [0 if base_load is None else base_load.data_ptr()]
-            sizes = (p.num_ranks, p.num_experts, p.max_replicas, max_rounds, status)
+            pointers += [0 if option is None else option.data_ptr() for option in options]
+            sizes = (p.num_ranks, p.num_experts, p.max_replicas, self.max_rounds, status)
             problem = counts + self._network
             problem += bytes(_PICKS.size) if picks is None else picks.struct
             problem += _PROBLEM.pack(*pointers, self.num_components, *sizes)
             num_chunks = 0 if picks is None else picks.num_chunks
             grid = (self.num_components + num_chunks, num_batches)
-            _launch(
-                self._kernel, grid, self._num_threads, (problem,), self._num_shared_bytes, device
-            )
+            arguments = (problem,)
+            num_bytes = self._num_shared_bytes
+            _launch(self._kernel, grid, self._num_threads, arguments, num_bytes, self.device)
         return out
 
 
@@ -317,7 +322,7 @@ class Steps:
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
         self._head = head
-        self._solver = Solver(placement, device, solver)
+        self.solver = Solver(placement, device, solver)
         built = network.routes(placement)
         self._tables = _upload(built, device)
         p, num_nodes = placement, placement.num_ranks // placement.num_ranks_per_node
@@ -356,7 +361,7 @@ class Steps:
     @property
     def num_bytes(self) -> int:
         """Of device memory that this holds, beside what a batch takes and gives back."""
-        held = (*self._tables, *self._solver.tables, self.row, self._histograms)
+        held = (*self._tables, *self.solver.tables, self.row, self._histograms)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def _told_at(self, index: int) -> int:
@@ -411,8 +416,8 @@ class Steps:
         head = NUM_HEAD if exchanged else 0
         counts = _COUNTS.pack(rows.data_ptr(), p.num_ranks, rows.stride(0), 0, head, self.rank)
         counted = torch.empty(p.num_ranks, p.num_experts, dtype=torch.int32, device=self.device)
-        quota, rank_load, statuses = self._solver.launch(
-            counts, 1, self.device, MAX_ROUNDS, picks, counted, self._told_at(-1), status
+        quota, rank_load, statuses = self.solver.launch(
+            counts, 1, picks, counted, self._told_at(-1), status
         )
         return Solved(counted, quota[0], rank_load[0], statuses[0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -84,8 +85,7 @@ def solve(
         load: [E] or [B, E] int32 or int64, tokens of each logical expert; any device. A batch's
             total, base loads included, is at most 2**31 - 1.
         placement: the copies.
-        solver: who makes the quotas, one of `SOLVERS`. "auto" is the CPU for a load on the CPU, or
-            where `speed` or `max_quota` are given, which the others do not take.
+        solver: who makes the quotas, one of `SOLVERS`. "auto" is the CPU for a load on the CPU.
         base_load: [R] integers, tokens that stay on each rank (a shared expert's, say); default 0.
         speed: [R] positive integers, relative speeds that sum to at most 32767; default 1.
         max_quota: [E, C] integers, the most tokens for each copy; default: no limit.
@@ -125,20 +125,19 @@ def solve(
                 f"{int((most * present)[e].sum())}"
             )
 
-    bound_by = {"base_load": base, "speed": speeds, "max_quota": most}
-    if solver == "auto" and (load.device.type == "cpu" or speed is not None or most is not None):
+    if solver == "auto" and load.device.type == "cpu":
         name = "cpu"
-    if name == "cpu":
-        optima = [cpu.solve(row, placement, **bound_by) for row in loads]
-        quota = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
-    else:
-        if speeds is not None or most is not None:
-            raise ValueError(f"speed and max_quota go with solver 'cpu'; got {solver!r}")
-        quota = _solve_on_gpu(loads, base, placement, name)
-        optima = [
-            cpu.solve(row, placement, start=start, **bound_by)
-            for row, start in zip(loads, quota, strict=True)
-        ]
+    options = {"base_load": base, "speed": speeds, "max_quota": most}
+    starts: list[torch.Tensor | None] = [None] * len(loads)
+    if name != "cpu" and len(loads):
+        starts = _solve_on_gpu(loads, placement, name, options)
+    # From the GPU's optimum the CPU finds the proof only; what the GPU did not end, it does.
+    optima = [
+        cpu.solve(row, placement, start=start, **options)
+        for row, start in zip(loads, starts, strict=True)
+    ]
+    quotas = [o.quota if q is None else q for o, q in zip(optima, starts, strict=True)]
+    quota = torch.stack(quotas) if quotas else torch.zeros(0, E, C).int()
     bounds = torch.tensor([float(o.bound) for o in optima], dtype=torch.float64)
     tight = torch.stack([o.tight_ranks for o in optima]) if optima else torch.zeros(0, R).bool()
     held = rank_load(quota, placement)
@@ -158,15 +157,17 @@ def solve(
 
 
 def _solve_on_gpu(
-    loads: torch.Tensor, base: torch.Tensor | None, placement: Placement, solver: str
-) -> torch.Tensor:
-    """[B, E] and [R] to [B, E, C] int32, on the CPU."""
+    loads: torch.Tensor,
+    placement: Placement,
+    solver: str,
+    options: Mapping[str, torch.Tensor | None],
+) -> list[torch.Tensor | None]:
+    """[B] of [E, C] int32 on the CPU, None where the solver ran out of rounds."""
     device = torch.device("cuda", torch.cuda.current_device())
     quota, _, status = cuda.Solver(placement, device, solver)(
-        loads.to(device, torch.int32), None if base is None else base.to(device, torch.int32)
+        loads.to(device, torch.int32), **options
     )
-    assert not status.any(), f"the {solver} solver ended with status {status.tolist()}"
-    return quota.cpu()
+    return [q if ok else None for q, ok in zip(quota.cpu(), (status == 0).all(1), strict=True)]
 
 
 def rank_load(quota: torch.Tensor, placement: Placement) -> torch.Tensor:

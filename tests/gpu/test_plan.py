@@ -200,14 +200,14 @@ def test_totals_are_summed_over_components():
     home(planner(topk, counts=counts), topk, alone, 0, Status.BAD_COUNTS)
 
 
-def test_a_solver_that_does_not_finish_sends_the_batch_home(monkeypatch, caplog):
+def test_a_solver_that_does_not_finish_sends_the_batch_home(caplog):
     rng = np.random.default_rng(4)
     placement = oracle.random_placement(rng, 16, 128, 2)
     topks, counts = batch(rng, placement, [300] * 16, 8)
     planner = Planner(placement, rank=0, counts="given", solver="flow")
-    monkeypatch.setattr(cuda, "MAX_ROUNDS", 1)
+    planner._steps._steps.solver.max_rounds = 1
     home(planner(topks[0], counts=counts), topks[0], placement, 0, Status.NOT_CONVERGED)
-    monkeypatch.undo()
+    planner._steps._steps.solver.max_rounds = cuda.MAX_ROUNDS
     torch.cuda.synchronize()
     compare(planner(topks[0], counts=counts), topks[0], counts, placement, 0)
     assert caplog.text.count("NOT_CONVERGED") == 1

@@ -1,6 +1,7 @@
 """The GPU's solvers against the CPU's, which has judges of its own."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import oracle
@@ -125,7 +126,9 @@ def test_running_out_of_rounds_is_told_and_loses_no_token():
     rng = np.random.default_rng(4)
     placement = oracle.random_placement(rng, 16, 128, 2)
     load = torch.from_numpy(rng.integers(1, 900, (1, 128), np.int32)).to(device())
-    quota, held, status = cuda.Solver(placement, device())(load, max_rounds=1)
+    solve = cuda.Solver(placement, device())
+    solve.max_rounds = 1
+    quota, held, status = solve(load)
     assert status.tolist() == [[3]]
     assert torch.equal(quota.sum(2), load)
     assert int(held.sum()) == int(load.sum())
@@ -166,10 +169,50 @@ def test_solve_takes_loads_on_the_gpu(solver):
     load = torch.tensor(alone, device=device())
     assert lplb_ep.solve(load, placement).solver == "flow"
     assert lplb_ep.solve(load.cpu(), placement).solver == "cpu"
-    speed = torch.ones(R, dtype=torch.int64)
-    assert lplb_ep.solve(load, placement, speed=speed).solver == "cpu"
-    with pytest.raises(ValueError, match="speed and max_quota go with solver 'cpu'"):
-        lplb_ep.solve(load, placement, solver, speed=speed)
+
+
+def random_options(rng, placement, loads):
+    """Base loads, speeds and capacities, in any combination."""
+    R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
+    options = {}
+    if rng.random() < 0.5:
+        options["base_load"] = torch.from_numpy(rng.integers(0, 20_000, R))
+    if rng.random() < 0.6:
+        options["speed"] = torch.from_numpy(rng.integers(1, rng.choice([3, 9, 500]), R))
+    if rng.random() < 0.6:
+        present = placement.copy_rank >= 0
+        share = loads.max(0) / np.maximum(1, present.sum(1))
+        most = np.ceil(rng.uniform(0.3, 3, (E, C)) * share[:, None]).astype(np.int64)
+        most[:, 0] += np.maximum(0, loads.max(0) - (most * present).sum(1))
+        options["max_quota"] = torch.from_numpy(most)
+    return options
+
+
+def times(solution, options):
+    """The exact time of the slowest rank of each batch."""
+    base, speed = options.get("base_load", 0), options.get("speed")
+    load = (solution.rank_load.cpu() + base).tolist()
+    paces = speed.tolist() if speed is not None else [1] * len(load[0])
+    return [max(Fraction(n, s) for n, s in zip(row, paces, strict=True)) for row in load]
+
+
+@pytest.mark.parametrize("R", [1, 3, 8, 31, 64])
+def test_speeds_and_capacities_are_as_on_the_cpu(R, solver):
+    rng = np.random.default_rng(100 + R)
+    for _ in range(30):
+        E = int(rng.integers(1, 120))
+        placement = oracle.random_placement(
+            rng, R, E, int(rng.integers(0, 5)), int(rng.integers(1, 9))
+        )
+        loads = np.stack([oracle.random_load(rng, E, 300.0) for _ in range(4)])
+        options = random_options(rng, placement, loads)
+        expected = lplb_ep.solve(torch.from_numpy(loads), placement, "cpu", **options)
+        got = lplb_ep.solve(torch.from_numpy(loads).to(device()), placement, solver, **options)
+        assert times(got, options) == times(expected, options)
+        assert torch.equal(got.quota.cpu().sum(2), torch.from_numpy(loads).int())
+        assert (got.quota.cpu() >= 0).all()
+        if "max_quota" in options:
+            assert (got.quota.cpu() <= options["max_quota"]).all()
 
 
 def test_no_loads_at_all():
