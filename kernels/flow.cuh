@@ -366,7 +366,57 @@ struct Problem {
     int status;                 // how the batch fares, by what the counts do not say
 };
 
+// Splits each expert over its copies by what their ranks should take: by a factor for each rank with
+// which, after an even split, its experts with several copies would bring it to the mean. So close a
+// start spares the flow rounds. Whole numbers come from the running sums of an expert's shares.
+__device__ void spread(
+    const Arc* arcs, const short* copies, const Shape& shape, const int* load, int* tokens, int* held,
+    int* room, float* factor /* [SIZE] */) {
+    for (int r = threadIdx.x; r < SIZE; r += THREADS) {
+        room[r] = held[r];
+        factor[r] = 0;
+    }
+    __syncthreads();
+    for (int a = threadIdx.x; a < shape.arcs; a += THREADS)
+        atomicAdd(&held[arcs[a].rank], load[arcs[a].place] / number_of(arcs[a].ranks));
+    __syncthreads();
+    if (threadIdx.x < 32) {
+        float mine = 0;
+        #pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            if (int(threadIdx.x) + 32 * i < SIZE) mine += float(held[threadIdx.x + 32 * i]);
+        #pragma unroll
+        for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(~0u, mine, other);
+        #pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            int r = threadIdx.x + 32 * i;
+            if (r >= SIZE) continue;
+            float fixed = room[r], moving = float(held[r]) - fixed;
+            factor[r] = fminf(fmaxf((mine / shape.ranks - fixed) / fmaxf(moving, 1), 1.0f / 64), 64);
+            held[r] = room[r];
+        }
+    }
+    __syncthreads();
+    for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
+        Arc arc = arcs[a];
+        float sum = 0, until = 0, before = 0;
+        for (int i = 0; i < number_of(arc.ranks); ++i) {
+            int copy = copies[arc.place + i];
+            if (copy == a) before = sum;
+            sum += factor[arcs[copy].rank];
+            if (copy == a) until = sum;
+        }
+        // Each boundary is computed alike by the copies on both sides of it.
+        int total = load[arc.place];
+        auto whole = [&](float part) { return min(total, __float2int_rn(total * (part / sum))); };
+        int last = until == sum ? total : whole(until);
+        tokens[a] = max(0, last - whole(before));
+        atomicAdd(&held[arc.rank], tokens[a]);
+    }
+}
+
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
+template <bool GENERAL>
 __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quota, int& status) {
     const Network& net = p.net;
     const Counts& counts = p.counts;
@@ -397,22 +447,19 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
     }
     int told = add_up(counts, net, load, held, quota, p.max_replicas, sharing, packed);
     status = max(status, told);
-    for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
-        Arc arc = arcs[a];
-        int total = load[arc.place], number = number_of(arc.ranks);
-        int place = number_of(arc.ranks & ((Set(1) << arc.rank) - 1));
-        if (p.cap == nullptr) {
-            // The even split is where to start: half as many rounds as from the homes.
-            tokens[a] = total / number + (place < total % number);
-            atomicAdd(&held[arc.rank], tokens[a]);
-            continue;
+    if (GENERAL && p.cap != nullptr) {
+        for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
+            Arc arc = arcs[a];
+            if (copies[arc.place] != a) continue;
+            for (int i = 0, total = load[arc.place]; i < number_of(arc.ranks); ++i) {
+                int copy = copies[arc.place + i], most = min(total, p.cap[arcs[copy].quota]);
+                tokens[copy] = most;
+                atomicAdd(&held[arcs[copy].rank], most);
+                total -= most;
+            }
         }
-        for (int i = 0; place == 0 && i < number; ++i) {
-            int copy = copies[arc.place + i], most = min(total, p.cap[arcs[copy].quota]);
-            tokens[copy] = most;
-            atomicAdd(&held[arcs[copy].rank], most);
-            total -= most;
-        }
+    } else {
+        spread(arcs, copies, shape, load, tokens, held, room, reinterpret_cast<float*>(next));
     }
     __syncthreads();
     const int* ranks = net.ranks + g * SIZE;
@@ -422,7 +469,7 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
 // and the flow makes it exact. Where the rounds do not suffice the quotas are whole, but not the best.
 // Meanwhile further blocks number this rank's picks, which takes no quotas, and copy the counts.
-template <typename Start>
+template <bool GENERAL, typename Start>
 __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int batch = blockIdx.y, g = blockIdx.x;
     if (g >= p.num_components) {
@@ -435,13 +482,10 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
-    Component c = begin(p, shared, quota, status);
+    Component c = begin<GENERAL>(p, shared, quota, status);
     if (status == OPTIMAL) {
         start(c);
-        bool general = p.speed != nullptr || p.cap != nullptr, done = true;
-        if (threadIdx.x < PUSHING)
-            done = general ? balance<true>(c, p.max_rounds) : balance<false>(c, p.max_rounds);
-        if (!done) status = NOT_CONVERGED;
+        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, p.max_rounds)) status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {

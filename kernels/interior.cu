@@ -208,7 +208,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) solve(const Problem pro
     int n = problem.net.max_arcs;
     Interior in{matrix, side, x, x + n, x + 2 * n, x + 3 * n, x + 4 * n, x + 5 * n,
                 words, reinterpret_cast<int*>(words + 1)};
-    solve_component(problem, reinterpret_cast<char*>(x + 6 * n),
-                    // It knows neither speeds nor capacities: those start as the flow does.
-                    [&](const Component& c) { if (!c.speed && !c.cap) start(c, in); });
+    solve_component<false>(problem, reinterpret_cast<char*>(x + 6 * n),
+                           [&](const Component& c) { start(c, in); });
 }

@@ -236,9 +236,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
         stay[i] = number;
         room[i] = quota - number;
     }
-    // With a single node its tokens are not asked for.
+    // By the last threads, while the first wait for the copies' loads. With a single node its tokens
+    // are not asked for.
     int home = batch.rank / node_size;
-    for (int i = threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += THREADS) {
+    for (int i = THREADS - 1 - threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += THREADS) {
         int n = i / M, m = i - n * M, sum = 0;
         int begin = (n < nodes ? n : home) * node_size, last = n < nodes ? begin + node_size : batch.rank;
         const int* count = batch.counts + begin * E + table.experts[m];

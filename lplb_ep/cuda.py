@@ -67,18 +67,18 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     """
     built = network.tables(placement)
     size, num_arcs = built.size, built.arcs.shape[1]
-    num_bytes = num_arcs * (network.ARC.itemsize + 4 + 4 + 2) + size * (8 + 4 + 4) + 2 * (size + 1)
-    if solver == "cusolverdx":  # a matrix with two right-hand sides, and six numbers an arc
-        num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
+    flow = num_arcs * (network.ARC.itemsize + 4 + 4 + 2) + size * (8 + 4 + 4) + 2 * (size + 1)
     num_warps = _num_solver_threads(size, built.parts(solver)) // 32
-    numbering = 4 * (1 + num_warps) * placement.num_experts
-    if max(num_bytes, numbering) > MAX_SHARED_BYTES:
+    num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
+    if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
+        num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
+    if num_bytes > MAX_SHARED_BYTES:
         raise ValueError(
             f"a block has {MAX_SHARED_BYTES} bytes of shared memory, and the solver {solver} takes "
-            f"{num_bytes} for {num_arcs} copies of experts with several in a component, and "
-            f"{numbering} for {placement.num_experts} experts"
+            f"{num_bytes} for {placement.num_experts} experts and, in a component, {num_arcs} "
+            "copies of those with several"
         )
-    return max(num_bytes, numbering)
+    return num_bytes
 
 
 def _solver(solver: str, size: int, parts: int) -> Program:
@@ -153,6 +153,10 @@ class Solver:
         self._num_shared_bytes = num_shared_bytes(placement, solver)
         kernels = _kernels(_solver, (solver, size, parts), device.index)
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
+        if solver != "flow":  # the only one that knows speeds and capacities
+            kernels = _kernels(_solver, ("flow", size, built.parts("flow")), device.index)
+        self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
+        self._num_general_threads = _num_solver_threads(size, built.parts("flow"))
 
     def __call__(
         self,
@@ -228,9 +232,11 @@ class Solver:
             problem += _PROBLEM.pack(*pointers, self.num_components, *sizes)
             num_chunks = 0 if picks is None else picks.num_chunks
             grid = (self.num_components + num_chunks, num_batches)
-            arguments = (problem,)
+            kernel, num_threads = self._kernel, self._num_threads
+            if any(option is not None for option in options[1:]):
+                kernel, num_threads = self._general, self._num_general_threads
             num_bytes = self._num_shared_bytes
-            _launch(self._kernel, grid, self._num_threads, arguments, num_bytes, self.device)
+            _launch(kernel, grid, num_threads, (problem,), num_bytes, self.device)
         return out
 
 
@@ -244,8 +250,7 @@ def _launch(
 ) -> None:
     """On torch's current stream. A plain int among the arguments is a pointer, bytes a struct."""
     structs = [
-        np.frombuffer(a, [("bytes", "u1", len(a))])[0] if isinstance(a, bytes) else a
-        for a in arguments
+        np.frombuffer(a, _struct_dtype(len(a)))[0] if isinstance(a, bytes) else a for a in arguments
     ]
     kernel(
         grid,
@@ -254,6 +259,11 @@ def _launch(
         shared_mem=num_shared_bytes,
         stream=_stream(torch.cuda.current_stream(device).cuda_stream),
     )
+
+
+@functools.cache
+def _struct_dtype(num_bytes: int) -> np.dtype[Any]:
+    return np.dtype([("bytes", "u1", num_bytes)])
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,11 @@ def test_components_beyond_one_block_are_refused_by_size():
     ):
         network.tables(ring)
     everywhere = Placement(np.tile(np.arange(70), 64), 64)
-    with pytest.raises(ValueError, match=r"takes 1\d{5} for 4480 copies of experts with several"):
+    with pytest.raises(ValueError, match=r"takes 1\d{5} for 70 experts and, .* 4480 copies"):
         cuda.num_shared_bytes(everywhere, "flow")
     half = Placement(np.tile(np.arange(40), 32), 32)  # the interior-point method keeps more
     assert cuda.num_shared_bytes(half, "flow") < cuda.MAX_SHARED_BYTES
-    with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for 1280 copies"):
+    with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
         cuda.num_shared_bytes(half, "cusolverdx")
     # Many independent groups are no matter.
     assert len(network.tables(Placement(np.arange(600), 100)).shape) == 100
