@@ -95,6 +95,14 @@ def time_graph(call: Callable[[int], Any]) -> float:
     return statistics.median(times[NUM_WARM:])
 
 
+def count_launches(call: Callable[[], Any]) -> int:
+    """Kernels, copies and fills that a call puts on the GPU, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events() or ())
+
+
 def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dict[str, float]:
     """Times of the steps and of the whole plan, by CUDA graphs on the current device.
 
@@ -110,7 +118,7 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
         Microseconds of "count", of "solve" (of loads that are summed already, and alone), of
         "solve + number" (the kernel of a plan), of "route" (split and rewrite) and of the "plan";
         "eager", microseconds that a call of a `Planner` keeps the CPU; "above", tokens of the
-        worst batch above its optimum; "workspace", bytes that a planner holds.
+        worst batch above its optimum; "launches" of a plan; "workspace", bytes that a planner holds.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     rank, row_size = placement.num_ranks // 2, cuda.NUM_HEAD + placement.num_experts
@@ -168,6 +176,7 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
         **times,
         "eager": statistics.median(eager),
         "above": above,
+        "launches": count_launches(lambda: plan(1)),
         "workspace": steps.num_bytes,
     }
 
@@ -182,15 +191,16 @@ def conditions() -> dict[str, object]:
     }
 
 
-COLUMNS = ("count", "solve", "solve + number", "route", "plan", "eager", "above", "workspace")
+TIMES = ("count", "solve", "solve + number", "route", "plan", "eager")
+NUMBERS = ("above", "launches", "workspace")
 
 
 def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     """Of named measurements."""
     return text_table(
-        ["us", *COLUMNS[:-2], "tokens above", "bytes"],
+        ["us", *TIMES, "tokens above T*", "launches", "bytes"],
         [
-            [name, *(f"{m[c]:.1f}" for c in COLUMNS[:-2]), *(f"{m[c]:.0f}" for c in COLUMNS[-2:])]
+            [name, *(f"{m[c]:.1f}" for c in TIMES), *(f"{m[c]:.0f}" for c in NUMBERS)]
             for name, m in rows
         ],
     )

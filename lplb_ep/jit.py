@@ -239,7 +239,8 @@ def compile_cubin(program: Program, arch: str = "sm_90") -> Cubin:
         data = _read(path, key)
         if data is not None:
             return Cubin(str(program), arch, data, path, cached=True)
-        log.info("compiling %s for %s ...", program, arch)
+        # A warning, not to leave a user waiting for seconds without a word.
+        log.warning("compiling %s for %s, once ...", program, arch)
         start = time.perf_counter()
         try:
             data = _build(source.name, texts, options, program.solvers, arch)
