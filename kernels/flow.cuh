@@ -366,55 +366,6 @@ struct Problem {
     int status;                 // how the batch fares, by what the counts do not say
 };
 
-// Splits each expert over its copies by what their ranks should take: by a factor for each rank with
-// which, after an even split, its experts with several copies would bring it to the mean. So close a
-// start spares the flow rounds. Whole numbers come from the running sums of an expert's shares.
-__device__ void spread(
-    const Arc* arcs, const short* copies, const Shape& shape, const int* load, int* tokens, int* held,
-    int* room, float* factor /* [SIZE] */) {
-    for (int r = threadIdx.x; r < SIZE; r += THREADS) {
-        room[r] = held[r];
-        factor[r] = 0;
-    }
-    __syncthreads();
-    for (int a = threadIdx.x; a < shape.arcs; a += THREADS)
-        atomicAdd(&held[arcs[a].rank], load[arcs[a].place] / number_of(arcs[a].ranks));
-    __syncthreads();
-    if (threadIdx.x < 32) {
-        float mine = 0;
-        #pragma unroll
-        for (int i = 0; i < WORDS; ++i)
-            if (int(threadIdx.x) + 32 * i < SIZE) mine += float(held[threadIdx.x + 32 * i]);
-        #pragma unroll
-        for (int other = 16; other > 0; other /= 2) mine += __shfl_xor_sync(~0u, mine, other);
-        #pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            int r = threadIdx.x + 32 * i;
-            if (r >= SIZE) continue;
-            float fixed = room[r], moving = float(held[r]) - fixed;
-            factor[r] = fminf(fmaxf((mine / shape.ranks - fixed) / fmaxf(moving, 1), 1.0f / 64), 64);
-            held[r] = room[r];
-        }
-    }
-    __syncthreads();
-    for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
-        Arc arc = arcs[a];
-        float sum = 0, until = 0, before = 0;
-        for (int i = 0; i < number_of(arc.ranks); ++i) {
-            int copy = copies[arc.place + i];
-            if (copy == a) before = sum;
-            sum += factor[arcs[copy].rank];
-            if (copy == a) until = sum;
-        }
-        // Each boundary is computed alike by the copies on both sides of it.
-        int total = load[arc.place];
-        auto whole = [&](float part) { return min(total, __float2int_rn(total * (part / sum))); };
-        int last = until == sum ? total : whole(until);
-        tokens[a] = max(0, last - whole(before));
-        atomicAdd(&held[arc.rank], tokens[a]);
-    }
-}
-
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
 template <bool GENERAL>
 __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quota, int& status) {
@@ -459,7 +410,14 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
             }
         }
     } else {
-        spread(arcs, copies, shape, load, tokens, held, room, reinterpret_cast<float*>(next));
+        for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
+            // The even split is where to start: half as many rounds as from the homes.
+            Arc arc = arcs[a];
+            int total = load[arc.place], number = number_of(arc.ranks);
+            int place = number_of(arc.ranks & ((Set(1) << arc.rank) - 1));
+            tokens[a] = total / number + (place < total % number);
+            atomicAdd(&held[arc.rank], tokens[a]);
+        }
     }
     __syncthreads();
     const int* ranks = net.ranks + g * SIZE;

@@ -427,7 +427,7 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
 
         cuda.check()
         chosen = [(args.placement, args.ranks, args.redundant)]
-        rows = []
+        rows, used = [], []
         for kind, num_ranks, redundant in bench.USUAL if args.ranks is None else chosen:
             batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
             shape = {"num_ranks": num_ranks, "num_redundant_per_rank": redundant}
@@ -439,6 +439,9 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
                 )
             name = f"EP{num_ranks}, {redundant} redundant, {kind}"
             rows.append((name, bench.measure(placement, batches, args.solver)))
+            used.append((placement, batches))
+        for (_, measured), plan in zip(rows, used, strict=True):
+            measured["launches"] = bench.count_launches(*plan, args.solver)
         about = bench.conditions()
         about |= {"solver": args.solver, "experts": args.experts}
         about |= {"tokens": args.tokens, "topk": args.topk}

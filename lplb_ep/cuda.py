@@ -45,12 +45,7 @@ _BATCH = struct.Struct("8Q2i")
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
     return [
-        *(
-            _solver(solver, size, parts)
-            for solver in network.PARTS
-            for size in network.SIZES
-            for parts in network.PARTS[solver]
-        ),
+        *(_solver(solver, *v) for solver in network.PARTS for v in network.variants(solver)),
         *(_route(dtype) for dtype in (torch.int32, torch.int64)),
     ]
 

@@ -19,11 +19,16 @@ MAX_RANKS, MAX_EXPERTS = 64, 512
 SIZES = (8, 16, 32, 64)
 """The most ranks of a component, for each variant of a solver."""
 
-PARTS = {"flow": (4, 8), "cusolverdx": (4,)}
+PARTS = {"flow": (2, 4, 8), "cusolverdx": (4,)}
 """By solver, how many threads share the arcs of a rank: as many as it has arcs, if possible."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
 COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
+
+
+def variants(solver: str) -> list[tuple[int, int]]:
+    """Of a solver's kernel: one of `SIZES` and one of `PARTS`, whole warps of threads in all."""
+    return [(s, parts) for s in SIZES for parts in PARTS[solver] if s * parts % 32 == 0]
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,9 @@ class Tables:
         return self.ranks.shape[1]
 
     def parts(self, solver: str) -> int:
-        """One of the solver's `PARTS`."""
-        most = self.shape[:, 2].max()
-        return next((parts for parts in PARTS[solver] if parts >= most), PARTS[solver][-1])
+        """One of the solver's `variants` for this size."""
+        able = [parts for size, parts in variants(solver) if size == self.size]
+        return next((parts for parts in able if parts >= self.shape[:, 2].max()), able[-1])
 
 
 @functools.lru_cache(maxsize=1024)
