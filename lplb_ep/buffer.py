@@ -42,6 +42,7 @@ from .layers import (
 from .placement import Placement, check_placement
 from .plan import check_topk_idx
 from .settings import ContractError, MissingPackageError, Settings
+from .solver import choose_solver
 
 log = logging.getLogger(__name__)
 
@@ -414,11 +415,13 @@ def _init(base: type) -> Callable[..., None]:
                 "indices": settings.indices,
                 "replicas": settings.replicas,
                 "counts": settings.counts,
-                "solver": settings.solver,
+                "LPLB_EP_SOLVER": settings.solver,
+                # What it comes to here: one rank may lack a package.
+                "solver": choose_solver(settings.solver)[0] if settings.mode == "1" else "none",
                 "placement": "none" if placement is None else placement.fingerprint(),
                 "lplb_ep version": __version__,
             }
-        except (ContractError, TypeError, ValueError, OSError) as error:
+        except (ContractError, MissingPackageError, TypeError, ValueError, OSError) as error:
             refusal = error
         group = signature.bind(self, *args, **kwargs).arguments.get("group")
         # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;

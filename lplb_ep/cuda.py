@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from . import network
-from .jit import CuSolverDx, Kernels, Program, compile_cubin
+from .jit import CuSolverDx, Kernels, Program, compile_cubin, require
 from .placement import Placement
 from .settings import MissingPackageError
 
@@ -117,6 +117,7 @@ def check(placement: Placement | None = None, solver: str = "flow") -> None:
         raise MissingPackageError("there is no CUDA device")
     if importlib.util.find_spec("cupy") is None:
         raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
+    require("nvrtc", *(("mathdx", "nvJitLink") if solver == "cusolverdx" else ()))
     if placement is not None:
         num_shared_bytes(placement, solver)
 

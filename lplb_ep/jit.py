@@ -252,6 +252,12 @@ def compile_cubin(program: Program, arch: str = "sm_90") -> Cubin:
     return Cubin(str(program), arch, data, path, cached=False)
 
 
+def require(*tools: str) -> None:
+    """Raises MissingPackageError unless these of "nvrtc", "nvJitLink" and "mathdx" are there."""
+    for tool in tools:
+        _library(tool)
+
+
 # --- the cache ------------------------------------------------------------------------------------
 
 

@@ -729,7 +729,7 @@ DIFFERENT = {
     "LPLB_EP_INDICES": ("logical", "physical", "indices: logical on ranks [0]; physical on"),
     "LPLB_EP_REPLICAS": ("tracked", "valid", "replicas: tracked on ranks [0]; valid on"),
     "LPLB_EP_COUNTS": ("auto", "torch", "counts: auto on ranks [0]; torch on"),
-    "LPLB_EP_SOLVER": ("auto", "cpu", "solver: auto on ranks [0]; cpu on"),
+    "LPLB_EP_SOLVER": ("auto", "cpu", "LPLB_EP_SOLVER: auto on ranks [0]; cpu on"),
 }
 
 
@@ -767,6 +767,23 @@ def test_an_impossible_setting_on_one_rank_is_named_on_all(variable):
     assert "ranks [1] refused" in theirs
     assert variable in theirs
     assert variable in its
+
+
+def solver_missing_on_one_rank(group):
+    import os
+
+    os.environ.update(LPLB_EP="1", LPLB_EP_SOLVER="auto" if group.rank() == 0 else "flow")
+    buffer._drop_in(recorder().Buffer)(group)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the solver is there")
+def test_a_solver_that_one_rank_lacks_is_named_on_all():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, solver_missing_on_one_rank)
+    (peer, theirs), (own, its) = failure.value.errors
+    assert (peer, own) == ("RankError", "MissingPackageError")
+    assert "rank 1: there is no CUDA device" in theirs
+    assert its == "there is no CUDA device"
 
 
 def other_buffer_on_one_rank(group):
