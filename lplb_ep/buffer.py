@@ -42,7 +42,7 @@ from .layers import (
 from .placement import Placement, check_placement
 from .plan import check_topk_idx
 from .settings import ContractError, MissingPackageError, Settings
-from .solver import choose_solver
+from .solver import solver_fact
 
 log = logging.getLogger(__name__)
 
@@ -290,6 +290,8 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
     if not isinstance(x, torch.Tensor) or x.ndim != 2:
         error = f"x must be a tensor [tokens, hidden]; got {getattr(x, 'shape', type(x).__name__)}"
+    elif not isinstance(tokens, int):
+        error = f"num_max_dispatch_tokens_per_rank must be a whole number; got {tokens!r}"
     elif self.num_rdma_bytes < (needed := _size(state, tokens, x.size(1), placement, P)):
         error = (
             f"num_rdma_bytes is {self.num_rdma_bytes}, and {P} slots need {needed} "
@@ -417,7 +419,7 @@ def _init(base: type) -> Callable[..., None]:
                 "counts": settings.counts,
                 "LPLB_EP_SOLVER": settings.solver,
                 # What it comes to here: one rank may lack a package.
-                "solver": choose_solver(settings.solver)[0] if settings.mode == "1" else "none",
+                "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
                 "placement": "none" if placement is None else placement.fingerprint(),
                 "lplb_ep version": __version__,
             }

@@ -54,7 +54,7 @@ _PACKAGES = (
     ("matplotlib", ("matplotlib",), "pictures", "pip install '.[plot]' in a checkout"),
 )
 _CUDA = "pip install '.[cuda]' in a checkout"
-_LATER_PACKAGES = (
+_GPU_PACKAGES = (
     ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "launches kernels", _CUDA),
     ("libmathdx", ("nvidia-libmathdx-cu13", "nvidia-libmathdx-cu12"), "cuSolverDx", _CUDA),
     ("nvrtc", ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "compiles kernels", _CUDA),
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a script with the drop-ins in place of DeepEP's buffers",
-        usage="lplb-ep run [--placement FILE] [--mode home|1] (SCRIPT | -m MODULE) [ARGUMENT ...]",
+        usage="lplb-ep run [--placement FILE] [--mode 0|home|1] (SCRIPT | -m MODULE) [ARG ...]",
     )
     run.set_defaults(command=_run)
     run.add_argument("--placement", metavar="FILE", help="sets LPLB_EP_PLACEMENT")
@@ -214,7 +214,7 @@ def _doctor(args: argparse.Namespace, rest: list[str]) -> int:
     print(f"lplb-ep {__version__}, Python {sys.version.split()[0]}")
     for heading, packages in (
         ("Packages", _PACKAGES),
-        ("Packages for plans on the GPU, which this version does not make yet", _LATER_PACKAGES),
+        ("Packages for plans on the GPU", _GPU_PACKAGES),
     ):
         print(f"\n{heading}")
         for name, distributions, purpose, install in packages:

@@ -227,7 +227,7 @@ def attach(
         refuse_when_off(Settings.from_env() if state is None else state.settings, "attach()")
         check_slots(placement, num_local_slots)
         experts = getattr(module, "experts", None) if experts is None else experts
-        if experts:
+        if experts is not None and experts is not False:
             replicas.slot_parameters(experts, num_local_slots)
     except (ContractError, TypeError, ValueError) as error:
         refusal = error
@@ -239,9 +239,9 @@ def attach(
 
     def enter(*_: Any) -> None:
         # Around it, `use(placement, slot)` may have said which micro-batch this is.
-        outer = used()
-        inner = outer if outer is not None and outer[0] is placement else target
-        _entered.set((*_entered.get(), (this, inner)))
+        entered = _entered.get()
+        said = (t for who, t in reversed(entered) if who is None and t[0] is placement)
+        _entered.set((*entered, (this, next(said, target))))
 
     def leave(*_: Any) -> None:
         # Called also where a hook before `enter` raised, and then there is nothing to take back.

@@ -16,7 +16,7 @@ from .exchange import Exchange, LocalExchange, TorchExchange, agree, choose_coun
 from .placement import Placement, check_placement
 from .plan import Plan, Status, check_plan, check_topk_idx
 from .settings import ContractError, MissingPackageError, RankError
-from .solver import MAX_TOTAL, choose_solver, rank_load
+from .solver import MAX_TOTAL, choose_solver, rank_load, solver_fact
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ _REASONS = {
 # counts follow.
 _NUM_HEAD = 5
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
-_ROW_MULTIPLE = 512
+_ROW_MULTIPLE = 1024
 
 # How many planners were made for a group, so that two on one placement are told apart.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
@@ -89,12 +89,14 @@ class Planner:
         try:
             check_placement(placement)
             self.rank = _own_rank(placement, group, rank)
+            if not (isinstance(slot, int) and 0 <= slot < 2**31):
+                raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
             self.solver, _ = choose_solver(solver, placement)
             self.counts, _ = choose_counts(counts, group is not None, placement.num_ranks)
             facts = {
                 "placement": placement.fingerprint(),
                 "slot": slot,
-                "solver": self.solver,
+                "solver": solver_fact(solver, placement),
                 "counts": self.counts,
                 "lplb_ep version": __version__,
             }

@@ -23,9 +23,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .exchange import agree, gather_rows
 from .placement import Placement
+from .settings import RankError
 
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_REFUSED = 255
 
 # All are keyed by identity: two layers may have equal placements and different weights.
 _replicas_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> WeakSet of its Replicas
@@ -159,7 +161,9 @@ class Replicas:
         tell one another in a small message that the CPU waits for.)
 
         Raises:
-            ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64.
+            ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64, or
+                not of its weight's shape.
+            RankError: that is so on another rank.
         """
         slots = self._slots()
         dtypes = self._gradient_dtypes(slots)
@@ -187,8 +191,8 @@ class Replicas:
         this rank changes: by an in-place operation that autograd counts (`load_state_dict`, most
         optimizers), by the step of any `torch.optim.Optimizer` that holds it, or by being
         replaced. What none of these shows must be followed by `mark_stale` or `copy_weights`:
-        writes through `.data` or through a buffer that the parameter is a view of, and replays of
-        a CUDA graph.
+        collectives of `torch.distributed` on a weight, writes through `.data` or through a buffer
+        that the parameter is a view of, and replays of a CUDA graph.
 
         While FSDP2 has gathered the parameters for a forward pass, the sharded ones count.
 
@@ -321,22 +325,33 @@ class Replicas:
         """
         P = self.placement.num_physical_experts
         own = torch.zeros(self.placement.num_local_slots, len(slots), dtype=torch.uint8)
+        refusal = None
         for index, (name, copies) in enumerate(slots.items()):
             for slot, copy in enumerate(copies):
-                if copy.gradient is None:
+                gradient = copy.gradient
+                if gradient is None:
                     continue
-                if copy.gradient.dtype not in _GRADIENT_DTYPES:
-                    raise ValueError(
-                        f"the gradient of parameter {name} is {copy.gradient.dtype}, expected one "
-                        f"of {', '.join(map(str, _GRADIENT_DTYPES))}"
+                if gradient.dtype not in _GRADIENT_DTYPES or gradient.shape != copy.weight.shape:
+                    refusal = ValueError(
+                        f"the gradient of parameter {name} is {_describe(gradient)}, expected "
+                        f"{list(copy.weight.shape)} of one of "
+                        f"{', '.join(str(d).removeprefix('torch.') for d in _GRADIENT_DTYPES)}"
                     )
-                own[slot, index] = 1 + _GRADIENT_DTYPES.index(copy.gradient.dtype)
+                    continue
+                own[slot, index] = 1 + _GRADIENT_DTYPES.index(gradient.dtype)
+        if refusal is not None:  # told to the others, which would wait
+            own.fill_(_REFUSED)
         codes = torch.zeros(self.placement.num_ranks, *own.shape, dtype=torch.uint8)
         codes[self._rank] = own
         if self.group is not None and any(
             self._rank_of(home) != self._rank_of(replica) for home, replica in self._replicas
         ):
             codes = gather_rows(own.to(self._staging()), self.group)
+        if refusal is not None:
+            raise refusal
+        refused = torch.nonzero((codes == _REFUSED).flatten(1).any(1)).flatten().tolist()
+        if refused:
+            raise RankError(f"ranks {refused} refused their gradients; see their errors")
         return [
             [_GRADIENT_DTYPES[code - 1] if code else None for code in slot]
             for slot in codes.view(P, len(slots)).tolist()
@@ -470,6 +485,8 @@ class _Move(NamedTuple):
 
 def _slots(experts: nn.Module, num_local_slots: int) -> dict[str, list[_Slot]]:
     """`slot_parameters`, with the parameters behind the views."""
+    if not isinstance(experts, nn.Module):
+        raise TypeError(f"experts must be a module; got a {type(experts).__name__}")
     if not isinstance(experts, nn.ModuleList):
         stacked = dict(sorted(experts.named_parameters()))
         if not stacked:
@@ -583,7 +600,7 @@ def _agree(experts: nn.Module, placement: Placement, group: dist.ProcessGroup | 
         _refuse_state_outside_parameters(experts)
         for name, copies in _slots(experts, placement.num_local_slots).items():
             facts[f"parameter {name}"] = _describe(copies[0].weight)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         refusal = error
     agree(group, "Replicas", facts, refusal)
 

@@ -63,6 +63,19 @@ def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str,
     return ("flow", "a CUDA device is there") if solver == "auto" else (solver, "asked for")
 
 
+def solver_fact(solver: str, placement: Placement | None = None) -> str:
+    """What ranks must agree on: the solver of a request, and the GPU that it runs on.
+
+    Raises:
+        ValueError, MissingPackageError: as `choose_solver`.
+    """
+    name, _ = choose_solver(solver, placement)
+    if name == "cpu":
+        return name
+    major, minor = torch.cuda.get_device_capability()
+    return f"{name} on sm_{major}{minor}"
+
+
 def solve(
     load: torch.Tensor,
     placement: Placement,

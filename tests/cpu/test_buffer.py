@@ -1172,3 +1172,82 @@ def test_what_is_no_tensor_is_named(make, mode):
             drop_in.get_dispatch_layout(topk, E)
     with pytest.raises(ContractError, match=r"x must be a tensor \[tokens, hidden\]; got list"):
         drop_in.low_latency_dispatch([1.0], TOPK, 4, E)
+
+
+def test_only_use_says_which_micro_batch_an_attached_layer_is_in(make, mode):
+    mode("1")
+    seen = []
+
+    class Watch(torch.nn.Module):
+        def __init__(self, inner=None):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self):
+            seen.append(layers.used())
+            if self.inner is not None:
+                self.inner()
+
+    inner = Watch()
+    outer = Watch(inner)
+    lplb_ep.attach(outer, PLACEMENT, num_local_slots=P)
+    lplb_ep.attach(inner, PLACEMENT, num_local_slots=P, slot=1)
+    outer()
+    with lplb_ep.use(PLACEMENT, slot=2):
+        outer()
+    assert [slot for _, slot in seen] == [0, 1, 2, 2]
+    # Equal placements of two layers are two: their replicas are valid or not each for themselves.
+    equal = Placement(PLACEMENT.physical_to_logical, 1)
+    with lplb_ep.use(equal, slot=3):
+        inner()
+    assert seen[-1][0] is PLACEMENT
+    assert seen[-1][1] == 1
+
+
+def test_a_default_does_not_stand_in_for_an_equal_placement_of_another_layer(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    with lplb_ep.use(Placement(PLACEMENT.physical_to_logical, 1)):
+        drop_in.get_dispatch_layout(TOPK, E)
+    with pytest.raises(ContractError, match="no placement is in force"):
+        drop_in.get_dispatch_layout(TOPK, E)
+
+
+def test_experts_that_are_no_module_are_named(make, mode):
+    mode("1")
+    layer = Layer(make())
+    for experts, error, message in (
+        (torch.nn.ModuleList(), ValueError, "experts must be 6 modules"),
+        (6, TypeError, "experts must be a module; got a int"),
+    ):
+        with pytest.raises(error, match=message):
+            lplb_ep.attach(layer, PLACEMENT, num_local_slots=P, experts=experts)
+    for slot in (-1, 2**40, "x"):
+        with pytest.raises(ValueError, match=r"slot must be a whole number in \[0, 2\*\*31\); got"):
+            Planner(PLACEMENT, rank=0, counts="given", slot=slot)
+
+
+def low_latency_wrong_on_one_rank(group, what):
+    import os
+
+    os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
+    layers.channels.clear()  # other tests left theirs out of step
+    drop_in = buffer._drop_in(recorder().Buffer)(group, num_rdma_bytes=1 << 20)
+    view = drop_in.view(Placement([0, 1, 2, 0], 2))
+    x, tokens = torch.zeros(1, 8), 4
+    if group.rank() == 1:
+        x, tokens = (None, 4) if what == "x" else (x, None)
+    view.low_latency_dispatch(x, torch.tensor([[0, 2]]), tokens, 3)
+
+
+@pytest.mark.parametrize(
+    ("what", "own"),
+    [("x", "x must be a tensor"), ("tokens", "num_max_dispatch_tokens_per_rank must be a whole")],
+)
+def test_a_bad_low_latency_call_on_one_rank_raises_on_all(what, own):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, low_latency_wrong_on_one_rank, what)
+    (peer, theirs), (kind, its) = failure.value.errors
+    assert (peer, kind) == ("RankError", "ContractError")
+    assert "ranks [1] refused" in theirs
+    assert own in its

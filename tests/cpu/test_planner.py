@@ -207,6 +207,41 @@ def test_batches_are_numbered():
     assert [kind for kind, _ in failure.value.errors] == ["RankError", "RankError"]
 
 
+def test_every_batch_has_a_number():
+    planner = Planner(Placement([0, 1, 2, 0], 1))
+    for number in (1, 2, 3):
+        planner(torch.tensor([[0, 1]]))
+        assert planner._steps._num_exchanges == number
+
+
+def refusing_out_of_step(group):
+    planner = Planner(Placement([0, 1, 2, 0], 2), group)
+    planner._steps._num_exchanges += group.rank()
+    planner(torch.tensor([[0, 9 if group.rank() else 1]]))
+
+
+def test_who_refuses_says_why_even_out_of_step():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, refusing_out_of_step)
+    (peer, _), (own, its) = failure.value.errors
+    assert (peer, own) == ("RankError", "ValueError")
+    assert "topk_idx[0, 1] is 9" in its
+
+
+def mixed_sizes(group):
+    small = Planner(Placement([0, 1, 2, 0], 2), group)
+    large = Planner(Placement(np.arange(900), 2), group)
+    (large if group.rank() else small)(torch.tensor([[0, 1]]))
+
+
+def test_layers_of_other_sizes_in_another_order_are_named():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, mixed_sizes)
+    for kind, message in failure.value.errors:
+        assert kind == "RankError"
+        assert "plan another batch" in message
+
+
 def test_a_batch_too_large_to_count_goes_home():
     class Full:
         def gather(self, row):

@@ -676,6 +676,48 @@ def test_a_module_whose_state_is_not_in_parameters_is_refused():
         Replicas(experts, placement)
 
 
+def refused_gradients(group, what):
+    placement = Placement([0, 1, 1, 0], 2)
+    made = nn.ModuleList(nn.Linear(2, 3, bias=False) for _ in range(2))
+    replicas = Replicas(made, placement, group)
+    for expert in made:
+        weight = expert.weight
+        if group.rank() == 0:
+            weight.main_grad = torch.zeros_like(weight)
+        elif what == "dtype":
+            weight.main_grad = torch.zeros(3, 2, dtype=torch.int32)
+        else:
+            weight.main_grad = torch.zeros(1)
+    replicas.reduce_gradients()
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("dtype", r"is \[3, 2\] int32, expected"), ("shape", r"is \[1\] float32")]
+)
+def test_gradients_that_one_rank_refuses_raise_on_all(what, message):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, refused_gradients, what)
+    (peer, theirs), (own, its) = failure.value.errors
+    assert (peer, own) == ("RankError", "ValueError")
+    assert "ranks [1] refused their gradients" in theirs
+    assert re.search(message, its)
+
+
+def collective_on_a_weight(group):
+    placement = Placement([0, 1, 1, 0], 2)
+    made = nn.ModuleList(nn.Linear(2, 3, bias=False) for _ in range(2))
+    replicas = Replicas(made, placement, group)
+    replicas.copy_weights()
+    torch.distributed.broadcast(made[0].weight.detach(), 0, group=group)
+    unseen = replicas.is_valid
+    replicas.copy_weights()
+    return unseen, replicas.is_valid
+
+
+def test_collectives_on_a_weight_are_not_seen_as_the_documents_say():
+    assert ranks.run(2, collective_on_a_weight) == [(True, True)] * 2
+
+
 def test_a_group_is_needed_for_several_ranks():
     with pytest.raises(ValueError, match="the placement has 2 ranks"):
         Replicas(nn.Linear(2, 2), Placement([0, 1, 0, 1], num_ranks=2))
