@@ -185,7 +185,7 @@ def conditions() -> dict[str, object]:
 def count_launches(placement: Placement, batches: Batches, solver: str = "flow") -> int:
     """Kernels, copies and fills that a plan puts on the GPU, by a profiler. From then on it slows
     all launches down: count when the times are taken."""
-    planner = Planner(placement, rank=0, counts="given", solver=solver)
+    planner = Planner(placement, rank=placement.num_ranks // 2, counts="given", solver=solver)
     topk_idx, counts = batches.topk_idx[0].cuda(), batches.counts[0].cuda()
     planner(topk_idx, counts=counts)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
