@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+import torch
+
+from lplb_ep import bench, cpu
+from lplb_ep.cli import main
+
+
+def test_batches_are_the_same_every_time_and_skewed():
+    one, two = (bench.make_batches(4, 64, 100, 8) for _ in range(2))
+    assert len(one.topk_idx) == len(one.counts) == bench.NUM_BATCHES
+    for topk, again, counts in zip(one.topk_idx, two.topk_idx, one.counts, strict=True):
+        assert torch.equal(topk, again)
+        assert topk.shape == (100, 8)
+        assert all(len(set(row)) == 8 for row in topk.tolist())
+        assert torch.equal(counts[2], cpu.count(topk, 64))
+        assert counts.sum(1).tolist() == [800] * 4
+    assert torch.equal(one.counts, two.counts)
+    load = one.counts.sum((0, 1)).double()
+    assert load.max() > 2 * load.mean()
+    assert np.corrcoef(load.numpy(), one.history.numpy())[0, 1] > 0.8
+
+
+def test_measurements_are_a_table():
+    measured = dict.fromkeys((*bench.TIMES, *bench.NUMBERS), 1.25)
+    heading, _, row = bench.table([("EP8", measured)]).splitlines()
+    assert heading.split() == [
+        "us",
+        "count",
+        "solve",
+        "solve",
+        "+",
+        "number",
+        "route",
+        "plan",
+        "eager",
+        "tokens",
+        "above",
+        "T*",
+        "launches",
+        "bytes",
+    ]
+    assert row.split() == ["EP8", *["1.2"] * 6, *["1"] * 3]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
+def test_without_a_gpu_the_command_says_so(capsys):
+    with pytest.raises(SystemExit) as status:
+        main(["bench", "--ranks", "8"])
+    assert status.value.code == 2
+    assert capsys.readouterr().err == "lplb-ep: error: there is no CUDA device\n"
