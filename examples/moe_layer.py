@@ -359,7 +359,8 @@ def launch(args: argparse.Namespace) -> None:
             rank_of, (args, store.port), nprocs=args.ranks, daemon=True, start_method="forkserver"
         )
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(1)  # at once: an orderly end would wait for ranks that wait for one another
 
 
 if __name__ == "__main__":
