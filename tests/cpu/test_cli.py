@@ -368,8 +368,10 @@ from lplb_ep import Placement
 dist.init_process_group("gloo")
 check()
 from deep_ep import Buffer
-view = Buffer(dist.group.WORLD).view(Placement([0, 1, 2, 0], 2))
-tokens_per_rank = view.get_dispatch_layout(torch.zeros(4, 1, dtype=torch.int64), 3)[0]
+def layout():  # its buffer, which holds the group, ends before the group does
+    view = Buffer(dist.group.WORLD).view(Placement([0, 1, 2, 0], 2))
+    return view.get_dispatch_layout(torch.zeros(4, 1, dtype=torch.int64), 3)[0]
+tokens_per_rank = layout()
 expected = torch.zeros(2, dtype=torch.int32)
 expected[dist.get_rank()] = 4
 assert torch.equal(tokens_per_rank, expected), tokens_per_rank
