@@ -133,6 +133,8 @@ def test_ranks_end_with_their_launcher(number):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell has what it runs in the background ignore Ctrl-C; this is about the foreground.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         assert process.stdout.readline().startswith("4 ranks")  # they all have met
@@ -145,6 +147,7 @@ def test_ranks_end_with_their_launcher(number):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
     if number == signal.SIGINT:
         assert (process.returncode, errors) == (1, "interrupted\n")
     else:
