@@ -35,7 +35,7 @@ MAX_ROUNDS = 10_000
 
 # The kernels' structs of the same names, in machine layout.
 _COUNTS = struct.Struct("Q5i4x")
-_NETWORK = struct.Struct("6Q2i")
+_NETWORK = struct.Struct("7Q3i4x")
 _PICKS = struct.Struct("3Q4i")
 _PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
@@ -60,10 +60,10 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     Raises:
         ValueError: it is more than a block has; says of what.
     """
-    built = network.tables(placement)
+    built = network.tables(placement, solver)
     size, num_arcs = built.size, built.arcs.shape[1]
-    flow = num_arcs * (network.ARC.itemsize + 4 + 4 + 2) + size * (8 + 4 + 4) + 2 * (size + 1)
-    num_warps = _num_solver_threads(size, built.parts(solver)) // 32
+    flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
+    num_warps = _num_solver_threads(size, built.parts) // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
@@ -136,23 +136,21 @@ class Solver:
     """
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
-        built = network.tables(placement)
+        built = network.tables(placement, solver)
         self.placement, self.device = placement, device
         self.max_rounds = MAX_ROUNDS
         """Rounds of flow that a component may take."""
         self.tables = _upload(built, device)
         pointers = (table.data_ptr() for table in self.tables)
-        self._network = _NETWORK.pack(*pointers, built.arcs.shape[1], built.experts.shape[1])
+        self._network = _NETWORK.pack(
+            *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
+        )
         self.num_components = len(built.shape)
-        size, parts = built.size, built.parts(solver)
-        self._num_threads = _num_solver_threads(size, parts)
+        self._num_threads = _num_solver_threads(built.size, built.parts)
         self._num_shared_bytes = num_shared_bytes(placement, solver)
-        kernels = _kernels(_solver, (solver, size, parts), device.index)
+        kernels = _kernels(_solver, (solver, built.size, built.parts), device.index)
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
-        if solver != "flow":  # the only one that knows speeds and capacities
-            kernels = _kernels(_solver, ("flow", size, built.parts("flow")), device.index)
         self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
-        self._num_general_threads = _num_solver_threads(size, built.parts("flow"))
 
     def __call__(
         self,
@@ -228,11 +226,9 @@ class Solver:
             problem += _PROBLEM.pack(*pointers, self.num_components, *sizes)
             num_chunks = 0 if picks is None else picks.num_chunks
             grid = (self.num_components + num_chunks, num_batches)
-            kernel, num_threads = self._kernel, self._num_threads
-            if any(option is not None for option in options[1:]):
-                kernel, num_threads = self._general, self._num_general_threads
-            num_bytes = self._num_shared_bytes
-            _launch(kernel, grid, num_threads, (problem,), num_bytes, self.device)
+            general = any(option is not None for option in options[1:])
+            kernel, num_bytes = self._general if general else self._kernel, self._num_shared_bytes
+            _launch(kernel, grid, self._num_threads, (problem,), num_bytes, self.device)
         return out
 
 

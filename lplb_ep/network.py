@@ -5,6 +5,7 @@ Pure functions of the placement; `cuda.py` sends them to a device.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,10 @@ SIZES = (8, 16, 32, 64)
 """The most ranks of a component, for each variant of a solver."""
 
 PARTS = {"flow": (2, 4, 8), "cusolverdx": (4,)}
-"""By solver, how many threads share the arcs of a rank: as many as it has arcs, if possible."""
+"""By solver, how many threads share the edges of a rank: as many as it has edges, if possible."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
+EDGE = np.dtype([("arc", "i2"), ("to", "i2"), ("target", "i2"), ("nth", "i2")])
 COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
 
 
@@ -36,13 +38,16 @@ class Tables:
     """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
 
     shape: npt.NDArray[np.int32]
-    """[G, 4]: ranks and arcs of each component, and the most arcs of one of its ranks; 0."""
+    """[G, 2]: ranks and arcs of each component."""
     arcs: npt.NDArray[Any]
     """[G, max_arcs] of `Arc`, by local rank, then expert."""
     copies: npt.NDArray[np.int16]
     """[G, max_arcs] arcs by expert, then local rank."""
     first_arc: npt.NDArray[np.int16]
     """[G, size + 1] the first arc of each local rank."""
+    edges: npt.NDArray[Any]
+    """[G, turns, size, parts] of `Edge`: those of each local rank, by turn and part; -1 behind the
+    last."""
     experts: npt.NDArray[np.int32]
     """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
     rank but size + the place of its arcs in `copies`; -1 behind the last."""
@@ -54,15 +59,19 @@ class Tables:
         """The most ranks that the solver's variant takes, one of `SIZES`."""
         return self.ranks.shape[1]
 
-    def parts(self, solver: str) -> int:
-        """One of the solver's `variants` for this size."""
-        able = [parts for size, parts in variants(solver) if size == self.size]
-        return next((parts for parts in able if parts >= self.shape[:, 2].max()), able[-1])
+    @property
+    def parts(self) -> int:
+        """How many threads share a rank's edges, one of `PARTS`."""
+        return self.edges.shape[3]
 
 
 @functools.lru_cache(maxsize=1024)
-def tables(placement: Placement) -> Tables:
-    """Raises ValueError for a component that is too large for one block; names its size."""
+def tables(placement: Placement, solver: str) -> Tables:
+    """For that of the solver's `variants` which fits.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
     component, home = placement.component, placement.home_rank
     num_components = int(component.max()) + 1
     num_ranks = np.bincount(component)
@@ -77,17 +86,18 @@ def tables(placement: Placement) -> Tables:
     expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
     rank = placement.copy_rank[expert, column]
     num_arcs = np.bincount(component[rank], minlength=num_components)
-    # An even number keeps what follows the arcs aligned.
-    max_arcs = int(-(-max(1, num_arcs.max()) // 2) * 2)
+    # A multiple of four keeps what follows in shared memory aligned.
+    max_arcs = int(-(-max(1, num_arcs.max()) // 4) * 4)
     out = Tables(
-        shape=np.zeros((num_components, 4), np.int32),
+        shape=np.zeros((num_components, 2), np.int32),
         arcs=np.zeros((num_components, max_arcs), ARC),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
+        edges=np.empty(0, EDGE),
         experts=np.full((num_components, num_experts.max()), -1, np.int32),
         ranks=np.zeros((num_components, size), np.int32),
     )
-    local = np.zeros(placement.num_ranks, np.int64)
+    local, edges = np.zeros(placement.num_ranks, np.int64), []
     for g in range(num_components):
         members = np.flatnonzero(component == g)
         local[members] = np.arange(members.size)
@@ -107,12 +117,38 @@ def tables(placement: Placement) -> Tables:
         place = size + np.searchsorted(e[by_expert], own)
         out.experts[g, : own.size] = own | np.where(several[own], place, local[home[own]]) << 16
         out.ranks[g, : members.size] = members
-        out.shape[g] = members.size, n, np.diff(out.first_arc[g]).max(), 0
+        out.shape[g] = members.size, n
+        edges.append(_edges(e, r, size))
     if placement.num_experts >= 2**15:
         raise ValueError(
             f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
         )
-    return out
+    return dataclasses.replace(out, edges=_by_turns(edges, solver, size))
+
+
+def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
+    """Of a component's arcs, sorted by rank: for each rank its `EDGE`s, those of an arc together."""
+    arc, to = np.nonzero((expert[:, None] == expert) & (rank[:, None] != rank))
+    # Neighbours begin with different targets, not to fill all the same one.
+    order = np.lexsort(((rank[to] - rank[arc]) % size, arc))
+    edges = np.zeros(arc.size, EDGE)
+    edges["arc"], edges["to"], edges["target"] = arc, to[order], rank[to[order]]
+    edges["nth"] = np.arange(arc.size) - np.searchsorted(arc, arc)
+    return np.split(edges, np.searchsorted(rank[arc], np.arange(1, size)))
+
+
+def _by_turns(edges: list[list[npt.NDArray[Any]]], solver: str, size: int) -> npt.NDArray[Any]:
+    """`Tables.edges`, of the edges of each component's ranks."""
+    most = max(of_rank.size for component in edges for of_rank in component)
+    able = [parts for at_most, parts in variants(solver) if at_most == size]
+    parts = next((parts for parts in able if parts >= most), able[-1])
+    num_turns = max(1, -(-most // parts))
+    table = np.full((len(edges), num_turns, size, parts), -1, EDGE)
+    for g, component in enumerate(edges):
+        for r, of_rank in enumerate(component):
+            i = np.arange(of_rank.size)
+            table[g, i // parts, r, i % parts] = of_rank
+    return table
 
 
 @dataclass(frozen=True)
