@@ -32,6 +32,8 @@ struct __align__(8) Edge {      // from one copy of an expert to another, along 
     short nth;                  // how many edges of the same copy come before it
 };
 
+struct __align__(8 * EACH) Edges { Edge edge[EACH]; };  // consecutive ones of a rank, for one thread
+
 struct __align__(8) Shape { int ranks, arcs; };
 
 // Tables of one component, each at a fixed stride so that all are read at once.
@@ -40,7 +42,7 @@ struct Network {
     const Arc* arcs;            // [G, max_arcs] by rank, then expert
     const short* copies;        // [G, max_arcs] arcs by expert, then local rank
     const short* first_arc;     // [G, SIZE + 1] of each local rank
-    const Edge* edges;          // [G, num_turns, SIZE, PARTS] of each local rank, by turn and part
+    const Edges* edges;         // [G, num_turns, SIZE, PARTS] of each local rank, by turn and part
     const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
                                 // SIZE + the place of its arcs if it has several; -1 behind the last
     const int* ranks;           // [G, SIZE] local → global
@@ -55,7 +57,7 @@ struct Component {              // all but the last five in shared memory
     int* room;                  // [SIZE] below the limit when the round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
     Shape shape;
-    const Edge* edges;          // [num_turns, SIZE, PARTS]
+    const Edges* edges;         // [num_turns, SIZE, PARTS]
     int num_turns;
     const int* ranks;           // [SIZE] local → global
     const int* speed;           // [R] of ranks, or null: all the same
@@ -83,48 +85,57 @@ __device__ void meet() {        // of the threads that push
 }
 
 // One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
-// the lowest layer take what they have room for. Lanes of other layers come with over = 0. `edge` is
-// this thread's first; the rest follow by turns.
+// the lowest layer take what they have room for. Lanes of other layers come with over = 0. `mine` are
+// this thread's first edges; the rest follow by turns.
 template <bool GENERAL>
-__device__ void push(const Component& c, Edge edge, int over, Set down, bool lowest) {
-    int part = threadIdx.x % PARTS, lane = threadIdx.x % 32, rest = over;
-    for (int turn = 0; __any_sync(~0u, rest > 0);) {
-        bool open = rest > 0 && edge.arc >= 0 && down >> edge.target & 1;
-        int here = open ? c.tokens[edge.arc] : 0, most = here;
-        if (lowest && open) most = min(most, c.room[edge.target]);
-        if (GENERAL && open) most = min(most, c.left(edge.to));
-        // The edges of one copy share what it has, the earlier first.
-        int earlier = min(part, int(edge.nth));
-        if (GENERAL || lowest) {
-            unsigned taken = 0;
-            #pragma unroll
-            for (int i = 1; i < PARTS; ++i) {
-                unsigned other = __shfl_up_sync(~0u, most, i, PARTS);
-                if (i <= earlier) taken = min(taken + other, here);
-            }
-            most = min(most, here - int(taken));
-        } else {
-            unsigned able = __ballot_sync(~0u, most > 0);
-            if (able >> (lane - earlier) & ((1u << earlier) - 1)) most = 0;
+__device__ void push(const Component& c, Edges mine, int over, Set down, bool lowest) {
+    int part = threadIdx.x % PARTS;
+    for (int turn = 0; __any_sync(~0u, over > 0);) {
+        int here[EACH], most[EACH], taken[EACH] = {}, sum = 0;
+        #pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            Edge edge = mine.edge[j];
+            bool open = over > 0 && edge.arc >= 0 && down >> edge.target & 1;
+            here[j] = most[j] = open ? c.tokens[edge.arc] : 0;
+            if (lowest && open) most[j] = min(most[j], c.room[edge.target]);
+            if (GENERAL && open) most[j] = min(most[j], c.left(edge.to));
         }
+        // The edges of one copy share what it has, the earlier first; so do those of the rank.
+        #pragma unroll
+        for (int lanes = 0; lanes < PARTS; ++lanes)
+            #pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                int other = lanes ? __shfl_up_sync(~0u, most[i], lanes, PARTS) : most[i];
+                #pragma unroll
+                for (int j = lanes ? 0 : i + 1; j < EACH; ++j)
+                    if (lanes <= part && lanes * EACH + j - i <= mine.edge[j].nth)
+                        taken[j] = min(unsigned(taken[j]) + other, here[j]);
+            }
+        #pragma unroll
+        for (int j = 0; j < EACH; ++j) sum += most[j] = min(most[j], here[j] - taken[j]);
         int before = 0;
         #pragma unroll
-        for (int i = 1; i < PARTS; ++i) {
-            int other = __shfl_up_sync(~0u, most, i, PARTS);
-            if (i <= part) before += other;
+        for (int lanes = 1; lanes < PARTS; ++lanes) {
+            int other = __shfl_up_sync(~0u, sum, lanes, PARTS);
+            if (lanes <= part) before += other;
         }
-        int tokens = min(most, max(0, rest - before));
-        if (tokens > 0) {
+        int rest = over - before;
+        #pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+            Edge edge = mine.edge[j];
+            int tokens = min(most[j], rest);
+            if (tokens <= 0) continue;
+            rest -= tokens;
             atomicAdd(&c.held[edge.target], tokens);
             atomicAdd(&c.tokens[edge.to], tokens);
             atomicSub(&c.tokens[edge.arc], tokens);
+            atomicSub(&c.held[threadIdx.x / PARTS], tokens);
         }
-        rest -= min(rest, __shfl_sync(~0u, before + most, PARTS - 1, PARTS));
         if (++turn == c.num_turns) break;
-        edge = c.edges[turn * PUSHING + threadIdx.x];
+        over -= min(over, __shfl_sync(~0u, before + sum, PARTS - 1, PARTS));
+        mine = c.edges[turn * PUSHING + threadIdx.x];
         __syncwarp();
     }
-    if (part == 0 && over > 0) c.held[threadIdx.x / PARTS] -= over - rest;
 }
 
 // The least time in which the ranks of `set` take `load` tokens between them, and by it the limits of
@@ -181,7 +192,7 @@ __device__ void raise(const Component& c, Set set, int load, int (&limit)[WORDS]
 // Moves tokens until the largest of `held`, by the ranks' speeds, is the optimum. By the threads that
 // push; false if the rounds did not suffice. GENERAL: with speeds or capacities.
 template <bool GENERAL>
-__device__ bool balance(const Component& c, Edge first, int rounds) {
+__device__ bool balance(const Component& c, Edges first, int rounds) {
     int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32, total = 0;
     #pragma unroll
     for (int i = 0; i < WORDS; ++i)
@@ -194,12 +205,14 @@ __device__ bool balance(const Component& c, Edge first, int rounds) {
     meet();
     for (; rounds > 0; --rounds) {
         Set reach = 0;
-        Edge edge = first;
-        for (int turn = 0; edge.arc >= 0;) {
-            if (c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
-                reach |= Set(1) << edge.target;
+        Edges mine = first;
+        for (int turn = 0;;) {
+            #pragma unroll
+            for (const Edge& edge : mine.edge)
+                if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
+                    reach |= Set(1) << edge.target;
             if (++turn == c.num_turns) break;
-            edge = c.edges[turn * PUSHING + threadIdx.x];
+            mine = c.edges[turn * PUSHING + threadIdx.x];
         }
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
@@ -399,7 +412,7 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
         }
     }
     __syncthreads();
-    const Edge* edges = net.edges + g * net.num_turns * PUSHING;
+    const Edges* edges = net.edges + g * net.num_turns * PUSHING;
     const int* ranks = net.ranks + g * SIZE;
     return {arcs, copies, tokens, held, room, next, shape, edges, net.num_turns, ranks, p.speed, p.cap};
 }
@@ -420,7 +433,7 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
-    Edge first;
+    Edges first;
     if (threadIdx.x < PUSHING) first = p.net.edges[g * p.net.num_turns * PUSHING + threadIdx.x];
     Component c = begin<GENERAL>(p, shared, quota, status);
     if (status == OPTIMAL) {

@@ -63,7 +63,7 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     built = network.tables(placement, solver)
     size, num_arcs = built.size, built.arcs.shape[1]
     flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
-    num_warps = _num_solver_threads(size, built.parts) // 32
+    num_warps = _num_solver_threads(size, built.parts[0]) // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
@@ -76,9 +76,9 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     return num_bytes
 
 
-def _solver(solver: str, size: int, parts: int) -> Program:
+def _solver(solver: str, size: int, parts: int, each: int) -> Program:
     threads = _num_solver_threads(size, parts)
-    defines = {"SIZE": size, "THREADS": threads, "PARTS": parts}
+    defines = {"SIZE": size, "THREADS": threads, "PARTS": parts, "EACH": each}
     if solver == "flow":
         return Program("flow.cu", defines)
     factor = CuSolverDx("potrf", size, threads)
@@ -146,9 +146,9 @@ class Solver:
             *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
-        self._num_threads = _num_solver_threads(built.size, built.parts)
+        self._num_threads = _num_solver_threads(built.size, built.parts[0])
         self._num_shared_bytes = num_shared_bytes(placement, solver)
-        kernels = _kernels(_solver, (solver, built.size, built.parts), device.index)
+        kernels = _kernels(_solver, (solver, built.size, *built.parts), device.index)
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
         self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
 

@@ -20,17 +20,18 @@ MAX_RANKS, MAX_EXPERTS = 64, 512
 SIZES = (8, 16, 32, 64)
 """The most ranks of a component, for each variant of a solver."""
 
-PARTS = {"flow": (2, 4, 8), "cusolverdx": (4,)}
-"""By solver, how many threads share the edges of a rank: as many as it has edges, if possible."""
+PARTS = {"flow": ((2, 1), (4, 1), (4, 2), (4, 4)), "cusolverdx": ((4, 1),)}
+"""By solver: how many threads share the edges of a rank, and how many each has at once. The first
+that has room for all edges of a rank is taken, or the last."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
 EDGE = np.dtype([("arc", "i2"), ("to", "i2"), ("target", "i2"), ("nth", "i2")])
 COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
 
 
-def variants(solver: str) -> list[tuple[int, int]]:
+def variants(solver: str) -> list[tuple[int, int, int]]:
     """Of a solver's kernel: one of `SIZES` and one of `PARTS`, whole warps of threads in all."""
-    return [(s, parts) for s in SIZES for parts in PARTS[solver] if s * parts % 32 == 0]
+    return [(s, *parts) for s in SIZES for parts in PARTS[solver] if s * parts[0] % 32 == 0]
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Tables:
     first_arc: npt.NDArray[np.int16]
     """[G, size + 1] the first arc of each local rank."""
     edges: npt.NDArray[Any]
-    """[G, turns, size, parts] of `Edge`: those of each local rank, by turn and part; -1 behind the
+    """[G, turns, size, parts, each] of `Edge`: those of each local rank in order, -1 behind the
     last."""
     experts: npt.NDArray[np.int32]
     """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
@@ -60,9 +61,9 @@ class Tables:
         return self.ranks.shape[1]
 
     @property
-    def parts(self) -> int:
-        """How many threads share a rank's edges, one of `PARTS`."""
-        return self.edges.shape[3]
+    def parts(self) -> tuple[int, int]:
+        """How a rank's edges are shared, one of `PARTS`."""
+        return self.edges.shape[3:]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -127,7 +128,7 @@ def tables(placement: Placement, solver: str) -> Tables:
 
 
 def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
-    """Of a component's arcs, sorted by rank: for each rank its `EDGE`s, those of an arc together."""
+    """Of a component's arcs, sorted by rank: each rank's `EDGE`s, those of an arc together."""
     arc, to = np.nonzero((expert[:, None] == expert) & (rank[:, None] != rank))
     # Neighbours begin with different targets, not to fill all the same one.
     order = np.lexsort(((rank[to] - rank[arc]) % size, arc))
@@ -140,15 +141,15 @@ def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[
 def _by_turns(edges: list[list[npt.NDArray[Any]]], solver: str, size: int) -> npt.NDArray[Any]:
     """`Tables.edges`, of the edges of each component's ranks."""
     most = max(of_rank.size for component in edges for of_rank in component)
-    able = [parts for at_most, parts in variants(solver) if at_most == size]
-    parts = next((parts for parts in able if parts >= most), able[-1])
-    num_turns = max(1, -(-most // parts))
-    table = np.full((len(edges), num_turns, size, parts), -1, EDGE)
+    able = [(parts, each) for at_most, parts, each in variants(solver) if at_most == size]
+    parts, each = next((of for of in able if of[0] * of[1] >= most), able[-1])
+    num_turns = max(1, -(-most // (parts * each)))
+    table = np.full((len(edges), size, num_turns * parts * each), -1, EDGE)
     for g, component in enumerate(edges):
         for r, of_rank in enumerate(component):
-            i = np.arange(of_rank.size)
-            table[g, i // parts, r, i % parts] = of_rank
-    return table
+            table[g, r, : of_rank.size] = of_rank
+    table = table.reshape(len(edges), size, num_turns, parts, each)
+    return np.ascontiguousarray(table.transpose(0, 2, 1, 3, 4))
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def test_tables_hold_every_copy_once(R):
                 same = tables.copies[g, place : place + len(holders)]
                 assert (arcs["quota"][same] // C == e[a]).all()
                 assert arcs["rank"][same].tolist() == holders
-            edges = tables.edges[g].transpose(1, 0, 2).reshape(tables.size, -1)
+            edges = tables.edges[g].swapaxes(0, 1).reshape(tables.size, -1)
             for r, of_rank in enumerate(edges):
                 of_rank = of_rank[: np.count_nonzero(of_rank["arc"] >= 0)]
                 assert (of_rank["arc"] >= 0).all()
