@@ -32,8 +32,6 @@ struct __align__(8) Edge {      // from one copy of an expert to another, along 
     short nth;                  // how many edges of the same copy come before it
 };
 
-struct __align__(8 * EACH) Edges { Edge edge[EACH]; };  // consecutive ones of a rank, for one thread
-
 struct __align__(8) Shape { int ranks, arcs; };
 
 // Tables of one component, each at a fixed stride so that all are read at once.
@@ -42,14 +40,14 @@ struct Network {
     const Arc* arcs;            // [G, max_arcs] by rank, then expert
     const short* copies;        // [G, max_arcs] arcs by expert, then local rank
     const short* first_arc;     // [G, SIZE + 1] of each local rank
-    const Edges* edges;         // [G, num_turns, SIZE, PARTS] of each local rank, by turn and part
+    const Edge* edges;          // [G, num_turns, SIZE, PARTS] of each local rank
     const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
                                 // SIZE + the place of its arcs if it has several; -1 behind the last
     const int* ranks;           // [G, SIZE] local → global
     int max_arcs, num_turns, max_experts;
 };
 
-struct Component {              // all but the last five in shared memory
+struct Component {              // all but the last three in shared memory
     const Arc* arcs;
     const short* copies;
     int* tokens;                // [arcs] at each copy
@@ -57,8 +55,6 @@ struct Component {              // all but the last five in shared memory
     int* room;                  // [SIZE] below the limit when the round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
     Shape shape;
-    const Edges* edges;         // [num_turns, SIZE, PARTS]
-    int num_turns;
     const int* ranks;           // [SIZE] local → global
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
@@ -84,56 +80,62 @@ __device__ void meet() {        // of the threads that push
     else asm volatile("bar.sync 1, %0;" :: "n"(PUSHING) : "memory");
 }
 
+// A thread's edges, one a turn. The first are in registers.
+struct Mine {
+    Edge first[TURNS];
+    const Edge* all;            // [num_turns, SIZE, PARTS]
+    int num_turns;
+
+    __device__ Edge at(int turn) const {
+        if (turn >= TURNS) return all[turn * PUSHING + threadIdx.x];
+        Edge edge = first[0];
+        #pragma unroll
+        for (int i = 1; i < TURNS; ++i)
+            if (turn == i) edge = first[i];
+        return edge;
+    }
+};
+
 // One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
-// the lowest layer take what they have room for. Lanes of other layers come with over = 0. `mine` are
-// this thread's first edges; the rest follow by turns.
+// the lowest layer take what they have room for. Lanes of other layers come with over = 0.
 template <bool GENERAL>
-__device__ void push(const Component& c, Edges mine, int over, Set down, bool lowest) {
-    int part = threadIdx.x % PARTS;
+__device__ void push(const Component& c, const Mine& mine, int over, Set down, bool lowest) {
+    int part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
     for (int turn = 0; __any_sync(~0u, over > 0);) {
-        int here[EACH], most[EACH], taken[EACH] = {}, sum = 0;
-        #pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-            Edge edge = mine.edge[j];
-            bool open = over > 0 && edge.arc >= 0 && down >> edge.target & 1;
-            here[j] = most[j] = open ? c.tokens[edge.arc] : 0;
-            if (lowest && open) most[j] = min(most[j], c.room[edge.target]);
-            if (GENERAL && open) most[j] = min(most[j], c.left(edge.to));
-        }
+        Edge edge = mine.at(turn);
+        bool open = over > 0 && edge.arc >= 0 && down >> edge.target & 1;
+        int here = open ? c.tokens[edge.arc] : 0, most = here;
+        if (lowest && open) most = min(most, c.room[edge.target]);
+        if (GENERAL && open) most = min(most, c.left(edge.to));
         // The edges of one copy share what it has, the earlier first; so do those of the rank.
-        #pragma unroll
-        for (int lanes = 0; lanes < PARTS; ++lanes)
+        int earlier = min(part, int(edge.nth));
+        if (GENERAL || lowest) {
+            unsigned taken = 0;
             #pragma unroll
-            for (int i = 0; i < EACH; ++i) {
-                int other = lanes ? __shfl_up_sync(~0u, most[i], lanes, PARTS) : most[i];
-                #pragma unroll
-                for (int j = lanes ? 0 : i + 1; j < EACH; ++j)
-                    if (lanes <= part && lanes * EACH + j - i <= mine.edge[j].nth)
-                        taken[j] = min(unsigned(taken[j]) + other, here[j]);
+            for (int i = 1; i < PARTS; ++i) {
+                unsigned other = __shfl_up_sync(~0u, most, i, PARTS);
+                if (i <= earlier) taken = min(taken + other, here);
             }
-        #pragma unroll
-        for (int j = 0; j < EACH; ++j) sum += most[j] = min(most[j], here[j] - taken[j]);
+            most = min(most, here - int(taken));
+        } else {
+            unsigned able = __ballot_sync(~0u, most > 0) >> (lane - max(earlier, 0));
+            if (able & ((1u << max(earlier, 0)) - 1)) most = 0;
+        }
         int before = 0;
         #pragma unroll
-        for (int lanes = 1; lanes < PARTS; ++lanes) {
-            int other = __shfl_up_sync(~0u, sum, lanes, PARTS);
-            if (lanes <= part) before += other;
+        for (int i = 1; i < PARTS; ++i) {
+            int other = __shfl_up_sync(~0u, most, i, PARTS);
+            if (i <= part) before += other;
         }
-        int rest = over - before;
-        #pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-            Edge edge = mine.edge[j];
-            int tokens = min(most[j], rest);
-            if (tokens <= 0) continue;
-            rest -= tokens;
+        int tokens = min(most, over - before);
+        if (tokens > 0) {
             atomicAdd(&c.held[edge.target], tokens);
             atomicAdd(&c.tokens[edge.to], tokens);
             atomicSub(&c.tokens[edge.arc], tokens);
             atomicSub(&c.held[threadIdx.x / PARTS], tokens);
         }
-        if (++turn == c.num_turns) break;
-        over -= min(over, __shfl_sync(~0u, before + sum, PARTS - 1, PARTS));
-        mine = c.edges[turn * PUSHING + threadIdx.x];
+        if (++turn == mine.num_turns) break;
+        over -= min(over, __shfl_sync(~0u, before + most, PARTS - 1, PARTS));
         __syncwarp();
     }
 }
@@ -192,7 +194,7 @@ __device__ void raise(const Component& c, Set set, int load, int (&limit)[WORDS]
 // Moves tokens until the largest of `held`, by the ranks' speeds, is the optimum. By the threads that
 // push; false if the rounds did not suffice. GENERAL: with speeds or capacities.
 template <bool GENERAL>
-__device__ bool balance(const Component& c, Edges first, int rounds) {
+__device__ bool balance(const Component& c, const Mine& mine, int rounds) {
     int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32, total = 0;
     #pragma unroll
     for (int i = 0; i < WORDS; ++i)
@@ -205,15 +207,13 @@ __device__ bool balance(const Component& c, Edges first, int rounds) {
     meet();
     for (; rounds > 0; --rounds) {
         Set reach = 0;
-        Edges mine = first;
-        for (int turn = 0;;) {
-            #pragma unroll
-            for (const Edge& edge : mine.edge)
-                if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
-                    reach |= Set(1) << edge.target;
-            if (++turn == c.num_turns) break;
-            mine = c.edges[turn * PUSHING + threadIdx.x];
-        }
+        auto look = [&](Edge edge) {
+            if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
+                reach |= Set(1) << edge.target;
+        };
+        #pragma unroll
+        for (int turn = 0; turn < TURNS; ++turn) look(mine.first[turn]);
+        for (int turn = TURNS; turn < mine.num_turns; ++turn) look(mine.at(turn));
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
         if (part == 0) {
@@ -273,7 +273,7 @@ __device__ bool balance(const Component& c, Edges first, int rounds) {
             for (int turn = 0; turn < turns; ++turn) {
                 meet();
                 bool pushes = label == top && (turns == 1 || rank == turn);
-                push<GENERAL>(c, first, pushes ? c.held[rank] : 0, down, top == 1);
+                push<GENERAL>(c, mine, pushes ? c.held[rank] : 0, down, top == 1);
             }
         }
         meet();
@@ -412,9 +412,8 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
         }
     }
     __syncthreads();
-    const Edges* edges = net.edges + g * net.num_turns * PUSHING;
     const int* ranks = net.ranks + g * SIZE;
-    return {arcs, copies, tokens, held, room, next, shape, edges, net.num_turns, ranks, p.speed, p.cap};
+    return {arcs, copies, tokens, held, room, next, shape, ranks, p.speed, p.cap};
 }
 
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
@@ -433,12 +432,16 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
-    Edges first;
-    if (threadIdx.x < PUSHING) first = p.net.edges[g * p.net.num_turns * PUSHING + threadIdx.x];
+    int num_turns = p.net.num_turns;
+    Mine mine{{}, p.net.edges + g * num_turns * PUSHING, num_turns};
+    #pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn)
+        mine.first[turn] = threadIdx.x < PUSHING && turn < num_turns
+            ? mine.all[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
     Component c = begin<GENERAL>(p, shared, quota, status);
     if (status == OPTIMAL) {
         start(c);
-        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, first, p.max_rounds)) status = NOT_CONVERGED;
+        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, mine, p.max_rounds)) status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {

@@ -45,13 +45,13 @@ _BATCH = struct.Struct("8Q2i")
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
     return [
-        *(_solver(solver, *v) for solver in network.PARTS for v in network.variants(solver)),
+        *(_solver(solver, v) for solver in network.SHARES for v in network.variants(solver)),
         *(_route(dtype) for dtype in (torch.int32, torch.int64)),
     ]
 
 
-def _num_solver_threads(size: int, parts: int) -> int:
-    return max(256, size * parts)  # fewer would take long to add up the counts
+def _num_solver_threads(variant: network.Variant) -> int:
+    return max(256, variant.size * variant.parts)  # fewer would take long to add up the counts
 
 
 def num_shared_bytes(placement: Placement, solver: str) -> int:
@@ -60,10 +60,10 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     Raises:
         ValueError: it is more than a block has; says of what.
     """
-    built = network.tables(placement, solver)
-    size, num_arcs = built.size, built.arcs.shape[1]
+    variant = network.variant(placement, solver)
+    size, num_arcs = variant.size, network.tables(placement, variant).arcs.shape[1]
     flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
-    num_warps = _num_solver_threads(size, built.parts[0]) // 32
+    num_warps = _num_solver_threads(variant) // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
@@ -76,13 +76,14 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     return num_bytes
 
 
-def _solver(solver: str, size: int, parts: int, each: int) -> Program:
-    threads = _num_solver_threads(size, parts)
-    defines = {"SIZE": size, "THREADS": threads, "PARTS": parts, "EACH": each}
+def _solver(solver: str, variant: network.Variant) -> Program:
+    threads = _num_solver_threads(variant)
+    defines = {name.upper(): value for name, value in variant._asdict().items()}
+    defines["THREADS"] = threads
     if solver == "flow":
         return Program("flow.cu", defines)
-    factor = CuSolverDx("potrf", size, threads)
-    substitute = CuSolverDx("potrs", size, threads, num_right_hand_sides=2)
+    factor = CuSolverDx("potrf", variant.size, threads)
+    substitute = CuSolverDx("potrs", variant.size, threads, num_right_hand_sides=2)
     return Program("interior.cu", defines, (factor, substitute))
 
 
@@ -136,7 +137,8 @@ class Solver:
     """
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
-        built = network.tables(placement, solver)
+        variant = network.variant(placement, solver)
+        built = network.tables(placement, variant)
         self.placement, self.device = placement, device
         self.max_rounds = MAX_ROUNDS
         """Rounds of flow that a component may take."""
@@ -146,9 +148,9 @@ class Solver:
             *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
-        self._num_threads = _num_solver_threads(built.size, built.parts[0])
+        self._num_threads = _num_solver_threads(variant)
         self._num_shared_bytes = num_shared_bytes(placement, solver)
-        kernels = _kernels(_solver, (solver, built.size, *built.parts), device.index)
+        kernels = _kernels(_solver, (solver, variant), device.index)
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
         self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
 

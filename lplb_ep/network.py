@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,21 +17,57 @@ from .placement import Placement
 
 MAX_RANKS, MAX_EXPERTS = 64, 512
 """Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
-SIZES = (8, 16, 32, 64)
-"""The most ranks of a component, for each variant of a solver."""
 
-PARTS = {"flow": ((2, 1), (4, 1), (4, 2), (4, 4)), "cusolverdx": ((4, 1),)}
-"""By solver: how many threads share the edges of a rank, and how many each has at once. The first
-that has room for all edges of a rank is taken, or the last."""
+
+class Variant(NamedTuple):
+    """Of a solver's kernel: what it is compiled for."""
+
+    size: int
+    """The most ranks of a component."""
+    parts: int
+    """Threads that share the edges of a rank."""
+    turns: int
+    """Edges that each of them keeps in registers."""
+
+
+SIZES = (8, 16, 32, 64)
+SHARES = {"flow": ((2, 1), (4, 1), (8, 1), (4, 3)), "cusolverdx": ((4, 1),)}
+"""By solver, parts and turns. The first that have room for all edges of a rank are taken, or the
+last."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
 EDGE = np.dtype([("arc", "i2"), ("to", "i2"), ("target", "i2"), ("nth", "i2")])
 COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
 
 
-def variants(solver: str) -> list[tuple[int, int, int]]:
-    """Of a solver's kernel: one of `SIZES` and one of `PARTS`, whole warps of threads in all."""
-    return [(s, *parts) for s in SIZES for parts in PARTS[solver] if s * parts[0] % 32 == 0]
+def variants(solver: str) -> list[Variant]:
+    """Those with whole warps of threads."""
+    return [Variant(n, *of) for n in SIZES for of in SHARES[solver] if n * of[0] % 32 == 0]
+
+
+def variant(placement: Placement, solver: str) -> Variant:
+    """Which of the solver's takes the placement.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    num_ranks = np.bincount(placement.component)
+    num_experts = np.bincount(placement.component[placement.home_rank])
+    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
+        raise ValueError(
+            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
+            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
+        )
+    if placement.num_experts >= 2**15:
+        raise ValueError(
+            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
+        )
+    size = next(size for size in SIZES if size >= num_ranks.max())
+    useful = placement.copy_rank >= 0
+    others = np.broadcast_to(useful.sum(1, keepdims=True) - 1, useful.shape)
+    most = np.bincount(placement.copy_rank[useful], others[useful]).max()
+    able = [variant for variant in variants(solver) if variant.size == size]
+    return next((v for v in able if v.parts * v.turns >= most), able[-1])
 
 
 @dataclass(frozen=True)
@@ -47,42 +83,19 @@ class Tables:
     first_arc: npt.NDArray[np.int16]
     """[G, size + 1] the first arc of each local rank."""
     edges: npt.NDArray[Any]
-    """[G, turns, size, parts, each] of `Edge`: those of each local rank in order, -1 behind the
-    last."""
+    """[G, num_turns, size, parts] of `Edge`: of each local rank by turns, -1 behind the last."""
     experts: npt.NDArray[np.int32]
     """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
     rank but size + the place of its arcs in `copies`; -1 behind the last."""
     ranks: npt.NDArray[np.int32]
     """[G, size] local rank → rank."""
 
-    @property
-    def size(self) -> int:
-        """The most ranks that the solver's variant takes, one of `SIZES`."""
-        return self.ranks.shape[1]
-
-    @property
-    def parts(self) -> tuple[int, int]:
-        """How a rank's edges are shared, one of `PARTS`."""
-        return self.edges.shape[3:]
-
 
 @functools.lru_cache(maxsize=1024)
-def tables(placement: Placement, solver: str) -> Tables:
-    """For that of the solver's `variants` which fits.
-
-    Raises:
-        ValueError: a component is too large for one block; names its size.
-    """
-    component, home = placement.component, placement.home_rank
+def tables(placement: Placement, variant: Variant) -> Tables:
+    size, component, home = variant.size, placement.component, placement.home_rank
     num_components = int(component.max()) + 1
-    num_ranks = np.bincount(component)
     num_experts = np.bincount(component[home], minlength=num_components)
-    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
-        raise ValueError(
-            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
-            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
-        )
-    size = next(size for size in SIZES if size >= num_ranks.max())
     several = (placement.copy_rank >= 0).sum(1) > 1
     expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
     rank = placement.copy_rank[expert, column]
@@ -120,11 +133,7 @@ def tables(placement: Placement, solver: str) -> Tables:
         out.ranks[g, : members.size] = members
         out.shape[g] = members.size, n
         edges.append(_edges(e, r, size))
-    if placement.num_experts >= 2**15:
-        raise ValueError(
-            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
-        )
-    return dataclasses.replace(out, edges=_by_turns(edges, solver, size))
+    return dataclasses.replace(out, edges=_by_turns(edges, variant))
 
 
 def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
@@ -138,18 +147,15 @@ def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[
     return np.split(edges, np.searchsorted(rank[arc], np.arange(1, size)))
 
 
-def _by_turns(edges: list[list[npt.NDArray[Any]]], solver: str, size: int) -> npt.NDArray[Any]:
+def _by_turns(edges: list[list[npt.NDArray[Any]]], variant: Variant) -> npt.NDArray[Any]:
     """`Tables.edges`, of the edges of each component's ranks."""
     most = max(of_rank.size for component in edges for of_rank in component)
-    able = [(parts, each) for at_most, parts, each in variants(solver) if at_most == size]
-    parts, each = next((of for of in able if of[0] * of[1] >= most), able[-1])
-    num_turns = max(1, -(-most // (parts * each)))
-    table = np.full((len(edges), size, num_turns * parts * each), -1, EDGE)
+    num_turns = max(1, -(-most // variant.parts))
+    table = np.full((len(edges), variant.size, num_turns * variant.parts), -1, EDGE)
     for g, component in enumerate(edges):
         for r, of_rank in enumerate(component):
             table[g, r, : of_rank.size] = of_rank
-    table = table.reshape(len(edges), size, num_turns, parts, each)
-    return np.ascontiguousarray(table.transpose(0, 2, 1, 3, 4))
+    return table.reshape(len(edges), variant.size, num_turns, variant.parts).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ def test_tables_hold_every_copy_once(R):
     rng = np.random.default_rng(R)
     for _ in range(5):
         placement = oracle.random_placement(rng, R, int(rng.integers(R, 200)), 2)
-        tables = network.tables(placement, "flow")
+        tables = network.tables(placement, network.variant(placement, "flow"))
         C = placement.max_replicas
         copies, experts = [], []
         for g, (num_ranks, num_arcs) in enumerate(tables.shape.tolist()):
@@ -32,7 +32,7 @@ def test_tables_hold_every_copy_once(R):
                 same = tables.copies[g, place : place + len(holders)]
                 assert (arcs["quota"][same] // C == e[a]).all()
                 assert arcs["rank"][same].tolist() == holders
-            edges = tables.edges[g].swapaxes(0, 1).reshape(tables.size, -1)
+            edges = tables.edges[g].swapaxes(0, 1).reshape(tables.ranks.shape[1], -1)
             for r, of_rank in enumerate(edges):
                 of_rank = of_rank[: np.count_nonzero(of_rank["arc"] >= 0)]
                 assert (of_rank["arc"] >= 0).all()
@@ -47,9 +47,11 @@ def test_tables_hold_every_copy_once(R):
                     assert nth == (of_rank["arc"][:i] == a).sum()
                     assert nth == 0 or of_rank["arc"][i - 1] == a
             packed = tables.experts[g][tables.experts[g] >= 0]
-            several = packed[packed >> 16 >= tables.size]
+            several = packed[packed >> 16 >= tables.ranks.shape[1]]
             places = dict(zip((arcs["quota"] // C).tolist(), arcs["place"].tolist(), strict=True))
-            assert {e & 0xFFFF: (e >> 16) - tables.size for e in several.tolist()} == places
+            assert {
+                e & 0xFFFF: (e >> 16) - tables.ranks.shape[1] for e in several.tolist()
+            } == places
             experts += (packed & 0xFFFF).tolist()
             single = packed >> 16 < tables.ranks.shape[1]
             homes = placement.home_rank[packed[single] & 0xFFFF]
@@ -63,7 +65,10 @@ def test_tables_hold_every_copy_once(R):
 def test_tables_of_any_placement_can_be_sent_to_a_device():
     for table in ([0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 0, 1, 2]):
         placement = Placement(table, 2)
-        for built in (network.tables(placement, "flow"), network.routes(placement)):
+        for built in (
+            network.tables(placement, network.variant(placement, "flow")),
+            network.routes(placement),
+        ):
             sent = cuda._upload(built, torch.device("cpu"))
             assert [t.numel() for t in sent] == [
                 getattr(built, field.name).nbytes for field in dataclasses.fields(built)
@@ -97,7 +102,7 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(
         ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
     ):
-        network.tables(ring, "flow")
+        network.variant(ring, "flow")
     everywhere = Placement(np.tile(np.arange(70), 64), 64)
     with pytest.raises(ValueError, match=r"takes 1\d{5} for 70 experts and, .* 4480 copies"):
         cuda.num_shared_bytes(everywhere, "flow")
@@ -106,7 +111,8 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
         cuda.num_shared_bytes(half, "cusolverdx")
     # Many independent groups are no matter.
-    assert len(network.tables(Placement(np.arange(600), 100), "flow").shape) == 100
+    many = Placement(np.arange(600), 100)
+    assert len(network.tables(many, network.variant(many, "flow")).shape) == 100
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
