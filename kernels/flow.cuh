@@ -32,6 +32,9 @@ struct __align__(8) Edge {      // from one copy of an expert to another, along 
     short nth;                  // how many edges of the same copy come before it
 };
 
+// A thread's edges of the first turns, in registers; those of further turns are read when needed.
+struct Mine { Edge edge[TURNS]; };
+
 struct __align__(8) Shape { int ranks, arcs; };
 
 // Tables of one component, each at a fixed stride so that all are read at once.
@@ -47,7 +50,7 @@ struct Network {
     int max_arcs, num_turns, max_experts;
 };
 
-struct Component {              // all but the last three in shared memory
+struct Component {              // all but the last five in shared memory
     const Arc* arcs;
     const short* copies;
     int* tokens;                // [arcs] at each copy
@@ -55,6 +58,8 @@ struct Component {              // all but the last three in shared memory
     int* room;                  // [SIZE] below the limit when the round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
     Shape shape;
+    const Edge* edges;          // [num_turns, SIZE, PARTS]
+    int num_turns;
     const int* ranks;           // [SIZE] local → global
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
@@ -80,47 +85,25 @@ __device__ void meet() {        // of the threads that push
     else asm volatile("bar.sync 1, %0;" :: "n"(PUSHING) : "memory");
 }
 
-// A thread's edges, one a turn. The first are in registers.
-struct Mine {
-    Edge first[TURNS];
-    const Edge* all;            // [num_turns, SIZE, PARTS]
-    int num_turns;
-
-    __device__ Edge at(int turn) const {
-        if (turn >= TURNS) return all[turn * PUSHING + threadIdx.x];
-        Edge edge = first[0];
-        #pragma unroll
-        for (int i = 1; i < TURNS; ++i)
-            if (turn == i) edge = first[i];
-        return edge;
-    }
-};
-
 // One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
 // the lowest layer take what they have room for. Lanes of other layers come with over = 0.
 template <bool GENERAL>
 __device__ void push(const Component& c, const Mine& mine, int over, Set down, bool lowest) {
-    int part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
+    int part = threadIdx.x % PARTS;
+    Edge edge = mine.edge[0];
     for (int turn = 0; __any_sync(~0u, over > 0);) {
-        Edge edge = mine.at(turn);
         bool open = over > 0 && edge.arc >= 0 && down >> edge.target & 1;
         int here = open ? c.tokens[edge.arc] : 0, most = here;
         if (lowest && open) most = min(most, c.room[edge.target]);
         if (GENERAL && open) most = min(most, c.left(edge.to));
         // The edges of one copy share what it has, the earlier first; so do those of the rank.
-        int earlier = min(part, int(edge.nth));
-        if (GENERAL || lowest) {
-            unsigned taken = 0;
-            #pragma unroll
-            for (int i = 1; i < PARTS; ++i) {
-                unsigned other = __shfl_up_sync(~0u, most, i, PARTS);
-                if (i <= earlier) taken = min(taken + other, here);
-            }
-            most = min(most, here - int(taken));
-        } else {
-            unsigned able = __ballot_sync(~0u, most > 0) >> (lane - max(earlier, 0));
-            if (able & ((1u << max(earlier, 0)) - 1)) most = 0;
+        unsigned taken = 0;
+        #pragma unroll
+        for (int i = 1; i < PARTS; ++i) {
+            unsigned other = __shfl_up_sync(~0u, most, i, PARTS);
+            if (i <= part && i <= edge.nth) taken = min(taken + other, here);
         }
+        most = min(most, here - int(taken));
         int before = 0;
         #pragma unroll
         for (int i = 1; i < PARTS; ++i) {
@@ -134,8 +117,12 @@ __device__ void push(const Component& c, const Mine& mine, int over, Set down, b
             atomicSub(&c.tokens[edge.arc], tokens);
             atomicSub(&c.held[threadIdx.x / PARTS], tokens);
         }
-        if (++turn == mine.num_turns) break;
+        if (++turn == c.num_turns) break;
         over -= min(over, __shfl_sync(~0u, before + most, PARTS - 1, PARTS));
+        if (turn >= TURNS) edge = c.edges[turn * PUSHING + threadIdx.x];
+        #pragma unroll
+        for (int i = 1; i < TURNS; ++i)
+            if (turn == i) edge = mine.edge[i];
         __syncwarp();
     }
 }
@@ -212,8 +199,10 @@ __device__ bool balance(const Component& c, const Mine& mine, int rounds) {
                 reach |= Set(1) << edge.target;
         };
         #pragma unroll
-        for (int turn = 0; turn < TURNS; ++turn) look(mine.first[turn]);
-        for (int turn = TURNS; turn < mine.num_turns; ++turn) look(mine.at(turn));
+        for (const Edge& edge : mine.edge) look(edge);
+        #pragma unroll 1
+        for (int turn = TURNS; turn < c.num_turns; ++turn)
+            look(c.edges[turn * PUSHING + threadIdx.x]);
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
         if (part == 0) {
@@ -412,8 +401,9 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
         }
     }
     __syncthreads();
+    const Edge* edges = net.edges + g * net.num_turns * PUSHING;
     const int* ranks = net.ranks + g * SIZE;
-    return {arcs, copies, tokens, held, room, next, shape, ranks, p.speed, p.cap};
+    return {arcs, copies, tokens, held, room, next, shape, edges, net.num_turns, ranks, p.speed, p.cap};
 }
 
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
@@ -433,11 +423,12 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
     int num_turns = p.net.num_turns;
-    Mine mine{{}, p.net.edges + g * num_turns * PUSHING, num_turns};
+    const Edge* edges = p.net.edges + g * num_turns * PUSHING;
+    Mine mine;
     #pragma unroll
     for (int turn = 0; turn < TURNS; ++turn)
-        mine.first[turn] = threadIdx.x < PUSHING && turn < num_turns
-            ? mine.all[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
+        mine.edge[turn] = threadIdx.x < PUSHING && turn < num_turns
+            ? edges[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
     Component c = begin<GENERAL>(p, shared, quota, status);
     if (status == OPTIMAL) {
         start(c);

@@ -26,6 +26,8 @@ MAX_SHARED_BYTES = 99 * 1024
 """What a block may have on every architecture from sm_80 on."""
 NUM_THREADS = 1024
 """Of a block that counts or rewrites."""
+NUM_SOLVER_THREADS = 256
+"""Of a block that solves; fewer would take long to add up the counts."""
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are spread over."""
 NUM_HEAD = 5
@@ -50,10 +52,6 @@ def programs() -> list[Program]:
     ]
 
 
-def _num_solver_threads(variant: network.Variant) -> int:
-    return max(256, variant.size * variant.parts)  # fewer would take long to add up the counts
-
-
 def num_shared_bytes(placement: Placement, solver: str) -> int:
     """What a block of the solver takes.
 
@@ -63,7 +61,7 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     variant = network.variant(placement, solver)
     size, num_arcs = variant.size, network.tables(placement, variant).arcs.shape[1]
     flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
-    num_warps = _num_solver_threads(variant) // 32
+    num_warps = NUM_SOLVER_THREADS // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
@@ -77,7 +75,7 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
 
 
 def _solver(solver: str, variant: network.Variant) -> Program:
-    threads = _num_solver_threads(variant)
+    threads = NUM_SOLVER_THREADS
     defines = {name.upper(): value for name, value in variant._asdict().items()}
     defines["THREADS"] = threads
     if solver == "flow":
@@ -148,7 +146,6 @@ class Solver:
             *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
-        self._num_threads = _num_solver_threads(variant)
         self._num_shared_bytes = num_shared_bytes(placement, solver)
         kernels = _kernels(_solver, (solver, variant), device.index)
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
@@ -230,7 +227,7 @@ class Solver:
             grid = (self.num_components + num_chunks, num_batches)
             general = any(option is not None for option in options[1:])
             kernel, num_bytes = self._general if general else self._kernel, self._num_shared_bytes
-            _launch(kernel, grid, self._num_threads, (problem,), num_bytes, self.device)
+            _launch(kernel, grid, NUM_SOLVER_THREADS, (problem,), num_bytes, self.device)
         return out
 
 

@@ -31,6 +31,8 @@ class Variant(NamedTuple):
 
 
 SIZES = (8, 16, 32, 64)
+MAX_PUSHING = 256
+"""Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
 SHARES = {"flow": ((2, 1), (4, 1), (8, 1), (4, 3)), "cusolverdx": ((4, 1),)}
 """By solver, parts and turns. The first that have room for all edges of a rank are taken, or the
 last."""
@@ -41,8 +43,13 @@ COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"
 
 
 def variants(solver: str) -> list[Variant]:
-    """Those with whole warps of threads."""
-    return [Variant(n, *of) for n in SIZES for of in SHARES[solver] if n * of[0] % 32 == 0]
+    """Those with whole warps of threads, and no more than hide each other's latencies."""
+    return [
+        Variant(size, parts, turns)
+        for size in SIZES
+        for parts, turns in SHARES[solver]
+        if size * parts % 32 == 0 and size * parts <= MAX_PUSHING
+    ]
 
 
 def variant(placement: Placement, solver: str) -> Variant:
