@@ -1,7 +1,7 @@
 // Counting picks, splitting quotas by source rank, and rewriting picks to slots. INDEX is int or
 // long long, as the caller's topk_idx.
 
-#include "plan.cuh"
+#include "exchange.cuh"
 
 typedef INDEX Index;
 
@@ -11,8 +11,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     int* __restrict__ row,               // [HEAD + E], zeroed; or null
     int* __restrict__ num_batches,       // counted here, so that a replayed graph does it too
     volatile int* out_of_range,          // in the host's memory
+    const Window window,
     int status, int tag, int slot, int planner) {
-    extern __shared__ int histogram[];  // [E]
+    extern __shared__ int histogram[];  // [HEAD + E]
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
     __syncthreads();
     bool wrong = false;
@@ -34,12 +35,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
         picks.histograms[size_t(blockIdx.x) * picks.num_experts + e] = number;
         if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
     }
-    if (row == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
-    atomicMax(&row[0], status);
-    row[1] = tag;
-    row[2] = slot;
-    row[3] = planner;
-    row[4] = *num_batches = (*num_batches + 1) & MAX_TOTAL;
+    if (row == nullptr) return;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        atomicMax(&row[0], status);
+        row[1] = tag;
+        row[2] = slot;
+        row[3] = planner;
+        row[4] = *num_batches = (*num_batches + 1) & MAX_TOTAL;
+    }
+    if (window.of != nullptr) send(window, row, HEAD + picks.num_experts, histogram);
 }
 
 struct __align__(16) Copy {
@@ -162,8 +166,8 @@ struct Batch {
     int* rank_load;       // [R]
     const int* statuses;  // [G]
     int* status;          // [1]
-    int* num_by_status;   // [OUT_OF_STEP + 1] batches that ended so
-    volatile int* told;   // [OUT_OF_STEP + 1] in the host's memory: some batch ended so
+    int* num_by_status;   // [TIMED_OUT + 1] batches that ended so
+    volatile int* told;   // [TIMED_OUT + 1] in the host's memory: some batch ended so
     int* row;             // to be zeroed for the next count, or null
     int num_statuses, rank;
 };

@@ -42,6 +42,7 @@ _PICKS = struct.Struct("3Q4i")
 _PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
+_WINDOW = struct.Struct("2Q2i")
 
 
 def programs() -> list[Program]:
@@ -309,6 +310,9 @@ class Steps:
         num_statuses: how many statuses a batch may end with.
         row_size: integers of an exchanged row; those behind the counts stay 0.
         solver: "flow" or "cusolverdx".
+        windows: [R] addresses of the memory in which each rank receives rows (`exchange.Windows`);
+            none: rows travel by other means.
+        timeout_s: how long `receive` waits.
     """
 
     def __init__(
@@ -320,6 +324,8 @@ class Steps:
         num_statuses: int,
         row_size: int,
         solver: str,
+        windows: Sequence[int] = (),
+        timeout_s: float = 60,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
         self._head = head
@@ -347,15 +353,22 @@ class Steps:
         self.num_by_status = zeros(num_statuses, device=device)
         """[num_statuses] batches planned so far that ended so."""
         self._histograms = zeros(MAX_CHUNKS, p.num_experts, device=device)
-        told = zeros(num_statuses + 2).pin_memory()
-        self._told, self.told = told, told.numpy()
-        """[num_statuses + 2] 1 where a batch ended with that status; then where one had an index
-        out of range, and where given counts were not those of its picks."""
+        told = zeros(p.num_ranks + num_statuses + 2).pin_memory()
+        self._told = told
+        self.missing, self.told = told.numpy()[: p.num_ranks], told.numpy()[p.num_ranks :]
+        """[R] 1 where a rank's row did not come in time; and [num_statuses + 2] 1 where a batch
+        ended with that status, then where one had an index out of range, and where given counts
+        were not those of its picks."""
+        self.timeout_s = timeout_s
+        self._windows = torch.tensor([*windows], dtype=torch.int64, device=device)
+        self._num_done = zeros(1, device=device)
+        pointer = self._windows.data_ptr() if windows else 0
+        self._window = _WINDOW.pack(pointer, self._num_done.data_ptr(), p.num_ranks, rank)
         self._kernels = {
             (name, dtype): _kernels(_route, (dtype,), device.index).kernel(
                 name, num_shared_bytes=MAX_SHARED_BYTES
             )
-            for name in ("count", "route", "split")
+            for name in ("count", "receive", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
 
@@ -366,10 +379,11 @@ class Steps:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def _told_at(self, index: int) -> int:
-        return self._told.data_ptr() + 4 * (len(self.told) + index if index < 0 else index)
+        """The address of a place in `told`."""
+        return self._told.data_ptr() + 4 * (len(self.missing) + index % len(self.told))
 
     def count(self, topk_idx: torch.Tensor, status: int, *, exchanged: bool) -> Picks:
-        """Counts picks, into `row` if they are to be exchanged.
+        """Counts picks, into `row` if they are to be exchanged; with windows, sends it.
 
         Args:
             topk_idx: [T, K] int32 or int64 on this device.
@@ -397,12 +411,37 @@ class Steps:
                 self.row.data_ptr() if exchanged else 0,
                 self.num_exchanges.data_ptr(),
                 self._told_at(-2),
+                self._window,
                 *map(np.int32, (status, *self._head)),
             ),
-            4 * E,
+            4 * (NUM_HEAD + E),
             self.device,
         )
         return Picks(topk_idx, scratch, num_chunks, packed)
+
+    def receive(self) -> torch.Tensor:
+        """Waits, on the GPU, for the rows that all ranks sent: [R, NUM_HEAD + E] int32. Those that
+        do not come in time end the batch as TIMED_OUT, and are `missing`."""
+        p = self.placement
+        rows = torch.empty(
+            p.num_ranks, NUM_HEAD + p.num_experts, dtype=torch.int32, device=self.device
+        )
+        _launch(
+            self._kernels["receive", torch.int64],
+            (p.num_ranks,),
+            NUM_THREADS,
+            (
+                self._window,
+                self.num_exchanges.data_ptr(),
+                rows.data_ptr(),
+                np.int32(rows.shape[1]),
+                np.int64(1e9 * self.timeout_s),
+                self._told.data_ptr(),
+            ),
+            0,
+            self.device,
+        )
+        return rows
 
     def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
         """Solves, and meanwhile numbers the picks.

@@ -124,6 +124,8 @@ def channel(state: BufferState, target: Target) -> Planner:
             slot=slot,
             compare=False,
             check=state.settings.check,
+            timeout_s=state.settings.timeout_s,
+            abort_on_timeout=state.settings.on_timeout == "abort",
         )
     if state.default is not None and target[0] is not state.default[0]:
         state.default = None

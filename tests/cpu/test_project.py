@@ -31,6 +31,8 @@ LAYERS = [
     "solver",
     "plan",
     "exchange",
+    "peers",
+    "watchdog",
     "planner",
     "replicas",
     "embedded.rows",
