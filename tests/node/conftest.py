@@ -28,8 +28,11 @@ def node(mps):
 
     def run(num_ranks, function, *args, environ=None, **kwargs):
         part = {"CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // num_ranks)}
-        return ranks.run(
-            num_ranks, function, *args, environ={**mps, **part, **(environ or {})}, **kwargs
-        )
+        environ = {**mps, **part, **(environ or {})}
+        try:
+            return ranks.run(num_ranks, function, *args, environ=environ, **kwargs)
+        except ranks.RanksFailedError:
+            ranks.close()  # some may wait for others still
+            raise
 
     return run
