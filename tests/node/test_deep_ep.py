@@ -6,7 +6,6 @@ import numpy as np
 import oracle
 import pytest
 import torch
-import torch.distributed as dist
 
 import lplb_ep
 from lplb_ep import Planner, check_plan
@@ -22,8 +21,10 @@ HIDDEN, NUM_EXPERTS = 256, 64
 TOLERANCE = 2**-6
 
 
-def place(num_ranks):
-    return oracle.random_placement(np.random.default_rng(num_ranks), num_ranks, NUM_EXPERTS, 2)
+def place(num_ranks, seed=0):
+    """Another one for each seed: a channel lives as long as its group."""
+    rng = np.random.default_rng((num_ranks, seed))
+    return oracle.random_placement(rng, num_ranks, NUM_EXPERTS, 2)
 
 
 def use_gpu(group):
@@ -34,7 +35,11 @@ def use_gpu(group):
 def make_buffer(group, placement):
     lplb_ep.Buffer.set_num_sms(8)  # what a rank's part of the GPU has room for
     return lplb_ep.Buffer(
-        group, 64 << 20, placement=placement, num_local_slots=placement.num_local_slots
+        group,
+        64 << 20,
+        placement=placement,
+        num_local_slots=placement.num_local_slots,
+        explicitly_destroy=True,
     )
 
 
@@ -111,9 +116,9 @@ def close(out, x, topk_idx, weights, tolerance=TOLERANCE):
     assert ((out.float() - exact).abs() <= bound + 1e-6).all()
 
 
-def batches(group, num_batches):
+def batches(group, num_batches, seed):
     use_gpu(group)
-    placement = place(group.size())
+    placement = place(group.size(), seed)
     buffer = make_buffer(group, placement)
     assert type(buffer).__mro__[1].__module__.startswith("deep_ep")
     judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
@@ -132,8 +137,8 @@ def batches(group, num_batches):
         quota[column[column >= 0]] = plan.quota.cpu().long()[column >= 0]
         assert numbers == quota[first : first + placement.num_local_slots].tolist()
         assert sum(numbers) == int(plan.rank_load[group.rank()]) == int((slots >= 0).sum())
-    (channel,) = lplb_ep.layers.channels[group].values()
-    buffer.destroy() if buffer.explicitly_destroy else None
+    channel = lplb_ep.layers.channels[group][placement, 0]
+    buffer.destroy()
     return channel.counts, int(channel.num_batches[0])
 
 
@@ -141,13 +146,13 @@ def batches(group, num_batches):
 @pytest.mark.parametrize("num_ranks", [2, 8])
 def test_every_token_arrives_where_it_was_planned(node, num_ranks, counts):
     environ = {"LPLB_EP": "1", "LPLB_EP_REPLICAS": "valid", "LPLB_EP_COUNTS": counts}
-    for used, number in node(num_ranks, batches, 200, environ=environ, timeout=120):
+    for used, number in node(num_ranks, batches, 200, len(counts), environ=environ, timeout=120):
         assert (used, number) == (counts, 200)
 
 
 def at_home(group):
     use_gpu(group)
-    placement = place(group.size())
+    placement = place(group.size(), 20)
     buffer = make_buffer(group, placement)
     rng = np.random.default_rng(100 + group.rank())
     homes = {int(h) for h in placement.home}
@@ -157,6 +162,7 @@ def at_home(group):
         close(out, x, topk_idx, weights)
         first = group.rank() * placement.num_local_slots
         assert {first + int(s) for s in slots.unique() if s >= 0} <= homes
+    buffer.destroy()
 
 
 def test_home_mode(node):
@@ -165,7 +171,7 @@ def test_home_mode(node):
 
 def options(group):
     use_gpu(group)
-    placement = place(group.size())
+    placement = place(group.size(), 21)
     buffer = make_buffer(group, placement)
     rng = np.random.default_rng(7 + group.rank())
     for _ in range(10):
@@ -183,7 +189,9 @@ def options(group):
         again, *_ = buffer.dispatch(x, handle=handle)
         back, *_ = buffer.combine(again, handle)
         copies = handle[4].sum(1, keepdim=True)  # is_token_in_rank
-        assert ((back.float() - x.float() * copies).abs() <= TOLERANCE * copies * x.abs()).all()
+        off = (back.float() - x.float() * copies).abs()
+        assert (off <= TOLERANCE * copies * x.abs()).all()
+    buffer.destroy()
 
 
 def test_fp8_worst_case_sizes_and_cached_dispatch(node):
@@ -194,14 +202,14 @@ def test_fp8_worst_case_sizes_and_cached_dispatch(node):
 def stale(group):
     """Nobody said that the replicas are valid: all tokens go home, the same on all ranks."""
     use_gpu(group)
-    placement = place(group.size())
+    placement = place(group.size(), 22)
     buffer = make_buffer(group, placement)
     x, topk_idx, weights = draw(np.random.default_rng(group.rank()), placement, empty=False)
     out, slots, _, _ = layer(buffer, group, placement, x, topk_idx, weights)
     close(out, x, topk_idx, weights)
     first = group.rank() * placement.num_local_slots
     assert {first + int(s) for s in slots.unique() if s >= 0} <= {int(h) for h in placement.home}
-    dist.barrier(group)
+    buffer.destroy()
 
 
 def test_replicas_that_may_be_stale_get_nothing(node):
