@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="no DeepEP"),
 ]
 
-HIDDEN, NUM_EXPERTS = 256, 64
+HIDDEN, NUM_EXPERTS = 512, 64
 # A sum over ranks of products rounded to bfloat16, of 8 bits: each of at most 8 terms is off by
 # 2**-9 of itself, and each sum of two by as much again.
 TOLERANCE = 2**-6
