@@ -1,4 +1,4 @@
-"""The drop-in over DeepEP itself, within a node: every batch arrives whole, where it was planned."""
+"""The drop-in over DeepEP itself, within a node: every token arrives, where it was planned."""
 
 import importlib.util
 

@@ -1,0 +1,116 @@
+"""Which way counts travel, and what is said when they do not come."""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from lplb_ep import Placement, Planner, peers, watchdog
+from lplb_ep.exchange import Reach, Windows, choose_counts
+
+FACT = peers._Fact(node="a", device="0", nvshmem="", has_part_of_gpu=False)
+
+
+def fact(**changes):
+    return dataclasses.replace(FACT, **changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "reach", "chosen", "because"),
+    [
+        ("auto", Reach(), "nvshmem", "the kernels reach"),
+        ("auto", Reach(nvshmem="no package"), "ipc", "not nvshmem: no package"),
+        ("auto", Reach("no package", "2 nodes"), "torch", "not nvshmem: no package; not ipc: 2 no"),
+        ("ipc", Reach(), "ipc", "asked for"),
+        ("torch", Reach(), "torch", "asked for"),
+    ],
+)
+def test_the_choice_comes_with_its_reason(asked, reach, chosen, because):
+    got, reason = choose_counts(asked, 8, True, True, reach)
+    assert got == chosen
+    assert because in reason
+
+
+def test_what_cannot_be_is_refused_and_not_replaced():
+    with pytest.raises(ValueError, match="counts='nvshmem' cannot be: no package"):
+        choose_counts("nvshmem", 8, True, True, Reach(nvshmem="no package"))
+    with pytest.raises(ValueError, match="counts='ipc' cannot be: plans are made on the CPU"):
+        choose_counts("ipc", 8, True, False, Reach())
+    assert choose_counts("auto", 8, True, False, Reach())[0] == "torch"
+    with pytest.raises(ValueError, match="needs a group"):
+        choose_counts("nvshmem", 8, False, True, Reach())
+    with pytest.raises(ValueError, match="counts must be one of auto, nvshmem, ipc, torch, given"):
+        choose_counts("mpi", 8, True, True, Reach())
+    assert choose_counts("nvshmem", 1, True, True, Reach())[0] == "local"
+    with pytest.raises(ValueError, match=r"plans are made on the CPU|needs a group"):
+        Planner(Placement([0, 1, 0, 1], 2), rank=0, counts="nvshmem", solver="cpu")
+
+
+def test_reach_is_what_all_ranks_have():
+    two = [fact(), fact(device="1")]
+    assert peers._find_reach(two) == Reach()
+    assert peers._find_reach([*two, fact(device="2", node="b")]) == Reach(
+        "the ranks are on 2 nodes", "the ranks are on 2 nodes"
+    )
+    lacking = [*two, fact(device="2", nvshmem="nvshmem4py is not installed")]
+    assert peers._find_reach(lacking) == Reach("rank 2: nvshmem4py is not installed", "")
+    shared = peers._find_reach([fact(), fact()])
+    assert shared.nvshmem.startswith("ranks share a GPU")
+    assert shared.ipc == ""
+    parts = [fact(has_part_of_gpu=True), fact(has_part_of_gpu=True)]
+    assert peers._find_reach(parts) == Reach()
+
+
+def test_a_window_has_two_batches_of_words_for_every_rank():
+    assert Windows.num_bytes(8, 261) == 2 * 8 * 261 * 8
+
+
+class Owner:
+    pass
+
+
+def test_the_watchdog_names_missing_ranks_once(caplog):
+    owner, missing = Owner(), np.zeros(4, np.int32)
+    said = threading.Event()
+
+    class Heard(logging.Handler):
+        def emit(self, record):
+            said.set()
+
+    handler = Heard()
+    watchdog.log.addHandler(handler)
+    try:
+        with caplog.at_level(logging.ERROR, logger="lplb_ep.watchdog"):
+            watchdog.watch(owner, missing, "abc", 1.5, abort=False)
+            assert not said.wait(3 * watchdog.INTERVAL_S)
+            missing[[1, 3]] = 1
+            assert said.wait(20)
+            said.clear()
+            assert not said.wait(3 * watchdog.INTERVAL_S)
+    finally:
+        watchdog.log.removeHandler(handler)
+    assert caplog.messages == [
+        "ranks [1, 3] sent no counts within 1.5 s (placement abc): ended, hung or slow. That "
+        "batch went to the home slots"
+    ]
+
+
+def test_the_watchdog_ends_the_process_if_asked():
+    program = """
+import numpy as np, time
+from lplb_ep import watchdog
+class Owner: pass
+owner, missing = Owner(), np.ones(2, np.int32)
+watchdog.watch(owner, missing, "abc", 1, abort=True)
+time.sleep(60)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == -6
+    assert "ranks [0, 1] sent no counts within 1 s" in done.stderr
+    assert "this process ends" in done.stderr
