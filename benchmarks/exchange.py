@@ -1,0 +1,131 @@
+"""What it costs that counts travel: plans with 2, 4 and 8 ranks that share one GPU under MPS.
+
+    python benchmarks/exchange.py [--json FILE]
+
+Microseconds of a plan (E = 256, top-8, 4096 tokens a rank, EPLB's copies), as replays of a CUDA graph
+by all ranks at once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the counts given,
+which waits for nobody; what the exchange adds is the difference. Beside them what others would do
+for the counts alone: NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged
+through it. The ranks share one chip, so these are no figures of NVLink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lplb_ep import Placement, Planner, bench, cpu
+from lplb_ep.report import text_table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import mps
+import ranks
+
+NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 256, 8, 4096
+NUM_PLANS, NUM_REPLAYS = 20, 30  # plans of a graph; replays of it
+COLUMNS = ("given", "nvshmem", "ipc", "fcollect", "gloo")
+
+
+def microseconds(group: dist.ProcessGroup, call: Callable[[], Any], number: int) -> float:
+    """The median over replays of one of the `number` things that a call does, all ranks at once."""
+    times = []
+    for _ in range(NUM_REPLAYS):
+        dist.barrier(group)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e6 * (time.perf_counter() - start) / number)
+    return statistics.median(times)
+
+
+def plan_time(group: dist.ProcessGroup, planner: Planner, *args: Any) -> float:
+    for _ in range(3):
+        planner(*args)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(NUM_PLANS):
+            planner(*args)
+    return microseconds(group, graph.replay, NUM_PLANS)
+
+
+def fcollect_time(group: dist.ProcessGroup) -> float:
+    from nvshmem import core
+
+    row = core.tensor((NUM_EXPERTS,), dtype=torch.int32)
+    rows = core.tensor((group.size() * NUM_EXPERTS,), dtype=torch.int32)
+    stream = core.NvshmemStream(torch.cuda.current_stream())
+
+    def call() -> None:
+        for _ in range(NUM_PLANS):
+            core.fcollect(core.Teams.TEAM_WORLD, rows, row, stream=stream)
+
+    took = microseconds(group, call, NUM_PLANS)
+    for tensor in (row, rows):
+        core.free_tensor(tensor)
+    return took
+
+
+def measure(group: dist.ProcessGroup) -> dict[str, float]:
+    """Of one rank."""
+    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
+    popularity = torch.randn(NUM_EXPERTS, generator=torch.Generator().manual_seed(0)).mul(0.6).exp()
+    placement = Placement.from_history(popularity, num_ranks=group.size(), num_redundant_per_rank=2)
+    torch.manual_seed(1 + group.rank())
+    topk_idx = torch.multinomial(popularity.expand(NUM_TOKENS, -1), NUM_TOPK).cuda()
+    counts = torch.stack(ranks_counts(group, topk_idx)).cuda()
+    times = {}
+    for kind in ("nvshmem", "ipc"):
+        times[kind] = plan_time(
+            group, Planner(placement, group, counts=kind, solver="flow"), topk_idx
+        )
+    given = Planner(placement, rank=group.rank(), counts="given", solver="flow")
+    times["given"] = plan_time(group, given, topk_idx, counts)
+    times["fcollect"] = fcollect_time(group)
+    mine = counts[group.rank()].contiguous()
+
+    def gather() -> None:
+        here = mine.cpu()
+        rows = [torch.empty_like(here) for _ in range(group.size())]
+        dist.all_gather(rows, here, group=group)
+        torch.stack(rows).cuda()
+
+    times["gloo"] = microseconds(group, gather, 1)
+    return times
+
+
+def ranks_counts(group: dist.ProcessGroup, topk_idx: torch.Tensor) -> list[torch.Tensor]:
+    own = cpu.count(topk_idx.cpu(), NUM_EXPERTS)
+    rows = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(rows, own, group=group)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    found = {}
+    with mps.service() as environ_of:
+        for num_ranks in args.ranks:
+            of_ranks = ranks.run(num_ranks, measure, environ=environ_of(num_ranks), timeout=120)
+            found[num_ranks] = {c: max(times[c] for times in of_ranks) for c in COLUMNS}
+    header = ["ranks; us", "plan, given", "plan, nvshmem", "plan, ipc", "fcollect", "gloo"]
+    rows = [[str(n), *(f"{times[c]:.1f}" for c in COLUMNS)] for n, times in found.items()]
+    print(text_table(header, rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps({**bench.conditions(), "us": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
