@@ -3,10 +3,10 @@
     python benchmarks/exchange.py [--json FILE]
 
 Microseconds of a plan (E = 256, top-8, 4096 tokens a rank, EPLB's copies), as replays of a CUDA
-graph by all ranks at once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the counts given,
-which waits for nobody; what the exchange adds is the difference. Beside them what others would do
-for the counts alone: NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged
-through it. The ranks share one chip, so these are no figures of NVLink.
+graph by all ranks at once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the
+counts given, which waits for nobody; what the exchange adds is the difference. Beside them what
+others would do for the counts alone: NVSHMEM's `fcollect`, launched by the host, and gloo's
+all-gather, staged through it. The ranks share one chip, so these are no figures of NVLink.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
     python benchmarks/layer.py FILE --key LIVE --learn-from LEARNED [--every 6] [--json FILE]
 
 8 ranks of 32 experts and 2 redundant slots, hidden 7168, expert width 2048, top-8, 4096 tokens a
-rank. The computation of each rank (a grouped GEMM in and one out, bfloat16) runs alone on the whole GPU
-with the rows that its plan gives it; a layer takes what its slowest rank takes. Compared: experts
-in order, as plain DeepEP has them; EPLB's copies with an even split; the same copies balanced; and the
-ideal, every rank at the mean. Plan, dispatch and combine are not in these figures.
+rank. The computation of each rank (a grouped GEMM in and one out, bfloat16) runs alone on the
+whole GPU with the rows that its plan gives it; a layer takes what its slowest rank takes.
+Compared: experts in order, as plain DeepEP has them; EPLB's copies with an even split; the same
+copies balanced; and the ideal, every rank at the mean. Plan, dispatch and combine are not in
+these figures.
 """
 
 from __future__ import annotations
