@@ -5,17 +5,21 @@
         --mmlu deepseek_v3_0324_mmlu_counts.npz \\
         --qwen qwen3_30b_a3b_prefill_topk.npz --gptoss gptoss_20b_decode_topk.npz
 
-Every row is a pair of loads; every layer is placed by EPLB's copies, by the better of LPLB's
-topologies (by median), and by `Placement.for_lp`, with the same slots, on the first load, and
-judged by the linear program's exact optimum on the second. The seconds are of one `for_lp`.
+Every row is a pair of loads: each layer is placed on the first by EPLB's copies, by LPLB's pairs
+(the topology with the lowest median on the second is shown), and by `Placement.for_lp`, with the
+same slots, and judged by the linear program's exact optimum on the second. The seconds are of
+processor time, of the slowest layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -27,8 +31,8 @@ import torch
 from lplb_ep import Placement, PlacementError, solve
 from lplb_ep.report import text_table
 
-Pair = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Of one layer: samples to learn on [N, E], the load that they are of [E], the live load [E]."""
+Layer = tuple[np.ndarray, dict[str, np.ndarray]]
+"""Samples to learn on [N, E], and live loads [E] by name."""
 
 # LPLB's graphs for each number of ranks, by replicas on a rank; a cube in groups of 8 ranks.
 TOPOLOGIES = {
@@ -39,63 +43,55 @@ TOPOLOGIES = {
 }
 
 
-def generated(correlation: float, layers: int, num_experts: int = 256) -> Iterator[Pair]:
+CORRELATIONS = (1.0, 0.94, 0.8, 0.34)
+
+
+def generated(num_layers: int, num_experts: int = 256) -> Iterator[Layer]:
     """DeepSeek-V3's spread of popularity, of experts and of groups of 32, at two moments."""
-    for layer in range(layers):
+    for layer in range(num_layers):
         rng = np.random.default_rng([2026, layer])
         # Late layers are worse.
-        place = layer / max(layers - 1, 1)
+        place = layer / max(num_layers - 1, 1)
         expert_sigma, group_sigma = 0.46 + 0.28 * place, 0.26 + 0.14 * place
         first, change = (
             rng.normal(0, expert_sigma, num_experts)
             + np.repeat(rng.normal(0, group_sigma, num_experts // 32), 32)
             for _ in range(2)
         )
-        later = correlation * first + np.sqrt(1 - correlation**2) * change
-        before, after = (
-            rng.multinomial(2**20, np.exp(log) / np.exp(log).sum()) for log in (first, later)
-        )
-        yield before[None], before, after
+        live = {}
+        for rho in CORRELATIONS:
+            share = np.exp(rho * first + np.sqrt(1 - rho**2) * change)
+            live[f"generated, correlation {rho:g}"] = rng.multinomial(2**20, share / share.sum())
+        yield rng.multinomial(2**20, np.exp(first) / np.exp(first).sum())[None], live
 
 
-def mmlu(path: str) -> dict[str, list[Pair]]:
+def mmlu(path: str) -> Iterator[Layer]:
     with np.load(path) as file:
         short, long = file["mmlu_seqlen_4k"], file["mmlu_seqlen_8k"]
-    return {
-        "MMLU 4k → 4k": [(a[None], a, a) for a in short],
-        "MMLU 4k → 8k": [(a[None], a, b) for a, b in zip(short, long, strict=True)],
-    }
+    for before, after in zip(short, long, strict=True):
+        yield before[None], {"MMLU 4k → 4k": before, "MMLU 4k → 8k": after}
 
 
-def qwen(path: str) -> dict[str, list[Pair]]:
+def qwen(path: str) -> Iterator[Layer]:
     """The first half of the prompts' tokens, in four batches, and the second."""
     topk = np.load(path)["topk"]
     half = topk.shape[1] // 2
-
-    def counts(ids: np.ndarray) -> np.ndarray:
-        return np.bincount(ids.ravel(), minlength=128)
-
-    pairs = []
+    counts = partial(np.bincount, minlength=128)
     for layer in topk:
-        samples = np.stack([counts(part) for part in np.array_split(layer[:half], 4)])
-        pairs.append((samples, samples.sum(0), counts(layer[half:])))
-    return {"Qwen3 prefill, first half → second": pairs}
+        samples = [counts(part.ravel()) for part in np.array_split(layer[:half], 4)]
+        yield np.stack(samples), {"Qwen3 prefill, halves": counts(layer[half:].ravel())}
 
 
-def gptoss(path: str) -> dict[str, list[Pair]]:
+def gptoss(path: str) -> Iterator[Layer]:
     """Even-numbered sequences, in four batches, and odd ones; template tokens left out."""
     with np.load(path) as file:
         topk, seq, pos = file["topk"], file["seq"], file["pos"]
     topk, seq = topk[pos >= 8], seq[pos >= 8]
-
-    def counts(chosen: np.ndarray, layer: int) -> np.ndarray:
-        return np.bincount(topk[chosen, layer].ravel(), minlength=32)
-
-    pairs = []
+    counts = partial(np.bincount, minlength=32)
     for layer in range(topk.shape[1]):
-        samples = np.stack([counts(seq % 8 == 2 * i, layer) for i in range(4)])
-        pairs.append((samples, samples.sum(0), counts(seq % 2 == 1, layer)))
-    return {"GPT-OSS decode, even → odd sequences": pairs}
+        samples = [counts(topk[seq % 8 == 2 * i, layer].ravel()) for i in range(4)]
+        live = counts(topk[seq % 2 == 1, layer].ravel())
+        yield np.stack(samples), {"GPT-OSS decode, sequences": live}
 
 
 def imbalance(placement: Placement, load: np.ndarray) -> float:
@@ -103,25 +99,29 @@ def imbalance(placement: Placement, load: np.ndarray) -> float:
     return bound * placement.num_ranks / float(load.sum())
 
 
-def measure(pair: Pair, num_ranks: int, redundant: int, groups: int | None) -> dict[str, float]:
-    """T* / mean by kind of placement, and the seconds that `for_lp` takes."""
+def measure(
+    layer: Layer, num_ranks: int, redundant: int, groups: int | None
+) -> dict[str, dict[str, float]]:
+    """Of each live load: T* / mean by kind of placement, and the seconds of processor time that
+    `for_lp` took."""
     torch.set_num_threads(1)
-    samples, learned, live = pair
+    samples, live = layer
+    learned = samples.sum(axis=0)
     shape = {"num_ranks": num_ranks, "num_redundant_per_rank": redundant}
-    out = {"eplb": imbalance(Placement.from_history(learned, **shape), live)}
+    placements = {"eplb": Placement.from_history(learned, **shape)}
     for topology in TOPOLOGIES[num_ranks]:
-        try:
-            placement = Placement.from_topology(
+        # Some topologies have other replicas, or the experts do not divide.
+        with contextlib.suppress(PlacementError):
+            placements[topology] = Placement.from_topology(
                 topology, num_experts=learned.size, load=learned, **shape
             )
-        except PlacementError:  # the topology has other replicas, or the experts do not divide
-            continue
-        out[topology] = imbalance(placement, live)
-    start = time.perf_counter()
-    placement = Placement.for_lp(samples, num_groups=groups, **shape)
-    out["seconds"] = time.perf_counter() - start
-    out["for_lp"] = imbalance(placement, live)
-    return out
+    start = time.process_time()
+    placements["for_lp"] = Placement.for_lp(samples, num_groups=groups, **shape)
+    seconds = time.process_time() - start
+    return {
+        name: {kind: imbalance(p, load) for kind, p in placements.items()} | {"seconds": seconds}
+        for name, load in live.items()
+    }
 
 
 def row(layers: list[dict[str, float]]) -> tuple[list[str], bool]:
@@ -152,7 +152,8 @@ def row(layers: list[dict[str, float]]) -> tuple[list[str], bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--full", action="store_true", help="24 generated layers, not 6")
+    parser.add_argument("--layers", type=int, default=6, help="generated layers; 6")
+    parser.add_argument("--every", type=int, default=1, help="of recorded layers, one of so many")
     for name in ("mmlu", "qwen", "gptoss"):
         parser.add_argument(f"--{name}", metavar="FILE", help="the recording")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32, 64])
@@ -161,35 +162,34 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
 
-    loads: dict[str, tuple[list[Pair], int | None]] = {}
-    for correlation in (1.0, 0.94, 0.8, 0.34):
-        pairs = list(generated(correlation, 24 if args.full else 6))
-        loads[f"generated, correlation {correlation:g}"] = pairs, 8
+    loads: list[tuple[list[Layer], int | None]] = [(list(generated(args.layers)), 8)]
     for name, read, groups in (("mmlu", mmlu, 8), ("qwen", qwen, None), ("gptoss", gptoss, None)):
         if path := getattr(args, name):
-            loads |= {title: (pairs, groups) for title, pairs in read(path).items()}
+            loads.append((list(read(path))[:: args.every], groups))
 
-    rows, everything, won = [], {}, 0
+    everything: dict[str, list[dict[str, float]]] = {}
     with multiprocessing.get_context("forkserver").Pool(args.processes) as pool:
-        for title, (pairs, groups) in loads.items():
-            for num_ranks in args.ranks:
-                if pairs[0][1].size < 2 * num_ranks:
+        for layers, groups in loads:
+            for num_ranks, redundant in itertools.product(args.ranks, args.redundant):
+                if layers[0][0].shape[1] < 2 * num_ranks:
                     continue
-                for redundant in args.redundant:
-                    call = partial(measure, num_ranks=num_ranks, redundant=redundant, groups=groups)
-                    layers = pool.map(call, pairs, chunksize=1)
-                    name = f"{title}, EP{num_ranks}, {redundant}"
-                    everything[name] = layers
-                    cells, best = row(layers)
-                    won += best
-                    rows.append([name, *cells])
-                    print(rows[-1], flush=True)
-            rows.append([])
+                call = partial(measure, num_ranks=num_ranks, redundant=redundant, groups=groups)
+                measured = pool.map(call, layers, chunksize=1)
+                for name in layers[0][1]:
+                    of_layers = [layer[name] for layer in measured]
+                    everything[f"{name}, EP{num_ranks}, {redundant}"] = of_layers
+                if sys.stderr.isatty():
+                    print(f"\r{len(everything)} rows", end="", file=sys.stderr, flush=True)
+                if args.json:
+                    Path(args.json).write_text(json.dumps(everything))
+    rows, won = [], 0
+    for name, of_layers in sorted(everything.items(), key=lambda item: item[0].split(", EP")[0]):
+        cells, best = row(of_layers)
+        won += best
+        rows.append([name, *cells])
     header = ["median / worst layer", "EPLB's copies", "LPLB's pairs", "for_lp"]
-    print(text_table([*header, "excess, median", "worst", "seconds"], rows[:-1]))
+    print(text_table([*header, "excess, median", "worst", "seconds"], rows))
     print(f"\nno worse than both in median and worst: {won} of {len(everything)}")
-    if args.json:
-        Path(args.json).write_text(json.dumps(everything))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from .eplb import pack, replicate
 
 Array = npt.NDArray[Any]
 
-NUM_SCENARIOS = 384  # that moves are found on
-NUM_JUDGES = 768  # that decide whether a move is kept
-PATIENCE = 40  # moves in a row that fail, then the search ends
+NUM_SCENARIOS = 256  # that moves are found on
+NUM_JUDGES = 640  # that decide whether a move is kept
+PATIENCE = 30  # moves in a row that fail, then the search ends
+FLATTEN = (1.0, 0.8, 0.6, 0.4)  # powers of the load by which starts give out copies
 WALK = 6  # steps of the walks between ranks that a start avoids
 NUM_CUTS = 4  # kept of each scenario
 SHORTLIST = 48  # moves of each kind whose effect on all cuts is computed
@@ -100,11 +101,12 @@ def optimize(
         max_steps=max_steps,
         deadline=float("inf") if time_budget_s is None else begin + time_budget_s,
     )
-    searches = [Search(load, judge, table, num_ranks, percentile, limits) for table in tables]
-    best = min(range(len(tables)), key=lambda i: searches[i].judgement)
-    search = searches[best]
+    best, search = min(
+        ((table, Search(load, judge, table, num_ranks, percentile, limits)) for table in tables),
+        key=lambda start: start[1].judgement(),
+    )
     search.run()
-    return np.where(search.table == search.empty, tables[best], search.table)
+    return np.where(search.table == search.empty, best, search.table)
 
 
 def arrange(table: Array, load: Array, num_ranks: int) -> tuple[Array, Array]:
@@ -146,7 +148,8 @@ def scenarios(
 
     Logarithms of loads are taken to wander as a stationary first-order autoregression, popularity
     of an expert and of its group each with the spread that the samples show: with correlation rho,
-    log p' = rho log p + sqrt(1 - rho^2) log q. Scenario k of n has rho = 1 - drift (k / n)^3.
+    log p' = rho log p + sqrt(1 - rho^2) log q. Scenario k of n has rho = 1 - drift (k / n)^5:
+    most stay near, for loads mostly do, and what can still be won is there.
 
     Args:
         samples: [N, E] float64, at least 0, each with a positive sum.
@@ -174,7 +177,7 @@ def scenarios(
     group_spread = np.sqrt(np.maximum((group**2).mean(axis=1, keepdims=True) - chance, 0))
     step = np.repeat(group_spread * rng.standard_normal(group.shape), experts // group.shape[1], 1)
     step += spread * rng.standard_normal(own.shape)
-    away = drift * (np.arange(num)[:, None] / num) ** 3
+    away = drift * (np.arange(num)[:, None] / num) ** 5
     load = np.exp((1 - away) * log + np.sqrt(1 - (1 - away) ** 2) * step)
     load = np.where(away > 0, load, base)
     return load / load.sum(axis=1, keepdims=True)
@@ -254,8 +257,8 @@ def _starts(
     size, ranks = expected.size // num_groups, num_ranks // num_nodes
     nodes = pack(expected.reshape(num_groups, size).sum(axis=1), num_nodes)
     experts = [(groups[:, None] * size + np.arange(size)).ravel() for groups in nodes]
-    kinds: list[Callable[..., Array]] = [spread, partial(spread, flatten=0.6)]
-    loads = [expected, expected]
+    kinds: list[Callable[..., Array]] = [partial(spread, flatten=f) for f in FLATTEN]
+    loads = [expected] * len(kinds)
     if experts[0].size % ranks == 0 and num_local_slots <= 2 * experts[0].size // ranks:
         kinds += [pairs, pairs]
         loads += [expected, seen]
@@ -326,8 +329,9 @@ class Search:
         self.start = self.table
         self.sets = np.ones((len(load), NUM_CUTS, num_ranks), bool)
         self.value = np.ones(self.sets.shape[:2])
-        self.quota, self.score, ranks = self._balanced(self.table, self.load)
-        self.judged, self.judgement, _ = self._balanced(self.table, self.judge)
+        self.quota, upper, ranks = self._balanced(self.table, self.load)
+        self.score = float(self._score(upper))
+        self.judged, self.verdict, _ = self._balanced(self.table, self.judge)
         self._add(ranks)
         self.refused: list[Move] = []
 
@@ -340,29 +344,40 @@ class Search:
                 return
             failed += 1
             table = self._moved(move, self.table)
-            quota, score, ranks = self._balanced(table, self.load, self._moved(move, self.quota))
+            quota, upper, ranks = self._balanced(table, self.load, self._moved(move, self.quota))
             self._add(ranks)
+            score = float(self._score(upper))
             if score > self.score - LEAST_GAIN / 2:
                 continue
-            judged, judgement, _ = self._balanced(table, self.judge, self._moved(move, self.judged))
-            if judgement > self.judgement - LEAST_GAIN / 2:
+            judged, verdict, _ = self._balanced(table, self.judge, self._moved(move, self.judged))
+            if not self._confirmed(verdict):
                 self.refused.append(move)
                 continue
             self.table, self.quota, self.score = table, quota, score
-            self.judged, self.judgement = judged, judgement
+            self.judged, self.verdict = judged, verdict
             self.refused.clear()
             failed = 0
 
+    def judgement(self) -> float:
+        """The score of the table in the judges' scenarios."""
+        return float(self._score(self.verdict))
+
+    def _confirmed(self, verdict: Array) -> bool:
+        """Whether the judges gain, and for the mean by more than its standard error."""
+        least = LEAST_GAIN / 2
+        if self.percentile is None:
+            least = max(least, (self.verdict - verdict).std() / np.sqrt(verdict.size))
+        return bool(self._score(self.verdict) - self._score(verdict) >= least)
+
     def _balanced(
         self, table: Array, load: Array, quota: Array | None = None
-    ) -> tuple[Array, float, Array]:
-        """Quotas of a table, the score that they reach, and the sets that bound it."""
+    ) -> tuple[Array, Array, Array]:
+        """`balance` of a table, from its first slots or from `quota`."""
         if quota is None:
             quota = np.zeros((table.size, len(load)), np.float32)
             held, slot = np.unique(table, return_index=True)
             quota[slot] = load.T[held]
-        quota, upper, ranks = balance(quota, table, self.num_ranks, load)
-        return quota, float(self._score(upper)), ranks
+        return balance(quota, table, self.num_ranks, load)
 
     def _score(self, optimum: Array) -> Array:
         """optimum: [K, ..]; returns [..]."""

@@ -513,6 +513,10 @@ class Placement:
                 state = json.load(file)
             except ValueError as error:
                 raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+        if isinstance(state, dict) and "lplb_ep_placements" in state:
+            raise PlacementError(
+                f"{os.fspath(path)} has placements of several layers: use load_placements"
+            )
         version = state.pop("lplb_ep_placement", None) if isinstance(state, dict) else None
         if version != 1:
             raise PlacementError(f"{os.fspath(path)} is not a placement saved by this version")
@@ -520,6 +524,33 @@ class Placement:
             return cls(**state)
         except (PlacementError, TypeError) as error:
             raise PlacementError(f"{os.fspath(path)}: {error}") from error
+
+
+def save_placements(path: str | os.PathLike[str], placements: Mapping[int, Placement]) -> None:
+    """Writes the placements of several layers, by their numbers, as JSON for `load_placements`."""
+    layers = {str(layer): placement._state for layer, placement in placements.items()}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"lplb_ep_placements": 1, "layers": layers}, file)
+
+
+def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
+    """Reads what `save_placements` wrote: each layer's placement by its number.
+
+    Raises:
+        PlacementError: the file is not such a file, or holds an impossible placement.
+        OSError: the file cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            state = json.load(file)
+        except ValueError as error:
+            raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("lplb_ep_placements") != 1:
+        raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
+    try:
+        return {int(layer): Placement(**one) for layer, one in state["layers"].items()}
+    except (PlacementError, TypeError, KeyError, ValueError) as error:
+        raise PlacementError(f"{os.fspath(path)}: {error}") from error
 
 
 def check_placement(placement: object) -> None:
