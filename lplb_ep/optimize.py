@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 
 NUM_SCENARIOS = 256  # that moves are found on
 NUM_JUDGES = 640  # that decide whether a move is kept
+RUINS = 10  # in a row that fail, then it ends
+RUIN_SLOTS = 6  # emptied at a time
 PATIENCE = 30  # moves in a row that fail, then the search ends
 FLATTEN = (1.0, 0.8, 0.6, 0.4)  # powers of the load by which starts give out copies
 WALK = 6  # steps of the walks between ranks that a start avoids
@@ -56,7 +58,7 @@ def optimize(
     percentile: float | None = None,
     drift: float = 0.8,
     seed: int = 0,
-    max_steps: int = 200,
+    max_steps: int = 400,
     time_budget_s: float | None = None,
 ) -> Array:
     """A table for the loads that may come.
@@ -106,6 +108,8 @@ def optimize(
         key=lambda start: start[1].judgement(),
     )
     search.run()
+    if start is not None:
+        search.ruin_and_recreate(rng)
     return np.where(search.table == search.empty, best, search.table)
 
 
@@ -334,14 +338,16 @@ class Search:
         self.judged, self.verdict, _ = self._balanced(self.table, self.judge)
         self._add(ranks)
         self.refused: list[Move] = []
+        self.steps = 0
 
     def run(self) -> None:
         """Improves the table until no move gains, many in a row failed, or the limits end it."""
         failed = 0
-        for _ in range(self.limits.max_steps):
-            move = self._best_move() if failed < PATIENCE else None
-            if move is None or time.perf_counter() > self.limits.deadline:
+        while failed < PATIENCE and not self._ended():
+            move = self._best_move()
+            if move is None:
                 return
+            self.steps += 1
             failed += 1
             table = self._moved(move, self.table)
             quota, upper, ranks = self._balanced(table, self.load, self._moved(move, self.quota))
@@ -350,7 +356,7 @@ class Search:
             if score > self.score - LEAST_GAIN / 2:
                 continue
             judged, verdict, _ = self._balanced(table, self.judge, self._moved(move, self.judged))
-            if not self._confirmed(verdict):
+            if not self._confirmed(self.verdict, verdict):
                 self.refused.append(move)
                 continue
             self.table, self.quota, self.score = table, quota, score
@@ -358,16 +364,53 @@ class Search:
             self.refused.clear()
             failed = 0
 
+    def ruin_and_recreate(self, rng: np.random.Generator) -> None:
+        """Leaves a local optimum (Schrimpf et al. 2000): empties some slots, improves that, and
+        keeps what the judges confirm, until several attempts in a row fail."""
+        failed = 0
+        while failed < RUINS and not self._ended():
+            kept = (self.table, self.quota, self.score, self.judged, self.verdict)
+            holders = self._holds().sum(axis=1)
+            for slot in rng.permutation(np.flatnonzero(self.limits.movable))[:RUIN_SLOTS]:
+                unchanged = self.table[slot] == self.start[slot]
+                if holders[self.table[slot]] > 1 and (self._changes_left() or not unchanged):
+                    holders[self.table[slot]] -= 1
+                    move = Move(int(slot), self.empty, False)
+                    quota, judged = (self._moved(move, q) for q in (self.quota, self.judged))
+                    self.table, self.quota, self.judged = (
+                        self._moved(move, self.table),
+                        quota,
+                        judged,
+                    )
+            self.quota, upper, ranks = self._balanced(self.table, self.load, self.quota)
+            self.score = float(self._score(upper))
+            self.judged, self.verdict, _ = self._balanced(self.table, self.judge, self.judged)
+            self._add(ranks)
+            self.refused.clear()
+            self.run()
+            if self._confirmed(kept[4], self.verdict):
+                failed = 0
+            else:
+                self.table, self.quota, self.score, self.judged, self.verdict = kept
+                failed += 1
+
+    def _ended(self) -> bool:
+        over = time.perf_counter() > self.limits.deadline
+        return over or self.steps >= self.limits.max_steps
+
+    def _changes_left(self) -> int:
+        return self.limits.max_changes - int((self.table != self.start).sum())
+
     def judgement(self) -> float:
         """The score of the table in the judges' scenarios."""
         return float(self._score(self.verdict))
 
-    def _confirmed(self, verdict: Array) -> bool:
+    def _confirmed(self, before: Array, after: Array) -> bool:
         """Whether the judges gain, and for the mean by more than its standard error."""
         least = LEAST_GAIN / 2
         if self.percentile is None:
-            least = max(least, (self.verdict - verdict).std() / np.sqrt(verdict.size))
-        return bool(self._score(self.verdict) - self._score(verdict) >= least)
+            least = max(least, (before - after).std() / np.sqrt(after.size))
+        return bool(self._score(before) - self._score(after) >= least)
 
     def _balanced(
         self, table: Array, load: Array, quota: Array | None = None
@@ -450,7 +493,7 @@ class Search:
         table, rank, limits = self.table, self.rank, self.limits
         holds = self._holds()
         changed = table != self.start
-        left = limits.max_changes - int(changed.sum())
+        left = self._changes_left()
         cost = (~changed).astype(int)
         out = weight * outside[:, rank]
         leave, stay = out * caught[:, table], 1 - outside[:, rank]

@@ -255,7 +255,7 @@ class Placement:
         percentile: float | None = None,
         drift: float = 0.8,
         seed: int = 0,
-        max_steps: int = 200,
+        max_steps: int = 400,
         time_budget_s: float | None = None,
     ) -> Placement:
         """A placement on which the linear program does best on the loads that may come.

@@ -37,26 +37,24 @@ def holds(placement):
 # --- what they are worth --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_ranks", "redundant"), [(8, 1), (16, 2)])
-def test_better_than_both_under_drift(num_ranks, redundant):
+def test_better_than_both_under_drift():
     """The mean excess over loads that drifted, against EPLB's copies and LPLB's pairs."""
-    ours, copies, pairs = [], [], []
-    topology = "ring" if redundant == 1 else {8: "cube", 16: "hypercube"}[num_ranks]
+    shape = {"num_ranks": 32, "num_redundant_per_rank": 2}
+    excess = []
     for seed in range(2):
         load = skewed(seed, 128)
-        shape = {"num_ranks": num_ranks, "num_redundant_per_rank": redundant}
-        made = [
-            (ours, Placement.for_lp(load, **shape, max_steps=40)),
-            (copies, Placement.from_history(load, **shape)),
-            (pairs, Placement.from_topology(topology, num_experts=128, load=load, **shape)),
+        placements = [
+            Placement.for_lp(load, **shape, max_steps=40),
+            Placement.from_history(load, **shape),
+            Placement.from_topology("torus", num_experts=128, load=load, **shape),
         ]
-        for correlation in (0.94, 0.8, 0.5):
+        for correlation in (0.8, 0.5):
             for draw in range(4):
                 live = drifted(load, correlation, [seed, draw])
-                for values, placement in made:
-                    values.append(imbalance(placement, live) - 1)
-    assert np.mean(ours) < np.mean(copies)
-    assert np.mean(ours) < np.mean(pairs)
+                excess.append([imbalance(placement, live) - 1 for placement in placements])
+    ours, copies, pairs = np.mean(excess, axis=0)
+    assert ours < 0.5 * copies
+    assert ours < 0.8 * pairs
 
 
 def test_the_search_improves_its_start():
@@ -82,7 +80,8 @@ def test_one_redundant_slot_in_all():
     placement = Placement.for_lp(load, 4, 0, drift=0)
     copies = np.bincount(placement.physical_to_logical)
     assert sorted(copies.tolist()) == [1] * 6 + [2]
-    assert imbalance(placement, load) == pytest.approx(47.5 / (190 / 4), abs=1e-9)
+    # Two ranks share the 90, each beside one of the 10s; no pairs of the rest exceed the 55.
+    assert imbalance(placement, load) == pytest.approx(55 / (190 / 4), abs=1e-9)
     assert copies[0] == 2
 
 
@@ -139,13 +138,15 @@ def test_every_rank_has_as_many_homes_as_it_can_and_they_come_first(num_experts)
 
 
 def test_fixed_homes_and_few_changes():
-    load = skewed(4, 64)
-    start = Placement.for_lp(load, 16, 2, max_steps=20)
+    load = skewed(4, 64, sigma=0.9)
+    start = Placement.for_lp(load, 16, 1, max_steps=20)
     later = drifted(load, 0.2, 1)
     before = imbalance(start, later)
     changed = []
     for most in (0, 1, 4, 100):
-        refined = Placement.for_lp(later, start=start, fixed_homes=True, max_changes=most)
+        refined = Placement.for_lp(
+            later, start=start, fixed_homes=True, max_changes=most, drift=0.1
+        )
         different = start.physical_to_logical != refined.physical_to_logical
         assert (refined.home == start.home).all()
         assert not different[start.home].any()
@@ -154,7 +155,7 @@ def test_fixed_homes_and_few_changes():
     assert changed[0] == (0, before)
     assert changed[1][0] == 1
     assert changed[2][0] <= 4
-    assert changed[3][1] < changed[2][1] < before
+    assert changed[3][1] < changed[2][1] < changed[1][1] < before
 
 
 def test_unused_slots_and_second_copies_of_a_start_are_filled():
@@ -264,6 +265,6 @@ def test_mistakes_name_the_argument(arguments, message):
 
 
 def test_a_start_whose_copies_are_on_several_nodes_cannot_stay_within_them():
-    start = Placement([0, 1, 2, 3, 2, 0], 2, num_ranks_per_node=1)
+    start = Placement([0, 1, 2, 3, 4, -1, 5, 6, 0, 7, -1, -1], 4, num_ranks_per_node=2)
     with pytest.raises(PlacementError, match="start has expert 0 on several nodes"):
-        Placement.for_lp([1, 1, 1, 1], start=start, within_node=True)
+        Placement.for_lp(np.ones(8), start=start, within_node=True)
