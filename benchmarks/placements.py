@@ -72,14 +72,17 @@ def mmlu(path: str) -> Iterator[Layer]:
         yield before[None], {"MMLU 4k → 4k": before, "MMLU 4k → 8k": after}
 
 
-def qwen(path: str) -> Iterator[Layer]:
-    """The first half of the prompts' tokens, in four batches, and the second."""
+def qwen(path: str, by_blocks: bool) -> Iterator[Layer]:
+    """The recording has no marks of where a prompt ends. Its halves are two kinds of text, with
+    unrelated loads; every other block of 64 tokens has some of each. Learned in four batches."""
     topk = np.load(path)["topk"]
-    half = topk.shape[1] // 2
+    token = np.arange(topk.shape[1])
+    later = token // 64 % 2 == 1 if by_blocks else token >= topk.shape[1] // 2
+    name = "blocks" if by_blocks else "halves"
     counts = partial(np.bincount, minlength=128)
     for layer in topk:
-        samples = [counts(part.ravel()) for part in np.array_split(layer[:half], 4)]
-        yield np.stack(samples), {"Qwen3 prefill, halves": counts(layer[half:].ravel())}
+        samples = [counts(part.ravel()) for part in np.array_split(layer[~later], 4)]
+        yield np.stack(samples), {f"Qwen3 prefill, {name}": counts(layer[later].ravel())}
 
 
 def gptoss(path: str) -> Iterator[Layer]:
@@ -163,7 +166,12 @@ def main() -> None:
     args = parser.parse_args()
 
     loads: list[tuple[list[Layer], int | None]] = [(list(generated(args.layers)), 8)]
-    for name, read, groups in (("mmlu", mmlu, 8), ("qwen", qwen, None), ("gptoss", gptoss, None)):
+    for name, read, groups in (
+        ("mmlu", mmlu, 8),
+        ("qwen", partial(qwen, by_blocks=False), None),
+        ("qwen", partial(qwen, by_blocks=True), None),
+        ("gptoss", gptoss, None),
+    ):
         if path := getattr(args, name):
             loads.append((list(read(path))[:: args.every], groups))
 
