@@ -368,7 +368,7 @@ class Search:
         """Leaves a local optimum (Schrimpf et al. 2000): empties some slots, improves that, and
         keeps what the judges confirm, until several attempts in a row fail."""
         failed = 0
-        while failed < RUINS and not self._ended():
+        while failed < RUINS and not self._ended() and self.judgement() > 1 + LEAST_GAIN:
             kept = (self.table, self.quota, self.score, self.judged, self.verdict)
             holders = self._holds().sum(axis=1)
             for slot in rng.permutation(np.flatnonzero(self.limits.movable))[:RUIN_SLOTS]:

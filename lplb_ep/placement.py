@@ -293,17 +293,8 @@ class Placement:
         load = _samples(samples)
         experts = load.shape[1]
         if start is not None:
-            check_placement(start)
-            own = start.num_local_slots + -experts // start.num_ranks
-            shape = (start.num_ranks, own, start.num_ranks_per_node, start.num_experts)
             given = (num_ranks, num_redundant_per_rank, num_ranks_per_node, experts)
-            wrong = [(a, b) for a, b in zip(given, shape, strict=True) if a not in (None, b)]
-            if wrong:
-                raise PlacementError(
-                    "start must have the ranks, redundant slots, ranks of a node and experts that "
-                    f"are given: {wrong[0][0]}, it has {wrong[0][1]}"
-                )
-            num_ranks, num_redundant_per_rank, num_ranks_per_node, _ = shape
+            num_ranks, num_redundant_per_rank, num_ranks_per_node = _shape_of(start, given)
         elif fixed_homes or max_changes is not None:
             raise PlacementError("fixed_homes and max_changes need a start")
         num_ranks = _whole("num_ranks", num_ranks)
@@ -592,6 +583,20 @@ def _nodes_and_groups(
             f"{'experts' if num_groups is None else 'groups'}"
         )
     return num_nodes, groups
+
+
+def _shape_of(start: Placement, given: tuple[int | None, ...]) -> tuple[int, int, int]:
+    """R, redundant slots and ranks of a node of a start; `given` are those and E, or None."""
+    check_placement(start)
+    redundant = start.num_local_slots + -start.num_experts // start.num_ranks
+    shape = (start.num_ranks, redundant, start.num_ranks_per_node)
+    for is_given, own in zip(given, (*shape, start.num_experts), strict=True):
+        if is_given not in (None, own):
+            raise PlacementError(
+                "start must have the ranks, redundant slots, ranks of a node and experts that "
+                f"are given: {is_given}, it has {own}"
+            )
+    return shape
 
 
 def _check_within_nodes(start: Placement) -> None:
