@@ -676,7 +676,7 @@ def plot_placement(
         for rank in range(R):
             place = (1.14 * x[rank], 1.14 * y[rank])
             circle.annotate(str(rank), place, ha="center", va="center", fontsize=8, color="0.35")
-        circle.set_aspect("equal")
+        circle.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         circle.axis("off")
         across = " (between nodes: orange)" if placement.node.any() else ""
         circle.set_title(f"Ranks that share experts{across}", loc="left", fontsize=10)
