@@ -1,4 +1,4 @@
-"""The command `lplb-ep`: `doctor`, `replay`, `demo`, `bench`, `compile` and `run`."""
+"""The command `lplb-ep`: `doctor`, `replay`, `place`, `demo`, `bench`, `compile` and `run`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 TOPOLOGIES = ("cube", "hypercube", "torus", "ring")
 _KINDS = (
-    f"{', '.join(TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, or a file written by "
-    "Placement.save"
+    f"{', '.join(TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, lp, or a file "
+    "written by place or Placement.save"
 )
 # The library's arguments, and replay's options for them.
 _OPTIONS = {
@@ -43,6 +43,11 @@ _OPTIONS = {
     "tokens_per_batch": "--tokens-per-batch",
     "key": "--key",
     "layout": "--layout",
+    "max_changes": "--max-changes",
+    "fixed_homes": "--fixed-homes",
+    "start": "--start",
+    "drift": "--drift",
+    "percentile": "--percentile",
 }
 
 # name, distributions that bring it, what it is for, how to get it
@@ -106,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(command=_doctor)
 
     _add_replay(commands)
+    _add_place(commands)
 
     bench = commands.add_parser(
         "bench",
@@ -156,15 +162,7 @@ def _add_replay(commands: Any) -> None:
         description="Replays recorded routing on a placement and shows each layer's imbalance.",
     )
     replay.set_defaults(command=_replay)
-    replay.add_argument("file", metavar="FILE", help="a recording: .npy, .npz, .pt or a directory")
-    replay.add_argument("--key", help="which array of an .npz that holds several")
-    replay.add_argument(
-        "--layout", help="what three dimensions are: counts, layer-token or token-layer"
-    )
-    replay.add_argument("--experts", type=int, metavar="E", help="the number of logical experts")
-    replay.add_argument(
-        "--tokens-per-batch", type=int, metavar="T", help="cut expert ids into batches of T tokens"
-    )
+    _add_recording(replay)
     replay.add_argument("--placement", required=True, metavar="KIND", help=_KINDS)
     replay.add_argument("--ranks", type=int, metavar="R", help="ranks; not with a placement file")
     replay.add_argument(
@@ -174,7 +172,9 @@ def _add_replay(commands: Any) -> None:
         help="redundant experts on each rank; a topology has a default",
     )
     replay.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
-    replay.add_argument("--groups", type=int, metavar="G", help="eplb: the router's expert groups")
+    replay.add_argument(
+        "--groups", type=int, metavar="G", help="eplb and lp: the router's expert groups"
+    )
     replay.add_argument(
         "--learn-from",
         metavar="FILE[:KEY]|KEY",
@@ -185,6 +185,46 @@ def _add_replay(commands: Any) -> None:
     )
     replay.add_argument("--json", metavar="PATH", help="write all numbers")
     replay.add_argument("--png", metavar="PATH", help="draw the layers' imbalance")
+
+
+def _add_recording(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a recording: .npy, .npz, .pt or a directory")
+    parser.add_argument("--key", help="which array of an .npz that holds several")
+    parser.add_argument(
+        "--layout", help="what three dimensions are: counts, layer-token or token-layer"
+    )
+    parser.add_argument("--experts", type=int, metavar="E", help="the number of logical experts")
+    parser.add_argument(
+        "--tokens-per-batch", type=int, metavar="T", help="cut expert ids into batches of T tokens"
+    )
+
+
+def _add_place(commands: Any) -> None:
+    place = commands.add_parser(
+        "place",
+        help="a placement for every layer of a recording, made for the linear program",
+        description="Learns a placement of each layer on recorded routing (Placement.for_lp), "
+        "writes them to a file for replay, and shows what they are worth on the same load.",
+    )
+    place.set_defaults(command=_place)
+    _add_recording(place)
+    place.add_argument("-o", "--output", required=True, metavar="PATH", help="the JSON to write")
+    place.add_argument("--ranks", type=int, metavar="R", help="not with --start")
+    place.add_argument("--redundant", type=int, metavar="D", help="on each rank; not with --start")
+    place.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
+    place.add_argument("--groups", type=int, metavar="G", help="the router's expert groups")
+    place.add_argument(
+        "--drift", type=float, default=0.8, metavar="X", help="how far loads may move away; 0.8"
+    )
+    place.add_argument(
+        "--percentile", type=float, metavar="P", help="of the optima to minimise; default: mean"
+    )
+    place.add_argument("--seed", type=int, default=0, help="0")
+    place.add_argument("--seconds", type=float, metavar="S", help="end a layer's search after S")
+    place.add_argument("--start", metavar="FILE", help="improve the placements of this file")
+    place.add_argument("--fixed-homes", action="store_true", help="move replicas of --start only")
+    place.add_argument("--max-changes", type=int, metavar="M", help="slots of --start to change")
+    place.add_argument("--png", metavar="PATH", help="draw the replica graph of the worst layer")
 
 
 @contextlib.contextmanager
@@ -345,25 +385,32 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
 def _check_outputs(args: argparse.Namespace) -> None:
     """Refuses what could not be written, before the work is done."""
     png = getattr(args, "png", None)
-    for option, path in (("--json", args.json), ("--png", png)):
+    paths = {"--json": getattr(args, "json", None), "--png": png}
+    for option, path in {**paths, "-o": getattr(args, "output", None)}.items():
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
     if png and Path(png).suffix != ".png":
         raise ValueError(f"--png must end in .png; got {png}")
 
 
-def _recordings(args: argparse.Namespace) -> tuple[Recording, Recording]:
-    """What is replayed, and what the placement is learned on."""
+def _recording(args: argparse.Namespace) -> Recording:
     from .report import load_recording
 
     with _as_typed(_OPTIONS):
-        recording = load_recording(
+        return load_recording(
             args.file,
             key=args.key,
             layout=args.layout,
             num_experts=args.experts,
             tokens_per_batch=args.tokens_per_batch,
         )
+
+
+def _recordings(args: argparse.Namespace) -> tuple[Recording, Recording]:
+    """What is replayed, and what the placement is learned on."""
+    from .report import load_recording
+
+    recording = _recording(args)
     if args.learn_from is None:
         if args.learn_layout is not None:
             raise ValueError("--learn-layout needs --learn-from")
@@ -396,20 +443,20 @@ def _placements(
 
     kind, num_layers = args.placement, len(recording.layers)
     topology = kind.split(":")[0] in TOPOLOGIES
-    if not topology and kind != "eplb":
+    if not topology and kind not in ("eplb", "lp"):
         if not Path(kind).exists():
             raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
         unfit = ("ranks", "redundant", "ranks_per_node", "groups", "learn_from")
         given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{given[0]} does not go with a placement file ({kind})")
-        return [Placement.load(kind)] * num_layers
+        return _from_file(kind, recording.layers)
     if args.ranks is None or (args.redundant is None and not topology):
         raise ValueError(
             f"--placement {kind} needs --ranks{'' if topology else ' and --redundant'}"
         )
     if args.groups is not None and topology:
-        raise ValueError(f"--groups is for --placement eplb; got {kind}")
+        raise ValueError(f"--groups is for --placement eplb and lp; got {kind}")
     if (learned.layers, learned.num_experts) != (recording.layers, recording.num_experts):
         raise ValueError(
             f"{learned.source} has {len(learned.layers)} layers of {learned.num_experts} experts; "
@@ -420,6 +467,8 @@ def _placements(
         "num_redundant_per_rank": args.redundant,
         "num_ranks_per_node": args.ranks_per_node,
     }
+    if kind == "lp":
+        return _for_lp(learned, num_groups=args.groups, **shape)
     with _as_typed(_OPTIONS):
         if topology:
             return [
@@ -429,6 +478,74 @@ def _placements(
         return [
             Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load
         ]
+
+
+def _from_file(path: str, layers: Sequence[int]) -> list[Placement]:
+    """The layers' placements from a file with one for each of them, or one for all."""
+    from .placement import Placement, load_placements
+
+    with open(path, encoding="utf-8") as file:
+        if '"lplb_ep_placements"' not in file.read(64):
+            return [Placement.load(path)] * len(layers)
+    placements = load_placements(path)
+    missing = [layer for layer in layers if layer not in placements]
+    if missing:
+        raise ValueError(f"{path} has no placement for layer {missing[0]}")
+    return [placements[layer] for layer in layers]
+
+
+def _for_lp(
+    learned: Recording, start: Sequence[Placement] | None = None, **options: Any
+) -> list[Placement]:
+    """`Placement.for_lp` of each layer, the layers counted on a terminal."""
+    from .placement import Placement
+
+    placements: list[Placement] = []
+    for layer in range(len(learned.layers)):
+        if sys.stderr.isatty():
+            print(f"\rlayer {layer + 1} of {len(learned.layers)}", end="", file=sys.stderr)
+        with _as_typed(_OPTIONS):
+            before = None if start is None else start[layer]
+            placements.append(Placement.for_lp(learned.counts[:, layer], start=before, **options))
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return placements
+
+
+def _place(args: argparse.Namespace, rest: list[str]) -> int:
+    with _one_line_errors():
+        _check_outputs(args)
+        from . import report
+        from .placement import save_placements
+
+        recording = _recording(args)
+        start = None if args.start is None else _from_file(args.start, recording.layers)
+        if start is None and (args.ranks is None or args.redundant is None):
+            raise ValueError("place needs --ranks and --redundant, or --start")
+        placements = _for_lp(
+            recording,
+            start,
+            num_ranks=args.ranks,
+            num_redundant_per_rank=args.redundant,
+            num_ranks_per_node=args.ranks_per_node,
+            num_groups=args.groups,
+            fixed_homes=args.fixed_homes,
+            max_changes=args.max_changes,
+            percentile=args.percentile,
+            drift=args.drift,
+            seed=args.seed,
+            time_budget_s=args.seconds,
+        )
+        save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
+        print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
+        print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
+        lines, worst = report.describe(recording, placements, start)
+        print(lines)
+        if args.png:
+            layer = recording.layers[worst]
+            title = f"{recording.source}, layer {layer}"
+            report.plot_placement(args.png, placements[worst], recording.load[worst], title=title)
+    return 0
 
 
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:

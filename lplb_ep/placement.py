@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .eplb import rebalance
+from .optimize import arrange, optimize
 from .settings import PlacementError
 from .topology import redundant_to_original
 
@@ -239,6 +240,106 @@ class Placement:
         )
 
     @classmethod
+    def for_lp(
+        cls,
+        samples: npt.ArrayLike,
+        num_ranks: int | None = None,
+        num_redundant_per_rank: int | None = None,
+        *,
+        num_ranks_per_node: int | None = None,
+        num_groups: int | None = None,
+        within_node: bool | None = None,
+        start: Placement | None = None,
+        fixed_homes: bool = False,
+        max_changes: int | None = None,
+        percentile: float | None = None,
+        drift: float = 0.8,
+        seed: int = 0,
+        max_steps: int = 400,
+        time_budget_s: float | None = None,
+    ) -> Placement:
+        """A placement on which the linear program does best on the loads that may come.
+
+        A local search over copies and homes that minimises the mean optimum T* over scenarios: the
+        samples, and loads that drift away from them (see `optimize`). One layer per call, seconds
+        for 256 experts on 64 ranks. The same arguments give the same placement, unless
+        `time_budget_s` ends the search.
+
+        Args:
+            samples: [E] or [N, E] numbers of at least 0, in any unit: batches or histories. Only
+                each one's shares count; those without load are left out.
+            num_ranks, num_redundant_per_rank: as for `from_history`; with `start` its own.
+            num_ranks_per_node: as for `Placement`; with `start` its own.
+            num_groups: groups of consecutive experts that the router limits its picks to; must
+                divide E. Their loads are taken to drift together.
+            within_node: keep all copies of an expert, and all experts of a group, on one node;
+                `num_groups`, or without it E, must then be a multiple of the number of nodes.
+                Default: where there are several nodes and `num_groups` is a multiple of them, as
+                `from_history` does.
+            start: a placement to improve instead of a fresh one. Slots that keep their expert
+                stay where they are.
+            fixed_homes: homes of `start` do not move, only its further slots may change.
+            max_changes: the most slots of `start` that may change, each a copy of weights.
+            percentile: in [0, 100]: minimise this percentile over the scenarios, not their mean.
+            drift: in [0, 1], how far loads may move away: 1 less the least correlation of log
+                loads that is expected. 0: the samples as they are.
+            seed: of the scenarios.
+            max_steps: moves that are tried, each a copy changed or two swapped.
+            time_budget_s: end the search after so many seconds, with the best so far.
+
+        Raises:
+            PlacementError: names the argument that does not fit, or the expert with a bad load.
+        """
+        load = _samples(samples)
+        experts = load.shape[1]
+        if start is not None:
+            given = (num_ranks, num_redundant_per_rank, num_ranks_per_node, experts)
+            num_ranks, num_redundant_per_rank, num_ranks_per_node = _shape_of(start, given)
+        elif fixed_homes or max_changes is not None:
+            raise PlacementError("fixed_homes and max_changes need a start")
+        num_ranks = _whole("num_ranks", num_ranks)
+        node = _ranks_per_node(num_ranks, num_ranks_per_node)
+        redundant = _whole("num_redundant_per_rank", num_redundant_per_rank, least=0)
+        nodes, groups = _nodes_and_groups(experts, num_ranks // node, num_groups, within_node)
+        slots = -(-experts // num_ranks) + redundant
+        if slots > experts // nodes:
+            raise PlacementError(
+                f"num_redundant_per_rank is too large: {slots} slots on a rank, for "
+                f"{experts // nodes} experts{' of its node' if nodes > 1 else ''}; got {redundant}"
+            )
+        for name, value, most in (("drift", drift, 1), ("percentile", percentile, 100)):
+            if value is not None and not 0 <= value <= most:
+                raise PlacementError(f"{name} must be in [0, {most}]; got {value}")
+        changes = None if max_changes is None else _whole("max_changes", max_changes, least=0)
+        movable = np.ones(num_ranks * slots, bool)
+        if start is not None:
+            if nodes > 1:
+                _check_within_nodes(start)
+            if fixed_homes:
+                movable[start.home] = False
+        table = optimize(
+            load,
+            num_ranks,
+            slots,
+            num_nodes=nodes,
+            num_groups=groups,
+            start=None if start is None else start.physical_to_logical.astype(np.int64),
+            movable=movable,
+            max_changes=changes,
+            percentile=percentile,
+            drift=drift,
+            seed=seed,
+            max_steps=_whole("max_steps", max_steps, least=0),
+            time_budget_s=time_budget_s,
+        )
+        if start is None:
+            table, home = arrange(table, load.mean(axis=0), num_ranks)
+        else:
+            kept = table[start.home] == np.arange(experts)
+            home = np.where(kept, start.home, cls(table, num_ranks, num_experts=experts).home)
+        return cls(table, num_ranks, num_experts=experts, num_ranks_per_node=node, home=home)
+
+    @classmethod
     def from_physical_to_logical(
         cls,
         table: npt.ArrayLike | Mapping[str, Any],
@@ -403,6 +504,10 @@ class Placement:
                 state = json.load(file)
             except ValueError as error:
                 raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+        if isinstance(state, dict) and "lplb_ep_placements" in state:
+            raise PlacementError(
+                f"{os.fspath(path)} has placements of several layers: use load_placements"
+            )
         version = state.pop("lplb_ep_placement", None) if isinstance(state, dict) else None
         if version != 1:
             raise PlacementError(f"{os.fspath(path)} is not a placement saved by this version")
@@ -410,6 +515,33 @@ class Placement:
             return cls(**state)
         except (PlacementError, TypeError) as error:
             raise PlacementError(f"{os.fspath(path)}: {error}") from error
+
+
+def save_placements(path: str | os.PathLike[str], placements: Mapping[int, Placement]) -> None:
+    """Writes the placements of several layers, by their numbers, as JSON for `load_placements`."""
+    layers = {str(layer): placement._state for layer, placement in placements.items()}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"lplb_ep_placements": 1, "layers": layers}, file)
+
+
+def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
+    """Reads what `save_placements` wrote: each layer's placement by its number.
+
+    Raises:
+        PlacementError: the file is not such a file, or holds an impossible placement.
+        OSError: the file cannot be read.
+    """
+    with open(path, encoding="utf-8") as file:
+        try:
+            state = json.load(file)
+        except ValueError as error:
+            raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+    if not isinstance(state, dict) or state.get("lplb_ep_placements") != 1:
+        raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
+    try:
+        return {int(layer): Placement(**one) for layer, one in state["layers"].items()}
+    except (PlacementError, TypeError, KeyError, ValueError) as error:
+        raise PlacementError(f"{os.fspath(path)}: {error}") from error
 
 
 def check_placement(placement: object) -> None:
@@ -431,8 +563,68 @@ def _integers(
     return array.astype(np.int64)
 
 
+def _nodes_and_groups(
+    num_experts: int, num_nodes: int, num_groups: int | None, within_node: bool | None
+) -> tuple[int, int]:
+    """Nodes that copies stay within (1: anywhere), and groups of experts that stay together."""
+    groups = 1 if num_groups is None else _whole("num_groups", num_groups)
+    if num_experts % groups:
+        raise PlacementError(
+            f"num_groups must divide the number of experts: {groups} does not divide {num_experts}"
+        )
+    if within_node is None:
+        within_node = num_groups is not None and groups % num_nodes == 0
+    if not within_node:
+        return 1, groups
+    whole = num_experts if num_groups is None else groups
+    if whole % num_nodes:
+        raise PlacementError(
+            f"within_node needs a multiple of {num_nodes} nodes: got {whole} "
+            f"{'experts' if num_groups is None else 'groups'}"
+        )
+    return num_nodes, groups
+
+
+def _shape_of(start: Placement, given: tuple[int | None, ...]) -> tuple[int, int, int]:
+    """R, redundant slots and ranks of a node of a start; `given` are those and E, or None."""
+    check_placement(start)
+    redundant = start.num_local_slots + -start.num_experts // start.num_ranks
+    shape = (start.num_ranks, redundant, start.num_ranks_per_node)
+    for is_given, own in zip(given, (*shape, start.num_experts), strict=True):
+        if is_given not in (None, own):
+            raise PlacementError(
+                "start must have the ranks, redundant slots, ranks of a node and experts that "
+                f"are given: {is_given}, it has {own}"
+            )
+    return shape
+
+
+def _check_within_nodes(start: Placement) -> None:
+    node = np.where(
+        start.copy_rank >= 0, start.node[start.copy_rank], start.node[start.home_rank][:, None]
+    )
+    apart = np.flatnonzero((node != node[:, :1]).any(axis=1))
+    if apart.size:
+        raise PlacementError(f"within_node: start has expert {apart[0]} on several nodes")
+
+
+def _samples(samples: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """[N, E]: samples that have load."""
+    array = np.atleast_2d(_loads(samples))
+    array = array[array.sum(axis=1) > 0]
+    if not len(array):
+        raise PlacementError("load must not be all zeros")
+    return array
+
+
 def _expert_load(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[np.float64]:
     """[E]: the load of each expert, summed over batches."""
+    array = _loads(load, num_experts)
+    return array.reshape(-1, array.shape[-1]).sum(axis=0)
+
+
+def _loads(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[np.float64]:
+    """[E] or [N, E], checked."""
     array = _array("load", load)
     if array.ndim not in (1, 2) or array.dtype.kind not in "iuf" or array.size == 0:
         raise PlacementError(
@@ -448,7 +640,7 @@ def _expert_load(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDA
         raise PlacementError(
             f"load of expert {expert} must be finite and at least 0, got {array[tuple(wrong[0])]}"
         )
-    return array.astype(np.float64).reshape(-1, array.shape[-1]).sum(axis=0)
+    return array.astype(np.float64)
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
@@ -462,9 +654,9 @@ def _array(name: str, values: Any) -> npt.NDArray[Any]:
         raise PlacementError(f"{name} must be an array, got rows of unequal length") from error
 
 
-def _whole(name: str, value: int, least: int = 1) -> int:
+def _whole(name: str, value: int | None, least: int = 1) -> int:
     try:
-        number = operator.index(value)
+        number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = least - 1
     if number < least:

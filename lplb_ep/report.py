@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from . import cpu
 from .placement import Placement
 from .settings import MissingPackageError
-from .solver import solve
+from .solver import rank_load, solve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -399,8 +400,8 @@ def replay(
             "lp": solution.rank_load,
             "bound": solution.lower_bound[:, None],
         }
-        for name, rank_load in rank_loads.items():
-            columns[name].append(torch.where(mean > 0, rank_load.amax(1) / mean, 1.0))
+        for name, held in rank_loads.items():
+            columns[name].append(torch.where(mean > 0, held.amax(1) / mean, 1.0))
     stacked = {name: torch.stack(values, 1) for name, values in columns.items()}
     return Replay(**stacked, layers=recording.layers)
 
@@ -418,6 +419,63 @@ def _even_rank_load(
     shares = np.zeros((load.shape[1], num_ranks))
     np.add.at(shares, (expert, rank), 1 / np.bincount(expert)[expert])
     return load.double() @ torch.from_numpy(shares)
+
+
+def describe(
+    recording: Recording,
+    placements: Sequence[Placement],
+    start: Sequence[Placement] | None = None,
+) -> tuple[str, int]:
+    """What each layer's placement is worth on the load it was learned on.
+
+    Args:
+        recording: the load.
+        placements: one for each of the L layers.
+        start: what they were before, to count the slots that changed.
+
+    Returns:
+        A table, and the index of the layer with the highest imbalance at home slots.
+    """
+    header = ["layer", "home slots", "LP", "most copies"]
+    nodes = placements[0].num_ranks > placements[0].num_ranks_per_node
+    header += ["leave their node: at home", "LP"] if nodes else []
+    header += [] if start is None else ["slots changed"]
+    rows, at_home = [], []
+    for i, (layer, load, placement) in enumerate(
+        zip(recording.layers, recording.load, placements, strict=True)
+    ):
+        mean = float(load.sum()) / placement.num_ranks
+        solution = solve(load, placement)
+        home = torch.zeros_like(solution.quota)
+        home[:, 0] = load
+        at_home.append(float(rank_load(home, placement).max()) / mean)
+        rows.append(
+            [str(layer), f"{at_home[-1]:.3f}", f"{int(solution.rank_load.max()) / mean:.3f}"]
+        )
+        rows[-1].append(str(placement.max_replicas))
+        if nodes:
+            rows[-1] += [f"{leaves_node(q, placement):.1%}" for q in (home, solution.quota)]
+        if start is not None:
+            changed = placement.physical_to_logical != start[i].physical_to_logical
+            rows[-1].append(str(int(changed.sum())))
+    return text_table(header, rows), int(np.argmax(at_home))
+
+
+def leaves_node(quota: torch.Tensor, placement: Placement) -> float:
+    """The share of picks that are computed on another node than their token's.
+
+    Tokens are taken to be spread evenly over the ranks: recordings rarely tell their ranks.
+
+    Args:
+        quota: [E, C] int32, tokens of each copy.
+        placement: the copies.
+    """
+    load, ranks = quota.sum(1), torch.arange(placement.num_ranks)[:, None]
+    counts = load // placement.num_ranks + (ranks < load % placement.num_ranks)
+    split = cpu.split(counts.int(), quota, placement).numpy()
+    node = np.where(placement.copy_rank >= 0, placement.node[placement.copy_rank], -1)
+    away = split[placement.node[:, None, None] != node].sum()
+    return float(away / max(int(load.sum()), 1))
 
 
 # ------------------------------------------------------------------------------ tables, pictures
@@ -575,6 +633,66 @@ def plot_training(
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
     _save(path, (10.5, 4.4), draw)
+
+
+def plot_placement(
+    path: str | os.PathLike[str], placement: Placement, load: torch.Tensor, *, title: str = ""
+) -> None:
+    """Draws the replica graph, and the ranks' loads at home slots and by the linear program.
+
+    Ranks stand on a circle, joined where they hold copies of one expert: a thicker line is more
+    load that may go either way; a larger and darker rank has more load at its home slots.
+
+    Args:
+        path: the PNG to write.
+        placement: the copies.
+        load: [E] integers, tokens of each expert.
+        title: headline.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    R, weight = placement.num_ranks, load.double().numpy()
+    home = np.bincount(placement.home_rank, weight, R)
+    plan = solve(load, placement).rank_load.numpy()
+    mean = max(weight.sum() / R, 1e-9)
+    shared = np.zeros((R, R))
+    for expert, ranks in enumerate(placement.copy_rank):
+        held = ranks[ranks >= 0]
+        shared[np.ix_(held, held)] += weight[expert]
+
+    def draw(figure: Figure) -> None:
+        circle, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
+        angle = np.pi / 2 - 2 * np.pi * np.arange(R) / R
+        x, y = np.cos(angle), np.sin(angle)
+        for one, two in zip(*np.nonzero(np.triu(shared, 1)), strict=True):
+            width = 0.3 + 3 * shared[one, two] / shared[np.triu_indices(R, 1)].max()
+            across = placement.node[one] != placement.node[two]
+            colour = _COLOURS["home"] if across else _COLOURS["lp"]
+            circle.plot(x[[one, two]], y[[one, two]], lw=width, color=colour, alpha=0.5, zorder=1)
+        size = 40 + 160 * np.minimum(home / mean, 3)
+        circle.scatter(x, y, s=size, c=home / mean, cmap="Greys", vmin=0, ec="0.3", zorder=2)
+        for rank in range(R):
+            place = (1.14 * x[rank], 1.14 * y[rank])
+            circle.annotate(str(rank), place, ha="center", va="center", fontsize=8, color="0.35")
+        circle.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
+        circle.axis("off")
+        across = " (between nodes: orange)" if placement.node.any() else ""
+        circle.set_title(f"Ranks that share experts{across}", loc="left", fontsize=10)
+        for shift, values, name in ((-0.2, home, "home"), (0.2, plan, "lp")):
+            label = f"{_LABELS[name]} (max / mean {values.max() / mean:.3f})"
+            bars.bar(np.arange(R) + shift, values, 0.4, color=_COLOURS[name], label=label)
+        bars.axhline(mean, color="0.35", lw=1, ls=(0, (4, 3)), label="mean (perfect balance)")
+        bars.set_xticks(np.arange(R)[:: max(1, R // 16)])
+        bars.set_xlabel("rank")
+        bars.set_ylabel("rank load: tokens")
+        bars.yaxis.set_major_formatter("{x:,.0f}")
+        _finish(bars)
+        figure.legend(loc="outside lower right", ncols=3, **_LEGEND)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+    _save(path, (10.5, 4.8), draw)
 
 
 _LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}

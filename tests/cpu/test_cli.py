@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lplb_ep import Placement, cli
+from lplb_ep.placement import load_placements
 from lplb_ep.report import load_recording, replay
 
 
@@ -151,6 +152,91 @@ def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):
     assert imbalance["home"] == imbalance["in_order"]
 
 
+def test_place_writes_what_replay_reads(recording, tmp_path, capsys):
+    output, picture = tmp_path / "placements.json", tmp_path / "graph.png"
+    shape = ["--ranks", "4", "--redundant", "1", "--ranks-per-node", "2", "--seconds", "1"]
+    argv = [
+        "place",
+        str(recording[0]),
+        "--key",
+        "new",
+        *shape,
+        "-o",
+        str(output),
+        "--png",
+        str(picture),
+    ]
+    assert cli.main(argv) == 0
+    table = capsys.readouterr().out
+    assert "leave their node" in table
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    counts = load_recording(recording[0], key="new")
+    placements = load_placements(output)
+    assert list(placements) == list(counts.layers)
+    written = tmp_path / "replay.json"
+    argv = [
+        "replay",
+        str(recording[0]),
+        "--key",
+        "new",
+        "--placement",
+        str(output),
+        "--json",
+        str(written),
+    ]
+    assert cli.main(argv) == 0
+    expected = replay(counts, list(placements.values())).to_json()
+    assert json.loads(written.read_text())["imbalance"] == expected["imbalance"]
+
+    capsys.readouterr()
+    again = tmp_path / "again.json"
+    refine = ["--start", str(output), "--fixed-homes", "--max-changes", "1", "--seconds", "1"]
+    assert cli.main(["place", str(recording[0]), "--key", "new", *refine, "-o", str(again)]) == 0
+    changed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[5:]]
+    for layer, placement in load_placements(again).items():
+        before = placements[layer]
+        different = before.physical_to_logical != placement.physical_to_logical
+        assert (before.home == placement.home).all()
+        assert changed[list(placements).index(layer)] == str(different.sum()) in "01"
+
+
+def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
+    written = tmp_path / "replay.json"
+    argv = [
+        "replay",
+        str(recording[0]),
+        "--key",
+        "new",
+        "--placement",
+        "lp",
+        "--ranks",
+        "4",
+        "--redundant",
+        "1",
+    ]
+    assert cli.main([*argv, "--json", str(written)]) == 0
+    summary = json.loads(written.read_text())["summary"]
+    assert summary["lp"]["worst"] <= summary["even"]["worst"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "place needs --ranks and --redundant, or --start"),
+        (
+            ["--ranks", "4", "--redundant", "1", "--max-changes", "2"],
+            "--max-changes need a --start",
+        ),
+        (["--ranks", "4", "--redundant", "1", "--drift", "2"], "--drift must be in [0, 1]; got 2"),
+        (["--ranks", "4", "--redundant", "1", "-o", "none/p.json"], "-o none/p.json: there is no"),
+    ],
+)
+def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, capsys, options, says):
+    assert says in fails(
+        capsys, "place", recording[0], "--key", "new", "-o", tmp_path / "p.json", *options
+    )
+
+
 def test_replay_of_ids_learned_from_another_file(tmp_path):
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -196,7 +282,7 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
         (
             ["--key", "new", "--placement", "kube", "--ranks", "8"],
             "--placement must be cube, hypercube, torus, ring (or ring:SIZE, torus:ROWSxCOLUMNS), "
-            "eplb, or a file written by Placement.save; got 'kube'",
+            "eplb, lp, or a file written by place or Placement.save; got 'kube'",
         ),
         (
             ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lplb_ep import eplb
-from lplb_ep.placement import Placement
+from lplb_ep.placement import Placement, load_placements, save_placements
 from lplb_ep.settings import PlacementError
 
 # Three ranks of four slots, two of them unused. Expert 0 is on every rank, expert 4 twice on rank
@@ -265,7 +265,7 @@ def test_no_torch_needed():
     code = """
 import sys
 sys.modules["torch"] = None
-from lplb_ep.placement import Placement
+from lplb_ep.placement import Placement, load_placements, save_placements
 import numpy as np
 Placement.from_topology("cube", num_experts=16, num_ranks=8, load=np.arange(16))
 Placement.from_history(np.arange(16), num_ranks=8, num_redundant_per_rank=1)
@@ -775,3 +775,21 @@ def test_map_is_copied():
 def test_maps_are_refused_by_name(table, message):
     with pytest.raises(PlacementError, match=message):
         Placement.from_physical_to_logical(table, 3)
+
+
+def test_placements_of_layers_come_back_by_their_numbers(tmp_path):
+    path = tmp_path / "layers.json"
+    layers = {3: Placement(TABLE, 3), 7: Placement([0, 1, 1, 0], 2, home=[3, 1])}
+    save_placements(path, layers)
+    assert load_placements(path) == layers
+    with pytest.raises(PlacementError, match="placements of several layers"):
+        Placement.load(path)
+    Placement(TABLE, 3).save(path)
+    with pytest.raises(PlacementError, match="has no placements"):
+        load_placements(path)
+    path.write_text("{")
+    with pytest.raises(PlacementError, match="is not JSON"):
+        load_placements(path)
+    path.write_text(json.dumps({"lplb_ep_placements": 1, "layers": {"0": {"num_ranks": 2}}}))
+    with pytest.raises(PlacementError, match=r"layers\.json"):
+        load_placements(path)

@@ -23,6 +23,7 @@ LAYERS = [
     "settings",
     "eplb",
     "topology",
+    "optimize",
     "placement",
     "cpu",
     "jit",

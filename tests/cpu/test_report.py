@@ -9,7 +9,9 @@ import torch
 from lplb_ep import MissingPackageError, Placement
 from lplb_ep.report import (
     Recording,
+    leaves_node,
     load_recording,
+    plot_placement,
     plot_replay,
     plot_training,
     replay,
@@ -366,3 +368,36 @@ def test_pictures_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingPackageError, match=r"pip install '\.\[plot\]'"):
         plot_replay(tmp_path / "a.png", small_replay())
+
+
+# --- placements -----------------------------------------------------------------------------------
+
+
+def test_what_leaves_a_node_is_counted():
+    """Two nodes of one rank, tokens from both alike: half of what has one copy leaves."""
+    apart = Placement([0, 1, 2, 3], 2, num_ranks_per_node=1)
+    assert leaves_node(torch.tensor([[4], [2], [6], [0]], dtype=torch.int32), apart) == 0.5
+    both = Placement([0, 1, 1, 0], 2, num_ranks_per_node=1)
+    split = torch.tensor([[2, 2], [3, 3]], dtype=torch.int32)
+    assert leaves_node(split, both) == 0
+    assert leaves_node(torch.tensor([[4, 0], [3, 3]], dtype=torch.int32), both) == 0.2
+
+
+def test_the_replica_graph_joins_ranks_that_share_experts(tmp_path, monkeypatch):
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1],
+    )
+    placement = Placement([0, 1, 1, 2, 3, 0], 3, num_ranks_per_node=1)
+    plot_placement(tmp_path / "graph.png", placement, torch.tensor([9, 4, 1, 1]), title="graph")
+    (figure,) = figures
+    circle, bars = figure.axes
+    assert len(circle.lines) == 2  # ranks 0 and 1 share expert 1, ranks 0 and 2 expert 0
+    assert circle.lines[1].get_linewidth() > circle.lines[0].get_linewidth()
+    heights = [bar.get_height() for bar in bars.patches]
+    assert heights[:3] == [9, 5, 1]
+    assert sum(heights[3:]) == 15
+    assert max(heights[3:]) == 5
