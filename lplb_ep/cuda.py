@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from . import network
-from .jit import CuSolverDx, Kernels, Program, compile_cubin, require
+from .jit import CuSolverDx, Kernels, Program, compile_cubin, max_shared_bytes, require
 from .placement import Placement
 from .settings import MissingPackageError
 
-MAX_SHARED_BYTES = 99 * 1024
-"""What a block may have on every architecture from sm_80 on."""
+STATIC_SHARED_BYTES = 3 * 1024
+"""The most shared memory that a kernel has beside what it is launched with, some of it CUDA's."""
+MIN_CAPABILITY = (8, 0)
+"""Of a device: warps add up in one instruction from sm_80 on."""
 NUM_THREADS = 1024
 """Of a block that counts or rewrites."""
 NUM_SOLVER_THREADS = 256
@@ -53,11 +55,11 @@ def programs() -> list[Program]:
     ]
 
 
-def num_shared_bytes(placement: Placement, solver: str) -> int:
-    """What a block of the solver takes.
+def num_solver_bytes(placement: Placement, solver: str) -> int:
+    """What a block of the solver is launched with.
 
     Raises:
-        ValueError: it is more than a block has; says of what.
+        ValueError: a component is too large for one block; names its size.
     """
     variant = network.variant(placement, solver)
     size, num_arcs = variant.size, network.tables(placement, variant).arcs.shape[1]
@@ -66,13 +68,43 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
-    if num_bytes > MAX_SHARED_BYTES:
-        raise ValueError(
-            f"a block has {MAX_SHARED_BYTES} bytes of shared memory, and the solver {solver} takes "
-            f"{num_bytes} for {placement.num_experts} experts and, in a component, {num_arcs} "
-            "copies of those with several"
-        )
     return num_bytes
+
+
+def num_route_bytes(placement: Placement) -> int:
+    """What a block that splits and rewrites is launched with."""
+    routes, num_nodes = (
+        network.routes(placement),
+        placement.num_ranks // placement.num_ranks_per_node,
+    )
+    several, copies = len(routes.experts), len(routes.copies)
+    return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
+
+
+def check_fit(placement: Placement, solver: str, max_bytes: int) -> None:
+    """Whether the kernels take a placement.
+
+    Args:
+        placement: the copies.
+        solver: "flow" or "cusolverdx".
+        max_bytes: shared memory of a block.
+
+    Raises:
+        ValueError: a component is too large for one block, or a block has not enough shared memory;
+            names the sizes.
+    """
+    copies = (placement.copy_rank >= 0).sum(1)
+    for what, num_bytes in (
+        (f"the solver {solver}", num_solver_bytes(placement, solver)),
+        ("rewriting", num_route_bytes(placement)),
+    ):
+        if num_bytes + STATIC_SHARED_BYTES > max_bytes:
+            raise ValueError(
+                f"a block has {max_bytes} bytes of shared memory, and {what} takes "
+                f"{num_bytes + STATIC_SHARED_BYTES} for {placement.num_experts} experts, "
+                f"{copies[copies > 1].sum()} copies of those with several, and "
+                f"{placement.num_ranks // placement.num_ranks_per_node} nodes"
+            )
 
 
 def _solver(solver: str, variant: network.Variant) -> Program:
@@ -110,32 +142,39 @@ def check(placement: Placement | None = None, solver: str = "flow") -> None:
     """Whether plans can be made here, on the current device.
 
     Raises:
-        MissingPackageError: there is no CUDA device, or a package is missing; says which.
+        MissingPackageError: there is no CUDA device that the kernels run on, or a package is
+            missing; says which.
         ValueError: the placement is too large for the kernels; names the size.
     """
     if not torch.cuda.is_available():
         raise MissingPackageError("there is no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < MIN_CAPABILITY:
+        raise MissingPackageError(
+            f"the kernels need sm_80 or newer, and the CUDA device is sm_{major}{minor}"
+        )
     if importlib.util.find_spec("cupy") is None:
         raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
     require("nvrtc", *(("mathdx", "nvJitLink") if solver == "cusolverdx" else ()))
     if placement is not None:
-        num_shared_bytes(placement, solver)
+        check_fit(placement, solver, max_shared_bytes(torch.cuda.current_device()))
 
 
 class Solver:
     """The exact solver of one placement on one GPU.
 
     Args:
-        placement: the copies; whose components must fit a block (`num_shared_bytes`).
+        placement: the copies; which must fit (`check_fit`).
         device: where loads lie; kernels are compiled now, if they never were.
         solver: "flow" or "cusolverdx".
 
     Raises:
-        ValueError: a component is too large; names its size.
+        ValueError: the placement is too large; names the size.
         MissingPackageError: a package that compiles or launches kernels is missing.
     """
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
+        check_fit(placement, solver, max_shared_bytes(device.index))
         variant = network.variant(placement, solver)
         built = network.tables(placement, variant)
         self.placement, self.device = placement, device
@@ -147,10 +186,9 @@ class Solver:
             *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
-        self._num_shared_bytes = num_shared_bytes(placement, solver)
+        self._num_shared_bytes = num_solver_bytes(placement, solver)
         kernels = _kernels(_solver, (solver, variant), device.index)
-        self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
-        self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
+        self._kernel, self._general = map(kernels.kernel, ("solve", "solve_general"))
 
     def __call__(
         self,
@@ -332,19 +370,11 @@ class Steps:
         self.solver = Solver(placement, device, solver)
         built = network.routes(placement)
         self._tables = _upload(built, device)
-        p, num_nodes = placement, placement.num_ranks // placement.num_ranks_per_node
-        several, copies = len(built.first) - 1, len(built.copies)
+        p, several, copies = placement, len(built.experts), len(built.copies)
         pointers = (table.data_ptr() for table in self._tables)
         sizes = (p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas)
         self._table = _TABLE.pack(*pointers, several, copies, *sizes)
-        self._num_route_bytes = 4 * (
-            p.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
-        )
-        if self._num_route_bytes > MAX_SHARED_BYTES:
-            raise ValueError(
-                f"rewriting with {copies} copies of {several} experts on {num_nodes} nodes takes "
-                f"{self._num_route_bytes} bytes of shared memory; a block has {MAX_SHARED_BYTES}"
-            )
+        self._num_route_bytes = num_route_bytes(placement)
         zeros = functools.partial(torch.zeros, dtype=torch.int32)
         self.row = zeros(row_size, device=device)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
@@ -365,9 +395,7 @@ class Steps:
         pointer = self._windows.data_ptr() if windows else 0
         self._window = _WINDOW.pack(pointer, self._num_done.data_ptr(), p.num_ranks, rank)
         self._kernels = {
-            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(
-                name, num_shared_bytes=MAX_SHARED_BYTES
-            )
+            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name)
             for name in ("count", "receive", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
@@ -491,7 +519,8 @@ class Steps:
         p, num_threads = self.placement, 64
         out = torch.zeros(p.num_ranks, *quota.shape, dtype=torch.int32, device=self.device)
         num_nodes = p.num_ranks // p.num_ranks_per_node
-        num_bytes = 4 * ((4 + num_threads) * p.max_replicas + num_nodes)
+        most = int((p.copy_rank >= 0).sum(1).max())  # useful copies, at most one a rank
+        num_bytes = 4 * ((4 + num_threads) * most + num_nodes)
         _launch(
             self._kernels["split", torch.int64],
             (p.num_experts,),

@@ -58,6 +58,9 @@ _PRECISIONS = {"float": 5, "double": 6}
 _ARRANGEMENTS = {"column": 0, "row": 1}
 _FILLS = {"upper": 0, "lower": 1}
 _LTOIR, _FATBIN = 3, 4  # of nvJitLink.h
+# Of cuda.h and driver_types.h: bytes of shared memory that a kernel has and may ask for, and that a
+# block of a device may have.
+_STATIC_BYTES, _MAX_DYNAMIC_BYTES, _MAX_BYTES_OF_BLOCK = 1, 8, 97
 
 
 @dataclass(frozen=True)
@@ -162,30 +165,47 @@ class Kernels:
     """
 
     def __init__(self, cubin: Cubin):
-        try:
-            import cupy
-        except ImportError as error:
-            raise MissingPackageError(f"CuPy launches kernels: {_INSTALL}") from error
+        cupy = _cupy()
         self._driver = cupy.cuda.driver
+        self._max_shared_bytes = max_shared_bytes(cupy.cuda.runtime.getDevice())
         self._module = cupy.cuda.Module()
         self._module.load(cubin.data)
 
-    def kernel(self, name: str, *, num_shared_bytes: int = 0) -> Any:
+    def kernel(self, name: str) -> Any:
         """A kernel, to be called as `kernel(grid, block, args, shared_mem=…, stream=…)`.
+
+        It may be launched with all the shared memory that a block can have. A launch's own need
+        would not do as the limit, which all that hold the kernel share.
 
         Args:
             name: its name in the source, where it is `extern "C"`.
-            num_shared_bytes: the most dynamic shared memory that a launch will ask for. Above
-                48 KiB a kernel must be allowed it beforehand, which this does.
 
         Returns:
             A `cupy.cuda.Function`.
         """
         function = self._module.get_function(name)
-        if num_shared_bytes > 48 * 1024:
-            max_dynamic_shared_size = 8  # CUfunction_attribute, cuda.h
-            self._driver.funcSetAttribute(function.ptr, max_dynamic_shared_size, num_shared_bytes)
+        static = self._driver.funcGetAttribute(_STATIC_BYTES, function.ptr)
+        self._driver.funcSetAttribute(
+            function.ptr, _MAX_DYNAMIC_BYTES, self._max_shared_bytes - static
+        )
         return function
+
+
+def max_shared_bytes(device: int) -> int:
+    """The shared memory of a block on a device, static and dynamic.
+
+    Raises:
+        MissingPackageError: CuPy is not installed.
+    """
+    return int(_cupy().cuda.runtime.deviceGetAttribute(_MAX_BYTES_OF_BLOCK, device))
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingPackageError(f"CuPy launches kernels: {_INSTALL}") from error
+    return cupy
 
 
 def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin]:

@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -329,6 +330,29 @@ def test_loading_needs_cupy(scale, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(MissingPackageError, match=r"CuPy launches kernels: pip install '\.\[cuda"):
         jit.Kernels(jit.compile_cubin(scale))
+
+
+def test_kernels_may_have_all_of_a_blocks_shared_memory(scale, monkeypatch):
+    """Whoever asks for one: the limit is the kernel's, not the caller's."""
+    allowed = {}
+    driver = SimpleNamespace(
+        funcGetAttribute=lambda attribute, function: {1: 16}[attribute],
+        funcSetAttribute=lambda function, *attribute: allowed.update({function: attribute}),
+    )
+    module = SimpleNamespace(
+        load=lambda data: None, get_function=lambda name: SimpleNamespace(ptr=name)
+    )
+    runtime = SimpleNamespace(
+        getDevice=lambda: 3,
+        deviceGetAttribute=lambda attribute, device: {(97, 3): 1000}[attribute, device],
+    )
+    fake = SimpleNamespace(
+        cuda=SimpleNamespace(driver=driver, Module=lambda: module, runtime=runtime)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    assert jit.Kernels(jit.compile_cubin(scale)).kernel("scale").ptr == "scale"
+    assert allowed == {"scale": (8, 1000 - 16)}
+    assert jit.max_shared_bytes(3) == 1000
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,16 @@ def test_large_batches_and_many_components():
         compare(plan, topks[0], counts, cube, 0)
 
 
+def test_a_split_does_not_grow_with_second_copies():
+    placement = Placement([*[0] * 599, 1, *[0] * 599, 2], 2)
+    topks, counts = batch(np.random.default_rng(5), placement, [300, 40], 2)
+    for rank in range(2):
+        plan = Planner(placement, rank=rank, counts="given", solver="flow")(
+            topks[rank], counts=counts
+        )
+        compare(plan, topks[rank], counts, placement, rank)
+
+
 def test_a_slice_of_a_larger_tensor_and_host_tensors_are_taken():
     topk = torch.tensor([[0, 9, 1], [2, 9, -1], [0, 9, 1]], device="cuda")[:, ::2]
     planner = Planner(Placement([0, 1, 2, 0], 1), solver="flow")

@@ -134,6 +134,18 @@ def test_running_out_of_rounds_is_told_and_loses_no_token():
     assert int(held.sum()) == int(load.sum())
 
 
+def test_a_smaller_solver_of_the_same_kernel_leaves_the_larger_its_memory(solver):
+    """Both take more shared memory than a kernel has unasked, 48 KiB."""
+    rng = np.random.default_rng(6)
+    large, small = (Placement(np.tile(np.arange(64), n), 64) for n in (40, 36))
+    assert network.variant(large, solver) == network.variant(small, solver)
+    assert cuda.num_solver_bytes(small, solver) > 48 * 1024
+    first = cuda.Solver(large, device(), solver)
+    cuda.Solver(small, device(), solver)
+    load = torch.from_numpy(oracle.random_load(rng, 64, 300.0)[None]).int().to(device())
+    assert not first(load)[2].any()
+
+
 def test_loads_that_do_not_fit_are_named():
     solve = cuda.Solver(Placement([0, 1, 2, 0], 2), device())
     for load, message in (
