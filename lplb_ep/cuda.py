@@ -211,8 +211,8 @@ class Solver:
             quota: [B, E, C] int32, rows sum to the load.
             rank_load: [B, R] int32, without base loads; with them its maximum is ceil(T*), of each
                 component by itself (with speeds: no whole-numbered plan takes less time).
-            status: [B, G] int32 of each component: 0 = optimal; 3 = it ran out of rounds, and its
-                quotas are whole and complete, but not the best; 2 = impossible loads, no quotas.
+            status: [B, G] int32 of each component: 0 = optimal; 2 = it ran out of rounds, and its
+                quotas are whole and complete, but not the best; 3 = impossible loads, no quotas.
 
         Raises:
             ValueError: `load` has another shape, dtype or device.
@@ -234,7 +234,8 @@ class Solver:
             None if option is None else option.to(self.device, torch.int32).contiguous()
             for option in (base_load, speed, max_quota)
         )
-        return self.launch(counts, len(load), options=options)
+        quota, rank_load, endings = self.launch(counts, len(load), options=options)
+        return quota, rank_load, endings[..., 0]
 
     def launch(
         self,
@@ -247,12 +248,12 @@ class Solver:
         options: Sequence[torch.Tensor | None] = (None, None, None),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `__call__` does, on a struct of counts; and for the picks of a single batch, numbers
-        them and copies the counts to `counted`."""
+        them and copies the counts to `counted`. For the status [B, G, 2]: status and total."""
         p, empty = self.placement, functools.partial(torch.empty, dtype=torch.int32)
         out = (
             empty(num_batches, p.num_experts, p.max_replicas, device=self.device),
             empty(num_batches, p.num_ranks, device=self.device),
-            empty(num_batches, self.num_components, device=self.device),
+            empty(num_batches, self.num_components, 2, device=self.device),
         )
         if num_batches:
             pointers = [tensor.data_ptr() for tensor in out]
@@ -282,13 +283,14 @@ def _launch(
     structs = [
         np.frombuffer(a, _struct_dtype(len(a)))[0] if isinstance(a, bytes) else a for a in arguments
     ]
-    kernel(
-        grid,
-        (num_threads,),
-        tuple(structs),
-        shared_mem=num_shared_bytes,
-        stream=_stream(torch.cuda.current_stream(device).cuda_stream),
-    )
+    with torch.cuda.device(device):  # which need not be the current one
+        kernel(
+            grid,
+            (num_threads,),
+            tuple(structs),
+            shared_mem=num_shared_bytes,
+            stream=_stream(torch.cuda.current_stream(device).cuda_stream),
+        )
 
 
 @functools.cache
@@ -329,15 +331,17 @@ class Solved:
     counts: torch.Tensor
     quota: torch.Tensor
     rank_load: torch.Tensor
-    statuses: torch.Tensor
-    """[G] int32, of each component."""
+    endings: torch.Tensor
+    """[G, 2] int32, of each component: status, total."""
 
 
 class Steps:
     """The four steps of a planner's batches on one GPU, and the memory that they share.
 
-    Everything runs on the current stream and nothing is waited for, so a CUDA graph may capture
-    it. What goes wrong on the device is told in `told`, in the host's memory.
+    Everything runs on the current stream and the CPU waits for nothing, so a CUDA graph may capture
+    it. A batch on another stream than the last one's runs after it, outside of graphs. The memory
+    must live until the last batch, and the last replay of a graph, is done. What goes wrong on the
+    device is told in `told`, in the host's memory.
 
     Args:
         placement: the copies.
@@ -399,6 +403,8 @@ class Steps:
             for name in ("count", "receive", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
+        self._stream = torch.cuda.current_stream(device)
+        self._stream.synchronize()  # the first batch may run on any
 
     @property
     def num_bytes(self) -> int:
@@ -418,6 +424,10 @@ class Steps:
             status: how this rank fares, for the head of the row.
             exchanged: whether the other ranks get `row`; it is zero again after `route`.
         """
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+            self._stream = stream
         num_picks, E = topk_idx.numel(), self.placement.num_experts
         chunk = -(-max(1, num_picks) // MAX_CHUNKS)
         chunk = -(-chunk // 128) * 128  # whole cache lines of every kind of index
@@ -484,10 +494,10 @@ class Steps:
         head = NUM_HEAD if exchanged else 0
         counts = _COUNTS.pack(rows.data_ptr(), p.num_ranks, rows.stride(0), 0, head, self.rank)
         counted = torch.empty(p.num_ranks, p.num_experts, dtype=torch.int32, device=self.device)
-        quota, rank_load, statuses = self.solver.launch(
+        quota, rank_load, endings = self.solver.launch(
             counts, 1, picks, counted, self._told_at(-1), status
         )
-        return Solved(counted, quota[0], rank_load[0], statuses[0])
+        return Solved(counted, quota[0], rank_load[0], endings[0])
 
     def route(
         self, picks: Picks, solved: Solved, *, exchanged: bool
@@ -496,14 +506,14 @@ class Steps:
         is not optimal, `solved` becomes the plan in which every token is at home."""
         ended = torch.empty((), dtype=torch.int32, device=self.device)
         physical = torch.empty_like(picks.topk_idx)
-        tensors = (solved.counts, solved.quota, solved.rank_load, solved.statuses, ended)
+        tensors = (solved.counts, solved.quota, solved.rank_load, solved.endings, ended)
         pointers = [
             *(tensor.data_ptr() for tensor in tensors),
             self.num_by_status.data_ptr(),
             self._told_at(0),
             self.row.data_ptr() if exchanged else 0,
         ]
-        batch = _BATCH.pack(*pointers, len(solved.statuses), self.rank)
+        batch = _BATCH.pack(*pointers, len(solved.endings), self.rank)
         _launch(
             self._kernels["route", physical.dtype],
             (picks.num_chunks,),
