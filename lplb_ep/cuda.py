@@ -34,6 +34,8 @@ MAX_CHUNKS = 64
 """Blocks that a rank's picks are spread over."""
 NUM_HEAD = 5
 """Integers before the counts of an exchanged row; `kernels/plan.cuh` says which."""
+MAX_BATCH = 65_535
+"""Loads that a launch solves; a grid's limit."""
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
 
@@ -200,8 +202,8 @@ class Solver:
         """Solves a batch of loads on the current stream; no synchronisation, graphs may capture it.
 
         Args:
-            load: [B, E] int32 on this device; B at most 65535, each row totals at most 2**31 - 1,
-                `base_load` included.
+            load: [B, E] int32 on this device; B is at most MAX_BATCH, and each row totals at most
+                2**31 - 1, `base_load` included.
             base_load: [R] int32, at least 0: what stays on each rank; default 0.
             speed: [R] int32, positive, totals at most 2**15 - 1: of each rank; default 1.
             max_quota: [E, C] int32, at least 0: the most tokens of each copy, which must suffice
@@ -223,9 +225,9 @@ class Solver:
             raise ValueError(
                 f"load must be [B, {p.num_experts}] int32; got {list(load.shape)} of {load.dtype}"
             )
-        if load.device != self.device or len(load) > 65535:
+        if load.device != self.device or len(load) > MAX_BATCH:
             raise ValueError(
-                f"load must be at most 65535 rows on {self.device}; "
+                f"load must be at most {MAX_BATCH} rows on {self.device}; "
                 f"got {len(load)} on {load.device}"
             )
         load = load.contiguous()

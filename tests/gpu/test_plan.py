@@ -114,11 +114,12 @@ def test_a_slice_of_a_larger_tensor_and_host_tensors_are_taken():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_graphs_replay_with_new_indices(dtype):
+@pytest.mark.parametrize("solver", network.SHARES)
+def test_graphs_replay_with_new_indices(dtype, solver):
     rng = np.random.default_rng(1)
     placement = oracle.random_placement(rng, 8, 64, 2)
     batches = [batch(rng, placement, [200] * 8, 4, dtype) for _ in range(5)]
-    planner = Planner(placement, rank=3, counts="given", solver="flow")
+    planner = Planner(placement, rank=3, counts="given", solver=solver)
     topk, counts = batches[0][0][3].clone(), batches[0][1].clone()
     planner(topk, counts=counts)
     graph = torch.cuda.CUDAGraph()
@@ -153,12 +154,13 @@ def test_nothing_waits_and_nothing_is_allocated_from_the_device():
 CYCLES = 200_000_000  # of a kernel that sleeps: a tenth of a second
 
 
-def test_planners_on_streams_of_their_own():
+@pytest.mark.parametrize("solver", network.SHARES)
+def test_planners_on_streams_of_their_own(solver):
     """Together: none waits for one whose stream has stopped, and all come out right."""
     rng = np.random.default_rng(3)
     placements = [oracle.random_placement(rng, 8, 128, 2) for _ in range(3)]
     batches = [batch(rng, p, [2000] + [100] * 7, 8) for p in placements]
-    planners = [Planner(p, rank=0, counts="given", solver="flow") for p in placements]
+    planners = [Planner(p, rank=0, counts="given", solver=solver) for p in placements]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in placements]
     plans = [[], [], []]
