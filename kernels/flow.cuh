@@ -274,9 +274,9 @@ __device__ bool balance(const Component& c, const Mine& mine, int rounds) {
 
 // Adds up the counts of the component's experts: `load` of those with several copies, by place, and in
 // `held` what the others bring to their ranks; writes the quotas of these. Returns how the rows say
-// that the batch fares, BAD_COUNTS if a count is negative or they are too many; the same to every
-// thread.
-__device__ int add_up(
+// that the batch fares, BAD_COUNTS if a count is negative or they are too many, and how many they are;
+// the same to every thread.
+__device__ Ending add_up(
     const Counts& counts, const Network& net, int* load, int* held, int* __restrict__ quota,
     int max_replicas, int sharing, int packed /* this thread's first expert */) {
     __shared__ int status;
@@ -288,27 +288,19 @@ __device__ int add_up(
     __syncthreads();
     for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += THREADS) {
         int word = i % HEAD, value = counts.of(i / HEAD)[word - HEAD];
+        // A row of another kind may have anything in its place.
+        if (word == 0 && unsigned(value) > TIMED_OUT) value = OUT_OF_STEP;
         if (word == 0 && value != OPTIMAL) atomicMax(&status, value);
         if (word > 0 && value != counts.of(counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
     }
     for (int i = threadIdx.x / sharing, row = threadIdx.x % sharing;;) {
         int expert = packed & 0xffff, home = packed >> 16, signs = 0;
         long long sum = 0;
-        if (packed >= 0) {
-            const int* count = counts.of(row) + expert;
-            int step = sharing * counts.stride;
-            for (int r = row; r < counts.num_rows; r += 8 * sharing, count += 8 * step) {
-                int several[8];
-                #pragma unroll
-                for (int j = 0; j < 8; ++j)  // guarded, not rolled up: all are under way at once
-                    several[j] = r + j * sharing < counts.num_rows ? count[j * step] : 0;
-                #pragma unroll
-                for (int j = 0; j < 8; ++j) {
-                    sum += several[j];
-                    signs |= several[j];
-                }
-            }
-        }
+        if (packed >= 0)
+            each<8>(counts.of(row) + expert, row, counts.num_rows, sharing, counts.stride, [&](int number) {
+                sum += number;
+                signs |= number;
+            });
         for (int other = 1; other < sharing; other *= 2) {
             sum += __shfl_xor_sync(~0u, sum, other);
             signs |= __shfl_xor_sync(~0u, signs, other);
@@ -330,7 +322,8 @@ __device__ int add_up(
         packed = i < net.max_experts ? net.experts[blockIdx.x * net.max_experts + i] : -1;
     }
     __syncthreads();
-    return total.too_large() ? max(status, BAD_COUNTS) : status;
+    if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0};
+    return {status, int(total.value())};
 }
 
 // The arguments of a solver's kernel, `solve`.
@@ -340,7 +333,7 @@ struct Problem {
     Picks picks;
     int* quota;                 // [B, E, C]
     int* rank_load;             // [B, R]
-    int* statuses;              // [B, G]
+    Ending* endings;            // [B, G]
     int* counted;               // [R, E] a copy of the counts, or null
     volatile int* miscounted;
     const int* base;            // [R] load that stays on each rank, or null
@@ -352,7 +345,7 @@ struct Problem {
 
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
 template <bool GENERAL>
-__device__ Component begin(const Problem& p, char* shared, int* __restrict__ quota, int& status) {
+__device__ Component begin(const Problem& p, char* shared, int* __restrict__ quota, Ending& ending) {
     const Network& net = p.net;
     const Counts& counts = p.counts;
     int g = blockIdx.x;
@@ -377,8 +370,8 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
         arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
     }
-    int told = add_up(counts, net, load, held, quota, p.max_replicas, sharing, packed);
-    status = max(status, told);
+    ending = add_up(counts, net, load, held, quota, p.max_replicas, sharing, packed);
+    ending.status = max(ending.status, p.status);
     if (GENERAL && p.cap != nullptr) {
         for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
             Arc arc = arcs[a];
@@ -421,7 +414,6 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     }
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
-    int status = p.status;
     int num_turns = p.net.num_turns;
     const Edge* edges = p.net.edges + g * num_turns * PUSHING;
     Mine mine;
@@ -429,10 +421,11 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     for (int turn = 0; turn < TURNS; ++turn)
         mine.edge[turn] = threadIdx.x < PUSHING && turn < num_turns
             ? edges[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
-    Component c = begin<GENERAL>(p, shared, quota, status);
-    if (status == OPTIMAL) {
+    Ending ending;
+    Component c = begin<GENERAL>(p, shared, quota, ending);
+    if (ending.status == OPTIMAL) {
         start(c);
-        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, mine, p.max_rounds)) status = NOT_CONVERGED;
+        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, mine, p.max_rounds)) ending.status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {
@@ -440,7 +433,7 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
             rank_load[rank] = c.held[r] - (p.base == nullptr ? 0 : p.base[rank]);
         }
     }
-    if (threadIdx.x == 0) p.statuses[batch * p.num_components + g] = status;
+    if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }
 
 // The flow alone, with speeds or capacities, which the planner has not.

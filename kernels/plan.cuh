@@ -1,8 +1,10 @@
 // What the kernels of a plan share: how batches end, the counts of all ranks, this rank's picks.
 #pragma once
 
-// `Status` of planner.py. Where parts of a batch differ, the largest holds.
-enum Status { OPTIMAL, STALE, BAD_COUNTS, NOT_CONVERGED, REFUSED, OUT_OF_STEP, TIMED_OUT };
+// `Status` of plan.py. Where parts of a batch differ, the largest holds.
+enum Status { OPTIMAL, STALE, NOT_CONVERGED, BAD_COUNTS, REFUSED, OUT_OF_STEP, TIMED_OUT };
+
+struct __align__(8) Ending { int status, total; };  // of a component, and its tokens
 
 // An exchanged row begins with its rank's status and what it plans (`Planner._head`); the number of
 // the batch is the last of it. The counts follow.
@@ -33,8 +35,22 @@ struct Total {
         atomicAdd(&high, high_sum);
     }
 
-    __device__ bool too_large() const { return ((unsigned long long)high << 16) + low > MAX_TOTAL; }
+    __device__ unsigned long long value() const { return ((unsigned long long)high << 16) + low; }
 };
+
+// Takes every `by`-th of the numbers from `from` up to `to`, which lie `step` apart in memory. N loads
+// at a time are guarded, not rolled up: all are under way at once. Zeros may come behind the last.
+template <int N, typename Take>
+__device__ void each(const int* at, int from, int to, int by, int step, Take take) {
+    #pragma unroll 1
+    for (int i = from; i < to; i += N * by, at += N * by * step) {
+        int several[N];
+        #pragma unroll
+        for (int j = 0; j < N; ++j) several[j] = i + j * by < to ? at[j * by * step] : 0;
+        #pragma unroll
+        for (int j = 0; j < N; ++j) take(several[j]);
+    }
+}
 
 // A rank's picks in row-major order, cut into chunks. Each kernel leaves more for the next.
 struct Picks {
@@ -61,15 +77,7 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
             expert[j] = begin + 32 * j < end ? picks.experts[begin + 32 * j] : -1;
         for (int e = threadIdx.x; tile == first && e < E; e += THREADS) {
             int sum = 0;
-            const int* of_chunk = picks.histograms + e;
-            for (int b = 0; b < chunk; b += 16, of_chunk += 16 * E) {
-                int several[16];
-                #pragma unroll
-                for (int j = 0; j < 16; ++j)  // guarded, not rolled up: all are under way at once
-                    several[j] = b + j < chunk ? of_chunk[j * E] : 0;
-                #pragma unroll
-                for (int j = 0; j < 16; ++j) sum += several[j];
-            }
+            each<16>(picks.histograms + e, 0, chunk, 1, E, [&](int number) { sum += number; });
             before[e] = sum;
         }
         for (int i = threadIdx.x; i < WARPS * E; i += THREADS) runs[i] = 0;

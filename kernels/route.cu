@@ -164,12 +164,12 @@ struct Batch {
     int* counts;          // [R, E]
     int* quota;           // [E, C]
     int* rank_load;       // [R]
-    const int* statuses;  // [G]
+    const Ending* endings;  // [G]
     int* status;          // [1]
     int* num_by_status;   // [TIMED_OUT + 1] batches that ended so
     volatile int* told;   // [TIMED_OUT + 1] in the host's memory: some batch ended so
     int* row;             // to be zeroed for the next count, or null
-    int num_statuses, rank;
+    int num_components, rank;
 };
 
 // All tokens at home; with counts that cannot be, none.
@@ -191,12 +191,13 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted) 
     for (int i = first; !counted && i < R * E; i += step) batch.counts[i] = 0;
 }
 
-// How the batch ends, by the worst status that each thread saw; the same to every thread of every block.
-__device__ int conclude(const Table& table, const Batch& batch, int worst) {
+// How the batch ends, by the worst status that each thread saw; the same to every thread of every block,
+// for no block writes what it goes by.
+__device__ int conclude(const Batch& batch, int worst) {
     __shared__ int status;
     __shared__ Total total;
     bool fine = !__syncthreads_or(worst);
-    if (fine && batch.num_statuses == 1) return OPTIMAL;
+    if (fine && batch.num_components == 1) return OPTIMAL;
     if (threadIdx.x == 0) {
         status = OPTIMAL;
         total = {0, 0};
@@ -204,10 +205,11 @@ __device__ int conclude(const Table& table, const Batch& batch, int worst) {
     __syncthreads();
     if (worst != OPTIMAL) atomicMax(&status, worst);
     // Components know their own totals only.
-    for (int r = threadIdx.x; fine && r < (table.num_ranks + 31) / 32 * 32; r += THREADS)
-        total.add(r < table.num_ranks ? batch.rank_load[r] : 0);
+    #pragma unroll 1
+    for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += THREADS)
+        total.add(g < batch.num_components ? batch.endings[g].total : 0);
     __syncthreads();
-    return total.too_large() ? BAD_COUNTS : status;
+    return total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) route(
@@ -227,7 +229,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     int n = picks.begin(blockIdx.x) + threadIdx.x, end = picks.begin(blockIdx.x + 1);
     int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
     int worst = OPTIMAL;
-    for (int g = threadIdx.x; g < batch.num_statuses; g += THREADS) worst = max(worst, batch.statuses[g]);
+    #pragma unroll 1
+    for (int g = threadIdx.x; g < batch.num_components; g += THREADS)
+        worst = max(worst, batch.endings[g].status);
     for (int e = threadIdx.x; e < E; e += THREADS) lookup[e] = table.lookup[e];
     for (int m = threadIdx.x; m <= M; m += THREADS) first_copy[m] = table.first[m];
     for (int i = threadIdx.x; i < N; i += THREADS) {
@@ -248,18 +252,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
         int begin = (n < nodes ? n : home) * node_size, last = n < nodes ? begin + node_size : batch.rank;
         const int* count = batch.counts + begin * E + table.experts[m];
         if (n == nodes) mine[m] = count[(batch.rank - begin) * E];
-        for (int r = begin; r < last; r += 8, count += 8 * E) {
-            int several[8];
-            #pragma unroll
-            for (int j = 0; j < 8; ++j)  // guarded, not rolled up: all are under way at once
-                several[j] = r + j < last ? count[j * E] : 0;
-            #pragma unroll
-            for (int j = 0; j < 8; ++j) sum += several[j];
-        }
+        each<8>(count, begin, last, 1, E, [&](int number) { sum += number; });
         if (n < nodes) supply[m * nodes + n] = sum;
         else before[m] = sum;
     }
-    int status = conclude(table, batch, worst);
+    int status = conclude(batch, worst);
     for (int m = threadIdx.x; m < M; m += THREADS) {
         int at = first_copy[m], number = first_copy[m + 1] - at;
         if (status == OPTIMAL) {
@@ -284,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
             position = picks.positions[n + THREADS];
         }
     }
-    if (status != OPTIMAL) send_home(table, batch, status != BAD_COUNTS);
+    if (status != OPTIMAL) send_home(table, batch, status < BAD_COUNTS);
     if (blockIdx.x != 0) return;
     for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + E; i += THREADS) batch.row[i] = 0;
     if (threadIdx.x != 0) return;

@@ -52,7 +52,19 @@ def make_batches(num_ranks: int, num_experts: int, num_tokens: int, num_topk: in
     """An expert's popularity is lognormal (sigma 0.6) times a factor for each 32 neighbours (0.33),
     as fitted to recordings; that of each batch drifts from the history's (correlation 0.94 of the
     logarithms, as between prompts of two lengths), and that of each rank a little more (sigma 0.1).
+
+    Raises:
+        ValueError: a number that cannot be; names it.
     """
+    for name, number, most in (
+        ("num_ranks", num_ranks, math.inf),
+        ("num_experts", num_experts, math.inf),
+        ("num_tokens", num_tokens, math.inf),
+        ("num_topk", num_topk, num_experts),
+    ):
+        if not 1 <= number <= most:
+            limit = "" if most == math.inf else f" and at most {most}"
+            raise ValueError(f"{name} must be at least 1{limit}; got {number}")
     rng = np.random.default_rng(2026)
 
     def popularity() -> Any:
@@ -76,6 +88,20 @@ def make_batches(num_ranks: int, num_experts: int, num_tokens: int, num_topk: in
         topks.append(topk)
         counts.append(torch.from_numpy(of_ranks.astype(np.int32)))
     return Batches(torch.from_numpy(np.exp(history)), topks, torch.stack(counts))
+
+
+def make_placement(
+    kind: str, num_ranks: int, num_redundant_per_rank: int, history: torch.Tensor
+) -> Placement:
+    """By EPLB ("eplb") or along a topology.
+
+    Raises:
+        ValueError: it cannot be; says why.
+    """
+    shape = {"num_ranks": num_ranks, "num_redundant_per_rank": num_redundant_per_rank}
+    if kind == "eplb":
+        return Placement.from_history(history, **shape)
+    return Placement.from_topology(kind, num_experts=len(history), load=history, **shape)
 
 
 def time_graph(call: Callable[[int], Any]) -> float:
@@ -113,19 +139,36 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
         "eager", microseconds that a call of a `Planner` keeps the CPU; "above", tokens of the
         worst batch above its optimum; "workspace", bytes that a planner holds.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    rank, row_size = placement.num_ranks // 2, cuda.NUM_HEAD + placement.num_experts
-    steps = cuda.Steps(placement, rank, device, [1, 0, 0], len(Status), row_size, solver)
-    topks = [topk.to(device) for topk in batches.topk_idx]
-    rows = torch.zeros(len(topks), placement.num_ranks, row_size, dtype=torch.int32, device=device)
+    topks = [topk.cuda() for topk in batches.topk_idx]
+    rows = torch.zeros(
+        len(topks), placement.num_ranks, cuda.NUM_HEAD + placement.num_experts, dtype=torch.int32
+    )
     rows[:, :, 1] = 1
-    rows[:, :, 4] = torch.arange(1, len(topks) + 1, device=device)[:, None]
-    rows[:, :, cuda.NUM_HEAD :] = batches.counts.to(device)
-    full = rows.clone()
-    rows[:, rank] = 0  # counted anew by every replay, and zero again after it
+    rows[:, :, 4] = torch.arange(1, len(topks) + 1)[:, None]
+    rows[:, :, cuda.NUM_HEAD :] = batches.counts
+    return {
+        **_measure_plan(placement, topks, rows, solver),
+        **_measure_steps(placement, topks, rows.cuda(), solver),
+        "eager": _measure_eager(placement, topks, batches.counts.cuda(), solver),
+    }
+
+
+def _make_steps(placement: Placement, solver: str) -> cuda.Steps:
+    device = torch.device("cuda", torch.cuda.current_device())
+    row_size = cuda.NUM_HEAD + placement.num_experts
+    rank = placement.num_ranks // 2
+    return cuda.Steps(placement, rank, device, [1, 0, 0], len(Status), row_size, solver)
+
+
+def _measure_plan(
+    placement: Placement, topks: list[torch.Tensor], full: torch.Tensor, solver: str
+) -> dict[str, float]:
+    """Of `measure`: plan, count, above and workspace."""
+    steps, rows = _make_steps(placement, solver), full.cuda()
+    rows[:, steps.rank] = 0  # counted anew by every replay, and zero again after it
 
     def count(i: int) -> cuda.Picks:
-        steps.row = rows[i, rank]
+        steps.row = rows[i, steps.rank]
         if i == 0:
             steps.num_exchanges.zero_()
         return steps.count(topks[i], Status.OPTIMAL, exchanged=True)
@@ -135,42 +178,65 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
         solved = steps.solve(picks, rows[i], Status.OPTIMAL, exchanged=True)
         return (*steps.route(picks, solved, exchanged=True), solved.rank_load)
 
-    times = {"plan": time_graph(plan)}
-    above = 0
-    for i, counts in enumerate(batches.counts):
+    taken, above = time_graph(plan), 0
+    for i, load in enumerate(full[:, :, cuda.NUM_HEAD :].long().sum(1)):
         _, status, rank_load = plan(i)
         assert int(status) == Status.OPTIMAL, f"batch {i} ended with status {int(status)}"
-        best = math.ceil(cpu.solve(counts.long().sum(0), placement).bound)
+        best = math.ceil(cpu.solve(load, placement).bound)
         above = max(above, int(rank_load.max()) - best)
-
-    times["count"] = time_graph(count)
-    picks = [count(i) for i in range(len(topks))]
-    rows.copy_(full)
-    loads = full[:, :, cuda.NUM_HEAD :].sum(1, dtype=torch.int32)
-    alone = cuda.Solver(placement, device, solver)
-    times["solve"] = time_graph(lambda i: alone(loads[i : i + 1]))
-
-    def solve(i: int) -> cuda.Solved:
-        return steps.solve(picks[i], rows[i], Status.OPTIMAL, exchanged=True)
-
-    times["solve + number"] = time_graph(solve)
-    solved = [solve(i) for i in range(len(topks))]
-    times["route"] = time_graph(lambda i: steps.route(picks[i], solved[i], exchanged=False))
-
-    planner = Planner(placement, rank=rank, counts="given", solver=solver)
-    given = batches.counts.to(device)
-    eager = []
-    for i in range(len(topks)):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        planner(topks[i], counts=given[i])
-        eager.append(1e6 * (time.perf_counter() - start))
+    _check_told(steps)
     return {
-        **times,
-        "eager": statistics.median(eager),
+        "plan": taken,
+        "count": time_graph(count),
         "above": above,
         "workspace": steps.num_bytes,
     }
+
+
+def _measure_steps(
+    placement: Placement, topks: list[torch.Tensor], rows: torch.Tensor, solver: str
+) -> dict[str, float]:
+    """Of `measure`: solve, solve + number and route."""
+    loads = rows[:, :, cuda.NUM_HEAD :].sum(1, dtype=torch.int32)
+    # Of each batch its own: what one counts lies in their memory until the next is counted.
+    of_batch = [_make_steps(placement, solver) for _ in topks]
+    picks = [
+        steps.count(topk, Status.OPTIMAL, exchanged=False)
+        for steps, topk in zip(of_batch, topks, strict=True)
+    ]
+
+    def solve(i: int) -> cuda.Solved:
+        return of_batch[i].solve(picks[i], rows[i], Status.OPTIMAL, exchanged=True)
+
+    solved = [solve(i) for i in range(len(topks))]
+    alone = of_batch[0].solver
+    times = {
+        "solve": time_graph(lambda i: alone(loads[i : i + 1])),
+        "solve + number": time_graph(solve),
+        "route": time_graph(lambda i: of_batch[i].route(picks[i], solved[i], exchanged=False)),
+    }
+    _check_told(*of_batch)
+    return times
+
+
+def _measure_eager(
+    placement: Placement, topks: list[torch.Tensor], counts: torch.Tensor, solver: str
+) -> float:
+    planner = Planner(placement, rank=placement.num_ranks // 2, counts="given", solver=solver)
+    taken = []
+    for topk, given in zip(topks, counts, strict=True):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        planner(topk, counts=given)
+        taken.append(1e6 * (time.perf_counter() - start))
+    planner.raise_errors()
+    return statistics.median(taken)
+
+
+def _check_told(*of_batch: cuda.Steps) -> None:
+    torch.cuda.synchronize()
+    for i, steps in enumerate(of_batch):
+        assert not steps.told.any(), f"steps {i} were told of {steps.told.nonzero()[0].tolist()}"
 
 
 def conditions() -> dict[str, object]:

@@ -121,11 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(command=_bench)
     bench.add_argument("--ranks", type=int, metavar="R")
-    bench.add_argument("--redundant", type=int, default=2, metavar="D", help="on each rank; 2")
+    bench.add_argument("--redundant", type=int, metavar="D", help="on each rank; 2")
     bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
     bench.add_argument("--tokens", type=int, default=8192, metavar="T", help="of a rank; 8192")
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
-    bench.add_argument("--placement", default="eplb", metavar="KIND", help="eplb or a topology")
+    bench.add_argument("--placement", metavar="KIND", help="a topology or eplb, the default")
     bench.add_argument("--solver", choices=("flow", "cusolverdx"), default="flow")
     bench.add_argument("--json", metavar="PATH", help="write all numbers")
 
@@ -551,21 +551,21 @@ def _place(args: argparse.Namespace, rest: list[str]) -> int:
 def _bench(args: argparse.Namespace, rest: list[str]) -> int:
     with _one_line_errors():
         _check_outputs(args)
+        if args.ranks is None and (args.placement, args.redundant) != (None, None):
+            raise ValueError("--placement and --redundant need --ranks")
         from . import bench, cuda
-        from .placement import Placement
 
-        cuda.check()
-        chosen = [(args.placement, args.ranks, args.redundant)]
+        cuda.check(solver=args.solver)
         rows, used = [], []
-        for kind, num_ranks, redundant in bench.USUAL if args.ranks is None else chosen:
-            batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
-            shape = {"num_ranks": num_ranks, "num_redundant_per_rank": redundant}
-            if kind == "eplb":
-                placement = Placement.from_history(batches.history, **shape)
-            else:
-                placement = Placement.from_topology(
-                    kind, num_experts=args.experts, load=batches.history, **shape
-                )
+        chosen = (
+            args.placement or "eplb",
+            args.ranks,
+            2 if args.redundant is None else args.redundant,
+        )
+        for kind, num_ranks, redundant in bench.USUAL if args.ranks is None else [chosen]:
+            with _as_typed({**_OPTIONS, "num_tokens": "--tokens", "num_topk": "--topk"}):
+                batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
+                placement = bench.make_placement(kind, num_ranks, redundant, batches.history)
             name = f"EP{num_ranks}, {redundant} redundant, {kind}"
             rows.append((name, bench.measure(placement, batches, args.solver)))
             used.append((placement, batches))

@@ -18,12 +18,14 @@ import numpy as np
 import torch
 
 from . import network
-from .jit import CuSolverDx, Kernels, Program, compile_cubin, require
+from .jit import CuSolverDx, Kernels, Program, compile_cubin, max_shared_bytes, require
 from .placement import Placement
 from .settings import MissingPackageError
 
-MAX_SHARED_BYTES = 99 * 1024
-"""What a block may have on every architecture from sm_80 on."""
+STATIC_SHARED_BYTES = 3 * 1024
+"""The most shared memory that a kernel has beside what it is launched with, some of it CUDA's."""
+MIN_CAPABILITY = (8, 0)
+"""Of a device: warps add up in one instruction from sm_80 on."""
 NUM_THREADS = 1024
 """Of a block that counts or rewrites."""
 NUM_SOLVER_THREADS = 256
@@ -32,6 +34,8 @@ MAX_CHUNKS = 64
 """Blocks that a rank's picks are spread over."""
 NUM_HEAD = 5
 """Integers before the counts of an exchanged row; `kernels/plan.cuh` says which."""
+MAX_BATCH = 65_535
+"""Loads that a launch solves; a grid's limit."""
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
 
@@ -53,11 +57,11 @@ def programs() -> list[Program]:
     ]
 
 
-def num_shared_bytes(placement: Placement, solver: str) -> int:
-    """What a block of the solver takes.
+def num_solver_bytes(placement: Placement, solver: str) -> int:
+    """What a block of the solver is launched with.
 
     Raises:
-        ValueError: it is more than a block has; says of what.
+        ValueError: a component is too large for one block; names its size.
     """
     variant = network.variant(placement, solver)
     size, num_arcs = variant.size, network.tables(placement, variant).arcs.shape[1]
@@ -66,13 +70,43 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
-    if num_bytes > MAX_SHARED_BYTES:
-        raise ValueError(
-            f"a block has {MAX_SHARED_BYTES} bytes of shared memory, and the solver {solver} takes "
-            f"{num_bytes} for {placement.num_experts} experts and, in a component, {num_arcs} "
-            "copies of those with several"
-        )
     return num_bytes
+
+
+def num_route_bytes(placement: Placement) -> int:
+    """What a block that splits and rewrites is launched with."""
+    routes, num_nodes = (
+        network.routes(placement),
+        placement.num_ranks // placement.num_ranks_per_node,
+    )
+    several, copies = len(routes.experts), len(routes.copies)
+    return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
+
+
+def check_fit(placement: Placement, solver: str, max_bytes: int) -> None:
+    """Whether the kernels take a placement.
+
+    Args:
+        placement: the copies.
+        solver: "flow" or "cusolverdx".
+        max_bytes: shared memory of a block.
+
+    Raises:
+        ValueError: a component is too large for one block, or a block has not enough shared memory;
+            names the sizes.
+    """
+    copies = (placement.copy_rank >= 0).sum(1)
+    for what, num_bytes in (
+        (f"the solver {solver}", num_solver_bytes(placement, solver)),
+        ("rewriting", num_route_bytes(placement)),
+    ):
+        if num_bytes + STATIC_SHARED_BYTES > max_bytes:
+            raise ValueError(
+                f"a block has {max_bytes} bytes of shared memory, and {what} takes "
+                f"{num_bytes + STATIC_SHARED_BYTES} for {placement.num_experts} experts, "
+                f"{copies[copies > 1].sum()} copies of those with several, and "
+                f"{placement.num_ranks // placement.num_ranks_per_node} nodes"
+            )
 
 
 def _solver(solver: str, variant: network.Variant) -> Program:
@@ -110,32 +144,39 @@ def check(placement: Placement | None = None, solver: str = "flow") -> None:
     """Whether plans can be made here, on the current device.
 
     Raises:
-        MissingPackageError: there is no CUDA device, or a package is missing; says which.
+        MissingPackageError: there is no CUDA device that the kernels run on, or a package is
+            missing; says which.
         ValueError: the placement is too large for the kernels; names the size.
     """
     if not torch.cuda.is_available():
         raise MissingPackageError("there is no CUDA device")
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) < MIN_CAPABILITY:
+        raise MissingPackageError(
+            f"the kernels need sm_80 or newer, and the CUDA device is sm_{major}{minor}"
+        )
     if importlib.util.find_spec("cupy") is None:
         raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
     require("nvrtc", *(("mathdx", "nvJitLink") if solver == "cusolverdx" else ()))
     if placement is not None:
-        num_shared_bytes(placement, solver)
+        check_fit(placement, solver, max_shared_bytes(torch.cuda.current_device()))
 
 
 class Solver:
     """The exact solver of one placement on one GPU.
 
     Args:
-        placement: the copies; whose components must fit a block (`num_shared_bytes`).
+        placement: the copies; which must fit (`check_fit`).
         device: where loads lie; kernels are compiled now, if they never were.
         solver: "flow" or "cusolverdx".
 
     Raises:
-        ValueError: a component is too large; names its size.
+        ValueError: the placement is too large; names the size.
         MissingPackageError: a package that compiles or launches kernels is missing.
     """
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
+        check_fit(placement, solver, max_shared_bytes(device.index))
         variant = network.variant(placement, solver)
         built = network.tables(placement, variant)
         self.placement, self.device = placement, device
@@ -147,10 +188,9 @@ class Solver:
             *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
-        self._num_shared_bytes = num_shared_bytes(placement, solver)
+        self._num_shared_bytes = num_solver_bytes(placement, solver)
         kernels = _kernels(_solver, (solver, variant), device.index)
-        self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
-        self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
+        self._kernel, self._general = map(kernels.kernel, ("solve", "solve_general"))
 
     def __call__(
         self,
@@ -162,8 +202,8 @@ class Solver:
         """Solves a batch of loads on the current stream; no synchronisation, graphs may capture it.
 
         Args:
-            load: [B, E] int32 on this device; B at most 65535, each row totals at most 2**31 - 1,
-                `base_load` included.
+            load: [B, E] int32 on this device; B is at most MAX_BATCH, and each row totals at most
+                2**31 - 1, `base_load` included.
             base_load: [R] int32, at least 0: what stays on each rank; default 0.
             speed: [R] int32, positive, totals at most 2**15 - 1: of each rank; default 1.
             max_quota: [E, C] int32, at least 0: the most tokens of each copy, which must suffice
@@ -173,8 +213,8 @@ class Solver:
             quota: [B, E, C] int32, rows sum to the load.
             rank_load: [B, R] int32, without base loads; with them its maximum is ceil(T*), of each
                 component by itself (with speeds: no whole-numbered plan takes less time).
-            status: [B, G] int32 of each component: 0 = optimal; 3 = it ran out of rounds, and its
-                quotas are whole and complete, but not the best; 2 = impossible loads, no quotas.
+            status: [B, G] int32 of each component: 0 = optimal; 2 = it ran out of rounds, and its
+                quotas are whole and complete, but not the best; 3 = impossible loads, no quotas.
 
         Raises:
             ValueError: `load` has another shape, dtype or device.
@@ -185,9 +225,9 @@ class Solver:
             raise ValueError(
                 f"load must be [B, {p.num_experts}] int32; got {list(load.shape)} of {load.dtype}"
             )
-        if load.device != self.device or len(load) > 65535:
+        if load.device != self.device or len(load) > MAX_BATCH:
             raise ValueError(
-                f"load must be at most 65535 rows on {self.device}; "
+                f"load must be at most {MAX_BATCH} rows on {self.device}; "
                 f"got {len(load)} on {load.device}"
             )
         load = load.contiguous()
@@ -196,7 +236,8 @@ class Solver:
             None if option is None else option.to(self.device, torch.int32).contiguous()
             for option in (base_load, speed, max_quota)
         )
-        return self.launch(counts, len(load), options=options)
+        quota, rank_load, endings = self.launch(counts, len(load), options=options)
+        return quota, rank_load, endings[..., 0]
 
     def launch(
         self,
@@ -209,12 +250,12 @@ class Solver:
         options: Sequence[torch.Tensor | None] = (None, None, None),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What `__call__` does, on a struct of counts; and for the picks of a single batch, numbers
-        them and copies the counts to `counted`."""
+        them and copies the counts to `counted`. For the status [B, G, 2]: status and total."""
         p, empty = self.placement, functools.partial(torch.empty, dtype=torch.int32)
         out = (
             empty(num_batches, p.num_experts, p.max_replicas, device=self.device),
             empty(num_batches, p.num_ranks, device=self.device),
-            empty(num_batches, self.num_components, device=self.device),
+            empty(num_batches, self.num_components, 2, device=self.device),
         )
         if num_batches:
             pointers = [tensor.data_ptr() for tensor in out]
@@ -244,13 +285,14 @@ def _launch(
     structs = [
         np.frombuffer(a, _struct_dtype(len(a)))[0] if isinstance(a, bytes) else a for a in arguments
     ]
-    kernel(
-        grid,
-        (num_threads,),
-        tuple(structs),
-        shared_mem=num_shared_bytes,
-        stream=_stream(torch.cuda.current_stream(device).cuda_stream),
-    )
+    with torch.cuda.device(device):  # which need not be the current one
+        kernel(
+            grid,
+            (num_threads,),
+            tuple(structs),
+            shared_mem=num_shared_bytes,
+            stream=_stream(torch.cuda.current_stream(device).cuda_stream),
+        )
 
 
 @functools.cache
@@ -291,15 +333,17 @@ class Solved:
     counts: torch.Tensor
     quota: torch.Tensor
     rank_load: torch.Tensor
-    statuses: torch.Tensor
-    """[G] int32, of each component."""
+    endings: torch.Tensor
+    """[G, 2] int32, of each component: status, total."""
 
 
 class Steps:
     """The four steps of a planner's batches on one GPU, and the memory that they share.
 
-    Everything runs on the current stream and nothing is waited for, so a CUDA graph may capture
-    it. What goes wrong on the device is told in `told`, in the host's memory.
+    Everything runs on the current stream and the CPU waits for nothing, so a CUDA graph may capture
+    it. A batch on another stream than the last one's runs after it, outside of graphs. The memory
+    must live until the last batch, and the last replay of a graph, is done. What goes wrong on the
+    device is told in `told`, in the host's memory.
 
     Args:
         placement: the copies.
@@ -332,19 +376,11 @@ class Steps:
         self.solver = Solver(placement, device, solver)
         built = network.routes(placement)
         self._tables = _upload(built, device)
-        p, num_nodes = placement, placement.num_ranks // placement.num_ranks_per_node
-        several, copies = len(built.first) - 1, len(built.copies)
+        p, several, copies = placement, len(built.experts), len(built.copies)
         pointers = (table.data_ptr() for table in self._tables)
         sizes = (p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas)
         self._table = _TABLE.pack(*pointers, several, copies, *sizes)
-        self._num_route_bytes = 4 * (
-            p.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
-        )
-        if self._num_route_bytes > MAX_SHARED_BYTES:
-            raise ValueError(
-                f"rewriting with {copies} copies of {several} experts on {num_nodes} nodes takes "
-                f"{self._num_route_bytes} bytes of shared memory; a block has {MAX_SHARED_BYTES}"
-            )
+        self._num_route_bytes = num_route_bytes(placement)
         zeros = functools.partial(torch.zeros, dtype=torch.int32)
         self.row = zeros(row_size, device=device)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
@@ -365,12 +401,12 @@ class Steps:
         pointer = self._windows.data_ptr() if windows else 0
         self._window = _WINDOW.pack(pointer, self._num_done.data_ptr(), p.num_ranks, rank)
         self._kernels = {
-            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(
-                name, num_shared_bytes=MAX_SHARED_BYTES
-            )
+            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name)
             for name in ("count", "receive", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
+        self._stream = torch.cuda.current_stream(device)
+        self._stream.synchronize()  # the first batch may run on any
 
     @property
     def num_bytes(self) -> int:
@@ -390,6 +426,10 @@ class Steps:
             status: how this rank fares, for the head of the row.
             exchanged: whether the other ranks get `row`; it is zero again after `route`.
         """
+        stream = torch.cuda.current_stream(self.device)
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(self._stream)
+            self._stream = stream
         num_picks, E = topk_idx.numel(), self.placement.num_experts
         chunk = -(-max(1, num_picks) // MAX_CHUNKS)
         chunk = -(-chunk // 128) * 128  # whole cache lines of every kind of index
@@ -456,10 +496,10 @@ class Steps:
         head = NUM_HEAD if exchanged else 0
         counts = _COUNTS.pack(rows.data_ptr(), p.num_ranks, rows.stride(0), 0, head, self.rank)
         counted = torch.empty(p.num_ranks, p.num_experts, dtype=torch.int32, device=self.device)
-        quota, rank_load, statuses = self.solver.launch(
+        quota, rank_load, endings = self.solver.launch(
             counts, 1, picks, counted, self._told_at(-1), status
         )
-        return Solved(counted, quota[0], rank_load[0], statuses[0])
+        return Solved(counted, quota[0], rank_load[0], endings[0])
 
     def route(
         self, picks: Picks, solved: Solved, *, exchanged: bool
@@ -468,14 +508,14 @@ class Steps:
         is not optimal, `solved` becomes the plan in which every token is at home."""
         ended = torch.empty((), dtype=torch.int32, device=self.device)
         physical = torch.empty_like(picks.topk_idx)
-        tensors = (solved.counts, solved.quota, solved.rank_load, solved.statuses, ended)
+        tensors = (solved.counts, solved.quota, solved.rank_load, solved.endings, ended)
         pointers = [
             *(tensor.data_ptr() for tensor in tensors),
             self.num_by_status.data_ptr(),
             self._told_at(0),
             self.row.data_ptr() if exchanged else 0,
         ]
-        batch = _BATCH.pack(*pointers, len(solved.statuses), self.rank)
+        batch = _BATCH.pack(*pointers, len(solved.endings), self.rank)
         _launch(
             self._kernels["route", physical.dtype],
             (picks.num_chunks,),
@@ -491,7 +531,8 @@ class Steps:
         p, num_threads = self.placement, 64
         out = torch.zeros(p.num_ranks, *quota.shape, dtype=torch.int32, device=self.device)
         num_nodes = p.num_ranks // p.num_ranks_per_node
-        num_bytes = 4 * ((4 + num_threads) * p.max_replicas + num_nodes)
+        most = int((p.copy_rank >= 0).sum(1).max())  # useful copies, at most one a rank
+        num_bytes = 4 * ((4 + num_threads) * most + num_nodes)
         _launch(
             self._kernels["split", torch.int64],
             (p.num_experts,),

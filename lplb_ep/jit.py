@@ -51,13 +51,13 @@ _LIBRARIES = {
 # version is checked.
 _MATHDX_VERSION = "0.4."
 _SIZE, _TYPE, _PRECISION, _SM, _EXECUTION, _BLOCK_DIM, _API, _FUNCTION = range(8)
-_ARRANGEMENT, _FILL_MODE, _LEADING_DIMENSION = 8, 9, 13
+_ARRANGEMENT, _FILL_MODE = 8, 9
 _SYMBOL_NAME, _TARGET_SM = 0, 1
-_FUNCTIONS = {"potrf": 2, "potrs": 3, "posv": 11}
-_PRECISIONS = {"float": 5, "double": 6}
-_ARRANGEMENTS = {"column": 0, "row": 1}
-_FILLS = {"upper": 0, "lower": 1}
+_FUNCTIONS = {"potrf": 2, "potrs": 3}
 _LTOIR, _FATBIN = 3, 4  # of nvJitLink.h
+# Of cuda.h and driver_types.h: bytes of shared memory that a kernel has and may ask for, and that a
+# block of a device may have.
+_STATIC_BYTES, _MAX_DYNAMIC_BYTES, _MAX_BYTES_OF_BLOCK = 1, 8, 97
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,17 @@ class CuSolverDx:
 
         extern "C" __device__ void potrf(double* A, int* info);             // A = L Lᵀ, in place
         extern "C" __device__ void potrs(double* A, double* B);             // B = (L Lᵀ)⁻¹ B
-        extern "C" __device__ void posv(double* A, double* B, int* info);   // both
 
-    under the name `symbol`. A is [size, size] (only the triangle `fill` is read), B is
-    [size, num_right_hand_sides]. One thread writes `*info`, which may be in global or shared
+    A is [size, size], of which only the lower triangle is read, B is [size, num_right_hand_sides],
+    both by columns without gaps. One thread writes `*info`, which may be in global or shared
     memory: 0, or k where the leading minor of order k is not positive. There is no barrier at
     either end: the kernel has `__syncthreads()` before and after, and between two calls.
 
     Args:
-        function: "potrf", "potrs" or "posv".
+        function: "potrf" or "potrs".
         size: the order of A, at least 1.
         num_threads: `blockDim.x` of the kernel, exactly; `blockDim.y` and `.z` are 1.
-        symbol: the device function's name in the kernel; by default that of `function`.
         num_right_hand_sides: columns of B.
-        precision: "double" or "float".
-        arrangement: "column" or "row", of both matrices.
-        fill: "lower" or "upper", the triangle of A that is used.
-        leading_dimensions: of A and B, in elements; by default without gaps.
 
     Raises:
         ValueError: an argument is not one of these; it is named.
@@ -93,24 +87,13 @@ class CuSolverDx:
     function: str
     size: int
     num_threads: int
-    symbol: str = ""
     num_right_hand_sides: int = 1
-    precision: str = "double"
-    arrangement: str = "column"
-    fill: str = "lower"
-    leading_dimensions: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("function", _FUNCTIONS),
-            ("precision", _PRECISIONS),
-            ("arrangement", _ARRANGEMENTS),
-            ("fill", _FILLS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}"
-                )
+        if self.function not in _FUNCTIONS:
+            raise ValueError(
+                f"function must be one of {', '.join(_FUNCTIONS)}; got {self.function!r}"
+            )
         for name in ("size", "num_threads", "num_right_hand_sides"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
@@ -162,30 +145,47 @@ class Kernels:
     """
 
     def __init__(self, cubin: Cubin):
-        try:
-            import cupy
-        except ImportError as error:
-            raise MissingPackageError(f"CuPy launches kernels: {_INSTALL}") from error
+        cupy = _cupy()
         self._driver = cupy.cuda.driver
+        self._max_shared_bytes = max_shared_bytes(cupy.cuda.runtime.getDevice())
         self._module = cupy.cuda.Module()
         self._module.load(cubin.data)
 
-    def kernel(self, name: str, *, num_shared_bytes: int = 0) -> Any:
+    def kernel(self, name: str) -> Any:
         """A kernel, to be called as `kernel(grid, block, args, shared_mem=…, stream=…)`.
+
+        It may be launched with all the shared memory that a block can have. A launch's own need
+        would not do as the limit, which all that hold the kernel share.
 
         Args:
             name: its name in the source, where it is `extern "C"`.
-            num_shared_bytes: the most dynamic shared memory that a launch will ask for. Above
-                48 KiB a kernel must be allowed it beforehand, which this does.
 
         Returns:
             A `cupy.cuda.Function`.
         """
         function = self._module.get_function(name)
-        if num_shared_bytes > 48 * 1024:
-            max_dynamic_shared_size = 8  # CUfunction_attribute, cuda.h
-            self._driver.funcSetAttribute(function.ptr, max_dynamic_shared_size, num_shared_bytes)
+        static = self._driver.funcGetAttribute(_STATIC_BYTES, function.ptr)
+        self._driver.funcSetAttribute(
+            function.ptr, _MAX_DYNAMIC_BYTES, self._max_shared_bytes - static
+        )
         return function
+
+
+def max_shared_bytes(device: int) -> int:
+    """The shared memory of a block on a device, static and dynamic.
+
+    Raises:
+        MissingPackageError: CuPy is not installed.
+    """
+    return int(_cupy().cuda.runtime.deviceGetAttribute(_MAX_BYTES_OF_BLOCK, device))
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise MissingPackageError(f"CuPy launches kernels: {_INSTALL}") from error
+    return cupy
 
 
 def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin]:
@@ -440,17 +440,15 @@ def _cusolverdx(solver: CuSolverDx, arch: str) -> tuple[bytes, bytes]:
     operators: dict[int, int | Sequence[int]] = {
         _SIZE: (solver.size, solver.size, solver.num_right_hand_sides),
         _TYPE: 0,  # real
-        _PRECISION: _PRECISIONS[solver.precision],
+        _PRECISION: 6,  # double
         _SM: sm,
         _EXECUTION: 1,  # by a block
         _BLOCK_DIM: (solver.num_threads, 1, 1),
-        _API: 0,  # matrices in shared memory, leading dimensions fixed
+        _API: 0,  # matrices in shared memory, without gaps
         _FUNCTION: _FUNCTIONS[solver.function],
-        _ARRANGEMENT: _ARRANGEMENTS[solver.arrangement],
-        _FILL_MODE: _FILLS[solver.fill],
+        _ARRANGEMENT: 0,  # by columns
+        _FILL_MODE: 1,  # lower
     }
-    if solver.leading_dimensions:
-        operators[_LEADING_DIMENSION] = solver.leading_dimensions
     handle, code = c_longlong(), c_longlong()
     with contextlib.ExitStack() as stack:
         check(mathdx.cusolverdxCreateDescriptor(byref(handle)))
@@ -460,7 +458,7 @@ def _cusolverdx(solver: CuSolverDx, arch: str) -> tuple[bytes, bytes]:
                 check(mathdx.cusolverdxSetOperatorInt64(handle, operator, c_longlong(value)))
             else:
                 check(mathdx.cusolverdxSetOperatorInt64s(handle, operator, *array(value)))
-        symbol = (solver.symbol or solver.function).encode()
+        symbol = solver.function.encode()
         check(mathdx.cusolverdxSetOptionStr(handle, _SYMBOL_NAME, symbol))
         check(mathdx.commondxCreateCode(byref(code)))
         stack.callback(mathdx.commondxDestroyCode, code)

@@ -102,7 +102,11 @@ def register(state: BufferState, target: Target, refusal: Exception | None = Non
         facts = {"placement": placement.fingerprint(), "slot": slot}
     group = state.group if isinstance(state.group, dist.ProcessGroup) else None
     agree(group, "placement", facts, refusal)
-    channel(state, target)
+    try:
+        channel(state, target)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
+        refusal = error
+    agree(group, "placement", {}, refusal)
 
 
 def channel(state: BufferState, target: Target) -> Planner:

@@ -15,22 +15,23 @@ from .solver import rank_load, solve
 
 
 class Status(enum.IntEnum):
-    """How a plan came about."""
+    """How a plan came about. Where parts of a batch differ, the largest holds."""
 
     OPTIMAL = 0
     """No plan on this placement has a smaller maximum rank load."""
     STALE = 1
     """Replica weights are out of date on some rank: every token goes home."""
-    BAD_COUNTS = 2
-    """The exchanged counts cannot be: every token goes home."""
-    NOT_CONVERGED = 3
+    NOT_CONVERGED = 2
     """The solver on the GPU ran out of rounds: every token goes home."""
+    BAD_COUNTS = 3
+    """The exchanged counts cannot be: every token goes home, and there are no quotas."""
     REFUSED = 4
-    """On the GPU: a rank refused its input, and every rank raises at its next batch."""
+    """On the GPU: a rank refused its input. There are no quotas, and every rank raises at a later
+    call, or in `Planner.raise_errors`."""
     OUT_OF_STEP = 5
-    """On the GPU: ranks plan different batches, and every rank raises at its next one."""
+    """On the GPU: ranks plan different batches. As REFUSED."""
     TIMED_OUT = 6
-    """On the GPU: a rank's counts did not come in time; this rank raises at its next batch."""
+    """On the GPU: a rank's counts did not come in time. As REFUSED, on the ranks that waited."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,13 @@ class Plan:
         return self._split(self.counts, self.quota)
 
 
+MAX_PICKS = 2**31 - 2**14
+"""Of a rank in a batch: the kernels cut them into chunks, which end within 32 bits."""
+
+
 def check_topk_idx(topk_idx: torch.Tensor, num_experts: int, values: bool = True) -> None:
     """Raises TypeError unless `topk_idx` is a tensor, and ValueError unless it is [T, K] int32 or
-    int64 and, where `values` are looked at, within [-1, num_experts)."""
+    int64 of at most MAX_PICKS and, where `values` are looked at, within [-1, num_experts)."""
     if not isinstance(topk_idx, torch.Tensor):
         raise TypeError(f"topk_idx must be a tensor [T, K]; got a {type(topk_idx).__name__}")
     if topk_idx.ndim != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
@@ -66,6 +71,8 @@ def check_topk_idx(topk_idx: torch.Tensor, num_experts: int, values: bool = True
             f"topk_idx must be [T, K] of int32 or int64; "
             f"got {list(topk_idx.shape)} of {topk_idx.dtype}"
         )
+    if topk_idx.numel() > MAX_PICKS:
+        raise ValueError(f"topk_idx must have at most {MAX_PICKS} entries; got {topk_idx.numel()}")
     if not values:
         return
     wrong = torch.nonzero((topk_idx < -1) | (topk_idx >= num_experts))

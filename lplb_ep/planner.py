@@ -40,9 +40,8 @@ _REASONS = {
 
 
 # An exchanged row begins with how its rank fares, a Status, and with what it plans: its placement's
-# tag, the channel's slot, which of the group's planners this is, and the number of the batch. The
-# counts follow.
-_NUM_HEAD = 5
+# tag, the channel's slot, which of the group's planners this is, and the number of the batch:
+# `cuda.NUM_HEAD` integers. The counts follow.
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
 _ROW_MULTIPLE = 1024
 
@@ -54,13 +53,17 @@ class Planner:
     """Plans batches on one placement; a channel of its own between the ranks.
 
     Every rank makes its planners in the same order and calls them for every batch, with no tokens
-    too: making one and each call are collective where there is a group. One thread and one stream
-    at a time: micro-batches in flight together need a planner each.
+    too: making one and each call are collective where there is a group. One thread at a time, and
+    batches one after the other: micro-batches in flight together need a planner each.
 
     With the solver `cpu` a call waits for its input and is done on return. With the others all
-    steps run on the GPU, on the current stream, and nothing is waited for (but counts that travel
-    by a group of gloo): a CUDA graph may capture a call. What only the GPU sees, such as an index
-    out of range, raises at the next call then.
+    steps run on the GPU, on the current stream, and the CPU waits for nothing (but counts that
+    travel by a group of gloo): a CUDA graph may capture a call. A call on another stream than the
+    last one's runs after it; replays of graphs are the caller's to order. A planner must outlive
+    its graphs and all that it has put on the GPU.
+
+    What only the GPU sees, such as an index out of range, raises at a later call, when the GPU has
+    got there. Replays of a graph make no call: `raise_errors` looks, and waits.
 
     Args:
         placement: the copies.
@@ -81,6 +84,7 @@ class Planner:
         TypeError: `placement` is not one.
         ValueError: arguments that do not fit together; the message names them.
         MissingPackageError: the solver needs a GPU or a package that is not there.
+        CompileError: a kernel does not compile.
         RankError: ranks differ in placement, settings or version, or one refused its arguments;
             names what and who.
     """
@@ -100,7 +104,7 @@ class Planner:
         abort_on_timeout: bool = False,
     ) -> None:
         facts: dict[str, object] = {}
-        refusal = None
+        refusal: Exception | None = None
         try:
             check_placement(placement)
             self.rank = _own_rank(placement, group, rank)
@@ -116,10 +120,7 @@ class Planner:
             }
         except (TypeError, ValueError, MissingPackageError) as error:
             refusal = error
-        if compare:
-            agree(group, "Planner", facts, refusal)
-        elif refusal is not None:
-            raise refusal
+        agree(group if compare else None, "Planner", facts, refusal)
         self.placement = placement
         on_gpu = self.solver != "cpu"
         reached = reach(group) if on_gpu and group is not None and counts != "given" else Reach()
@@ -129,36 +130,59 @@ class Planner:
         log.info("counts: %s (%s)", self.counts, reason)
         self.exchange = _exchange(self.counts, placement, group)
         self._check = check
+        self._homes: dict[torch.device, _Homes] = {}
         number = 0
         if group is not None and compare:
             number = _num_made[group] = _num_made.get(group, 0) + 1
         head = [int(placement.fingerprint()[:7], 16), slot, number]
-        size = _NUM_HEAD + placement.num_experts
-        row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self._steps: _CpuSteps | _GpuSteps
+        try:
+            self._steps = self._make_steps(head, timeout_s, abort_on_timeout)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
+            refusal = error
+        agree(group if compare else None, "Planner", {}, refusal)
+
+    def _make_steps(
+        self, head: list[int], timeout_s: float, abort_on_timeout: bool
+    ) -> _CpuSteps | _GpuSteps:
+        size = cuda.NUM_HEAD + self.placement.num_experts
+        row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         if self.solver == "cpu":
-            self._steps = _CpuSteps(placement, self.rank, head, row_size)
-        else:
-            windows = self.exchange.addresses if isinstance(self.exchange, Windows) else []
-            self._steps = _GpuSteps(
-                cuda.Steps(
-                    placement,
-                    self.rank,
-                    torch.device("cuda", torch.cuda.current_device()),
-                    head,
-                    len(Status),
-                    row_size,
-                    self.solver,
-                    windows,
-                    timeout_s,
-                ),
-                abort_on_timeout,
-            )
+            return _CpuSteps(self.placement, self.rank, head, row_size)
+        steps = cuda.Steps(
+            self.placement,
+            self.rank,
+            torch.device("cuda", torch.cuda.current_device()),
+            head,
+            len(Status),
+            row_size,
+            self.solver,
+            self.exchange.addresses if isinstance(self.exchange, Windows) else [],
+            timeout_s,
+        )
+        return _GpuSteps(steps, abort_on_timeout)
 
     @property
     def num_batches(self) -> collections.Counter[Status]:
         """Batches planned so far, by status; waits for the GPU."""
         return self._steps.num_batches()
+
+    def raise_errors(self) -> None:
+        """Waits for the GPU, and raises what it found wrong with earlier batches.
+
+        For batches that a CUDA graph replays, and before going on after an error: every rank has
+        been told of the same batches then. Of several faults the first is raised and the others
+        are logged. Local, nothing is exchanged.
+
+        Raises:
+            ValueError: a batch's `topk_idx` out of range, or given counts that were not its own.
+            RankError: another rank refused its input, or ranks planned different batches.
+        """
+        self._steps.synchronize()
+        self._steps.raise_told()
+        for homes in self._homes.values():
+            torch.cuda.synchronize(homes.device)
+            homes.raise_told()
 
     def __call__(
         self, topk_idx: torch.Tensor, counts: torch.Tensor | None = None, *, stale: bool = False
@@ -174,7 +198,7 @@ class Planner:
         Raises:
             TypeError: `topk_idx` or `counts` is no tensor.
             ValueError: `topk_idx` or `counts` of a wrong shape, dtype or range; on the GPU, the
-                range of an earlier call's.
+                range of an earlier call's. The other ranks are told, and raise too.
             RankError: another rank refused its input, or plans with another placement (every rank
                 raises then, so none hangs); on the GPU, in an earlier call.
             ContractError: a CUDA graph is being captured, and this cannot be in one.
@@ -185,27 +209,33 @@ class Planner:
                 + ("pass counts=" if counts is None else "counts= must not be passed")
             )
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            self._check_capturable()
-        self._steps.raise_told()
+            self._check_capturable(topk_idx)
+        self._raise_told()
+        try:
+            self._check_input(topk_idx)
+            if counts is not None:
+                _check_counts(counts, self.placement)
+        except (TypeError, ValueError) as error:
+            if self.exchange is None:
+                raise
+            self.refuse(error)
         status = Status.STALE if stale else Status.OPTIMAL
         if counts is not None:
-            self._check_input(topk_idx)
-            _check_counts(counts, self.placement)
             plan = self._steps.plan_given(topk_idx, counts, status)
         else:
             assert self.exchange is not None, "checked above"
-            try:
-                self._check_input(topk_idx)
-            except (TypeError, ValueError) as error:
-                self.refuse(error)
             plan = self._steps.plan_exchanged(topk_idx, self.exchange, status)
         if self._check:
-            self._steps.raise_told(wait=True)
+            self._steps.synchronize()
+            self._steps.raise_told()
             check_plan(plan, topk_idx, self.placement, self.rank)
         return plan
 
     def home(self, topk_idx: torch.Tensor) -> torch.Tensor:
         """Every token at its expert's home: nothing is exchanged or solved.
+
+        Of CUDA tensors the CPU waits for nothing, and a graph may capture a call that is not the
+        first.
 
         Args:
             topk_idx: [T, K] int32 or int64, logical experts in [0, E), -1 = no pick.
@@ -214,10 +244,18 @@ class Planner:
             [T, K] of the same dtype and device: slots in [0, P), -1 where the input has -1.
 
         Raises:
-            ValueError: `topk_idx` of a wrong shape, dtype or range.
+            ValueError: `topk_idx` of a wrong shape, dtype or range; on the GPU, the range of an
+                earlier call's.
         """
-        check_topk_idx(topk_idx, self.placement.num_experts)
-        return cpu.rewrite_home(topk_idx, self.placement)
+        on_gpu = isinstance(topk_idx, torch.Tensor) and topk_idx.is_cuda and not self._check
+        check_topk_idx(topk_idx, self.placement.num_experts, values=not on_gpu)
+        if not on_gpu:
+            return cpu.rewrite_home(topk_idx, self.placement)
+        device = topk_idx.device
+        if device not in self._homes:
+            self._homes[device] = _Homes(self.placement, device)
+        self._homes[device].raise_told()
+        return self._homes[device](topk_idx)
 
     def refuse(self, error: Exception) -> NoReturn:
         """Raises `error` after sending word to the other ranks, which wait for this one's counts
@@ -226,13 +264,33 @@ class Planner:
         self._steps.refuse(self.exchange)
         raise error
 
+    def _raise_told(self) -> None:
+        """Raises what the GPU told of earlier batches, where others may wait for this rank's row
+        after sending word to them."""
+        if isinstance(self.exchange, TorchExchange) and self.exchange.device.type == "cpu":
+            # Waits for the GPU in any case. So every rank is told of a batch before it comes to the
+            # next, and none waits for another.
+            self._steps.synchronize()
+            self._steps.raise_told()
+            return
+        try:
+            self._steps.raise_told()
+        except (RankError, ValueError) as error:
+            if self.exchange is None:
+                raise
+            self.refuse(error)
+
     def _check_input(self, topk_idx: torch.Tensor) -> None:
         on_gpu = isinstance(self._steps, _GpuSteps) and not self._check
         check_topk_idx(topk_idx, self.placement.num_experts, values=not on_gpu)
 
-    def _check_capturable(self) -> None:
+    def _check_capturable(self, topk_idx: torch.Tensor) -> None:
         if isinstance(self._steps, _CpuSteps):
             raise ContractError("plans are made on the CPU, which a CUDA graph cannot capture")
+        if not getattr(topk_idx, "is_cuda", True):
+            raise ContractError(
+                "topk_idx lies on the CPU, and a CUDA graph cannot capture a call that fetches it"
+            )
         if self._check:
             raise ContractError(
                 "LPLB_EP_CHECK waits for the GPU, which a CUDA graph cannot capture"
@@ -255,7 +313,10 @@ class _CpuSteps:
     def num_batches(self) -> collections.Counter[Status]:
         return self._num_batches
 
-    def raise_told(self, wait: bool = False) -> None:
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+    def raise_told(self) -> None:
         """Nothing is told late."""
 
     def refuse(self, exchange: Exchange | Windows) -> None:
@@ -270,7 +331,7 @@ class _CpuSteps:
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
         return self._plan(
-            topk_idx, here, rows[:, _NUM_HEAD:].contiguous(), Status(int(rows[:, 0].max()))
+            topk_idx, here, rows[:, cuda.NUM_HEAD :].contiguous(), Status(int(rows[:, 0].max()))
         )
 
     def plan_given(self, topk_idx: torch.Tensor, counts: torch.Tensor, status: Status) -> Plan:
@@ -296,13 +357,13 @@ class _CpuSteps:
     ) -> torch.Tensor:
         """[R, head and counts] int32."""
         assert not isinstance(exchange, Windows), "which only kernels write to"
-        size = _NUM_HEAD + self._placement.num_experts
+        size = cuda.NUM_HEAD + self._placement.num_experts
         row = torch.zeros(self._row_size, dtype=torch.int32)
         self._num_exchanges = (self._num_exchanges + 1) % 2**31
-        row[:_NUM_HEAD] = torch.tensor([status, *self._head, self._num_exchanges])
-        row[_NUM_HEAD:size] = counts
+        row[: cuda.NUM_HEAD] = torch.tensor([status, *self._head, self._num_exchanges])
+        row[cuda.NUM_HEAD : size] = counts
         rows = exchange.gather(row)
-        others = (rows[:, 1:_NUM_HEAD] != row[1:_NUM_HEAD]).any(1)
+        others = (rows[:, 1 : cuda.NUM_HEAD] != row[1 : cuda.NUM_HEAD]).any(1)
         if others.any() and status != Status.REFUSED:
             raise RankError(
                 f"ranks {torch.nonzero(others).flatten().tolist()} plan another batch than this "
@@ -349,70 +410,85 @@ class _GpuSteps:
         self._steps, self._placement, self._device = steps, steps.placement, steps.device
         self._name = self._placement.fingerprint()[:8]
         self._logged: set[Status] = set()
+        self._unread = False  # whether rows of the last batch, in windows, were not waited for
         watch(self, steps.missing, self._name, steps.timeout_s, abort=abort_on_timeout)
 
     def num_batches(self) -> collections.Counter[Status]:
+        self.synchronize()
         numbers = self._steps.num_by_status.tolist()
         return collections.Counter({s: numbers[s] for s in Status if numbers[s]})
 
-    def raise_told(self, wait: bool = False) -> None:
+    def synchronize(self) -> None:
+        """Waits for all that this GPU was given, replays of graphs included."""
+        torch.cuda.synchronize(self._device)
+
+    def raise_told(self) -> None:
         """Raises or logs what the GPU told of earlier batches."""
-        if wait:
-            torch.cuda.current_stream(self._device).synchronize()
         told = self._steps.told
         if not told.any():
             return
         seen = told.nonzero()[0].tolist()
         told[seen] = 0
-        E = self._placement.num_experts
-        if len(Status) in seen:
-            raise ValueError(
-                "an earlier batch's topk_idx had an entry that is neither -1 nor an expert in "
-                f"[0, {E}); LPLB_EP_CHECK=1 names it at once"
-            )
-        if len(Status) + 1 in seen:
-            raise ValueError("an earlier batch's counts were not those of its topk_idx")
-        if Status.TIMED_OUT in seen:
-            raise RankError(missing_ranks(self._steps.missing, self._name, self._steps.timeout_s))
-        if Status.OUT_OF_STEP in seen:
-            raise RankError(
-                "ranks planned different batches: another placement, another slot, or the same "
-                "ones in another order"
-            )
-        if Status.REFUSED in seen:
-            raise RankError("a rank refused an earlier batch's topk_idx; see its error")
-        for status in {Status(s) for s in seen} - self._logged:
+        for status in (_REASONS.keys() & seen) - self._logged:
             self._logged.add(status)
             _log_once(self._placement, status)
+        faults = {
+            len(Status): _out_of_range(self._placement),
+            len(Status) + 1: ValueError("an earlier batch's counts were not those of its topk_idx"),
+            Status.TIMED_OUT: RankError(
+                missing_ranks(self._steps.missing, self._name, self._steps.timeout_s)
+            ),
+            Status.OUT_OF_STEP: RankError(
+                "ranks planned different batches: another placement, another slot, or the same "
+                "ones in another order"
+            ),
+            Status.REFUSED: RankError("a rank refused an earlier batch's topk_idx; see its error"),
+        }
+        errors = [error for index, error in faults.items() if index in seen]
+        for error in errors[1:]:
+            log.error("%s", error)
+        if errors:
+            raise errors[0]
 
     def refuse(self, exchange: Exchange | Windows) -> None:
-        self._exchange(torch.empty(0, 1, dtype=torch.int64), exchange, Status.REFUSED)
-        self._steps.row.zero_()
+        """Sends word, and waits for no one: the rank at fault may be gone."""
+        try:
+            self._send(torch.empty(0, 1, dtype=torch.int64), Status.REFUSED)
+            if isinstance(exchange, Windows):
+                self._unread = True
+            else:
+                exchange.gather(self._steps.row)
+        finally:
+            self._steps.row.zero_()
 
     def plan_exchanged(
         self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
     ) -> Plan:
-        picks, rows = self._exchange(topk_idx, exchange, status)
-        return self._plan(topk_idx, picks, rows, Status.OPTIMAL, exchanged=True)
+        try:
+            picks = self._send(topk_idx, status)
+            if isinstance(exchange, Windows):
+                rows = self._steps.receive()
+            else:
+                rows = exchange.gather(self._steps.row)
+            return self._plan(topk_idx, picks, rows, Status.OPTIMAL, exchanged=True)
+        except BaseException:
+            self._steps.row.zero_()  # or what was counted would be added to the next batch
+            raise
+
+    def _send(self, topk_idx: torch.Tensor, status: Status) -> cuda.Picks:
+        """Counts, and with windows sends; not before the rows of the last batch are read, which
+        say that the others have read those of the one before, in whose place this one's go."""
+        if self._unread:
+            self._steps.receive()
+            self._unread = False
+        return self._steps.count(topk_idx.to(self._device), status, exchanged=True)
 
     def plan_given(self, topk_idx: torch.Tensor, counts: torch.Tensor, status: Status) -> Plan:
         picks = self._steps.count(topk_idx.to(self._device), 0, exchanged=False)
         if counts.dtype == torch.int64:  # what int32 cannot hold must not wrap around
-            counts = torch.where(counts > MAX_TOTAL, -1, counts)
+            counts = torch.where((counts < 0) | (counts > MAX_TOTAL), -1, counts)
         counts = counts.to(self._device, torch.int32).contiguous()
         return self._plan(topk_idx, picks, counts, status, exchanged=False)
-
-    def _exchange(
-        self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
-    ) -> tuple[cuda.Picks, torch.Tensor]:
-        picks = self._steps.count(topk_idx.to(self._device), status, exchanged=True)
-        if isinstance(exchange, Windows):
-            return picks, self._steps.receive()
-        try:
-            return picks, exchange.gather(self._steps.row)
-        except Exception:
-            self._steps.row.zero_()
-            raise
 
     def _plan(
         self,
@@ -440,6 +516,34 @@ class _GpuSteps:
         return shares.to(counts.device)
 
 
+class _Homes:
+    """Home slots of tensors on a GPU, by torch's own operations: nothing is compiled for them."""
+
+    def __init__(self, placement: Placement, device: torch.device) -> None:
+        self._placement, self.device = placement, device
+        self._wrong = torch.zeros((), dtype=torch.bool, device=device)
+        self._told = torch.zeros((), dtype=torch.bool).pin_memory()
+
+    def raise_told(self) -> None:
+        if self._told:
+            self._wrong.zero_()
+            self._told.zero_()
+            raise _out_of_range(self._placement)
+
+    def __call__(self, topk_idx: torch.Tensor) -> torch.Tensor:
+        known = (topk_idx >= -1) & (topk_idx < self._placement.num_experts)
+        self._wrong.logical_or_(~known.all())
+        self._told.copy_(self._wrong, non_blocking=True)
+        return cpu.rewrite_home(torch.where(known, topk_idx, -1), self._placement)
+
+
+def _out_of_range(placement: Placement) -> ValueError:
+    return ValueError(
+        "an earlier batch's topk_idx had an entry that is neither -1 nor an expert in "
+        f"[0, {placement.num_experts}); LPLB_EP_CHECK=1 names it at once"
+    )
+
+
 def _log_once(placement: Placement, status: Status) -> None:
     log.warning(
         "a batch goes to the home slots (placement %s): %s",
@@ -459,7 +563,7 @@ def _exchange(
     assert group is not None, "choose_counts takes the others only with a group"
     if counts == "torch":
         return TorchExchange(group)
-    size = Windows.num_bytes(placement.num_ranks, _NUM_HEAD + placement.num_experts)
+    size = Windows.num_bytes(placement.num_ranks, cuda.NUM_HEAD + placement.num_experts)
     return Windows(peer_memory(group, counts).window(size))
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from . import cpu, cuda
 from .placement import Placement, check_placement
 from .settings import InfeasibleError, MissingPackageError
+
+log = logging.getLogger(__name__)
 
 SOLVERS = ("auto", "cpu", "flow", "cusolverdx")
 MAX_TOTAL = 2**31 - 1
@@ -34,6 +37,8 @@ class Solution:
     (see `must_keep`), is T* times the sum of their speeds."""
     solver: str
     """The solver that ran."""
+    num_unfinished: int
+    """Loads that it ran out of rounds on, and that the CPU solved in its place."""
 
 
 def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str, str]:
@@ -91,8 +96,9 @@ def solve(
     (sum of quotas on r + base_load[r]) / speed[r] <= T, over whole non-negative quotas. The
     problem is a flow's, so at unit speed the whole-numbered optimum is T* rounded up, exactly.
 
-    The bound and its certificate are always found, and the result held against them, on the CPU;
-    a planner on the GPU (`Planner`) does without.
+    The bound and its certificate are always found on the CPU, and quotas of the GPU held against
+    what the CPU makes of them; a planner on the GPU (`Planner`) does without. A load that the GPU's
+    solver runs out of rounds on is logged, counted and solved on the CPU.
 
     Args:
         load: [E] or [B, E] int32 or int64, tokens of each logical expert; any device. A batch's
@@ -111,6 +117,7 @@ def solve(
         ValueError: an argument's shape, dtype or range; the message names it.
         MissingPackageError: the solver needs a GPU or a package that is not there.
         InfeasibleError: an expert whose copies' `max_quota` sum below its load.
+        AssertionError: the solver's quotas are not those of an optimum.
     """
     check_placement(placement)
     name, _ = choose_solver(solver, placement)
@@ -120,52 +127,41 @@ def solve(
     if load.ndim not in (1, 2) or load.shape[-1] != E:
         raise ValueError(f"load must have shape [{E}] or [B, {E}]; got {list(load.shape)}")
     loads = _whole("load", load, load.shape).reshape(-1, E)
-    base = None if base_load is None else _whole("base_load", base_load, (R,))
-    speeds = None if speed is None else _whole("speed", speed, (R,), at_least=1)
-    most = None if max_quota is None else _whole("max_quota", max_quota, (E, C))
-    total = max(loads.sum(1).tolist(), default=0) + (0 if base is None else int(base.sum()))
-    if total > MAX_TOTAL:
-        raise ValueError(f"load must total at most {MAX_TOTAL} with base_load; got {total}")
-    if speeds is not None and int(speeds.sum()) > MAX_TOTAL_SPEED:
-        raise ValueError(f"speed must sum to at most {MAX_TOTAL_SPEED}; got {int(speeds.sum())}")
-    if most is not None:
-        present = torch.tensor(placement.copy_rank >= 0)
-        short = torch.nonzero((most * present).sum(1) < loads)
-        if len(short):
-            b, e = short[0].tolist()
-            raise InfeasibleError(
-                f"expert {e} has {loads[b, e]} tokens, and its copies' max_quota sum to only "
-                f"{int((most * present)[e].sum())}"
-            )
-
+    options = {
+        "base_load": None if base_load is None else _whole("base_load", base_load, (R,)),
+        "speed": None if speed is None else _whole("speed", speed, (R,), at_least=1),
+        "max_quota": None if max_quota is None else _whole("max_quota", max_quota, (E, C)),
+    }
+    _check_totals(loads, placement, **options)
     if solver == "auto" and load.device.type == "cpu":
         name = "cpu"
-    options = {"base_load": base, "speed": speeds, "max_quota": most}
-    starts: list[torch.Tensor | None] = [None] * len(loads)
+    quotas: list[torch.Tensor | None] = [None] * len(loads)
     if name != "cpu" and len(loads):
-        starts = _solve_on_gpu(loads, placement, name, options)
-    # From the GPU's optimum the CPU finds the proof only; what the GPU did not end, it does.
+        quotas = _solve_on_gpu(loads, placement, name, options)
+    num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
+    if num_unfinished:
+        log.warning(
+            "the solver %s ran out of rounds on %d of %d loads, which the CPU solves: please "
+            "report them",
+            name,
+            num_unfinished,
+            len(loads),
+        )
     optima = [
-        cpu.solve(row, placement, start=start, **options)
-        for row, start in zip(loads, starts, strict=True)
+        _prove(name, row, quota, placement, options)
+        for row, quota in zip(loads, quotas, strict=True)
     ]
-    quotas = [o.quota if q is None else q for o, q in zip(optima, starts, strict=True)]
-    quota = torch.stack(quotas) if quotas else torch.zeros(0, E, C).int()
+    all_quotas = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
     bounds = torch.tensor([float(o.bound) for o in optima], dtype=torch.float64)
     tight = torch.stack([o.tight_ranks for o in optima]) if optima else torch.zeros(0, R).bool()
-    held = rank_load(quota, placement)
-    if speeds is None:
-        reached = (held + (0 if base is None else base)).amax(1)
-        assert reached.tolist() == [math.ceil(o.bound) for o in optima], (
-            f"the {name} solver reached {reached.tolist()}, the bounds are {bounds.tolist()}"
-        )
     shape, device = load.shape[:-1], load.device
     return Solution(
-        quota.reshape(*shape, E, C).to(device),
-        held.reshape(*shape, R).int().to(device),
+        all_quotas.reshape(*shape, E, C).to(device),
+        rank_load(all_quotas, placement).reshape(*shape, R).int().to(device),
         bounds.reshape(shape).to(device),
         tight.reshape(*shape, R).to(device),
         name,
+        num_unfinished,
     )
 
 
@@ -177,10 +173,51 @@ def _solve_on_gpu(
 ) -> list[torch.Tensor | None]:
     """[B] of [E, C] int32 on the CPU, None where the solver ran out of rounds."""
     device = torch.device("cuda", torch.cuda.current_device())
-    quota, _, status = cuda.Solver(placement, device, solver)(
-        loads.to(device, torch.int32), **options
-    )
-    return [q if ok else None for q, ok in zip(quota.cpu(), (status == 0).all(1), strict=True)]
+    solve_batch = cuda.Solver(placement, device, solver)
+    quotas: list[torch.Tensor | None] = []
+    for part in loads.split(cuda.MAX_BATCH):
+        quota, _, status = solve_batch(part.to(device, torch.int32), **options)
+        ended = (status == 0).all(1).tolist()
+        quotas += [q if ok else None for q, ok in zip(quota.cpu(), ended, strict=True)]
+    return quotas
+
+
+def _prove(
+    solver: str,
+    load: torch.Tensor,
+    quota: torch.Tensor | None,
+    placement: Placement,
+    options: Mapping[str, torch.Tensor | None],
+) -> cpu.Optimum:
+    """The proof of a solver's quotas, with these quotas; None: with those that the CPU finds.
+
+    Raises:
+        AssertionError: they are no optimum.
+    """
+    if quota is not None:
+        most = options["max_quota"]
+        room = torch.tensor(placement.copy_rank >= 0) * (MAX_TOTAL if most is None else most)
+        legal = ((quota >= 0) & (quota <= room)).all() and (quota.sum(1) == load).all()
+        assert legal, f"the {solver} solver made quotas beyond their limits, or of another load"
+    optimum = cpu.solve(load, placement, start=quota, **options)
+    best: Fraction | int = math.ceil(optimum.bound)
+    if options["speed"] is not None:
+        best = _slowest(optimum.quota, placement, options)
+    if quota is not None:
+        optimum = replace(optimum, quota=quota)
+    reached = _slowest(optimum.quota, placement, options)
+    assert reached == best, f"the {solver} solver reached {reached}; the optimum is {best}"
+    return optimum
+
+
+def _slowest(
+    quota: torch.Tensor, placement: Placement, options: Mapping[str, torch.Tensor | None]
+) -> Fraction:
+    """The time of the slowest rank."""
+    base, speed = options["base_load"], options["speed"]
+    load = rank_load(quota, placement) + (0 if base is None else base)
+    paces = [1] * len(load) if speed is None else speed.tolist()
+    return max(Fraction(n, s) for n, s in zip(load.tolist(), paces, strict=True))
 
 
 def rank_load(quota: torch.Tensor, placement: Placement) -> torch.Tensor:
@@ -223,6 +260,30 @@ def rank_set_bound(
     kept = int((load.long() - room.sum(1)).clamp(min=0).sum())
     kept += 0 if base_load is None else int(base_load[ranks].sum())
     return Fraction(kept, int(ranks.sum()) if speed is None else int(speed[ranks].sum()))
+
+
+def _check_totals(
+    loads: torch.Tensor,
+    placement: Placement,
+    base_load: torch.Tensor | None,
+    speed: torch.Tensor | None,
+    max_quota: torch.Tensor | None,
+) -> None:
+    total = max(loads.sum(1).tolist(), default=0)
+    total += 0 if base_load is None else int(base_load.sum())
+    if total > MAX_TOTAL:
+        raise ValueError(f"load must total at most {MAX_TOTAL} with base_load; got {total}")
+    if speed is not None and int(speed.sum()) > MAX_TOTAL_SPEED:
+        raise ValueError(f"speed must sum to at most {MAX_TOTAL_SPEED}; got {int(speed.sum())}")
+    if max_quota is not None:
+        room = (max_quota * torch.tensor(placement.copy_rank >= 0)).sum(1)
+        short = torch.nonzero(room < loads)
+        if len(short):
+            b, e = short[0].tolist()
+            raise InfeasibleError(
+                f"expert {e} has {loads[b, e]} tokens, and its copies' max_quota sum to only "
+                f"{int(room[e])}"
+            )
 
 
 def _check_tensor(name: str, value: object) -> None:

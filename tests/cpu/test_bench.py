@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_ep import bench, cpu
+from lplb_ep import bench, cpu, cuda
 from lplb_ep.cli import main
 
 
@@ -27,6 +27,30 @@ def test_measurements_are_a_table():
     words = "us count solve solve + number route plan eager tokens above T* launches bytes"
     assert " ".join(heading.split()) == words
     assert row.split() == ["EP8", *["1.2"] * 6, *["1"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--ranks", "0"], "--ranks must be at least 1; got 0"),
+        (["--ranks", "8", "--experts", "0"], "--experts must be at least 1; got 0"),
+        (["--ranks", "8", "--tokens", "0"], "--tokens must be at least 1; got 0"),
+        (["--ranks", "8", "--topk", "300"], "--topk must be at least 1 and at most 256; got 300"),
+        (["--ranks", "8", "--topk", "-1"], "--topk must be at least 1 and at most 256; got -1"),
+        (["--ranks", "8", "--tokens", "9", "--redundant", "-1"], "--redundant must be"),
+        (["--ranks", "8", "--tokens", "9", "--placement", "star"], "star"),
+        (["--placement", "cube"], "--placement and --redundant need --ranks"),
+        (["--redundant", "2"], "--placement and --redundant need --ranks"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_line(options, says, capsys, monkeypatch):
+    monkeypatch.setattr(cuda, "check", lambda **_: None)
+    with pytest.raises(SystemExit) as status:
+        main(["bench", *options])
+    assert status.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("lplb-ep: error: ")
+    assert says in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")

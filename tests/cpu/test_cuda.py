@@ -1,13 +1,15 @@
 """What of the GPU path needs no GPU: its tables, its limits, and that its kernels compile."""
 
 import dataclasses
+import struct
 
 import numpy as np
 import oracle
 import pytest
 import torch
 
-from lplb_ep import Placement, cuda, jit, network
+from lplb_ep import MissingPackageError, Placement, cuda, jit, network
+from lplb_ep.solver import choose_solver
 
 
 @pytest.mark.parametrize("R", [1, 5, 16, 33, 64])
@@ -103,16 +105,79 @@ def test_components_beyond_one_block_are_refused_by_size():
         ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
     ):
         network.variant(ring, "flow")
-    everywhere = Placement(np.tile(np.arange(70), 64), 64)
-    with pytest.raises(ValueError, match=r"takes 1\d{5} for 70 experts and, .* 4480 copies"):
-        cuda.num_shared_bytes(everywhere, "flow")
-    half = Placement(np.tile(np.arange(40), 32), 32)  # the interior-point method keeps more
-    assert cuda.num_shared_bytes(half, "flow") < cuda.MAX_SHARED_BYTES
-    with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
-        cuda.num_shared_bytes(half, "cusolverdx")
     # Many independent groups are no matter.
     many = Placement(np.arange(600), 100)
     assert len(network.tables(many, network.variant(many, "flow")).shape) == 100
+
+
+SM_80, SM_86, SM_90 = 163 * 1024, 99 * 1024, 227 * 1024  # shared memory of a block
+TWICE = np.append(np.arange(512), np.arange(512))
+
+
+def test_placements_must_fit_a_block_of_the_device():
+    everywhere = Placement(np.tile(np.arange(70), 64), 64)
+    with pytest.raises(ValueError, match=r"flow takes 1\d{5} for 70 experts, 4480 copies of"):
+        cuda.check_fit(everywhere, "flow", SM_86)
+    cuda.check_fit(everywhere, "flow", SM_80)
+    half = Placement(np.tile(np.arange(40), 32), 32)  # the interior-point method keeps more
+    cuda.check_fit(half, "flow", SM_86)
+    with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
+        cuda.check_fit(half, "cusolverdx", SM_86)
+    nodes = Placement(TWICE, 64, num_ranks_per_node=1)
+    with pytest.raises(ValueError, match=r"rewriting takes 1\d{5} for .* and 64 nodes"):
+        cuda.check_fit(nodes, "flow", SM_86)
+
+
+@pytest.mark.parametrize("solver", network.SHARES)
+def test_64_ranks_and_512_experts_of_two_copies_fit_a_large_gpu(solver):
+    cuda.check_fit(Placement(TWICE, 64), solver, SM_90)
+
+
+def test_512_experts_of_eight_copies_fit_the_flow():
+    cuda.check_fit(Placement(np.tile(np.arange(512), 8), 64), "flow", SM_90)
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """As if there were a CUDA device; returns what may be changed of it."""
+    facts = {"capability": (9, 0), "bytes": SM_90}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: facts["capability"])
+    monkeypatch.setattr(cuda, "max_shared_bytes", lambda _: facts["bytes"])
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: name)
+    return facts
+
+
+def test_what_the_kernels_do_not_take_is_planned_on_the_cpu(device):
+    small, nodes = Placement([0, 1, 2, 0], 2), Placement(TWICE, 64, num_ranks_per_node=1)
+    assert choose_solver("auto", small)[0] == choose_solver("auto", nodes)[0] == "flow"
+    device["bytes"] = SM_86
+    assert choose_solver("auto", small)[0] == "flow"
+    name, why = choose_solver("auto", nodes)
+    assert name == "cpu"
+    assert "rewriting takes" in why
+    with pytest.raises(ValueError, match="rewriting takes"):
+        choose_solver("flow", nodes)
+    device["capability"] = (7, 5)
+    assert choose_solver("auto") == (
+        "cpu",
+        "the kernels need sm_80 or newer, and the CUDA device is sm_75",
+    )
+    with pytest.raises(MissingPackageError, match="need sm_80 or newer"):
+        choose_solver("flow")
+
+
+def static_shared_bytes(image):
+    """Of each kernel, by the sections of its ELF image."""
+    (offset,) = struct.unpack_from("<Q", image, 0x28)
+    size, count, names = struct.unpack_from("<HHH", image, 0x3A)
+    headers = [struct.unpack_from("<IIQQQQ", image, offset + i * size) for i in range(count)]
+    for header in headers:
+        start = headers[names][4] + header[0]
+        name = image[start : image.index(0, start)].decode()
+        if name.startswith(".nv.shared."):
+            yield header[5]
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
@@ -121,3 +186,4 @@ def test_every_kernel_compiles(arch, tmp_path, monkeypatch):
     for cubin in jit.compile_all(cuda.programs(), [arch]):
         assert cubin.data[:4] == b"\x7fELF"
         assert not cubin.cached
+        assert 0 < max(static_shared_bytes(cubin.data)) <= cuda.STATIC_SHARED_BYTES

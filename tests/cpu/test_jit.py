@@ -5,6 +5,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,39 +19,25 @@ extern "C" __global__ void scale(float* values) { values[threadIdx.x] *= SCALE +
 
 # Solves A X = B for a symmetric positive definite A, in one block.
 SOLVE = """\
-extern "C" __device__ void posv(double* A, double* B, int* info);
+extern "C" __device__ void potrf(double* A, int* info);
+extern "C" __device__ void potrs(double* A, double* B);
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 solve(const double* A, double* B, int* info) {
-    __shared__ double a[N * N], b[N];
+    __shared__ double a[N * N], b[2 * N];
     for (int i = threadIdx.x; i < N * N; i += THREADS) a[i] = A[i];
-    for (int i = threadIdx.x; i < N; i += THREADS) b[i] = B[i];
+    for (int i = threadIdx.x; i < 2 * N; i += THREADS) b[i] = B[i];
     __syncthreads();
-    posv(a, b, info);
+    potrf(a, info);
     __syncthreads();
-    for (int i = threadIdx.x; i < N; i += THREADS) B[i] = b[i];
+    potrs(a, b);
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2 * N; i += THREADS) B[i] = b[i];
 }
 """
 
-# The same in two steps, in single precision, with gaps between the rows.
-FACTOR = """\
-extern "C" __device__ void factor(float* A, int* info);
-extern "C" __device__ void substitute(float* A, float* B);
 
-extern "C" __global__ void __launch_bounds__(32) solve(const float* A, float* B, int* info) {
-    __shared__ float a[8 * 9], b[8];
-    for (int i = threadIdx.x; i < 8 * 8; i += 32) a[i / 8 * 9 + i % 8] = A[i];
-    if (threadIdx.x < 8) b[threadIdx.x] = B[threadIdx.x];
-    __syncthreads();
-    factor(a, info);
-    for (int step = 0; step < 2; ++step) {
-        __syncthreads();
-        substitute(a, b);
-    }
-    __syncthreads();
-    if (threadIdx.x < 8) B[threadIdx.x] = b[threadIdx.x];
-}
-"""
+CHOLESKY = (jit.CuSolverDx("potrf", 8, 32), jit.CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
 
 
 @pytest.fixture
@@ -67,9 +54,7 @@ def solve(tmp_path_factory):
     """A program that needs cuSolverDx, whose cubins take seconds, and its tests' cache."""
     directory = tmp_path_factory.mktemp("solve")
     (directory / "solve.cu").write_text(SOLVE)
-    (directory / "factor.cu").write_text(FACTOR)
-    posv = jit.CuSolverDx("posv", size=8, num_threads=32)
-    return jit.Program(directory / "solve.cu", {"N": 8, "THREADS": 32}, [posv])
+    return jit.Program(directory / "solve.cu", {"N": 8, "THREADS": 32}, CHOLESKY)
 
 
 def elf(image):
@@ -99,8 +84,8 @@ def is_kernel(symbol):
 RACER = """
 import hashlib, sys
 from lplb_ep import jit
-posv = jit.CuSolverDx("posv", size=8, num_threads=32)
-program = jit.Program(sys.argv[1], {"N": 8, "THREADS": 32}, [posv])
+cholesky = (jit.CuSolverDx("potrf", 8, 32), jit.CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
+program = jit.Program(sys.argv[1], {"N": 8, "THREADS": 32}, cholesky)
 print("ready", flush=True)
 sys.stdin.readline()
 cubin = jit.compile_cubin(program, "sm_90")
@@ -146,26 +131,13 @@ def test_cusolverdx_is_linked_in(solve, monkeypatch, arch, number):
     assert len(cubin.data) < 200_000
 
 
-def test_factor_and_substitute_apart(solve, monkeypatch):
-    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(solve.source.parent / "cache"))
-    shape = dict(size=8, num_threads=32, precision="float", arrangement="row", fill="upper")
-    program = jit.Program(
-        solve.source.with_name("factor.cu"),
-        solvers=[
-            jit.CuSolverDx("potrf", symbol="factor", leading_dimensions=(9, 1), **shape),
-            jit.CuSolverDx("potrs", symbol="substitute", leading_dimensions=(9, 1), **shape),
-        ],
-    )
-    assert is_kernel(elf(jit.compile_cubin(program).data)[1]["solve"])
-
-
 def test_a_shape_that_cusolverdx_refuses(solve, monkeypatch, tmp_path):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path))
-    posv = jit.CuSolverDx("posv", size=8, num_threads=5000)
+    potrf = jit.CuSolverDx("potrf", size=8, num_threads=5000)
     with pytest.raises(CompileError, match="libmathdx: ") as error:
-        jit.compile_cubin(jit.Program(solve.source, solve.defines, [posv]))
+        jit.compile_cubin(jit.Program(solve.source, solve.defines, [potrf]))
     assert "BlockDim" in error.value.log
-    assert error.value.options == ("-arch=sm_90", repr(posv))
+    assert error.value.options == ("-arch=sm_90", repr(potrf))
 
 
 def test_sources_see_the_headers_beside_them_only(scale, tmp_path, monkeypatch):
@@ -196,7 +168,7 @@ def test_a_broken_kernel_says_all_there_is_to_know(scale, tmp_path):
 
 def test_a_function_that_nothing_brings(solve, monkeypatch, tmp_path):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path))
-    with pytest.raises(CompileError, match="posv"):
+    with pytest.raises(CompileError, match="potrf"):
         jit.compile_cubin(jit.Program(solve.source, solve.defines))
 
 
@@ -311,7 +283,7 @@ def refuse(name, *args):
 ctypes.CDLL = refuse
 from lplb_ep import MissingPackageError, jit
 try:
-    jit.compile_cubin(jit.Program(sys.argv[1], solvers=[jit.CuSolverDx("posv", 8, 32)]))
+    jit.compile_cubin(jit.Program(sys.argv[1], solvers=[jit.CuSolverDx("potrf", 8, 32)]))
 except MissingPackageError as error:
     print(error)
 """
@@ -331,13 +303,33 @@ def test_loading_needs_cupy(scale, monkeypatch):
         jit.Kernels(jit.compile_cubin(scale))
 
 
+def test_kernels_may_have_all_of_a_blocks_shared_memory(scale, monkeypatch):
+    """Whoever asks for one: the limit is the kernel's, not the caller's."""
+    allowed = {}
+    driver = SimpleNamespace(
+        funcGetAttribute=lambda attribute, function: {1: 16}[attribute],
+        funcSetAttribute=lambda function, *attribute: allowed.update({function: attribute}),
+    )
+    module = SimpleNamespace(
+        load=lambda data: None, get_function=lambda name: SimpleNamespace(ptr=name)
+    )
+    runtime = SimpleNamespace(
+        getDevice=lambda: 3,
+        deviceGetAttribute=lambda attribute, device: {(97, 3): 1000}[attribute, device],
+    )
+    fake = SimpleNamespace(
+        cuda=SimpleNamespace(driver=driver, Module=lambda: module, runtime=runtime)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    assert jit.Kernels(jit.compile_cubin(scale)).kernel("scale").ptr == "scale"
+    assert allowed == {"scale": (8, 1000 - 16)}
+    assert jit.max_shared_bytes(3) == 1000
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"function": "gesv"}, "function must be one of potrf, potrs, posv; got 'gesv'"),
-        ({"precision": "half"}, "precision must be one of float, double; got 'half'"),
-        ({"arrangement": "C"}, "arrangement must be one of column, row; got 'C'"),
-        ({"fill": "full"}, "fill must be one of upper, lower; got 'full'"),
+        ({"function": "gesv"}, "function must be one of potrf, potrs; got 'gesv'"),
         ({"size": 0}, "size must be at least 1; got 0"),
         ({"num_threads": 0}, "num_threads must be at least 1; got 0"),
         ({"num_right_hand_sides": -1}, "num_right_hand_sides must be at least 1; got -1"),
@@ -345,7 +337,7 @@ def test_loading_needs_cupy(scale, monkeypatch):
 )
 def test_wrong_solvers_name_themselves(change, message):
     with pytest.raises(ValueError, match=message):
-        jit.CuSolverDx(**{"function": "posv", "size": 8, "num_threads": 32, **change})
+        jit.CuSolverDx(**{"function": "potrf", "size": 8, "num_threads": 32, **change})
 
 
 @pytest.mark.parametrize("arch", ["90", "sm90", "compute_90", "sm_9.0", "sm_90 "])

@@ -1,11 +1,14 @@
+import types
+
 import numpy as np
 import oracle
 import pytest
 import ranks
 import torch
 
-from lplb_ep import Placement, Planner, check_plan, cpu
+from lplb_ep import Placement, Planner, RankError, check_plan, cpu, layers, planner
 from lplb_ep.plan import Status
+from lplb_ep.settings import Settings
 
 
 def batch(rng, placement, num_tokens, num_topk, dtype=torch.int64, none=0.05):
@@ -178,7 +181,7 @@ def differing_planner(group, what):
     [
         ("ranks", "rank 1: group has 2 ranks", "group has 2 ranks, and the placement is for 4"),
         ("type", "rank 1: placement must be", "placement must be an lplb_ep.Placement; got a li"),
-        ("counts", "differ in counts: torch on ranks [0]; given", "differ in counts"),
+        ("counts", "differ in counts: auto on ranks [0]; given", "differ in counts"),
         ("slot", "differ in slot: 0 on ranks [0]; 1 on ranks [1]", "differ in slot"),
         ("tensor", "ranks [1] refused", "topk_idx must be a tensor [T, K]; got a list"),
         ("order", "ranks [1] plan another batch", "ranks [0] plan another batch"),
@@ -190,6 +193,83 @@ def test_what_is_wrong_on_one_rank_is_named_on_all(what, peer, own):
     (_, theirs), (_, its) = failure.value.errors
     assert peer in theirs
     assert own in its
+
+
+def failing_to_make_steps(group, make):
+    """As where one rank has no memory left, or a kernel does not compile."""
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if group.rank() == 1:
+            patch.setattr(planner, "_CpuSteps", fail)
+        make(group)
+
+
+def make_planner(group):
+    Planner(TWO, group)
+
+
+def make_channel(group):
+    slot = 99  # which no other test on these ranks has made
+    layers.register(layers.BufferState(Settings(mode="1"), group), (TWO, slot))
+
+
+@pytest.mark.parametrize("make", [make_planner, make_channel])
+def test_a_rank_that_cannot_make_its_steps_says_so_to_all(make):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, failing_to_make_steps, make)
+    (peer, message), own = failure.value.errors
+    assert peer == "RankError"
+    assert "rank 1: out of memory" in message
+    assert own == ("RuntimeError", "out of memory")
+
+
+def told(*seen):
+    """The steps of a planner whose GPU has told of `seen`."""
+    steps = types.SimpleNamespace(
+        told=np.isin(np.arange(len(Status) + 2), seen).astype(np.int32),
+        missing=np.zeros(2, np.int32),
+        timeout_s=9,
+        placement=TWO,
+        device=torch.device("cpu"),
+    )
+    return planner._GpuSteps(steps, abort_on_timeout=False)
+
+
+def test_what_the_gpu_told_late_is_told_to_the_others_too():
+    """Their GPUs may lag behind: they plan one more batch, and wait for this rank's row."""
+    rows = []
+
+    class Recorder:
+        def gather(self, row):
+            rows.append(row)
+            return row[None]
+
+    refusing = Planner(TWO, rank=0, counts="given")
+    refusing.exchange = Recorder()
+    refusing._steps.raise_told = told(Status.OUT_OF_STEP).raise_told
+    with pytest.raises(RankError, match="planned different batches"):
+        refusing(torch.tensor([[0, 1]]))
+    assert [int(row[0]) for row in rows] == [Status.REFUSED]
+
+
+def test_of_several_faults_the_first_is_raised_and_all_are_logged(caplog):
+    steps = told(*Status, len(Status), len(Status) + 1)
+    with pytest.raises(ValueError, match=r"neither -1 nor an expert in \[0, 3\)"):
+        steps.raise_told()
+    for message in (
+        "STALE, the replicas",
+        "NOT_CONVERGED",
+        "BAD_COUNTS",
+        "counts were not those of its topk_idx",
+        "ranks [] sent no counts within 9 s",
+        "ranks planned different batches",
+        "a rank refused",
+    ):
+        assert caplog.text.count(message) == 1, message
+    steps.raise_told()  # once
 
 
 def out_of_step(group):
@@ -278,6 +358,11 @@ TWO = Placement([0, 1, 2, 0], 2)
     [
         (torch.zeros(3).long(), None, r"topk_idx must be \[T, K\] of int32 or int64; got \[3\]"),
         (torch.zeros(3, 2), None, "got .* of torch.float32"),
+        (
+            torch.zeros(1, 1).int().expand(2**31, 1),
+            None,
+            "at most 2147467264 entries; got 21474836",
+        ),
         (torch.tensor([[0, -2]]), None, r"topk_idx\[0, 1\] is -2"),
         (torch.tensor([[0, 1]]), torch.ones(2, 3), r"counts must be \[2, 3\] of int32 or int64"),
         (torch.tensor([[0, 1]]), torch.ones(1, 3).int(), r"got \[1, 3\]"),
@@ -298,7 +383,7 @@ def test_bad_batches_are_named(topk, counts, message):
         ({}, "rank must be given where there is no group"),
         ({"rank": 2}, r"rank must be in \[0, 2\); got 2"),
         ({"rank": 0}, "counts='auto' needs a group"),
-        ({"rank": 0, "counts": "nvlink"}, "counts must be one of auto, torch, given"),
+        ({"rank": 0, "counts": "nvlink"}, "counts must be one of auto, nvshmem, ipc, torch, given"),
         ({"rank": 0, "counts": "given", "solver": "x"}, "solver must be one of auto, cpu, flow"),
     ],
 )

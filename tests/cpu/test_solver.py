@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lplb_ep
-from lplb_ep import InfeasibleError, Placement, cpu
+from lplb_ep import InfeasibleError, Placement, cpu, solver
 from lplb_ep.solver import rank_set_bound
 
 
@@ -215,3 +215,49 @@ def test_a_proof_starts_from_any_quotas():
             again = cpu.solve(load, placement, start=start)
             assert again.bound == best.bound
             assert torch.equal(again.quota.sum(1), load.int())
+
+
+def answering(monkeypatch, quotas):
+    """As if a GPU's solver answered with `quotas`."""
+    monkeypatch.setattr(solver, "choose_solver", lambda *_: ("flow", "asked for"))
+    monkeypatch.setattr(solver, "_solve_on_gpu", lambda *_: quotas)
+
+
+PAIR = Placement([0, 1, 2, 0], 2)
+
+
+def test_loads_that_the_gpu_does_not_finish_are_said_and_counted(monkeypatch, caplog):
+    loads = torch.tensor([[4, 1, 1], [5, 0, 3]])
+    right = lplb_ep.solve(loads, PAIR, "cpu")
+    assert right.num_unfinished == 0
+    answering(monkeypatch, [None, right.quota[1]])
+    solution = lplb_ep.solve(loads, PAIR, "flow")
+    assert torch.equal(solution.quota, right.quota)
+    assert (solution.solver, solution.num_unfinished) == ("flow", 1)
+    assert "the solver flow ran out of rounds on 1 of 2 loads" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("quota", "options", "message"),
+    [
+        ([[4, 0], [1, 0], [1, 0]], {}, "reached 5; the optimum is 3"),
+        (
+            [[4, 0], [1, 0], [1, 0]],
+            {"base_load": torch.tensor([2, 0])},
+            "reached 7; the opt.* is 4",
+        ),
+        ([[2, 2], [1, 0], [1, 0]], {"speed": torch.tensor([1, 5])}, "reached 3; the optimum is 1"),
+        (
+            [[2, 2], [1, 0], [1, 0]],
+            {"max_quota": torch.tensor([[4, 1]] * 3)},
+            "beyond their limits",
+        ),
+        ([[2, 1], [1, 0], [1, 0]], {}, "of another load"),
+        ([[5, -1], [1, 0], [1, 0]], {}, "beyond their limits"),
+        ([[2, 2], [0, 1], [1, 0]], {}, "beyond their limits"),
+    ],
+)
+def test_quotas_of_the_gpu_are_held_against_the_optimum(monkeypatch, quota, options, message):
+    answering(monkeypatch, [torch.tensor(quota).int()])
+    with pytest.raises(AssertionError, match=message):
+        lplb_ep.solve(torch.tensor([4, 1, 1]), PAIR, "flow", **options)

@@ -64,7 +64,7 @@ def compare(plan, topk, counts, placement, rank):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("R", [1, 2, 8, 16, 24, 48, 64])
-@pytest.mark.parametrize("solver", network.PARTS)
+@pytest.mark.parametrize("solver", network.SHARES)
 def test_every_step_is_the_cpus(R, dtype, solver):
     rng = np.random.default_rng(R)
     for _ in range(6):
@@ -96,6 +96,16 @@ def test_large_batches_and_many_components():
         compare(plan, topks[0], counts, cube, 0)
 
 
+def test_a_split_does_not_grow_with_second_copies():
+    placement = Placement([*[0] * 599, 1, *[0] * 599, 2], 2)
+    topks, counts = batch(np.random.default_rng(5), placement, [300, 40], 2)
+    for rank in range(2):
+        plan = Planner(placement, rank=rank, counts="given", solver="flow")(
+            topks[rank], counts=counts
+        )
+        compare(plan, topks[rank], counts, placement, rank)
+
+
 def test_a_slice_of_a_larger_tensor_and_host_tensors_are_taken():
     topk = torch.tensor([[0, 9, 1], [2, 9, -1], [0, 9, 1]], device="cuda")[:, ::2]
     planner = Planner(Placement([0, 1, 2, 0], 1), solver="flow")
@@ -104,11 +114,12 @@ def test_a_slice_of_a_larger_tensor_and_host_tensors_are_taken():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_graphs_replay_with_new_indices(dtype):
+@pytest.mark.parametrize("solver", network.SHARES)
+def test_graphs_replay_with_new_indices(dtype, solver):
     rng = np.random.default_rng(1)
     placement = oracle.random_placement(rng, 8, 64, 2)
     batches = [batch(rng, placement, [200] * 8, 4, dtype) for _ in range(5)]
-    planner = Planner(placement, rank=3, counts="given", solver="flow")
+    planner = Planner(placement, rank=3, counts="given", solver=solver)
     topk, counts = batches[0][0][3].clone(), batches[0][1].clone()
     planner(topk, counts=counts)
     graph = torch.cuda.CUDAGraph()
@@ -140,22 +151,76 @@ def test_nothing_waits_and_nothing_is_allocated_from_the_device():
     assert torch.cuda.memory_stats()["num_device_alloc"] == before
 
 
-def test_planners_on_streams_of_their_own():
+CYCLES = 200_000_000  # of a kernel that sleeps: a tenth of a second
+
+
+@pytest.mark.parametrize("solver", network.SHARES)
+def test_planners_on_streams_of_their_own(solver):
+    """Together: none waits for one whose stream has stopped, and all come out right."""
     rng = np.random.default_rng(3)
     placements = [oracle.random_placement(rng, 8, 128, 2) for _ in range(3)]
     batches = [batch(rng, p, [2000] + [100] * 7, 8) for p in placements]
-    planners = [Planner(p, rank=0, counts="given", solver="flow") for p in placements]
-    streams = [torch.cuda.Stream() for _ in placements]
+    planners = [Planner(p, rank=0, counts="given", solver=solver) for p in placements]
     torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in placements]
     plans = [[], [], []]
-    for _ in range(20):
+    for round_ in range(21):  # the first has memory to allocate
+        if round_ == 1:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(streams[0]):
+                torch.cuda._sleep(CYCLES)
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
                 plans[i].append(planners[i](batches[i][0][0], counts=batches[i][1]))
+    streams[1].synchronize()
+    streams[2].synchronize()
+    assert not streams[0].query()
     torch.cuda.synchronize()
     for i, placement in enumerate(placements):
         for plan in plans[i]:
             compare(plan, batches[i][0][0], batches[i][1], placement, 0)
+
+
+def test_a_planner_on_another_stream_runs_after_its_last_batch():
+    rng = np.random.default_rng(13)
+    placement = oracle.random_placement(rng, 8, 128, 2)
+    batches = [batch(rng, placement, [2000] + [100] * 7, 8) for _ in range(2)]
+    planner = Planner(placement, rank=0, counts="given", solver="flow")
+    torch.cuda.synchronize()
+    plans, streams = [], [torch.cuda.Stream() for _ in batches]
+    for stream, (topks, counts) in zip(streams, batches, strict=True):
+        with torch.cuda.stream(stream):
+            if not plans:
+                torch.cuda._sleep(CYCLES)
+            plans.append(planner(topks[0], counts=counts))
+    streams[1].synchronize()
+    assert streams[0].query()
+    for plan, (topks, counts) in zip(plans, batches, strict=True):
+        compare(plan, topks[0], counts, placement, 0)
+
+
+def test_the_first_call_may_be_on_any_stream():
+    """Though the tables and zeros were sent behind a kernel that sleeps."""
+    rng = np.random.default_rng(14)
+    placement = oracle.random_placement(rng, 8, 128, 2)
+    topks, counts = batch(rng, placement, [2000] + [100] * 7, 8)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(CYCLES)
+    planner = Planner(placement, rank=0, counts="given", solver="flow")
+    planner.exchange = Rows(counts, 0)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        plan = planner(topks[0])
+        stream.synchronize()
+        compare(plan, topks[0], counts, placement, 0)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_a_planner_of_a_device_that_is_not_the_current_one():
+    topk = torch.tensor([[0, 1], [0, 2]], device="cuda:1")
+    with torch.cuda.device(1):
+        planner = Planner(Placement([0, 1, 2, 0], 1), solver="flow")
+    check_plan(planner(topk), topk, planner.placement, 0)
 
 
 def home(plan, topk, placement, rank, status):
@@ -189,15 +254,41 @@ def test_counts_that_cannot_be_send_the_batch_home(bad):
     home(planner(topk, counts=counts.int()), topk, TWO, 0, Status.BAD_COUNTS)
 
 
+@pytest.mark.parametrize("wrapped", [2**32 + 5, -(2**32) + 5])
+def test_counts_beyond_32_bits_do_not_wrap_to_small_ones(wrapped):
+    topk = torch.tensor([[0, 0, 0]], device="cuda")
+    counts = torch.tensor([[3, 0, 0], [wrapped, 0, 0]], device="cuda")
+    planner = Planner(TWO, rank=0, counts="given", solver="flow")
+    home(planner(topk, counts=counts), topk, TWO, 0, Status.BAD_COUNTS)
+
+
+APART = Placement([0, 1, 0, 1, 2, 3, 2, 3], 4)  # two components of two ranks
+
+
 def test_totals_are_summed_over_components():
-    alone = Placement([0, 1, 0, 1, 2, 3, 2, 3], 4)
+    """By every block alike, also of those that begin when others have sent the batch home."""
+    topk = torch.arange(4, device="cuda").repeat(64 * 1024)[:, None]
     counts = torch.zeros(4, 4, dtype=torch.int32, device="cuda")
-    counts[1, 1], counts[1, 2] = 2**30, 2**30 - 1
-    topk = torch.empty(0, 2, dtype=torch.int64, device="cuda")
-    planner = Planner(alone, rank=0, counts="given", solver="flow")
+    counts[0] = 64 * 1024
+    counts[1, 1] = 2**30
+    counts[1, 2] = 2**31 - 1 - int(counts.long().sum())
+    planner = Planner(APART, rank=0, counts="given", solver="flow")
     assert int(planner(topk, counts=counts).status) == Status.OPTIMAL
     counts[1, 2] += 1
-    home(planner(topk, counts=counts), topk, alone, 0, Status.BAD_COUNTS)
+    for stale in [False] * 20 + [True]:
+        plan = planner(topk, counts=counts, stale=stale)
+        home(plan, topk, APART, 0, Status.BAD_COUNTS)
+
+
+def test_counts_that_cannot_be_outweigh_a_solver_that_does_not_finish():
+    topk = torch.empty(0, 1, dtype=torch.int64, device="cuda")
+    counts = torch.zeros(4, 4, dtype=torch.int32, device="cuda")
+    counts[1, 0], counts[2, 2] = 10**6, -1
+    planner = Planner(APART, rank=0, counts="given", solver="flow")
+    planner._steps._steps.solver.max_rounds = 0
+    home(planner(topk, counts=counts), topk, APART, 0, Status.BAD_COUNTS)
+    counts[2, 2] = 1
+    home(planner(topk, counts=counts), topk, APART, 0, Status.NOT_CONVERGED)
 
 
 def test_a_solver_that_does_not_finish_sends_the_batch_home(caplog):
@@ -236,9 +327,14 @@ def test_what_only_the_gpu_sees_raises_at_the_next_call():
     planner = Planner(TWO, rank=0, counts="given", solver="flow")
     bad = torch.tensor([[1, 1]], device="cuda")
     then(planner, bad, ValueError, "counts were not those of its topk_idx", counts=counts)
-    for word, error in ((0, "refused an earlier batch"), (1, "planned different batches")):
+    for word, value, error in (
+        (0, int(Status.REFUSED), "refused an earlier batch"),
+        (0, 77, "planned different batches"),
+        (0, -3, "planned different batches"),
+        (1, 77, "planned different batches"),
+    ):
         planner = Planner(TWO, rank=0, counts="given", solver="flow")
-        exchange = Rows(counts, 0, at={(1, word): int(Status.REFUSED) if word == 0 else 77})
+        exchange = Rows(counts, 0, at={(1, word): value})
         planner.exchange = exchange
         planner(good)
         torch.cuda.synchronize()
@@ -246,6 +342,83 @@ def test_what_only_the_gpu_sees_raises_at_the_next_call():
         with pytest.raises(RankError, match=error):
             planner(good)
         compare(planner(good), good, counts, TWO, 0)
+
+
+def test_what_the_gpu_told_is_sent_to_the_others():
+    """Their GPUs may lag behind: they plan one more batch, and wait for this rank's row."""
+    counts = torch.tensor([[1, 1, 0], [5, 0, 0]], device="cuda").int()
+    planner = Planner(TWO, rank=0, counts="given", solver="flow")
+    exchange = planner.exchange = Rows(counts, 0)
+    planner(torch.tensor([[0, 3]], device="cuda"))
+    torch.cuda.synchronize()
+    sent = []
+    exchange.gather = lambda row: sent.append(row.tolist())
+    with pytest.raises(ValueError, match="neither -1 nor an expert"):
+        planner(torch.tensor([[0, 1]], device="cuda"))
+    ((status, *_, number, zero, one, two),) = [row[: 5 + 3] for row in sent]
+    assert (status, number, zero, one, two) == (Status.REFUSED, 2, 0, 0, 0)
+
+
+@pytest.mark.parametrize("step", ["solve", "route"])
+def test_a_batch_that_fails_leaves_nothing_for_the_next(step, monkeypatch):
+    topk = torch.tensor([[0, 1]], device="cuda")
+    counts = torch.tensor([[1, 1, 0], [5, 0, 0]], device="cuda").int()
+    planner = Planner(TWO, rank=0, counts="given", solver="flow")
+    planner.exchange = Rows(counts, 0)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planner._steps._steps, step, fail)
+        with pytest.raises(KeyboardInterrupt):
+            planner(topk)
+    compare(planner(topk), topk, counts, TWO, 0)
+
+
+def test_faults_in_replays_are_raised_when_asked_for():
+    topk = torch.tensor([[0, 1]], device="cuda")
+    planner = Planner(Placement([0, 1, 2, 0], 1), solver="flow")
+    planner(topk)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        planner(topk)
+    graph.replay()
+    planner.raise_errors()
+    topk[0, 0] = 3
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(CYCLES)
+        graph.replay()
+    with pytest.raises(ValueError, match="neither -1 nor an expert"):
+        planner.raise_errors()
+    planner.raise_errors()
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_home_slots_wait_for_nothing_and_tell_what_is_wrong():
+    topk = torch.tensor([[0, 1], [2, -1]], device="cuda")
+    planner = Planner(TWO, rank=0, counts="given", solver="cpu")
+    first, graph = planner.home(topk), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = planner.home(topk)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = planner.home(topk.int())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph.replay()
+    for slots in (first, captured, again):
+        assert slots.tolist() == cpu.rewrite_home(topk.cpu(), TWO).tolist()
+    assert again.dtype == torch.int32
+    for wrong in (3, -2, 2**40):
+        topk[0, 1] = wrong
+        assert planner.home(topk).tolist() == [[int(TWO.home[0]), -1], [int(TWO.home[2]), -1]]
+        with pytest.raises(ValueError, match="neither -1 nor an expert"):
+            planner.home(topk)
+    graph.replay()
+    with pytest.raises(ValueError, match="neither -1 nor an expert"):
+        planner.raise_errors()
 
 
 def test_checks_raise_at_once():
@@ -264,6 +437,11 @@ def test_what_cannot_be_captured_is_refused():
             topk += 0  # an empty graph is warned of
             with pytest.raises(ContractError, match="cannot capture"):
                 planner(topk)
+    planner, host = Planner(Placement([0, 1, 2, 0], 1), solver="flow"), topk.cpu()
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        topk += 0
+        with pytest.raises(ContractError, match="topk_idx lies on the CPU"):
+            planner(host)
 
 
 def test_engines_slots_are_mapped_without_waiting():

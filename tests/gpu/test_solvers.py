@@ -10,6 +10,8 @@ import torch
 
 import lplb_ep
 from lplb_ep import Placement, cpu, cuda, network
+from lplb_ep.plan import Status
+from lplb_ep.solver import rank_load
 
 pytestmark = pytest.mark.gpu
 
@@ -18,7 +20,7 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture(params=network.PARTS)
+@pytest.fixture(params=network.SHARES)
 def solver(request):
     return request.param
 
@@ -98,6 +100,7 @@ def test_the_same_bits_on_every_run_and_in_graphs_with_new_loads(solver):
 
 
 def test_two_streams_at_once():
+    """Together: one does not wait for the other, which has stopped, and all come out right."""
     rng = np.random.default_rng(3)
     placements = [oracle.random_placement(rng, 8, 64, 2) for _ in range(2)]
     solvers = [cuda.Solver(p, device()) for p in placements]
@@ -110,13 +113,18 @@ def test_two_streams_at_once():
         for _ in range(2)
     ]
     expected = [s(x)[0].clone() for s, x in zip(solvers, loads, strict=True)]
-    torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in range(2)]
     got = [[], []]
-    for _ in range(20):
+    for round_ in range(21):  # the first has memory to allocate
+        if round_ == 1:
+            torch.cuda.synchronize()
+            with torch.cuda.stream(streams[0]):
+                torch.cuda._sleep(200_000_000)  # a tenth of a second
         for i, stream in enumerate(streams):
             with torch.cuda.stream(stream):
                 got[i].append(solvers[i](loads[i])[0])
+    streams[1].synchronize()
+    assert not streams[0].query()
     torch.cuda.synchronize()
     for i in range(2):
         assert all(torch.equal(quota, expected[i]) for quota in got[i])
@@ -129,9 +137,21 @@ def test_running_out_of_rounds_is_told_and_loses_no_token():
     solve = cuda.Solver(placement, device())
     solve.max_rounds = 1
     quota, held, status = solve(load)
-    assert status.tolist() == [[3]]
+    assert status.tolist() == [[Status.NOT_CONVERGED]]
     assert torch.equal(quota.sum(2), load)
     assert int(held.sum()) == int(load.sum())
+
+
+def test_a_smaller_solver_of_the_same_kernel_leaves_the_larger_its_memory(solver):
+    """Both take more shared memory than a kernel has unasked, 48 KiB."""
+    rng = np.random.default_rng(6)
+    large, small = (Placement(np.tile(np.arange(64), n), 64) for n in (40, 36))
+    assert network.variant(large, solver) == network.variant(small, solver)
+    assert cuda.num_solver_bytes(small, solver) > 48 * 1024
+    first = cuda.Solver(large, device(), solver)
+    cuda.Solver(small, device(), solver)
+    load = torch.from_numpy(oracle.random_load(rng, 64, 300.0)[None]).int().to(device())
+    assert not first(load)[2].any()
 
 
 def test_loads_that_do_not_fit_are_named():
@@ -146,7 +166,9 @@ def test_loads_that_do_not_fit_are_named():
             solve(load)
     spread = torch.arange(12, device=device()).int().reshape(2, 6)[:, ::2]
     assert torch.equal(solve(spread)[0].sum(2), spread)
-    assert solve(torch.tensor([[1, -1, 0]], device=device()).int())[2].tolist() == [[2]]
+    assert solve(torch.tensor([[1, -1, 0]], device=device()).int())[2].tolist() == [
+        [Status.BAD_COUNTS]
+    ]
 
 
 def test_solve_takes_loads_on_the_gpu(solver):
@@ -158,7 +180,7 @@ def test_solve_takes_loads_on_the_gpu(solver):
         for options in ({}, {"base_load": base}):
             expected = lplb_ep.solve(loads, placement, "cpu", **options)
             got = lplb_ep.solve(loads.to(device()), placement, solver, **options)
-            assert got.solver == solver
+            assert (got.solver, got.num_unfinished) == (solver, 0)
             assert got.quota.device == device()
             assert torch.equal(got.lower_bound.cpu(), expected.lower_bound)
             held = expected.rank_load + options.get("base_load", 0)
@@ -169,6 +191,25 @@ def test_solve_takes_loads_on_the_gpu(solver):
     load = torch.tensor(alone, device=device())
     assert lplb_ep.solve(load, placement).solver == "flow"
     assert lplb_ep.solve(load.cpu(), placement).solver == "cpu"
+
+
+def test_more_loads_than_a_launch_takes(monkeypatch):
+    rng = np.random.default_rng(8)
+    placement = oracle.random_placement(rng, 4, 20, 2)
+    loads = torch.from_numpy(np.stack([oracle.random_load(rng, 20, 30.0) for _ in range(8)]))
+    monkeypatch.setattr(cuda, "MAX_BATCH", 3)
+    got = lplb_ep.solve(loads.to(device()), placement, "flow")
+    assert torch.equal(got.quota.cpu().sum(2), loads)
+    assert got.num_unfinished == 0
+
+
+def test_what_the_gpu_does_not_finish_the_cpu_does(monkeypatch, caplog):
+    rng = np.random.default_rng(4)
+    placement = oracle.random_placement(rng, 16, 128, 2)
+    load = torch.from_numpy(rng.integers(1, 900, (2, 128), np.int32)).to(device())
+    monkeypatch.setattr(cuda, "MAX_ROUNDS", 1)
+    assert lplb_ep.solve(load, placement, "flow").num_unfinished == 2
+    assert "ran out of rounds on 2 of 2 loads" in caplog.text
 
 
 def random_options(rng, placement, loads):
@@ -184,16 +225,31 @@ def random_options(rng, placement, loads):
         share = loads.max(0) / np.maximum(1, present.sum(1))
         most = np.ceil(rng.uniform(0.3, 3, (E, C)) * share[:, None]).astype(np.int64)
         most[:, 0] += np.maximum(0, loads.max(0) - (most * present).sum(1))
-        options["max_quota"] = torch.from_numpy(most)
+        options["max_quota"] = torch.from_numpy(np.minimum(most, 2**31 - 1))
     return options
 
 
-def times(solution, options):
+def times(rank_load, options):
     """The exact time of the slowest rank of each batch."""
     base, speed = options.get("base_load", 0), options.get("speed")
-    load = (solution.rank_load.cpu() + base).tolist()
+    load = (rank_load.cpu() + base).tolist()
     paces = speed.tolist() if speed is not None else [1] * len(load[0])
     return [max(Fraction(n, s) for n, s in zip(row, paces, strict=True)) for row in load]
+
+
+def check_general(placement, loads, solver, options):
+    """Every row by the kernel itself, in as little time as the CPU's."""
+    load = torch.from_numpy(loads).to(device(), torch.int32)
+    quota, held, status = cuda.Solver(placement, device(), solver)(load, **options)
+    assert not status.any()
+    expected = lplb_ep.solve(torch.from_numpy(loads), placement, "cpu", **options)
+    assert times(held, options) == times(expected.rank_load, options)
+    assert torch.equal(rank_load(quota.cpu(), placement), held.cpu().long())
+    assert torch.equal(quota.sum(2), load)
+    assert (quota >= 0).all()
+    assert (quota.cpu()[:, torch.tensor(placement.copy_rank < 0)] == 0).all()
+    if "max_quota" in options:
+        assert (quota.cpu() <= options["max_quota"]).all()
 
 
 @pytest.mark.parametrize("R", [1, 3, 8, 31, 64])
@@ -205,14 +261,19 @@ def test_speeds_and_capacities_are_as_on_the_cpu(R, solver):
             rng, R, E, int(rng.integers(0, 5)), int(rng.integers(1, 9))
         )
         loads = np.stack([oracle.random_load(rng, E, 300.0) for _ in range(4)])
-        options = random_options(rng, placement, loads)
-        expected = lplb_ep.solve(torch.from_numpy(loads), placement, "cpu", **options)
-        got = lplb_ep.solve(torch.from_numpy(loads).to(device()), placement, solver, **options)
-        assert times(got, options) == times(expected, options)
-        assert torch.equal(got.quota.cpu().sum(2), torch.from_numpy(loads).int())
-        assert (got.quota.cpu() >= 0).all()
-        if "max_quota" in options:
-            assert (got.quota.cpu() <= options["max_quota"]).all()
+        check_general(placement, loads, solver, random_options(rng, placement, loads))
+
+
+@pytest.mark.parametrize("R", [1, 8, 64])
+def test_speeds_and_capacities_of_two_to_the_31_tokens(R, solver):
+    rng = np.random.default_rng(200 + R)
+    for _ in range(8):
+        placement = oracle.random_placement(rng, R, 96, 2)
+        share = rng.lognormal(0, 2, 96)
+        load = np.floor(share / share.sum() * (2**31 - 1)).astype(np.int64)
+        options = random_options(rng, placement, load[None])
+        load[load.argmax()] -= int(options.get("base_load", torch.zeros(1)).sum())
+        check_general(placement, load[None], solver, options)
 
 
 def test_no_loads_at_all():
