@@ -30,7 +30,7 @@ struct __align__(16) Shape { int ranks, arcs, most_arcs, unused; };  // most_arc
 
 // Tables of one component, each at a fixed stride so that all are read at once.
 struct Network {
-    const Shape* shape;         // [G]
+    const Shape* shape;         // [G] of no ranks behind the last component
     const Arc* arcs;            // [G, max_arcs] by rank, then expert
     const short* copies;        // [G, max_arcs] arcs by expert, then local rank
     const short* first_arc;     // [G, SIZE + 1] of each local rank
@@ -441,7 +441,7 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
     Component c = begin<GENERAL>(p, shared, quota, status);
-    if (status == OPTIMAL) {
+    if (status == OPTIMAL && c.shape.ranks > 0) {
         start(c);
         if (threadIdx.x < PUSHING && !balance<GENERAL>(c, p.max_rounds)) status = NOT_CONVERGED;
         __syncthreads();

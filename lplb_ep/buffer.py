@@ -344,7 +344,7 @@ def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
     if target is not None:
         here = {target[0]}
     elif isinstance(state.group, dist.ProcessGroup):
-        here = {placement for placement, _ in channels.get(state.group, {})}
+        here = {planner.placement for planner in channels.get(state.group, {}).values()}
     else:
         here = set()
     call["num_experts"] = _num_slots(call["num_experts"], here)
@@ -373,7 +373,7 @@ def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
         if settings.mode == "0":
             return original(*args, **kwargs)
         call = _Call(original, signature, args, kwargs)
-        known = {placement for targets in channels.values() for placement, _ in targets}
+        known = {p.placement for planners in channels.values() for p in planners.values()}
         if settings.placement:
             known.add(Placement.load(settings.placement))
         call["num_experts"] = _num_slots(call["num_experts"], known, settings.num_physical_experts)

@@ -60,8 +60,9 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     Raises:
         ValueError: it is more than a block has; says of what.
     """
-    built = network.tables(placement)
-    size, num_arcs = built.size, built.arcs.shape[1]
+    room = network.room(placement)
+    built = network.tables(placement, room)
+    size, num_arcs = room.size, room.max_arcs
     flow = num_arcs * (network.ARC.itemsize + 4 + 4 + 2) + size * (8 + 4 + 4) + 2 * (size + 1)
     num_warps = _num_solver_threads(size, built.parts(solver)) // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
@@ -106,6 +107,12 @@ def _upload(tables: network.Tables | network.Routes, device: torch.device) -> li
     return [torch.from_numpy(array.view(np.uint8).copy()).to(device) for array in arrays]
 
 
+def _rewrite(tables: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
+    """In place, for kernels that a graph has captured read them where they are."""
+    for table, values in zip(tables, new, strict=True):
+        table.copy_(values)
+
+
 def check(placement: Placement | None = None, solver: str = "flow") -> None:
     """Whether plans can be made here, on the current device.
 
@@ -136,7 +143,8 @@ class Solver:
     """
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
-        built = network.tables(placement)
+        self.room = network.room(placement)
+        built = network.tables(placement, self.room)
         self.placement, self.device = placement, device
         self.max_rounds = MAX_ROUNDS
         """Rounds of flow that a component may take."""
@@ -153,6 +161,20 @@ class Solver:
             kernels = _kernels(_solver, ("flow", size, built.parts("flow")), device.index)
         self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
         self._num_general_threads = _num_solver_threads(size, built.parts("flow"))
+
+    def prepare(self, placement: Placement) -> Callable[[], None]:
+        """Makes tables of a placement with other copies; what is returned puts them in force.
+
+        Raises:
+            ValueError: they do not fit where this one's lie.
+        """
+        new = _upload(network.tables(placement, self.room), self.device)
+
+        def commit() -> None:
+            _rewrite(self.tables, new)
+            self.placement = placement
+
+        return commit
 
     def __call__(
         self,
@@ -327,9 +349,8 @@ class Steps:
         solver: str,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
-        self._head = head
         self.solver = Solver(placement, device, solver)
-        built = network.routes(placement)
+        built = network.routes(placement, self.solver.room)
         self._tables = _upload(built, device)
         p, num_nodes = placement, placement.num_ranks // placement.num_ranks_per_node
         several, copies = len(built.first) - 1, len(built.copies)
@@ -347,8 +368,8 @@ class Steps:
         zeros = functools.partial(torch.zeros, dtype=torch.int32)
         self.row = zeros(row_size, device=device)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
-        self.num_exchanges = zeros(1, device=device)
-        """[1] the number of the last batch that was exchanged."""
+        self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
+        """[NUM_HEAD - 1] what a row begins with behind its status; last, how many batches were."""
         self.num_by_status = zeros(num_statuses, device=device)
         """[num_statuses] batches planned so far that ended so."""
         self._histograms = zeros(MAX_CHUNKS, p.num_experts, device=device)
@@ -363,6 +384,25 @@ class Steps:
             for name in ("count", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
+
+    def prepare(self, placement: Placement, head: Sequence[int]) -> Callable[[], None]:
+        """Makes tables of a placement with other copies; what is returned puts them in force, and
+        `head` in the place of the last one. Captured graphs then plan with them, too.
+
+        Raises:
+            ValueError: they do not fit where this one's lie.
+        """
+        solver = self.solver.prepare(placement)
+        new = _upload(network.routes(placement, self.solver.room), self.device)
+        new_head = torch.tensor(head, dtype=torch.int32).to(self.device)
+
+        def commit() -> None:
+            solver()
+            _rewrite(self._tables, new)
+            self.head[:-1].copy_(new_head)
+            self.placement = placement
+
+        return commit
 
     @property
     def num_bytes(self) -> int:
@@ -400,9 +440,9 @@ class Steps:
                 topk_idx.data_ptr(),
                 packed,
                 self.row.data_ptr() if exchanged else 0,
-                self.num_exchanges.data_ptr(),
+                self.head.data_ptr(),
                 self._told_at(-2),
-                *map(np.int32, (status, *self._head)),
+                np.int32(status),
             ),
             4 * E,
             self.device,

@@ -6,7 +6,7 @@ An exchange gathers one row of integers from every rank. It knows neither expert
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from .settings import ContractError, RankError
 
 COUNTS = ("auto", "torch", "given")
+T = TypeVar("T")
 
 
 class Exchange(Protocol):
@@ -57,6 +58,14 @@ def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     rows = torch.empty_like(copies)
     dist.all_to_all_single(rows, copies, group=group)
     return rows
+
+
+def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
+    """Plain values of all ranks, in rank order. Collective; None stands for a single rank."""
+    everyone = [value] * (1 if group is None else group.size())
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, value, group=group)
+    return everyone
 
 
 def choose_counts(counts: str, has_group: bool, num_ranks: int) -> tuple[str, str]:
@@ -106,11 +115,9 @@ def agree(
         Exception: `refusal`, on its own rank.
         RankError: another rank refused, or ranks differ; names who, and in what.
     """
-    if group is not None and group.size() > 1:
-        everyone: list[tuple[dict[str, object], str]] = [({}, "")] * group.size()
-        dist.all_gather_object(everyone, (facts, str(refusal or "")), group=group)
-        if refusal is None:
-            _compare(what, everyone)
+    everyone = gather_objects((facts, str(refusal or "")), group)
+    if refusal is None:
+        _compare(what, everyone)
     if refusal is not None:
         raise refusal
 

@@ -6,7 +6,7 @@ Pure functions of the placement; `cuda.py` sends them to a device.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,33 @@ class Tables:
         return next((parts for parts in able if parts >= self.shape[:, 2].max()), able[-1])
 
 
+@dataclass(frozen=True)
+class Room:
+    """How large the tables of a placement are laid out, and of those that replace it."""
+
+    num_components: int
+    """G; of a placement with fewer, the last are empty."""
+    size: int
+    """Ranks of a component, one of `SIZES`."""
+    max_arcs: int
+    max_experts: int
+    num_several: int
+    """M, experts with several copies."""
+    num_copies: int
+    """N, copies of those."""
+
+    def hold(self, needed: Room) -> None:
+        """Raises ValueError unless tables that need `needed` fit in; names what does not."""
+        for f in fields(self):
+            if getattr(needed, f.name) > getattr(self, f.name):
+                raise ValueError(
+                    f"the kernels' tables have room for {f.name} {getattr(self, f.name)}, and the "
+                    f"placement needs {getattr(needed, f.name)}"
+                )
+
+
 @functools.lru_cache(maxsize=1024)
-def tables(placement: Placement) -> Tables:
-    """Raises ValueError for a component that is too large for one block; names its size."""
+def _needed(placement: Placement) -> Room:
     component, home = placement.component, placement.home_rank
     num_components = int(component.max()) + 1
     num_ranks = np.bincount(component)
@@ -72,23 +96,70 @@ def tables(placement: Placement) -> Tables:
             f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
             f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
         )
-    size = next(size for size in SIZES if size >= num_ranks.max())
+    useful = placement.copy_rank >= 0
+    several = useful.sum(1) > 1
+    rank = placement.copy_rank[useful & several[:, None]]
+    num_arcs = np.bincount(component[rank], minlength=num_components)
+    return Room(
+        num_components,
+        next(size for size in SIZES if size >= num_ranks.max()),
+        _even(num_arcs.max()),
+        int(num_experts.max()),
+        int(several.sum()),
+        rank.size,
+    )
+
+
+def _even(number: int) -> int:
+    """At least 2; keeps what follows the arcs aligned."""
+    return int(-(-max(1, number) // 2) * 2)
+
+
+def room(placement: Placement) -> Room:
+    """What the placement's tables need; where its layer is refreshed, what they would with any
+    other replicas, but that they may not fall into more components.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    needed = _needed(placement)
+    if not placement.layer.refreshed:
+        return needed
+    E, num_replicas = placement.num_experts, placement.num_physical_experts - placement.num_experts
+    several = min(E, num_replicas)
+    return Room(
+        needed.num_components,
+        next(s for s in SIZES if s >= min(placement.num_ranks, MAX_RANKS)),
+        _even(num_replicas + several),
+        min(E, MAX_EXPERTS),
+        several,
+        num_replicas + several,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def tables(placement: Placement, room: Room) -> Tables:
+    """Its tables, laid out in `room`.
+
+    Raises:
+        ValueError: a component is too large for one block, or they do not fit in; names the size.
+    """
+    room.hold(_needed(placement))
+    component, home, size = placement.component, placement.home_rank, room.size
     several = (placement.copy_rank >= 0).sum(1) > 1
     expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
     rank = placement.copy_rank[expert, column]
-    num_arcs = np.bincount(component[rank], minlength=num_components)
-    # An even number keeps what follows the arcs aligned.
-    max_arcs = int(-(-max(1, num_arcs.max()) // 2) * 2)
+    num_components, max_arcs = room.num_components, room.max_arcs
     out = Tables(
         shape=np.zeros((num_components, 4), np.int32),
         arcs=np.zeros((num_components, max_arcs), ARC),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
-        experts=np.full((num_components, num_experts.max()), -1, np.int32),
+        experts=np.full((num_components, room.max_experts), -1, np.int32),
         ranks=np.zeros((num_components, size), np.int32),
     )
     local = np.zeros(placement.num_ranks, np.int64)
-    for g in range(num_components):
+    for g in range(int(component.max()) + 1):
         members = np.flatnonzero(component == g)
         local[members] = np.arange(members.size)
         mine = np.flatnonzero(component[rank] == g)
@@ -127,28 +198,31 @@ class Routes:
     first: npt.NDArray[np.int32]
     """[M + 1] where the copies of each expert with several begin."""
     copies: npt.NDArray[Any]
-    """[N] of `Copy`, the home first."""
+    """[N] of `Copy`, the home first. Beyond the last, as beyond the last of the M, all is 0."""
     home_rank: npt.NDArray[np.int32]
     """[E]"""
 
 
 @functools.lru_cache(maxsize=1024)
-def routes(placement: Placement) -> Routes:
+def routes(placement: Placement, room: Room) -> Routes:
+    """Its tables, laid out in `room`, which must hold them."""
     useful = placement.copy_rank >= 0
     several = useful.sum(1) > 1
     lookup = np.where(several, -np.cumsum(several), placement.home)
     expert, column = np.nonzero(useful & several[:, None])
-    copies = np.zeros(expert.size, COPY)
-    copies["rank"] = placement.copy_rank[expert, column]
-    copies["node"] = placement.node[copies["rank"]]
-    copies["slot"] = placement.logical_to_physical[expert, column]
-    copies["expert"] = expert
-    copies["quota"] = expert * placement.max_replicas + column
+    copies = np.zeros(room.num_copies, COPY)
+    used = copies[: expert.size]
+    used["rank"] = placement.copy_rank[expert, column]
+    used["node"] = placement.node[used["rank"]]
+    used["slot"] = placement.logical_to_physical[expert, column]
+    used["expert"] = expert
+    used["quota"] = expert * placement.max_replicas + column
     experts = np.flatnonzero(several)
-    first = np.searchsorted(expert, np.append(experts, placement.num_experts))
+    first = np.full(room.num_several + 1, expert.size)
+    first[: experts.size] = np.searchsorted(expert, experts)
     return Routes(
         lookup.astype(np.int32),
-        experts.astype(np.int32),
+        np.pad(experts, (0, room.num_several - experts.size)).astype(np.int32),
         first.astype(np.int32),
         copies,
         placement.home_rank,

@@ -15,7 +15,7 @@ def test_tables_hold_every_copy_once(R):
     rng = np.random.default_rng(R)
     for _ in range(5):
         placement = oracle.random_placement(rng, R, int(rng.integers(R, 200)), 2)
-        tables = network.tables(placement)
+        tables = network.tables(placement, network.room(placement))
         C = placement.max_replicas
         copies, experts = [], []
         for g, (num_ranks, num_arcs, most_arcs, _) in enumerate(tables.shape.tolist()):
@@ -50,7 +50,8 @@ def test_tables_hold_every_copy_once(R):
 def test_tables_of_any_placement_can_be_sent_to_a_device():
     for table in ([0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 0, 1, 2]):
         placement = Placement(table, 2)
-        for built in (network.tables(placement), network.routes(placement)):
+        room = network.room(placement)
+        for built in (network.tables(placement, room), network.routes(placement, room)):
             sent = cuda._upload(built, torch.device("cpu"))
             assert [t.numel() for t in sent] == [
                 getattr(built, field.name).nbytes for field in dataclasses.fields(built)
@@ -61,7 +62,7 @@ def test_routes_hold_every_useful_copy_once():
     rng = np.random.default_rng(0)
     for _ in range(20):
         placement = oracle.random_placement(rng, 8, 40, 2, num_ranks_per_node=4)
-        routes, found = network.routes(placement), set()
+        routes, found = network.routes(placement, network.room(placement)), set()
         for e, slot in enumerate(routes.lookup):
             if slot >= 0:
                 assert slot == placement.home[e]
@@ -84,7 +85,7 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(
         ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
     ):
-        network.tables(ring)
+        network.room(ring)
     everywhere = Placement(np.tile(np.arange(70), 64), 64)
     with pytest.raises(ValueError, match=r"takes 1\d{5} for 70 experts and, .* 4480 copies"):
         cuda.num_shared_bytes(everywhere, "flow")
@@ -93,7 +94,7 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
         cuda.num_shared_bytes(half, "cusolverdx")
     # Many independent groups are no matter.
-    assert len(network.tables(Placement(np.arange(600), 100)).shape) == 100
+    assert network.room(Placement(np.arange(600), 100)).num_components == 100
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])

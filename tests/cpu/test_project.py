@@ -40,6 +40,7 @@ LAYERS = [
     "embedded",
     "layers",
     "buffer",
+    "refresh",
     "startup.sitecustomize",
     "report",
     "bench",
