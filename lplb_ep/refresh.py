@@ -171,8 +171,11 @@ def _converse(
         for request in requests:
             pickle.dump(request, stdin)
         stdin.flush()
-        while (answer := pickle.load(stdout)) != "done":
-            proposals.put(answer)
+        while (answer := pickle.load(stdout)) is not None:
+            if isinstance(answer, Proposal):
+                proposals.put(answer)
+            else:
+                log.warning("%s; the layer keeps its placement", answer)
     except (EOFError, OSError, ValueError, pickle.UnpicklingError):
         _close(process)
         if not ended.is_set():
@@ -198,7 +201,8 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def serve(requests: IO[bytes] | None = None) -> None:
-    """The process in the background: reads lists of jobs, writes their proposals, then "done"."""
+    """The process in the background: reads lists of jobs, writes their proposals and what went
+    wrong, then None."""
     requests = sys.stdin.buffer if requests is None else requests
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what `choose` prints is no answer
@@ -209,10 +213,17 @@ def serve(requests: IO[bytes] | None = None) -> None:
             jobs = pickle.load(requests)
         except EOFError:
             return
-        for answer in (*map(propose, jobs), "done"):
+        for job in jobs:
+            try:
+                answer: Proposal | str | None = propose(job)
+            except Exception as error:
+                log.exception("layer %d", job.layer)
+                answer = f"choosing replicas for layer {job.layer} failed: {error!r}"
             if answer is not None:
                 pickle.dump(answer, answers)
                 answers.flush()
+        pickle.dump(None, answers)
+        answers.flush()
 
 
 # --- moving it -----------------------------------------------------------------------------------
@@ -272,10 +283,7 @@ class Refresher:
         refusal = None
         try:
             self._settings = Settings.from_env() if settings is None else settings
-            self._choose = choose
-            if choose is None and self._settings.refresh:
-                self._choose = Placement.for_lp  # type: ignore[attr-defined]
-            _check(layers, self._choose)
+            _check(layers, choose)
             for f in ("refresh", "refresh_threshold", "refresh_changes", "refresh_seconds"):
                 facts[f] = getattr(self._settings, f)
             facts["placements"] = [r.placement.fingerprint() for r in layers]
@@ -286,6 +294,7 @@ class Refresher:
         self._interval = self._settings.refresh
         if not self._interval:
             return
+        self._choose: Choose = choose or Placement.for_lp  # type: ignore[attr-defined]
         self._chooses = group is None or group.rank() == 0
         self._background = Background()
         self._device = next(layers[0].experts.parameters()).device
@@ -327,7 +336,7 @@ class Refresher:
         busy = self._background.is_busy  # asked first: what it ends meanwhile is offered next time
         offered = self._broadcast(self._background.take() if self._chooses else [])
         moved = [done for proposal in offered if (done := self._switch(proposal)) is not None]
-        if self._window is not None and self._choose is not None and not busy:
+        if self._window is not None and not busy:
             loads = self._window.cpu().numpy()
             self._background.start(
                 [
