@@ -41,7 +41,7 @@ Choose = Callable[..., Placement]
 fixed_homes=True, max_changes=, seed=, time_budget_s=) → a placement with the homes and slots of
 `start`."""
 
-MAX_COPIES = 8
+MAX_COPIES = 16
 """Copies of one expert that a refresh may come to, unless the first placement has more already: the
 quotas' columns, which captured graphs keep."""
 MENDS = 0.25
@@ -82,7 +82,7 @@ def propose(job: Job) -> Proposal | None:
     by every other step take away a quarter of the excess over 1 in the steps between.
 
     Raises:
-        PlacementError: what was chosen has other homes, or too many copies of an expert.
+        PlacementError: what was chosen has other homes.
     """
     loads, old, settings = job.loads[job.loads.sum(1) > 0], job.placement, job.settings
     if len(loads) < 2:
@@ -100,6 +100,12 @@ def propose(job: Job) -> Proposal | None:
         seed=job.layer,
         time_budget_s=settings.refresh_seconds,
     )
+    if chosen.max_replicas > old.max_replicas:
+        log.warning(
+            "layer %d: %d copies of an expert were chosen, and there is room for %d",
+            *(job.layer, chosen.max_replicas, old.max_replicas),
+        )
+        return None
     new = old.with_copies(chosen.physical_to_logical)
     was, now = float(before[1::2].mean()), float(imbalance(loads[1::2], new).mean())
     if was - now < MENDS * (was - 1) or new == old:
@@ -112,6 +118,12 @@ def imbalance(loads: Int64, placement: Placement) -> npt.NDArray[np.float64]:
     scaled = torch.from_numpy(loads // (1 + loads.sum(1).max() // MAX_TOTAL))
     mean = scaled.sum(1) / placement.num_ranks
     return (solve(scaled, placement, "cpu").lower_bound / mean).numpy()
+
+
+def with_room(placement: Placement) -> Placement:
+    """The same, with room for `MAX_COPIES` of an expert."""
+    copies = max(placement.max_replicas, min(placement.num_ranks, MAX_COPIES))
+    return placement.with_copies(placement.physical_to_logical, copies)
 
 
 def num_moved(old: Placement, new: Placement) -> int:
@@ -305,9 +317,8 @@ class Refresher:
         self._window = zeros(self._interval, *shape) if self._chooses else None
         """[interval, L, E] loads of the last steps."""
         for number, replicas in enumerate(layers):
-            old, layer = replicas.placement, replicas.placement.layer
-            copies = max(old.max_replicas, min(old.num_ranks, MAX_COPIES))
-            replicas.placement = old.with_copies(old.physical_to_logical, copies)
+            replicas.placement = with_room(replicas.placement)
+            layer = replicas.placement.layer
             layer.in_force, layer.refreshed = replicas.placement, True
             layer.observe = functools.partial(self._observe, number) if self._chooses else None
 

@@ -43,6 +43,7 @@ LAYERS = [
     "refresh",
     "startup.sitecustomize",
     "report",
+    "timeline",
     "bench",
     "cli",
 ]

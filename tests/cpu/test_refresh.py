@@ -57,7 +57,8 @@ def hot(samples, num_ranks, num_redundant_per_rank, *, start, max_changes, **opt
     ]
     copies = np.ones(start.num_experts)
     for r, s in slots:
-        share = np.where(np.isin(np.arange(start.num_experts), table[r]), -1, load / copies)
+        full = np.isin(np.arange(start.num_experts), table[r]) | (copies == start.max_replicas)
+        share = np.where(full, -1, load / copies)
         best = share.argmax()
         if share[best] > 0 and max_changes > 0 and best != table[r, s]:
             table[r, s] = best
@@ -508,13 +509,11 @@ def test_what_mends_nothing_is_not_proposed(choose):
     assert refresh.propose(job(["new"] * 8, choose)) is None
 
 
-@pytest.mark.parametrize(
-    ("choose", "says"),
-    [(other_homes, "home of expert 0 is slot 0, which holds"), (crowd, "expert 3 has 9 copies")],
-)
-def test_a_choice_that_cannot_be_is_refused(choose, says):
-    with pytest.raises(PlacementError, match=says):
-        refresh.propose(job(["new"] * 8, choose))
+def test_a_choice_that_cannot_be_is_refused(caplog):
+    with pytest.raises(PlacementError, match="home of expert 0 is slot 0, which holds"):
+        refresh.propose(job(["new"] * 8, other_homes))
+    assert refresh.propose(job(["new"] * 8, crowd)) is None
+    assert "layer 3: 9 copies of an expert were chosen, and there is room for 4" in caplog.text
 
 
 def test_the_background_proposes_and_survives_a_choice_that_fails(caplog):
