@@ -44,6 +44,8 @@ fixed_homes=True, max_changes=, seed=, time_budget_s=) → a placement with the 
 MAX_COPIES = 16
 """Copies of one expert that a refresh may come to, unless the first placement has more already: the
 quotas' columns, which captured graphs keep."""
+OFTEN = 0.75
+"""The part of the steps in which a layer must have been unbalanced."""
 MENDS = 0.25
 """The part of T*'s excess over the mean that new replicas must take away to be worth a move."""
 
@@ -88,7 +90,7 @@ def propose(job: Job) -> Proposal | None:
     if len(loads) < 2:
         return None
     before = imbalance(loads, old)
-    if np.quantile(before, 0.25) <= settings.refresh_threshold:
+    if (before > settings.refresh_threshold).mean() < OFTEN:
         return None
     chosen = job.choose(
         loads[::2],
@@ -348,7 +350,7 @@ class Refresher:
         offered = self._broadcast(self._background.take() if self._chooses else [])
         moved = [done for proposal in offered if (done := self._switch(proposal)) is not None]
         if self._window is not None and not busy:
-            loads = self._window.cpu().numpy()
+            loads = self._window.to("cpu", copy=True).numpy()
             self._background.start(
                 [
                     Job(number, loads[:, number], r.placement, self._choose, self._settings)

@@ -80,6 +80,59 @@ def test_routes_hold_every_useful_copy_once():
         assert found == set(useful.tolist())
 
 
+def random_layer(rng, R):
+    placement = oracle.random_placement(rng, R, int(rng.integers(R, 60)), 2)
+    placement = placement.with_copies(placement.physical_to_logical, 9)
+    placement.layer.refreshed = True
+    return placement
+
+
+@pytest.mark.parametrize("R", [2, 8, 40])
+def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
+    rng = np.random.default_rng(R)
+    for _ in range(4):
+        first = random_layer(rng, R)
+        room = network.room(first)
+        sizes = {field.name: field for field in dataclasses.fields(room)}
+        fitted = 0
+        for _ in range(10):
+            other = oracle.random_copies(rng, first)
+            alone = Placement(
+                other.physical_to_logical,
+                R,
+                home=first.home,
+                max_replicas=9,
+                num_experts=len(first.home),
+            )
+            tight = network.room(alone)
+            if tight.num_components > room.num_components:
+                with pytest.raises(ValueError, match="have room for num_components"):
+                    network.tables(other, room)
+                continue
+            fitted += 1
+            assert all(getattr(tight, name) <= getattr(room, name) for name in sizes)
+            wide, exact = (network.tables(p, r) for p, r in ((other, room), (alone, tight)))
+            wide_routes, exact_routes = (
+                network.routes(p, r) for p, r in ((other, room), (alone, tight))
+            )
+            G, E, M = tight.num_components, tight.max_experts, tight.num_several
+            # The same where they are the same size, and nothing beyond.
+            assert wide.size == next(s for s in network.SIZES if s >= R)
+            assert (wide.shape[:G] == exact.shape).all()
+            assert not wide.shape[G:].any()
+            assert (wide.arcs[:G, : tight.max_arcs] == exact.arcs).all()
+            assert (wide.copies[:G, : tight.max_arcs] == exact.copies).all()
+            assert (wide.experts[:G, :E] & 0xFFFF == exact.experts & 0xFFFF).all()
+            assert (wide.experts[:G, E:] == -1).all()
+            assert (wide.experts[G:] == -1).all()
+            assert (wide_routes.lookup == exact_routes.lookup).all()
+            assert (wide_routes.first[: M + 1] == exact_routes.first).all()
+            assert (wide_routes.first[M:] == tight.num_copies).all()
+            assert (wide_routes.copies[: tight.num_copies] == exact_routes.copies).all()
+            assert wide_routes.copies.shape == (room.num_copies,)
+        assert fitted
+
+
 def test_components_beyond_one_block_are_refused_by_size():
     ring = Placement.from_topology("ring", num_experts=65, num_ranks=65)
     with pytest.raises(

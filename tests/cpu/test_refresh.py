@@ -224,6 +224,30 @@ def test_balance_returns_after_a_shift_on_all_ranks_at_once(copy_first):
     assert max(imbalance[12:]) < 1.02
 
 
+def serve(group):
+    """Weights stand still; replicas are chosen by a process, as they are in use."""
+    model = Model(group, background=refresh.Background)
+    held, imbalance, done = model.homes(), [], []
+    with torch.no_grad():
+        while not done and len(imbalance) < 4000:
+            imbalance.append(model.forward("new", len(imbalance) % 16)[1])
+            done = model.refresher.step()
+            time.sleep(0.005)
+        after = [model.forward("new", number)[1] for number in range(16)]
+    assert model.replicas.is_valid
+    model.check_slots()
+    assert all(map(torch.equal, held, model.homes()))
+    return [r.num_copies for r in done], imbalance[:16], after
+
+
+def test_serving_engines_get_replicas_between_their_steps():
+    (moved, before, after), *others = ranks.run(R, serve, environ=ON)
+    assert all(other == (moved, before, after) for other in others)
+    assert len(moved) == 1
+    assert min(before) > 1.1
+    assert max(after) < 1.02
+
+
 def same_batch(group):
     model = Model(group, settings=EVERY, background=Offered)
     model.step("old", 0, copy_first=True)  # gives the optimizer its state
