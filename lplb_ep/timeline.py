@@ -246,7 +246,7 @@ def plot_timeline(
         bars.axhline(load.mean(), color="0.35", lw=1, ls=(0, (4, 3)))
         layer = timeline.layers[chosen]
         bars.set_title(f"Rank loads of layer {layer}, last batch", loc="left", fontsize=10)
-        bars.set_xticks(ranks[:: max(1, len(ranks) // 16)])
+        bars.set_xticks(ranks[:: max(1, len(ranks) // 8)])
         bars.set_xlabel("rank")
         bars.set_ylabel("rank load: tokens")
         bars.yaxis.set_major_formatter("{x:,.0f}")
@@ -275,7 +275,7 @@ def plot_timeline(
         lines.set_ylabel("imbalance: max / mean rank load")
         for axes in (bars, lines):
             _finish(axes)
-        lines.legend(handles=drawn, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=4, **_LEGEND)
+        lines.legend(handles=drawn, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, **_LEGEND)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
 
