@@ -21,6 +21,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 import lplb_ep
 from lplb_ep import (
@@ -393,15 +394,56 @@ def unreduced(group):
     assert "is not reduced" in said.getvalue()
     model.replicas.reduce_gradients()
     model.replicas.copy_weights()
+    forward = model.layer.experts.forward
+    model.layer.experts.forward = lambda *args: checkpoint(forward, *args, use_reentrant=False)
     out, _ = model.forward("old", 0)
     assert len(model.offer(moved())) == 1
-    with pytest.raises(RuntimeError, match="modified inplace"):
+    with pytest.raises(ContractError, match="refreshed between this batch's dispatch and its"):
         out.square().mean().backward()
 
 
+def recompute(group):
+    model = Model(group, settings=EVERY, background=Offered)
+    expected = model.gradients("new", 0)[1]
+    model.replicas.copy_weights()
+    model.layer.zero_grad()
+    forward = model.layer.forward
+    model.layer.forward = lambda x: checkpoint(forward, x.requires_grad_(), use_reentrant=True)
+    out, _ = model.forward("new", 0)
+    assert len(model.offer(moved())) == 1
+    out.square().mean().backward()
+    model.replicas.reduce_gradients()
+    gradients = [p.grad[: E // R] for p in model.weights]
+    torch.testing.assert_close(gradients, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_whole_layer_may_be_recomputed_after_a_refresh():
+    ranks.run(R, recompute, environ=ON)
+
+
+def low_latency(group):
+    """A batch that was dispatched before a refresh, and is combined after it."""
+    model = Model(group, settings=EVERY, background=Offered)
+    options = {"low_latency_mode": True, "num_rdma_bytes": 1 << 30}
+    view = lplb_ep.Buffer(group, **options).view(model.placement)
+    x, picks = torch.zeros(TOKENS, 128, dtype=torch.bfloat16), traffic("new", group.rank(), 0)
+    weights = torch.ones(picks.shape)
+    received, _, handle, _, _ = view.low_latency_dispatch(x, picks, 64, E, use_fp8=False)
+    assert len(model.offer(moved())) == 1
+    with pytest.raises(ContractError, match="refreshed between this batch's dispatch and its end"):
+        view.low_latency_combine(received, picks, weights, handle)
+    view = lplb_ep.ElasticBuffer(group, num_bytes=1 << 21).view(model.placement)
+    *_, handle, _ = view.dispatch(x, picks, weights, num_experts=E, num_max_tokens_per_rank=64)
+    assert len(model.offer(ring().physical_to_logical)) == 1
+    with pytest.raises(ContractError, match="refreshed between this batch's dispatch and its end"):
+        view.dispatch(x, handle=handle)
+
+
 def test_a_boundary_within_a_batch_is_refused():
-    """Between backward and reduction by the replicas, between forward and backward by autograd."""
+    """Between backward and reduction by the replicas, between forward and backward by the buffer,
+    which autograd cannot do where activations are recomputed."""
     ranks.run(R, unreduced, environ=ON)
+    ranks.run(R, low_latency, environ=ON)
 
 
 def differ(group, what):
