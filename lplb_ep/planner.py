@@ -453,20 +453,22 @@ class _GpuSteps:
         solved = self._steps.solve(picks, rows, status, exchanged=exchanged)
         physical, ended = self._steps.route(picks, solved, exchanged=exchanged)
         device = topk_idx.device
+        # A captured plan's numbers are those of the last replay, on what was in force then.
+        made_on = None if torch.cuda.is_current_stream_capturing() else self._placement
         return Plan(
             topk_idx=physical.to(device),
             counts=solved.counts.to(device),
             quota=solved.quota.to(device),
             rank_load=solved.rank_load.to(device),
             status=ended.to(device),
-            _split=functools.partial(self._split, self._placement),
+            _split=functools.partial(self._split, made_on),
         )
 
     def _split(
-        self, placement: Placement, counts: torch.Tensor, quota: torch.Tensor
+        self, made_on: Placement | None, counts: torch.Tensor, quota: torch.Tensor
     ) -> torch.Tensor:
-        if placement is not self._placement:  # a plan from before a refresh
-            return _split_on_cpu(placement, counts, quota)
+        if made_on is not None and made_on is not self._placement:  # before a refresh
+            return _split_on_cpu(made_on, counts, quota)
         shares = self._steps.split(counts.to(self._device), quota.to(self._device))
         return shares.to(counts.device)
 

@@ -41,7 +41,7 @@ Choose = Callable[..., Placement]
 fixed_homes=True, max_changes=, seed=, time_budget_s=) → a placement with the homes and slots of
 `start`."""
 
-MAX_COPIES = 16
+MAX_COPIES = 8
 """Copies of one expert that a refresh may come to, unless the first placement has more already: the
 quotas' columns, which captured graphs keep."""
 OFTEN = 0.75
@@ -322,7 +322,9 @@ class Refresher:
             replicas.placement = with_room(replicas.placement)
             layer = replicas.placement.layer
             layer.in_force, layer.refreshed = replicas.placement, True
-            layer.observe = functools.partial(self._observe, number) if self._chooses else None
+            layer.observe = (
+                None if self._now is None else functools.partial(_add, self._now[number])
+            )
 
     def step(self) -> list[Refreshed]:
         """Ends a step; where replicas are to be moved, moves them on every rank.
@@ -358,12 +360,6 @@ class Refresher:
                 ]
             )
         return moved
-
-    def _observe(self, number: int, counts: torch.Tensor) -> None:
-        # In place, for a captured graph to do it, too. Micro-batches on streams of their own could
-        # overwrite one another's; a batch that is lost does not matter.
-        assert self._now is not None, "only the rank that chooses observes"
-        self._now[number] += counts.sum(0).to(self._device)
 
     def _broadcast(self, proposals: list[Proposal]) -> list[Proposal]:
         """The first rank's."""
@@ -433,6 +429,13 @@ class Refresher:
             *(proposal.layer, self._num_steps, moved, before, after),
         )
         return Refreshed(proposal.layer, self._num_steps, new, moved, before, after)
+
+
+def _add(load: torch.Tensor, counts: torch.Tensor) -> None:
+    """Observes a batch: [E], of counts [R, E]. In place, for a captured graph to do it, too, and no
+    method: caches keep placements, which must not keep a model. Micro-batches on streams of their
+    own could overwrite one another's; one that is lost does not matter."""
+    load += counts.sum(0).to(load.device)
 
 
 def _check(layers: Sequence[Replicas], choose: Any) -> None:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import unittest.mock
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -513,6 +514,20 @@ def test_a_placement_object_serves_one_layer():
     layers[1] = Replicas(torch.nn.Linear(1, 3, bias=False), Placement([0, 1, 2], 1))
     with pytest.raises(ValueError, match="layer 1 has another number of experts"):
         Refresher(layers, settings=SETTINGS, choose=hot)
+
+
+def test_a_layer_that_is_refreshed_ends_with_its_model():
+    """What plans keep of a placement must not keep its weights."""
+    placement = Placement([0, 1, 0], 1)
+    replicas, refresher = single(placement)
+    planner = Planner(placement, check=True)
+    planner(torch.tensor([[0, 1]]))
+    assert refresher._now.tolist() == [[1, 1]]
+    experts, background = weakref.ref(replicas.experts), weakref.ref(refresher._background)
+    del replicas, refresher
+    gc.collect()
+    assert experts() is background() is None
+    planner(torch.tensor([[0, 1]]))
 
 
 def job(kinds, choose=hot, **settings):
