@@ -7,9 +7,3 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) solve(const Problem pro
     extern __shared__ __align__(16) char shared[];
     solve_component<false>(problem, shared, [](const Component&) {});
 }
-
-// With speeds or capacities, which the planner has not.
-extern "C" __global__ void __launch_bounds__(THREADS, 1) solve_general(const Problem problem) {
-    extern __shared__ __align__(16) char shared[];
-    solve_component<true>(problem, shared, [](const Component&) {});
-}

@@ -6,7 +6,7 @@
 // numbers are whole, and no result depends on the order of atomics.
 //
 // Sets of ranks are bits of a word, and a warp has the whole graph between its lanes, so that a layer
-// costs a vote; every warp finds the layers for itself. PARTS threads share the arcs of a rank.
+// costs a vote; every warp finds the layers for itself. PARTS threads share the edges of a rank.
 
 #pragma once
 
@@ -26,7 +26,16 @@ struct __align__(16) Arc {      // a copy of an expert that has several
     short rank;                 // its own local rank
 };
 
-struct __align__(16) Shape { int ranks, arcs, most_arcs, unused; };  // most_arcs: of a rank
+struct __align__(8) Edge {      // from one copy of an expert to another, along which tokens may move
+    short arc, to;              // the two copies; -1: no edge
+    short target;               // the local rank of the other
+    short nth;                  // how many edges of the same copy come before it
+};
+
+// A thread's edges of the first turns, in registers; those of further turns are read when needed.
+struct Mine { Edge edge[TURNS]; };
+
+struct __align__(16) Shape { int ranks, arcs, turns, unused; };
 
 // Tables of one component, each at a fixed stride so that all are read at once.
 struct Network {
@@ -34,26 +43,30 @@ struct Network {
     const Arc* arcs;            // [G, max_arcs] by rank, then expert
     const short* copies;        // [G, max_arcs] arcs by expert, then local rank
     const short* first_arc;     // [G, SIZE + 1] of each local rank
+    const Edge* edges;          // [G, max_turns, SIZE, PARTS] of each local rank
     const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
                                 // SIZE + the place of its arcs if it has several; -1 behind the last
     const int* ranks;           // [G, SIZE] local → global
-    int max_arcs, max_experts;
+    int max_arcs, max_turns, max_experts;
 };
 
-struct Component {              // in shared memory
+struct Component {              // all but the last four in shared memory
     const Arc* arcs;
     const short* copies;
-    const short* first_arc;
     int* tokens;                // [arcs] at each copy
     int* held;                  // [SIZE] tokens of each rank; while pushing, above the limit
     int* room;                  // [SIZE] below the limit when the round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
     Shape shape;
+    const Edge* edges;          // [turns, SIZE, PARTS]
     const int* ranks;           // [SIZE] local → global
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
 
-    __device__ int capacity(int arc) const { return cap == nullptr ? MAX_TOTAL : cap[arcs[arc].quota]; }
+    // How many more tokens a copy may get.
+    __device__ int left(int arc) const {
+        return cap == nullptr ? MAX_TOTAL : cap[arcs[arc].quota] - tokens[arc];
+    }
 };
 
 __device__ Set vote(const bool (&flag)[WORDS]) {
@@ -64,7 +77,6 @@ __device__ Set vote(const bool (&flag)[WORDS]) {
     return set;
 }
 
-__device__ int lowest_rank(Set set) { return WORDS == 1 ? __ffs(unsigned(set)) - 1 : __ffsll(set) - 1; }
 __device__ int number_of(Set set) { return WORDS == 1 ? __popc(unsigned(set)) : __popcll(set); }
 
 __device__ void meet() {        // of the threads that push
@@ -72,76 +84,46 @@ __device__ void meet() {        // of the threads that push
     else asm volatile("bar.sync 1, %0;" :: "n"(PUSHING) : "memory");
 }
 
-struct Part {                   // what a thread has of a rank's arcs: every PARTS-th
-    int rank, part, first, last;
-    Set ranks;                  // of the first one, which is in registers: most ranks have no more
-    int place;
-};
-
-// The copies of an expert that may take more.
-__device__ Set open(const Component& c, Set ranks, int place) {
-    if (c.cap == nullptr) return ranks;
-    Set set = 0;
-    for (Set left = ranks; left != 0; left &= left - 1, ++place)
-        if (c.tokens[c.copies[place]] < c.capacity(c.copies[place])) set |= left & -left;
-    return set;
-}
-
 // One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
 // the lowest layer take what they have room for. Lanes of other layers come with over = 0.
 template <bool GENERAL>
-__device__ void push(const Component& c, const Part& p, int over, Set down, bool lowest) {
-    if (!__any_sync(~0u, over > 0)) return;
-    int gone = 0;
-    Set ranks = p.ranks;
-    for (int a = p.first, place = p.place, k = 0;;) {
-        Set targets = a < p.last && over > 0 ? ranks & down : 0;
-        if (GENERAL && targets != 0) targets &= open(c, ranks, place);
-        // What a target may get of this expert, and from this layer.
-        auto most = [&](int target, int copy) {
-            int tokens = lowest ? c.room[target] : MAX_TOTAL;
-            return GENERAL ? min(tokens, c.capacity(copy) - c.tokens[copy]) : tokens;
-        };
-        auto copy_at = [&](int target) {
-            return c.copies[place + number_of(ranks & ((Set(1) << target) - 1))];
-        };
-        int able = targets ? c.tokens[a] : 0;
-        if ((GENERAL || lowest) && able > 0) {
-            unsigned room = 0;
-            for (Set left = targets; left != 0 && room < able; left &= left - 1) {
-                int target = lowest_rank(left);
-                room += most(target, GENERAL ? copy_at(target) : 0);
-            }
-            able = min(unsigned(able), room);
-        }
-        int sum = able;         // of this part and those before it
+__device__ void push(const Component& c, const Mine& mine, int over, Set down, bool lowest) {
+    int part = threadIdx.x % PARTS;
+    Edge edge = mine.edge[0];
+    for (int turn = 0; __any_sync(~0u, over > 0);) {
+        bool open = over > 0 && edge.arc >= 0 && down >> edge.target & 1;
+        int here = open ? c.tokens[edge.arc] : 0, most = here;
+        if (lowest && open) most = min(most, c.room[edge.target]);
+        if (GENERAL && open) most = min(most, c.left(edge.to));
+        // The edges of one copy share what it has, the earlier first; so do those of the rank.
+        unsigned taken = 0;
         #pragma unroll
-        for (int other = 1; other < PARTS; other *= 2) {
-            int before = __shfl_up_sync(~0u, sum, other, PARTS);
-            if (p.part >= other) sum += before;
+        for (int i = 1; i < PARTS; ++i) {
+            unsigned other = __shfl_up_sync(~0u, most, i, PARTS);
+            if (i <= part && i <= edge.nth) taken = min(taken + other, here);
         }
-        int rest = max(0, min(able, over - gone - (sum - able)));
-        gone += __shfl_sync(~0u, sum, PARTS - 1, PARTS);
-        if (rest > 0) c.tokens[a] -= rest;
-        while (rest > 0) {
-            // Neighbours begin at different targets, not to fill all the same one.
-            Set later = targets >> p.rank << p.rank;
-            int target = lowest_rank(later ? later : targets);
-            targets ^= Set(1) << target;
-            int copy = copy_at(target), tokens = min(rest, most(target, copy));
-            rest -= tokens;
-            atomicAdd(&c.held[target], tokens);
-            atomicAdd(&c.tokens[copy], tokens);
+        most = min(most, here - int(taken));
+        int before = 0;
+        #pragma unroll
+        for (int i = 1; i < PARTS; ++i) {
+            int other = __shfl_up_sync(~0u, most, i, PARTS);
+            if (i <= part) before += other;
         }
-        k += PARTS;
-        if (k >= c.shape.most_arcs) break;
-        a += PARTS;
-        if (a < p.last) {
-            ranks = c.arcs[a].ranks;
-            place = c.arcs[a].place;
+        int tokens = min(most, over - before);
+        if (tokens > 0) {
+            atomicAdd(&c.held[edge.target], tokens);
+            atomicAdd(&c.tokens[edge.to], tokens);
+            atomicSub(&c.tokens[edge.arc], tokens);
+            atomicSub(&c.held[threadIdx.x / PARTS], tokens);
         }
+        if (++turn == c.shape.turns) break;
+        over -= min(over, __shfl_sync(~0u, before + most, PARTS - 1, PARTS));
+        if (turn >= TURNS) edge = c.edges[turn * PUSHING + threadIdx.x];
+        #pragma unroll
+        for (int i = 1; i < TURNS; ++i)
+            if (turn == i) edge = mine.edge[i];
+        __syncwarp();
     }
-    if (p.part == 0 && over > 0) c.held[p.rank] -= min(over, gone);
 }
 
 // The least time in which the ranks of `set` take `load` tokens between them, and by it the limits of
@@ -198,11 +180,8 @@ __device__ void raise(const Component& c, Set set, int load, int (&limit)[WORDS]
 // Moves tokens until the largest of `held`, by the ranks' speeds, is the optimum. By the threads that
 // push; false if the rounds did not suffice. GENERAL: with speeds or capacities.
 template <bool GENERAL>
-__device__ bool balance(const Component& c, int rounds) {
-    int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
-    int first = c.first_arc[rank] + part, last = c.first_arc[rank + 1], total = 0;
-    const Arc& arc = c.arcs[first < last ? first : 0];
-    Part mine{rank, part, first, last, Set(arc.ranks), arc.place};
+__device__ bool balance(const Component& c, const Mine& mine, int rounds) {
+    int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32, total = 0;
     #pragma unroll
     for (int i = 0; i < WORDS; ++i)
         if (lane + 32 * i < SIZE) total += c.held[lane + 32 * i];
@@ -214,11 +193,15 @@ __device__ bool balance(const Component& c, int rounds) {
     meet();
     for (; rounds > 0; --rounds) {
         Set reach = 0;
-        if (first < last && c.tokens[first] > 0)
-            reach = GENERAL ? open(c, mine.ranks, mine.place) : mine.ranks;
-        for (int a = first + PARTS; a < last; a += PARTS)
-            if (c.tokens[a] > 0)
-                reach |= GENERAL ? open(c, c.arcs[a].ranks, c.arcs[a].place) : Set(c.arcs[a].ranks);
+        auto look = [&](Edge edge) {
+            if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
+                reach |= Set(1) << edge.target;
+        };
+        #pragma unroll
+        for (const Edge& edge : mine.edge) look(edge);
+        #pragma unroll 1
+        for (int turn = TURNS; turn < c.shape.turns; ++turn)
+            look(c.edges[turn * PUSHING + threadIdx.x]);
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
         if (part == 0) {
@@ -372,14 +355,13 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
     const Network& net = p.net;
     const Counts& counts = p.counts;
     int g = blockIdx.x;
-    Arc* arcs = reinterpret_cast<Arc*>(shared);
-    Set* next = reinterpret_cast<Set*>(arcs + net.max_arcs);
-    int* tokens = reinterpret_cast<int*>(next + SIZE);
-    int* load = tokens + net.max_arcs;  // [max_arcs] of experts, by place
-    int* held = load + net.max_arcs;
-    int* room = held + SIZE;
-    short* copies = reinterpret_cast<short*>(room + SIZE);
-    short* first_arc = copies + net.max_arcs;
+    // What the flow reads most lies where the compiler knows.
+    __shared__ Set next[SIZE];
+    __shared__ int held[SIZE], room[SIZE];
+    int* tokens = reinterpret_cast<int*>(shared);
+    Arc* arcs = reinterpret_cast<Arc*>(tokens + net.max_arcs);
+    int* load = reinterpret_cast<int*>(arcs + net.max_arcs);  // [max_arcs] of experts, by place
+    short* copies = reinterpret_cast<short*>(load + net.max_arcs);
 
     // Neighbouring threads share the rows of one expert where there are more threads than experts.
     int sharing = 1;
@@ -388,10 +370,8 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
     Shape shape = net.shape[g];
-    for (int r = threadIdx.x; r <= SIZE; r += THREADS) {
-        first_arc[r] = net.first_arc[g * (SIZE + 1) + r];
-        if (r < SIZE) held[r] = p.base && r < shape.ranks ? p.base[net.ranks[g * SIZE + r]] : 0;
-    }
+    for (int r = threadIdx.x; r < SIZE; r += THREADS)
+        held[r] = p.base && r < shape.ranks ? p.base[net.ranks[g * SIZE + r]] : 0;
     for (int a = threadIdx.x; a < net.max_arcs; a += THREADS) {
         arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
@@ -420,8 +400,9 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
         }
     }
     __syncthreads();
+    const Edge* edges = net.edges + g * net.max_turns * PUSHING;
     const int* ranks = net.ranks + g * SIZE;
-    return {arcs, copies, first_arc, tokens, held, room, next, shape, ranks, p.speed, p.cap};
+    return {arcs, copies, tokens, held, room, next, shape, edges, ranks, p.speed, p.cap};
 }
 
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
@@ -440,10 +421,17 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int status = p.status;
+    int max_turns = p.net.max_turns;
+    const Edge* edges = p.net.edges + g * max_turns * PUSHING;
+    Mine mine;
+    #pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn)
+        mine.edge[turn] = threadIdx.x < PUSHING && turn < max_turns
+            ? edges[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
     Component c = begin<GENERAL>(p, shared, quota, status);
     if (status == OPTIMAL && c.shape.ranks > 0) {
         start(c);
-        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, p.max_rounds)) status = NOT_CONVERGED;
+        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, mine, p.max_rounds)) status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {
@@ -452,4 +440,10 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
         }
     }
     if (threadIdx.x == 0) p.statuses[batch * p.num_components + g] = status;
+}
+
+// The flow alone, with speeds or capacities, which the planner has not.
+extern "C" __global__ void __launch_bounds__(THREADS, 1) solve_general(const Problem problem) {
+    extern __shared__ __align__(16) char shared[];
+    solve_component<true>(problem, shared, [](const Component&) {});
 }

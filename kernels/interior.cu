@@ -34,6 +34,7 @@ struct Interior {                       // in shared memory
     double *dx, *dz;                    // [arcs]
     unsigned* reach;                    // 1 / the longest step, as bits
     int* info;
+    const short* first_arc;             // [SIZE + 1] of each rank; not in shared memory
 };
 
 __device__ double warp_sum(double value) {
@@ -63,7 +64,7 @@ __device__ void assemble(const Component& c, const Interior& in, double ratio) {
         in.matrix[row + column * SIZE] = 0;
         mine |= Set(1) << column;
     }
-    for (int a = c.first_arc[row]; a < c.first_arc[row + 1]; ++a) {
+    for (int a = in.first_arc[row]; a < in.first_arc[row + 1]; ++a) {
         Set ranks = c.arcs[a].ranks;
         for (Set left = ranks & mine; left != 0; left &= left - 1) {
             int column = __ffsll(left) - 1;
@@ -72,7 +73,7 @@ __device__ void assemble(const Component& c, const Interior& in, double ratio) {
         }
     }
     if (threadIdx.x < SIZE) {
-        for (int a = c.first_arc[threadIdx.x]; a < c.first_arc[threadIdx.x + 1]; ++a)
+        for (int a = in.first_arc[threadIdx.x]; a < in.first_arc[threadIdx.x + 1]; ++a)
             ratio += in.dz[a];
         in.matrix[threadIdx.x * (SIZE + 1)] = ratio;
     }
@@ -114,7 +115,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
             double slack = (target - corrects * ds * dp) / p - s;  // ds, were dp 0
             if (threadIdx.x < SIZE) {
                 double g = mine ? slack : 0;
-                for (int a = c.first_arc[threadIdx.x]; a < c.first_arc[threadIdx.x + 1]; ++a)
+                for (int a = in.first_arc[threadIdx.x]; a < in.first_arc[threadIdx.x + 1]; ++a)
                     g += in.dz[a];
                 in.side[threadIdx.x] = g;
                 in.side[SIZE + threadIdx.x] = mine;
@@ -207,7 +208,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) solve(const Problem pro
     double* x = side + 2 * SIZE + 2;  // two, not to break the tables' alignment
     int n = problem.net.max_arcs;
     Interior in{matrix, side, x, x + n, x + 2 * n, x + 3 * n, x + 4 * n, x + 5 * n,
-                words, reinterpret_cast<int*>(words + 1)};
+                words, reinterpret_cast<int*>(words + 1),
+                problem.net.first_arc + blockIdx.x * (SIZE + 1)};
     solve_component<false>(problem, reinterpret_cast<char*>(x + 6 * n),
                            [&](const Component& c) { start(c, in); });
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 // `Status` of planner.py. Where parts of a batch differ, the largest holds.
-enum Status { OPTIMAL, STALE, BAD_COUNTS, NOT_CONVERGED, REFUSED, OUT_OF_STEP };
+enum Status { OPTIMAL, STALE, BAD_COUNTS, NOT_CONVERGED, REFUSED, OUT_OF_STEP, TIMED_OUT };
 
 // An exchanged row begins with its rank's status and what it plans (`Planner._head`); the number of
 // the batch is the last of it. The counts follow.

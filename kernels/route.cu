@@ -1,7 +1,7 @@
 // Counting picks, splitting quotas by source rank, and rewriting picks to slots. INDEX is int or
 // long long, as the caller's topk_idx.
 
-#include "plan.cuh"
+#include "exchange.cuh"
 
 typedef INDEX Index;
 
@@ -12,8 +12,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     int4* __restrict__ head,             // what the row begins with behind its status; the number of
                                          // the batch is counted here, so that a replayed graph does it too
     volatile int* out_of_range,          // in the host's memory
+    const Window window,
     int status) {
-    extern __shared__ int histogram[];  // [E]
+    extern __shared__ int histogram[];  // [HEAD + E]
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
     __syncthreads();
     bool wrong = false;
@@ -35,14 +36,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
         picks.histograms[size_t(blockIdx.x) * picks.num_experts + e] = number;
         if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
     }
-    if (row == nullptr || blockIdx.x != 0 || threadIdx.x != 0) return;
-    int4 words = *head;
-    head->w = words.w = (words.w + 1) & MAX_TOTAL;
-    atomicMax(&row[0], status);
-    row[1] = words.x;
-    row[2] = words.y;
-    row[3] = words.z;
-    row[4] = words.w;
+    if (row == nullptr) return;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        int4 words = *head;
+        head->w = words.w = (words.w + 1) & MAX_TOTAL;
+        atomicMax(&row[0], status);
+        row[1] = words.x;
+        row[2] = words.y;
+        row[3] = words.z;
+        row[4] = words.w;
+    }
+    if (window.of != nullptr) send(window, row, HEAD + picks.num_experts, histogram);
 }
 
 struct __align__(16) Copy {
@@ -165,8 +169,8 @@ struct Batch {
     int* rank_load;       // [R]
     const int* statuses;  // [G]
     int* status;          // [1]
-    int* num_by_status;   // [OUT_OF_STEP + 1] batches that ended so
-    volatile int* told;   // [OUT_OF_STEP + 1] in the host's memory: some batch ended so
+    int* num_by_status;   // [TIMED_OUT + 1] batches that ended so
+    volatile int* told;   // [TIMED_OUT + 1] in the host's memory: some batch ended so
     int* row;             // to be zeroed for the next count, or null
     int num_statuses, rank;
 };

@@ -127,7 +127,7 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
     def count(i: int) -> cuda.Picks:
         steps.row = rows[i, rank]
         if i == 0:
-            steps.head[-1].zero_()
+            steps.num_exchanges.zero_()
         return steps.count(topks[i], Status.OPTIMAL, exchanged=True)
 
     def plan(i: int) -> tuple[torch.Tensor, ...]:

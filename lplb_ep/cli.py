@@ -297,13 +297,12 @@ def _print_devices() -> None:
 def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     """What the settings lead to on this machine: a choice and its reason, by part."""
     from .buffer import choose_backend
-    from .exchange import choose_counts
     from .placement import Placement
     from .solver import choose_solver
 
     choices: dict[str, Callable[[], tuple[str, str]]] = {
         "buffer": lambda: choose_backend(settings.backend),
-        "counts": lambda: choose_counts(settings.counts, has_group=True, num_ranks=2),
+        "counts": lambda: _choose_counts(settings),
         "solver": lambda: choose_solver(settings.solver),
     }
     if settings.placement:
@@ -312,6 +311,19 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
             repr(Placement.load(settings.placement)),
         )
     return choices
+
+
+def _choose_counts(settings: Settings) -> tuple[str, str]:
+    """For ranks on machines like this one."""
+    from .exchange import Reach, choose_counts
+    from .solver import choose_solver
+
+    on_gpu = choose_solver(settings.solver)[0] != "cpu"
+    if not on_gpu:
+        return choose_counts(settings.counts, 2, True, False, Reach())
+    from .peers import reach
+
+    return choose_counts(settings.counts, 2, True, True, reach(None))
 
 
 def _line(name: str, value: str, note: str, *, width: int = 12) -> None:

@@ -26,6 +26,8 @@ MAX_SHARED_BYTES = 99 * 1024
 """What a block may have on every architecture from sm_80 on."""
 NUM_THREADS = 1024
 """Of a block that counts or rewrites."""
+NUM_SOLVER_THREADS = 256
+"""Of a block that solves; fewer would take long to add up the counts."""
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are spread over."""
 NUM_HEAD = 5
@@ -35,23 +37,20 @@ MAX_ROUNDS = 10_000
 
 # The kernels' structs of the same names, in machine layout.
 _COUNTS = struct.Struct("Q5i4x")
-_NETWORK = struct.Struct("6Q2i")
+_NETWORK = struct.Struct("7Q3i4x")
 _PICKS = struct.Struct("3Q4i")
 _PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
+_WINDOW = struct.Struct("2Q2i")
 
 
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
     return [
-        *(_solver(solver, *v) for solver in network.PARTS for v in network.variants(solver)),
+        *(_solver(solver, v) for solver in network.SHARES for v in network.variants(solver)),
         *(_route(dtype) for dtype in (torch.int32, torch.int64)),
     ]
-
-
-def _num_solver_threads(size: int, parts: int) -> int:
-    return max(256, size * parts)  # fewer would take long to add up the counts
 
 
 def num_shared_bytes(placement: Placement, solver: str) -> int:
@@ -60,11 +59,10 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     Raises:
         ValueError: it is more than a block has; says of what.
     """
-    room = network.room(placement)
-    built = network.tables(placement, room)
-    size, num_arcs = room.size, room.max_arcs
-    flow = num_arcs * (network.ARC.itemsize + 4 + 4 + 2) + size * (8 + 4 + 4) + 2 * (size + 1)
-    num_warps = _num_solver_threads(size, built.parts(solver)) // 32
+    variant = network.variant(placement, solver)
+    size, num_arcs = variant.size, network.room(placement).max_arcs
+    flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
+    num_warps = NUM_SOLVER_THREADS // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
         num_bytes += 8 * (size * (size + 2) + 2 + 6 * num_arcs)
@@ -77,13 +75,14 @@ def num_shared_bytes(placement: Placement, solver: str) -> int:
     return num_bytes
 
 
-def _solver(solver: str, size: int, parts: int) -> Program:
-    threads = _num_solver_threads(size, parts)
-    defines = {"SIZE": size, "THREADS": threads, "PARTS": parts}
+def _solver(solver: str, variant: network.Variant) -> Program:
+    threads = NUM_SOLVER_THREADS
+    defines = {name.upper(): value for name, value in variant._asdict().items()}
+    defines["THREADS"] = threads
     if solver == "flow":
         return Program("flow.cu", defines)
-    factor = CuSolverDx("potrf", size, threads)
-    substitute = CuSolverDx("potrs", size, threads, num_right_hand_sides=2)
+    factor = CuSolverDx("potrf", variant.size, threads)
+    substitute = CuSolverDx("potrs", variant.size, threads, num_right_hand_sides=2)
     return Program("interior.cu", defines, (factor, substitute))
 
 
@@ -143,24 +142,21 @@ class Solver:
     """
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
-        self.room = network.room(placement)
-        built = network.tables(placement, self.room)
+        self.room, self._variant = network.room(placement), network.variant(placement, solver)
+        built = network.tables(placement, self._variant, self.room)
         self.placement, self.device = placement, device
         self.max_rounds = MAX_ROUNDS
         """Rounds of flow that a component may take."""
         self.tables = _upload(built, device)
         pointers = (table.data_ptr() for table in self.tables)
-        self._network = _NETWORK.pack(*pointers, built.arcs.shape[1], built.experts.shape[1])
+        self._network = _NETWORK.pack(
+            *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
+        )
         self.num_components = len(built.shape)
-        size, parts = built.size, built.parts(solver)
-        self._num_threads = _num_solver_threads(size, parts)
         self._num_shared_bytes = num_shared_bytes(placement, solver)
-        kernels = _kernels(_solver, (solver, size, parts), device.index)
+        kernels = _kernels(_solver, (solver, self._variant), device.index)
         self._kernel = kernels.kernel("solve", num_shared_bytes=self._num_shared_bytes)
-        if solver != "flow":  # the only one that knows speeds and capacities
-            kernels = _kernels(_solver, ("flow", size, built.parts("flow")), device.index)
         self._general = kernels.kernel("solve_general", num_shared_bytes=self._num_shared_bytes)
-        self._num_general_threads = _num_solver_threads(size, built.parts("flow"))
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes tables of a placement with other copies; what is returned puts them in force.
@@ -168,7 +164,7 @@ class Solver:
         Raises:
             ValueError: they do not fit where this one's lie.
         """
-        new = _upload(network.tables(placement, self.room), self.device)
+        new = _upload(network.tables(placement, self._variant, self.room), self.device)
 
         def commit() -> None:
             _rewrite(self.tables, new)
@@ -250,11 +246,9 @@ class Solver:
             problem += _PROBLEM.pack(*pointers, self.num_components, *sizes)
             num_chunks = 0 if picks is None else picks.num_chunks
             grid = (self.num_components + num_chunks, num_batches)
-            kernel, num_threads = self._kernel, self._num_threads
-            if any(option is not None for option in options[1:]):
-                kernel, num_threads = self._general, self._num_general_threads
-            num_bytes = self._num_shared_bytes
-            _launch(kernel, grid, num_threads, (problem,), num_bytes, self.device)
+            general = any(option is not None for option in options[1:])
+            kernel, num_bytes = self._general if general else self._kernel, self._num_shared_bytes
+            _launch(kernel, grid, NUM_SOLVER_THREADS, (problem,), num_bytes, self.device)
         return out
 
 
@@ -336,6 +330,9 @@ class Steps:
         num_statuses: how many statuses a batch may end with.
         row_size: integers of an exchanged row; those behind the counts stay 0.
         solver: "flow" or "cusolverdx".
+        windows: [R] addresses of the memory in which each rank receives rows (`exchange.Windows`);
+            none: rows travel by other means.
+        timeout_s: how long `receive` waits.
     """
 
     def __init__(
@@ -347,6 +344,8 @@ class Steps:
         num_statuses: int,
         row_size: int,
         solver: str,
+        windows: Sequence[int] = (),
+        timeout_s: float = 60,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
         self.solver = Solver(placement, device, solver)
@@ -369,19 +368,28 @@ class Steps:
         self.row = zeros(row_size, device=device)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
-        """[NUM_HEAD - 1] what a row begins with behind its status; last, how many batches were."""
+        """[NUM_HEAD - 1] what a row begins with behind its status."""
+        self.num_exchanges = self.head[-1:]
+        """[1] the last of it, the number of the last batch that was exchanged."""
         self.num_by_status = zeros(num_statuses, device=device)
         """[num_statuses] batches planned so far that ended so."""
         self._histograms = zeros(MAX_CHUNKS, p.num_experts, device=device)
-        told = zeros(num_statuses + 2).pin_memory()
-        self._told, self.told = told, told.numpy()
-        """[num_statuses + 2] 1 where a batch ended with that status; then where one had an index
-        out of range, and where given counts were not those of its picks."""
+        told = zeros(p.num_ranks + num_statuses + 2).pin_memory()
+        self._told = told
+        self.missing, self.told = told.numpy()[: p.num_ranks], told.numpy()[p.num_ranks :]
+        """[R] 1 where a rank's row did not come in time; and [num_statuses + 2] 1 where a batch
+        ended with that status, then where one had an index out of range, and where given counts
+        were not those of its picks."""
+        self.timeout_s = timeout_s
+        self._windows = torch.tensor([*windows], dtype=torch.int64, device=device)
+        self._num_done = zeros(1, device=device)
+        pointer = self._windows.data_ptr() if windows else 0
+        self._window = _WINDOW.pack(pointer, self._num_done.data_ptr(), p.num_ranks, rank)
         self._kernels = {
             (name, dtype): _kernels(_route, (dtype,), device.index).kernel(
                 name, num_shared_bytes=MAX_SHARED_BYTES
             )
-            for name in ("count", "route", "split")
+            for name in ("count", "receive", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
 
@@ -411,10 +419,11 @@ class Steps:
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def _told_at(self, index: int) -> int:
-        return self._told.data_ptr() + 4 * (len(self.told) + index if index < 0 else index)
+        """The address of a place in `told`."""
+        return self._told.data_ptr() + 4 * (len(self.missing) + index % len(self.told))
 
     def count(self, topk_idx: torch.Tensor, status: int, *, exchanged: bool) -> Picks:
-        """Counts picks, into `row` if they are to be exchanged.
+        """Counts picks, into `row` if they are to be exchanged; with windows, sends it.
 
         Args:
             topk_idx: [T, K] int32 or int64 on this device.
@@ -442,12 +451,37 @@ class Steps:
                 self.row.data_ptr() if exchanged else 0,
                 self.head.data_ptr(),
                 self._told_at(-2),
+                self._window,
                 np.int32(status),
             ),
-            4 * E,
+            4 * (NUM_HEAD + E),
             self.device,
         )
         return Picks(topk_idx, scratch, num_chunks, packed)
+
+    def receive(self) -> torch.Tensor:
+        """Waits, on the GPU, for the rows that all ranks sent: [R, NUM_HEAD + E] int32. Those that
+        do not come in time end the batch as TIMED_OUT, and are `missing`."""
+        p = self.placement
+        rows = torch.empty(
+            p.num_ranks, NUM_HEAD + p.num_experts, dtype=torch.int32, device=self.device
+        )
+        _launch(
+            self._kernels["receive", torch.int64],
+            (p.num_ranks,),
+            NUM_THREADS,
+            (
+                self._window,
+                self.num_exchanges.data_ptr(),
+                rows.data_ptr(),
+                np.int32(rows.shape[1]),
+                np.int64(1e9 * self.timeout_s),
+                self._told.data_ptr(),
+            ),
+            0,
+            self.device,
+        )
+        return rows
 
     def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
         """Solves, and meanwhile numbers the picks.

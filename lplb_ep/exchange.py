@@ -6,6 +6,7 @@ An exchange gathers one row of integers from every rank. It knows neither expert
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
@@ -13,8 +14,19 @@ import torch.distributed as dist
 
 from .settings import ContractError, RankError
 
-COUNTS = ("auto", "torch", "given")
-T = TypeVar("T")
+_T = TypeVar("_T")
+
+COUNTS = ("auto", "nvshmem", "ipc", "torch", "given")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Why the ranks of a group cannot write each other's memory; empty: they can."""
+
+    nvshmem: str = ""
+    """In NVSHMEM's symmetric memory."""
+    ipc: str = ""
+    """In memory that CUDA IPC shares."""
 
 
 class Exchange(Protocol):
@@ -22,6 +34,20 @@ class Exchange(Protocol):
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """[W] int32 from each rank → [R, W] int32, the same on every rank, in rank order."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """An exchange by the kernels themselves, which write rows to the other ranks' memory and wait
+    for theirs; `kernels/exchange.cuh` says how."""
+
+    addresses: list[int]
+    """[R] of the memory in which each rank receives rows, as seen from this one."""
+
+    @staticmethod
+    def num_bytes(num_ranks: int, row_size: int) -> int:
+        """Of a rank's memory: for two batches a word of 8 bytes for each integer of each row."""
+        return 2 * num_ranks * row_size * 8
 
 
 class LocalExchange:
@@ -60,27 +86,23 @@ def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     return rows
 
 
-def gather_objects(value: T, group: dist.ProcessGroup | None) -> list[T]:
-    """Plain values of all ranks, in rank order. Collective; None stands for a single rank."""
-    everyone = [value] * (1 if group is None else group.size())
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, value, group=group)
-    return everyone
-
-
-def choose_counts(counts: str, has_group: bool, num_ranks: int) -> tuple[str, str]:
+def choose_counts(
+    counts: str, num_ranks: int, has_group: bool, on_gpu: bool, reach: Reach
+) -> tuple[str, str]:
     """The exchange for a request, and why.
 
     Args:
         counts: one of `COUNTS`.
-        has_group: whether there is a group to exchange them on.
         num_ranks: R.
+        has_group: whether there is a group to exchange them on.
+        on_gpu: whether plans are made there.
+        reach: whether the ranks' GPUs reach each other's memory.
 
     Returns:
-        ("local" | "torch" | "given", the reason in words).
+        ("local" | "given" | one of COUNTS but "auto", the reason in words).
 
     Raises:
-        ValueError: an unknown name, or one that needs a group where there is none.
+        ValueError: an unknown name, or one that cannot be; says why.
     """
     if counts not in COUNTS:
         raise ValueError(f"counts must be one of {', '.join(COUNTS)}; got {counts!r}")
@@ -93,7 +115,16 @@ def choose_counts(counts: str, has_group: bool, num_ranks: int) -> tuple[str, st
             f"counts={counts!r} needs a group to exchange the counts of {num_ranks} ranks; "
             'pass group=, or counts="given" and the counts with each batch'
         )
-    return "torch", "asked for" if counts == "torch" else "the only exchange of this version"
+    obstacles = {kind: getattr(reach, kind) for kind in ("nvshmem", "ipc")}
+    if not on_gpu:
+        obstacles = dict.fromkeys(obstacles, "plans are made on the CPU")
+    if obstacles.get(counts):
+        raise ValueError(f"counts={counts!r} cannot be: {obstacles[counts]}")
+    if counts != "auto":
+        return counts, "asked for"
+    able = [kind for kind, obstacle in obstacles.items() if not obstacle]
+    because = "; ".join(f"not {kind}: {why}" for kind, why in obstacles.items() if why)
+    return (able or ["torch"])[0], because or "the kernels reach every rank's memory"
 
 
 def agree(
@@ -115,22 +146,30 @@ def agree(
         Exception: `refusal`, on its own rank.
         RankError: another rank refused, or ranks differ; names who, and in what.
     """
-    everyone = gather_objects((facts, str(refusal or "")), group)
-    if refusal is None:
-        _compare(what, everyone)
+    if group is not None and group.size() > 1:
+        brought = everyone(group, (facts, str(refusal or "")))
+        if refusal is None:
+            _compare(what, brought)
     if refusal is not None:
         raise refusal
 
 
-def _compare(what: str, everyone: list[tuple[dict[str, object], str]]) -> None:
-    refused = [rank for rank, (_, refusal) in enumerate(everyone) if refusal]
+def everyone(group: dist.ProcessGroup, value: _T) -> list[_T]:
+    """Collective: a plain value from each rank → [R] of them, in rank order."""
+    values = [value] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def _compare(what: str, brought: list[tuple[dict[str, object], str]]) -> None:
+    refused = [rank for rank, (_, refusal) in enumerate(brought) if refusal]
     if refused:
         raise RankError(
-            f"{what}: ranks {refused} refused; rank {refused[0]}: {everyone[refused[0]][1]}"
+            f"{what}: ranks {refused} refused; rank {refused[0]}: {brought[refused[0]][1]}"
         )
-    for name in sorted(set().union(*(facts for facts, _ in everyone))):
+    for name in sorted(set().union(*(facts for facts, _ in brought))):
         holders: dict[object, list[int]] = {}
-        for rank, (facts, _) in enumerate(everyone):
+        for rank, (facts, _) in enumerate(brought):
             holders.setdefault(facts.get(name, "absent"), []).append(rank)
         if len(holders) > 1:
             shown = "; ".join(f"{value} on ranks {ranks}" for value, ranks in holders.items())

@@ -128,6 +128,8 @@ def channel(state: BufferState, target: Target) -> Planner:
             slot=slot,
             compare=False,
             check=state.settings.check,
+            timeout_s=state.settings.timeout_s,
+            abort_on_timeout=state.settings.on_timeout == "abort",
         )
     if state.default is not None and placement.layer is not state.default[0].layer:
         state.default = None

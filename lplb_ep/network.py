@@ -5,9 +5,10 @@ Pure functions of the placement; `cuda.py` sends them to a device.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,48 +17,39 @@ from .placement import Placement
 
 MAX_RANKS, MAX_EXPERTS = 64, 512
 """Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
-SIZES = (8, 16, 32, 64)
-"""The most ranks of a component, for each variant of a solver."""
 
-PARTS = {"flow": (2, 4, 8), "cusolverdx": (4,)}
-"""By solver, how many threads share the arcs of a rank: as many as it has arcs, if possible."""
+
+class Variant(NamedTuple):
+    """Of a solver's kernel: what it is compiled for."""
+
+    size: int
+    """The most ranks of a component."""
+    parts: int
+    """Threads that share the edges of a rank."""
+    turns: int
+    """Edges that each of them keeps in registers."""
+
+
+SIZES = (8, 16, 32, 64)
+MAX_PUSHING = 256
+"""Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
+SHARES = {"flow": ((2, 1), (4, 1), (8, 1), (4, 3)), "cusolverdx": ((4, 1),)}
+"""By solver, parts and turns. The first that have room for all edges of a rank are taken, or the
+last."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
+EDGE = np.dtype([("arc", "i2"), ("to", "i2"), ("target", "i2"), ("nth", "i2")])
 COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
 
 
-def variants(solver: str) -> list[tuple[int, int]]:
-    """Of a solver's kernel: one of `SIZES` and one of `PARTS`, whole warps of threads in all."""
-    return [(s, parts) for s in SIZES for parts in PARTS[solver] if s * parts % 32 == 0]
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
-
-    shape: npt.NDArray[np.int32]
-    """[G, 4]: ranks and arcs of each component, and the most arcs of one of its ranks; 0."""
-    arcs: npt.NDArray[Any]
-    """[G, max_arcs] of `Arc`, by local rank, then expert."""
-    copies: npt.NDArray[np.int16]
-    """[G, max_arcs] arcs by expert, then local rank."""
-    first_arc: npt.NDArray[np.int16]
-    """[G, size + 1] the first arc of each local rank."""
-    experts: npt.NDArray[np.int32]
-    """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
-    rank but size + the place of its arcs in `copies`; -1 behind the last."""
-    ranks: npt.NDArray[np.int32]
-    """[G, size] local rank → rank."""
-
-    @property
-    def size(self) -> int:
-        """The most ranks that the solver's variant takes, one of `SIZES`."""
-        return self.ranks.shape[1]
-
-    def parts(self, solver: str) -> int:
-        """One of the solver's `variants` for this size."""
-        able = [parts for size, parts in variants(solver) if size == self.size]
-        return next((parts for parts in able if parts >= self.shape[:, 2].max()), able[-1])
+def variants(solver: str) -> list[Variant]:
+    """Those with whole warps of threads, and no more than hide each other's latencies."""
+    return [
+        Variant(size, parts, turns)
+        for size in SIZES
+        for parts, turns in SHARES[solver]
+        if size * parts % 32 == 0 and size * parts <= MAX_PUSHING
+    ]
 
 
 @dataclass(frozen=True)
@@ -69,7 +61,11 @@ class Room:
     size: int
     """Ranks of a component, one of `SIZES`."""
     max_arcs: int
+    """A multiple of four, to keep what follows in shared memory aligned."""
+    max_edges: int
+    """Of a rank."""
     max_experts: int
+    """Of a component."""
     num_several: int
     """M, experts with several copies."""
     num_copies: int
@@ -86,33 +82,41 @@ class Room:
 
 
 @functools.lru_cache(maxsize=1024)
-def _needed(placement: Placement) -> Room:
-    component, home = placement.component, placement.home_rank
-    num_components = int(component.max()) + 1
+def needed(placement: Placement) -> Room:
+    """What the placement's own tables need.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    component = placement.component
     num_ranks = np.bincount(component)
-    num_experts = np.bincount(component[home], minlength=num_components)
+    num_experts = np.bincount(component[placement.home_rank])
     if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
         raise ValueError(
             f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
             f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
         )
+    if placement.num_experts >= 2**15:
+        raise ValueError(
+            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
+        )
     useful = placement.copy_rank >= 0
-    several = useful.sum(1) > 1
-    rank = placement.copy_rank[useful & several[:, None]]
-    num_arcs = np.bincount(component[rank], minlength=num_components)
+    number = np.broadcast_to(useful.sum(1, keepdims=True), useful.shape)
+    several = useful & (number > 1)
+    num_arcs = np.bincount(component[placement.copy_rank[several]], minlength=1)
     return Room(
-        num_components,
-        next(size for size in SIZES if size >= num_ranks.max()),
-        _even(num_arcs.max()),
-        int(num_experts.max()),
-        int(several.sum()),
-        rank.size,
+        num_components=num_ranks.size,
+        size=next(size for size in SIZES if size >= num_ranks.max()),
+        max_arcs=_four(int(num_arcs.max())),
+        max_edges=int(np.bincount(placement.copy_rank[useful], number[useful] - 1).max()),
+        max_experts=int(num_experts.max()),
+        num_several=int(several.any(1).sum()),
+        num_copies=int(several.sum()),
     )
 
 
-def _even(number: int) -> int:
-    """At least 2; keeps what follows the arcs aligned."""
-    return int(-(-max(1, number) // 2) * 2)
+def _four(number: int) -> int:
+    return -(-max(1, number) // 4) * 4
 
 
 def room(placement: Placement) -> Room:
@@ -122,30 +126,63 @@ def room(placement: Placement) -> Room:
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    needed = _needed(placement)
-    if not placement.layer.refreshed:
-        return needed
-    E, num_replicas = placement.num_experts, placement.num_physical_experts - placement.num_experts
-    several = min(E, num_replicas)
+    own, p = needed(placement), placement
+    if not p.layer.refreshed:
+        return own
+    num_replicas = p.num_physical_experts - p.num_experts
+    num_several = min(p.num_experts, num_replicas)
     return Room(
-        needed.num_components,
-        next(s for s in SIZES if s >= min(placement.num_ranks, MAX_RANKS)),
-        _even(num_replicas + several),
-        min(E, MAX_EXPERTS),
-        several,
-        num_replicas + several,
+        num_components=own.num_components,
+        size=next(size for size in SIZES if size >= min(p.num_ranks, MAX_RANKS)),
+        max_arcs=_four(num_replicas + num_several),
+        max_edges=min(num_replicas, p.num_local_slots * (p.max_replicas - 1)),
+        max_experts=min(p.num_experts, MAX_EXPERTS),
+        num_several=num_several,
+        num_copies=num_replicas + num_several,
     )
 
 
+def variant(placement: Placement, solver: str) -> Variant:
+    """Which of the solver's takes the placement in its `room`.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    size, most = room(placement).size, needed(placement).max_edges
+    able = [variant for variant in variants(solver) if variant.size == size]
+    return next((v for v in able if v.parts * v.turns >= most), able[-1])
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
+
+    shape: npt.NDArray[np.int32]
+    """[G, 4]: ranks, arcs and turns of each component; 0. No ranks behind the last."""
+    arcs: npt.NDArray[Any]
+    """[G, max_arcs] of `Arc`, by local rank, then expert."""
+    copies: npt.NDArray[np.int16]
+    """[G, max_arcs] arcs by expert, then local rank."""
+    first_arc: npt.NDArray[np.int16]
+    """[G, size + 1] the first arc of each local rank."""
+    edges: npt.NDArray[Any]
+    """[G, max_turns, size, parts] of `Edge`: of each local rank by turns, -1 behind the last."""
+    experts: npt.NDArray[np.int32]
+    """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
+    rank but size + the place of its arcs in `copies`; -1 behind the last."""
+    ranks: npt.NDArray[np.int32]
+    """[G, size] local rank → rank."""
+
+
 @functools.lru_cache(maxsize=1024)
-def tables(placement: Placement, room: Room) -> Tables:
-    """Its tables, laid out in `room`.
+def tables(placement: Placement, variant: Variant, room: Room) -> Tables:
+    """Its tables, laid out in `room`, for a variant of that size.
 
     Raises:
         ValueError: a component is too large for one block, or they do not fit in; names the size.
     """
-    room.hold(_needed(placement))
-    component, home, size = placement.component, placement.home_rank, room.size
+    room.hold(needed(placement))
+    size, component, home = variant.size, placement.component, placement.home_rank
     several = (placement.copy_rank >= 0).sum(1) > 1
     expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
     rank = placement.copy_rank[expert, column]
@@ -155,11 +192,12 @@ def tables(placement: Placement, room: Room) -> Tables:
         arcs=np.zeros((num_components, max_arcs), ARC),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
+        edges=np.empty(0, EDGE),
         experts=np.full((num_components, room.max_experts), -1, np.int32),
         ranks=np.zeros((num_components, size), np.int32),
     )
-    local = np.zeros(placement.num_ranks, np.int64)
-    for g in range(int(component.max()) + 1):
+    local, edges = np.zeros(placement.num_ranks, np.int64), []
+    for g in range(needed(placement).num_components):
         members = np.flatnonzero(component == g)
         local[members] = np.arange(members.size)
         mine = np.flatnonzero(component[rank] == g)
@@ -178,12 +216,33 @@ def tables(placement: Placement, room: Room) -> Tables:
         place = size + np.searchsorted(e[by_expert], own)
         out.experts[g, : own.size] = own | np.where(several[own], place, local[home[own]]) << 16
         out.ranks[g, : members.size] = members
-        out.shape[g] = members.size, n, np.diff(out.first_arc[g]).max(), 0
-    if placement.num_experts >= 2**15:
-        raise ValueError(
-            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
-        )
-    return out
+        edges.append(_edges(e, r, size))
+        most = max(of_rank.size for of_rank in edges[g])
+        out.shape[g] = members.size, n, max(1, -(-most // variant.parts)), 0
+    return dataclasses.replace(out, edges=_by_turns(edges, variant, room))
+
+
+def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
+    """Of a component's arcs, sorted by rank: each rank's `EDGE`s, those of an arc together."""
+    arc, to = np.nonzero((expert[:, None] == expert) & (rank[:, None] != rank))
+    # Neighbours begin with different targets, not to fill all the same one.
+    order = np.lexsort(((rank[to] - rank[arc]) % size, arc))
+    edges = np.zeros(arc.size, EDGE)
+    edges["arc"], edges["to"], edges["target"] = arc, to[order], rank[to[order]]
+    edges["nth"] = np.arange(arc.size) - np.searchsorted(arc, arc)
+    return np.split(edges, np.searchsorted(rank[arc], np.arange(1, size)))
+
+
+def _by_turns(
+    edges: list[list[npt.NDArray[Any]]], variant: Variant, room: Room
+) -> npt.NDArray[Any]:
+    """`Tables.edges`, of the edges of each component's ranks."""
+    max_turns = max(1, -(-room.max_edges // variant.parts))
+    table = np.full((room.num_components, variant.size, max_turns * variant.parts), -1, EDGE)
+    for g, component in enumerate(edges):
+        for r, of_rank in enumerate(component):
+            table[g, r, : of_rank.size] = of_rank
+    return table.reshape(len(table), variant.size, max_turns, variant.parts).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)

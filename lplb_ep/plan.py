@@ -29,6 +29,8 @@ class Status(enum.IntEnum):
     """On the GPU: a rank refused its input, and every rank raises at its next batch."""
     OUT_OF_STEP = 5
     """On the GPU: ranks plan different batches, and every rank raises at its next one."""
+    TIMED_OUT = 6
+    """On the GPU: a rank's counts did not come in time; this rank raises at its next batch."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,21 @@ import torch
 import torch.distributed as dist
 
 from . import __version__, cpu, cuda
-from .exchange import Exchange, LocalExchange, TorchExchange, agree, choose_counts
+from .exchange import (
+    Exchange,
+    LocalExchange,
+    Reach,
+    TorchExchange,
+    Windows,
+    agree,
+    choose_counts,
+)
+from .peers import peer_memory, reach
 from .placement import Layer, Placement, check_placement
 from .plan import Plan, Status, check_plan, check_topk_idx
 from .settings import ContractError, MissingPackageError, RankError
 from .solver import MAX_TOTAL, choose_solver, rank_load, solver_fact
+from .watchdog import missing_ranks, watch
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +69,16 @@ class Planner:
         placement: the copies; where they have been replaced in their layer, what is in force there.
         group: the expert-parallel group, of `placement.num_ranks` ranks in rank order.
         rank: this rank, where there is no group.
-        counts: "auto", "torch", or "given" (each call brings the counts of all ranks).
+        counts: "auto", "nvshmem", "ipc", "torch", or "given" (each call brings the counts of all
+            ranks).
         solver: "auto", "cpu", "flow" or "cusolverdx". For the GPU, kernels are compiled now if they
             never were.
         slot: which of several planners on one placement and group this is.
         compare: whether the ranks compare placement and settings now, which makes this collective.
             Placements are compared with every exchange too, by a tag of 28 bits.
         check: verify every batch and its plan at once, which waits for the GPU.
+        timeout_s: how long a kernel waits for another rank's counts.
+        abort_on_timeout: whether the process ends then, instead of raising at the next call.
 
     Raises:
         TypeError: `placement` is not one.
@@ -86,6 +99,8 @@ class Planner:
         slot: int = 0,
         compare: bool = True,
         check: bool = False,
+        timeout_s: float = 60,
+        abort_on_timeout: bool = False,
     ) -> None:
         facts: dict[str, object] = {}
         refusal = None
@@ -96,12 +111,11 @@ class Planner:
             if not (isinstance(slot, int) and 0 <= slot < 2**31):
                 raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
             self.solver, _ = choose_solver(solver, placement)
-            self.counts, _ = choose_counts(counts, group is not None, placement.num_ranks)
             facts = {
                 "placement": placement.fingerprint(),
                 "slot": slot,
                 "solver": solver_fact(solver, placement),
-                "counts": self.counts,
+                "counts": counts,
                 "lplb_ep version": __version__,
             }
         except (TypeError, ValueError, MissingPackageError) as error:
@@ -111,12 +125,13 @@ class Planner:
         elif refusal is not None:
             raise refusal
         self.placement = placement
-        self.exchange: Exchange | None = None
-        if self.counts == "local":
-            self.exchange = LocalExchange()
-        elif self.counts == "torch":
-            assert group is not None, "choose_counts takes torch only with a group"
-            self.exchange = TorchExchange(group)
+        on_gpu = self.solver != "cpu"
+        reached = reach(group) if on_gpu and group is not None and counts != "given" else Reach()
+        self.counts, reason = choose_counts(
+            counts, placement.num_ranks, group is not None, on_gpu, reached
+        )
+        log.info("counts: %s (%s)", self.counts, reason)
+        self.exchange = _exchange(self.counts, placement, group)
         self._check = check
         number = 0
         if group is not None and compare:
@@ -128,7 +143,21 @@ class Planner:
         if self.solver == "cpu":
             self._steps = _CpuSteps(placement, self.rank, self._head, row_size)
         else:
-            self._steps = _GpuSteps(placement, self.rank, self._head, row_size, self.solver)
+            windows = self.exchange.addresses if isinstance(self.exchange, Windows) else []
+            self._steps = _GpuSteps(
+                cuda.Steps(
+                    placement,
+                    self.rank,
+                    torch.device("cuda", torch.cuda.current_device()),
+                    self._head,
+                    len(Status),
+                    row_size,
+                    self.solver,
+                    windows,
+                    timeout_s,
+                ),
+                abort_on_timeout,
+            )
         _planners_of.setdefault(placement.layer, WeakSet()).add(self)
 
     @property
@@ -285,10 +314,12 @@ class _CpuSteps:
     def raise_told(self, wait: bool = False) -> None:
         """Nothing is told late."""
 
-    def refuse(self, exchange: Exchange) -> None:
+    def refuse(self, exchange: Exchange | Windows) -> None:
         self._gather(exchange, torch.zeros(self._placement.num_experts).int(), Status.REFUSED)
 
-    def plan_exchanged(self, topk_idx: torch.Tensor, exchange: Exchange, status: Status) -> Plan:
+    def plan_exchanged(
+        self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
+    ) -> Plan:
         here = topk_idx.cpu()
         rows = self._gather(exchange, cpu.count(here, self._placement.num_experts), status)
         refused_by = torch.nonzero(rows[:, 0] == Status.REFUSED).flatten().tolist()
@@ -316,8 +347,11 @@ class _CpuSteps:
             )
         return self._plan(topk_idx, here, gathered.int(), status)
 
-    def _gather(self, exchange: Exchange, counts: torch.Tensor, status: Status) -> torch.Tensor:
+    def _gather(
+        self, exchange: Exchange | Windows, counts: torch.Tensor, status: Status
+    ) -> torch.Tensor:
         """[R, head and counts] int32."""
+        assert not isinstance(exchange, Windows), "which only kernels write to"
         size = _NUM_HEAD + self._placement.num_experts
         row = torch.zeros(self._row_size, dtype=torch.int32)
         self._num_exchanges = (self._num_exchanges + 1) % 2**31
@@ -367,13 +401,11 @@ def _split_on_cpu(placement: Placement, counts: torch.Tensor, quota: torch.Tenso
 class _GpuSteps:
     """How a planner makes plans on the GPU that is current when it is made."""
 
-    def __init__(
-        self, placement: Placement, rank: int, head: list[int], row_size: int, solver: str
-    ) -> None:
-        self._placement = placement
-        self._device = torch.device("cuda", torch.cuda.current_device())
-        self._steps = cuda.Steps(placement, rank, self._device, head, len(Status), row_size, solver)
+    def __init__(self, steps: cuda.Steps, abort_on_timeout: bool) -> None:
+        self._steps, self._placement, self._device = steps, steps.placement, steps.device
+        self._name = self._placement.fingerprint()[:8]
         self._logged: set[Status] = set()
+        watch(self, steps.missing, self._name, steps.timeout_s, abort=abort_on_timeout)
 
     def num_batches(self) -> collections.Counter[Status]:
         numbers = self._steps.num_by_status.tolist()
@@ -405,6 +437,8 @@ class _GpuSteps:
             )
         if len(Status) + 1 in seen:
             raise ValueError("an earlier batch's counts were not those of its topk_idx")
+        if Status.TIMED_OUT in seen:
+            raise RankError(missing_ranks(self._steps.missing, self._name, self._steps.timeout_s))
         if Status.OUT_OF_STEP in seen:
             raise RankError(
                 "ranks planned different batches: another placement, another slot, or the same "
@@ -416,11 +450,13 @@ class _GpuSteps:
             self._logged.add(status)
             _log_once(self._placement, status)
 
-    def refuse(self, exchange: Exchange) -> None:
+    def refuse(self, exchange: Exchange | Windows) -> None:
         self._exchange(torch.empty(0, 1, dtype=torch.int64), exchange, Status.REFUSED)
         self._steps.row.zero_()
 
-    def plan_exchanged(self, topk_idx: torch.Tensor, exchange: Exchange, status: Status) -> Plan:
+    def plan_exchanged(
+        self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
+    ) -> Plan:
         picks, rows = self._exchange(topk_idx, exchange, status)
         return self._plan(topk_idx, picks, rows, Status.OPTIMAL, exchanged=True)
 
@@ -432,9 +468,11 @@ class _GpuSteps:
         return self._plan(topk_idx, picks, counts, status, exchanged=False)
 
     def _exchange(
-        self, topk_idx: torch.Tensor, exchange: Exchange, status: Status
+        self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
     ) -> tuple[cuda.Picks, torch.Tensor]:
         picks = self._steps.count(topk_idx.to(self._device), status, exchanged=True)
+        if isinstance(exchange, Windows):
+            return picks, self._steps.receive()
         try:
             return picks, exchange.gather(self._steps.row)
         except Exception:
@@ -479,6 +517,21 @@ def _log_once(placement: Placement, status: Status) -> None:
         placement.fingerprint()[:8],
         _REASONS[status],
     )
+
+
+def _exchange(
+    counts: str, placement: Placement, group: dist.ProcessGroup | None
+) -> Exchange | Windows | None:
+    """Collective, for windows."""
+    if counts == "given":
+        return None
+    if counts == "local":
+        return LocalExchange()
+    assert group is not None, "choose_counts takes the others only with a group"
+    if counts == "torch":
+        return TorchExchange(group)
+    size = Windows.num_bytes(placement.num_ranks, _NUM_HEAD + placement.num_experts)
+    return Windows(peer_memory(group, counts).window(size))
 
 
 def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:

@@ -19,14 +19,14 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from .exchange import agree, gather_objects
+from .exchange import agree, everyone
 from .placement import Placement
 from .planner import planners_of
 from .replicas import Replicas, sharing
@@ -35,6 +35,7 @@ from .solver import MAX_TOTAL, solve
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Int64 = npt.NDArray[np.int64]
 Choose = Callable[..., Placement]
 """As `Placement.for_lp`: (samples [N, E], num_ranks, num_redundant_per_rank, start=,
@@ -382,20 +383,20 @@ class Refresher:
             log.exception("layer %d cannot be refreshed here", proposal.layer)
             problem = str(error) or type(error).__name__
         fingerprint = "" if placement is None else placement.fingerprint()
-        everyone = gather_objects((problem, fingerprint, valid), self._group)
-        if not self._all_ready(proposal.layer, [said for said, _, _ in everyone]):
+        told = self._gather((problem, fingerprint, valid))
+        if not self._all_ready(proposal.layer, [said for said, _, _ in told]):
             return None
-        if len({held for _, held, _ in everyone}) > 1:
+        if len({held for _, held, _ in told}) > 1:
             log.warning("layer %d: ranks hold different placements, and stay", proposal.layer)
             return None
         # Where some are stale, the next `copy_weights` brings all of them.
-        if all(valid for _, _, valid in everyone):
+        if all(valid for _, _, valid in told):
             try:
                 change.fetch()
             except Exception as error:
                 log.exception("layer %d: weights did not come", proposal.layer)
                 problem = str(error) or type(error).__name__
-            if not self._all_ready(proposal.layer, gather_objects(problem, self._group)):
+            if not self._all_ready(proposal.layer, self._gather(problem)):
                 return None
         assert placement is not None, "a rank that has none has a problem"
         self._wait_for_gpu()
@@ -405,6 +406,9 @@ class Refresher:
         placement.layer.in_force = placement
         self._wait_for_gpu()
         return self._report(proposal, old, placement)
+
+    def _gather(self, value: T) -> list[T]:
+        return [value] if self._group is None else everyone(self._group, value)
 
     def _all_ready(self, layer: int, problems: Sequence[str]) -> bool:
         """Whether no rank has a problem; says which have, else."""

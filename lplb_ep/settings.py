@@ -84,8 +84,24 @@ class Settings:
     counts: str = _setting(
         "LPLB_EP_COUNTS",
         "auto",
-        "How the ranks' counts are exchanged.",
-        ("auto", "torch"),
+        "How the ranks' counts are exchanged: by the kernels themselves, in NVSHMEM's symmetric "
+        "memory (`nvshmem`) or in memory that CUDA IPC shares within a node (`ipc`), or by a "
+        "collective of `torch.distributed`. `auto` takes the first that reaches all ranks; the "
+        "first two go with a solver on the GPU.",
+        ("auto", "nvshmem", "ipc", "torch"),
+    )
+    timeout_s: int = _setting(
+        "LPLB_EP_TIMEOUT_S",
+        60,
+        "How many seconds a kernel waits for a rank's counts before it gives up: that batch goes "
+        "to the home slots and the next call raises.",
+    )
+    on_timeout: str = _setting(
+        "LPLB_EP_ON_TIMEOUT",
+        "raise",
+        "`abort`: end the process when a rank's counts do not come, instead of raising at the next "
+        "call, which DeepEP may never let the program reach.",
+        ("raise", "abort"),
     )
     solver: str = _setting(
         "LPLB_EP_SOLVER",
@@ -213,6 +229,11 @@ def cuda_home() -> Path | None:
     """The CUDA toolkit that the user points to, as other programs understand it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     return Path(home) if home else None
+
+
+def has_part_of_gpu() -> bool:
+    """Whether CUDA's multi-process service gives this process a part of a GPU for itself."""
+    return "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" in os.environ
 
 
 def put_in_environment(name: str, value: str) -> None:

@@ -75,8 +75,20 @@ class _Pool:
 @functools.cache
 def _pool(num_ranks: int) -> _Pool:
     pool = _Pool(num_ranks)
+    _pools.append(pool)
     atexit.register(pool.close)
     return pool
+
+
+_pools: list[_Pool] = []
+
+
+def close() -> None:
+    """Ends all ranks; the next `run` starts new ones."""
+    for pool in _pools:
+        pool.close()
+    _pools.clear()
+    _pool.cache_clear()
 
 
 class RanksFailedError(AssertionError):
@@ -107,8 +119,7 @@ def run(
     results, failures = [], {}
     for rank, pipe in enumerate(pool.pipes):
         if not pipe.poll(timeout):
-            pool.close()
-            _pool.cache_clear()
+            close()
             raise TimeoutError(f"rank {rank} of {num_ranks} did not answer in {timeout} s")
         ok, value = pipe.recv()
         results.append(value)

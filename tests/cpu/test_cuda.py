@@ -10,15 +10,20 @@ import torch
 from lplb_ep import Placement, cuda, jit, network
 
 
+def tables_of(placement, solver="flow"):
+    variant = network.variant(placement, solver)
+    return network.tables(placement, variant, network.room(placement))
+
+
 @pytest.mark.parametrize("R", [1, 5, 16, 33, 64])
 def test_tables_hold_every_copy_once(R):
     rng = np.random.default_rng(R)
     for _ in range(5):
         placement = oracle.random_placement(rng, R, int(rng.integers(R, 200)), 2)
-        tables = network.tables(placement, network.room(placement))
+        tables = tables_of(placement)
         C = placement.max_replicas
         copies, experts = [], []
-        for g, (num_ranks, num_arcs, most_arcs, _) in enumerate(tables.shape.tolist()):
+        for g, (num_ranks, num_arcs, turns, _) in enumerate(tables.shape.tolist()):
             ranks = tables.ranks[g, :num_ranks]
             assert (placement.component[ranks] == placement.component[ranks[0]]).all()
             arcs = tables.arcs[g, :num_arcs]
@@ -32,11 +37,28 @@ def test_tables_hold_every_copy_once(R):
                 same = tables.copies[g, place : place + len(holders)]
                 assert (arcs["quota"][same] // C == e[a]).all()
                 assert arcs["rank"][same].tolist() == holders
-            assert np.bincount(arcs["rank"], minlength=1).max() == most_arcs
+            edges = tables.edges[g].swapaxes(0, 1).reshape(tables.ranks.shape[1], -1)
+            for r, of_rank in enumerate(edges):
+                of_rank = of_rank[: np.count_nonzero(of_rank["arc"] >= 0)]
+                assert (of_rank["arc"] >= 0).all()
+                wanted = [
+                    (a, arcs["rank"][other], other)
+                    for a in range(num_arcs)
+                    for other in range(num_arcs)
+                    if arcs["rank"][a] == r and e[other] == e[a] and other != a
+                ]
+                assert sorted((a, t, c) for a, c, t, _ in of_rank.tolist()) == sorted(wanted)
+                for i, (a, _, _, nth) in enumerate(of_rank.tolist()):
+                    assert nth == (of_rank["arc"][:i] == a).sum()
+                    assert nth == 0 or of_rank["arc"][i - 1] == a
+            assert (edges["arc"][:, turns * tables.edges.shape[3] :] == -1).all()
+            assert turns == 1 or (edges["arc"][:, (turns - 1) * tables.edges.shape[3] :] >= 0).any()
             packed = tables.experts[g][tables.experts[g] >= 0]
-            several = packed[packed >> 16 >= tables.size]
+            several = packed[packed >> 16 >= tables.ranks.shape[1]]
             places = dict(zip((arcs["quota"] // C).tolist(), arcs["place"].tolist(), strict=True))
-            assert {e & 0xFFFF: (e >> 16) - tables.size for e in several.tolist()} == places
+            assert {
+                e & 0xFFFF: (e >> 16) - tables.ranks.shape[1] for e in several.tolist()
+            } == places
             experts += (packed & 0xFFFF).tolist()
             single = packed >> 16 < tables.ranks.shape[1]
             homes = placement.home_rank[packed[single] & 0xFFFF]
@@ -50,8 +72,7 @@ def test_tables_hold_every_copy_once(R):
 def test_tables_of_any_placement_can_be_sent_to_a_device():
     for table in ([0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 0, 1, 2]):
         placement = Placement(table, 2)
-        room = network.room(placement)
-        for built in (network.tables(placement, room), network.routes(placement, room)):
+        for built in (tables_of(placement), network.routes(placement, network.room(placement))):
             sent = cuda._upload(built, torch.device("cpu"))
             assert [t.numel() for t in sent] == [
                 getattr(built, field.name).nbytes for field in dataclasses.fields(built)
@@ -91,45 +112,33 @@ def random_layer(rng, R):
 def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
     rng = np.random.default_rng(R)
     for _ in range(4):
-        first = random_layer(rng, R)
-        room = network.room(first)
-        sizes = {field.name: field for field in dataclasses.fields(room)}
-        fitted = 0
+        first, fitted = random_layer(rng, R), 0
+        room, variant = network.room(first), network.variant(first, "flow")
+        assert variant.size == next(size for size in network.SIZES if size >= R)
         for _ in range(10):
             other = oracle.random_copies(rng, first)
-            alone = Placement(
-                other.physical_to_logical,
-                R,
-                home=first.home,
-                max_replicas=9,
-                num_experts=len(first.home),
-            )
-            tight = network.room(alone)
+            tight = dataclasses.replace(network.needed(other), size=room.size)
             if tight.num_components > room.num_components:
                 with pytest.raises(ValueError, match="have room for num_components"):
-                    network.tables(other, room)
+                    network.tables(other, variant, room)
                 continue
             fitted += 1
-            assert all(getattr(tight, name) <= getattr(room, name) for name in sizes)
-            wide, exact = (network.tables(p, r) for p, r in ((other, room), (alone, tight)))
-            wide_routes, exact_routes = (
-                network.routes(p, r) for p, r in ((other, room), (alone, tight))
-            )
-            G, E, M = tight.num_components, tight.max_experts, tight.num_several
-            # The same where they are the same size, and nothing beyond.
-            assert wide.size == next(s for s in network.SIZES if s >= R)
-            assert (wide.shape[:G] == exact.shape).all()
-            assert not wide.shape[G:].any()
-            assert (wide.arcs[:G, : tight.max_arcs] == exact.arcs).all()
-            assert (wide.copies[:G, : tight.max_arcs] == exact.copies).all()
-            assert (wide.experts[:G, :E] & 0xFFFF == exact.experts & 0xFFFF).all()
-            assert (wide.experts[:G, E:] == -1).all()
-            assert (wide.experts[G:] == -1).all()
-            assert (wide_routes.lookup == exact_routes.lookup).all()
-            assert (wide_routes.first[: M + 1] == exact_routes.first).all()
-            assert (wide_routes.first[M:] == tight.num_copies).all()
-            assert (wide_routes.copies[: tight.num_copies] == exact_routes.copies).all()
-            assert wide_routes.copies.shape == (room.num_copies,)
+            # As laid out alone, and nothing beyond.
+            for wide, exact in (
+                (network.tables(other, variant, room), network.tables(other, variant, tight)),
+                (network.routes(other, room), network.routes(other, tight)),
+            ):
+                for field in dataclasses.fields(exact):
+                    padded, own = getattr(wide, field.name), getattr(exact, field.name)
+                    inside = tuple(slice(n) for n in own.shape)
+                    assert (padded[inside] == own).all(), field.name
+                    beyond = padded.copy()
+                    beyond[inside] = empty = {
+                        "edges": np.full((), -1, network.EDGE),
+                        "experts": -1 if own.ndim == 2 else 0,
+                        "first": tight.num_copies,
+                    }.get(field.name, np.zeros((), own.dtype))
+                    assert (beyond == empty).all(), field.name
         assert fitted
 
 
@@ -138,7 +147,7 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(
         ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
     ):
-        network.room(ring)
+        network.variant(ring, "flow")
     everywhere = Placement(np.tile(np.arange(70), 64), 64)
     with pytest.raises(ValueError, match=r"takes 1\d{5} for 70 experts and, .* 4480 copies"):
         cuda.num_shared_bytes(everywhere, "flow")
@@ -147,7 +156,8 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
         cuda.num_shared_bytes(half, "cusolverdx")
     # Many independent groups are no matter.
-    assert network.room(Placement(np.arange(600), 100)).num_components == 100
+    many = Placement(np.arange(600), 100)
+    assert len(tables_of(many).shape) == 100
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])

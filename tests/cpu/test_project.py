@@ -31,6 +31,8 @@ LAYERS = [
     "solver",
     "plan",
     "exchange",
+    "peers",
+    "watchdog",
     "planner",
     "replicas",
     "embedded.rows",
@@ -155,7 +157,11 @@ def test_unknown_names_are_attribute_errors():
             "gpu",
             "LPLB_EP_BACKEND must be one of auto, deep_ep, embedded; got 'gp",
         ),
-        ("LPLB_EP_COUNTS", "given", "LPLB_EP_COUNTS must be one of auto, torch; got 'given'"),
+        (
+            "LPLB_EP_COUNTS",
+            "given",
+            "LPLB_EP_COUNTS must be one of auto, nvshmem, ipc, torch; got 'given'",
+        ),
         (
             "LPLB_EP_SOLVER",
             "lp",

@@ -1,0 +1,69 @@
+"""Says at once that a rank's counts do not come: the program itself may be stuck in DeepEP, which
+waits for the same rank, and never reach the call that would raise."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import numpy.typing as npt
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 0.25
+
+_lock = threading.Lock()
+_watched: WeakKeyDictionary[object, Callable[[], bool]] = WeakKeyDictionary()
+_threads: list[threading.Thread] = []
+
+
+def missing_ranks(missing: npt.NDArray[np.int32], placement: str, timeout_s: float) -> str:
+    """What to say of the ranks that are missing."""
+    return (
+        f"ranks {np.flatnonzero(missing).tolist()} sent no counts within {timeout_s:g} s "
+        f"(placement {placement}): ended, hung or slow. That batch went to the home slots"
+    )
+
+
+def watch(
+    owner: object, missing: npt.NDArray[np.int32], placement: str, timeout_s: float, *, abort: bool
+) -> None:
+    """Watches, as long as `owner` lives, memory that the GPU writes to.
+
+    Args:
+        owner: whose channel it is.
+        missing: [R] not 0 where a rank's counts did not come.
+        placement: which, for the message.
+        timeout_s: what the GPU waits, for the message.
+        abort: end the process then.
+    """
+
+    def look() -> bool:
+        if not missing.any():
+            return False
+        log.error("%s", missing_ranks(missing, placement, timeout_s))
+        if abort:
+            log.error("LPLB_EP_ON_TIMEOUT=abort: this process ends")
+            logging.shutdown()
+            os.abort()
+        return True
+
+    with _lock:
+        _watched[owner] = look
+        if not _threads:
+            _threads.append(threading.Thread(target=_run, name="lplb_ep watchdog", daemon=True))
+            _threads[0].start()
+
+
+def _run() -> None:
+    while True:
+        time.sleep(INTERVAL_S)
+        with _lock:
+            said = [owner for owner, look in _watched.items() if look()]
+            for owner in said:
+                del _watched[owner]

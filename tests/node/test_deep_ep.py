@@ -1,0 +1,216 @@
+"""The drop-in over DeepEP itself, within a node: every batch arrives whole, where it was planned."""
+
+import importlib.util
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+import lplb_ep
+from lplb_ep import Planner, check_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="no DeepEP"),
+]
+
+HIDDEN, NUM_EXPERTS = 512, 64
+# A sum over ranks of products rounded to bfloat16, of 8 bits: each of at most 8 terms is off by
+# 2**-9 of itself, and each sum of two by as much again.
+TOLERANCE = 2**-6
+
+
+def place(num_ranks, seed=0):
+    """Another one for each seed: a channel lives as long as its group."""
+    rng = np.random.default_rng((num_ranks, seed))
+    return oracle.random_placement(rng, num_ranks, NUM_EXPERTS, 2)
+
+
+def use_gpu(group):
+    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
+    torch.manual_seed(group.rank())
+
+
+def make_buffer(group, placement):
+    lplb_ep.Buffer.set_num_sms(8)  # what a rank's part of the GPU has room for
+    return lplb_ep.Buffer(
+        group,
+        64 << 20,
+        placement=placement,
+        num_local_slots=placement.num_local_slots,
+        explicitly_destroy=True,
+    )
+
+
+def draw(rng, placement, empty):
+    """This rank's tokens, which its peers cannot know."""
+    tokens = 0 if empty else int(rng.integers(1, 400))
+    weights = rng.lognormal(0, 1.2, NUM_EXPERTS)
+    topk_idx = torch.from_numpy(oracle.random_topk(rng, tokens, 4, weights)).long().cuda()
+    x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+    return x, topk_idx, torch.rand(tokens, 4, device="cuda")
+
+
+def scale(expert):
+    """What expert e multiplies its tokens by."""
+    return torch.where(expert < 0, 0.0, 1 + expert / NUM_EXPERTS)
+
+
+def compute(x, slots, weights, placement, rank):
+    """The experts of this rank's slots, on received tokens."""
+    first = rank * placement.num_local_slots
+    table = torch.tensor(placement.physical_to_logical.tolist(), device="cuda")
+    expert = torch.where(slots < 0, -1, table[(first + slots).clamp(min=0)])
+    return (x.float() * (scale(expert) * weights.masked_fill(slots < 0, 0)).sum(1, True)).bfloat16()
+
+
+def expected(x, topk_idx, weights):
+    return x.float() * (scale(topk_idx) * weights).sum(1, keepdim=True)
+
+
+def layer(buffer, group, placement, x, topk_idx, weights, *, asynchronous=False, **options):
+    """Dispatch, experts and combine; as a framework calls them."""
+    event = buffer.capture() if asynchronous else None
+    if asynchronous:
+        torch.cuda._sleep(20_000_000)  # a plan so late that a stream which did not wait would tell
+    overlap = dict(async_finish=asynchronous, allocate_on_comm_stream=asynchronous)
+    per_rank, per_rdma, per_expert, in_rank, done = buffer.get_dispatch_layout(
+        topk_idx, NUM_EXPERTS, previous_event=event, **overlap
+    )
+    given = x
+    if options.pop("fp8", False):
+        blocks = x.float().view(len(x), -1, 128)
+        amax = blocks.abs().amax(2, keepdim=True).clamp(min=1e-4)
+        given = (
+            (blocks * (448 / amax)).view_as(x).to(torch.float8_e4m3fn),
+            (amax / 448).view(len(x), -1),
+        )
+    received, slots, received_weights, numbers, handle, done = buffer.dispatch(
+        given,
+        topk_idx=topk_idx,
+        topk_weights=weights,
+        num_tokens_per_rank=per_rank,
+        num_tokens_per_rdma_rank=per_rdma,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        previous_event=done if asynchronous else None,
+        **overlap,
+        **options,
+    )
+    if asynchronous:
+        done.current_stream_wait()
+    if isinstance(received, tuple):
+        values, scales = received
+        received = (values.float().view(len(values), -1, 128) * scales.unsqueeze(2)).flatten(1)
+    out = compute(received, slots, received_weights, placement, group.rank())
+    combined, _, done = buffer.combine(out, handle, async_finish=asynchronous)
+    if asynchronous:
+        done.current_stream_wait()
+    return combined, slots, numbers, handle
+
+
+def close(out, x, topk_idx, weights, tolerance=TOLERANCE):
+    exact = expected(x, topk_idx, weights)
+    bound = tolerance * (x.float().abs() * (scale(topk_idx) * weights).sum(1, keepdim=True))
+    assert ((out.float() - exact).abs() <= bound + 1e-6).all()
+
+
+def batches(group, num_batches, seed):
+    use_gpu(group)
+    placement = place(group.size(), seed)
+    buffer = make_buffer(group, placement)
+    assert type(buffer).__mro__[1].__module__.startswith("deep_ep")
+    judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
+    rng = np.random.default_rng(100 + group.rank())
+    for batch in range(num_batches):
+        x, topk_idx, weights = draw(rng, placement, empty=rng.random() < 0.2)
+        out, slots, numbers, _ = layer(
+            buffer, group, placement, x, topk_idx, weights, asynchronous=batch % 2 == 1
+        )
+        close(out, x, topk_idx, weights)
+        plan = judge(topk_idx)
+        check_plan(plan, topk_idx, placement, group.rank())
+        first = group.rank() * placement.num_local_slots
+        quota = torch.zeros(placement.num_physical_experts, dtype=torch.int64)
+        column = torch.tensor(placement.logical_to_physical.tolist())
+        quota[column[column >= 0]] = plan.quota.cpu().long()[column >= 0]
+        assert numbers == quota[first : first + placement.num_local_slots].tolist()
+        assert sum(numbers) == int(plan.rank_load[group.rank()]) == int((slots >= 0).sum())
+    channel = lplb_ep.layers.channels[group][placement, 0]
+    buffer.destroy()
+    return channel.counts, int(channel.num_batches[0])
+
+
+@pytest.mark.parametrize("counts", ["nvshmem", "ipc", "torch"])
+@pytest.mark.parametrize("num_ranks", [2, 8])
+def test_every_token_arrives_where_it_was_planned(node, num_ranks, counts):
+    environ = {"LPLB_EP": "1", "LPLB_EP_REPLICAS": "valid", "LPLB_EP_COUNTS": counts}
+    for used, number in node(num_ranks, batches, 200, len(counts), environ=environ, timeout=120):
+        assert (used, number) == (counts, 200)
+
+
+def at_home(group):
+    use_gpu(group)
+    placement = place(group.size(), 20)
+    buffer = make_buffer(group, placement)
+    rng = np.random.default_rng(100 + group.rank())
+    homes = {int(h) for h in placement.home}
+    for _ in range(20):
+        x, topk_idx, weights = draw(rng, placement, empty=False)
+        out, slots, _, _ = layer(buffer, group, placement, x, topk_idx, weights)
+        close(out, x, topk_idx, weights)
+        first = group.rank() * placement.num_local_slots
+        assert {first + int(s) for s in slots.unique() if s >= 0} <= homes
+    buffer.destroy()
+
+
+def test_home_mode(node):
+    node(4, at_home, environ={"LPLB_EP": "home"})
+
+
+def options(group):
+    use_gpu(group)
+    placement = place(group.size(), 21)
+    buffer = make_buffer(group, placement)
+    rng = np.random.default_rng(7 + group.rank())
+    for _ in range(10):
+        x, topk_idx, weights = draw(rng, placement, empty=False)
+        out, *_ = layer(buffer, group, placement, x, topk_idx, weights, fp8=True)
+        close(out, x, topk_idx, weights, tolerance=2**-3)  # e4m3 has 3 bits
+        most = 400 * group.size()
+        out, slots, numbers, _ = layer(
+            buffer, group, placement, x, topk_idx, weights, num_worst_tokens=most
+        )
+        close(out, x, topk_idx, weights)
+        assert (len(slots), numbers) == (most, [])
+        # A backward pass: what was dispatched comes back, by the same plan.
+        _, _, _, handle = layer(buffer, group, placement, x, topk_idx, weights)
+        again, *_ = buffer.dispatch(x, handle=handle)
+        back, *_ = buffer.combine(again, handle)
+        copies = handle[4].sum(1, keepdim=True)  # is_token_in_rank
+        off = (back.float() - x.float() * copies).abs()
+        assert (off <= TOLERANCE * copies * x.abs()).all()
+    buffer.destroy()
+
+
+def test_fp8_worst_case_sizes_and_cached_dispatch(node):
+    environ = {"LPLB_EP": "1", "LPLB_EP_REPLICAS": "valid", "LPLB_EP_COUNTS": "ipc"}
+    node(4, options, environ=environ)
+
+
+def stale(group):
+    """Nobody said that the replicas are valid: all tokens go home, the same on all ranks."""
+    use_gpu(group)
+    placement = place(group.size(), 22)
+    buffer = make_buffer(group, placement)
+    x, topk_idx, weights = draw(np.random.default_rng(group.rank()), placement, empty=False)
+    out, slots, _, _ = layer(buffer, group, placement, x, topk_idx, weights)
+    close(out, x, topk_idx, weights)
+    first = group.rank() * placement.num_local_slots
+    assert {first + int(s) for s in slots.unique() if s >= 0} <= {int(h) for h in placement.home}
+    buffer.destroy()
+
+
+def test_replicas_that_may_be_stale_get_nothing(node):
+    node(4, stale, environ={"LPLB_EP": "1"})

@@ -1,0 +1,234 @@
+"""Counts that travel between GPUs: by NVSHMEM, by CUDA IPC and by torch.distributed."""
+
+import logging
+import time
+
+import numpy as np
+import oracle
+import pytest
+import torch
+import torch.distributed as dist
+
+from lplb_ep import ContractError, Planner, RankError, check_plan, cpu
+from lplb_ep.plan import Status
+
+pytestmark = pytest.mark.gpu
+
+KINDS = ("nvshmem", "ipc", "torch")
+
+
+def place(num_ranks, num_experts=64):
+    rng = np.random.default_rng(num_ranks)
+    return oracle.random_placement(rng, num_ranks, num_experts, 2)
+
+
+def topk_of(rng, placement, dtype=torch.int64):
+    """Every rank's picks, drawn by every rank: odd numbers of them, and none."""
+    E = placement.num_experts
+    tokens = rng.integers(0, 300, placement.num_ranks) * rng.integers(0, 2, placement.num_ranks)
+    weights = rng.lognormal(0, 1.2, E)
+    return [torch.from_numpy(oracle.random_topk(rng, int(t), 4, weights)).to(dtype) for t in tokens]
+
+
+def use_gpu(group):
+    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
+
+
+def plan_all_kinds(group, num_batches):
+    use_gpu(group)
+    placement = place(group.size())
+    planners = {kind: Planner(placement, group, counts=kind, solver="flow") for kind in KINDS}
+    rng = np.random.default_rng(1)
+    for batch in range(num_batches):
+        topks = topk_of(rng, placement, torch.int32 if batch % 2 else torch.int64)
+        mine = topks[group.rank()].cuda()
+        plans = {kind: planner(mine) for kind, planner in planners.items()}
+        for kind, plan in plans.items():
+            counts = torch.stack([cpu.count(t, placement.num_experts) for t in topks])
+            assert torch.equal(plan.counts.cpu(), counts), (kind, batch)
+            check_plan(plan, mine, placement, group.rank())
+            for name in ("topk_idx", "quota", "rank_load", "status"):
+                assert torch.equal(getattr(plan, name), getattr(plans["torch"], name)), (kind, name)
+    assert {kind: planner.counts for kind, planner in planners.items()} == {k: k for k in KINDS}
+    return {kind: dict(planner.num_batches) for kind, planner in planners.items()}
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_all_exchanges_give_the_same_plans(node, num_ranks):
+    for numbers in node(num_ranks, plan_all_kinds, 30, timeout=120):
+        assert numbers == {kind: {Status.OPTIMAL: 30} for kind in KINDS}
+
+
+def many_batches(group, kind, num_batches, graph):
+    """Batches whose counts say which batch they are of."""
+    use_gpu(group)
+    placement = place(group.size())
+    planner = Planner(placement, group, counts=kind, solver="flow")
+    R, E = group.size(), placement.num_experts
+    number = torch.zeros((), dtype=torch.int64, device="cuda")
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    picks = torch.arange(64 * 4, device="cuda").reshape(64, 4)
+
+    def of_rank(rank):
+        """Other picks on every rank and in every batch, some of them none."""
+        expert = (picks * (rank + 1) + number * 7) % (E + 1)
+        return torch.where(expert == E, -1, expert)
+
+    def one():
+        plan = planner(of_rank(group.rank()))
+        for rank in range(R):
+            chosen = of_rank(rank).flatten()
+            ones = (chosen >= 0).int()
+            counts = torch.zeros(E, dtype=torch.int32, device="cuda")
+            counts.scatter_add_(0, chosen.clamp(min=0), ones)
+            wrong.add_((plan.counts[rank] != counts).any())
+        wrong.add_(plan.status != 0)
+        number.add_(1)
+
+    for _ in range(3):
+        one()
+    torch.cuda.synchronize()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            one()
+    dist.barrier(group)
+    before, start = torch.cuda.mem_get_info()[0], time.perf_counter()
+    for _ in range(num_batches):
+        captured.replay() if graph else one()
+    torch.cuda.synchronize()
+    took = time.perf_counter() - start
+    dist.barrier(group)
+    assert int(wrong) == 0
+    assert int(number) == num_batches + 3
+    assert before - torch.cuda.mem_get_info()[0] < 64 << 20
+    return took
+
+
+@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
+def test_ten_thousand_replays_of_a_graph(node, kind):
+    node(8, many_batches, kind, 10_000, True, timeout=200)
+
+
+@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
+def test_ten_thousand_batches(node, kind):
+    node(4, many_batches, kind, 10_000, False, timeout=300)
+
+
+class Said(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def miss_one(group, kind):
+    """The last rank does not come to the second batch."""
+    use_gpu(group)
+    said = Said()
+    logging.getLogger("lplb_ep").addHandler(said)
+    placement = place(group.size())
+    planner = Planner(placement, group, counts=kind, solver="flow", timeout_s=1)
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    assert int(planner(topk).status) == Status.OPTIMAL
+    if group.rank() == group.size() - 1:
+        dist.barrier(group)
+        return "absent"
+    start = time.perf_counter()
+    plan = planner(topk)
+    assert int(plan.status) == Status.TIMED_OUT
+    took = time.perf_counter() - start
+    # The tokens are where the home slots are: none is lost.
+    homes = torch.tensor(placement.home.tolist())[topk.cpu()]
+    assert torch.equal(plan.topk_idx.cpu(), homes)
+    time.sleep(1)  # longer than the watchdog sleeps
+    lost = f"ranks [{group.size() - 1}] sent no counts within 1 s"
+    assert any(lost in line for line in said.lines), said.lines
+    dist.barrier(group)
+    with pytest.raises(RankError, match=r"ranks \[3\] sent no counts within 1 s"):
+        planner(topk)
+    return took
+
+
+@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
+def test_a_rank_that_does_not_come_is_named_in_time(node, kind):
+    *others, absent = node(4, miss_one, kind)
+    assert absent == "absent"
+    assert all(1 <= took < 3 for took in others)
+
+
+def refuse_one(group, kind):
+    use_gpu(group)
+    placement = place(group.size())
+    planner = Planner(placement, group, counts=kind, solver="flow")
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    planner(topk)
+    if group.rank() == 1:
+        with pytest.raises(ValueError, match="topk_idx"):
+            planner(topk.float())
+    else:
+        assert int(planner(topk).status) == Status.REFUSED
+        with pytest.raises(RankError, match="refused"):
+            planner(topk)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+
+
+@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
+def test_a_refusal_reaches_the_others(node, kind):
+    node(4, refuse_one, kind)
+
+
+def streams(group, kind):
+    """Two channels in flight on two streams."""
+    use_gpu(group)
+    placement = place(group.size())
+    planners = [Planner(placement, group, counts=kind, solver="flow", slot=i) for i in range(2)]
+    queues = [torch.cuda.Stream() for _ in planners]
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        plans = []
+        for planner, queue in zip(planners, queues, strict=True):
+            topks = topk_of(rng, placement)
+            mine = topks[group.rank()].cuda()
+            queue.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(queue):
+                plans.append((planner(mine), mine, topks))
+        torch.cuda.synchronize()
+        for plan, mine, topks in plans:
+            counts = torch.stack([cpu.count(t, placement.num_experts) for t in topks])
+            assert torch.equal(plan.counts.cpu(), counts)
+            check_plan(plan, mine, placement, group.rank())
+
+
+@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
+def test_channels_are_independent(node, kind):
+    node(4, streams, kind)
+
+
+def differ(group, kind):
+    use_gpu(group)
+    placement = place(group.size(), 64 + (group.rank() == 1) * 2)
+    with pytest.raises(RankError, match=r"placement.*ranks \[1\]"):
+        Planner(placement, group, counts=kind, solver="flow")
+
+
+def test_ranks_that_differ_are_named(node):
+    node(4, differ, "ipc")
+
+
+def not_in_a_graph(group):
+    use_gpu(group)
+    planner = Planner(place(group.size()), group, counts="torch", solver="flow")
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    planner(topk)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        topk.clone()
+        with pytest.raises(ContractError, match="gloo"):
+            planner(topk)
+
+
+def test_counts_over_gloo_are_refused_under_capture(node):
+    node(2, not_in_a_graph)
