@@ -64,7 +64,7 @@ def compare(plan, topk, counts, placement, rank):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("R", [1, 2, 8, 16, 24, 48, 64])
-@pytest.mark.parametrize("solver", network.PARTS)
+@pytest.mark.parametrize("solver", network.SHARES)
 def test_every_step_is_the_cpus(R, dtype, solver):
     rng = np.random.default_rng(R)
     for _ in range(6):

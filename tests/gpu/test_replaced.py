@@ -28,7 +28,7 @@ def any_table():
     return oracle.random_placement(np.random.default_rng(4), 8, 60, 3, num_ranks_per_node=4)
 
 
-@pytest.mark.parametrize("solver", network.PARTS)
+@pytest.mark.parametrize("solver", network.SHARES)
 @pytest.mark.parametrize("make", [cube, any_table])
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_captured_graphs_plan_with_what_is_in_force(solver, make, exchanged):

@@ -18,7 +18,7 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture(params=network.PARTS)
+@pytest.fixture(params=network.SHARES)
 def solver(request):
     return request.param
 
