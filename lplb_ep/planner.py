@@ -133,10 +133,7 @@ class Planner:
         log.info("counts: %s (%s)", self.counts, reason)
         self.exchange = _exchange(self.counts, placement, group)
         self._check = check
-        number = 0
-        if group is not None and compare:
-            number = _num_made[group] = _num_made.get(group, 0) + 1
-        self._head = [_tag(placement), slot, number]
+        self._head = [_tag(placement), slot, _count_planner(group) if compare else 0]
         size = _NUM_HEAD + placement.num_experts
         row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self._steps: _CpuSteps | _GpuSteps
@@ -287,6 +284,14 @@ class Planner:
 def planners_of(placement: Placement) -> list[Planner]:
     """The live planners of a placement's layer that plan with what is in force there."""
     return [p for p in _planners_of.get(placement.layer, ()) if not p.is_outdated]
+
+
+def _count_planner(group: dist.ProcessGroup | None) -> int:
+    """Which of the group's planners this is, from 1; 0 where there is no group."""
+    if group is None:
+        return 0
+    _num_made[group] = _num_made.get(group, 0) + 1
+    return _num_made[group]
 
 
 def _tag(placement: Placement) -> int:
