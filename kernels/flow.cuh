@@ -35,22 +35,22 @@ struct __align__(8) Edge {      // from one copy of an expert to another, along 
 // A thread's edges of the first turns, in registers; those of further turns are read when needed.
 struct Mine { Edge edge[TURNS]; };
 
-struct __align__(8) Shape { int ranks, arcs; };
+struct __align__(16) Shape { int ranks, arcs, turns, unused; };
 
 // Tables of one component, each at a fixed stride so that all are read at once.
 struct Network {
-    const Shape* shape;         // [G]
+    const Shape* shape;         // [G] of no ranks behind the last component
     const Arc* arcs;            // [G, max_arcs] by rank, then expert
     const short* copies;        // [G, max_arcs] arcs by expert, then local rank
     const short* first_arc;     // [G, SIZE + 1] of each local rank
-    const Edge* edges;          // [G, num_turns, SIZE, PARTS] of each local rank
+    const Edge* edges;          // [G, max_turns, SIZE, PARTS] of each local rank
     const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
                                 // SIZE + the place of its arcs if it has several; -1 behind the last
     const int* ranks;           // [G, SIZE] local → global
-    int max_arcs, num_turns, max_experts;
+    int max_arcs, max_turns, max_experts;
 };
 
-struct Component {              // all but the last five in shared memory
+struct Component {              // all but the last four in shared memory
     const Arc* arcs;
     const short* copies;
     int* tokens;                // [arcs] at each copy
@@ -58,8 +58,7 @@ struct Component {              // all but the last five in shared memory
     int* room;                  // [SIZE] below the limit when the round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
     Shape shape;
-    const Edge* edges;          // [num_turns, SIZE, PARTS]
-    int num_turns;
+    const Edge* edges;          // [turns, SIZE, PARTS]
     const int* ranks;           // [SIZE] local → global
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
@@ -117,7 +116,7 @@ __device__ void push(const Component& c, const Mine& mine, int over, Set down, b
             atomicSub(&c.tokens[edge.arc], tokens);
             atomicSub(&c.held[threadIdx.x / PARTS], tokens);
         }
-        if (++turn == c.num_turns) break;
+        if (++turn == c.shape.turns) break;
         over -= min(over, __shfl_sync(~0u, before + most, PARTS - 1, PARTS));
         if (turn >= TURNS) edge = c.edges[turn * PUSHING + threadIdx.x];
         #pragma unroll
@@ -201,7 +200,7 @@ __device__ bool balance(const Component& c, const Mine& mine, int rounds) {
         #pragma unroll
         for (const Edge& edge : mine.edge) look(edge);
         #pragma unroll 1
-        for (int turn = TURNS; turn < c.num_turns; ++turn)
+        for (int turn = TURNS; turn < c.shape.turns; ++turn)
             look(c.edges[turn * PUSHING + threadIdx.x]);
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
@@ -394,9 +393,9 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
         }
     }
     __syncthreads();
-    const Edge* edges = net.edges + g * net.num_turns * PUSHING;
+    const Edge* edges = net.edges + g * net.max_turns * PUSHING;
     const int* ranks = net.ranks + g * SIZE;
-    return {arcs, copies, tokens, held, room, next, shape, edges, net.num_turns, ranks, p.speed, p.cap};
+    return {arcs, copies, tokens, held, room, next, shape, edges, ranks, p.speed, p.cap};
 }
 
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
@@ -414,16 +413,16 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     }
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
-    int num_turns = p.net.num_turns;
-    const Edge* edges = p.net.edges + g * num_turns * PUSHING;
+    int max_turns = p.net.max_turns;
+    const Edge* edges = p.net.edges + g * max_turns * PUSHING;
     Mine mine;
     #pragma unroll
     for (int turn = 0; turn < TURNS; ++turn)
-        mine.edge[turn] = threadIdx.x < PUSHING && turn < num_turns
+        mine.edge[turn] = threadIdx.x < PUSHING && turn < max_turns
             ? edges[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
     Ending ending;
     Component c = begin<GENERAL>(p, shared, quota, ending);
-    if (ending.status == OPTIMAL) {
+    if (ending.status == OPTIMAL && c.shape.ranks > 0) {
         start(c);
         if (threadIdx.x < PUSHING && !balance<GENERAL>(c, mine, p.max_rounds)) ending.status = NOT_CONVERGED;
         __syncthreads();

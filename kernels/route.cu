@@ -9,10 +9,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     const Index* __restrict__ topk_idx,  // [num_picks] experts, -1: none
     const Picks picks,
     int* __restrict__ row,               // [HEAD + E], zeroed; or null
-    int* __restrict__ num_batches,       // counted here, so that a replayed graph does it too
+    int4* __restrict__ head,             // what the row begins with behind its status; the number of
+                                         // the batch is counted here, so that a replayed graph does it too
     volatile int* out_of_range,          // in the host's memory
     const Window window,
-    int status, int tag, int slot, int planner) {
+    int status) {
     extern __shared__ int histogram[];  // [HEAD + E]
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
     __syncthreads();
@@ -37,11 +38,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     }
     if (row == nullptr) return;
     if (blockIdx.x == 0 && threadIdx.x == 0) {
+        int4 words = *head;
+        head->w = words.w = (words.w + 1) & MAX_TOTAL;
         atomicMax(&row[0], status);
-        row[1] = tag;
-        row[2] = slot;
-        row[3] = planner;
-        row[4] = *num_batches = (*num_batches + 1) & MAX_TOTAL;
+        row[1] = words.x;
+        row[2] = words.y;
+        row[3] = words.z;
+        row[4] = words.w;
     }
     if (window.of != nullptr) send(window, row, HEAD + picks.num_experts, histogram);
 }

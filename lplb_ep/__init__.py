@@ -25,6 +25,7 @@ _PUBLIC = {
     "Planner": "planner",
     "check_plan": "plan",
     "Replicas": "replicas",
+    "Refresher": "refresh",
     "Buffer": "buffer",
     "ElasticBuffer": "buffer",
     "EPHandle": "buffer",

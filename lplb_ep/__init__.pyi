@@ -6,6 +6,7 @@ from .placement import Placement as Placement
 from .plan import Plan as Plan
 from .plan import check_plan as check_plan
 from .planner import Planner as Planner
+from .refresh import Refresher as Refresher
 from .replicas import Replicas as Replicas
 from .settings import CompileError as CompileError
 from .settings import ContractError as ContractError

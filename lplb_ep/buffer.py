@@ -93,6 +93,14 @@ class _Planned:
     logical: torch.Tensor
     physical: torch.Tensor
 
+    def check(self) -> None:
+        """Raises ContractError where slots may hold other experts than those it was planned for."""
+        if self.placement is not self.placement.in_force:
+            raise ContractError(
+                "replicas were refreshed between this batch's dispatch and its end or backward "
+                "pass (a recompute?): call Refresher.step() where no batch is in flight"
+            )
+
 
 def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Planned:
     """Makes the plan of a call, and puts slots and P in place of its experts and E."""
@@ -116,7 +124,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
     # A copy: the caller may mask picks in place before it combines.
-    return _Planned(placement, topk_idx.clone(), physical)
+    return _Planned(planner.placement, topk_idx.clone(), physical)
 
 
 def _refuse(state: BufferState, target: Target, error: Exception) -> NoReturn:
@@ -233,8 +241,11 @@ def _get_dispatch_layout(self: Any, state: BufferState, call: _Call) -> Any:
 
 def _dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     """Legacy dispatch: takes the plan of the layout that it is given."""
-    layout = call["is_token_in_rank"]
-    if call["handle"] is not None or layout is None:
+    layout, handle = call["is_token_in_rank"], call["handle"]
+    for part in handle if isinstance(handle, tuple) else ():  # the layout that was planned is one
+        if isinstance(part, torch.Tensor) and part in state.planned:
+            state.planned[part].check()
+    if handle is not None or layout is None:
         return call.forward()  # a cached dispatch; or an incomplete one, which DeepEP refuses
     planned = state.planned.get(layout)
     if planned is None:
@@ -316,6 +327,7 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
 def _low_latency_combine(self: Any, state: BufferState, call: _Call) -> Any:
     planned = state.planned.get(call["handle"][0])
     if planned is not None:
+        planned.check()
         _replace_topk_idx(state, call, planned, masked=True)
     elif state.registered:
         raise ContractError("handle is not from this buffer's low_latency_dispatch")
@@ -325,6 +337,8 @@ def _low_latency_combine(self: Any, state: BufferState, call: _Call) -> Any:
 def _elastic_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     if call["handle"] is not None:
         planned = state.planned.get(call["handle"])
+        if planned is not None:
+            planned.check()
         if planned is not None and call["num_experts"] == planned.placement.num_experts:
             call["num_experts"] = planned.placement.num_physical_experts
         return call.forward()
@@ -344,7 +358,7 @@ def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
     if target is not None:
         here = {target[0]}
     elif isinstance(state.group, dist.ProcessGroup):
-        here = {placement for placement, _ in channels.get(state.group, {})}
+        here = {planner.placement for planner in channels.get(state.group, {}).values()}
     else:
         here = set()
     call["num_experts"] = _num_slots(call["num_experts"], here)
@@ -373,7 +387,7 @@ def _size_hint(original: Callable[..., int]) -> staticmethod[..., int]:
         if settings.mode == "0":
             return original(*args, **kwargs)
         call = _Call(original, signature, args, kwargs)
-        known = {placement for targets in channels.values() for placement, _ in targets}
+        known = {p.placement for planners in channels.values() for p in planners.values()}
         if settings.placement:
             known.add(Placement.load(settings.placement))
         call["num_experts"] = _num_slots(call["num_experts"], known, settings.num_physical_experts)

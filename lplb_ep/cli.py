@@ -48,6 +48,7 @@ _OPTIONS = {
     "start": "--start",
     "drift": "--drift",
     "percentile": "--percentile",
+    "refresh": "--refresh",
 }
 
 # name, distributions that bring it, what it is for, how to get it
@@ -185,6 +186,33 @@ def _add_replay(commands: Any) -> None:
     )
     replay.add_argument("--json", metavar="PATH", help="write all numbers")
     replay.add_argument("--png", metavar="PATH", help="draw the layers' imbalance")
+    over_time = replay.add_argument_group(
+        "over time", "with --refresh: one workload after another, and replicas that follow them"
+    )
+    over_time.add_argument(
+        "--refresh", type=int, metavar="N", help="look every N batches whether to move replicas"
+    )
+    over_time.add_argument(
+        "--then",
+        action="append",
+        default=[],
+        metavar="FILE[:KEY]|KEY",
+        help="what comes next: another recording, or another array of this one; may be repeated",
+    )
+    over_time.add_argument(
+        "--draw", type=int, metavar="N", help="draw N batches at random from each workload's total"
+    )
+    for name, kind, metavar, text in (
+        ("threshold", float, "X", "T* / mean to exceed before replicas move"),
+        ("changes", int, "M", "replicas of a layer that a refresh moves at most"),
+        ("seconds", float, "S", "to choose the replicas of a layer"),
+    ):
+        default = getattr(Settings(), f"refresh_{name}")
+        text += f"; {default}"
+        over_time.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+    over_time.add_argument(
+        "--expert-bytes", type=int, metavar="B", help="weights of an expert, to tell bytes moved"
+    )
 
 
 def _add_recording(parser: argparse.ArgumentParser) -> None:
@@ -356,6 +384,10 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
 
         recording, learned = _recordings(args)
         placements = _placements(args, recording, learned)
+        if args.refresh is not None:
+            return _replay_over_time(args, recording, learned, placements)
+        if args.then or args.draw is not None:
+            raise ValueError("--then and --draw need --refresh")
         result = report.replay(recording, placements)
 
         num_batches, num_layers, num_experts = recording.counts.shape
@@ -379,6 +411,63 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
         print(f"placement  {where}")
         print("imbalance  max rank load / mean rank load; 1.000 is ideal\n")
         print(result.table())
+    return 0
+
+
+def _replay_over_time(
+    args: argparse.Namespace,
+    recording: Recording,
+    learned: Recording,
+    placements: Sequence[Placement],
+) -> int:
+    from . import timeline
+
+    workloads = [recording, *(_another(args, "--then", then, args.layout) for then in args.then)]
+    if args.draw is not None:
+        workloads = [timeline.draw_batches(w, args.draw) for w in workloads]
+    settings = Settings(
+        refresh=args.refresh,
+        refresh_threshold=args.threshold,
+        refresh_changes=args.changes,
+        refresh_seconds=args.seconds,
+    )
+
+    def progress(done: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == len(placements) else ""
+            print(f"\rlayer {done} of {len(placements)}", end=end, file=sys.stderr, flush=True)
+
+    with _as_typed(_OPTIONS):
+        result = timeline.replay_over_time(workloads, placements, settings, progress=progress)
+    moved = sum(move.num_copies for move in result.moves)
+    about: dict[str, Any] = {
+        "placement": args.placement,
+        "learned_from": learned.source,
+        "num_ranks": placements[0].num_ranks,
+        "num_physical_experts": placements[0].num_physical_experts,
+        "num_moved": moved,
+        "num_anew": sum(move.num_anew for move in result.moves),
+        "bytes_moved": None if args.expert_bytes is None else moved * args.expert_bytes,
+    }
+    where = (
+        f"{args.placement}, {about['num_ranks']} ranks, {about['num_physical_experts']} slots for "
+        f"{recording.num_experts} experts, learned from {learned.source}"
+    )
+    if args.json:
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump({**about, **result.to_json()}, file)
+    if args.png:
+        title = f"{recording.source}, and replicas that follow"
+        timeline.plot_timeline(args.png, result, title=title, footnote=where)
+    print(f"placement  {where}")
+    print("imbalance  max rank load / mean rank load, median / worst over batches and layers\n")
+    print(result.table())
+    layers = len({move.layer for move in result.moves})
+    print(
+        f"\nrefreshes  {len(result.moves)} of {layers} layers: {moved} replicas moved "
+        f"(EPLB anew each time: {about['num_anew']} slots)"
+        + (f", {about['bytes_moved'] / 1e9:.2f} GB out" if args.expert_bytes is not None else "")
+    )
     return 0
 
 
@@ -408,31 +497,40 @@ def _recording(args: argparse.Namespace) -> Recording:
 
 def _recordings(args: argparse.Namespace) -> tuple[Recording, Recording]:
     """What is replayed, and what the placement is learned on."""
-    from .report import load_recording
 
     recording = _recording(args)
     if args.learn_from is None:
         if args.learn_layout is not None:
             raise ValueError("--learn-layout needs --learn-from")
         return recording, recording
-    path, key = _file_and_key(args)
     layout = args.layout if args.learn_layout is None else args.learn_layout
-    options = {**_OPTIONS, "key": "--learn-from FILE:KEY", "layout": "--learn-layout"}
+    return recording, _another(args, "--learn-from", args.learn_from, layout)
+
+
+def _another(args: argparse.Namespace, option: str, said: str, layout: str | None) -> Recording:
+    """What an option names: a file, a file and its key, or a key of the replayed file."""
+    from .report import load_recording
+
+    path, _, key = said.rpartition(":")
+    named: tuple[str, str | None] = (args.file, said)
+    if Path(said).exists():
+        named = (said, args.key if said.endswith(".npz") else None)
+    elif path and Path(path).exists():
+        named = (path, key)
+    elif not args.file.endswith(".npz"):
+        raise ValueError(f"{option}: there is no file {said}")
+    options = {**_OPTIONS, "key": f"{option} FILE:KEY"}
+    options["layout"] = "--learn-layout" if option == "--learn-from" else "--layout"
+    # What a placement is learned on is added up anyway.
+    size = args.tokens_per_batch if option == "--then" else None
     with _as_typed(options):
-        learned = load_recording(path, key=key, layout=layout, num_experts=args.experts)
-    return recording, learned
-
-
-def _file_and_key(args: argparse.Namespace) -> tuple[str, str | None]:
-    """What `--learn-from` names: a file, a file and its key, or a key of the replayed file."""
-    path, _, key = args.learn_from.rpartition(":")
-    if Path(args.learn_from).exists():
-        return args.learn_from, args.key if args.learn_from.endswith(".npz") else None
-    if path and Path(path).exists():
-        return path, key
-    if not args.file.endswith(".npz"):
-        raise ValueError(f"--learn-from: there is no file {args.learn_from}")
-    return args.file, args.learn_from
+        return load_recording(
+            named[0],
+            key=named[1],
+            layout=layout,
+            num_experts=args.experts,
+            tokens_per_batch=size,
+        )
 
 
 def _placements(

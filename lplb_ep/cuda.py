@@ -64,7 +64,7 @@ def num_solver_bytes(placement: Placement, solver: str) -> int:
         ValueError: a component is too large for one block; names its size.
     """
     variant = network.variant(placement, solver)
-    size, num_arcs = variant.size, network.tables(placement, variant).arcs.shape[1]
+    size, num_arcs = variant.size, network.room(placement).max_arcs
     flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
     num_warps = NUM_SOLVER_THREADS // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
@@ -75,10 +75,8 @@ def num_solver_bytes(placement: Placement, solver: str) -> int:
 
 def num_route_bytes(placement: Placement) -> int:
     """What a block that splits and rewrites is launched with."""
-    routes, num_nodes = (
-        network.routes(placement),
-        placement.num_ranks // placement.num_ranks_per_node,
-    )
+    routes = network.routes(placement, network.room(placement))
+    num_nodes = placement.num_ranks // placement.num_ranks_per_node
     several, copies = len(routes.experts), len(routes.copies)
     return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
 
@@ -140,6 +138,12 @@ def _upload(tables: network.Tables | network.Routes, device: torch.device) -> li
     return [torch.from_numpy(array.view(np.uint8).copy()).to(device) for array in arrays]
 
 
+def _rewrite(tables: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
+    """In place, for kernels that a graph has captured read them where they are."""
+    for table, values in zip(tables, new, strict=True):
+        table.copy_(values)
+
+
 def check(placement: Placement | None = None, solver: str = "flow") -> None:
     """Whether plans can be made here, on the current device.
 
@@ -177,8 +181,8 @@ class Solver:
 
     def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
         check_fit(placement, solver, max_shared_bytes(device.index))
-        variant = network.variant(placement, solver)
-        built = network.tables(placement, variant)
+        self.room, self._variant = network.room(placement), network.variant(placement, solver)
+        built = network.tables(placement, self._variant, self.room)
         self.placement, self.device = placement, device
         self.max_rounds = MAX_ROUNDS
         """Rounds of flow that a component may take."""
@@ -189,8 +193,22 @@ class Solver:
         )
         self.num_components = len(built.shape)
         self._num_shared_bytes = num_solver_bytes(placement, solver)
-        kernels = _kernels(_solver, (solver, variant), device.index)
+        kernels = _kernels(_solver, (solver, self._variant), device.index)
         self._kernel, self._general = map(kernels.kernel, ("solve", "solve_general"))
+
+    def prepare(self, placement: Placement) -> Callable[[], None]:
+        """Makes tables of a placement with other copies; what is returned puts them in force.
+
+        Raises:
+            ValueError: they do not fit where this one's lie.
+        """
+        new = _upload(network.tables(placement, self._variant, self.room), self.device)
+
+        def commit() -> None:
+            _rewrite(self.tables, new)
+            self.placement = placement
+
+        return commit
 
     def __call__(
         self,
@@ -372,9 +390,8 @@ class Steps:
         timeout_s: float = 60,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
-        self._head = head
         self.solver = Solver(placement, device, solver)
-        built = network.routes(placement)
+        built = network.routes(placement, self.solver.room)
         self._tables = _upload(built, device)
         p, several, copies = placement, len(built.experts), len(built.copies)
         pointers = (table.data_ptr() for table in self._tables)
@@ -384,8 +401,10 @@ class Steps:
         zeros = functools.partial(torch.zeros, dtype=torch.int32)
         self.row = zeros(row_size, device=device)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
-        self.num_exchanges = zeros(1, device=device)
-        """[1] the number of the last batch that was exchanged."""
+        self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
+        """[NUM_HEAD - 1] what a row begins with behind its status."""
+        self.num_exchanges = self.head[-1:]
+        """[1] the last of it, the number of the last batch that was exchanged."""
         self.num_by_status = zeros(num_statuses, device=device)
         """[num_statuses] batches planned so far that ended so."""
         self._histograms = zeros(MAX_CHUNKS, p.num_experts, device=device)
@@ -407,6 +426,25 @@ class Steps:
         }
         self._stream = torch.cuda.current_stream(device)
         self._stream.synchronize()  # the first batch may run on any
+
+    def prepare(self, placement: Placement, head: Sequence[int]) -> Callable[[], None]:
+        """Makes tables of a placement with other copies; what is returned puts them in force, and
+        `head` in the place of the last one. Captured graphs then plan with them, too.
+
+        Raises:
+            ValueError: they do not fit where this one's lie.
+        """
+        solver = self.solver.prepare(placement)
+        new = _upload(network.routes(placement, self.solver.room), self.device)
+        new_head = torch.tensor(head, dtype=torch.int32).to(self.device)
+
+        def commit() -> None:
+            solver()
+            _rewrite(self._tables, new)
+            self.head[:-1].copy_(new_head)
+            self.placement = placement
+
+        return commit
 
     @property
     def num_bytes(self) -> int:
@@ -449,10 +487,10 @@ class Steps:
                 topk_idx.data_ptr(),
                 packed,
                 self.row.data_ptr() if exchanged else 0,
-                self.num_exchanges.data_ptr(),
+                self.head.data_ptr(),
                 self._told_at(-2),
                 self._window,
-                *map(np.int32, (status, *self._head)),
+                np.int32(status),
             ),
             4 * (NUM_HEAD + E),
             self.device,

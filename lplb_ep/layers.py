@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import replicas
 from .exchange import agree
-from .placement import Placement, check_placement
+from .placement import Layer, Placement, check_placement
 from .planner import Planner
 from .settings import ContractError, Settings
 
@@ -84,8 +84,11 @@ class BufferState:
         return isinstance(self.group, dist.ProcessGroup) and self.group in channels
 
 
-# Channels outlive buffers, which frameworks replace by larger ones, and end with their group.
-channels: WeakKeyDictionary[dist.ProcessGroup, dict[Target, Planner]] = WeakKeyDictionary()
+# By layer and slot. Channels outlive buffers, which frameworks replace by larger ones, and end with
+# their group.
+channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int], Planner]] = (
+    WeakKeyDictionary()
+)
 
 
 def register(state: BufferState, target: Target, refusal: Exception | None = None) -> None:
@@ -99,7 +102,7 @@ def register(state: BufferState, target: Target, refusal: Exception | None = Non
     placement, slot = target
     facts: dict[str, object] = {}
     if refusal is None:
-        facts = {"placement": placement.fingerprint(), "slot": slot}
+        facts = {"placement": placement.in_force.fingerprint(), "slot": slot}
     group = state.group if isinstance(state.group, dist.ProcessGroup) else None
     agree(group, "placement", facts, refusal)
     try:
@@ -117,9 +120,10 @@ def channel(state: BufferState, target: Target) -> Planner:
             f"this one is on {type(state.group).__name__}"
         )
     of_group = channels.setdefault(state.group, {})
-    if target not in of_group:
-        placement, slot = target
-        of_group[target] = Planner(
+    placement, slot = target
+    planner = of_group.get((placement.layer, slot))
+    if planner is None or planner.is_outdated:
+        planner = of_group[placement.layer, slot] = Planner(
             placement,
             state.group,
             counts=state.settings.counts,
@@ -131,9 +135,9 @@ def channel(state: BufferState, target: Target) -> Planner:
             timeout_s=state.settings.timeout_s,
             abort_on_timeout=state.settings.on_timeout == "abort",
         )
-    if state.default is not None and target[0] is not state.default[0]:
+    if state.default is not None and placement.layer is not state.default[0].layer:
         state.default = None
-    return of_group[target]
+    return planner
 
 
 def state_of(buffer: Any) -> BufferState:
@@ -246,7 +250,7 @@ def attach(
     def enter(*_: Any) -> None:
         # Around it, `use(placement, slot)` may have said which micro-batch this is.
         entered = _entered.get()
-        said = (t for who, t in reversed(entered) if who is None and t[0] is placement)
+        said = (t for who, t in reversed(entered) if who is None and t[0].layer is placement.layer)
         _entered.set((*entered, (this, next(said, target))))
 
     def leave(*_: Any) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,14 +52,45 @@ def variants(solver: str) -> list[Variant]:
     ]
 
 
-def variant(placement: Placement, solver: str) -> Variant:
-    """Which of the solver's takes the placement.
+@dataclass(frozen=True)
+class Room:
+    """How large the tables of a placement are laid out, and of those that replace it."""
+
+    num_components: int
+    """G; of a placement with fewer, the last are empty."""
+    size: int
+    """Ranks of a component, one of `SIZES`."""
+    max_arcs: int
+    """A multiple of four, to keep what follows in shared memory aligned."""
+    max_edges: int
+    """Of a rank."""
+    max_experts: int
+    """Of a component."""
+    num_several: int
+    """M, experts with several copies."""
+    num_copies: int
+    """N, copies of those."""
+
+    def hold(self, needed: Room) -> None:
+        """Raises ValueError unless tables that need `needed` fit in; names what does not."""
+        for f in fields(self):
+            if getattr(needed, f.name) > getattr(self, f.name):
+                raise ValueError(
+                    f"the kernels' tables have room for {f.name} {getattr(self, f.name)}, and the "
+                    f"placement needs {getattr(needed, f.name)}"
+                )
+
+
+@functools.lru_cache(maxsize=1024)
+def needed(placement: Placement) -> Room:
+    """What the placement's own tables need.
 
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    num_ranks = np.bincount(placement.component)
-    num_experts = np.bincount(placement.component[placement.home_rank])
+    component = placement.component
+    num_ranks = np.bincount(component)
+    num_experts = np.bincount(component[placement.home_rank])
     if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
         raise ValueError(
             f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
@@ -69,10 +100,55 @@ def variant(placement: Placement, solver: str) -> Variant:
         raise ValueError(
             f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
         )
-    size = next(size for size in SIZES if size >= num_ranks.max())
     useful = placement.copy_rank >= 0
-    others = np.broadcast_to(useful.sum(1, keepdims=True) - 1, useful.shape)
-    most = np.bincount(placement.copy_rank[useful], others[useful]).max()
+    number = np.broadcast_to(useful.sum(1, keepdims=True), useful.shape)
+    several = useful & (number > 1)
+    num_arcs = np.bincount(component[placement.copy_rank[several]], minlength=1)
+    return Room(
+        num_components=num_ranks.size,
+        size=next(size for size in SIZES if size >= num_ranks.max()),
+        max_arcs=_four(int(num_arcs.max())),
+        max_edges=int(np.bincount(placement.copy_rank[useful], number[useful] - 1).max()),
+        max_experts=int(num_experts.max()),
+        num_several=int(several.any(1).sum()),
+        num_copies=int(several.sum()),
+    )
+
+
+def _four(number: int) -> int:
+    return -(-max(1, number) // 4) * 4
+
+
+def room(placement: Placement) -> Room:
+    """What the placement's tables need; where its layer is refreshed, what they would with any
+    other replicas, but that they may not fall into more components.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    own, p = needed(placement), placement
+    if not p.layer.refreshed:
+        return own
+    num_replicas = p.num_physical_experts - p.num_experts
+    num_several = min(p.num_experts, num_replicas)
+    return Room(
+        num_components=own.num_components,
+        size=next(size for size in SIZES if size >= min(p.num_ranks, MAX_RANKS)),
+        max_arcs=_four(num_replicas + num_several),
+        max_edges=min(num_replicas, p.num_local_slots * (p.max_replicas - 1)),
+        max_experts=min(p.num_experts, MAX_EXPERTS),
+        num_several=num_several,
+        num_copies=num_replicas + num_several,
+    )
+
+
+def variant(placement: Placement, solver: str) -> Variant:
+    """Which of the solver's takes the placement in its `room`.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    size, most = room(placement).size, needed(placement).max_edges
     able = [variant for variant in variants(solver) if variant.size == size]
     return next((v for v in able if v.parts * v.turns >= most), able[-1])
 
@@ -82,7 +158,7 @@ class Tables:
     """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
 
     shape: npt.NDArray[np.int32]
-    """[G, 2]: ranks and arcs of each component."""
+    """[G, 4]: ranks, arcs and turns of each component; 0. No ranks behind the last."""
     arcs: npt.NDArray[Any]
     """[G, max_arcs] of `Arc`, by local rank, then expert."""
     copies: npt.NDArray[np.int16]
@@ -90,7 +166,7 @@ class Tables:
     first_arc: npt.NDArray[np.int16]
     """[G, size + 1] the first arc of each local rank."""
     edges: npt.NDArray[Any]
-    """[G, num_turns, size, parts] of `Edge`: of each local rank by turns, -1 behind the last."""
+    """[G, max_turns, size, parts] of `Edge`: of each local rank by turns, -1 behind the last."""
     experts: npt.NDArray[np.int32]
     """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
     rank but size + the place of its arcs in `copies`; -1 behind the last."""
@@ -99,27 +175,29 @@ class Tables:
 
 
 @functools.lru_cache(maxsize=1024)
-def tables(placement: Placement, variant: Variant) -> Tables:
+def tables(placement: Placement, variant: Variant, room: Room) -> Tables:
+    """Its tables, laid out in `room`, for a variant of that size.
+
+    Raises:
+        ValueError: a component is too large for one block, or they do not fit in; names the size.
+    """
+    room.hold(needed(placement))
     size, component, home = variant.size, placement.component, placement.home_rank
-    num_components = int(component.max()) + 1
-    num_experts = np.bincount(component[home], minlength=num_components)
     several = (placement.copy_rank >= 0).sum(1) > 1
     expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
     rank = placement.copy_rank[expert, column]
-    num_arcs = np.bincount(component[rank], minlength=num_components)
-    # A multiple of four keeps what follows in shared memory aligned.
-    max_arcs = int(-(-max(1, num_arcs.max()) // 4) * 4)
+    num_components, max_arcs = room.num_components, room.max_arcs
     out = Tables(
-        shape=np.zeros((num_components, 2), np.int32),
+        shape=np.zeros((num_components, 4), np.int32),
         arcs=np.zeros((num_components, max_arcs), ARC),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
         edges=np.empty(0, EDGE),
-        experts=np.full((num_components, num_experts.max()), -1, np.int32),
+        experts=np.full((num_components, room.max_experts), -1, np.int32),
         ranks=np.zeros((num_components, size), np.int32),
     )
     local, edges = np.zeros(placement.num_ranks, np.int64), []
-    for g in range(num_components):
+    for g in range(needed(placement).num_components):
         members = np.flatnonzero(component == g)
         local[members] = np.arange(members.size)
         mine = np.flatnonzero(component[rank] == g)
@@ -138,9 +216,10 @@ def tables(placement: Placement, variant: Variant) -> Tables:
         place = size + np.searchsorted(e[by_expert], own)
         out.experts[g, : own.size] = own | np.where(several[own], place, local[home[own]]) << 16
         out.ranks[g, : members.size] = members
-        out.shape[g] = members.size, n
         edges.append(_edges(e, r, size))
-    return dataclasses.replace(out, edges=_by_turns(edges, variant))
+        most = max(of_rank.size for of_rank in edges[g])
+        out.shape[g] = members.size, n, max(1, -(-most // variant.parts)), 0
+    return dataclasses.replace(out, edges=_by_turns(edges, variant, room))
 
 
 def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
@@ -154,15 +233,16 @@ def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[
     return np.split(edges, np.searchsorted(rank[arc], np.arange(1, size)))
 
 
-def _by_turns(edges: list[list[npt.NDArray[Any]]], variant: Variant) -> npt.NDArray[Any]:
+def _by_turns(
+    edges: list[list[npt.NDArray[Any]]], variant: Variant, room: Room
+) -> npt.NDArray[Any]:
     """`Tables.edges`, of the edges of each component's ranks."""
-    most = max(of_rank.size for component in edges for of_rank in component)
-    num_turns = max(1, -(-most // variant.parts))
-    table = np.full((len(edges), variant.size, num_turns * variant.parts), -1, EDGE)
+    max_turns = max(1, -(-room.max_edges // variant.parts))
+    table = np.full((room.num_components, variant.size, max_turns * variant.parts), -1, EDGE)
     for g, component in enumerate(edges):
         for r, of_rank in enumerate(component):
             table[g, r, : of_rank.size] = of_rank
-    return table.reshape(len(edges), variant.size, num_turns, variant.parts).swapaxes(1, 2)
+    return table.reshape(len(table), variant.size, max_turns, variant.parts).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)
@@ -177,28 +257,31 @@ class Routes:
     first: npt.NDArray[np.int32]
     """[M + 1] where the copies of each expert with several begin."""
     copies: npt.NDArray[Any]
-    """[N] of `Copy`, the home first."""
+    """[N] of `Copy`, the home first. Beyond the last, as beyond the last of the M, all is 0."""
     home_rank: npt.NDArray[np.int32]
     """[E]"""
 
 
 @functools.lru_cache(maxsize=1024)
-def routes(placement: Placement) -> Routes:
+def routes(placement: Placement, room: Room) -> Routes:
+    """Its tables, laid out in `room`, which must hold them."""
     useful = placement.copy_rank >= 0
     several = useful.sum(1) > 1
     lookup = np.where(several, -np.cumsum(several), placement.home)
     expert, column = np.nonzero(useful & several[:, None])
-    copies = np.zeros(expert.size, COPY)
-    copies["rank"] = placement.copy_rank[expert, column]
-    copies["node"] = placement.node[copies["rank"]]
-    copies["slot"] = placement.logical_to_physical[expert, column]
-    copies["expert"] = expert
-    copies["quota"] = expert * placement.max_replicas + column
+    copies = np.zeros(room.num_copies, COPY)
+    used = copies[: expert.size]
+    used["rank"] = placement.copy_rank[expert, column]
+    used["node"] = placement.node[used["rank"]]
+    used["slot"] = placement.logical_to_physical[expert, column]
+    used["expert"] = expert
+    used["quota"] = expert * placement.max_replicas + column
     experts = np.flatnonzero(several)
-    first = np.searchsorted(expert, np.append(experts, placement.num_experts))
+    first = np.full(room.num_several + 1, expert.size)
+    first[: experts.size] = np.searchsorted(expert, experts)
     return Routes(
         lookup.astype(np.int32),
-        experts.astype(np.int32),
+        np.pad(experts, (0, room.num_several - experts.size)).astype(np.int32),
         first.astype(np.int32),
         copies,
         placement.home_rank,

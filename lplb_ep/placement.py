@@ -16,7 +16,8 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -29,6 +30,23 @@ from .settings import PlacementError
 from .topology import redundant_to_original
 
 IntArray = npt.NDArray[np.int32]
+
+
+@dataclass(eq=False)
+class Layer:
+    """The layer that a placement object was made for.
+
+    Placements are values, and two layers may have equal ones with different weights; so what
+    belongs to a layer (planners, replicas, the placement in force) goes by this. Each placement
+    that is made has a new one, but for those of `with_copies`, which follow one another in a layer.
+    """
+
+    in_force: Placement | None = None
+    """What has replaced the placements that came before, if anything has."""
+    refreshed: bool = False
+    """Whether something may: planners then leave room for other replicas."""
+    observe: Callable[[Any], None] | None = None
+    """Is given the counts [R, E] of every batch that is planned."""
 
 
 class Placement:
@@ -44,11 +62,16 @@ class Placement:
         num_ranks_per_node: ranks joined by NVLink, in rank order; must divide R. Default: all.
         home: [E] integers, the slot of each expert's home. By default its first slot by local
             slot number, then by rank, which is where LPLB and EPLB put the original.
+        max_replicas: C, the columns of the tables by expert; by default no more than needed. More
+            of them leave room for placements that replace this one.
 
     Raises:
         PlacementError: a table that cannot be: an expert without a copy, an entry out of range,
-            ranks that do not divide, a home that does not hold its expert.
+            ranks that do not divide, a home that does not hold its expert, more copies than C.
     """
+
+    layer: Layer
+    """What this object is the placement of; no part of its value."""
 
     physical_to_logical: IntArray
     """[P] int32, -1 = unused slot."""
@@ -66,6 +89,7 @@ class Placement:
         num_experts: int | None = None,
         num_ranks_per_node: int | None = None,
         home: npt.ArrayLike | None = None,
+        max_replicas: int | None = None,
     ) -> None:
         table = _integers("physical_to_logical", physical_to_logical)
         num_slots = table.size
@@ -93,13 +117,14 @@ class Placement:
                 f"no slot holds expert {which} (of {experts} experts, in {num_slots} slots)"
             )
 
+        self.layer = Layer()
         self.num_ranks = num_ranks
         self.num_ranks_per_node = _ranks_per_node(num_ranks, num_ranks_per_node)
         self.num_experts = experts
         self.num_physical_experts = num_slots
         self.num_local_slots = num_slots // num_ranks
         self.physical_to_logical = _frozen(table)
-        self.logical_to_physical = _frozen(self._copies(home))
+        self.logical_to_physical = _frozen(self._copies(home, max_replicas))
         self.max_replicas = self.logical_to_physical.shape[1]
 
         rank = np.where(
@@ -392,7 +417,41 @@ class Placement:
                 raise PlacementError(f"layer {layer}: {error}") from error
         return placements
 
-    def _copies(self, home: npt.ArrayLike | None) -> npt.NDArray[Any]:
+    def with_copies(
+        self, physical_to_logical: npt.ArrayLike, max_replicas: int | None = None
+    ) -> Placement:
+        """Another placement of the same layer: homes, slots and nodes stay, replicas may not.
+
+        Args:
+            physical_to_logical: [P] integers, as for `Placement`.
+            max_replicas: C; by default this one's.
+
+        Raises:
+            PlacementError: names the expert whose home would move or that has more copies than
+                `max_replicas`, or the number of slots.
+        """
+        out = Placement(
+            physical_to_logical,
+            self.num_ranks,
+            num_experts=self.num_experts,
+            num_ranks_per_node=self.num_ranks_per_node,
+            home=self.home,
+            max_replicas=self.max_replicas if max_replicas is None else max_replicas,
+        )
+        if out.num_physical_experts != self.num_physical_experts:
+            raise PlacementError(
+                f"physical_to_logical must have the {self.num_physical_experts} slots of the "
+                f"placement that it replaces; got {out.num_physical_experts}"
+            )
+        out.layer = self.layer
+        return out
+
+    @property
+    def in_force(self) -> Placement:
+        """What has replaced this placement in its layer; itself, if nothing has."""
+        return self.layer.in_force or self
+
+    def _copies(self, home: npt.ArrayLike | None, max_replicas: int | None) -> npt.NDArray[Any]:
         """[E, C]: each expert's slots, its home first, then by (local slot, rank)."""
         slots = np.arange(self.num_physical_experts)
         order: npt.NDArray[Any] = slots.reshape(self.num_ranks, -1).T.ravel()
@@ -416,7 +475,15 @@ class Placement:
         order, expert = order[by_expert], expert[by_expert]
         count = np.bincount(expert, minlength=self.num_experts)
         start = np.cumsum(count) - count
-        copies = np.full((self.num_experts, count.max()), -1)
+        columns = int(count.max())
+        if max_replicas is not None:
+            columns = _whole("max_replicas", max_replicas)
+            if count.max() > columns:
+                raise PlacementError(
+                    f"expert {count.argmax()} has {count.max()} copies, and there is room for "
+                    f"{columns}"
+                )
+        copies = np.full((self.num_experts, columns), -1)
         copies[expert, np.arange(order.size) - start[expert]] = order
         return copies
 
@@ -454,13 +521,16 @@ class Placement:
 
     @cached_property
     def _state(self) -> dict[str, Any]:
-        return {
+        state = {
             "num_ranks": self.num_ranks,
             "num_ranks_per_node": self.num_ranks_per_node,
             "num_experts": self.num_experts,
             "physical_to_logical": self.physical_to_logical.tolist(),
             "home": self.home.tolist(),
         }
+        if (self.logical_to_physical[:, -1] < 0).all():
+            state["max_replicas"] = self.max_replicas
+        return state
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import functools
 import logging
+from collections.abc import Callable
 from typing import NoReturn
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from .exchange import (
     choose_counts,
 )
 from .peers import peer_memory, reach
-from .placement import Placement, check_placement
+from .placement import Layer, Placement, check_placement
 from .plan import Plan, Status, check_plan, check_topk_idx
 from .settings import ContractError, MissingPackageError, RankError
 from .solver import MAX_TOTAL, choose_solver, rank_load, solver_fact
@@ -48,6 +49,8 @@ _ROW_MULTIPLE = 1024
 # How many planners were made for a group, so that two on one placement are told apart.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
+_planners_of: WeakKeyDictionary[Layer, WeakSet[Planner]] = WeakKeyDictionary()
+
 
 class Planner:
     """Plans batches on one placement; a channel of its own between the ranks.
@@ -66,7 +69,7 @@ class Planner:
     got there. Replays of a graph make no call: `raise_errors` looks, and waits.
 
     Args:
-        placement: the copies.
+        placement: the copies; where they have been replaced in their layer, what is in force there.
         group: the expert-parallel group, of `placement.num_ranks` ranks in rank order.
         rank: this rank, where there is no group.
         counts: "auto", "nvshmem", "ipc", "torch", or "given" (each call brings the counts of all
@@ -107,6 +110,7 @@ class Planner:
         refusal: Exception | None = None
         try:
             check_placement(placement)
+            placement = placement.in_force
             self.rank = _own_rank(placement, group, rank)
             if not (isinstance(slot, int) and 0 <= slot < 2**31):
                 raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
@@ -131,29 +135,25 @@ class Planner:
         self.exchange = _exchange(self.counts, placement, group)
         self._check = check
         self._homes: dict[torch.device, _Homes] = {}
-        number = 0
-        if group is not None and compare:
-            number = _num_made[group] = _num_made.get(group, 0) + 1
-        head = [int(placement.fingerprint()[:7], 16), slot, number]
+        self._head = [_tag(placement), slot, _count_planner(group) if compare else 0]
         self._steps: _CpuSteps | _GpuSteps
         try:
-            self._steps = self._make_steps(head, timeout_s, abort_on_timeout)
+            self._steps = self._make_steps(timeout_s, abort_on_timeout)
         except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
             refusal = error
         agree(group if compare else None, "Planner", {}, refusal)
+        _planners_of.setdefault(placement.layer, WeakSet()).add(self)
 
-    def _make_steps(
-        self, head: list[int], timeout_s: float, abort_on_timeout: bool
-    ) -> _CpuSteps | _GpuSteps:
+    def _make_steps(self, timeout_s: float, abort_on_timeout: bool) -> _CpuSteps | _GpuSteps:
         size = cuda.NUM_HEAD + self.placement.num_experts
         row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         if self.solver == "cpu":
-            return _CpuSteps(self.placement, self.rank, head, row_size)
+            return _CpuSteps(self.placement, self.rank, self._head, row_size)
         steps = cuda.Steps(
             self.placement,
             self.rank,
             torch.device("cuda", torch.cuda.current_device()),
-            head,
+            self._head,
             len(Status),
             row_size,
             self.solver,
@@ -201,8 +201,14 @@ class Planner:
                 range of an earlier call's. The other ranks are told, and raise too.
             RankError: another rank refused its input, or plans with another placement (every rank
                 raises then, so none hangs); on the GPU, in an earlier call.
-            ContractError: a CUDA graph is being captured, and this cannot be in one.
+            ContractError: a CUDA graph is being captured, and this cannot be in one; or another
+                placement is in force in the layer, and this planner was made before.
         """
+        if self.is_outdated:
+            raise ContractError(
+                "this planner was made before its layer's placement was to be refreshed: make the "
+                "Refresher first, then the planner"
+            )
         if (counts is None) == (self.exchange is None):
             raise ValueError(
                 f"this planner's counts are {self.counts!r}: "
@@ -229,7 +235,36 @@ class Planner:
             self._steps.synchronize()
             self._steps.raise_told()
             check_plan(plan, topk_idx, self.placement, self.rank)
+        if self.placement.layer.observe is not None:
+            self.placement.layer.observe(plan.counts)
         return plan
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether another placement is in force in its layer, which it was not prepared for."""
+        return self.placement is not self.placement.in_force
+
+    def prepare(self, placement: Placement) -> Callable[[], None]:
+        """Makes ready for other copies in its layer (`Placement.with_copies`). Local.
+
+        Returns:
+            What puts them in force, to be called on every rank between the same batches; it cannot
+            fail. On the GPU it writes tables in place, so CUDA graphs that hold calls of this
+            planner stay valid, and plan with the new copies.
+
+        Raises:
+            ValueError: the placement is not of this layer, or on the GPU its tables do not fit
+                where those of the first one lie; says by what.
+        """
+        if placement.layer is not self.placement.layer:
+            raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")
+        steps = self._steps.prepare(placement, [_tag(placement), *self._head[1:]])
+
+        def commit() -> None:
+            steps()
+            self.placement = placement
+
+        return commit
 
     def home(self, topk_idx: torch.Tensor) -> torch.Tensor:
         """Every token at its expert's home: nothing is exchanged or solved.
@@ -302,6 +337,24 @@ class Planner:
             )
 
 
+def planners_of(placement: Placement) -> list[Planner]:
+    """The live planners of a placement's layer that plan with what is in force there."""
+    return [p for p in _planners_of.get(placement.layer, ()) if not p.is_outdated]
+
+
+def _count_planner(group: dist.ProcessGroup | None) -> int:
+    """Which of the group's planners this is, from 1; 0 where there is no group."""
+    if group is None:
+        return 0
+    _num_made[group] = _num_made.get(group, 0) + 1
+    return _num_made[group]
+
+
+def _tag(placement: Placement) -> int:
+    """What ranks compare with every batch."""
+    return int(placement.fingerprint()[:7], 16)
+
+
 class _CpuSteps:
     """How a planner makes plans on the CPU."""
 
@@ -312,6 +365,12 @@ class _CpuSteps:
 
     def num_batches(self) -> collections.Counter[Status]:
         return self._num_batches
+
+    def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
+        def commit() -> None:
+            self._placement, self._head = placement, head
+
+        return commit
 
     def synchronize(self) -> None:
         """Nothing is under way."""
@@ -418,6 +477,15 @@ class _GpuSteps:
         numbers = self._steps.num_by_status.tolist()
         return collections.Counter({s: numbers[s] for s in Status if numbers[s]})
 
+    def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
+        steps = self._steps.prepare(placement, head)
+
+        def commit() -> None:
+            steps()
+            self._placement = placement
+
+        return commit
+
     def synchronize(self) -> None:
         """Waits for all that this GPU was given, replays of graphs included."""
         torch.cuda.synchronize(self._device)
@@ -502,16 +570,22 @@ class _GpuSteps:
         solved = self._steps.solve(picks, rows, status, exchanged=exchanged)
         physical, ended = self._steps.route(picks, solved, exchanged=exchanged)
         device = topk_idx.device
+        # A captured plan's numbers are those of the last replay, on what was in force then.
+        made_on = None if torch.cuda.is_current_stream_capturing() else self._placement
         return Plan(
             topk_idx=physical.to(device),
             counts=solved.counts.to(device),
             quota=solved.quota.to(device),
             rank_load=solved.rank_load.to(device),
             status=ended.to(device),
-            _split=self._split,
+            _split=functools.partial(self._split, made_on),
         )
 
-    def _split(self, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    def _split(
+        self, made_on: Placement | None, counts: torch.Tensor, quota: torch.Tensor
+    ) -> torch.Tensor:
+        if made_on is not None and made_on is not self._placement:  # before a refresh
+            return _split_on_cpu(made_on, counts, quota)
         shares = self._steps.split(counts.to(self._device), quota.to(self._device))
         return shares.to(counts.device)
 

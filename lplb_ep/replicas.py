@@ -22,16 +22,18 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .exchange import agree, gather_rows
-from .placement import Placement
-from .settings import RankError
+from .placement import Layer, Placement
+from .settings import ContractError, RankError
 
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REFUSED = 255
 
-# All are keyed by identity: two layers may have equal placements and different weights.
-_replicas_of: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> WeakSet of its Replicas
-_trusted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Placement -> True, by mark_valid()
+# By layer: two may have equal placements and different weights.
+_replicas_of: weakref.WeakKeyDictionary[Layer, weakref.WeakSet[Replicas]] = (
+    weakref.WeakKeyDictionary()
+)
+_trusted: weakref.WeakSet[Layer] = weakref.WeakSet()  # by mark_valid()
 _watchers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Module -> WeakSet of Replicas of its own
 
 
@@ -79,6 +81,7 @@ class Replicas:
             a buffer with `persistent=False`, which is neither copied nor checkpointed; a weight
             that is not trained is a parameter with `requires_grad=False`.
         placement: the layer's own `Placement` object; `are_valid` asks about this very object.
+            Where it has been replaced in its layer, what is in force there counts.
         group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r holds the
             placement's rank r. None only where the placement has one rank.
 
@@ -93,6 +96,7 @@ class Replicas:
     def __init__(
         self, experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None = None
     ) -> None:
+        placement = placement.in_force
         _agree(experts, placement, group)
         self.experts = experts
         self.placement = placement
@@ -103,17 +107,7 @@ class Replicas:
             for expert, slot in enumerate(placement.home.tolist())
             if self._rank_of(slot) == self._rank
         ]
-        # Pairs of slots of all ranks, by expert and column of logical_to_physical. Weights come to
-        # a rank once: further copies there take them from the first.
-        self._replicas: list[tuple[int, int]] = []  # (home, replica)
-        self._sources: list[tuple[int, int]] = []  # (where its weights come from, replica)
-        for slots_of_expert in placement.logical_to_physical.tolist():
-            home, *copies = (slot for slot in slots_of_expert if slot >= 0)
-            first = {self._rank_of(home): home}
-            for slot in copies:
-                source = first.setdefault(self._rank_of(slot), slot)
-                self._sources.append((home if source == slot else source, slot))
-                self._replicas.append((home, slot))
+        self._replicas, self._sources = _pairs(placement)
 
         # Where each parameter hangs, so that `is_valid` sees a parameter that was replaced.
         self._owners: list[tuple[Mapping[str, Any], str]] = []
@@ -124,8 +118,8 @@ class Replicas:
         # What they were when the replicas were last valid: parameter, its local part (held, so
         # that no other gets its memory), its version.
         self._seen: list[tuple[Tensor, Tensor, tuple[int, int, int]]] | None = None
-        _replicas_of.setdefault(placement, weakref.WeakSet()).add(self)
-        _trusted.pop(placement, None)
+        _replicas_of.setdefault(placement.layer, weakref.WeakSet()).add(self)
+        _trusted.discard(placement.layer)
         _watch()
 
     @torch.no_grad()
@@ -136,14 +130,32 @@ class Replicas:
         backward: writing a weight that autograd has saved is an error there.
         """
         self._seen = None
-        moves = [
-            _Move(source, replica, copies, copies[0].weight.dtype)
-            for source, replica in self._sources
-            for copies in self._slots().values()
-        ]
-        for replica, weight in self._move("weight", moves):
+        for replica, weight in self._send(self._pack("weight", self._weights_of(self._sources))):
             replica.weight.copy_(weight)
         self.mark_valid()
+
+    @torch.no_grad()
+    def prepare(self, placement: Placement) -> Change:
+        """Makes ready for other replicas of this layer (`Placement.with_copies`). Local.
+
+        Raises:
+            ValueError: the placement is not of this layer.
+            ContractError: a slot that would change has a gradient that is not reduced.
+        """
+        if placement.layer is not self.placement.layer:
+            raise ValueError(f"{placement} is not one of these replicas' layer: use with_copies")
+        changed = self.placement.physical_to_logical != placement.physical_to_logical
+        for name, copies in self._slots().items():
+            for local, copy in enumerate(copies):
+                gradient = copy.gradient
+                slot = self._rank * placement.num_local_slots + local
+                if changed[slot] and gradient is not None and gradient.any():
+                    raise ContractError(
+                        f"the gradient of parameter {name} in slot {slot} is not reduced, and "
+                        "belongs to the expert that is there: call reduce_gradients() first"
+                    )
+        moves = [pair for pair in _pairs(placement)[1] if changed[pair[1]]]
+        return Change(self, placement, self._pack("weight", self._weights_of(moves)))
 
     @torch.no_grad()
     def reduce_gradients(self) -> None:
@@ -173,7 +185,7 @@ class Replicas:
             for copies, dtype in zip(slots.values(), dtypes[replica], strict=True)
             if dtype is not None
         ]
-        for home, gradient in self._move("gradient", moves):
+        for home, gradient in self._send(self._pack("gradient", moves)):
             total = home.start_gradient() if home.gradient is None else home.gradient
             total.add_(gradient)
         for move in moves:
@@ -306,6 +318,10 @@ class Replicas:
         self._reshard()
         return _slots(self.experts, self.placement.num_local_slots)
 
+    def _weights_of(self, pairs: Sequence[tuple[int, int]]) -> list[_Move]:
+        slots = self._slots().values()
+        return [_Move(*pair, copies, copies[0].weight.dtype) for pair in pairs for copies in slots]
+
     def _rank_of(self, slot: int) -> int:
         return slot // self.placement.num_local_slots
 
@@ -357,25 +373,21 @@ class Replicas:
             for slot in codes.view(P, len(slots)).tolist()
         ]
 
-    def _move(self, what: str, moves: Sequence[_Move]) -> list[tuple[_Slot, Tensor]]:
-        """Brings the weights or gradients of slots to other slots, with one all-to-all per dtype.
+    def _pack(self, what: str, moves: Sequence[_Move]) -> _Cargo:
+        """What `_send` needs to bring the weights or gradients of slots to other slots. Local.
 
         Args:
             what: "weight" or "gradient".
             moves: those of all ranks, the same on every rank.
-
-        Returns:
-            For each move to this rank, in order: where it goes, and the tensor. One that was here
-            all along is not a copy and shows what is written to its slot meanwhile.
         """
         here, num_ranks = self._rank, self.placement.num_ranks
-        tensors: dict[int, Tensor] = {}
+        cargo = _Cargo(moves, {}, [])
         crossing: dict[torch.dtype, list[int]] = {}
         for index, move in enumerate(moves):
             if self._rank_of(move.source) != self._rank_of(move.target):
                 crossing.setdefault(move.dtype, []).append(index)
             elif self._rank_of(move.target) == here:
-                tensors[index] = getattr(move.slots[self._local(move.source)], what)
+                cargo.here[index] = getattr(move.slots[self._local(move.source)], what)
 
         for dtype in sorted(crossing, key=str):
             # For each rank in the order of the moves; as bytes, because back ends lack some
@@ -389,27 +401,71 @@ class Replicas:
                     leaving[self._rank_of(target)].append(tensor.reshape(-1).view(torch.uint8))
                 elif self._rank_of(target) == here:
                     arriving[self._rank_of(source)].append(index)
-            like = {
-                index: moves[index].slots[0].weight for indices in arriving for index in indices
-            }
-            size = {index: weight.numel() * dtype.itemsize for index, weight in like.items()}
             flat = [tensor for of_rank in leaving for tensor in of_rank]
-            received = torch.empty(sum(size.values()), dtype=torch.uint8, device=self._staging())
-            dist.all_to_all_single(
-                received,
-                torch.cat(flat).to(received.device) if flat else received.new_empty(0),
-                [sum(size[index] for index in of_rank) for of_rank in arriving],
-                [sum(tensor.numel() for tensor in of_rank) for of_rank in leaving],
-                group=self.group,
-            )
-            for part, (index, weight) in zip(
-                received.split(list(size.values())), like.items(), strict=True
+            sizes = [
+                sum(moves[index].slots[0].weight.numel() * dtype.itemsize for index in of_rank)
+                for of_rank in arriving
+            ]
+            received = torch.empty(sum(sizes), dtype=torch.uint8, device=self._staging())
+            sent = torch.cat(flat).to(received.device) if flat else received.new_empty(0)
+            split = [sum(tensor.numel() for tensor in of_rank) for of_rank in leaving]
+            indices = [index for of_rank in arriving for index in of_rank]
+            cargo.messages.append(_Message(received, sent, sizes, split, indices))
+        return cargo
+
+    def _send(self, cargo: _Cargo) -> list[tuple[_Slot, Tensor]]:
+        """Sends and receives, with one all-to-all per dtype. Collective.
+
+        Returns:
+            For each move to this rank, in order: where it goes, and the tensor. One that was here
+            all along is not a copy and shows what is written to its slot meanwhile.
+        """
+        tensors = dict(cargo.here)
+        for received, sent, sizes, split, indices in cargo.messages:
+            dist.all_to_all_single(received, sent, sizes, split, group=self.group)
+            like = [cargo.moves[index].slots[0].weight for index in indices]
+            dtypes = [cargo.moves[index].dtype for index in indices]
+            lengths = [w.numel() * d.itemsize for w, d in zip(like, dtypes, strict=True)]
+            for part, index, weight, dtype in zip(
+                received.split(lengths), indices, like, dtypes, strict=True
             ):
                 tensors[index] = part.view(dtype).view(weight.shape).to(weight.device)
         return [
-            (moves[index].slots[self._local(moves[index].target)], tensors[index])
+            (cargo.moves[index].slots[self._local(cargo.moves[index].target)], tensors[index])
             for index in sorted(tensors)
         ]
+
+
+class Change:
+    """Other replicas of a layer, of which nothing is in force yet: made by `Replicas.prepare`.
+
+    Homes stay, and with them the optimizer's state. `fetch` writes no weight, and `commit` cannot
+    fail, so ranks may agree in between that all of them have what they need.
+    """
+
+    def __init__(self, replicas: Replicas, placement: Placement, cargo: _Cargo) -> None:
+        self._replicas, self._placement, self._cargo = replicas, placement, cargo
+        self._fetched: list[tuple[_Slot, Tensor]] | None = None
+        self.is_valid = replicas.is_valid
+        """Whether the weights of all other replicas here equal their homes'."""
+
+    def fetch(self) -> None:
+        """Brings the weights of the replicas that are new. Collective."""
+        self._fetched = self._replicas._send(self._cargo)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Puts the placement in force here. Local. The replicas are valid if they all were and
+        the weights were fetched, else stale."""
+        replicas = self._replicas
+        for slot, weight in self._fetched or ():
+            slot.weight.copy_(weight)
+        replicas.placement = self._placement
+        replicas._replicas, replicas._sources = _pairs(self._placement)
+        if self._fetched is not None and self.is_valid:
+            replicas.mark_valid()
+        else:
+            replicas.mark_stale()
 
 
 def mark_valid(placement: Placement) -> None:
@@ -419,18 +475,18 @@ def mark_valid(placement: Placement) -> None:
     are marked and keep watching their weights; without any, the word holds until `mark_stale`,
     or until `Replicas` are made.
     """
-    live = list(_replicas_of.get(placement, ()))
+    live = list(_replicas_of.get(placement.layer, ()))
     for replicas in live:
         replicas.mark_valid()
     if not live:
-        _trusted[placement] = True
+        _trusted.add(placement.layer)
 
 
 def mark_stale(placement: Placement) -> None:
     """Takes `mark_valid` back: tokens go to home slots until the replicas are valid again."""
-    for replicas in list(_replicas_of.get(placement, ())):
+    for replicas in list(_replicas_of.get(placement.layer, ())):
         replicas.mark_stale()
-    _trusted.pop(placement, None)
+    _trusted.discard(placement.layer)
 
 
 def are_valid(placement: Placement) -> bool:
@@ -444,8 +500,13 @@ def are_valid(placement: Placement) -> bool:
     """
     if placement.max_replicas == 1:
         return True
-    live = list(_replicas_of.get(placement, ()))
-    return all(replicas.is_valid for replicas in live) if live else placement in _trusted
+    live = list(_replicas_of.get(placement.layer, ()))
+    return all(replicas.is_valid for replicas in live) if live else placement.layer in _trusted
+
+
+def sharing(placement: Placement) -> int:
+    """How many live `Replicas` there are for a placement object."""
+    return len(_replicas_of.get(placement.layer, ()))
 
 
 @dataclass(frozen=True)
@@ -481,6 +542,39 @@ class _Move(NamedTuple):
     target: int
     slots: list[_Slot]  # of this rank, for this parameter
     dtype: torch.dtype  # of what is moved
+
+
+class _Message(NamedTuple):
+    """One all-to-all, as bytes."""
+
+    received: Tensor
+    sent: Tensor
+    sizes: list[int]  # of `received`, by rank
+    split: list[int]  # of `sent`, by rank
+    indices: list[int]  # of the moves that arrive, in order
+
+
+class _Cargo(NamedTuple):
+    """Moves, and what they need."""
+
+    moves: Sequence[_Move]
+    here: dict[int, Tensor]  # by the index of the move: on this rank already
+    messages: list[_Message]
+
+
+def _pairs(placement: Placement) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Pairs of slots of all ranks, by expert and column of logical_to_physical: (home, replica),
+    and (where its weights come from, replica). Weights come to a rank once: further copies there
+    take them from the first."""
+    replicas, sources = [], []
+    for slots_of_expert in placement.logical_to_physical.tolist():
+        home, *copies = (slot for slot in slots_of_expert if slot >= 0)
+        first = {home // placement.num_local_slots: home}
+        for slot in copies:
+            source = first.setdefault(slot // placement.num_local_slots, slot)
+            sources.append((home if source == slot else source, slot))
+            replicas.append((home, slot))
+    return replicas, sources
 
 
 def _slots(experts: nn.Module, num_local_slots: int) -> dict[str, list[_Slot]]:

@@ -5,6 +5,7 @@ No other file reads the environment (a test holds this), so this one is the whol
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -128,6 +129,27 @@ class Settings:
         "`valid`: the program keeps them equal itself, trust it.",
         ("tracked", "valid"),
     )
+    refresh: int = _setting(
+        "LPLB_EP_REFRESH",
+        0,
+        "A `Refresher` looks every so many steps at the loads of the last so many, and moves "
+        "replicas where that mends an imbalance; 0: never.",
+    )
+    refresh_threshold: float = _setting(
+        "LPLB_EP_REFRESH_THRESHOLD",
+        1.01,
+        "What T* / mean rank load must have exceeded in three of four of those steps.",
+    )
+    refresh_changes: int = _setting(
+        "LPLB_EP_REFRESH_CHANGES",
+        16,
+        "The most replicas of a layer that a refresh moves.",
+    )
+    refresh_seconds: float = _setting(
+        "LPLB_EP_REFRESH_SECONDS",
+        2.0,
+        "How long a process in the background may look for the new replicas of a layer.",
+    )
     num_physical_experts: int = _setting(
         "LPLB_EP_NUM_PHYSICAL_EXPERTS",
         0,
@@ -151,11 +173,10 @@ class Settings:
             choices = f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {value!r}")
-        if self.num_physical_experts < 0:
-            raise ValueError(
-                "LPLB_EP_NUM_PHYSICAL_EXPERTS must be a whole number of at least 0; "
-                f"got {self.num_physical_experts}"
-            )
+            least = 1 if f.name == "refresh_threshold" else 0
+            if isinstance(f.default, (int, float)) and not least <= value < math.inf:
+                kind = "number" if isinstance(f.default, float) else "whole number"
+                raise ValueError(f"{variable} must be a {kind} of at least {least}; got {value}")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -183,6 +204,11 @@ class Settings:
                 if not text.isdecimal():
                     raise ValueError(f"{variable} must be a whole number; got {text!r}")
                 values[f.name] = int(text)
+            elif isinstance(f.default, float):
+                try:
+                    values[f.name] = float(text)
+                except ValueError:
+                    raise ValueError(f"{variable} must be a number; got {text!r}") from None
             else:
                 values[f.name] = text
         return cls(**values)  # type: ignore[arg-type]
@@ -231,6 +257,8 @@ def settings_table() -> str:
             values, shown = "`0`, `1`", f"`{int(default)}`"
         elif isinstance(default, int):
             values, shown = "whole number", f"`{default}`"
+        elif isinstance(default, float):
+            values, shown = "number", f"`{default}`"
         else:
             values = ", ".join(f"`{c}`" for c in f.metadata["choices"]) or "path"
             shown = f"`{default}`" if default else "none"

@@ -108,3 +108,14 @@ def random_topk(rng, num_tokens, num_topk, weight, none=0.05) -> np.ndarray:
     gumbel = rng.gumbel(size=(num_tokens, len(weight))) + np.log(np.asarray(weight) + 1e-9)
     topk = np.argsort(-gumbel, axis=1)[:, :num_topk]
     return np.where(rng.random(topk.shape) < none, -1, topk)
+
+
+def random_copies(rng, placement) -> Placement:
+    """Any other replicas in a placement's layer: of random experts, some slots unused."""
+    table = placement.physical_to_logical.copy()
+    copies = np.ones(placement.num_experts, int)
+    for slot in np.setdiff1d(np.arange(table.size), placement.home):
+        able = np.flatnonzero(copies < placement.max_replicas)
+        table[slot] = rng.choice(able) if rng.random() < 0.9 else -1
+        copies[table[slot]] += table[slot] >= 0
+    return placement.with_copies(table)

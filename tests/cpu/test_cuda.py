@@ -12,15 +12,20 @@ from lplb_ep import MissingPackageError, Placement, cuda, jit, network
 from lplb_ep.solver import choose_solver
 
 
+def tables_of(placement, solver="flow"):
+    variant = network.variant(placement, solver)
+    return network.tables(placement, variant, network.room(placement))
+
+
 @pytest.mark.parametrize("R", [1, 5, 16, 33, 64])
 def test_tables_hold_every_copy_once(R):
     rng = np.random.default_rng(R)
     for _ in range(5):
         placement = oracle.random_placement(rng, R, int(rng.integers(R, 200)), 2)
-        tables = network.tables(placement, network.variant(placement, "flow"))
+        tables = tables_of(placement)
         C = placement.max_replicas
         copies, experts = [], []
-        for g, (num_ranks, num_arcs) in enumerate(tables.shape.tolist()):
+        for g, (num_ranks, num_arcs, turns, _) in enumerate(tables.shape.tolist()):
             ranks = tables.ranks[g, :num_ranks]
             assert (placement.component[ranks] == placement.component[ranks[0]]).all()
             arcs = tables.arcs[g, :num_arcs]
@@ -48,6 +53,8 @@ def test_tables_hold_every_copy_once(R):
                 for i, (a, _, _, nth) in enumerate(of_rank.tolist()):
                     assert nth == (of_rank["arc"][:i] == a).sum()
                     assert nth == 0 or of_rank["arc"][i - 1] == a
+            assert (edges["arc"][:, turns * tables.edges.shape[3] :] == -1).all()
+            assert turns == 1 or (edges["arc"][:, (turns - 1) * tables.edges.shape[3] :] >= 0).any()
             packed = tables.experts[g][tables.experts[g] >= 0]
             several = packed[packed >> 16 >= tables.ranks.shape[1]]
             places = dict(zip((arcs["quota"] // C).tolist(), arcs["place"].tolist(), strict=True))
@@ -67,10 +74,7 @@ def test_tables_hold_every_copy_once(R):
 def test_tables_of_any_placement_can_be_sent_to_a_device():
     for table in ([0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 0, 1, 2]):
         placement = Placement(table, 2)
-        for built in (
-            network.tables(placement, network.variant(placement, "flow")),
-            network.routes(placement),
-        ):
+        for built in (tables_of(placement), network.routes(placement, network.room(placement))):
             sent = cuda._upload(built, torch.device("cpu"))
             assert [t.numel() for t in sent] == [
                 getattr(built, field.name).nbytes for field in dataclasses.fields(built)
@@ -81,7 +85,7 @@ def test_routes_hold_every_useful_copy_once():
     rng = np.random.default_rng(0)
     for _ in range(20):
         placement = oracle.random_placement(rng, 8, 40, 2, num_ranks_per_node=4)
-        routes, found = network.routes(placement), set()
+        routes, found = network.routes(placement, network.room(placement)), set()
         for e, slot in enumerate(routes.lookup):
             if slot >= 0:
                 assert slot == placement.home[e]
@@ -99,6 +103,47 @@ def test_routes_hold_every_useful_copy_once():
         assert found == set(useful.tolist())
 
 
+def random_layer(rng, R):
+    placement = oracle.random_placement(rng, R, int(rng.integers(R, 60)), 2)
+    placement = placement.with_copies(placement.physical_to_logical, 9)
+    placement.layer.refreshed = True
+    return placement
+
+
+@pytest.mark.parametrize("R", [2, 8, 40])
+def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
+    rng = np.random.default_rng(R)
+    for _ in range(4):
+        first, fitted = random_layer(rng, R), 0
+        room, variant = network.room(first), network.variant(first, "flow")
+        assert variant.size == next(size for size in network.SIZES if size >= R)
+        for _ in range(10):
+            other = oracle.random_copies(rng, first)
+            tight = dataclasses.replace(network.needed(other), size=room.size)
+            if tight.num_components > room.num_components:
+                with pytest.raises(ValueError, match="have room for num_components"):
+                    network.tables(other, variant, room)
+                continue
+            fitted += 1
+            # As laid out alone, and nothing beyond.
+            for wide, exact in (
+                (network.tables(other, variant, room), network.tables(other, variant, tight)),
+                (network.routes(other, room), network.routes(other, tight)),
+            ):
+                for field in dataclasses.fields(exact):
+                    padded, own = getattr(wide, field.name), getattr(exact, field.name)
+                    inside = tuple(slice(n) for n in own.shape)
+                    assert (padded[inside] == own).all(), field.name
+                    beyond = padded.copy()
+                    beyond[inside] = empty = {
+                        "edges": np.full((), -1, network.EDGE),
+                        "experts": -1 if own.ndim == 2 else 0,
+                        "first": tight.num_copies,
+                    }.get(field.name, np.zeros((), own.dtype))
+                    assert (beyond == empty).all(), field.name
+        assert fitted
+
+
 def test_components_beyond_one_block_are_refused_by_size():
     ring = Placement.from_topology("ring", num_experts=65, num_ranks=65)
     with pytest.raises(
@@ -107,7 +152,7 @@ def test_components_beyond_one_block_are_refused_by_size():
         network.variant(ring, "flow")
     # Many independent groups are no matter.
     many = Placement(np.arange(600), 100)
-    assert len(network.tables(many, network.variant(many, "flow")).shape) == 100
+    assert len(tables_of(many).shape) == 100
 
 
 SM_80, SM_86, SM_90 = 163 * 1024, 99 * 1024, 227 * 1024  # shared memory of a block

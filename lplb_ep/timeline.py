@@ -1,0 +1,282 @@
+"""A sequence of workloads, replayed as a `Refresher` would have met it: imbalance over time."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .placement import Placement
+from .refresh import Choose, Int64, Job, Proposal, num_moved, propose, with_room
+from .report import _COLOURS, _LEGEND, Recording, _finish, _mark, _save, text_table
+from .settings import Settings
+from .solver import solve
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def draw_batches(recording: Recording, num_batches: int, seed: int = 0) -> Recording:
+    """Batches drawn at random from a recording that is a total: each pick is any batch's alike.
+
+    Args:
+        recording: whose batches are added up.
+        num_batches: N, how many to draw; each has an N-th of a layer's picks.
+        seed: of the random numbers.
+
+    Raises:
+        ValueError: there are fewer picks in a layer than batches.
+    """
+    rng = np.random.default_rng(seed)
+    total = recording.load.sum(1)
+    if not 1 <= num_batches <= int(total.min()):
+        raise ValueError(
+            f"{recording.source}: cannot draw {num_batches} batches of {int(total.min())} picks"
+        )
+    drawn = [
+        rng.multinomial(int(picks) // num_batches, load / load.sum(), size=num_batches)
+        for picks, load in zip(total, recording.load.double().numpy(), strict=True)
+    ]
+    counts = torch.from_numpy(np.stack(drawn, 1))
+    return Recording.of(counts, recording.source, layers=recording.layers)
+
+
+@dataclass(frozen=True)
+class Move:
+    """A layer whose replicas were moved."""
+
+    batch: int
+    """The first batch on the new placement."""
+    layer: int
+    """Its number in the model."""
+    num_copies: int
+    """Replicas that were moved."""
+    num_anew: int
+    """Slots that would have changed, had EPLB placed the layer anew for the same loads."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """N batches, one after another, and L layers."""
+
+    kept: torch.Tensor
+    """[N, L, R] int64 rank loads by the linear program, on the placements of the beginning."""
+    refreshed: torch.Tensor
+    """[N, L, R] int64, on placements that are kept fresh."""
+    home: torch.Tensor
+    """[N, L, R] int64, with every token at its home slot."""
+    moves: tuple[Move, ...]
+    """By batch, then layer."""
+    workloads: tuple[tuple[str, int], ...]
+    """The name of each workload, and its first batch."""
+    layers: tuple[int, ...]
+    """The L layers' numbers."""
+    interval: int
+    """Batches between two looks of the refresher."""
+
+    def imbalance(self) -> dict[str, torch.Tensor]:
+        """[N, L] float64 max / mean rank load, 1 where a layer is idle, by column."""
+        mean = self.kept.double().mean(2)
+        return {
+            name: torch.where(mean > 0, getattr(self, name).amax(2) / mean, 1.0)
+            for name in ("home", "kept", "refreshed")
+        }
+
+    def phases(self) -> Iterator[tuple[str, slice]]:
+        """The name of each workload and its batches."""
+        starts = [start for _, start in self.workloads] + [len(self.kept)]
+        for (name, start), end in zip(self.workloads, starts[1:], strict=True):
+            yield name, slice(start, end)
+
+    def table(self) -> str:
+        """A line for each workload: median / worst over its batches and layers."""
+        columns = self.imbalance()
+
+        def cell(values: torch.Tensor) -> str:
+            return f"{np.median(values.numpy()):.3f} / {values.max():.3f}"
+
+        rows = []
+        for name, batches in self.phases():
+            last = slice(max(batches.start, batches.stop - self.interval), batches.stop)
+            values = [columns[c][batches] for c in columns] + [columns["refreshed"][last]]
+            rows.append([name, str(batches.stop - batches.start), *map(cell, values)])
+        header = ["workload", "batches", "home slots", "LP, kept", "LP, refreshed"]
+        return text_table([*header, f"its last {self.interval}"], rows)
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers, as plain lists."""
+        return {
+            "layers": list(self.layers),
+            "interval": self.interval,
+            "workloads": [{"name": name, "first_batch": start} for name, start in self.workloads],
+            "imbalance": {name: v.tolist() for name, v in self.imbalance().items()},
+            "moves": [vars(move) for move in self.moves],
+        }
+
+
+def replay_over_time(
+    workloads: Sequence[Recording],
+    placements: Sequence[Placement],
+    settings: Settings,
+    choose: Choose | None = None,
+    progress: Callable[[int], None] = lambda layer: None,
+) -> Timeline:
+    """Replays workloads one after another, with a refresher that looks after every so many batches.
+
+    As in a run, what it finds is in force from its next look on: replicas are chosen meanwhile.
+
+    Args:
+        workloads: recordings of the same layers and experts, in the order in which they come.
+        placements: one for each of the L layers, which the first batch meets.
+        settings: whose `refresh…` count; `refresh` batches lie between two looks.
+        choose: as for `Refresher`.
+        progress: is told how many layers are done.
+
+    Raises:
+        ValueError: recordings or placements that do not fit together, or no interval.
+    """
+    interval, first = settings.refresh, workloads[0]
+    if interval < 1:
+        raise ValueError("refresh must be the number of batches between two looks, at least 1")
+    for other in workloads[1:]:
+        if (other.layers, other.num_experts) != (first.layers, first.num_experts):
+            raise ValueError(
+                f"{other.source} has {len(other.layers)} layers of {other.num_experts} experts; "
+                f"{first.source} has {len(first.layers)} of {first.num_experts}"
+            )
+    fits = all(p.num_experts == first.num_experts for p in placements)
+    if len(placements) != len(first.layers) or not fits:
+        raise ValueError(
+            f"placements must be one for each of {len(first.layers)} layers of "
+            f"{first.num_experts} experts; got {len(placements)}"
+        )
+    choose = choose or Placement.for_lp
+    counts = torch.cat([w.counts for w in workloads])
+    columns: dict[str, list[torch.Tensor]] = {"kept": [], "refreshed": [], "home": []}
+    moves: list[Move] = []
+    for place, (number, placement) in enumerate(zip(first.layers, placements, strict=True)):
+        loads = counts[:, place]
+        columns["kept"].append(solve(loads, placement, "cpu").rank_load.long())
+        at_home = torch.zeros(len(loads), placement.num_ranks, dtype=torch.int64)
+        columns["home"].append(at_home.index_add_(1, torch.tensor(placement.home_rank), loads))
+        job = Job(number, loads.numpy(), with_room(placement), choose, settings)
+        refreshed, moved = _refresh(job, columns["kept"][-1])
+        columns["refreshed"].append(refreshed)
+        moves += moved
+        progress(place + 1)
+    starts = np.cumsum([0, *(len(w.counts) for w in workloads)])[:-1].tolist()
+    return Timeline(
+        **{name: torch.stack(values, 1) for name, values in columns.items()},
+        moves=tuple(sorted(moves, key=lambda move: (move.batch, move.layer))),
+        workloads=tuple((w.source, start) for w, start in zip(workloads, starts, strict=True)),
+        layers=first.layers,
+        interval=interval,
+    )
+
+
+def _refresh(job: Job, kept: torch.Tensor) -> tuple[torch.Tensor, list[Move]]:
+    """[N, R] rank loads of a layer whose loads [N, E] are `job.loads`, and on the placement that
+    is kept `kept` [N, R]; and its moves."""
+    interval, placement = job.settings.refresh, job.placement
+    rank_loads = kept.clone()
+    moves: list[Move] = []
+    proposal: Proposal | None = None
+    for start in range(0, len(job.loads), interval):
+        window = job.loads[max(0, start - interval) : start]
+        if proposal is not None:
+            new = placement.with_copies(proposal.physical_to_logical)
+            moved = num_moved(placement, new)
+            moves.append(Move(start, job.layer, moved, _num_anew(placement, window)))
+            placement = new
+        if start:
+            seen = dataclasses.replace(job, loads=window, placement=placement)
+            proposal = propose(seen)
+        if moves:
+            batches = slice(start, start + interval)
+            solved = solve(torch.from_numpy(job.loads[batches]), placement, "cpu")
+            rank_loads[batches] = solved.rank_load
+    return rank_loads, moves
+
+
+def _num_anew(placement: Placement, loads: Int64) -> int:
+    anew = Placement.from_history(
+        loads,
+        num_ranks=placement.num_ranks,
+        num_redundant_per_rank=placement.num_local_slots
+        - -(-placement.num_experts // placement.num_ranks),
+        num_ranks_per_node=placement.num_ranks_per_node,
+    )
+    return num_moved(placement, anew)
+
+
+def plot_timeline(
+    path: str | os.PathLike[str], timeline: Timeline, *, title: str = "", footnote: str = ""
+) -> None:
+    """Draws the imbalance over time, with the moments of refresh, and the ranks' loads at the end.
+
+    Args:
+        path: the PNG to write.
+        timeline: what to draw. The loads are of the last batch, in the layer that is the most
+            unbalanced there on the placement that was kept.
+        title: headline.
+        footnote: a small line at the foot.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    imbalance = timeline.imbalance()
+    chosen = int(imbalance["kept"][-1].argmax())
+    looks = {
+        "kept": (_COLOURS["home"], "placements kept"),
+        "refreshed": (_COLOURS["lp"], "refreshed"),
+    }
+
+    def draw(figure: Figure) -> None:
+        bars, lines = figure.subplots(1, 2, width_ratios=(1, 1.9))
+        ranks = np.arange(timeline.kept.shape[2])
+        for shift, (name, (colour, _)) in zip((-0.2, 0.2), looks.items(), strict=True):
+            load = getattr(timeline, name)[-1, chosen].numpy()
+            bars.bar(ranks + shift, load, 0.4, color=colour)
+        bars.axhline(load.mean(), color="0.35", lw=1, ls=(0, (4, 3)))
+        layer = timeline.layers[chosen]
+        bars.set_title(f"Rank loads of layer {layer}, last batch", loc="left", fontsize=10)
+        bars.set_xticks(ranks[:: max(1, len(ranks) // 8)])
+        bars.set_xlabel("rank")
+        bars.set_ylabel("rank load: tokens")
+        bars.yaxis.set_major_formatter("{x:,.0f}")
+
+        steps, drawn = np.arange(len(timeline.kept)), []
+        for name, (colour, label) in looks.items():
+            values = imbalance[name].numpy()
+            drawn += lines.plot(
+                steps, np.median(values, 1), color=colour, lw=2, label=f"LP, {label}: median layer"
+            )
+            drawn += lines.plot(
+                steps, values.max(1), color=colour, lw=1, ls=":", label="its worst layer"
+            )
+        lines.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
+        for batch in sorted({move.batch for move in timeline.moves}):
+            lines.axvline(batch - 0.5, color=_COLOURS["even"], lw=1, zorder=0)
+        _mark(lines, {start: name.split(": ")[-1] for name, start in timeline.workloads})
+        moved = sum(move.num_copies for move in timeline.moves)
+        lines.set_title(
+            f"Imbalance of every batch; refreshes (light blue) move {moved:,} replicas in all",
+            loc="left",
+            fontsize=10,
+        )
+        lines.xaxis.get_major_locator().set_params(integer=True)
+        lines.set_xlabel("batch")
+        lines.set_ylabel("imbalance: max / mean rank load")
+        for axes in (bars, lines):
+            _finish(axes)
+        lines.legend(handles=drawn, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, **_LEGEND)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
+
+    _save(path, (11.5, 4.6), draw)

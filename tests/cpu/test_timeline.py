@@ -1,0 +1,157 @@
+"""Replay over time: what a refresher would have made of a sequence of workloads."""
+
+import json
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from test_refresh import E, R, hot, ring, traffic
+
+from lplb_ep import Placement, Settings, cli, cpu
+from lplb_ep.report import Recording
+from lplb_ep.timeline import draw_batches, plot_timeline, replay_over_time
+
+SETTINGS = Settings(refresh=4, refresh_changes=8)
+
+
+def workload(kind, num_batches, second="old"):
+    """Batches of two layers, of which the second stays with its traffic."""
+    counts = [
+        [
+            sum(cpu.count(traffic(k, r, 10 * layer + step), E).long() for r in range(R))
+            for layer, k in enumerate((kind, second))
+        ]
+        for step in range(num_batches)
+    ]
+    return Recording.of(torch.stack([torch.stack(c) for c in counts]), kind, layers=(3, 5))
+
+
+@pytest.fixture(scope="module")
+def result():
+    workloads = [workload("old", 9), workload("new", 12)]
+    return workloads, replay_over_time(workloads, [ring(), ring()], SETTINGS, hot)
+
+
+def test_replicas_follow_from_the_look_after(result):
+    workloads, timeline = result
+    # The shift is at 9: of the batches 8 to 11 three show it, and what is found by them is in force
+    # from the look after on.
+    (move,) = timeline.moves
+    assert (move.batch, move.layer) == (16, 3)
+    assert 1 <= move.num_copies <= 8 < move.num_anew
+    imbalance = timeline.imbalance()
+    assert torch.equal(imbalance["kept"][:16], imbalance["refreshed"][:16])
+    assert torch.equal(imbalance["kept"][:, 1], imbalance["refreshed"][:, 1])
+    assert imbalance["kept"][9:, 0].min() > 1.1
+    assert imbalance["refreshed"][16:, 0].max() < 1.02
+    counts = torch.cat([w.counts for w in workloads])
+    for batch in (0, 15, 20):
+        load = counts[batch, 0]
+        best = oracle.linear_program(ring(), load.numpy())
+        assert timeline.kept[batch, 0].max() == np.ceil(best - 1e-6)
+        assert timeline.home[batch, 0].tolist() == load.view(R, -1).sum(1).tolist()
+        assert timeline.refreshed[batch, 0].sum() == load.sum()
+
+
+def test_the_table_is_by_workload(result):
+    _, timeline = result
+    imbalance = timeline.imbalance()
+    rows = [line.split("  ") for line in timeline.table().splitlines()[2:]]
+    rows = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+
+    def cell(values):
+        return f"{np.median(values):.3f} / {values.max():.3f}"
+
+    for row, batches in zip(rows, (slice(0, 9), slice(9, 21)), strict=True):
+        columns = [imbalance[name][batches] for name in ("home", "kept", "refreshed")]
+        last = imbalance["refreshed"][batches.stop - 4 : batches.stop]
+        assert row[1:] == [str(batches.stop - batches.start), *map(cell, (*columns, last))]
+    assert [row[0] for row in rows] == ["old", "new"]
+
+
+def test_a_picture(result, tmp_path):
+    plot_timeline(tmp_path / "out.png", result[1], title="A title", footnote="where from")
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_are_drawn_from_a_total():
+    total = Recording.of(torch.tensor([[[900, 0, 100]], [[900, 100, 1000]]]), "total")
+    drawn = draw_batches(total, 30)
+    assert torch.equal(drawn.counts, draw_batches(total, 30).counts)
+    assert not torch.equal(drawn.counts, draw_batches(total, 30, seed=1).counts)
+    assert drawn.counts.shape == (30, 1, 3)
+    assert (drawn.counts.sum(2) == 100).all()
+    share = drawn.load[0] / drawn.load.sum()
+    torch.testing.assert_close(share, torch.tensor([0.6, 0.1 / 3, 1.1 / 3]), rtol=0, atol=0.03)
+    with pytest.raises(ValueError, match="total: cannot draw 3001 batches of 3000 picks"):
+        draw_batches(total, 3001)
+
+
+@pytest.mark.parametrize(
+    ("workloads", "placements", "interval", "says"),
+    [
+        ([(4, E)], 1, 0, "refresh must be the number of batches between two looks"),
+        ([(4, E), (4, 8)], 1, 4, "second has 1 layers of 8 experts; first has 1 of 16"),
+        ([(4, E)], 2, 4, "one for each of 1 layers of 16 experts; got 2"),
+    ],
+)
+def test_what_does_not_fit_together(workloads, placements, interval, says):
+    recordings = [
+        Recording.of(torch.ones(n, 1, experts), name)
+        for name, (n, experts) in zip(("first", "second"), workloads, strict=False)
+    ]
+    with pytest.raises(ValueError, match=says):
+        replay_over_time(recordings, [ring()] * placements, Settings(refresh=interval), hot)
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs `lplb-ep replay` on a file with two workloads; its output, or its error."""
+    monkeypatch.setattr(Placement, "for_lp", staticmethod(hot), raising=False)
+    arrays = {kind: workload(kind, 1, kind).load.numpy() * 40 for kind in ("old", "new")}
+    np.savez(tmp_path / "counts.npz", **arrays)
+    ring().save(tmp_path / "ring.json")
+
+    def run(*argv):
+        words = ["replay", tmp_path / "counts.npz", "--key", "old"]
+        words += ["--placement", tmp_path / "ring.json", *argv]
+        try:
+            assert cli.main([str(word) for word in words]) == 0
+        except SystemExit:
+            return capsys.readouterr().err
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command(command, tmp_path):
+    argv = ["--then", "new", "--then", f"{tmp_path}/counts.npz:old", "--draw", 12, "--refresh", 4]
+    files = ["--json", tmp_path / "out.json", "--png", tmp_path / "out.png"]
+    out = command(*argv, *files, "--expert-bytes", 10**9, "--changes", 8)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert [w["first_batch"] for w in told["workloads"]] == [0, 12, 24]
+    assert np.shape(told["imbalance"]["refreshed"]) == (36, 2)
+    moved = sum(move["num_copies"] for move in told["moves"])
+    assert moved == told["num_moved"] > 0
+    assert told["bytes_moved"] == moved * 10**9
+    assert {move["batch"] % 4 for move in told["moves"]} == {0}
+    assert f"{moved} replicas moved (EPLB anew each time: {told['num_anew']} slots)" in out
+    assert f"{moved}.00 GB out" in out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--then", "new"], "--then and --draw need --refresh"),
+        (["--refresh", 4, "--then", "later"], "no array 'later'"),
+        (["--refresh", 0], "--refresh must be the number of batches between two looks"),
+        (["--refresh", 4, "--draw", 10**6], "cannot draw 1000000 batches"),
+        (["--refresh", 4, "--threshold", 0.5], "THRESHOLD must be a number of at least 1; got 0.5"),
+    ],
+)
+def test_mistakes_of_the_command_are_one_line(command, argv, says):
+    (line,) = command(*argv).splitlines()
+    assert line.startswith("lplb-ep: error: ")
+    assert says in line
