@@ -55,6 +55,7 @@ def optimize(
     start: Array | None = None,
     movable: Array | None = None,
     max_changes: int | None = None,
+    max_copies: int | None = None,
     percentile: float | None = None,
     drift: float = 0.8,
     seed: int = 0,
@@ -74,6 +75,7 @@ def optimize(
         start: [P] int64 table to improve, -1 = empty; None: make one.
         movable: [P] bool, slots of `start` that may change; None: all.
         max_changes: slots that may differ from `start`; None: all.
+        max_copies: of an expert that the search comes to from `start`; None: any number.
         percentile: of the scenarios' optima to minimise, in [0, 100]; None: their mean.
         drift: see `scenarios`.
         seed: of the scenarios.
@@ -99,6 +101,7 @@ def optimize(
     limits = Limits(
         movable=np.ones(slots, bool) if movable is None else movable,
         max_changes=slots if max_changes is None else max_changes,
+        max_copies=num_ranks if max_copies is None else max_copies,
         num_nodes=num_nodes,
         max_steps=max_steps,
         deadline=float("inf") if time_budget_s is None else begin + time_budget_s,
@@ -280,6 +283,8 @@ class Limits:
     """[P] bool: slots that may change."""
     max_changes: int
     """Slots that may differ from the first table."""
+    max_copies: int
+    """Copies of an expert."""
     num_nodes: int
     """Nodes that an expert's copies stay within; 1: anywhere."""
     max_steps: int
@@ -354,6 +359,7 @@ class Search:
             self._add(ranks)
             score = float(self._score(upper))
             if score > self.score - LEAST_GAIN / 2:
+                self.refused.append(move)
                 continue
             judged, verdict, _ = self._balanced(table, self.judge, self._moved(move, self.judged))
             if not self._confirmed(self.verdict, verdict):
@@ -477,13 +483,31 @@ class Search:
         swap = a * (1 - b) * (caught[:, table[one]] - free[:, table[two]])
         swap += b * (1 - a) * (caught[:, table[two]] - free[:, table[one]])
         after = value[:, None] + np.concatenate([change, swap], axis=1)
-        score = self._score(after.reshape(num, NUM_CUTS, -1).max(axis=1))
+        after = after.reshape(num, NUM_CUTS, -1).max(axis=1)
+        score = self._score(np.maximum(after, self._alone(slot, expert, one.size)))
         best = int(score.argmin())
         if score[best] > self.score - LEAST_GAIN:
             return None
         if best < slot.size:
             return Move(int(slot[best]), int(expert[best]), False)
         return Move(int(one[best - slot.size]), int(two[best - slot.size]), True)
+
+    def _alone(self, slot: Array, expert: Array, num_swaps: int) -> Array:
+        """[K, moves]: what the ranks of one expert must take, of the hardest, after a slot got an
+        expert, and after swaps. No kept cut shows that a copy of a hot expert does no good on
+        another rank instead."""
+        copies = np.bincount(self.table, minlength=self.empty + 1).clip(min=1)
+        each = self.load / copies
+        hardest = np.argsort(-each, axis=1)[:, :3]  # one at least is neither of a move's two
+        old = self.table[slot]
+        others = (hardest[:, :, None] != expert) & (hardest[:, :, None] != old)
+        values = np.take_along_axis(each, hardest, axis=1)[:, :, None]
+        rest = np.where(others, values, 0).max(axis=1)
+        more = self.load[:, expert] / (copies[expert] + 1)
+        fewer = self.load[:, old] / (copies[old] - 1).clip(min=1)
+        replaced = np.maximum(rest, np.maximum(more, fewer))
+        swapped = np.repeat(values[:, :1, 0], num_swaps, axis=1)
+        return np.concatenate([replaced, swapped], axis=1)
 
     def _first_order(
         self, weight: Array, outside: Array, caught: Array, free: Array
@@ -503,6 +527,7 @@ class Search:
         fixed |= (holds.sum(axis=1)[table] == 1) & (table != self.empty)
         replace[fixed] = np.inf
         replace[holds[:, rank].T] = np.inf
+        replace[:, holds.sum(axis=1) >= limits.max_copies] = np.inf
         replace[:, self.empty] = np.inf
         home = np.zeros(self.empty + 1, int)
         home[table] = self.node

@@ -277,6 +277,7 @@ class Placement:
         start: Placement | None = None,
         fixed_homes: bool = False,
         max_changes: int | None = None,
+        max_copies: int | None = None,
         percentile: float | None = None,
         drift: float = 0.8,
         seed: int = 0,
@@ -305,6 +306,7 @@ class Placement:
                 stay where they are.
             fixed_homes: homes of `start` do not move, only its further slots may change.
             max_changes: the most slots of `start` that may change, each a copy of weights.
+            max_copies: the most copies of an expert that a change of `start` may lead to.
             percentile: in [0, 100]: minimise this percentile over the scenarios, not their mean.
             drift: in [0, 1], how far loads may move away: 1 less the least correlation of log
                 loads that is expected. 0: the samples as they are.
@@ -320,8 +322,8 @@ class Placement:
         if start is not None:
             given = (num_ranks, num_redundant_per_rank, num_ranks_per_node, experts)
             num_ranks, num_redundant_per_rank, num_ranks_per_node = _shape_of(start, given)
-        elif fixed_homes or max_changes is not None:
-            raise PlacementError("fixed_homes and max_changes need a start")
+        elif fixed_homes or max_changes is not None or max_copies is not None:
+            raise PlacementError("fixed_homes, max_changes and max_copies need a start")
         num_ranks = _whole("num_ranks", num_ranks)
         node = _ranks_per_node(num_ranks, num_ranks_per_node)
         redundant = _whole("num_redundant_per_rank", num_redundant_per_rank, least=0)
@@ -351,6 +353,7 @@ class Placement:
             start=None if start is None else start.physical_to_logical.astype(np.int64),
             movable=movable,
             max_changes=changes,
+            max_copies=None if max_copies is None else _whole("max_copies", max_copies),
             percentile=percentile,
             drift=drift,
             seed=seed,
@@ -610,7 +613,7 @@ def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
         raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
     try:
         return {int(layer): Placement(**one) for layer, one in state["layers"].items()}
-    except (PlacementError, TypeError, KeyError, ValueError) as error:
+    except (PlacementError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise PlacementError(f"{os.fspath(path)}: {error}") from error
 
 

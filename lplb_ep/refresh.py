@@ -39,8 +39,8 @@ T = TypeVar("T")
 Int64 = npt.NDArray[np.int64]
 Choose = Callable[..., Placement]
 """As `Placement.for_lp`: (samples [N, E], num_ranks, num_redundant_per_rank, start=,
-fixed_homes=True, max_changes=, seed=, time_budget_s=) → a placement with the homes and slots of
-`start`."""
+fixed_homes=True, max_changes=, max_copies=, seed=, time_budget_s=) → a placement with the homes
+and slots of `start`."""
 
 MAX_COPIES = 8
 """Copies of one expert that a refresh may come to, unless the first placement has more already: the
@@ -100,6 +100,7 @@ def propose(job: Job) -> Proposal | None:
         start=old,
         fixed_homes=True,
         max_changes=settings.refresh_changes,
+        max_copies=old.max_replicas,
         seed=job.layer,
         time_budget_s=settings.refresh_seconds,
     )
@@ -111,14 +112,14 @@ def propose(job: Job) -> Proposal | None:
         return None
     new = old.with_copies(chosen.physical_to_logical)
     was, now = float(before[1::2].mean()), float(imbalance(loads[1::2], new).mean())
-    if was - now < MENDS * (was - 1) or new == old:
+    if not was - now >= MENDS * (was - 1) or new == old:
         return None
     return Proposal(job.layer, new.physical_to_logical, was, now)
 
 
 def imbalance(loads: Int64, placement: Placement) -> npt.NDArray[np.float64]:
     """[N] T* / mean rank load, the best that any plan makes of loads [N, E] that are not 0."""
-    scaled = torch.from_numpy(loads // (1 + loads.sum(1).max() // MAX_TOTAL))
+    scaled = torch.from_numpy(loads // (1 + loads.sum(1, keepdims=True) // MAX_TOTAL))
     mean = scaled.sum(1) / placement.num_ranks
     return (solve(scaled, placement, "cpu").lower_bound / mean).numpy()
 
@@ -454,6 +455,14 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
             raise ValueError(
                 f"the placement object of layer {number} serves several layers: give each its own"
             )
+    function = choose
+    while isinstance(function, functools.partial):
+        function = function.func
+    if getattr(function, "__module__", None) == "__main__":
+        raise ValueError(
+            "choose must be a function that can be imported elsewhere, "
+            "which those of the program's own file cannot"
+        )
     try:
         pickle.dumps(choose)
     except (AttributeError, TypeError, pickle.PicklingError) as error:

@@ -153,8 +153,12 @@ def replay_over_time(
     if len(placements) != len(first.layers) or not fits:
         raise ValueError(
             f"placements must be one for each of {len(first.layers)} layers of "
-            f"{first.num_experts} experts; got {len(placements)}"
+            f"{first.num_experts} experts; got {len(placements)}, of "
+            f"{sorted({p.num_experts for p in placements})} experts"
         )
+    sizes = sorted({(p.num_ranks, p.num_physical_experts) for p in placements})
+    if len(sizes) > 1:
+        raise ValueError(f"placements differ in (ranks, slots): {sizes}")
     choose = choose or Placement.for_lp
     counts = torch.cat([w.counts for w in workloads])
     columns: dict[str, list[torch.Tensor]] = {"kept": [], "refreshed": [], "home": []}

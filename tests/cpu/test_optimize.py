@@ -251,8 +251,8 @@ def test_scenarios_drift_as_far_as_they_are_asked():
         ),
         ({"drift": 1.5}, r"drift must be in \[0, 1\]; got 1.5"),
         ({"percentile": 101}, r"percentile must be in \[0, 100\]; got 101"),
-        ({"max_changes": 3}, "fixed_homes and max_changes need a start"),
-        ({"fixed_homes": True}, "fixed_homes and max_changes need a start"),
+        ({"max_changes": 3}, "fixed_homes, max_changes and max_copies need a start"),
+        ({"fixed_homes": True}, "fixed_homes, max_changes and max_copies need a start"),
         ({"samples": np.zeros(16)}, "load must not be all zeros"),
         ({"samples": [-1.0] * 16}, "load of expert 0 must be finite and at least 0"),
         ({"start": Placement(np.arange(16), 2)}, "start must have the ranks"),
@@ -268,3 +268,22 @@ def test_a_start_whose_copies_are_on_several_nodes_cannot_stay_within_them():
     start = Placement([0, 1, 2, 3, 4, -1, 5, 6, 0, 7, -1, -1], 4, num_ranks_per_node=2)
     with pytest.raises(PlacementError, match="start has expert 0 on several nodes"):
         Placement.for_lp(np.ones(8), start=start, within_node=True)
+
+
+def test_a_refinement_gives_a_hot_expert_the_copies_it_needs():
+    rng = np.random.default_rng(0)
+    load = rng.lognormal(0, 0.5, 64)
+    start = Placement.from_history(load, num_ranks=16, num_redundant_per_rank=2)
+    load[5] = load.sum() * 0.3 / 0.7  # 4.8 times the mean
+    options = {"start": start, "fixed_homes": True, "drift": 0, "max_steps": 60}
+
+    def optimum(placement):
+        whole = torch.from_numpy((1e4 * load).astype(np.int64))
+        return float(solve(whole, placement).lower_bound) / (int(whole.sum()) / 16)
+
+    refined = Placement.for_lp(load, **options)
+    assert optimum(start) > 2
+    assert optimum(refined) < 1.1
+    few = Placement.for_lp(load, **options, max_copies=3)
+    assert (few.logical_to_physical[5] >= 0).sum() == 3
+    assert optimum(few) < 1.8
