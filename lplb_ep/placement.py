@@ -322,8 +322,10 @@ class Placement:
         if start is not None:
             given = (num_ranks, num_redundant_per_rank, num_ranks_per_node, experts)
             num_ranks, num_redundant_per_rank, num_ranks_per_node = _shape_of(start, given)
-        elif fixed_homes or max_changes is not None or max_copies is not None:
-            raise PlacementError("fixed_homes, max_changes and max_copies need a start")
+        elif fixed_homes or max_changes is not None:
+            raise PlacementError("fixed_homes and max_changes need a start")
+        elif max_copies is not None:
+            raise PlacementError("max_copies needs a start")
         num_ranks = _whole("num_ranks", num_ranks)
         node = _ranks_per_node(num_ranks, num_ranks_per_node)
         redundant = _whole("num_redundant_per_rank", num_redundant_per_rank, least=0)
