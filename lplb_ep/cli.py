@@ -356,14 +356,11 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
 def _choose_counts(settings: Settings) -> tuple[str, str]:
     """For ranks on machines like this one."""
     from .exchange import Reach, choose_counts
+    from .peers import reach
     from .solver import choose_solver
 
     on_gpu = choose_solver(settings.solver)[0] != "cpu"
-    if not on_gpu:
-        return choose_counts(settings.counts, 2, True, False, Reach())
-    from .peers import reach
-
-    return choose_counts(settings.counts, 2, True, True, reach(None))
+    return choose_counts(settings.counts, 2, True, on_gpu, reach(None) if on_gpu else Reach())
 
 
 def _line(name: str, value: str, note: str, *, width: int = 12) -> None:
@@ -497,7 +494,6 @@ def _recording(args: argparse.Namespace) -> Recording:
 
 def _recordings(args: argparse.Namespace) -> tuple[Recording, Recording]:
     """What is replayed, and what the placement is learned on."""
-
     recording = _recording(args)
     if args.learn_from is None:
         if args.learn_layout is not None:

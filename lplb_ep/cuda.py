@@ -108,13 +108,12 @@ def check_fit(placement: Placement, solver: str, max_bytes: int) -> None:
 
 
 def _solver(solver: str, variant: network.Variant) -> Program:
-    threads = NUM_SOLVER_THREADS
     defines = {name.upper(): value for name, value in variant._asdict().items()}
-    defines["THREADS"] = threads
+    defines["THREADS"] = NUM_SOLVER_THREADS
     if solver == "flow":
         return Program("flow.cu", defines)
-    factor = CuSolverDx("potrf", variant.size, threads)
-    substitute = CuSolverDx("potrs", variant.size, threads, num_right_hand_sides=2)
+    factor = CuSolverDx("potrf", variant.size, NUM_SOLVER_THREADS)
+    substitute = CuSolverDx("potrs", variant.size, NUM_SOLVER_THREADS, num_right_hand_sides=2)
     return Program("interior.cu", defines, (factor, substitute))
 
 

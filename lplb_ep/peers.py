@@ -20,8 +20,6 @@ import torch.distributed as dist
 from .exchange import Reach, agree, everyone
 from .settings import ContractError, MissingPackageError, has_part_of_gpu
 
-KINDS = ("nvshmem", "ipc")
-
 _CHUNK_BYTES = 2 << 20  # what the driver allocates at least
 _ALIGNMENT = 256
 
@@ -31,7 +29,7 @@ class PeerMemory:
 
     Args:
         group: the ranks, each with a GPU that is current; held weakly.
-        kind: one of `KINDS`.
+        kind: "nvshmem" or "ipc".
 
     Raises:
         MissingPackageError: a rank lacks a package.

@@ -574,11 +574,7 @@ class Placement:
             PlacementError: the file is not a saved placement, or holds an impossible one.
             OSError: the file cannot be read.
         """
-        with open(path, encoding="utf-8") as file:
-            try:
-                state = json.load(file)
-            except ValueError as error:
-                raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+        state = _read_json(path)
         if isinstance(state, dict) and "lplb_ep_placements" in state:
             raise PlacementError(
                 f"{os.fspath(path)} has placements of several layers: use load_placements"
@@ -606,17 +602,21 @@ def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
         PlacementError: the file is not such a file, or holds an impossible placement.
         OSError: the file cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        try:
-            state = json.load(file)
-        except ValueError as error:
-            raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+    state = _read_json(path)
     if not isinstance(state, dict) or state.get("lplb_ep_placements") != 1:
         raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
     try:
         return {int(layer): Placement(**one) for layer, one in state["layers"].items()}
     except (PlacementError, AttributeError, TypeError, KeyError, ValueError) as error:
         raise PlacementError(f"{os.fspath(path)}: {error}") from error
+
+
+def _read_json(path: str | os.PathLike[str]) -> Any:
+    with open(path, encoding="utf-8") as file:
+        try:
+            return json.load(file)
+        except ValueError as error:
+            raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
 
 
 def check_placement(placement: object) -> None:
