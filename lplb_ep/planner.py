@@ -470,7 +470,8 @@ class _GpuSteps:
         self._name = self._placement.fingerprint()[:8]
         self._logged: set[Status] = set()
         self._unread = False  # whether rows of the last batch, in windows, were not waited for
-        watch(self, steps.missing, self._name, steps.timeout_s, abort=abort_on_timeout)
+        say = functools.partial(missing_ranks, steps.missing, self._name, steps.timeout_s)
+        watch(self, steps.missing, say, abort=abort_on_timeout)
 
     def num_batches(self) -> collections.Counter[Status]:
         self.synchronize()

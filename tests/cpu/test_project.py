@@ -34,6 +34,7 @@ LAYERS = [
     "exchange",
     "peers",
     "watchdog",
+    "wire",
     "planner",
     "replicas",
     "embedded.rows",
