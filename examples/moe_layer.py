@@ -12,8 +12,9 @@ have is marked with (1) to (7):
     (7) a new placement is made for the load of late; its weights are the logical experts' of the
         old one
 
-Run it with `python examples/moe_layer.py` (8 processes on this machine) or under `torchrun`.
-What it measures, checks and draws is in report.py.
+Run it with `python examples/moe_layer.py` (8 processes on this machine) or under `torchrun`. Where
+DeepEP is installed and there is a GPU it runs on GPUs, else on the CPU with lplb_ep's embedded
+buffers, and says which. What it measures, checks and draws is in report.py.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from torch import nn
 
 import lplb_ep
 from lplb_ep import Placement, Replicas
+from lplb_ep.buffer import choose_backend
 from lplb_ep.settings import Settings
 
-HIDDEN, EXPERT_WIDTH, NUM_LAYERS, SEQUENCE, VOCABULARY = 64, 64, 2, 64, 256
+EXPERT_WIDTH, NUM_LAYERS, SEQUENCE, VOCABULARY = 64, 2, 64, 256
 
 
 # --- tokens to experts and back, as in DeepEP's README -------------------------------------------
@@ -67,7 +69,7 @@ class Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_x, grad_weights, *_):
         grad_x, grad_weights, _ = ctx.buffer.combine(
-            grad_x.contiguous(), ctx.handle, topk_weights=grad_weights
+            grad_x.contiguous(), ctx.handle, topk_weights=grad_weights.contiguous()
         )
         return grad_x, grad_weights, None, None, None
 
@@ -92,11 +94,11 @@ class Combine(torch.autograd.Function):
 class Experts(nn.Module):
     """The feed-forward networks of this rank's slots, stacked."""
 
-    def __init__(self, num_local_slots: int) -> None:
+    def __init__(self, num_local_slots: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Parameter(torch.randn(num_local_slots, HIDDEN, EXPERT_WIDTH) / HIDDEN**0.5)
+        self.w1 = nn.Parameter(torch.randn(num_local_slots, hidden, EXPERT_WIDTH) / hidden**0.5)
         self.w2 = nn.Parameter(
-            torch.randn(num_local_slots, EXPERT_WIDTH, HIDDEN) / EXPERT_WIDTH**0.5
+            torch.randn(num_local_slots, EXPERT_WIDTH, hidden) / EXPERT_WIDTH**0.5
         )
 
     def forward(self, x, slots, weights):
@@ -112,11 +114,14 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Top-k routed experts. The router knows E logical experts; the slots are the placement's."""
 
-    def __init__(self, num_experts: int, num_local_slots: int, num_topk: int) -> None:
+    def __init__(
+        self, hidden: int, num_experts: int, num_local_slots: int, num_topk: int, wire: torch.dtype
+    ) -> None:
         super().__init__()
         self.num_experts, self.num_topk = num_experts, num_topk
-        self.router = nn.Linear(HIDDEN, num_experts, bias=False)
-        self.experts = Experts(num_local_slots)  # (2)
+        self.wire = wire  # what tokens travel in
+        self.router = nn.Linear(hidden, num_experts, bias=False)
+        self.experts = Experts(num_local_slots, hidden)  # (2)
         self.replicas: Replicas | None = None
 
     def place(self, placement: Placement, buffer, group) -> None:
@@ -125,7 +130,8 @@ class MoE(nn.Module):
         self.replicas = Replicas(self.experts, placement, group)
         if old is not None:  # (7)
             experts = [{}] * group.size()
-            dist.all_gather_object(experts, {k: v.clone() for k, v in old.state_dict().items()})
+            own = {k: v.to("cpu", copy=True) for k, v in old.state_dict().items()}
+            dist.all_gather_object(experts, own)
             self.replicas.load_state_dict({k: v for part in experts for k, v in part.items()})
         self.replicas.copy_weights()  # (6)
         self.buffer = buffer.view(placement)  # (3)
@@ -137,23 +143,25 @@ class MoE(nn.Module):
         scores = self.router(x).softmax(-1)
         topk_idx = self.choose(scores)
         weights = scores.gather(-1, topk_idx)
+        weights = weights / weights.sum(-1, keepdim=True)
         recv_x, recv_weights, recv_slots, recv_counts, handle = Dispatch.apply(
-            x, weights / weights.sum(-1, keepdim=True), topk_idx, self.num_experts, self.buffer
+            x.to(self.wire), weights, topk_idx, self.num_experts, self.buffer
         )
         self.topk_idx, self.received = topk_idx, sum(recv_counts)  # this rank's, of this batch
-        return Combine.apply(self.experts(recv_x, recv_slots, recv_weights), handle, self.buffer)
+        out = self.experts(recv_x.to(x.dtype), recv_slots, recv_weights)
+        return Combine.apply(out.to(self.wire), handle, self.buffer).to(x.dtype)
 
     def picks(self) -> torch.Tensor:
         """[E]: how many tokens of this rank's last batch picked each expert."""
-        return torch.bincount(self.topk_idx.flatten(), minlength=self.num_experts)
+        return torch.bincount(self.topk_idx.flatten().cpu(), minlength=self.num_experts)
 
 
 class Block(nn.Module):
-    def __init__(self, **moe) -> None:
+    def __init__(self, hidden: int, **moe) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
-        self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
-        self.moe = MoE(**moe)
+        self.norm1, self.norm2 = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.qkv, self.out = nn.Linear(hidden, 3 * hidden), nn.Linear(hidden, hidden)
+        self.moe = MoE(hidden, **moe)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
@@ -165,12 +173,12 @@ class Block(nn.Module):
 class LanguageModel(nn.Module):
     """A small transformer over bytes."""
 
-    def __init__(self, **moe) -> None:
+    def __init__(self, hidden: int, **moe) -> None:
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, HIDDEN)
-        self.position = nn.Parameter(torch.randn(SEQUENCE, HIDDEN) * 0.02)
-        self.blocks = nn.ModuleList(Block(**moe) for _ in range(NUM_LAYERS))
-        self.norm, self.head = nn.LayerNorm(HIDDEN), nn.Linear(HIDDEN, VOCABULARY)
+        self.embed = nn.Embedding(VOCABULARY, hidden)
+        self.position = nn.Parameter(torch.randn(SEQUENCE, hidden) * 0.02)
+        self.blocks = nn.ModuleList(Block(hidden, **moe) for _ in range(NUM_LAYERS))
+        self.norm, self.head = nn.LayerNorm(hidden), nn.Linear(hidden, VOCABULARY)
 
     def forward(self, tokens):
         x = self.embed(tokens) + self.position
@@ -198,18 +206,32 @@ class Trainer:
         num_local_slots = args.experts // self.num_ranks + args.redundant
         torch.manual_seed(0)  # the dense weights are the same on every rank, ...
         self.model = LanguageModel(
-            num_experts=args.experts, num_local_slots=num_local_slots, num_topk=args.topk
-        ).to(args.dtype)
+            hidden=args.hidden,
+            num_experts=args.experts,
+            num_local_slots=num_local_slots,
+            num_topk=args.topk,
+            wire=args.dtype,
+        ).to(torch.float32 if args.dtype == torch.bfloat16 else args.dtype)
+        generator = torch.Generator().manual_seed(1 + self.rank)  # ... the experts are not
+        for block in self.model.blocks:
+            for weight in block.moe.experts.parameters():
+                weight.data.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+        self.model.to(args.device)
         self.layers = [block.moe for block in self.model.blocks]
         self.dense = [p for name, p in self.model.named_parameters() if ".experts." not in name]
-        generator = torch.Generator().manual_seed(1 + self.rank)  # ... the experts are not
-        for layer in self.layers:
-            for weight in layer.experts.parameters():
-                weight.data.normal_(0, weight.shape[1] ** -0.5, generator=generator)
-        # One buffer serves all layers; the environment is read when it is made.
-        self.buffer = lplb_ep.Buffer(group)  # (1)
+        self.buffer = self.make_buffer()
         self.place(torch.ones(NUM_LAYERS, args.experts))  # no load is known yet
         self.text, self.sampler = text(), torch.Generator().manual_seed(100 + self.rank)
+
+    def make_buffer(self):
+        """One serves all layers; the environment is read when it is made. Collective."""
+        kind, num_ranks = lplb_ep.Buffer, self.num_ranks  # (1)
+        if self.args.shared:
+            kind.set_num_sms(8)  # what a rank's part of a GPU has room for
+        configs = kind.get_dispatch_config(num_ranks), kind.get_combine_config(num_ranks)
+        row_bytes = 2 * self.args.hidden
+        sizes = [config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs]
+        return kind(self.group, max(sizes), explicitly_destroy=True)
 
     def place(self, loads: torch.Tensor) -> None:
         """Places each layer's experts for loads [layers, E], equal on all ranks. Collective."""
@@ -232,7 +254,7 @@ class Trainer:
         start = torch.randint(
             len(self.text) - SEQUENCE, (self.args.sequences, 1), generator=self.sampler
         )
-        return self.text[start + torch.arange(SEQUENCE + 1)].long()
+        return self.text[start + torch.arange(SEQUENCE + 1)].long().to(self.args.device)
 
     def gradients(self, tokens: torch.Tensor) -> float:
         """Leaves the gradients of the mean loss over all ranks; returns that loss. Collective."""
@@ -270,6 +292,8 @@ def train(args: argparse.Namespace) -> None:
         loss = trainer.gradients(tokens)
         observer.after(step, loss)
         trainer.step()
+    for buffer in (trainer.buffer, *observer.buffers):
+        buffer.destroy()
     observer.report()
     dist.destroy_process_group()
 
@@ -296,11 +320,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--place-at", type=int, help="step to place anew by load; default steps/4")
     parser.add_argument("--sequences", type=int, default=8, help=f"of {SEQUENCE} bytes, a rank")
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32", "float64"),
+        help="what tokens travel in; with bfloat16 the model computes in float32 (default: "
+        "bfloat16 with DeepEP, which moves nothing else, float32 without)",
+    )
     parser.add_argument("--out", default="out/moe_layer.png", help="the picture")
     args = parser.parse_args(argv)
-    try:
-        Settings.from_env()  # what cannot be is said here, once, and not by every rank
+    try:  # what cannot be is said here, once, and not by every rank
+        args.library, args.because = choose_backend(Settings.from_env().backend)
         mode = os.environ.get("LPLB_EP", "").strip()
         args.balance = args.balance or {"": "both", "home": "home", "1": "on"}.get(mode)
         if args.balance is None:
@@ -313,9 +342,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             args.recorded, args.experts = recording.load, recording.num_experts
         elif args.trace_key or args.trace_layout:
             parser.error("--trace-key and --trace-layout say what to read of --trace")
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    args.dtype = getattr(torch, args.dtype)
+    with_deep_ep = args.library == "deep_ep"
+    if with_deep_ep and args.dtype not in (None, "bfloat16"):
+        parser.error(f"--dtype must be bfloat16 with DeepEP; got {args.dtype}")
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if with_deep_ep else "float32"))
+    args.hidden = 256 if with_deep_ep else 64  # its kernels take rows of whole 512 bytes
     args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks))  # torchrun's
     args.place_at = max(1, args.steps // 4) if args.place_at is None else args.place_at
     for name, least in (("ranks", 1), ("topk", 1), ("sequences", 1), ("redundant", 0)):
@@ -334,13 +367,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def start(args: argparse.Namespace, local_rank: int, num_local_ranks: int, **rendezvous) -> None:
+    """Joins the ranks and trains: on GPUs with DeepEP, else on the CPU."""
+    num_gpus = torch.cuda.device_count()
+    args.device = torch.device("cpu")
+    args.shared = 0 < num_gpus < num_local_ranks  # NCCL refuses two ranks on one GPU
+    if num_gpus:
+        torch.cuda.set_device(local_rank % num_gpus)
+        if args.library == "deep_ep":
+            args.device = torch.device("cuda", local_rank % num_gpus)
+    own_gpu = args.device.type == "cuda" and not args.shared
+    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", **rendezvous)
+    train(args)
+
+
 def rank_of(rank: int, args: argparse.Namespace, port: int) -> None:
     """The process of a rank. It ends with the launcher, however that ends."""
     launcher = multiprocessing.parent_process()
     threading.Thread(target=lambda: (launcher.join(), os._exit(1)), daemon=True).start()
     store = dist.TCPStore("127.0.0.1", port)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=args.ranks)
-    train(args)
+    start(args, rank, args.ranks, store=store, rank=rank, world_size=args.ranks)
 
 
 def launch(args: argparse.Namespace) -> None:
@@ -367,7 +413,7 @@ if __name__ == "__main__":
     arguments = parse()
     with mock.patch.dict(os.environ, LPLB_EP="home" if arguments.balance == "home" else "1"):
         if "RANK" in os.environ:  # torchrun's
-            dist.init_process_group("gloo")
-            train(arguments)
+            local = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+            start(arguments, *local)
         else:
             launch(arguments)

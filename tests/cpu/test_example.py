@@ -30,10 +30,18 @@ def run(*arguments, environ=None):
     return result.stdout
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-9), ("float32", 1e-4), ("bfloat16", 2**-8)]
+)
 def test_balanced_steps_equal_home_steps(tmp_path, dtype, tolerance):
     picture = tmp_path / "picture.png"
     out = run(*SMALL, "--balance", "both", "--dtype", dtype, "--out", str(picture))
+    because = r"\((no CUDA device|deep_ep is not installed|asked for)\)"
+    assert re.search(
+        rf"^device: CPU; tokens: {dtype}; buffers: lplb_ep.embedded {because}; counts: \w+; solver",
+        out,
+        re.MULTILINE,
+    )
     checks = re.findall(r"^(\d+) +([\d.]+) +([\d.]+) +([\d.e+-]+)$", out, re.MULTILINE)
     assert [int(step) for step, *_ in checks] == [0, 2, 3]
     for _, balanced, home, difference in checks:
