@@ -63,7 +63,7 @@ class Observer:
         if args.device.type == "cuda":
             device = torch.cuda.get_device_name(args.device)
             if args.shared:
-                slow = "" if has_part_of_gpu() else ", slowly: CUDA's multi-process service is off"
+                slow = "" if has_part_of_gpu() else ", slowly but for CUDA's multi-process service"
                 device += f" (shared by ranks{slow})"
         channel = channels[self.trainer.group][self.layers[0].placement.layer, 0]
         plan = f"counts: {channel.counts}; solver: {channel.solver}"
