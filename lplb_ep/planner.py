@@ -469,7 +469,6 @@ class _GpuSteps:
         self._steps, self._placement, self._device = steps, steps.placement, steps.device
         self._name = self._placement.fingerprint()[:8]
         self._logged: set[Status] = set()
-        self._unread = False  # whether rows of the last batch, in windows, were not waited for
         watch(self, steps.missing, self._name, steps.timeout_s, abort=abort_on_timeout)
 
     def num_batches(self) -> collections.Counter[Status]:
@@ -520,11 +519,10 @@ class _GpuSteps:
 
     def refuse(self, exchange: Exchange | Windows) -> None:
         """Sends word, and waits for no one: the rank at fault may be gone."""
+        nothing = torch.empty(0, 1, dtype=torch.int64, device=self._device)
         try:
-            self._send(torch.empty(0, 1, dtype=torch.int64), Status.REFUSED)
-            if isinstance(exchange, Windows):
-                self._unread = True
-            else:
+            self._steps.count(nothing, Status.REFUSED, exchanged=True, waits=False)
+            if not isinstance(exchange, Windows):
                 exchange.gather(self._steps.row)
         finally:
             self._steps.row.zero_()
@@ -533,23 +531,15 @@ class _GpuSteps:
         self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
     ) -> Plan:
         try:
-            picks = self._send(topk_idx, status)
-            if isinstance(exchange, Windows):
-                rows = self._steps.receive()
-            else:
+            picks = self._steps.count(topk_idx.to(self._device), status, exchanged=True)
+            rows = picks.rows
+            if not isinstance(exchange, Windows):
                 rows = exchange.gather(self._steps.row)
+            assert rows is not None, "windows leave them"
             return self._plan(topk_idx, picks, rows, Status.OPTIMAL, exchanged=True)
         except BaseException:
             self._steps.row.zero_()  # or what was counted would be added to the next batch
             raise
-
-    def _send(self, topk_idx: torch.Tensor, status: Status) -> cuda.Picks:
-        """Counts, and with windows sends; not before the rows of the last batch are read, which
-        say that the others have read those of the one before, in whose place this one's go."""
-        if self._unread:
-            self._steps.receive()
-            self._unread = False
-        return self._steps.count(topk_idx.to(self._device), status, exchanged=True)
 
     def plan_given(self, topk_idx: torch.Tensor, counts: torch.Tensor, status: Status) -> Plan:
         picks = self._steps.count(topk_idx.to(self._device), 0, exchanged=False)
