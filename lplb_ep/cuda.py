@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import network
+from .exchange import Relay, Windows
 from .jit import CuSolverDx, Kernels, Program, compile_cubin, max_shared_bytes, require
 from .placement import Placement
 from .settings import MissingPackageError
@@ -47,6 +48,7 @@ _PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
 _WINDOW = struct.Struct("4Qq4i")
+_RELAY = struct.Struct("3Q2i")
 
 
 def programs() -> list[Program]:
@@ -373,8 +375,7 @@ class Steps:
         num_statuses: how many statuses a batch may end with.
         row_size: integers of an exchanged row; those behind the counts stay 0.
         solver: "flow" or "cusolverdx".
-        windows: [R] addresses of the memory in which each rank receives rows (`exchange.Windows`);
-            none: rows travel by other means.
+        windows: where the kernels exchange rows; None: they travel by other means.
         timeout_s: how long a batch waits for the rows.
     """
 
@@ -387,7 +388,7 @@ class Steps:
         num_statuses: int,
         row_size: int,
         solver: str,
-        windows: Sequence[int] = (),
+        windows: Windows | None = None,
         timeout_s: float = 60,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
@@ -416,12 +417,14 @@ class Steps:
         ended with that status, then where one had an index out of range, and where given counts
         were not those of its picks."""
         self.timeout_s = timeout_s
-        self._windows = torch.tensor([*windows], dtype=torch.int64, device=device)
+        addresses = [] if windows is None else windows.addresses
+        self._windows = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._relay = None if windows is None else windows.relay
         self._num_done = zeros(1, device=device)
         self._unread = False  # whether the rows of the last batch were not waited for
         self._kernels = {
             (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name)
-            for name in ("count", "route", "split")
+            for name in ("count", "gather", "spread", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
         self._stream = torch.cuda.current_stream(device)
@@ -496,7 +499,7 @@ class Steps:
                 self.placement.num_ranks,
                 self.rank,
                 self._unread,
-                waits,
+                waits and self._relay is None,
             )
         _launch(
             self._kernels["count", topk_idx.dtype],
@@ -515,7 +518,23 @@ class Steps:
             self.device,
         )
         self._unread = rows is not None and not waits
+        if self._relay is not None and rows is not None:
+            self._relay_rows(self._relay, window)
+            self._unread = False
         return Picks(topk_idx, scratch, num_chunks, packed, rows)
+
+    def _relay_rows(self, relay: Relay, window: bytes) -> None:
+        """For the other ranks' sake, whether or not this one waits."""
+        packed = _RELAY.pack(
+            relay.sent, relay.received, relay.signals, relay.node, relay.num_ranks_per_node
+        )
+        size = np.int32(NUM_HEAD + self.placement.num_experts)
+        arguments = (window, packed, self.num_exchanges.data_ptr(), size)
+        for name in ("gather", "spread"):
+            kernel = self._kernels[name, torch.int64]
+            _launch(kernel, (1,), NUM_THREADS, arguments, 0, self.device)
+            if name == "gather":
+                relay.put(torch.cuda.current_stream(self.device).cuda_stream)
 
     def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
         """Solves, and meanwhile numbers the picks.

@@ -157,7 +157,7 @@ class Planner:
             len(Status),
             row_size,
             self.solver,
-            self.exchange.addresses if isinstance(self.exchange, Windows) else [],
+            self.exchange if isinstance(self.exchange, Windows) else None,
             timeout_s,
         )
         return _GpuSteps(steps, abort_on_timeout)
@@ -627,8 +627,7 @@ def _exchange(
     assert group is not None, "choose_counts takes the others only with a group"
     if counts == "torch":
         return TorchExchange(group)
-    size = Windows.num_bytes(placement.num_ranks, cuda.NUM_HEAD + placement.num_experts)
-    return Windows(peer_memory(group, counts).window(size))
+    return peer_memory(group, counts).windows(cuda.NUM_HEAD + placement.num_experts)
 
 
 def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:
