@@ -167,21 +167,26 @@ class Planner:
         """Batches planned so far, by status; waits for the GPU."""
         return self._steps.num_batches()
 
-    def raise_errors(self) -> None:
+    def raise_errors(self, *, wait: bool = True) -> None:
         """Waits for the GPU, and raises what it found wrong with earlier batches.
 
         For batches that a CUDA graph replays, and before going on after an error: every rank has
         been told of the same batches then. Of several faults the first is raised and the others
         are logged. Local, nothing is exchanged.
 
+        Args:
+            wait: if not, only what the GPU has found so far is raised.
+
         Raises:
             ValueError: a batch's `topk_idx` out of range, or given counts that were not its own.
             RankError: another rank refused its input, or ranks planned different batches.
         """
-        self._steps.synchronize()
+        if wait:
+            self._steps.synchronize()
         self._steps.raise_told()
         for homes in self._homes.values():
-            torch.cuda.synchronize(homes.device)
+            if wait:
+                torch.cuda.synchronize(homes.device)
             homes.raise_told()
 
     def __call__(
