@@ -6,10 +6,10 @@
 rank. The computation of each rank (a grouped GEMM in and one out, bfloat16) runs alone on the
 whole GPU with the rows that its plan gives it; a layer takes what its slowest rank takes.
 Compared: experts in order, as plain DeepEP has them; copies by EPLB and by `Placement.for_lp`, each
-with an even split and balanced; and the ideal, every rank at the mean, with equal experts (as a
-router that is forced into balance makes them) and with experts as uneven as they are: what a
-grouped GEMM loses to rows that fill no tile, no balance brings back. Plan, dispatch and combine are
-not in these figures.
+with an even split and balanced; and the ideal, every rank at the mean with equal experts, as a
+router that is forced into balance makes them: 1024 rows, whole tiles of a GEMM; and "ragged", 1024
+rows on average and as many odd ones as real experts have: what rows that fill no tile cost, no
+balance brings back. Plan, dispatch and combine are not in these figures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COLUMNS = (
     "EPLB, balanced",
     "LP, even",
     "LP, balanced",
-    "ideal, uneven",
+    "ideal, ragged",
     "ideal",
 )
 
@@ -91,9 +91,10 @@ def rows_of(load: torch.Tensor, learned: torch.Tensor) -> dict[str, torch.Tensor
     mean = int(load.sum()) // NUM_RANKS
     found = {
         "in order": in_order,
-        "ideal, uneven": torch.stack([scaled(experts.numpy(), mean) for experts in in_order]),
         "ideal": torch.full_like(in_order, mean // in_order.shape[1]),
     }
+    odd = 2 * torch.arange(1 - in_order.shape[1], in_order.shape[1], 2)  # -62 to 62, in all 0
+    found["ideal, ragged"] = found["ideal"] + odd
     for name, placement in placements.items():
         found[f"{name}, even"] = slots_of(even(load, placement), placement)
         found[f"{name}, balanced"] = slots_of(cpu.solve(load, placement).quota, placement)
