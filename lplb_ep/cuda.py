@@ -40,6 +40,8 @@ MAX_BATCH = 65_535
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
 
+_MEMCPY_DEFAULT = 4  # of driver_types.h: addresses tell whose memory they are in
+
 # The kernels' structs of the same names, in machine layout.
 _COUNTS = struct.Struct("Q5i4x")
 _NETWORK = struct.Struct("7Q3i4x")
@@ -56,6 +58,7 @@ def programs() -> list[Program]:
     return [
         *(_solver(solver, v) for solver in network.SHARES for v in network.variants(solver)),
         *(_route(dtype) for dtype in (torch.int32, torch.int64)),
+        _barrier(),
     ]
 
 
@@ -122,6 +125,10 @@ def _solver(solver: str, variant: network.Variant) -> Program:
 def _route(dtype: torch.dtype) -> Program:
     index = "int" if dtype == torch.int32 else "long long"
     return Program("route.cu", {"INDEX": index, "THREADS": NUM_THREADS})
+
+
+def _barrier() -> Program:
+    return Program("barrier.cu")
 
 
 @functools.cache
@@ -595,3 +602,64 @@ class Steps:
             self.device,
         )
         return out
+
+
+class Peers:
+    """Copies into the memory of other GPUs, and a barrier of all ranks, both on the current stream.
+
+    Calls on another stream than the last one's run after it. The CPU waits for nothing.
+
+    Args:
+        rank: this rank.
+        device: this rank's GPU.
+        flags: [R] addresses of each rank's [R] words of 8 bytes, zeroed, as seen from here.
+        timeout_s: after how long a rank that others wait for is `missing`.
+    """
+
+    def __init__(
+        self, rank: int, device: torch.device, flags: Sequence[int], timeout_s: float
+    ) -> None:
+        self._rank, self._device, self._limit_ns = rank, device, int(1e9 * timeout_s)
+        self._flags = torch.tensor([*flags], dtype=torch.int64).to(device)
+        self._missing = torch.zeros(len(flags), dtype=torch.int32).pin_memory()
+        self.missing = self._missing.numpy()
+        """[R] 1 where a rank did not come to a barrier in time."""
+        self._kernel = _kernels(_barrier, (), device.index).kernel("barrier")
+        self._last = torch.cuda.current_stream(device)
+
+    def _stream(self) -> torch.cuda.Stream:
+        stream = torch.cuda.current_stream(self._device)
+        if stream != self._last:
+            stream.wait_stream(self._last)
+            self._last = stream
+        return stream
+
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Between addresses of any GPU's memory."""
+        from cupy.cuda import runtime
+
+        with torch.cuda.device(self._device):
+            runtime.memcpyAsync(
+                target, source, num_bytes, _MEMCPY_DEFAULT, self._stream().cuda_stream
+            )
+
+    def barrier(self, number: int) -> None:
+        """Waits, on the GPU, until every rank has come to its barrier of that number, and done all
+        that it was given before. Numbers rise from 1."""
+        self._stream()
+        num_ranks = len(self.missing)
+        _launch(
+            self._kernel,
+            (1,),
+            -(-num_ranks // 32) * 32,
+            (
+                self._flags.data_ptr(),
+                np.int32(num_ranks),
+                np.int32(self._rank),
+                np.uint64(number),
+                np.int64(self._limit_ns),
+                self._missing.data_ptr(),
+            ),
+            0,
+            self._device,
+        )

@@ -53,17 +53,29 @@ class PeerMemory:
         direct = _allocate_nvshmem if kind == "nvshmem" and not across else _allocate_ipc
         self._windows = _Chunks(functools.partial(direct, node_size=self._node_size))
         self._relayed = _Chunks(functools.partial(_allocate_nvshmem, node_size=1))
-        self._across = across
+
+    def window(self, num_bytes: int) -> list[int]:
+        """Collective: every rank asks for the same sizes in the same order.
+
+        Returns:
+            [R] of every rank's window the address here, 0 on another node. They are zeroed, and
+            live as long as the process: a peer may be about to write.
+        """
+        return self._windows.cut(self._alive(), num_bytes)
 
     def windows(self, row_size: int) -> Windows:
-        """Windows for rows of `row_size` integers. Collective: every rank asks for the same sizes
-        in the same order. They are zeroed, and live as long as the process: a peer may be about to
-        write."""
+        """Windows for rows of `row_size` integers, and what takes them between nodes. Collective,
+        as `window`."""
+        group = self._alive()
+        addresses = self.window(Windows.num_bytes(group.size(), row_size))
+        across = self._node_size < group.size()
+        return Windows(addresses, self._relay(group, 4 * row_size) if across else None)
+
+    def _alive(self) -> dist.ProcessGroup:
         group = self._group()
         if group is None:
             raise ContractError("the group that this memory was made for is destroyed")
-        addresses = self._windows.cut(group, Windows.num_bytes(group.size(), row_size))
-        return Windows(addresses, self._relay(group, 4 * row_size) if self._across else None)
+        return group
 
     def _relay(self, group: dist.ProcessGroup, row_bytes: int) -> Relay | None:
         """Every rank allocates, for the symmetric heap's sake; the first of a node uses it."""

@@ -474,7 +474,8 @@ class _GpuSteps:
         self._steps, self._placement, self._device = steps, steps.placement, steps.device
         self._name = self._placement.fingerprint()[:8]
         self._logged: set[Status] = set()
-        watch(self, steps.missing, self._name, steps.timeout_s, abort=abort_on_timeout)
+        say = functools.partial(missing_ranks, steps.missing, self._name, steps.timeout_s)
+        watch(self, steps.missing, say, abort=abort_on_timeout)
 
     def num_batches(self) -> collections.Counter[Status]:
         self.synchronize()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,9 +21,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .exchange import agree, gather_rows
+from .exchange import TorchExchange, agree
 from .placement import Layer, Placement
 from .settings import ContractError, RankError
+from .wire import TRANSPORTS, Table, connect
 
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -84,24 +85,37 @@ class Replicas:
             Where it has been replaced in its layer, what is in force there counts.
         group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r holds the
             placement's rank r. None only where the placement has one rank.
+        transport: how weights and gradients travel: "peers", by copies into the other GPUs' memory
+            (one node, CuPy); "torch", by collectives of `torch.distributed`, with gloo through the
+            CPU; or "auto": the first of them that can be.
+
+    Attributes:
+        num_bytes_sent: of weights and gradients, from this rank to others so far.
 
     Raises:
         ValueError: the module does not fit the placement (see `slot_parameters`), has persistent
             buffers or parameters made under `torch.inference_mode`, or the group has not the
-            placement's number of ranks.
+            placement's number of ranks, or the transport cannot be.
         RankError: ranks differ in placement or in parameter names, shapes or dtypes, or some
             refused their module; the message names the ranks.
     """
 
     def __init__(
-        self, experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None = None
+        self,
+        experts: nn.Module,
+        placement: Placement,
+        group: dist.ProcessGroup | None = None,
+        transport: str = "auto",
     ) -> None:
         placement = placement.in_force
-        _agree(experts, placement, group)
+        _agree(experts, placement, group, transport)
         self.experts = experts
         self.placement = placement
         self.group = group
         self._rank = 0 if group is None else dist.get_rank(group)
+        self._wire = connect(group, next(experts.parameters()).device, transport)
+        self.num_bytes_sent = 0
+        self._under_way: Transfer | None = None
         self._homes = [  # (expert, local slot) of the homes on this rank
             (expert, self._local(slot))
             for expert, slot in enumerate(placement.home.tolist())
@@ -122,17 +136,31 @@ class Replicas:
         _trusted.discard(placement.layer)
         _watch()
 
-    @torch.no_grad()
-    def copy_weights(self) -> None:
+    def copy_weights(self, *, async_op: bool = False) -> Transfer | None:
         """Copies the home weights to all replicas, which are then valid. Collective.
 
         Call it after `optimizer.step()` and after loading, not between a forward pass and its
         backward: writing a weight that autograd has saved is an error there.
+
+        Args:
+            async_op: overlap it with what the current stream does next, which must neither write
+                nor use these experts before it has waited for what is returned; until then tokens
+                go home.
+
+        Returns:
+            What is to be waited for; None without `async_op`.
         """
+        self._finish()
         self._seen = None
-        for replica, weight in self._send(self._pack("weight", self._weights_of(self._sources))):
-            replica.weight.copy_(weight)
+
+        def copy() -> None:
+            moves = self._weights_of(self._sources)
+            for replica, weight in self._send(self._pack("weight", moves)):
+                replica.weight.copy_(weight)
+
+        transfer = self._run(copy, async_op)
         self.mark_valid()
+        return transfer
 
     @torch.no_grad()
     def prepare(self, placement: Placement) -> Change:
@@ -144,6 +172,7 @@ class Replicas:
         """
         if placement.layer is not self.placement.layer:
             raise ValueError(f"{placement} is not one of these replicas' layer: use with_copies")
+        self._finish()
         changed = self.placement.physical_to_logical != placement.physical_to_logical
         for name, copies in self._slots().items():
             for local, copy in enumerate(copies):
@@ -158,7 +187,7 @@ class Replicas:
         return Change(self, placement, self._pack("weight", self._weights_of(moves)))
 
     @torch.no_grad()
-    def reduce_gradients(self) -> None:
+    def reduce_gradients(self, *, async_op: bool = False) -> Transfer | None:
         """Adds the replicas' gradients to their home's and zeroes them. Collective.
 
         Call it once per step, after the last micro-batch's backward and before the data-parallel
@@ -172,11 +201,19 @@ class Replicas:
         and the home's gradient stays None where that of every copy is. (Whose is None the ranks
         tell one another in a small message that the CPU waits for.)
 
+        Args:
+            async_op: overlap it with what the current stream does next, which must leave these
+                experts' gradients alone before it has waited for what is returned.
+
+        Returns:
+            What is to be waited for; None without `async_op`.
+
         Raises:
             ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64, or
                 not of its weight's shape.
             RankError: that is so on another rank.
         """
+        self._finish()
         slots = self._slots()
         dtypes = self._gradient_dtypes(slots)
         moves = [
@@ -185,21 +222,31 @@ class Replicas:
             for copies, dtype in zip(slots.values(), dtypes[replica], strict=True)
             if dtype is not None
         ]
-        for home, gradient in self._send(self._pack("gradient", moves)):
-            total = home.start_gradient() if home.gradient is None else home.gradient
-            total.add_(gradient)
         for move in moves:
-            if self._rank_of(move.source) == self._rank:
-                spent = move.slots[self._local(move.source)].gradient
-                assert spent is not None, "a gradient announced to its home is gone"
-                spent.zero_()
+            if self._rank_of(move.target) == self._rank:
+                move.slots[self._local(move.target)].start_gradient()
+
+        def reduce() -> None:
+            for home, gradient in self._send(self._pack("gradient", moves)):
+                total = home.gradient
+                assert total is not None, "a home's gradient that was started is gone"
+                total.add_(gradient)
+            for move in moves:
+                if self._rank_of(move.source) == self._rank:
+                    spent = move.slots[self._local(move.source)].gradient
+                    assert spent is not None, "a gradient announced to its home is gone"
+                    spent.zero_()
+
+        transfer = self._run(reduce, async_op)
         self.mark_stale()
+        return transfer
 
     @property
     def is_valid(self) -> bool:
         """Whether the replicas' weights are known to equal the home's; local, no communication.
 
-        True from `copy_weights` or `mark_valid` until `reduce_gradients`, or until a parameter of
+        True from `copy_weights` (with `async_op`, from when it is waited for) or `mark_valid` until
+        `reduce_gradients`, or until a parameter of
         this rank changes: by an in-place operation that autograd counts (`load_state_dict`, most
         optimizers), by the step of any `torch.optim.Optimizer` that holds it, or by being
         replaced. What none of these shows must be followed by `mark_stale` or `copy_weights`:
@@ -212,10 +259,14 @@ class Replicas:
         """
         if not self._replicas:
             return True
-        return self._seen is not None and all(
-            _stands_for(parameters.get(name), parameter) and _version(parameter) == version
-            for (parameters, name), (parameter, _, version) in zip(
-                self._owners, self._seen, strict=True
+        return (
+            self._under_way is None
+            and self._seen is not None
+            and all(
+                _stands_for(parameters.get(name), parameter) and _version(parameter) == version
+                for (parameters, name), (parameter, _, version) in zip(
+                    self._owners, self._seen, strict=True
+                )
             )
         )
 
@@ -300,6 +351,7 @@ class Replicas:
         ]
         if problems:
             raise ValueError(f"state does not fit these experts: it {'; it '.join(problems)}")
+        self._finish()
         self.mark_stale()
         for key, value in own.items():
             value.copy_(state[key])
@@ -328,11 +380,31 @@ class Replicas:
     def _local(self, slot: int) -> int:
         return slot % self.placement.num_local_slots
 
-    def _staging(self) -> torch.device:
-        """Where messages are put together: gloo moves host memory only."""
-        if dist.get_backend(self.group) == "gloo":
-            return torch.device("cpu")
-        return next(self.experts.parameters()).device
+    def _finish(self) -> None:
+        """Has the current stream wait for what is under way."""
+        if self._under_way is not None:
+            self._under_way.wait()
+
+    @torch.no_grad()
+    def _run(self, work: Callable[[], None], async_op: bool) -> Transfer | None:
+        """Does `work` on the current stream; or on one beside it, behind what it has to do now."""
+        if not async_op:
+            work()
+            return None
+        side, done = self._wire.stream, None
+        if side is None:
+            work()
+        else:
+            side.wait_stream(torch.cuda.current_stream(side.device))
+            for copy in (copy for copies in self._slots().values() for copy in copies):
+                for tensor in (copy.weight, copy.gradient):
+                    if tensor is not None and tensor.is_cuda:
+                        tensor.record_stream(side)  # its memory stays its own, if it is dropped
+            with torch.cuda.stream(side):
+                work()
+                done = side.record_event()
+        self._under_way = Transfer(self, done)
+        return self._under_way
 
     def _gradient_dtypes(self, slots: dict[str, list[_Slot]]) -> list[list[torch.dtype | None]]:
         """[P][number of parameters]: the dtype of each slot's gradients, None where it has none.
@@ -362,7 +434,7 @@ class Replicas:
         if self.group is not None and any(
             self._rank_of(home) != self._rank_of(replica) for home, replica in self._replicas
         ):
-            codes = gather_rows(own.to(self._staging()), self.group)
+            codes = TorchExchange(self.group).gather(own)
         if refusal is not None:
             raise refusal
         refused = torch.nonzero((codes == _REFUSED).flatten(1).any(1)).flatten().tolist()
@@ -394,35 +466,35 @@ class Replicas:
             # dtypes: gloo bfloat16, all of them float8.
             leaving: list[list[Tensor]] = [[] for _ in range(num_ranks)]
             arriving: list[list[int]] = [[] for _ in range(num_ranks)]
+            table = [[0] * num_ranks for _ in range(num_ranks)]
             for index in crossing[dtype]:
                 source, target, slots, _ = moves[index]
-                if self._rank_of(source) == here:
+                sender, receiver = self._rank_of(source), self._rank_of(target)
+                table[sender][receiver] += slots[0].weight.numel() * dtype.itemsize
+                if sender == here:
                     tensor = getattr(slots[self._local(source)], what).contiguous()
-                    leaving[self._rank_of(target)].append(tensor.reshape(-1).view(torch.uint8))
-                elif self._rank_of(target) == here:
-                    arriving[self._rank_of(source)].append(index)
+                    leaving[receiver].append(tensor.reshape(-1).view(torch.uint8))
+                elif receiver == here:
+                    arriving[sender].append(index)
             flat = [tensor for of_rank in leaving for tensor in of_rank]
-            sizes = [
-                sum(moves[index].slots[0].weight.numel() * dtype.itemsize for index in of_rank)
-                for of_rank in arriving
-            ]
-            received = torch.empty(sum(sizes), dtype=torch.uint8, device=self._staging())
+            size = sum(row[here] for row in table)
+            received = torch.empty(size, dtype=torch.uint8, device=self._wire.device)
             sent = torch.cat(flat).to(received.device) if flat else received.new_empty(0)
-            split = [sum(tensor.numel() for tensor in of_rank) for of_rank in leaving]
             indices = [index for of_rank in arriving for index in of_rank]
-            cargo.messages.append(_Message(received, sent, sizes, split, indices))
+            cargo.messages.append(_Message(received, sent, table, indices))
         return cargo
 
     def _send(self, cargo: _Cargo) -> list[tuple[_Slot, Tensor]]:
-        """Sends and receives, with one all-to-all per dtype. Collective.
+        """Sends and receives, with one all-to-all per dtype, on the current stream. Collective.
 
         Returns:
             For each move to this rank, in order: where it goes, and the tensor. One that was here
             all along is not a copy and shows what is written to its slot meanwhile.
         """
         tensors = dict(cargo.here)
-        for received, sent, sizes, split, indices in cargo.messages:
-            dist.all_to_all_single(received, sent, sizes, split, group=self.group)
+        for received, sent, table, indices in cargo.messages:
+            self._wire.all_to_all(received, sent, table)
+            self.num_bytes_sent += sent.numel()
             like = [cargo.moves[index].slots[0].weight for index in indices]
             dtypes = [cargo.moves[index].dtype for index in indices]
             lengths = [w.numel() * d.itemsize for w, d in zip(like, dtypes, strict=True)]
@@ -434,6 +506,20 @@ class Replicas:
             (cargo.moves[index].slots[self._local(cargo.moves[index].target)], tensors[index])
             for index in sorted(tensors)
         ]
+
+
+class Transfer:
+    """Weights or gradients that are under way on a stream of their own."""
+
+    def __init__(self, replicas: Replicas, done: torch.cuda.Event | None) -> None:
+        self._replicas, self._done = replicas, done
+
+    def wait(self) -> None:
+        """Has the current stream wait for them. The CPU does not wait."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._replicas._wire.device).wait_event(self._done)
+        if self._replicas._under_way is self:
+            self._replicas._under_way = None
 
 
 class Change:
@@ -530,9 +616,11 @@ class _Slot:
         gradient = self.parameter.grad if main_grad is None else main_grad
         return None if gradient is None else self._part(gradient)
 
-    def start_gradient(self) -> Tensor:
-        self.parameter.grad = torch.zeros_like(self.parameter)
-        return self._part(self.parameter.grad)
+    def start_gradient(self) -> None:
+        """Makes one of zeros where there is none."""
+        if self.gradient is None:
+            dtype = getattr(self.parameter, "grad_dtype", None)  # where it differs from its own
+            self.parameter.grad = torch.zeros_like(self.parameter, dtype=dtype)
 
 
 class _Move(NamedTuple):
@@ -549,8 +637,7 @@ class _Message(NamedTuple):
 
     received: Tensor
     sent: Tensor
-    sizes: list[int]  # of `received`, by rank
-    split: list[int]  # of `sent`, by rank
+    table: Table
     indices: list[int]  # of the moves that arrive, in order
 
 
@@ -676,7 +763,9 @@ def _refuse_state_outside_parameters(experts: nn.Module) -> None:
             )
 
 
-def _agree(experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None) -> None:
+def _agree(
+    experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None, transport: str
+) -> None:
     """Checks what `Replicas` is given, on this rank and between ranks."""
     if group is None and placement.num_ranks > 1:
         raise ValueError(
@@ -684,9 +773,11 @@ def _agree(experts: nn.Module, placement: Placement, group: dist.ProcessGroup | 
             "for a single one"
         )
     size = 1 if group is None else group.size()
-    facts: dict[str, object] = {"placement": placement.fingerprint()}
+    facts: dict[str, object] = {"placement": placement.fingerprint(), "transport": transport}
     refusal = None
     try:
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}")
         if size != placement.num_ranks:
             raise ValueError(
                 f"group must have the placement's {placement.num_ranks} ranks, got {size}"

@@ -94,13 +94,14 @@ class Settings:
         "LPLB_EP_TIMEOUT_S",
         60,
         "How many seconds a kernel waits for a rank's counts before it gives up: that batch goes "
-        "to the home slots and the next call raises.",
+        "to the home slots and the next call raises. For replica weights and gradients it goes on "
+        "waiting; either way the missing ranks are logged.",
     )
     on_timeout: str = _setting(
         "LPLB_EP_ON_TIMEOUT",
         "raise",
-        "`abort`: end the process when a rank's counts do not come, instead of raising at the next "
-        "call, which DeepEP may never let the program reach.",
+        "`abort`: end the process when a rank does not come in that time, instead of raising at "
+        "the next call, which DeepEP may never let the program reach, or of waiting on.",
         ("raise", "abort"),
     )
     solver: str = _setting(

@@ -1,5 +1,5 @@
-"""Says at once that a rank's counts do not come: the program itself may be stuck in DeepEP, which
-waits for the same rank, and never reach the call that would raise."""
+"""Says at once that a rank does not come: the program itself may be stuck in DeepEP, which waits
+for the same rank, and never reach the call that would raise."""
 
 from __future__ import annotations
 
@@ -31,22 +31,21 @@ def missing_ranks(missing: npt.NDArray[np.int32], placement: str, timeout_s: flo
 
 
 def watch(
-    owner: object, missing: npt.NDArray[np.int32], placement: str, timeout_s: float, *, abort: bool
+    owner: object, missing: npt.NDArray[np.int32], say: Callable[[], str], *, abort: bool
 ) -> None:
     """Watches, as long as `owner` lives, memory that the GPU writes to.
 
     Args:
-        owner: whose channel it is.
-        missing: [R] not 0 where a rank's counts did not come.
-        placement: which, for the message.
-        timeout_s: what the GPU waits, for the message.
+        owner: whose memory it is.
+        missing: [R] not 0 where a rank did not come.
+        say: what to log then.
         abort: end the process then.
     """
 
     def look() -> bool:
         if not missing.any():
             return False
-        log.error("%s", missing_ranks(missing, placement, timeout_s))
+        log.error("%s", say())
         if abort:
             log.error("LPLB_EP_ON_TIMEOUT=abort: this process ends")
             logging.shutdown()

@@ -559,7 +559,7 @@ def test_compile_builds_every_kernel_and_says_so(tmp_path):
     assert built.returncode == 0
     number = len(cuda.programs())
     assert f"[1/{number}] flow.cu (SIZE=8, PARTS=4, TURNS=1, " in built.stderr
-    assert f"[{number}/{number}] route.cu" in built.stderr
+    assert f"[{number}/{number}] barrier.cu" in built.stderr
     refused = compile_for("sm_1")
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("lplb-ep: error: ")

@@ -231,4 +231,6 @@ def test_every_kernel_compiles(arch, tmp_path, monkeypatch):
     for cubin in jit.compile_all(cuda.programs(), [arch]):
         assert cubin.data[:4] == b"\x7fELF"
         assert not cubin.cached
-        assert 0 < max(static_shared_bytes(cubin.data)) <= cuda.STATIC_SHARED_BYTES
+        most = max(static_shared_bytes(cubin.data), default=0)
+        assert (most > 0) == (cubin.name != "barrier.cu")
+        assert most <= cuda.STATIC_SHARED_BYTES

@@ -34,6 +34,7 @@ LAYERS = [
     "plan",
     "peers",
     "watchdog",
+    "wire",
     "planner",
     "replicas",
     "embedded.rows",

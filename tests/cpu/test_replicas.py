@@ -300,6 +300,43 @@ def test_main_grad_is_the_gradient_where_a_parameter_has_one(form):
     ranks.run(2, reduce_main_grad, form)
 
 
+def asynchronous(group):
+    """Valid and done from when it is waited for, or from what comes next."""
+    placement, rank = Placement([0, 1, 1, 0], num_ranks=2, home=[0, 1]), group.rank()
+    experts = make_experts("stacked", placement, rank)
+    replicas = Replicas(experts, placement, group)
+    transfer = replicas.copy_weights(async_op=True)
+    assert not replicas.is_valid
+    transfer.wait()
+    assert replicas.is_valid
+    transfer.wait()
+    one_copy = sum(value("weight", 0, name).numel() for name in SHAPES) * 8
+    assert replicas.num_bytes_sent == (2 * one_copy if rank == 0 else 0)
+
+    transfer = replicas.copy_weights(async_op=True)
+    with torch.no_grad():
+        experts.gain.add_(0)  # too early: nobody knows what the replicas hold
+    transfer.wait()
+    assert not replicas.is_valid
+
+    for name, parameter in experts.named_parameters():
+        parameter.grad = torch.stack([value("gradient", 2 * rank + i, name) for i in range(2)])
+    transfer = replicas.reduce_gradients(async_op=True)
+    replicas.copy_weights()  # waits for it
+    assert replicas.is_valid
+    transfer.wait()
+    assert replicas.is_valid
+    for name, parameter in experts.named_parameters():
+        for i, (home, replica) in enumerate([(0, 3), (1, 2)]):
+            total = value("gradient", home, name) + value("gradient", replica, name)
+            expected = torch.zeros_like(total) if rank else total
+            assert same_bits(parameter.grad[1 - i if rank else i], expected)
+
+
+def test_what_is_under_way_is_valid_from_when_it_is_waited_for():
+    ranks.run(2, asynchronous)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),

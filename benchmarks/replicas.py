@@ -1,0 +1,140 @@
+"""What replica weights cost: bytes and milliseconds, alone and beside a GEMM.
+
+    python benchmarks/replicas.py [--ranks 2 4 8] [--json FILE]
+
+Experts of DeepSeek-V3's size (hidden 7168, width 2048, three matrices, bfloat16: 88 MB), with
+gradients of float32; on each rank 2 of them at home and a replica of 2 of other ranks. A number is
+the slowest rank's median of the time between barriers. Where there are fewer GPUs than ranks these
+share them under MPS: such a figure is of one chip's memory, and no figure of NVLink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lplb_ep import Placement, Replicas, bench
+from lplb_ep.report import text_table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import mps
+import ranks
+
+HIDDEN, WIDTH, NUM_HOMES, NUM_REPLICAS = 7168, 2048, 2, 2
+NUM_WARM, NUM_RUNS = 2, 7
+GEMM = (4096, HIDDEN, 2 * WIDTH)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, (rows, columns) in {
+            "gate": (HIDDEN, WIDTH), "up": (HIDDEN, WIDTH), "down": (WIDTH, HIDDEN)
+        }.items():  # fmt: skip
+            shape = (NUM_HOMES + NUM_REPLICAS, rows, columns)
+            weight = nn.Parameter(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
+            weight.main_grad = torch.randn(shape, device="cuda")
+            setattr(self, name, weight)
+
+
+def place(num_ranks: int) -> Placement:
+    """Replicas of the next rank's experts."""
+    table = []
+    for rank in range(num_ranks):
+        beside = (rank + 1) % num_ranks
+        table += [NUM_HOMES * rank + i for i in range(NUM_HOMES)]
+        table += [NUM_HOMES * beside + i for i in range(NUM_REPLICAS)]
+    return Placement(table, num_ranks)
+
+
+def milliseconds(group: dist.ProcessGroup, call: Callable[[], object]) -> float:
+    times = []
+    for _ in range(NUM_WARM + NUM_RUNS):
+        torch.cuda.synchronize()
+        dist.barrier(group)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[NUM_WARM:])
+
+
+def measure(group: dist.ProcessGroup, transport: str, num_gemms: int) -> dict[str, float]:
+    """Of one rank."""
+    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
+    of_weights = dist.new_group(backend="nccl") if transport == "nccl" else group
+    experts = Experts()
+    replicas = Replicas(
+        experts, place(group.size()), of_weights, "peers" if transport == "peers" else "torch"
+    )
+    rows, inner, columns = GEMM
+    a = torch.randn(rows, inner, device="cuda").bfloat16()
+    b = torch.randn(inner, columns, device="cuda").bfloat16()
+    c = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+
+    def gemms() -> None:
+        for _ in range(num_gemms):
+            torch.mm(a, b, out=c)
+
+    def beside(start: Callable[..., object]) -> Callable[[], None]:
+        def call() -> None:
+            transfer = start(async_op=True)
+            gemms()
+            transfer.wait()
+
+        return call
+
+    found = {"gemms": milliseconds(group, gemms)}
+    for name in ("copy_weights", "reduce_gradients"):
+        call = getattr(replicas, name)
+        before = replicas.num_bytes_sent
+        found[name] = milliseconds(group, call)
+        found[f"{name} MB"] = (replicas.num_bytes_sent - before) / (NUM_WARM + NUM_RUNS) / 1e6
+        found[f"{name} beside"] = milliseconds(group, beside(call))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--gemms", type=int, default=10, help="how many, one after the other")
+    parser.add_argument("--json", metavar="FILE")
+    args = parser.parse_args()
+    num_gpus = torch.cuda.device_count()
+    shared = num_gpus < max(args.ranks)
+    found: dict[str, dict[str, float]] = {}
+    with mps.service() if shared else contextlib.nullcontext(lambda n: {}) as environ_of:
+        for num_ranks in args.ranks:
+            for transport in ("peers", "gloo" if shared else "nccl"):
+                of_ranks = ranks.run(
+                    *(num_ranks, measure, transport, args.gemms),
+                    environ=environ_of(num_ranks),
+                    timeout=300,
+                )
+                found[f"{num_ranks}, {transport}"] = {
+                    name: max(times[name] for times in of_ranks) for name in of_ranks[0]
+                }
+            ranks.close()  # with their memory
+    columns = list(next(iter(found.values())))
+    print(
+        f"{num_gpus} GPU(s), {'shared by the ranks under MPS' if shared else 'one for each rank'}"
+    )
+    rows = [[name, *(f"{times[c]:.2f}" for c in columns)] for name, times in found.items()]
+    print(text_table(["ranks, transport; ms", *columns], rows))
+    if args.json:
+        facts = {**bench.conditions(), "gpus": num_gpus, "shared": shared, "ms": found}
+        Path(args.json).write_text(json.dumps(facts, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+// Ranks wait for one another on their streams, around copies into each other's memory.
+
+typedef unsigned long long Word;
+
+__device__ long long nanoseconds() {
+    long long time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
+    return time;
+}
+
+// One block with a thread for each rank. What its stream did before is seen by all ranks behind
+// their barriers of this number. It never gives up, for what comes behind reads what should have
+// been copied; a rank that has not come within the limit is named in the host's memory.
+extern "C" __global__ void barrier(
+    Word* const* flags,        // [R] each rank's [R], by the rank that writes: the last number it came to
+    int num_ranks, int rank, Word number,
+    long long limit_ns,
+    volatile int* missing) {   // [R] in the host's memory
+    int other = threadIdx.x;
+    if (other >= num_ranks) return;
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(flags[other] + rank), "l"(number) : "memory");
+    const Word* theirs = flags[rank] + other;
+    long long start = nanoseconds();
+    Word seen;
+    do {
+        asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(seen) : "l"(theirs) : "memory");
+        if (seen < number && nanoseconds() - start > limit_ns) {
+            missing[other] = 1;
+            limit_ns = 0x7fffffffffffffff;  // said once
+        }
+    } while (seen < number);
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
