@@ -319,3 +319,35 @@ def not_in_a_graph(group):
 
 def test_counts_over_gloo_are_refused_under_capture(node):
     node(2, not_in_a_graph)
+
+
+def by_nccl(group, num_batches):
+    """Counts on GPU tensors by NCCL, which a graph may capture."""
+    use_gpu(group)
+    nccl = dist.new_group(backend="nccl")
+    placement = place(group.size())
+    by_torch = Planner(placement, nccl, counts="torch", solver="flow")
+    by_words = Planner(placement, group, counts="ipc", solver="flow")
+    rng = np.random.default_rng(1)
+    static = torch.zeros(300, 4, dtype=torch.int64, device="cuda")
+    by_torch(static)
+    by_words(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = by_torch(static)
+    for batch in range(num_batches):
+        mine = topk_of(rng, placement)[group.rank()].cuda()
+        static.fill_(-1)[: len(mine)] = mine
+        plan, expected = by_torch(static), by_words(static)
+        graph.replay()
+        for name in ("counts", "topk_idx", "quota", "rank_load", "status"):
+            assert torch.equal(getattr(plan, name), getattr(expected, name)), (batch, name)
+            assert torch.equal(getattr(replayed, name), getattr(expected, name)), (batch, name)
+    torch.cuda.synchronize()
+    del graph, replayed
+    dist.destroy_process_group(nccl)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+def test_counts_over_nccl(node):
+    node(2, by_nccl, 50)
