@@ -6,7 +6,8 @@ Microseconds of a plan (E = 256, top-8, 4096 tokens a rank, EPLB's copies), as r
 graph by all ranks at once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the
 counts given, which waits for nobody; what the exchange adds is the difference. Beside them what
 others would do for the counts alone: NVSHMEM's `fcollect`, launched by the host, and gloo's
-all-gather, staged through it. The ranks share one chip, so these are no figures of NVLink.
+all-gather, staged through it. With a GPU to share the ranks start MPS, and these are no figures of
+NVLink; with a GPU each they are.
 """
 
 from __future__ import annotations
@@ -32,18 +33,25 @@ import ranks
 
 NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 256, 8, 4096
 NUM_PLANS, NUM_REPLAYS = 20, 30  # plans of a graph; replays of it
+SLEEP_CYCLES = 20_000_000  # 10 ms: all ranks are there, with all that they will launch
 COLUMNS = ("given", "nvshmem", "ipc", "fcollect", "gloo")
 
 
-def microseconds(group: dist.ProcessGroup, call: Callable[[], Any], number: int) -> float:
-    """The median over replays of one of the `number` things that a call does, all ranks at once."""
+def microseconds(group: dist.ProcessGroup, enqueue: Callable[[], Any]) -> float:
+    """The median, by the GPU's clock, of one of the `NUM_PLANS` things that a call puts on the
+    stream of all ranks. They meet in those of a first call, which is not timed: else the time would
+    be that between the ranks' launches."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(NUM_REPLAYS):
         dist.barrier(group)
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        times.append(1e6 * (time.perf_counter() - start) / number)
+        torch.cuda._sleep(SLEEP_CYCLES)
+        enqueue()
+        start.record()
+        enqueue()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end) / NUM_PLANS)
     return statistics.median(times)
 
 
@@ -55,7 +63,7 @@ def plan_time(group: dist.ProcessGroup, planner: Planner, *args: Any) -> float:
     with torch.cuda.graph(graph):
         for _ in range(NUM_PLANS):
             planner(*args)
-    return microseconds(group, graph.replay, NUM_PLANS)
+    return microseconds(group, graph.replay)
 
 
 def fcollect_time(group: dist.ProcessGroup) -> float:
@@ -65,14 +73,28 @@ def fcollect_time(group: dist.ProcessGroup) -> float:
     rows = core.tensor((group.size() * NUM_EXPERTS,), dtype=torch.int32)
     stream = core.NvshmemStream(torch.cuda.current_stream())
 
-    def call() -> None:
+    def enqueue() -> None:
         for _ in range(NUM_PLANS):
             core.fcollect(core.Teams.TEAM_WORLD, rows, row, stream=stream)
 
-    took = microseconds(group, call, NUM_PLANS)
+    took = microseconds(group, enqueue)
     for tensor in (row, rows):
         core.free_tensor(tensor)
     return took
+
+
+def gloo_time(group: dist.ProcessGroup, row: torch.Tensor) -> float:
+    """From a row on the GPU to all rows there, by the host's clock."""
+    times = []
+    for _ in range(NUM_REPLAYS):
+        dist.barrier(group)
+        start = time.perf_counter()
+        here = row.cpu()
+        rows = [torch.empty_like(here) for _ in range(group.size())]
+        dist.all_gather(rows, here, group=group)
+        torch.stack(rows).cuda()
+        times.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(times)
 
 
 def measure(group: dist.ProcessGroup) -> dict[str, float]:
@@ -91,15 +113,7 @@ def measure(group: dist.ProcessGroup) -> dict[str, float]:
     given = Planner(placement, rank=group.rank(), counts="given", solver="flow")
     times["given"] = plan_time(group, given, topk_idx, counts)
     times["fcollect"] = fcollect_time(group)
-    mine = counts[group.rank()].contiguous()
-
-    def gather() -> None:
-        here = mine.cpu()
-        rows = [torch.empty_like(here) for _ in range(group.size())]
-        dist.all_gather(rows, here, group=group)
-        torch.stack(rows).cuda()
-
-    times["gloo"] = microseconds(group, gather, 1)
+    times["gloo"] = gloo_time(group, counts[group.rank()])
     return times
 
 

@@ -5,9 +5,11 @@
 8 ranks of 32 experts and 2 redundant slots, hidden 7168, expert width 2048, top-8, 4096 tokens a
 rank. The computation of each rank (a grouped GEMM in and one out, bfloat16) runs alone on the
 whole GPU with the rows that its plan gives it; a layer takes what its slowest rank takes.
-Compared: experts in order, as plain DeepEP has them; EPLB's copies with an even split; the same
-copies balanced; and the ideal, every rank at the mean. Plan, dispatch and combine are not in
-these figures.
+Compared: experts in order, as plain DeepEP has them; copies by EPLB and by `Placement.for_lp`, each
+with an even split and balanced; and the ideal, every rank at the mean with equal experts, as a
+router that is forced into balance makes them: 1024 rows, whole tiles of a GEMM; and "ragged", 1024
+rows on average and as many odd ones as real experts have: what rows that fill no tile cost, no
+balance brings back. Plan, dispatch and combine are not in these figures.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +29,15 @@ from lplb_ep.report import load_recording, text_table
 NUM_RANKS, NUM_REDUNDANT, HIDDEN, WIDTH = 8, 2, 7168, 2048
 NUM_PICKS = NUM_RANKS * 4096 * 8
 NUM_WARM, NUM_RUNS = 3, 10
-COLUMNS = ("in order", "even split", "balanced", "ideal")
+COLUMNS = (
+    "in order",
+    "EPLB, even",
+    "EPLB, balanced",
+    "LP, even",
+    "LP, balanced",
+    "ideal, ragged",
+    "ideal",
+)
 
 
 class Experts:
@@ -71,24 +82,30 @@ def even(load: torch.Tensor, placement: Placement) -> torch.Tensor:
 
 def rows_of(load: torch.Tensor, learned: torch.Tensor) -> dict[str, torch.Tensor]:
     """[R, slots] rows by every way of dividing the load."""
-    E = len(load)
-    copies = Placement.from_history(
-        learned, num_ranks=NUM_RANKS, num_redundant_per_rank=NUM_REDUNDANT
-    )
-    mean = torch.full((NUM_RANKS, E // NUM_RANKS), int(load.sum()) // E)
-    return {
-        "in order": load.view(NUM_RANKS, -1),
-        "even split": slots_of(even(load, copies), copies),
-        "balanced": slots_of(cpu.solve(load, copies).quota, copies),
-        "ideal": mean,
+    sizes: dict[str, Any] = dict(num_ranks=NUM_RANKS, num_redundant_per_rank=NUM_REDUNDANT)
+    placements = {
+        "EPLB": Placement.from_history(learned, **sizes),
+        "LP": Placement.for_lp(learned[None], **sizes),
     }
+    in_order = load.view(NUM_RANKS, -1)
+    mean = int(load.sum()) // NUM_RANKS
+    found = {
+        "in order": in_order,
+        "ideal": torch.full_like(in_order, mean // in_order.shape[1]),
+    }
+    odd = 2 * torch.arange(1 - in_order.shape[1], in_order.shape[1], 2)  # -62 to 62, in all 0
+    found["ideal, ragged"] = found["ideal"] + odd
+    for name, placement in placements.items():
+        found[f"{name}, even"] = slots_of(even(load, placement), placement)
+        found[f"{name}, balanced"] = slots_of(cpu.solve(load, placement).quota, placement)
+    return found
 
 
-def to_batch(load: np.ndarray) -> torch.Tensor:
-    """A load of `NUM_PICKS` picks in the same proportions."""
-    exact = load * (NUM_PICKS / load.sum())
+def scaled(load: np.ndarray, total: int) -> torch.Tensor:
+    """A load of so many picks in the same proportions."""
+    exact = load * (total / load.sum())
     whole = np.floor(exact).astype(np.int64)
-    largest = np.argsort(whole - exact, kind="stable")[: NUM_PICKS - whole.sum()]
+    largest = np.argsort(whole - exact, kind="stable")[: total - whole.sum()]
     whole[largest] += 1
     return torch.from_numpy(whole)
 
@@ -107,7 +124,7 @@ def main() -> None:
     experts = Experts(live.shape[1] // NUM_RANKS + NUM_REDUNDANT)
     table, found = [], {}
     for layer in range(0, len(live), args.every):
-        rows = rows_of(to_batch(np.asarray(live[layer])), torch.as_tensor(learned[layer]))
+        rows = rows_of(scaled(np.asarray(live[layer]), NUM_PICKS), torch.as_tensor(learned[layer]))
         times = {c: max(experts.milliseconds(of_rank) for of_rank in rows[c]) for c in COLUMNS}
         found[layer] = times
         table.append([str(layer), *(f"{times[c]:.2f}" for c in COLUMNS)])

@@ -227,7 +227,7 @@ class Trainer:
         """One serves all layers; the environment is read when it is made. Collective."""
         kind, num_ranks = lplb_ep.Buffer, self.num_ranks  # (1)
         if self.args.shared:
-            kind.set_num_sms(8)  # what a rank's part of a GPU has room for
+            kind.set_num_sms(4)  # what a rank's part of a GPU has room for, all at once
         configs = kind.get_dispatch_config(num_ranks), kind.get_combine_config(num_ranks)
         row_bytes = 2 * self.args.hidden
         sizes = [config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs]

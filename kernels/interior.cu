@@ -177,6 +177,7 @@ __device__ void start(const Component& c, const Interior& in) {
     }
     total = __reduce_add_sync(~0u, total);
     largest = __reduce_max_sync(~0u, largest);
+    __syncthreads();                    // all decide before the flow changes `held`
     if (largest > total / c.shape.ranks + (total % c.shape.ranks != 0)) {  // else the start is optimal
         improve(c, in, largest, total);
         __syncthreads();

@@ -46,7 +46,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
         row[3] = words.z;
         row[4] = words.w;
     }
-    if (window.of != nullptr) send(window, row, HEAD + picks.num_experts, histogram);
+    if (window.of != nullptr) exchange(window, row, HEAD + picks.num_experts, histogram);
 }
 
 struct __align__(16) Copy {

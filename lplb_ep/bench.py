@@ -256,10 +256,11 @@ def count_launches(placement: Placement, batches: Batches, solver: str = "flow")
     topk_idx, counts = batches.topk_idx[0].cuda(), batches.counts[0].cuda()
     planner(topk_idx, counts=counts)
     activities = [torch.profiler.ProfilerActivity.CUDA]
-    with warnings.catch_warnings(), torch.profiler.profile(activities=activities) as profile:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of events lost between cycles; there is one
-        planner(topk_idx, counts=counts)
-        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities) as profile:
+            planner(topk_idx, counts=counts)
+            torch.cuda.synchronize()
     return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events() or ())
 
 

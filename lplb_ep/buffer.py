@@ -41,6 +41,7 @@ from .layers import (
 )
 from .placement import Placement, check_placement
 from .plan import check_topk_idx
+from .planner import Planner
 from .settings import ContractError, MissingPackageError, Settings
 from .solver import solver_fact
 
@@ -89,9 +90,18 @@ _inside: ContextVar[bool] = ContextVar("lplb_ep.inside", default=False)
 class _Planned:
     """What a call that planned leaves for the calls that follow it."""
 
+    planner: Planner
     placement: Placement
     logical: torch.Tensor
     physical: torch.Tensor
+
+    def forward(self, call: _Call) -> Any:
+        """Makes the call that waits for the other ranks. It may wait for one whose counts did not
+        come, for ever or until DeepEP gives up: what became of the plan is raised then."""
+        try:
+            return call.forward()
+        finally:
+            self.planner.raise_errors(wait=False)
 
     def check(self) -> None:
         """Raises ContractError where slots may hold other experts than those it was planned for."""
@@ -124,7 +134,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
     # A copy: the caller may mask picks in place before it combines.
-    return _Planned(planner.placement, topk_idx.clone(), physical)
+    return _Planned(planner, planner.placement, topk_idx.clone(), physical)
 
 
 def _refuse(state: BufferState, target: Target, error: Exception) -> NoReturn:
@@ -262,7 +272,7 @@ def _dispatch(self: Any, state: BufferState, call: _Call) -> Any:
         # The caller's may be older than the rewrite, which the communication must not overtake.
         event.current_stream_wait()
         call["previous_event"] = self.capture()
-    return call.forward()
+    return planned.forward(call)
 
 
 def _replace_topk_idx(
@@ -319,7 +329,7 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
         _refuse(state, target, ContractError(error))
     state.low_latency_slots = P
     planned = _plan(self, state, target, call)
-    out = call.forward()
+    out = planned.forward(call)
     state.planned[out[2][0]] = planned  # the handle's first tensor
     return out
 
@@ -346,7 +356,7 @@ def _elastic_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     if target is None:
         return call.forward()
     planned = _plan(self, state, target, call)
-    out = call.forward()
+    out = planned.forward(call)
     state.planned[out[3]] = planned  # the EPHandle
     return out
 

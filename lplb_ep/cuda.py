@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from . import network
+from .exchange import Relay, Windows
 from .jit import CuSolverDx, Kernels, Program, compile_cubin, max_shared_bytes, require
 from .placement import Placement
 from .settings import MissingPackageError
@@ -48,7 +49,8 @@ _PICKS = struct.Struct("3Q4i")
 _PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
-_WINDOW = struct.Struct("2Q2i")
+_WINDOW = struct.Struct("4Qq4i")
+_RELAY = struct.Struct("3Q2i")
 
 
 def programs() -> list[Program]:
@@ -348,6 +350,8 @@ class Picks:
     scratch: tuple[torch.Tensor, ...]
     num_chunks: int
     struct: bytes
+    rows: torch.Tensor | None
+    """[R, NUM_HEAD + E] int32, what all ranks sent, where windows exchange it."""
 
 
 @dataclass(frozen=True)
@@ -378,9 +382,8 @@ class Steps:
         num_statuses: how many statuses a batch may end with.
         row_size: integers of an exchanged row; those behind the counts stay 0.
         solver: "flow" or "cusolverdx".
-        windows: [R] addresses of the memory in which each rank receives rows (`exchange.Windows`);
-            none: rows travel by other means.
-        timeout_s: how long `receive` waits.
+        windows: where the kernels exchange rows; None: they travel by other means.
+        timeout_s: how long a batch waits for the rows.
     """
 
     def __init__(
@@ -392,7 +395,7 @@ class Steps:
         num_statuses: int,
         row_size: int,
         solver: str,
-        windows: Sequence[int] = (),
+        windows: Windows | None = None,
         timeout_s: float = 60,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
@@ -421,13 +424,14 @@ class Steps:
         ended with that status, then where one had an index out of range, and where given counts
         were not those of its picks."""
         self.timeout_s = timeout_s
-        self._windows = torch.tensor([*windows], dtype=torch.int64, device=device)
+        addresses = [] if windows is None else windows.addresses
+        self._windows = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self._relay = None if windows is None else windows.relay
         self._num_done = zeros(1, device=device)
-        pointer = self._windows.data_ptr() if windows else 0
-        self._window = _WINDOW.pack(pointer, self._num_done.data_ptr(), p.num_ranks, rank)
+        self._unread = False  # whether the rows of the last batch were not waited for
         self._kernels = {
             (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name)
-            for name in ("count", "receive", "route", "split")
+            for name in ("count", "gather", "spread", "route", "split")
             for dtype in (torch.int32, torch.int64)
         }
         self._stream = torch.cuda.current_stream(device)
@@ -462,13 +466,19 @@ class Steps:
         """The address of a place in `told`."""
         return self._told.data_ptr() + 4 * (len(self.missing) + index % len(self.told))
 
-    def count(self, topk_idx: torch.Tensor, status: int, *, exchanged: bool) -> Picks:
-        """Counts picks, into `row` if they are to be exchanged; with windows, sends it.
+    def count(
+        self, topk_idx: torch.Tensor, status: int, *, exchanged: bool, waits: bool = True
+    ) -> Picks:
+        """Counts picks, into `row` if they are to be exchanged; with windows, exchanges it.
 
         Args:
             topk_idx: [T, K] int32 or int64 on this device.
             status: how this rank fares, for the head of the row.
             exchanged: whether the other ranks get `row`; it is zero again after `route`.
+            waits: whether to wait, on the GPU, for the rows that all ranks send. Those that do not
+                come in time end the batch as TIMED_OUT, and are `missing`. If not, the next batch
+                waits for them before it sends: they say that the others have read those of the
+                batch before, in whose place its own go.
         """
         stream = torch.cuda.current_stream(self.device)
         if stream != self._stream and not torch.cuda.is_current_stream_capturing():
@@ -485,6 +495,19 @@ class Steps:
         pointers = [*(tensor.data_ptr() for tensor in scratch), self._histograms.data_ptr()]
         packed = _PICKS.pack(*pointers, num_picks, num_chunks, chunk, E)
         topk_idx = topk_idx.contiguous()
+        rows, window = None, bytes(_WINDOW.size)
+        if exchanged and len(self._windows):
+            rows = torch.empty(
+                self.placement.num_ranks, NUM_HEAD + E, dtype=torch.int32, device=self.device
+            )
+            window = _WINDOW.pack(
+                *(t.data_ptr() for t in (self._windows, self._num_done, rows, self._told)),
+                round(1e9 * self.timeout_s),
+                self.placement.num_ranks,
+                self.rank,
+                self._unread,
+                waits and self._relay is None,
+            )
         _launch(
             self._kernels["count", topk_idx.dtype],
             (num_chunks,),
@@ -495,37 +518,30 @@ class Steps:
                 self.row.data_ptr() if exchanged else 0,
                 self.head.data_ptr(),
                 self._told_at(-2),
-                self._window,
+                window,
                 np.int32(status),
             ),
             4 * (NUM_HEAD + E),
             self.device,
         )
-        return Picks(topk_idx, scratch, num_chunks, packed)
+        self._unread = rows is not None and not waits
+        if self._relay is not None and rows is not None:
+            self._relay_rows(self._relay, window)
+            self._unread = False
+        return Picks(topk_idx, scratch, num_chunks, packed, rows)
 
-    def receive(self) -> torch.Tensor:
-        """Waits, on the GPU, for the rows that all ranks sent: [R, NUM_HEAD + E] int32. Those that
-        do not come in time end the batch as TIMED_OUT, and are `missing`."""
-        p = self.placement
-        rows = torch.empty(
-            p.num_ranks, NUM_HEAD + p.num_experts, dtype=torch.int32, device=self.device
+    def _relay_rows(self, relay: Relay, window: bytes) -> None:
+        """For the other ranks' sake, whether or not this one waits."""
+        packed = _RELAY.pack(
+            relay.sent, relay.received, relay.signals, relay.node, relay.num_ranks_per_node
         )
-        _launch(
-            self._kernels["receive", torch.int64],
-            (p.num_ranks,),
-            NUM_THREADS,
-            (
-                self._window,
-                self.num_exchanges.data_ptr(),
-                rows.data_ptr(),
-                np.int32(rows.shape[1]),
-                np.int64(1e9 * self.timeout_s),
-                self._told.data_ptr(),
-            ),
-            0,
-            self.device,
-        )
-        return rows
+        size = np.int32(NUM_HEAD + self.placement.num_experts)
+        arguments = (window, packed, self.num_exchanges.data_ptr(), size)
+        for name in ("gather", "spread"):
+            kernel = self._kernels[name, torch.int64]
+            _launch(kernel, (1,), NUM_THREADS, arguments, 0, self.device)
+            if name == "gather":
+                relay.put(torch.cuda.current_stream(self.device).cuda_stream)
 
     def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
         """Solves, and meanwhile numbers the picks.

@@ -6,6 +6,7 @@ An exchange gathers one row of integers from every rank. It knows neither expert
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -27,6 +28,8 @@ class Reach:
     """In NVSHMEM's symmetric memory."""
     ipc: str = ""
     """In memory that CUDA IPC shares."""
+    num_ranks_per_node: int = 0
+    """How many ranks share a node; 0: all, or the nodes are uneven."""
 
 
 class Exchange(Protocol):
@@ -37,12 +40,32 @@ class Exchange(Protocol):
 
 
 @dataclass(frozen=True)
+class Relay:
+    """How the first rank of a node sends its node's rows to the first ranks of the others, in
+    memory that it has for that."""
+
+    sent: int
+    """Address of [2, ranks of a node] rows: for even and odd batches."""
+    received: int
+    """Address of [nodes, 2, ranks of a node] rows."""
+    signals: int
+    """Address of [nodes] 8-byte counts of the batches that each node has sent."""
+    node: int
+    num_ranks_per_node: int
+    put: Callable[[int], None]
+    """On a CUDA stream: writes `sent` into the others' `received`, then adds 1 to their signals."""
+
+
+@dataclass(frozen=True)
 class Windows:
     """An exchange by the kernels themselves, which write rows to the other ranks' memory and wait
     for theirs; `kernels/exchange.cuh` says how."""
 
     addresses: list[int]
-    """[R] of the memory in which each rank receives rows, as seen from this one."""
+    """[R] of the memory in which each rank receives rows, as seen from this one; 0: on another
+    node."""
+    relay: Relay | None = None
+    """Of the first rank of a node, where there are several."""
 
     @staticmethod
     def num_bytes(num_ranks: int, row_size: int) -> int:
@@ -122,6 +145,8 @@ def choose_counts(
         raise ValueError(f"counts={counts!r} cannot be: {obstacles[counts]}")
     if counts != "auto":
         return counts, "asked for"
+    if reach.ipc and not obstacles["nvshmem"]:
+        obstacles["nvshmem"] = "between nodes only where asked for: no network has tried it"
     able = [kind for kind, obstacle in obstacles.items() if not obstacle]
     because = "; ".join(f"not {kind}: {why}" for kind, why in obstacles.items() if why)
     return (able or ["torch"])[0], because or "the kernels reach every rank's memory"

@@ -1,11 +1,12 @@
-"""Memory that every rank of a group writes directly, on the GPUs: NVSHMEM's symmetric heap, or an
-allocation of our own that CUDA IPC opens on the other ranks of a node.
+"""Memory that every rank of a node writes directly, on the GPUs: NVSHMEM's symmetric heap, or an
+allocation of our own that CUDA IPC opens on the other ranks; and NVSHMEM's transport between nodes.
 
 It knows nothing of what is written there; torch's group is used to set it up only.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import weakref
@@ -17,53 +18,112 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from .exchange import Reach, agree, everyone
-from .settings import ContractError, MissingPackageError, has_part_of_gpu
+from .exchange import Reach, Relay, Windows, agree, everyone
+from .settings import (
+    ContractError,
+    MissingPackageError,
+    has_part_of_gpu,
+    spare_nvshmem_proxy,
+)
 
 _CHUNK_BYTES = 2 << 20  # what the driver allocates at least
 _ALIGNMENT = 256
 
 
 class PeerMemory:
-    """Windows: memory of the same size on every rank, which every rank may write.
+    """Windows: memory of the same size on every rank, which every rank of its node may write.
 
     Args:
         group: the ranks, each with a GPU that is current; held weakly.
-        kind: "nvshmem" or "ipc".
+        kind: "nvshmem" or "ipc". With several nodes the first takes CUDA IPC within each, and
+            NVSHMEM between the first ranks of all.
 
     Raises:
         MissingPackageError: a rank lacks a package.
-        ContractError: NVSHMEM runs already, with other ranks than the group's.
+        ContractError: NVSHMEM runs already, with other ranks than are needed.
         RankError: some rank cannot reach another; names it and why.
     """
 
     def __init__(self, group: dist.ProcessGroup, kind: str) -> None:
         self._group = weakref.ref(group)
-        self._allocate: Callable[[dist.ProcessGroup, int], list[int]]
-        self._allocate = {"nvshmem": _allocate_nvshmem, "ipc": _allocate_ipc}[kind]
+        self._node_size = reach(group).num_ranks_per_node or group.size()
+        across = self._node_size < group.size()
         if kind == "nvshmem":
             _join_nvshmem(group)
-        self._chunk: list[int] = []
-        self._left = 0
+        direct = _allocate_nvshmem if kind == "nvshmem" and not across else _allocate_ipc
+        self._windows = _Chunks(functools.partial(direct, node_size=self._node_size))
+        self._relayed = _Chunks(functools.partial(_allocate_nvshmem, node_size=1))
 
     def window(self, num_bytes: int) -> list[int]:
         """Collective: every rank asks for the same sizes in the same order.
 
         Returns:
-            [R] of every rank's window the address here; they are zeroed. They live as long as the
-            process: a peer may be about to write.
+            [R] of every rank's window the address here, 0 on another node. They are zeroed, and
+            live as long as the process: a peer may be about to write.
         """
+        return self._windows.cut(self._alive(), num_bytes)
+
+    def windows(self, row_size: int) -> Windows:
+        """Windows for rows of `row_size` integers, and what takes them between nodes. Collective,
+        as `window`."""
+        group = self._alive()
+        addresses = self.window(Windows.num_bytes(group.size(), row_size))
+        across = self._node_size < group.size()
+        return Windows(addresses, self._relay(group, 4 * row_size) if across else None)
+
+    def _alive(self) -> dist.ProcessGroup:
         group = self._group()
         if group is None:
             raise ContractError("the group that this memory was made for is destroyed")
+        return group
+
+    def _relay(self, group: dist.ProcessGroup, row_bytes: int) -> Relay | None:
+        """Every rank allocates, for the symmetric heap's sake; the first of a node uses it."""
+        from nvshmem import bindings
+
+        node, local = divmod(group.rank(), self._node_size)
+        num_nodes, num_bytes = group.size() // self._node_size, 2 * self._node_size * row_bytes
+        sizes = (num_bytes, num_nodes * num_bytes, 8 * num_nodes)
+        sent, received, signals = (self._relayed.cut(group, n)[group.rank()] for n in sizes)
+        # Of a world of all ranks, or of one with a PE for each node.
+        pes = range(0, group.size(), self._node_size)
+        if bindings.n_pes() < group.size():
+            pes = range(num_nodes)
+
+        def put(stream: int) -> None:
+            for other, pe in enumerate(pes):
+                if other != node:
+                    bindings.putmem_signal_on_stream(
+                        received + node * num_bytes,
+                        sent,
+                        num_bytes,
+                        signals + 8 * node,
+                        1,
+                        int(bindings.Signal_op.SIGNAL_ADD),
+                        pe,
+                        stream,
+                    )
+
+        relay = Relay(sent, received, signals, node, self._node_size, put)
+        return relay if local == 0 else None
+
+
+class _Chunks:
+    """Pieces of a few large allocations."""
+
+    def __init__(self, allocate: Callable[[dist.ProcessGroup, int], list[int]]) -> None:
+        self._allocate, self._chunk, self._left = allocate, [0], 0
+
+    def cut(self, group: dist.ProcessGroup, num_bytes: int) -> list[int]:
+        """Collective. [R] addresses here of every rank's piece, 0 where it is out of reach."""
         num_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         if num_bytes > self._left:
             self._left = -(-num_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
             self._chunk = self._allocate(group, self._left)
-        window = list(self._chunk)
-        self._chunk = [address + num_bytes for address in self._chunk]
+        piece = list(self._chunk)
+        self._chunk = [address and address + num_bytes for address in self._chunk]
         self._left -= num_bytes
-        return window
+        return piece
 
 
 def peer_memory(group: dist.ProcessGroup, kind: str) -> PeerMemory:
@@ -81,9 +141,9 @@ def reach(group: dist.ProcessGroup | None) -> Reach:
     """Which memory all ranks reach; without a group, what this process says for itself. Collective
     for the first time, and the same on every rank."""
     if group is None:
-        return _find_reach([_Fact.of_this_rank(None)])
+        return _find_reach([_Fact.of_this_rank()])
     if group not in _reaches:
-        _reaches[group] = _find_reach(everyone(group, _Fact.of_this_rank(group)))
+        _reaches[group] = _find_reach(everyone(group, _Fact.of_this_rank()))
     return _reaches[group]
 
 
@@ -98,54 +158,76 @@ class _Fact:
     device: str
     nvshmem: str
     """Why it has no NVSHMEM; empty: it has."""
+    world: tuple[int, int] | None
+    """How many PEs NVSHMEM runs with, and which this is; None: it does not run."""
     has_part_of_gpu: bool
 
     @staticmethod
-    def of_this_rank(group: dist.ProcessGroup | None) -> _Fact:
-        boot = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a host
-        node = boot.read_text().strip() if boot.exists() else os.uname().nodename
+    def of_this_rank() -> _Fact:
         device = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        return _Fact(node, device, _nvshmem_reason(group), has_part_of_gpu())
+        return _Fact(_node(), device, *_nvshmem_state(), has_part_of_gpu())
+
+
+def _node() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a host
+    return boot.read_text().strip() if boot.exists() else os.uname().nodename
 
 
 def _find_reach(facts: list[_Fact]) -> Reach:
-    nodes = {fact.node for fact in facts}
-    apart = f"the ranks are on {len(nodes)} nodes" if len(nodes) > 1 else ""
+    num_ranks, nodes = len(facts), [fact.node for fact in facts]
+    num_nodes = len(set(nodes))
+    size = num_ranks // num_nodes
+    first = nodes[::size] if num_ranks % num_nodes == 0 else []
+    even = nodes == [node for node in first for _ in range(size)]
+    apart = f"the ranks are on {num_nodes} nodes" if num_nodes > 1 else ""
     lacking = [rank for rank, fact in enumerate(facts) if fact.nvshmem]
-    nvshmem = apart
+    nvshmem = ""
     if lacking:
         nvshmem = f"rank {lacking[0]}: {facts[lacking[0]].nvshmem}"
-    elif len({fact.device for fact in facts}) < len(facts) and not all(
+    elif not even:
+        nvshmem = f"{apart}, and a node's are not consecutive, or more than another's"
+    elif len({fact.device for fact in facts}) < num_ranks and not all(
         fact.has_part_of_gpu for fact in facts
     ):
         # NVSHMEM would end the process.
         nvshmem = "ranks share a GPU, without MPS and CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
-    return Reach(nvshmem, apart)
+    else:
+        nvshmem = _world_obstacle([fact.world for fact in facts], num_nodes)
+    return Reach(nvshmem, apart, size if even else 0)
 
 
-def _nvshmem_reason(group: dist.ProcessGroup | None) -> str:
-    if importlib.util.find_spec("nvshmem") is None:
-        return "nvshmem4py is not installed: pip install nvshmem4py-cu13"
-    try:
-        return _world_reason(group)
-    except (ImportError, OSError, RuntimeError) as error:
-        return f"nvshmem4py does not load: {error}"
-
-
-def _world_reason(group: dist.ProcessGroup | None) -> str:
-    """Why the world that NVSHMEM runs in here cannot be used; empty: it can, or none runs yet."""
-    from nvshmem import bindings, core
-
-    core.get_unique_id(empty=True)  # loads the library
-    if group is None or not _nvshmem_runs():
+def _world_obstacle(worlds: list[tuple[int, int] | None], num_nodes: int) -> str:
+    """Why the worlds that NVSHMEM runs in cannot be used; empty: they can, or none runs yet."""
+    num_ranks = len(worlds)
+    usable: list[list[tuple[int, int] | None]] = [
+        [None] * num_ranks,
+        [(num_ranks, rank) for rank in range(num_ranks)],
+        [(num_nodes, rank * num_nodes // num_ranks) for rank in range(num_ranks)],
+    ]
+    if worlds in usable[: 2 + (num_nodes > 1)]:
         return ""
-    world, group_size = bindings.n_pes(), group.size()
-    if (world, bindings.my_pe()) == (group_size, group.rank()):
-        return ""
+    without = [rank for rank, world in enumerate(worlds) if world is None]
+    if without:
+        return f"NVSHMEM runs already on some ranks only: not on {without}"
+    rank = next(r for r, world in enumerate(worlds) if world != (num_ranks, r))
+    size, pe = worlds[rank] or (0, 0)
     return (
-        f"NVSHMEM runs already with {world} PEs, of which this is {bindings.my_pe()}; this is rank "
-        f"{group.rank()} of {group_size} (DeepEP's world across nodes has one PE for each node)"
+        f"NVSHMEM runs already with {size} PEs, of which rank {rank} of {num_ranks} is {pe}: "
+        "neither one for each rank nor, across nodes, one for each node"
     )
+
+
+def _nvshmem_state() -> tuple[str, tuple[int, int] | None]:
+    """Why there is no NVSHMEM here, or else the world that it runs in."""
+    if importlib.util.find_spec("nvshmem") is None:
+        return "nvshmem4py is not installed: pip install nvshmem4py-cu13", None
+    try:
+        from nvshmem import bindings, core
+
+        core.get_unique_id(empty=True)  # loads the library
+        return "", (bindings.n_pes(), bindings.my_pe()) if _nvshmem_runs() else None
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"nvshmem4py does not load: {error}", None
 
 
 def _nvshmem_runs() -> bool:
@@ -158,17 +240,22 @@ def _nvshmem_runs() -> bool:
 
 def _join_nvshmem(group: dist.ProcessGroup) -> None:
     """Starts NVSHMEM with the ranks of the group as its PEs, or joins the world that runs."""
-    refusal = None
-    reason = _nvshmem_reason(group)
-    if reason:
-        refusal = MissingPackageError(reason)
-    agree(group, "NVSHMEM", {"runs": "" if reason else str(_nvshmem_runs())}, refusal)
+    node_size = reach(group).num_ranks_per_node or group.size()
+    states = everyone(group, _nvshmem_state())  # as it is now
+    reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(states) if reason]
+    if reasons:
+        raise MissingPackageError(reasons[0])
+    obstacle = _world_obstacle([world for _, world in states], group.size() // node_size)
+    if obstacle:
+        raise ContractError(obstacle)
     if _nvshmem_runs():
         return
     import numpy as np
     from cuda.core import Device
     from nvshmem import core
 
+    if node_size == group.size():
+        spare_nvshmem_proxy()
     device = Device(torch.cuda.current_device())
     device.set_current()
     unique = core.get_unique_id(empty=group.rank() != 0)
@@ -184,25 +271,28 @@ def _join_nvshmem(group: dist.ProcessGroup) -> None:
     )
 
 
-def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int) -> list[int]:
+def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
     from nvshmem import bindings
 
     address = bindings.malloc(num_bytes)
-    addresses = [address and bindings.ptr(address, pe) for pe in range(group.size())]
+    addresses = [
+        address and (address if rank == group.rank() else bindings.ptr(address, rank))
+        for rank in _node_of(group, node_size)
+    ]
     refusal: Exception | None = None
     if not address:
         refusal = MemoryError(
             f"NVSHMEM's heap has no {num_bytes} bytes: set NVSHMEM_SYMMETRIC_SIZE"
         )
     elif not all(addresses):
-        refusal = ContractError(f"PE {addresses.index(0)} cannot be reached by loads and stores")
+        refusal = ContractError("a PE of the node cannot be reached by loads and stores")
     else:
         _zero(address, num_bytes)
     agree(group, "NVSHMEM memory", {"bytes": num_bytes}, refusal)
-    return addresses
+    return _in_place(group, node_size, addresses)
 
 
-def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int) -> list[int]:
+def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
     from cupy.cuda import runtime
 
     address, handle = 0, b""
@@ -214,16 +304,28 @@ def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int) -> list[int]:
     except runtime.CUDARuntimeError as error:
         refusal = ContractError(f"CUDA IPC gives no memory away: {error}")
     agree(group, "CUDA IPC memory", {"bytes": num_bytes}, refusal)
-    addresses = []
-    for rank, theirs in enumerate(everyone(group, handle)):
+    addresses, handles = [], everyone(group, handle)
+    for rank in _node_of(group, node_size):
         try:
             own = rank == group.rank()
-            addresses.append(address if own else runtime.ipcOpenMemHandle(theirs))
+            addresses.append(address if own else runtime.ipcOpenMemHandle(handles[rank]))
         except runtime.CUDARuntimeError as error:
             refusal = ContractError(f"CUDA IPC does not reach rank {rank}'s memory: {error}")
             break
     agree(group, "CUDA IPC memory", {}, refusal)
-    return addresses
+    return _in_place(group, node_size, addresses)
+
+
+def _node_of(group: dist.ProcessGroup, node_size: int) -> range:
+    """The ranks of this rank's node."""
+    first = group.rank() // node_size * node_size
+    return range(first, first + node_size)
+
+
+def _in_place(group: dist.ProcessGroup, node_size: int, addresses: list[int]) -> list[int]:
+    """Those of a node among all."""
+    first = _node_of(group, node_size).start
+    return [0] * first + addresses + [0] * (group.size() - first - node_size)
 
 
 def _zero(address: int, num_bytes: int) -> None:

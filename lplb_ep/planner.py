@@ -157,7 +157,7 @@ class Planner:
             len(Status),
             row_size,
             self.solver,
-            self.exchange.addresses if isinstance(self.exchange, Windows) else [],
+            self.exchange if isinstance(self.exchange, Windows) else None,
             timeout_s,
         )
         return _GpuSteps(steps, abort_on_timeout)
@@ -167,21 +167,26 @@ class Planner:
         """Batches planned so far, by status; waits for the GPU."""
         return self._steps.num_batches()
 
-    def raise_errors(self) -> None:
+    def raise_errors(self, *, wait: bool = True) -> None:
         """Waits for the GPU, and raises what it found wrong with earlier batches.
 
         For batches that a CUDA graph replays, and before going on after an error: every rank has
         been told of the same batches then. Of several faults the first is raised and the others
         are logged. Local, nothing is exchanged.
 
+        Args:
+            wait: if not, only what the GPU has found so far is raised.
+
         Raises:
             ValueError: a batch's `topk_idx` out of range, or given counts that were not its own.
             RankError: another rank refused its input, or ranks planned different batches.
         """
-        self._steps.synchronize()
+        if wait:
+            self._steps.synchronize()
         self._steps.raise_told()
         for homes in self._homes.values():
-            torch.cuda.synchronize(homes.device)
+            if wait:
+                torch.cuda.synchronize(homes.device)
             homes.raise_told()
 
     def __call__(
@@ -469,7 +474,6 @@ class _GpuSteps:
         self._steps, self._placement, self._device = steps, steps.placement, steps.device
         self._name = self._placement.fingerprint()[:8]
         self._logged: set[Status] = set()
-        self._unread = False  # whether rows of the last batch, in windows, were not waited for
         say = functools.partial(missing_ranks, steps.missing, self._name, steps.timeout_s)
         watch(self, steps.missing, say, abort=abort_on_timeout)
 
@@ -521,11 +525,10 @@ class _GpuSteps:
 
     def refuse(self, exchange: Exchange | Windows) -> None:
         """Sends word, and waits for no one: the rank at fault may be gone."""
+        nothing = torch.empty(0, 1, dtype=torch.int64, device=self._device)
         try:
-            self._send(torch.empty(0, 1, dtype=torch.int64), Status.REFUSED)
-            if isinstance(exchange, Windows):
-                self._unread = True
-            else:
+            self._steps.count(nothing, Status.REFUSED, exchanged=True, waits=False)
+            if not isinstance(exchange, Windows):
                 exchange.gather(self._steps.row)
         finally:
             self._steps.row.zero_()
@@ -534,23 +537,15 @@ class _GpuSteps:
         self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
     ) -> Plan:
         try:
-            picks = self._send(topk_idx, status)
-            if isinstance(exchange, Windows):
-                rows = self._steps.receive()
-            else:
+            picks = self._steps.count(topk_idx.to(self._device), status, exchanged=True)
+            rows = picks.rows
+            if not isinstance(exchange, Windows):
                 rows = exchange.gather(self._steps.row)
+            assert rows is not None, "windows leave them"
             return self._plan(topk_idx, picks, rows, Status.OPTIMAL, exchanged=True)
         except BaseException:
             self._steps.row.zero_()  # or what was counted would be added to the next batch
             raise
-
-    def _send(self, topk_idx: torch.Tensor, status: Status) -> cuda.Picks:
-        """Counts, and with windows sends; not before the rows of the last batch are read, which
-        say that the others have read those of the one before, in whose place this one's go."""
-        if self._unread:
-            self._steps.receive()
-            self._unread = False
-        return self._steps.count(topk_idx.to(self._device), status, exchanged=True)
 
     def plan_given(self, topk_idx: torch.Tensor, counts: torch.Tensor, status: Status) -> Plan:
         picks = self._steps.count(topk_idx.to(self._device), 0, exchanged=False)
@@ -638,8 +633,7 @@ def _exchange(
     assert group is not None, "choose_counts takes the others only with a group"
     if counts == "torch":
         return TorchExchange(group)
-    size = Windows.num_bytes(placement.num_ranks, cuda.NUM_HEAD + placement.num_experts)
-    return Windows(peer_memory(group, counts).window(size))
+    return peer_memory(group, counts).windows(cuda.NUM_HEAD + placement.num_experts)
 
 
 def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:

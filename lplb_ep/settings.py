@@ -237,6 +237,11 @@ def has_part_of_gpu() -> bool:
     return "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE" in os.environ
 
 
+def spare_nvshmem_proxy() -> None:
+    """Within a node NVSHMEM needs no thread that polls, and a core for it on every rank."""
+    os.environ.setdefault("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1")
+
+
 def put_in_environment(name: str, value: str) -> None:
     """Sets the variable of a setting for this process and those that it starts."""
     (variable,) = (f.metadata["variable"] for f in fields(Settings) if f.name == name)

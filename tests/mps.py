@@ -1,4 +1,5 @@
-"""Several ranks on one GPU, each with a part of it: CUDA's multi-process service."""
+"""Several ranks on one GPU, each with a part of it: CUDA's multi-process service. With a GPU for
+each they need none."""
 
 import contextlib
 import os
@@ -6,6 +7,7 @@ import subprocess
 import tempfile
 
 import ranks
+import torch
 
 _CONTROL = "nvidia-cuda-mps-control"
 
@@ -16,12 +18,14 @@ def service():
 
     Yields a function: number of ranks → the environment for `ranks.run`.
     """
+    num_gpus = torch.cuda.device_count()
     with tempfile.TemporaryDirectory(prefix="lplb_ep_mps_") as folder:
         ours = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
         environ = {**os.environ, **ours}
         subprocess.run([_CONTROL, "-d"], env=environ, check=True, timeout=30)
         try:
-            yield lambda n: {**ours, "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": str(100 // n)}
+            share = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+            yield lambda n: {} if n <= num_gpus else {**ours, share: str(100 * num_gpus // n)}
         finally:
             ranks.close()
             subprocess.run([_CONTROL], input="quit\n", text=True, env=environ, timeout=60)

@@ -11,6 +11,7 @@ import functools
 import multiprocessing as mp
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -111,17 +112,23 @@ def run(
     """`[function(group, *args, **kwargs) for each rank]`, run on `num_ranks` gloo ranks at once.
 
     `function` must be importable (defined at a test module's top level). A rank that raises fails
-    the call with `RanksFailedError`; ranks that hang are killed after `timeout` seconds.
+    the call with `RanksFailedError`, and one whose process ended with an "EOFError" there; ranks
+    that hang are killed after `timeout` seconds.
     """
     pool = _pool(num_ranks)
     for pipe in pool.pipes:
         pipe.send((function, args, kwargs, environ or {}))
     results, failures = [], {}
+    until = time.monotonic() + timeout
     for rank, pipe in enumerate(pool.pipes):
-        if not pipe.poll(timeout):
+        if not pipe.poll(max(0.0, until - time.monotonic())):
             close()
-            raise TimeoutError(f"rank {rank} of {num_ranks} did not answer in {timeout} s")
-        ok, value = pipe.recv()
+            late = TimeoutError(f"rank {rank} of {num_ranks} did not answer in {timeout} s")
+            raise late from (RanksFailedError(failures, num_ranks) if failures else None)
+        try:
+            ok, value = pipe.recv()
+        except (EOFError, ConnectionResetError):
+            ok, value = False, ("EOFError", "its process ended", "its process ended")
         results.append(value)
         if not ok:
             failures[rank] = value

@@ -1144,6 +1144,29 @@ def test_every_plan_is_checked_on_demand(make, mode, monkeypatch):
     assert (topk is TOPK, placement, rank) == (True, PLACEMENT, 0)
 
 
+@pytest.mark.parametrize("failure", [None, RuntimeError("DeepEP error: CPU recv timeout")])
+def test_what_became_of_a_plan_is_raised_when_the_dispatch_returns(
+    make, mode, monkeypatch, failure
+):
+    """DeepEP waits for the very rank whose counts did not come, and gives up or goes on."""
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    told = lplb_ep.RankError("ranks [3] sent no counts within 60 s")
+
+    def raise_errors(self, *, wait):
+        assert not wait
+        raise told
+
+    monkeypatch.setattr(Planner, "raise_errors", raise_errors)
+    if failure is not None:
+        monkeypatch.setattr(buffer._Call, "forward", lambda self: (_ for _ in ()).throw(failure))
+    with pytest.raises(lplb_ep.RankError) as caught:
+        drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
+    assert caught.value is told
+    assert caught.value.__context__ is failure
+
+
 def test_what_is_no_placement_is_named(make, mode):
     mode("1")
     table = [0, 1, 2, 3, 0, 2]

@@ -13,7 +13,7 @@ import pytest
 from lplb_ep import Placement, Planner, peers, watchdog
 from lplb_ep.exchange import Reach, Windows, choose_counts
 
-FACT = peers._Fact(node="a", device="0", nvshmem="", has_part_of_gpu=False)
+FACT = peers._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
 
 
 def fact(**changes):
@@ -26,6 +26,8 @@ def fact(**changes):
         ("auto", Reach(), "nvshmem", "the kernels reach"),
         ("auto", Reach(nvshmem="no package"), "ipc", "not nvshmem: no package"),
         ("auto", Reach("no package", "2 nodes"), "torch", "not nvshmem: no package; not ipc: 2 no"),
+        ("auto", Reach("", "2 nodes", 4), "torch", "not nvshmem: between nodes only where asked"),
+        ("nvshmem", Reach("", "2 nodes", 4), "nvshmem", "asked for"),
         ("ipc", Reach(), "ipc", "asked for"),
         ("torch", Reach(), "torch", "asked for"),
     ],
@@ -53,17 +55,44 @@ def test_what_cannot_be_is_refused_and_not_replaced():
 
 def test_reach_is_what_all_ranks_have():
     two = [fact(), fact(device="1")]
-    assert peers._find_reach(two) == Reach()
-    assert peers._find_reach([*two, fact(device="2", node="b")]) == Reach(
-        "the ranks are on 2 nodes", "the ranks are on 2 nodes"
-    )
+    assert peers._find_reach(two) == Reach("", "", 2)
     lacking = [*two, fact(device="2", nvshmem="nvshmem4py is not installed")]
-    assert peers._find_reach(lacking) == Reach("rank 2: nvshmem4py is not installed", "")
+    assert peers._find_reach(lacking) == Reach("rank 2: nvshmem4py is not installed", "", 3)
     shared = peers._find_reach([fact(), fact()])
     assert shared.nvshmem.startswith("ranks share a GPU")
     assert shared.ipc == ""
     parts = [fact(has_part_of_gpu=True), fact(has_part_of_gpu=True)]
-    assert peers._find_reach(parts) == Reach()
+    assert peers._find_reach(parts) == Reach("", "", 2)
+
+
+def on_nodes(names):
+    return peers._find_reach([fact(node=n, device=str(i)) for i, n in enumerate(names)])
+
+
+def test_nodes_are_ranks_in_a_row_and_as_many():
+    assert on_nodes("aabb") == Reach("", "the ranks are on 2 nodes", 2)
+    for names in ("abab", "aab", "aaab"):
+        found = on_nodes(names)
+        assert found.nvshmem.startswith("the ranks are on 2 nodes, and a node's are not"), names
+        assert (found.ipc, found.num_ranks_per_node) == ("the ranks are on 2 nodes", 0)
+
+
+@pytest.mark.parametrize(
+    ("worlds", "num_nodes", "obstacle"),
+    [
+        ([None] * 4, 1, ""),
+        ([(4, 0), (4, 1), (4, 2), (4, 3)], 1, ""),
+        ([(4, 0), (4, 1), (4, 2), (4, 3)], 2, ""),
+        ([(2, 0), (2, 0), (2, 1), (2, 1)], 2, ""),  # DeepEP's across nodes
+        ([(2, 0), (2, 0), (2, 1), (2, 1)], 1, "with 2 PEs, of which rank 0 of 4 is 0"),
+        ([(4, 0), (4, 1), (4, 3), (4, 2)], 1, "with 4 PEs, of which rank 2 of 4 is 3"),
+        ([(4, 0), None, (4, 2), (4, 3)], 1, "on some ranks only: not on [1]"),
+    ],
+)
+def test_a_world_that_runs_is_joined_if_it_is_the_groups(worlds, num_nodes, obstacle):
+    found = peers._world_obstacle(worlds, num_nodes)
+    assert obstacle in found
+    assert bool(obstacle) == bool(found)
 
 
 def test_a_window_has_two_batches_of_words_for_every_rank():

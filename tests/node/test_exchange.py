@@ -1,15 +1,19 @@
 """Counts that travel between GPUs: by NVSHMEM, by CUDA IPC and by torch.distributed."""
 
 import logging
+import os
+import signal
 import time
 
+import mps
 import numpy as np
 import oracle
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 
-from lplb_ep import ContractError, Planner, RankError, check_plan, cpu
+from lplb_ep import ContractError, Planner, RankError, check_plan, cpu, peers
 from lplb_ep.plan import Status
 
 pytestmark = pytest.mark.gpu
@@ -219,6 +223,89 @@ def test_ranks_that_differ_are_named(node):
     node(4, differ, "ipc")
 
 
+def lose_one(group, kind, on_timeout):
+    """The last rank is killed between two batches."""
+    use_gpu(group)
+    said = Said()
+    logging.getLogger("lplb_ep").addHandler(said)
+    planner = Planner(
+        place(group.size()),
+        group,
+        counts=kind,
+        solver="flow",
+        timeout_s=2,
+        abort_on_timeout=on_timeout == "abort",
+    )
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    assert int(planner(topk).status) == Status.OPTIMAL
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    if group.rank() == group.size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(1)
+    start = time.perf_counter()
+    planner(topk)
+    with pytest.raises(RankError, match=r"ranks \[3\] sent no counts within 2 s"):
+        planner.raise_errors()
+    took = time.perf_counter() - start
+    assert 2 <= took < 4
+    time.sleep(1)  # longer than the watchdog sleeps
+    assert any("ranks [3] sent no counts within 2 s" in line for line in said.lines), said.lines
+    raise AssertionError("as it should be")
+
+
+@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
+@pytest.mark.parametrize("on_timeout", ["raise", "abort"])
+def test_a_killed_rank_is_named_in_time(kind, on_timeout):
+    with mps.service() as environ_of, pytest.raises(ranks.RanksFailedError) as failed:
+        ranks.run(4, lose_one, kind, on_timeout, environ=environ_of(4))
+    gone = ("EOFError", "its process ended")
+    expected = ("AssertionError", "as it should be") if on_timeout == "raise" else gone
+    assert failed.value.errors == [expected] * 3 + [gone]
+
+
+def on_two_nodes(group, num_batches, node_size):
+    """Ranks that believe to be on several nodes, whose first ones alone reach each other."""
+    boot = peers._node()
+    peers._node = lambda: f"{boot}/{group.rank() // node_size}"
+    try:
+        use_gpu(group)
+        placement = place(group.size())
+        across = Planner(placement, group, counts="nvshmem", solver="flow")
+        other = 0 if group.rank() >= node_size else group.size() - 1
+        assert across.exchange.addresses[other] == 0
+        by_torch = Planner(placement, group, counts="torch", solver="flow")
+        rng = np.random.default_rng(1)
+        static = torch.zeros(300, 4, dtype=torch.int64, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        for batch in range(num_batches):
+            if batch == 2:
+                with torch.cuda.graph(graph):
+                    replayed = across(static)
+            mine = topk_of(rng, placement)[group.rank()].cuda()
+            static.fill_(-1)[: len(mine)] = mine
+            if batch < 2:
+                plan = across(static)
+            else:
+                graph.replay()
+                plan = replayed
+            expected = by_torch(static)
+            check_plan(plan, static, placement, group.rank())
+            for name in ("counts", "topk_idx", "quota", "rank_load", "status"):
+                assert torch.equal(getattr(plan, name), getattr(expected, name)), (batch, name)
+        assert int(across.num_batches[Status.OPTIMAL]) == num_batches
+    finally:
+        peers._node = lambda: boot
+
+
+@pytest.mark.parametrize(("num_ranks", "node_size"), [(4, 2), (8, 4), (8, 2)])
+def test_counts_cross_nodes(node, num_ranks, node_size):
+    """By NVSHMEM's own puts, which find the other "node" on the same GPU here."""
+    ranks.close()  # a group knows where its ranks are
+    node(num_ranks, on_two_nodes, 100, node_size, timeout=120)
+    ranks.close()
+
+
 def not_in_a_graph(group):
     use_gpu(group)
     planner = Planner(place(group.size()), group, counts="torch", solver="flow")
@@ -232,3 +319,35 @@ def not_in_a_graph(group):
 
 def test_counts_over_gloo_are_refused_under_capture(node):
     node(2, not_in_a_graph)
+
+
+def by_nccl(group, num_batches):
+    """Counts on GPU tensors by NCCL, which a graph may capture."""
+    use_gpu(group)
+    nccl = dist.new_group(backend="nccl")
+    placement = place(group.size())
+    by_torch = Planner(placement, nccl, counts="torch", solver="flow")
+    by_words = Planner(placement, group, counts="ipc", solver="flow")
+    rng = np.random.default_rng(1)
+    static = torch.zeros(300, 4, dtype=torch.int64, device="cuda")
+    by_torch(static)
+    by_words(static)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = by_torch(static)
+    for batch in range(num_batches):
+        mine = topk_of(rng, placement)[group.rank()].cuda()
+        static.fill_(-1)[: len(mine)] = mine
+        plan, expected = by_torch(static), by_words(static)
+        graph.replay()
+        for name in ("counts", "topk_idx", "quota", "rank_load", "status"):
+            assert torch.equal(getattr(plan, name), getattr(expected, name)), (batch, name)
+            assert torch.equal(getattr(replayed, name), getattr(expected, name)), (batch, name)
+    torch.cuda.synchronize()
+    del graph, replayed
+    dist.destroy_process_group(nccl)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+def test_counts_over_nccl(node):
+    node(2, by_nccl, 50)
