@@ -3,7 +3,7 @@
     python benchmarks/replicas.py [--ranks 2 4 8] [--json FILE]
 
 Experts of DeepSeek-V3's size (hidden 7168, width 2048, three matrices, bfloat16: 88 MB), with
-gradients of float32; on each rank 2 of them at home and a replica of 2 of other ranks. A number is
+gradients of float32; on each rank 2 of them at home, and replicas of the next rank's 2. A number is
 the slowest rank's median of the time between barriers. Where there are fewer GPUs than ranks these
 share them under MPS: such a figure is of one chip's memory, and no figure of NVLink.
 """
@@ -11,7 +11,6 @@ share them under MPS: such a figure is of one chip's memory, and no figure of NV
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
 import sys
@@ -72,10 +71,10 @@ def milliseconds(group: dist.ProcessGroup, call: Callable[[], object]) -> float:
 def measure(group: dist.ProcessGroup, transport: str, num_gemms: int) -> dict[str, float]:
     """Of one rank."""
     torch.cuda.set_device(group.rank() % torch.cuda.device_count())
-    of_weights = dist.new_group(backend="nccl") if transport == "nccl" else group
+    nccl = dist.new_group(backend="nccl") if transport == "nccl" else None
     experts = Experts()
     replicas = Replicas(
-        experts, place(group.size()), of_weights, "peers" if transport == "peers" else "torch"
+        experts, place(group.size()), nccl or group, "peers" if transport == "peers" else "torch"
     )
     rows, inner, columns = GEMM
     a = torch.randn(rows, inner, device="cuda").bfloat16()
@@ -101,6 +100,8 @@ def measure(group: dist.ProcessGroup, transport: str, num_gemms: int) -> dict[st
         found[name] = milliseconds(group, call)
         found[f"{name} MB"] = (replicas.num_bytes_sent - before) / (NUM_WARM + NUM_RUNS) / 1e6
         found[f"{name} beside"] = milliseconds(group, beside(call))
+    if nccl is not None:
+        dist.destroy_process_group(nccl)
     return found
 
 
@@ -111,29 +112,24 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
     num_gpus = torch.cuda.device_count()
-    shared = num_gpus < max(args.ranks)
     found: dict[str, dict[str, float]] = {}
-    with mps.service() if shared else contextlib.nullcontext(lambda n: {}) as environ_of:
+    with mps.service() as environ_of:
         for num_ranks in args.ranks:
-            for transport in ("peers", "gloo" if shared else "nccl"):
+            shared = num_gpus < num_ranks
+            for transport in ("peers", "gloo") if shared else ("peers", "nccl", "gloo"):
                 of_ranks = ranks.run(
                     *(num_ranks, measure, transport, args.gemms),
                     environ=environ_of(num_ranks),
                     timeout=300,
                 )
-                found[f"{num_ranks}, {transport}"] = {
-                    name: max(times[name] for times in of_ranks) for name in of_ranks[0]
-                }
+                name = f"{num_ranks} on {num_gpus if shared else num_ranks} GPU(s), {transport}"
+                found[name] = {c: max(times[c] for times in of_ranks) for c in of_ranks[0]}
             ranks.close()  # with their memory
     columns = list(next(iter(found.values())))
-    print(
-        f"{num_gpus} GPU(s), {'shared by the ranks under MPS' if shared else 'one for each rank'}"
-    )
     rows = [[name, *(f"{times[c]:.2f}" for c in columns)] for name, times in found.items()]
-    print(text_table(["ranks, transport; ms", *columns], rows))
+    print(text_table(["ranks; ms", *columns], rows))
     if args.json:
-        facts = {**bench.conditions(), "gpus": num_gpus, "shared": shared, "ms": found}
-        Path(args.json).write_text(json.dumps(facts, indent=1))
+        Path(args.json).write_text(json.dumps({**bench.conditions(), "ms": found}, indent=1))
 
 
 if __name__ == "__main__":
