@@ -1,12 +1,6 @@
 // Ranks wait for one another on their streams, around copies into each other's memory.
 
-typedef unsigned long long Word;
-
-__device__ long long nanoseconds() {
-    long long time;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-    return time;
-}
+#include "word.cuh"
 
 // One block with a thread for each rank. What its stream did before is seen by all ranks behind
 // their barriers of this number. It never gives up, for what comes behind reads what should have

@@ -10,73 +10,89 @@
 #pragma once
 
 #include "plan.cuh"
+#include "word.cuh"
 
-typedef unsigned long long Word;
+struct Exchange {           // what a batch leaves for the next, zeroed at first
+    int num_done;           // blocks of `count` that have counted
+    int unread;             // whether the rows of the last batch were not waited for
+    long long start;        // when this rank sent its row
+};
 
 struct Window {
     Word* const* of;        // [R] each rank's, [2, R, HEAD + E] words, null on other nodes; or null, if
                             // rows travel by other means
-    int* num_done;          // blocks of `count` that have counted, zeroed
+    Exchange* state;
     int* rows;              // [R, HEAD + E] what was received
     volatile int* missing;  // [R] in the host's memory: ranks whose row did not come in time
     long long limit_ns;
     int num_ranks, rank;
-    int waits_before, waits;  // for the rows of the batch before, and of this one
+    int waits;              // for the rows of all ranks
 
     __device__ size_t at(int batch, int source, int size) const {
         return (size_t(batch & 1) * num_ranks + source) * size;
     }
 };
 
-__device__ long long nanoseconds() {
-    long long time;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time));
-    return time;
+constexpr int LATE = -1;  // which no word of a row is
+
+__device__ Word load(const Word* from) {
+    Word word;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+    return word;
 }
 
-// Waits for the rows of `count` ranks from `first`, but no longer than the limit; with one block.
-__device__ void receive(const Window& window, int batch, int first, int count, int size, int* rows) {
-    constexpr int AT_ONCE = 4, LATE = -1;  // which no word of a row is
-    const Word* words = window.of[window.rank] + window.at(batch, first, size);
-    int number = count * size;
-    long long start = nanoseconds();
-    bool late = false, any_late = false;
+__device__ void store(Word* to, Word word) {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
+}
+
+__device__ Word word_of(int batch, int value) { return Word(unsigned(batch)) << 32 | unsigned(value); }
+
+__device__ bool is_of(Word word, int batch) { return int(word >> 32) == batch; }
+
+// Waits until all of `number` words are of the batch, and hands them on, or until the deadline. Words
+// that did not come are handed on as they are.
+template <typename Take>
+__device__ void wait_for(const Word* words, int number, int batch, long long deadline, Take take) {
+    constexpr int AT_ONCE = 4;
+    bool late = false;
     #pragma unroll 1
     for (int begin = threadIdx.x; begin < number; begin += AT_ONCE * THREADS) {
         Word word[AT_ONCE];
-        auto load = [&](int j) {
-            asm volatile("ld.relaxed.sys.global.u64 %0, [%1];"
-                         : "=l"(word[j]) : "l"(words + begin + j * THREADS) : "memory");
-        };
         #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j)
-            if (begin + j * THREADS < number) load(j);
+            if (begin + j * THREADS < number) word[j] = load(words + begin + j * THREADS);
         #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
             if (begin + j * THREADS >= number) break;
-            while (int(word[j] >> 32) != batch && !late) {
-                late = nanoseconds() - start > window.limit_ns;
-                load(j);
+            while (!is_of(word[j], batch) && !late) {
+                late = nanoseconds() > deadline;
+                word[j] = load(words + begin + j * THREADS);
             }
-            bool came = int(word[j] >> 32) == batch;
-            rows[begin + j * THREADS] = came ? int(word[j]) : LATE;
-            any_late |= !came || int(word[j]) == TIMED_OUT;  // of another node, if it begins a row
+            take(begin + j * THREADS, word[j]);
         }
     }
+}
+
+// Waits for the rows of all ranks; with one block. Those that do not come in time are TIMED_OUT.
+__device__ void receive(const Window& window, int batch, int size, long long deadline) {
+    int number = window.num_ranks * size;
+    bool any_late = false;
+    wait_for(window.of[window.rank] + window.at(batch, 0, size), number, batch, deadline,
+             [&](int i, Word word) {
+                 bool came = is_of(word, batch);
+                 window.rows[i] = came ? int(word) : LATE;
+                 // Of another node, which has missed it.
+                 any_late |= !came || (int(word) == TIMED_OUT && i % size == 0);
+             });
     if (!__syncthreads_or(any_late)) return;
     for (int i = threadIdx.x; i < number; i += THREADS) {
         int source = i / size;
         bool begins = i == source * size;
-        if (rows[i] != LATE && !(begins && rows[i] == TIMED_OUT)) continue;
-        if (!begins) rows[i] = 0;
-        rows[source * size] = TIMED_OUT;
-        window.missing[first + source] = 1;
+        if (window.rows[i] != LATE && !(begins && window.rows[i] == TIMED_OUT)) continue;
+        if (!begins) window.rows[i] = 0;
+        window.rows[source * size] = TIMED_OUT;
+        window.missing[source] = 1;
     }
-}
-
-__device__ void write(Word* to, int batch, int value) {
-    Word word = Word(unsigned(batch)) << 32 | unsigned(value);
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
 }
 
 // Sends this rank's row to every rank of the node and waits for those of all ranks, by the last block
@@ -86,7 +102,7 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        last = atomicAdd(window.num_done, 1) == int(gridDim.x) - 1;
+        last = atomicAdd(&window.state->num_done, 1) == int(gridDim.x) - 1;
     }
     __syncthreads();
     if (!last) return;
@@ -95,25 +111,28 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
         shared[i] = __ldcg(row + i);
         row[i] = 0;
     }
-    if (threadIdx.x == 0) *window.num_done = 0;
+    long long start = nanoseconds();
+    bool unread = window.state->unread;
     __syncthreads();
     int batch = shared[HEAD - 1];
-    int number = window.num_ranks * size;
-    if (window.waits_before)
-        receive(window, (batch - 1) & MAX_TOTAL, 0, window.num_ranks, size, window.rows);
-    __syncthreads();  // what all threads have read may be overwritten now
-    for (int i = threadIdx.x; i < number; i += THREADS) {
-        Word* window_of = window.of[i / size];
-        if (window_of != nullptr)
-            write(window_of + window.at(batch, window.rank, size) + i % size, batch, shared[i % size]);
+    // They say that the others have read those of the batch before, in whose place this one's go.
+    if (unread) receive(window, (batch - 1) & MAX_TOTAL, size, start + window.limit_ns);
+    __syncthreads();
+    for (int i = threadIdx.x; i < window.num_ranks * size; i += THREADS) {
+        Word* to = window.of[i / size];
+        if (to != nullptr)
+            store(to + window.at(batch, window.rank, size) + i % size, word_of(batch, shared[i % size]));
     }
-    if (window.waits) receive(window, batch, 0, window.num_ranks, size, window.rows);
+    start = nanoseconds();
+    if (threadIdx.x == 0) *window.state = {0, !window.waits, start};
+    if (window.waits) receive(window, batch, size, start + window.limit_ns);
 }
 
-// What the first rank of a node has for the others; in NVSHMEM's symmetric memory.
+// What the first rank of a node has for the others; in NVSHMEM's symmetric memory. A row that is late
+// is given up a little earlier at each station, so that those who wait for it learn which it is.
 struct Relay {
-    int* sent;             // [2, node_size, HEAD + E]
-    const int* received;   // [nodes, 2, node_size, HEAD + E]
+    Word* sent;            // [2, node_size, HEAD + E]
+    const Word* received;  // [nodes, 2, node_size, HEAD + E]
     const Word* signals;   // [nodes] how many batches each node has sent
     int node, node_size;
 };
@@ -122,30 +141,43 @@ struct Relay {
 extern "C" __global__ void __launch_bounds__(THREADS) gather(
     const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
     int batch = *num_batches, count = relay.node_size;
-    int* rows = relay.sent + (batch & 1) * count * size;
-    receive(window, batch, relay.node * count, count, size, rows);
+    Word* words = relay.sent + (batch & 1) * count * size;
+    bool any_late = false;
+    wait_for(window.of[window.rank] + window.at(batch, relay.node * count, size), count * size, batch,
+             window.state->start + window.limit_ns / 2, [&](int i, Word word) {
+                 any_late |= !is_of(word, batch);
+                 words[i] = is_of(word, batch) ? word : word_of(batch, LATE);
+             });
+    if (!__syncthreads_or(any_late)) return;
+    for (int i = threadIdx.x; i < count * size; i += THREADS)
+        if (int(words[i]) == LATE) {
+            if (i % size != 0) words[i] = word_of(batch, 0);
+            words[i / size * size] = word_of(batch, TIMED_OUT);
+        }
 }
 
 // Hands the rows of the other nodes to the ranks of this one, and waits for all; one block.
 extern "C" __global__ void __launch_bounds__(THREADS) spread(
     const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
     int batch = *num_batches, count = relay.node_size, number = count * size;
-    long long start = nanoseconds();
-    for (int node = 0; node < window.num_ranks / count; ++node) {
-        if (node == relay.node) continue;
-        bool came;
-        do {
-            Word sent;
-            asm volatile("ld.acquire.sys.global.u64 %0, [%1];"
-                         : "=l"(sent) : "l"(relay.signals + node) : "memory");
-            came = ((unsigned(sent) - unsigned(batch)) & MAX_TOTAL) <= MAX_TOTAL / 2;
-        } while (!came && nanoseconds() - start <= window.limit_ns);
-        if (!__syncthreads_and(came)) continue;  // they are missed where they are waited for
-        const int* rows = relay.received + (2 * node + (batch & 1)) * number;
-        for (int i = threadIdx.x; i < count * number; i += THREADS) {
+    int nodes = window.num_ranks / count;
+    long long start = window.state->start, deadline = start + window.limit_ns / 4 * 3;
+    for (int node = threadIdx.x; node < nodes; node += THREADS) {
+        Word sent;
+        do asm volatile("ld.acquire.sys.global.u64 %0, [%1];"
+                        : "=l"(sent) : "l"(relay.signals + node) : "memory");
+        while (node != relay.node && ((unsigned(sent) - unsigned(batch)) & MAX_TOTAL) > MAX_TOTAL / 2 &&
+               nanoseconds() <= deadline);
+    }
+    __syncthreads();
+    for (int node = 0; node < nodes; ++node) {
+        const Word* words = relay.received + (2 * node + (batch & 1)) * number;
+        for (int i = threadIdx.x; node != relay.node && i < count * number; i += THREADS) {
+            Word word = load(words + i % number);
             Word* to = window.of[relay.node * count + i / number];
-            write(to + window.at(batch, node * count, size) + i % number, batch, __ldcv(rows + i % number));
+            if (is_of(word, batch)) store(to + window.at(batch, node * count, size) + i % number, word);
         }
     }
-    receive(window, batch, 0, window.num_ranks, size, window.rows);
+    receive(window, batch, size, start + window.limit_ns);
+    if (threadIdx.x == 0) window.state->unread = 0;
 }

@@ -39,6 +39,7 @@ from .layers import (
     target_of,
     used,
 )
+from .peers import has_started_nvshmem
 from .placement import Placement, check_placement
 from .plan import check_topk_idx
 from .planner import Planner
@@ -97,11 +98,13 @@ class _Planned:
 
     def forward(self, call: _Call) -> Any:
         """Makes the call that waits for the other ranks. It may wait for one whose counts did not
-        come, for ever or until DeepEP gives up: what became of the plan is raised then."""
+        come, until DeepEP gives up: then that is said. If DeepEP goes on, so does this rank, for
+        the others count on it in the combine, and the next plan says it."""
         try:
             return call.forward()
-        finally:
+        except Exception:
             self.planner.raise_errors(wait=False)
+            raise
 
     def check(self) -> None:
         """Raises ContractError where slots may hold other experts than those it was planned for."""
@@ -133,8 +136,10 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
     if event is not None:
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
-    # A copy: the caller may mask picks in place before it combines.
-    return _Planned(planner, planner.placement, topk_idx.clone(), physical)
+    # The caller may mask picks in place before it combines. On the GPU they are not compared.
+    compared = not topk_idx.is_cuda or state.settings.check
+    logical = topk_idx.clone() if compared else topk_idx.to("meta")
+    return _Planned(planner, planner.placement, logical, physical)
 
 
 def _refuse(state: BufferState, target: Target, error: Exception) -> NoReturn:
@@ -382,6 +387,15 @@ def _clean(self: Any, state: BufferState, call: _Call) -> Any:
     return call.forward()
 
 
+def _destroy(self: Any, state: BufferState, call: _Call) -> Any:
+    """Once: a buffer and its views may be destroyed in any order."""
+    if state.destroyed:
+        return None
+    out = call.forward()
+    state.destroyed = True
+    return out
+
+
 def _num_slots(num_experts: int, placements: set[Placement], at_least: int = 0) -> int:
     """The slots of that many experts: of the largest placement of so many."""
     slots = [p.num_physical_experts for p in placements if p.num_experts == num_experts]
@@ -422,6 +436,7 @@ def _init(base: type) -> Callable[..., None]:
         settings = Settings()
         facts: dict[str, object] = {}
         refusal = None
+        arguments = signature.bind(self, *args, **kwargs).arguments
         try:
             settings = Settings.from_env()
             if indices is not None:
@@ -435,6 +450,7 @@ def _init(base: type) -> Callable[..., None]:
                 placement = Placement.load(settings.placement)
             if placement is not None:
                 refuse_when_off(settings, "Buffer")
+            _refuse_late_nvshmem(arguments)
             facts = {
                 "buffer": f"{base.__module__}.{base.__name__}",
                 "LPLB_EP": settings.mode,
@@ -449,7 +465,7 @@ def _init(base: type) -> Callable[..., None]:
             }
         except (ContractError, MissingPackageError, TypeError, ValueError, OSError) as error:
             refusal = error
-        group = signature.bind(self, *args, **kwargs).arguments.get("group")
+        group = arguments.get("group")
         # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;
         # with LPLB_EP=0 too, or one rank that misses the variable would leave the others waiting.
         agree(group if isinstance(group, dist.ProcessGroup) else None, "settings", facts, refusal)
@@ -460,9 +476,20 @@ def _init(base: type) -> Callable[..., None]:
         )
         if placement is not None:
             self._lplb_state.default = (placement, 0)
-            channel(self._lplb_state, (placement, 0))
+            register(self._lplb_state, (placement, 0))
 
     return __init__
+
+
+def _refuse_late_nvshmem(arguments: dict[str, Any]) -> None:
+    """NVSHMEM reads its options when it is first started, and DeepEP's are not the counts'."""
+    group, num_bytes = arguments.get("group"), arguments.get("num_rdma_bytes", 0)
+    across = isinstance(group, dist.ProcessGroup) and group.size() > 8  # of one node, for DeepEP
+    if num_bytes and (arguments.get("low_latency_mode") or across) and has_started_nvshmem():
+        raise ContractError(
+            "NVSHMEM was started for the counts already, without what DeepEP needs of it: make "
+            "this buffer before any layer's placement, or set LPLB_EP_COUNTS=ipc"
+        )
 
 
 def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
@@ -511,10 +538,12 @@ _HOOKS: dict[str, dict[str, _Hook]] = {
         "low_latency_dispatch": _low_latency_dispatch,
         "low_latency_combine": _low_latency_combine,
         "clean_low_latency_buffer": _clean,
+        "destroy": _destroy,
     },
     "ElasticBuffer": {
         "dispatch": _elastic_dispatch,
         "get_theoretical_num_sms": _count_slots,
+        "destroy": _destroy,
     },
 }
 

@@ -49,7 +49,7 @@ _PICKS = struct.Struct("3Q4i")
 _PROBLEM = struct.Struct("8Q6i")  # behind the three above
 _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
-_WINDOW = struct.Struct("4Qq4i")
+_WINDOW = struct.Struct("4Qq3i4x")
 _RELAY = struct.Struct("3Q2i")
 
 
@@ -427,8 +427,7 @@ class Steps:
         addresses = [] if windows is None else windows.addresses
         self._windows = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._relay = None if windows is None else windows.relay
-        self._num_done = zeros(1, device=device)
-        self._unread = False  # whether the rows of the last batch were not waited for
+        self._exchange = zeros(4, device=device)  # what a batch leaves for the next
         self._kernels = {
             (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name)
             for name in ("count", "gather", "spread", "route", "split")
@@ -501,11 +500,10 @@ class Steps:
                 self.placement.num_ranks, NUM_HEAD + E, dtype=torch.int32, device=self.device
             )
             window = _WINDOW.pack(
-                *(t.data_ptr() for t in (self._windows, self._num_done, rows, self._told)),
+                *(t.data_ptr() for t in (self._windows, self._exchange, rows, self._told)),
                 round(1e9 * self.timeout_s),
                 self.placement.num_ranks,
                 self.rank,
-                self._unread,
                 waits and self._relay is None,
             )
         _launch(
@@ -524,10 +522,8 @@ class Steps:
             4 * (NUM_HEAD + E),
             self.device,
         )
-        self._unread = rows is not None and not waits
         if self._relay is not None and rows is not None:
             self._relay_rows(self._relay, window)
-            self._unread = False
         return Picks(topk_idx, scratch, num_chunks, packed, rows)
 
     def _relay_rows(self, relay: Relay, window: bytes) -> None:

@@ -145,7 +145,7 @@ def choose_counts(
         raise ValueError(f"counts={counts!r} cannot be: {obstacles[counts]}")
     if counts != "auto":
         return counts, "asked for"
-    if reach.ipc and not obstacles["nvshmem"]:
+    if 0 < reach.num_ranks_per_node < num_ranks and not obstacles["nvshmem"]:
         obstacles["nvshmem"] = "between nodes only where asked for: no network has tried it"
     able = [kind for kind, obstacle in obstacles.items() if not obstacle]
     because = "; ".join(f"not {kind}: {why}" for kind, why in obstacles.items() if why)

@@ -72,6 +72,7 @@ class BufferState:
     """What the buffer was made with, while no other placement has been in force on it: a call that
     strayed out of its layer (a recompute) must not plan with another layer's copies."""
     warned: bool = False
+    destroyed: bool = False
     low_latency_slots: int | None = None
     """P of the low-latency calls, which lay the buffer out by it."""
     planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
@@ -113,7 +114,8 @@ def register(state: BufferState, target: Target, refusal: Exception | None = Non
 
 
 def channel(state: BufferState, target: Target) -> Planner:
-    """The planner of a placement and slot. Local: every batch compares its placement anyway."""
+    """The planner of a placement and slot. Local where it exists, or where counts travel by torch's
+    collectives: every batch compares its placement anyway. Else the ranks share memory for it."""
     if not isinstance(state.group, dist.ProcessGroup):
         raise ContractError(
             "balancing needs a buffer on a torch.distributed group; "
@@ -123,12 +125,13 @@ def channel(state: BufferState, target: Target) -> Planner:
     placement, slot = target
     planner = of_group.get((placement.layer, slot))
     if planner is None or planner.is_outdated:
+        balances = state.settings.mode == "1"
         planner = of_group[placement.layer, slot] = Planner(
             placement,
             state.group,
-            counts=state.settings.counts,
-            # At home nothing is solved, and no kernel need be compiled.
-            solver=state.settings.solver if state.settings.mode == "1" else "cpu",
+            # At home nothing is exchanged or solved, and no kernel need be compiled.
+            counts=state.settings.counts if balances else "given",
+            solver=state.settings.solver if balances else "cpu",
             slot=slot,
             compare=False,
             check=state.settings.check,

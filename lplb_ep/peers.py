@@ -11,7 +11,7 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
 
@@ -22,8 +22,9 @@ from .exchange import Reach, Relay, Windows, agree, everyone
 from .settings import (
     ContractError,
     MissingPackageError,
+    RankError,
     has_part_of_gpu,
-    spare_nvshmem_proxy,
+    save_for_nvshmem,
 )
 
 _CHUNK_BYTES = 2 << 20  # what the driver allocates at least
@@ -69,7 +70,7 @@ class PeerMemory:
         group = self._alive()
         addresses = self.window(Windows.num_bytes(group.size(), row_size))
         across = self._node_size < group.size()
-        return Windows(addresses, self._relay(group, 4 * row_size) if across else None)
+        return Windows(addresses, self._relay(group, 8 * row_size) if across else None)
 
     def _alive(self) -> dist.ProcessGroup:
         group = self._group()
@@ -118,8 +119,9 @@ class _Chunks:
         """Collective. [R] addresses here of every rank's piece, 0 where it is out of reach."""
         num_bytes = -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
         if num_bytes > self._left:
-            self._left = -(-num_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
-            self._chunk = self._allocate(group, self._left)
+            size = -(-num_bytes // _CHUNK_BYTES) * _CHUNK_BYTES
+            self._chunk = self._allocate(group, size)
+            self._left = size
         piece = list(self._chunk)
         self._chunk = [address and address + num_bytes for address in self._chunk]
         self._left -= num_bytes
@@ -148,6 +150,14 @@ def reach(group: dist.ProcessGroup | None) -> Reach:
 
 
 _reaches: WeakKeyDictionary[dist.ProcessGroup, Reach] = WeakKeyDictionary()
+
+
+def rule_out(group: dist.ProcessGroup, kind: str, obstacle: str) -> None:
+    """Remembers of memory "nvshmem" or "ipc" that it could not be had, on every rank alike."""
+    known = reach(group)
+    _reaches[group] = (
+        replace(known, nvshmem=obstacle) if kind == "nvshmem" else replace(known, ipc=obstacle)
+    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +236,7 @@ def _nvshmem_state() -> tuple[str, tuple[int, int] | None]:
 
         core.get_unique_id(empty=True)  # loads the library
         return "", (bindings.n_pes(), bindings.my_pe()) if _nvshmem_runs() else None
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
         return f"nvshmem4py does not load: {error}", None
 
 
@@ -238,8 +248,17 @@ def _nvshmem_runs() -> bool:
     return bindings.init_status() in running
 
 
+_started: list[bool] = []
+
+
+def has_started_nvshmem() -> bool:
+    """Whether NVSHMEM runs in this process because counts travel by it, with options for that."""
+    return bool(_started)
+
+
 def _join_nvshmem(group: dist.ProcessGroup) -> None:
-    """Starts NVSHMEM with the ranks of the group as its PEs, or joins the world that runs."""
+    """Starts NVSHMEM with the ranks of the group as its PEs, or joins the world that runs, which
+    does not end then when those who started it are done with it: NVSHMEM counts its users."""
     node_size = reach(group).num_ranks_per_node or group.size()
     states = everyone(group, _nvshmem_state())  # as it is now
     reasons = [f"rank {rank}: {reason}" for rank, (reason, _) in enumerate(states) if reason]
@@ -248,46 +267,49 @@ def _join_nvshmem(group: dist.ProcessGroup) -> None:
     obstacle = _world_obstacle([world for _, world in states], group.size() // node_size)
     if obstacle:
         raise ContractError(obstacle)
-    if _nvshmem_runs():
-        return
-    import numpy as np
-    from cuda.core import Device
-    from nvshmem import core
+    refusal = None
+    try:
+        import numpy as np
+        from cuda.core import Device
+        from nvshmem import core
 
-    if node_size == group.size():
-        spare_nvshmem_proxy()
-    device = Device(torch.cuda.current_device())
-    device.set_current()
-    unique = core.get_unique_id(empty=group.rank() != 0)
-    unique._data.view(np.uint8)[...] = np.frombuffer(
-        everyone(group, unique._data.tobytes())[0], np.uint8
-    ).reshape(unique._data.view(np.uint8).shape)
-    core.init(
-        device=device,
-        uid=unique,
-        rank=group.rank(),
-        nranks=group.size(),
-        initializer_method="uid",
-    )
+        runs = states[group.rank()][1]
+        if runs is None and node_size == group.size():
+            save_for_nvshmem()
+        unique = core.get_unique_id(empty=group.rank() != 0)
+        bits = unique._data.view(np.uint8)
+        bits[...] = np.frombuffer(everyone(group, bits.tobytes())[0], np.uint8).reshape(bits.shape)
+        num_pes, pe = runs or (group.size(), group.rank())
+        device = Device(torch.cuda.current_device())
+        device.set_current()
+        core.init(device=device, uid=unique, rank=pe, nranks=num_pes, initializer_method="uid")
+        if runs is None:
+            _started.append(True)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
+        refusal = error
+    agree(group, "NVSHMEM", {}, refusal)
 
 
 def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
     from nvshmem import bindings
 
-    address = bindings.malloc(num_bytes)
-    addresses = [
-        address and (address if rank == group.rank() else bindings.ptr(address, rank))
-        for rank in _node_of(group, node_size)
-    ]
     refusal: Exception | None = None
-    if not address:
-        refusal = MemoryError(
-            f"NVSHMEM's heap has no {num_bytes} bytes: set NVSHMEM_SYMMETRIC_SIZE"
-        )
-    elif not all(addresses):
-        refusal = ContractError("a PE of the node cannot be reached by loads and stores")
-    else:
+    address, addresses = 0, [0]
+    try:
+        address = bindings.malloc(num_bytes)
+        addresses = [
+            address and (address if rank == group.rank() else bindings.ptr(address, rank))
+            for rank in _node_of(group, node_size)
+        ]
+        if not address:
+            raise MemoryError(
+                f"NVSHMEM's heap has no {num_bytes} bytes: set NVSHMEM_SYMMETRIC_SIZE"
+            )
+        if not all(addresses):
+            raise ContractError("a PE of the node cannot be reached by loads and stores")
         _zero(address, num_bytes)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
+        refusal = error
     agree(group, "NVSHMEM memory", {"bytes": num_bytes}, refusal)
     return _in_place(group, node_size, addresses)
 
@@ -295,24 +317,33 @@ def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) 
 def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
     from cupy.cuda import runtime
 
-    address, handle = 0, b""
+    own, handle, opened = 0, b"", {}
     refusal: Exception | None = None
     try:
-        address = runtime.malloc(num_bytes)
-        _zero(address, num_bytes)
-        handle = runtime.ipcGetMemHandle(address)
+        own = runtime.malloc(num_bytes)
+        _zero(own, num_bytes)
+        handle = runtime.ipcGetMemHandle(own)
     except runtime.CUDARuntimeError as error:
         refusal = ContractError(f"CUDA IPC gives no memory away: {error}")
-    agree(group, "CUDA IPC memory", {"bytes": num_bytes}, refusal)
-    addresses, handles = [], everyone(group, handle)
-    for rank in _node_of(group, node_size):
-        try:
-            own = rank == group.rank()
-            addresses.append(address if own else runtime.ipcOpenMemHandle(handles[rank]))
-        except runtime.CUDARuntimeError as error:
-            refusal = ContractError(f"CUDA IPC does not reach rank {rank}'s memory: {error}")
-            break
-    agree(group, "CUDA IPC memory", {}, refusal)
+    try:
+        agree(group, "CUDA IPC memory", {"bytes": num_bytes}, refusal)
+        handles = everyone(group, handle)
+        for rank in _node_of(group, node_size):
+            try:
+                if rank != group.rank():
+                    opened[rank] = runtime.ipcOpenMemHandle(handles[rank])
+            except runtime.CUDARuntimeError as error:
+                refusal = ContractError(f"CUDA IPC does not reach rank {rank}'s memory: {error}")
+                break
+        agree(group, "CUDA IPC memory", {}, refusal)
+    except (ContractError, RankError):  # on every rank
+        for address in opened.values():
+            runtime.ipcCloseMemHandle(address)
+        everyone(group, None)  # what others have open must not be freed
+        if own:
+            runtime.free(own)
+        raise
+    addresses = [opened.get(rank, own) for rank in _node_of(group, node_size)]
     return _in_place(group, node_size, addresses)
 
 

@@ -22,12 +22,12 @@ from .exchange import (
     agree,
     choose_counts,
 )
-from .peers import peer_memory, reach
+from .peers import peer_memory, reach, rule_out
 from .placement import Layer, Placement, check_placement
 from .plan import Plan, Status, check_plan, check_topk_idx
 from .settings import ContractError, MissingPackageError, RankError
 from .solver import MAX_TOTAL, choose_solver, rank_load, solver_fact
-from .watchdog import missing_ranks, watch
+from .watchdog import look, missing_ranks, watch
 
 log = logging.getLogger(__name__)
 
@@ -126,13 +126,7 @@ class Planner:
             refusal = error
         agree(group if compare else None, "Planner", facts, refusal)
         self.placement = placement
-        on_gpu = self.solver != "cpu"
-        reached = reach(group) if on_gpu and group is not None and counts != "given" else Reach()
-        self.counts, reason = choose_counts(
-            counts, placement.num_ranks, group is not None, on_gpu, reached
-        )
-        log.info("counts: %s (%s)", self.counts, reason)
-        self.exchange = _exchange(self.counts, placement, group)
+        self.counts, self.exchange = _connect(counts, placement, group, self.solver != "cpu")
         self._check = check
         self._homes: dict[torch.device, _Homes] = {}
         self._head = [_tag(placement), slot, _count_planner(group) if compare else 0]
@@ -517,6 +511,9 @@ class _GpuSteps:
             ),
             Status.REFUSED: RankError("a rank refused an earlier batch's topk_idx; see its error"),
         }
+        if Status.TIMED_OUT in seen:
+            look(self)  # so that it is logged
+            self._steps.missing[:] = 0
         errors = [error for index, error in faults.items() if index in seen]
         for error in errors[1:]:
             log.error("%s", error)
@@ -620,6 +617,27 @@ def _log_once(placement: Placement, status: Status) -> None:
         placement.fingerprint()[:8],
         _REASONS[status],
     )
+
+
+def _connect(
+    counts: str, placement: Placement, group: dist.ProcessGroup | None, on_gpu: bool
+) -> tuple[str, Exchange | Windows | None]:
+    """How counts travel; where any way may be taken, the first that works. Collective."""
+    while True:
+        wanted = on_gpu and group is not None and counts != "given"
+        reached = reach(group) if wanted else Reach()
+        kind, reason = choose_counts(
+            counts, placement.num_ranks, group is not None, on_gpu, reached
+        )
+        try:
+            exchange = _exchange(kind, placement, group)
+        except (ContractError, MissingPackageError, RankError) as error:  # on every rank
+            if counts != "auto" or group is None:
+                raise
+            rule_out(group, kind, str(error))
+            continue
+        log.info("counts: %s (%s)", kind, reason)
+        return kind, exchange
 
 
 def _exchange(

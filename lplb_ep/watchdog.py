@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 INTERVAL_S = 0.25
 
 _lock = threading.Lock()
-_watched: WeakKeyDictionary[object, Callable[[], bool]] = WeakKeyDictionary()
+_watched: WeakKeyDictionary[object, Callable[[], None]] = WeakKeyDictionary()
 _threads: list[threading.Thread] = []
 
 
@@ -37,20 +37,23 @@ def watch(
 
     Args:
         owner: whose memory it is.
-        missing: [R] not 0 where a rank did not come.
+        missing: [R] not 0 where a rank did not come; each is said once until it is 0 again.
         say: what to log then.
         abort: end the process then.
     """
 
-    def look() -> bool:
-        if not missing.any():
-            return False
+    said = np.zeros_like(missing)
+
+    def look() -> None:
+        new = (missing != 0) & (said == 0)
+        said[:] = missing
+        if not new.any():
+            return
         log.error("%s", say())
         if abort:
             log.error("LPLB_EP_ON_TIMEOUT=abort: this process ends")
             logging.shutdown()
             os.abort()
-        return True
 
     with _lock:
         _watched[owner] = look
@@ -59,10 +62,15 @@ def watch(
             _threads[0].start()
 
 
+def look(owner: object) -> None:
+    """Looks now at the memory of `owner`, which is about to clear it."""
+    with _lock:
+        _watched[owner]()
+
+
 def _run() -> None:
     while True:
         time.sleep(INTERVAL_S)
         with _lock:
-            said = [owner for owner, look in _watched.items() if look()]
-            for owner in said:
-                del _watched[owner]
+            for of_owner in list(_watched.values()):
+                of_owner()

@@ -52,7 +52,7 @@ class TorchWire:
         self._group = group
         by_host = group is not None and dist.get_backend(group) == "gloo"
         self.device = torch.device("cpu") if by_host else device
-        self.stream = _side_stream(device) if self.device.type == "cuda" else None
+        self.stream = _side_stream(group, self.device)
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
         rank = dist.get_rank(self._group)
@@ -83,6 +83,7 @@ class PeerWire:
         windows: [R] addresses of each rank's window, of two halves.
         half_bytes: the size of a half.
         copies: what moves bytes, and makes ranks wait for one another.
+        stream: one for calls that are to overlap with other work.
     """
 
     def __init__(
@@ -92,13 +93,17 @@ class PeerWire:
         windows: Sequence[int],
         half_bytes: int,
         copies: Copies,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.device, self._rank, self._windows = device, rank, windows
         self._half_bytes, self._copies = half_bytes, copies
-        self.stream = _side_stream(device) if device.type == "cuda" else None
+        self.stream = stream
         self._num_rounds = 0
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # Its replays would not wait: rounds are numbered by the CPU.
+            raise ContractError("replica weights and gradients cannot be sent from a CUDA graph")
         own = self._windows[self._rank]
         for first, parts in _rounds(table, self._rank, self._half_bytes):
             self._num_rounds += 1
@@ -139,13 +144,24 @@ def _rounds(table: Table, rank: int, half_bytes: int) -> Iterator[tuple[int, lis
         yield first, parts
 
 
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all that is sent: each stream has memory of its own from torch's allocator."""
-    return torch.cuda.Stream(device)
+_streams: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, torch.cuda.Stream]] = (
+    WeakKeyDictionary()
+)
 
 
-_peer_wires: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, PeerWire]] = (
+def _side_stream(group: dist.ProcessGroup | None, device: torch.device) -> torch.cuda.Stream | None:
+    """One for all that a group sends: each stream has memory of its own from torch's allocator, and
+    on one of several groups they would wait for one another."""
+    if group is None or device.type != "cuda":
+        return None
+    of_group = _streams.setdefault(group, {})
+    if device not in of_group:
+        of_group[device] = torch.cuda.Stream(device)
+    return of_group[device]
+
+
+# Or why there is none.
+_peer_wires: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, PeerWire | str]] = (
     WeakKeyDictionary()
 )
 
@@ -163,19 +179,18 @@ def connect(group: dist.ProcessGroup | None, device: torch.device, transport: st
     """
     if group is None or group.size() == 1:
         return TorchWire(group, device)
-    obstacle = "not asked for"
+    found: PeerWire | str = "not asked for"
     if transport != "torch":
         of_ranks = everyone(group, _obstacle(device))
         obstacle = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
-        if not obstacle:
-            obstacle = _connect_peers(group, device)
-    if obstacle and transport == "peers":
-        raise ValueError(f"transport='peers' cannot be: {obstacle}")
-    log.info(
-        "replica weights travel by %s",
-        f"torch.distributed ({obstacle})" if obstacle else "copies into the other GPUs' memory",
-    )
-    return TorchWire(group, device) if obstacle else _peer_wires[group][device]
+        found = obstacle or _connect_peers(group, device)
+    if isinstance(found, PeerWire):
+        log.info("replica weights travel by copies into the other GPUs' memory")
+        return found
+    if transport == "peers":
+        raise ValueError(f"transport='peers' cannot be: {found}")
+    log.info("replica weights travel by torch.distributed (%s)", found)
+    return TorchWire(group, device)
 
 
 def _obstacle(device: torch.device) -> str:
@@ -190,31 +205,33 @@ def _obstacle(device: torch.device) -> str:
     return ""
 
 
-def _connect_peers(group: dist.ProcessGroup, device: torch.device) -> str:
-    """Makes the group's `PeerWire` where there is none. Returns why it cannot be, or nothing."""
+def _connect_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | str:
+    """The group's, or why it has none; what was found once holds."""
     of_group = _peer_wires.setdefault(group, {})
-    if device in of_group:
-        return ""
-    with torch.cuda.device(device):
-        obstacle = reach(group).ipc
-        if obstacle:
-            return obstacle
-        try:
-            memory = peer_memory(group, "ipc")
-            flags, windows = memory.window(8 * group.size()), memory.window(2 * HALF_BYTES)
-        except (ContractError, RankError) as error:  # on all ranks
-            return str(error)
-        refusal = None
-        try:
-            settings = Settings.from_env()
-            peers = cuda.Peers(group.rank(), device, flags, settings.timeout_s)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-            refusal = error
-        agree(group, "replica weights", {}, refusal)
-        wire = of_group[device] = PeerWire(group.rank(), device, windows, HALF_BYTES, peers)
-        say = functools.partial(_missing_ranks, peers.missing, settings.timeout_s)
-        watch(wire, peers.missing, say, abort=settings.on_timeout == "abort")
-    return ""
+    if device not in of_group:
+        with torch.cuda.device(device):
+            of_group[device] = reach(group).ipc or _make_peers(group, device)
+    return of_group[device]
+
+
+def _make_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | str:
+    try:
+        memory = peer_memory(group, "ipc")
+        flags, windows = memory.window(8 * group.size()), memory.window(2 * HALF_BYTES)
+    except (ContractError, RankError) as error:  # on all ranks
+        return str(error)
+    refusal = None
+    try:
+        settings = Settings.from_env()
+        peers = cuda.Peers(group.rank(), device, flags, settings.timeout_s)
+    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
+        refusal = error
+    agree(group, "replica weights", {}, refusal)
+    stream = _side_stream(group, device)
+    wire = PeerWire(group.rank(), device, windows, HALF_BYTES, peers, stream)
+    say = functools.partial(_missing_ranks, peers.missing, settings.timeout_s)
+    watch(wire, peers.missing, say, abort=settings.on_timeout == "abort")
+    return wire
 
 
 def _missing_ranks(missing: npt.NDArray[np.int32], timeout_s: float) -> str:

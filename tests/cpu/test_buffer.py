@@ -49,13 +49,15 @@ def recorder():
     class Recording:
         def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, explicitly_destroy=False):
             self.group, self.num_rdma_bytes, self.log = group, num_rdma_bytes, []
-            self.runtime = object()
+            self.runtime = types.SimpleNamespace(destroy=lambda: None)
 
         def capture(self):
             self.log.append(("capture", (), {}))
             return Event(self.log, "fresh")
 
+        @recorded
         def destroy(self):
+            self.runtime.destroy()
             self.runtime = None
 
     class Buffer(Recording):
@@ -1144,11 +1146,8 @@ def test_every_plan_is_checked_on_demand(make, mode, monkeypatch):
     assert (topk is TOPK, placement, rank) == (True, PLACEMENT, 0)
 
 
-@pytest.mark.parametrize("failure", [None, RuntimeError("DeepEP error: CPU recv timeout")])
-def test_what_became_of_a_plan_is_raised_when_the_dispatch_returns(
-    make, mode, monkeypatch, failure
-):
-    """DeepEP waits for the very rank whose counts did not come, and gives up or goes on."""
+def test_what_became_of_a_plan_is_raised_when_deep_ep_gives_up(make, mode, monkeypatch):
+    """It waits for the very rank whose counts did not come."""
     mode("1")
     drop_in = make(placement=PLACEMENT, num_local_slots=P)
     layout = drop_in.get_dispatch_layout(TOPK, E)
@@ -1159,12 +1158,56 @@ def test_what_became_of_a_plan_is_raised_when_the_dispatch_returns(
         raise told
 
     monkeypatch.setattr(Planner, "raise_errors", raise_errors)
-    if failure is not None:
-        monkeypatch.setattr(buffer._Call, "forward", lambda self: (_ for _ in ()).throw(failure))
+    # While DeepEP goes on, so does this rank, or the others would be left alone in the combine.
+    drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
+    failure = RuntimeError("DeepEP error: CPU recv timeout")
+    monkeypatch.setattr(buffer._Call, "forward", lambda self: (_ for _ in ()).throw(failure))
     with pytest.raises(lplb_ep.RankError) as caught:
         drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
     assert caught.value is told
     assert caught.value.__context__ is failure
+
+
+def test_a_buffer_that_comes_too_late_for_its_nvshmem_is_refused(group, mode, monkeypatch):
+    mode("1")
+
+    class Buffer:
+        """As DeepEP's."""
+
+        def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False):
+            self.group, self.num_rdma_bytes = group, num_rdma_bytes
+
+        get_dispatch_layout = dispatch = combine = None
+
+    for name in buffer._HOOKS["Buffer"]:
+        setattr(Buffer, name, lambda self: None)
+    drop_in = buffer._drop_in(Buffer)
+    monkeypatch.setattr(buffer, "has_started_nvshmem", lambda: True)
+    drop_in(group, 1 << 20)
+    with pytest.raises(ContractError, match="NVSHMEM was started for the counts already"):
+        drop_in(group, 0, 1 << 20, low_latency_mode=True)
+    monkeypatch.setattr(buffer, "has_started_nvshmem", lambda: False)
+    drop_in(group, 0, 1 << 20, low_latency_mode=True)
+
+
+@pytest.mark.parametrize("counts", ["nvshmem", "ipc", "torch", "auto"])
+def test_at_home_it_does_not_matter_how_counts_would_travel(make, mode, monkeypatch, counts):
+    mode("home")
+    monkeypatch.setenv("LPLB_EP_COUNTS", counts)
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    layout = drop_in.get_dispatch_layout(TOPK, E)
+    drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
+    assert torch.equal(arrived(drop_in, "dispatch")["topk_idx"], TOPK)  # homes are slots 0 to 3
+
+
+def test_a_buffer_and_its_views_are_destroyed_in_any_order(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    view = drop_in.view(PLACEMENT)
+    view.destroy()
+    drop_in.destroy()
+    view.destroy()
+    assert [name for name, *_ in drop_in.log].count("destroy") == 1
 
 
 def test_what_is_no_placement_is_named(make, mode):

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from lplb_ep import Placement, Planner, peers, watchdog
+from lplb_ep import Placement, Planner, RankError, peers, watchdog
 from lplb_ep.exchange import Reach, Windows, choose_counts
 
 FACT = peers._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
@@ -103,6 +103,45 @@ class Owner:
     pass
 
 
+def chunks(sizes, *, fails=()):
+    """What `_Chunks.cut` returns for each size, or what it raised; allocations are numbered."""
+    number = iter(range(100))
+
+    def allocate(group, num_bytes):
+        n = next(number)
+        if n in fails:
+            raise RankError("no memory")
+        return [1_000_000_000 * (n + 1), 0]
+
+    pieces, found = peers._Chunks(allocate), []
+    for size in sizes:
+        try:
+            found.append(pieces.cut(None, size)[0])
+        except RankError as error:
+            found.append(str(error))
+    return found
+
+
+def test_pieces_of_memory_do_not_overlap_where_an_allocation_fails():
+    two = 2 << 20
+    assert chunks([100, 100, two]) == [1_000_000_000, 1_000_000_256, 2_000_000_000]
+    assert chunks([100, 64 * two, two - 512, 512], fails=[1]) == [
+        *(1_000_000_000, "no memory", 1_000_000_256, 3_000_000_000)
+    ]
+    assert chunks([100, 100], fails=[0]) == ["no memory", 2_000_000_000]
+
+
+def test_what_could_not_be_had_is_not_tried_again():
+    group = type("Group", (), {})()
+    peers._reaches[group] = Reach("", "", 4)
+    peers.rule_out(group, "ipc", "no peer access")
+    assert peers.reach(group) == Reach("", "no peer access", 4)
+    assert choose_counts("auto", 4, True, True, peers.reach(group))[0] == "nvshmem"
+    peers.rule_out(group, "nvshmem", "no heap")
+    kind, reason = choose_counts("auto", 4, True, True, peers.reach(group))
+    assert (kind, reason) == ("torch", "not nvshmem: no heap; not ipc: no peer access")
+
+
 def test_the_watchdog_names_missing_ranks_once(caplog):
     owner, missing = Owner(), np.zeros(4, np.int32)
     said = threading.Event()
@@ -123,11 +162,17 @@ def test_the_watchdog_names_missing_ranks_once(caplog):
             assert said.wait(20)
             said.clear()
             assert not said.wait(3 * watchdog.INTERVAL_S)
+            watchdog.look(owner)
+            missing[:] = 0
+            assert not said.wait(3 * watchdog.INTERVAL_S)
+            missing[1] = 1  # anew
+            assert said.wait(20)
     finally:
         watchdog.log.removeHandler(handler)
     assert caplog.messages == [
-        "ranks [1, 3] sent no counts within 1.5 s (placement abc): ended, hung or slow. That "
+        f"ranks {ranks} sent no counts within 1.5 s (placement abc): ended, hung or slow. That "
         "batch went to the home slots"
+        for ranks in ([1, 3], [1])
     ]
 
 

@@ -42,10 +42,11 @@ def plan_all_kinds(group, num_batches):
     use_gpu(group)
     placement = place(group.size())
     planners = {kind: Planner(placement, group, counts=kind, solver="flow") for kind in KINDS}
-    rng = np.random.default_rng(1)
+    rng, be_late = np.random.default_rng(1), np.random.default_rng(group.rank())
     for batch in range(num_batches):
         topks = topk_of(rng, placement, torch.int32 if batch % 2 else torch.int64)
         mine = topks[group.rank()].cuda()
+        torch.cuda._sleep(int(be_late.integers(0, 2_000_000)))  # up to a millisecond
         plans = {kind: planner(mine) for kind, planner in planners.items()}
         for kind, plan in plans.items():
             counts = torch.stack([cpu.count(t, placement.num_experts) for t in topks])
@@ -116,7 +117,7 @@ def test_ten_thousand_replays_of_a_graph(node, kind):
 
 @pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
 def test_ten_thousand_batches(node, kind):
-    node(4, many_batches, kind, 10_000, False, timeout=300)
+    node(8, many_batches, kind, 10_000, False, timeout=300)
 
 
 class Said(logging.Handler):
@@ -163,26 +164,115 @@ def test_a_rank_that_does_not_come_is_named_in_time(node, kind):
     assert all(1 <= took < 3 for took in others)
 
 
-def refuse_one(group, kind):
+def refuse_one(group, kind, refuses, node_size):
+    """One rank refuses its input; afterwards all go on, by calls and by replays of a graph."""
     use_gpu(group)
+    boot = peers._node()
+    peers._node = lambda: f"{boot}/{group.rank() // node_size}"
     placement = place(group.size())
     planner = Planner(placement, group, counts=kind, solver="flow")
+    peers._node = lambda: boot
     topk = torch.arange(8, device="cuda").reshape(2, 4)
-    planner(topk)
-    if group.rank() == 1:
-        with pytest.raises(ValueError, match="topk_idx"):
-            planner(topk.float())
-    else:
-        assert int(planner(topk).status) == Status.REFUSED
-        with pytest.raises(RankError, match="refused"):
-            planner(topk)
+    graph = torch.cuda.CUDAGraph()
+    for captured in (None, graph):
+        plan = planner(topk)
+        assert int(plan.status) == Status.OPTIMAL
+        if captured is not None:
+            with torch.cuda.graph(captured):
+                plan = planner(topk)
+        if group.rank() == refuses:
+            with pytest.raises(ValueError, match="topk_idx"):
+                planner(topk.float())
+        else:
+            assert int(planner(topk).status) == Status.REFUSED
+            with pytest.raises(RankError, match="refused"):
+                planner.raise_errors()
+        torch.cuda.synchronize()
+        dist.barrier(group)
+        for batch in range(5):
+            torch.cuda._sleep(1_000_000 * ((group.rank() + batch) % 3))
+            if captured is None:
+                plan = planner(topk)
+            else:
+                captured.replay()
+            assert int(plan.status) == Status.OPTIMAL, batch
+            assert int(plan.counts.sum()) == 8 * group.size()
+        planner.raise_errors()
+
+
+@pytest.mark.parametrize(
+    ("kind", "refuses", "node_size"),
+    [("nvshmem", 1, 4), ("ipc", 1, 4), ("nvshmem", 1, 2), ("nvshmem", 2, 2)],
+)
+def test_a_refusal_reaches_the_others_and_all_go_on(node, kind, refuses, node_size):
+    ranks.close()  # a group knows where its ranks are
+    node(4, refuse_one, kind, refuses, node_size)
+    ranks.close()
+
+
+def miss_across(group, absent):
+    """On two nodes, of which one rank does not come to the second batch."""
+    boot = peers._node()
+    peers._node = lambda: f"{boot}/{group.rank() // 2}"
+    use_gpu(group)
+    planner = Planner(place(group.size()), group, counts="nvshmem", solver="flow", timeout_s=2)
+    peers._node = lambda: boot
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    assert int(planner(topk).status) == Status.OPTIMAL
     torch.cuda.synchronize()
     dist.barrier(group)
+    if group.rank() != absent:
+        planner(topk)
+        with pytest.raises(RankError) as raised:
+            planner.raise_errors()
+    dist.barrier(group)
+    return "absent" if group.rank() == absent else str(raised.value).split(" sent")[0]
 
 
-@pytest.mark.parametrize("kind", ["nvshmem", "ipc"])
-def test_a_refusal_reaches_the_others(node, kind):
-    node(4, refuse_one, kind)
+@pytest.mark.parametrize(
+    ("absent", "said"),
+    [
+        (1, ["ranks [1]", "absent", "ranks [1]", "ranks [1]"]),
+        # The first rank of a node: whom it would have spoken for is not heard of, either.
+        (2, ["ranks [2, 3]", "ranks [2, 3]", "absent", "ranks [0, 1, 2]"]),
+    ],
+)
+def test_a_rank_that_does_not_come_is_named_on_other_nodes(node, absent, said):
+    ranks.close()
+    assert node(4, miss_across, absent) == said
+    ranks.close()
+
+
+def join(group):
+    """NVSHMEM runs already, as DeepEP's buffers start it, and they are done with it before us."""
+    from nvshmem import bindings
+
+    use_gpu(group)
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    peers._join_nvshmem(group)  # in the buffer's place
+    assert peers._nvshmem_runs()
+    peers._started.clear()
+    before = torch.cuda.mem_get_info()[0]
+    planner = Planner(place(group.size()), group, counts="nvshmem", solver="flow")
+    taken = before - torch.cuda.mem_get_info()[0]
+    assert not peers.has_started_nvshmem()
+    planner(topk)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    bindings.hostlib_finalize()
+    assert peers._nvshmem_runs()
+    for _ in range(10):
+        plan = planner(topk)
+        assert int(plan.counts.sum()) == 8 * group.size()
+        assert int(plan.status) == Status.OPTIMAL
+    dist.barrier(group)
+    return taken
+
+
+def test_a_world_that_is_joined_outlives_who_started_it(node):
+    ranks.close()
+    node(4, join)
+    ranks.close()
 
 
 def streams(group, kind):
