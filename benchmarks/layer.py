@@ -9,25 +9,39 @@ Compared: experts in order, as plain DeepEP has them; copies by EPLB and by `Pla
 with an even split and balanced; and the ideal, every rank at the mean with equal experts, as a
 router that is forced into balance makes them: 1024 rows, whole tiles of a GEMM; and "ragged", 1024
 rows on average and as many odd ones as real experts have: what rows that fill no tile cost, no
-balance brings back. Plan, dispatch and combine are not in these figures.
+balance brings back.
+
+Where DeepEP is installed a second table has what its calls take on the same layers, by 8 ranks that
+share the GPU under MPS, each with a part of it: no figures of NVLink. Picks are drawn with the
+load as weights; with a plan the layout's call makes it, on EPLB's copies.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import itertools
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+import lplb_ep
 from lplb_ep import Placement, bench, cpu
 from lplb_ep.report import load_recording, text_table
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import mps
+import ranks
+
 NUM_RANKS, NUM_REDUNDANT, HIDDEN, WIDTH = 8, 2, 7168, 2048
-NUM_PICKS = NUM_RANKS * 4096 * 8
+NUM_EXPERTS, NUM_TOKENS, NUM_TOPK = 256, 4096, 8
+NUM_PICKS = NUM_RANKS * NUM_TOKENS * NUM_TOPK
 NUM_WARM, NUM_RUNS = 3, 10
 COLUMNS = (
     "in order",
@@ -110,6 +124,80 @@ def scaled(load: np.ndarray, total: int) -> torch.Tensor:
     return torch.from_numpy(whole)
 
 
+def calls(group: dist.ProcessGroup, loads: list[torch.Tensor], learned: list[torch.Tensor]) -> Any:
+    """Of one rank: by layer, {way: milliseconds of layout, dispatch and combine}."""
+    import deep_ep
+
+    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
+    deep_ep.Buffer.set_num_sms(
+        4
+    )  # all of a kernel's blocks must run at once, on an eighth of a GPU
+    num_bytes = deep_ep.Buffer.get_dispatch_config(NUM_RANKS).get_nvl_buffer_size_hint(
+        2 * HIDDEN, NUM_RANKS
+    )
+    plain = deep_ep.Buffer(group, num_bytes)
+    balanced = lplb_ep.Buffer(group, num_bytes)
+    torch.manual_seed(group.rank())
+    x = torch.randn(NUM_TOKENS, HIDDEN, device="cuda").bfloat16()
+    found = []
+    for load, history in zip(loads, learned, strict=True):
+        placement = Placement.from_history(
+            history, num_ranks=NUM_RANKS, num_redundant_per_rank=NUM_REDUNDANT
+        )
+        topk_idx = torch.multinomial(load.double().expand(NUM_TOKENS, -1), NUM_TOPK).cuda()
+        ways = {"in order": plain, "balanced": balanced.view(placement)}
+        found.append({way: one_layer(group, b, x, topk_idx) for way, b in ways.items()})
+    return found
+
+
+def one_layer(
+    group: dist.ProcessGroup, buffer: Any, x: torch.Tensor, topk_idx: torch.Tensor
+) -> list[float]:
+    weights = torch.ones(topk_idx.shape, device="cuda")
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+    times = []
+    for _ in range(NUM_WARM + NUM_RUNS):
+        dist.barrier(group)
+        marks[0].record()
+        layout = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
+        marks[1].record()
+        received, *_, handle, _ = buffer.dispatch(
+            x,
+            topk_idx=topk_idx,
+            topk_weights=weights,
+            num_tokens_per_rank=layout[0],
+            is_token_in_rank=layout[3],
+            num_tokens_per_expert=layout[2],
+        )
+        marks[2].record()
+        buffer.combine(received, handle)
+        marks[3].record()
+        torch.cuda.synchronize()
+        times.append([a.elapsed_time(b) for a, b in itertools.pairwise(marks)])
+    return [statistics.median(column) for column in zip(*times[NUM_WARM:], strict=True)]
+
+
+def call_table(loads: list[torch.Tensor], learned: list[torch.Tensor]) -> str:
+    environ = {"LPLB_EP": "1", "LPLB_EP_REPLICAS": "valid"}
+    with mps.service() as environ_of:
+        of_ranks = ranks.run(
+            NUM_RANKS,
+            calls,
+            loads,
+            learned,
+            environ={**environ_of(NUM_RANKS), **environ},
+            timeout=300,
+        )
+    rows = []
+    for way in ("in order", "balanced"):
+        slowest = [
+            [max(of_rank[layer][way][call] for of_rank in of_ranks) for layer in range(len(loads))]
+            for call in range(3)
+        ]
+        rows.append([way, *(f"{statistics.median(times):.2f}" for times in slowest)])
+    return text_table(["slowest rank, median layer; ms", "layout", "dispatch", "combine"], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recording")
@@ -136,6 +224,10 @@ def main() -> None:
         ["worst / ideal", *(f"{worst[c]:.3f}" for c in COLUMNS)],
     ]
     print(text_table(["layer; ms", *COLUMNS], table))
+    if importlib.util.find_spec("deep_ep") is not None:
+        layers = range(0, len(live), args.every)
+        print()
+        print(call_table([live[i] for i in layers], [learned[i] for i in layers]))
     if args.json:
         Path(args.json).write_text(json.dumps({**bench.conditions(), "ms": found}, indent=1))
 
