@@ -420,9 +420,11 @@ class Replicas:
             For each move to this rank, in order: where it goes, and the tensor. One that was here
             all along is not a copy and shows what is written to its slot meanwhile.
         """
-        tensors = dict(cargo.here)
-        for received, sent, sizes, split, indices in cargo.messages:
+        for received, sent, sizes, split, _ in cargo.messages:
             dist.all_to_all_single(received, sent, sizes, split, group=self.group)
+        # Only now what needs memory: a rank that has none would leave the others in a transfer.
+        tensors = dict(cargo.here)
+        for received, _, _, _, indices in cargo.messages:
             like = [cargo.moves[index].slots[0].weight for index in indices]
             dtypes = [cargo.moves[index].dtype for index in indices]
             lengths = [w.numel() * d.itemsize for w, d in zip(like, dtypes, strict=True)]
