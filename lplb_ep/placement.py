@@ -320,14 +320,8 @@ class Placement:
         load = _samples(samples)
         experts = load.shape[1]
         if start is not None:
-            given = {
-                "num_ranks": num_ranks,
-                "num_redundant_per_rank": num_redundant_per_rank,
-                "num_ranks_per_node": num_ranks_per_node,
-            }
+            given = (num_ranks, num_redundant_per_rank, num_ranks_per_node, experts)
             num_ranks, num_redundant_per_rank, num_ranks_per_node = _shape_of(start, given)
-            if start.num_experts != experts:
-                raise PlacementError(f"load has {experts} experts, and start {start.num_experts}")
         elif fixed_homes or max_changes is not None:
             raise PlacementError("fixed_homes and max_changes need a start")
         elif max_copies is not None:
@@ -675,12 +669,13 @@ def _nodes_and_groups(
     return num_nodes, groups
 
 
-def _shape_of(start: Placement, given: Mapping[str, int | None]) -> tuple[int, int, int]:
-    """R, redundant slots and ranks of a node of a start, which are not given as others."""
+def _shape_of(start: Placement, given: tuple[int | None, ...]) -> tuple[int, int, int]:
+    """R, redundant slots and ranks of a node of a start; `given` are those and E, or None."""
     check_placement(start)
     redundant = start.num_local_slots + -start.num_experts // start.num_ranks
     shape = (start.num_ranks, redundant, start.num_ranks_per_node)
-    for (name, value), own in zip(given.items(), shape, strict=True):
+    names = ("num_ranks", "num_redundant_per_rank", "num_ranks_per_node", "the number of experts")
+    for name, value, own in zip(names, given, (*shape, start.num_experts), strict=True):
         if value not in (None, own):
             raise PlacementError(f"{name} is given as {value}, and start has {own}")
     return shape

@@ -244,7 +244,7 @@ def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
             ["--start", "{start}", "--ranks-per-node", "2"],
             "--ranks-per-node is given as 2, and --start has 4",
         ),
-        (["--start", "{other}"], "load has 16 experts, and --start 8"),
+        (["--start", "{other}"], "number of experts is given as 16, and --start has 8"),
     ],
 )
 def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, capsys, options, says):
