@@ -6,7 +6,9 @@
 
 Batches are drawn at random from each of two loads, first one, then the other. Layers begin with
 EPLB's copies, placed on the first load, and have a refresher that looks every 8 batches. "Anew" are
-EPLB's copies, placed on the first 8 batches after the shift. A line is printed when it is done.
+EPLB's copies, placed on the first 8 batches after the shift. Imbalance is a layer's mean over 8
+batches: the last ones before the shift, the first after it, and the last. A line is printed when it
+is done.
 """
 
 from __future__ import annotations
@@ -86,13 +88,14 @@ def measure(
     by_anew = []
     for counts in after.counts.unbind(1):
         anew = Placement.from_history(counts[:INTERVAL], **shape)
-        by_anew.append(imbalance(counts[-INTERVAL:].numpy(), anew))
+        by_anew.append(imbalance(counts[-INTERVAL:].numpy(), anew).mean())
     # Those found by batches after the shift. A layer is placed anew once.
     moves = [m for m in timeline.moves if m.batch >= NUM_BATCHES + 2 * INTERVAL]
     first = {move.layer: move for move in reversed(moves)}
-    starts = (NUM_BATCHES - INTERVAL, NUM_BATCHES, 2 * NUM_BATCHES - INTERVAL)
-    cells = [cell(by_batch[start : start + INTERVAL]) for start in starts]
-    cells += [cell(np.stack(by_anew)), needed(by_batch[NUM_BATCHES:]), str(len(first))]
+    by_look = by_batch.reshape(-1, INTERVAL, len(layers)).mean(1)
+    before_and_after = by_look[NUM_BATCHES // INTERVAL - 1 : NUM_BATCHES // INTERVAL + 1]
+    cells = [cell(values) for values in (*before_and_after, by_look[-1], np.array(by_anew))]
+    cells += [needed(by_look[NUM_BATCHES // INTERVAL :]), str(len(first))]
     return cells, sum(m.num_copies for m in moves), sum(m.num_anew for m in first.values())
 
 
@@ -101,10 +104,10 @@ def cell(values: np.ndarray) -> str:
 
 
 def needed(values: np.ndarray) -> str:
-    """Batches until imbalance [N, L] is at most 1.01 and stays: of the median, of every layer."""
+    """Batches until imbalance [looks, L] is at most 1.01 and stays: in the median, in the worst."""
     above = [np.flatnonzero(v > 1.01) for v in (np.median(values, 1), values.max(1))]
-    number = [int(a[-1]) + 1 if a.size else 0 for a in above]
-    return " / ".join(str(n) if n < len(values) else "–" for n in number)
+    looks = [int(a[-1]) + 1 if a.size else 0 for a in above]
+    return " / ".join(str(n * INTERVAL) if n < len(values) else "–" for n in looks)
 
 
 def main() -> None:

@@ -664,22 +664,34 @@ def plot_placement(
 
     def draw(figure: Figure) -> None:
         circle, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
-        angle = np.pi / 2 - 2 * np.pi * np.arange(R) / R
+        # Nodes stand apart by the room of a rank.
+        place = np.arange(R) + (placement.node if placement.node.any() else 0)
+        angle = np.pi / 2 - 2 * np.pi * place / (place[-1] + 1 + placement.node.any())
         x, y = np.cos(angle), np.sin(angle)
         for one, two in zip(*np.nonzero(np.triu(shared, 1)), strict=True):
             width = 0.3 + 3 * shared[one, two] / shared[np.triu_indices(R, 1)].max()
             across = placement.node[one] != placement.node[two]
             colour = COLOURS["home"] if across else COLOURS["lp"]
-            circle.plot(x[[one, two]], y[[one, two]], lw=width, color=colour, alpha=0.5, zorder=1)
-        size = 40 + 160 * np.minimum(home / mean, 3)
-        circle.scatter(x, y, s=size, c=home / mean, cmap="Greys", vmin=0, ec="0.3", zorder=2)
+            # Bent inwards: a chord between neighbours would hide behind those in between.
+            t = np.linspace(0, 1, 24)
+            bend = (1 - t) ** 2 + 0.8 * t * (1 - t), t**2 + 0.8 * t * (1 - t)
+            line = [bend[0] * at[one] + bend[1] * at[two] for at in (x, y)]
+            circle.plot(*line, lw=width, color=colour, alpha=0.5, zorder=1)
+        size = (40 + 160 * np.minimum(home / mean, 2)) * min(1, 24 / R)
+        circle.scatter(
+            x, y, s=size, c=home / mean, cmap="Greys", vmin=0, vmax=2, ec="0.3", zorder=2
+        )
         for rank in range(R):
-            place = (1.14 * x[rank], 1.14 * y[rank])
-            circle.annotate(str(rank), place, ha="center", va="center", fontsize=8, color="0.35")
+            beside = (1.14 * x[rank], 1.14 * y[rank])
+            circle.annotate(str(rank), beside, ha="center", va="center", fontsize=8, color="0.35")
         circle.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         circle.axis("off")
-        across = " (between nodes: orange)" if placement.node.any() else ""
-        circle.set_title(f"Ranks that share experts{across}", loc="left", fontsize=10)
+        across = ", orange: between nodes" if placement.node.any() else ""
+        circle.set_title(
+            f"Ranks that share experts{across}\nThe darker, the more load at home",
+            loc="left",
+            fontsize=10,
+        )
         for shift, values, name in ((-0.2, home, "home"), (0.2, plan, "lp")):
             label = f"{_LABELS[name]} (max / mean {values.max() / mean:.3f})"
             bars.bar(np.arange(R) + shift, values, 0.4, color=COLOURS[name], label=label)
