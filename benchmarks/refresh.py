@@ -5,10 +5,10 @@
         --qwen qwen3_30b_a3b_prefill_topk.npz --gptoss gptoss_20b_decode_topk.npz
 
 Batches are drawn at random from each of two loads, first one, then the other. Layers begin with
-EPLB's copies, placed on the first load, and have a refresher that looks every 8 batches. "Anew" are
-EPLB's copies, placed on the first 8 batches after the shift. Imbalance is a layer's mean over 8
-batches: the last ones before the shift, the first after it, and the last. A line is printed when it
-is done.
+EPLB's copies (or for_lp's), placed on the first load, and have a refresher that looks every 8
+batches. "Anew" are EPLB's copies, placed on the first 8 batches after the shift. Imbalance is a
+layer's mean over 8 batches: the last ones before the shift, the first after it, and the last. A
+line is printed when it is done.
 """
 
 from __future__ import annotations
@@ -77,12 +77,13 @@ def recording(loads: list[np.ndarray], seed: int) -> Recording:
 
 
 def measure(
-    layers: list[Pair], ranks: int, slots: int, settings: Settings
+    layers: list[Pair], ranks: int, slots: int, start: str, settings: Settings
 ) -> tuple[list[str], int, int]:
     """Cells of a row; the copies that were moved, and those that placing anew would have moved."""
     before, after = (recording([pair[i] for pair in layers], i) for i in (0, 1))
     shape = {"num_ranks": ranks, "num_redundant_per_rank": slots}
-    placements = [Placement.from_history(load, **shape) for load, _ in layers]
+    place = Placement.from_history if start == "eplb" else Placement.for_lp
+    placements = [place(load, **shape) for load, _ in layers]
     timeline = replay_over_time([before, after], placements, settings)
     by_batch = timeline.imbalance()["refreshed"].numpy()
     by_anew = []
@@ -117,6 +118,7 @@ def main() -> None:
     for name in ("mmlu", "qwen", "gptoss"):
         parser.add_argument(f"--{name}", metavar="PATH")
     parser.add_argument("--layers", type=int, default=4, help="of each load; 4")
+    parser.add_argument("--start", choices=("eplb", "lp"), default="eplb", help="eplb")
     for name, kind in (("seconds", float), ("changes", int)):
         default = getattr(Settings(), f"refresh_{name}")
         parser.add_argument(f"--{name}", type=kind, default=default, help=f"{default}")
@@ -141,7 +143,7 @@ def main() -> None:
                 continue
             if ranks == 32 and layers[0][0].size == 32:
                 continue
-            cells, moved, anew = measure(layers, ranks, slots, settings)
+            cells, moved, anew = measure(layers, ranks, slots, args.start, settings)
             cells += [str(moved), str(anew), f"{moved * size / 1000:.2f}"]
             line([f"{name}, EP{ranks}, {slots}", *cells])
 
