@@ -33,7 +33,7 @@ _KINDS = (
     f"{', '.join(TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, lp, or a file "
     "written by place or Placement.save"
 )
-# The library's arguments, and replay's options for them.
+# The library's arguments and settings, and the options for them.
 _OPTIONS = {
     "num_ranks": "--ranks",
     "num_redundant_per_rank": "--redundant",
@@ -49,6 +49,12 @@ _OPTIONS = {
     "drift": "--drift",
     "percentile": "--percentile",
     "refresh": "--refresh",
+    "seed": "--seed",
+    "time_budget_s": "--seconds",
+    "LPLB_EP_REFRESH": "--refresh",
+    "LPLB_EP_REFRESH_THRESHOLD": "--threshold",
+    "LPLB_EP_REFRESH_CHANGES": "--changes",
+    "LPLB_EP_REFRESH_SECONDS": "--seconds",
 }
 
 # name, distributions that bring it, what it is for, how to get it
@@ -422,12 +428,14 @@ def _replay_over_time(
     workloads = [recording, *(_another(args, "--then", then, args.layout) for then in args.then)]
     if args.draw is not None:
         workloads = [timeline.draw_batches(w, args.draw) for w in workloads]
-    settings = Settings(
-        refresh=args.refresh,
-        refresh_threshold=args.threshold,
-        refresh_changes=args.changes,
-        refresh_seconds=args.seconds,
-    )
+    _check_least(args, "expert_bytes")
+    with _as_typed(_OPTIONS):
+        settings = Settings(
+            refresh=args.refresh,
+            refresh_threshold=args.threshold,
+            refresh_changes=args.changes,
+            refresh_seconds=args.seconds,
+        )
 
     def progress(done: int) -> None:
         if sys.stderr.isatty():
@@ -435,7 +443,9 @@ def _replay_over_time(
             print(f"\rlayer {done} of {len(placements)}", end=end, file=sys.stderr, flush=True)
 
     with _as_typed(_OPTIONS):
-        result = timeline.replay_over_time(workloads, placements, settings, progress=progress)
+        result = timeline.replay_over_time(
+            workloads, placements, settings, num_groups=args.groups, progress=progress
+        )
     moved = sum(move.num_copies for move in result.moves)
     about: dict[str, Any] = {
         "placement": args.placement,
@@ -462,7 +472,7 @@ def _replay_over_time(
     layers = len({move.layer for move in result.moves})
     print(
         f"\nrefreshes  {len(result.moves)} of {layers} layers: {moved} replicas moved "
-        f"(EPLB anew each time: {about['num_anew']} slots)"
+        f"(EPLB anew each time: {about['num_anew']} copies)"
         + (f", {about['bytes_moved'] / 1e9:.2f} GB out" if args.expert_bytes is not None else "")
     )
     return 0
@@ -477,6 +487,14 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
     if png and Path(png).suffix != ".png":
         raise ValueError(f"--png must end in .png; got {png}")
+
+
+def _check_least(args: argparse.Namespace, *names: str) -> None:
+    """Refuses options below 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0; got {value}")
 
 
 def _recording(args: argparse.Namespace) -> Recording:
@@ -578,8 +596,8 @@ def _from_file(path: str, layers: Sequence[int]) -> list[Placement]:
     """The layers' placements from a file with one for each of them, or one for all."""
     from .placement import Placement, load_placements
 
-    with open(path, encoding="utf-8") as file:
-        if '"lplb_ep_placements"' not in file.read(64):
+    with open(path, "rb") as file:
+        if b'"lplb_ep_placements"' not in file.read(64):
             return [Placement.load(path)] * len(layers)
     placements = load_placements(path)
     missing = [layer for layer in layers if layer not in placements]
@@ -609,6 +627,7 @@ def _for_lp(
 def _place(args: argparse.Namespace, rest: list[str]) -> int:
     with _one_line_errors():
         _check_outputs(args)
+        _check_least(args, "seed", "seconds")
         from . import report
         from .placement import save_placements
 

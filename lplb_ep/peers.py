@@ -143,7 +143,7 @@ def reach(group: dist.ProcessGroup | None) -> Reach:
     """Which memory all ranks reach; without a group, what this process says for itself. Collective
     for the first time, and the same on every rank."""
     if group is None:
-        return _find_reach([_Fact.of_this_rank()])
+        return replace(_find_reach([_Fact.of_this_rank()]), num_ranks_per_node=0)
     if group not in _reaches:
         _reaches[group] = _find_reach(everyone(group, _Fact.of_this_rank()))
     return _reaches[group]

@@ -582,10 +582,7 @@ class Placement:
         version = state.pop("lplb_ep_placement", None) if isinstance(state, dict) else None
         if version != 1:
             raise PlacementError(f"{os.fspath(path)} is not a placement saved by this version")
-        try:
-            return cls(**state)
-        except (PlacementError, TypeError) as error:
-            raise PlacementError(f"{os.fspath(path)}: {error}") from error
+        return _placement_of(state, os.fspath(path))
 
 
 def save_placements(path: str | os.PathLike[str], placements: Mapping[int, Placement]) -> None:
@@ -605,10 +602,22 @@ def load_placements(path: str | os.PathLike[str]) -> dict[int, Placement]:
     state = _read_json(path)
     if not isinstance(state, dict) or state.get("lplb_ep_placements") != 1:
         raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
+    layers = state.get("layers")
+    if not isinstance(layers, dict) or not all(map(str.isdecimal, layers)):
+        raise PlacementError(f"{os.fspath(path)}: layers must be placements by layer number")
+    return {
+        int(layer): _placement_of(one, f"{os.fspath(path)}, layer {layer}")
+        for layer, one in layers.items()
+    }
+
+
+def _placement_of(state: Any, where: str) -> Placement:
+    if not isinstance(state, dict):
+        raise PlacementError(f"{where}: a placement must be an object; got {state!r}")
     try:
-        return {int(layer): Placement(**one) for layer, one in state["layers"].items()}
-    except (PlacementError, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise PlacementError(f"{os.fspath(path)}: {error}") from error
+        return Placement(**state)
+    except (PlacementError, TypeError) as error:
+        raise PlacementError(f"{where}: {error}") from error
 
 
 def _read_json(path: str | os.PathLike[str]) -> Any:
@@ -665,12 +674,10 @@ def _shape_of(start: Placement, given: tuple[int | None, ...]) -> tuple[int, int
     check_placement(start)
     redundant = start.num_local_slots + -start.num_experts // start.num_ranks
     shape = (start.num_ranks, redundant, start.num_ranks_per_node)
-    for is_given, own in zip(given, (*shape, start.num_experts), strict=True):
-        if is_given not in (None, own):
-            raise PlacementError(
-                "start must have the ranks, redundant slots, ranks of a node and experts that "
-                f"are given: {is_given}, it has {own}"
-            )
+    names = ("num_ranks", "num_redundant_per_rank", "num_ranks_per_node", "the number of experts")
+    for name, value, own in zip(names, given, (*shape, start.num_experts), strict=True):
+        if value not in (None, own):
+            raise PlacementError(f"{name} is given as {value}, and start has {own}")
     return shape
 
 

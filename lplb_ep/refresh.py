@@ -39,8 +39,8 @@ T = TypeVar("T")
 Int64 = npt.NDArray[np.int64]
 Choose = Callable[..., Placement]
 """As `Placement.for_lp`: (samples [N, E], num_ranks, num_redundant_per_rank, start=,
-fixed_homes=True, max_changes=, max_copies=, seed=, time_budget_s=) → a placement with the homes
-and slots of `start`."""
+fixed_homes=True, within_node=, max_changes=, max_copies=, seed=, time_budget_s=) → a placement with
+the homes and slots of `start`."""
 
 MAX_COPIES = 8
 """Copies of one expert that a refresh may come to, unless the first placement has more already: the
@@ -99,6 +99,7 @@ def propose(job: Job) -> Proposal | None:
         old.num_local_slots - -(-old.num_experts // old.num_ranks),
         start=old,
         fixed_homes=True,
+        within_node=_stays_within_nodes(old),
         max_changes=settings.refresh_changes,
         max_copies=old.max_replicas,
         seed=job.layer,
@@ -130,10 +131,27 @@ def with_room(placement: Placement) -> Placement:
     return placement.with_copies(placement.physical_to_logical, copies)
 
 
+def _stays_within_nodes(placement: Placement) -> bool:
+    """Whether all copies of an expert are on one of several nodes: they stay there then, if there
+    are enough experts on a node to fill its slots."""
+    num_nodes = placement.num_ranks // placement.num_ranks_per_node
+    if num_nodes == 1 or placement.num_experts % num_nodes:
+        return False
+    node = np.where(placement.copy_rank < 0, -1, placement.node[placement.copy_rank])
+    apart = (node >= 0) & (node != node[:, :1])
+    return not apart.any() and placement.num_local_slots * num_nodes <= placement.num_experts
+
+
 def num_moved(old: Placement, new: Placement) -> int:
-    """Replicas of `new` that are in slots where `old` has something else."""
-    changed = old.physical_to_logical != new.physical_to_logical
-    return int((changed & (new.physical_to_logical >= 0)).sum())
+    """Copies of `new` on ranks where `old` has none of their expert."""
+
+    def held(placement: Placement) -> npt.NDArray[np.bool_]:
+        expert, column = np.nonzero(placement.copy_rank >= 0)
+        out = np.zeros((placement.num_experts, placement.num_ranks), bool)
+        out[expert, placement.copy_rank[expert, column]] = True
+        return out
+
+    return int((held(new) & ~held(old)).sum())
 
 
 class Background:
@@ -155,17 +173,14 @@ class Background:
     def start(self, jobs: Sequence[Job]) -> None:
         """Begins to look, and returns at once; not while it is busy."""
         if self._process is None or self._process.poll() is not None:
-            begin = "import pickle, sys; sys.path[:] = pickle.load(sys.stdin.buffer); "
+            path = f"import sys; sys.path[:] = {[*map(str, sys.path)]}; "
             serve = f"from {__name__} import serve; serve()"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", begin + serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-c", path + serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
             weakref.finalize(self, _end, self._process, self._ended)
-            first: tuple[object, ...] = (sys.path,)
-        else:
-            first = ()
         # A thread, because pipes hold little: it waits for them outside of Python's lock.
-        arguments = (self._process, (*first, jobs), self._proposals, self._ended)
+        arguments = (self._process, jobs, self._proposals, self._ended)
         self._thread = threading.Thread(target=_converse, args=arguments, daemon=True)
         self._thread.start()
 
@@ -176,7 +191,7 @@ class Background:
 
 def _converse(
     process: subprocess.Popen[bytes],
-    requests: Sequence[object],
+    jobs: Sequence[Job],
     proposals: queue.SimpleQueue[Proposal],
     ended: threading.Event,
 ) -> None:
@@ -184,8 +199,7 @@ def _converse(
     assert stdin is not None, "it was made with a pipe"
     assert stdout is not None, "it was made with a pipe"
     try:
-        for request in requests:
-            pickle.dump(request, stdin)
+        pickle.dump(jobs, stdin)
         stdin.flush()
         while (answer := pickle.load(stdout)) is not None:
             if isinstance(answer, Proposal):
@@ -282,8 +296,8 @@ class Refresher:
             another process: a function that can be imported there.
 
     Raises:
-        ValueError: no layers, layers on several groups, a placement object that serves several, a
-            `choose` that cannot be imported elsewhere.
+        ValueError: no layers, layers on several groups, a placement object that serves several,
+            more slots on a rank than experts, a `choose` that cannot be imported elsewhere.
         RankError: ranks differ in settings or placements.
     """
 
@@ -354,14 +368,22 @@ class Refresher:
         offered = self._broadcast(self._background.take() if self._chooses else [])
         moved = [done for proposal in offered if (done := self._switch(proposal)) is not None]
         if self._window is not None and not busy:
-            loads = self._window.to("cpu", copy=True).numpy()
+            self._look(self._window)
+        return moved
+
+    def _look(self, window: torch.Tensor) -> None:
+        """Has other replicas chosen, by loads [interval, L, E], on the first rank. Raises nothing:
+        the others could not know."""
+        try:
+            loads = window.to("cpu", copy=True).numpy()
             self._background.start(
                 [
                     Job(number, loads[:, number], r.placement, self._choose, self._settings)
                     for number, r in enumerate(self._layers)
                 ]
             )
-        return moved
+        except Exception:
+            log.exception("no replicas are looked for; placements stay as they are")
 
     def _broadcast(self, proposals: list[Proposal]) -> list[Proposal]:
         """The first rank's."""
@@ -454,6 +476,12 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
         if sharing(replicas.placement) > 1:
             raise ValueError(
                 f"the placement object of layer {number} serves several layers: give each its own"
+            )
+        slots, ranks = replicas.placement.num_local_slots, replicas.placement.num_ranks
+        if choose is None and slots > replicas.placement.num_experts and ranks > 1:
+            raise ValueError(
+                f"layer {number} has {slots} slots on a rank, more than there are experts: "
+                f"{replicas.placement.num_experts}, and for_lp cannot fill them"
             )
     function = choose
     while isinstance(function, functools.partial):

@@ -491,10 +491,12 @@ class Replicas:
             For each move to this rank, in order: where it goes, and the tensor. One that was here
             all along is not a copy and shows what is written to its slot meanwhile.
         """
-        tensors = dict(cargo.here)
-        for received, sent, table, indices in cargo.messages:
+        for received, sent, table, _ in cargo.messages:
             self._wire.all_to_all(received, sent, table)
             self.num_bytes_sent += sent.numel()
+        # Only now what needs memory: a rank that has none would leave the others in a transfer.
+        tensors = dict(cargo.here)
+        for received, _, _, indices in cargo.messages:
             like = [cargo.moves[index].slots[0].weight for index in indices]
             dtypes = [cargo.moves[index].dtype for index in indices]
             lengths = [w.numel() * d.itemsize for w, d in zip(like, dtypes, strict=True)]

@@ -495,7 +495,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 # Okabe and Ito's colours, told apart with every common colour blindness and in grey.
-_COLOURS = {"in_order": "#999999", "home": "#D55E00", "even": "#56B4E9", "lp": "#0072B2"}
+COLOURS = {"in_order": "#999999", "home": "#D55E00", "even": "#56B4E9", "lp": "#0072B2"}
 
 
 def plot_replay(
@@ -519,7 +519,7 @@ def plot_replay(
         place = np.arange(len(result.layers))
         drawn = []
         for name, marker in (("in_order", ""), ("home", "o"), ("even", "s"), ("lp", "o")):
-            values, colour = getattr(result, name).numpy(), _COLOURS[name]
+            values, colour = getattr(result, name).numpy(), COLOURS[name]
             label = f"{_LABELS[name]} (median {np.median(values):.2f})"
             drawn += axes.plot(
                 place, values.mean(0), marker=marker, ms=4, lw=1.4, color=colour, label=label
@@ -539,15 +539,15 @@ def plot_replay(
         note = f"   (mean and range of {batches} batches)" if batches > 1 else ""
         axes.set_xlabel(f"MoE layer{note}")
         axes.set_ylabel("imbalance: max / mean rank load")
-        _finish(axes)
+        finish(axes)
         # Above the axes, clear of the data.
         axes.legend(
-            handles=drawn, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), **_LEGEND
+            handles=drawn, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), **LEGEND
         )
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
 
-    _save(path, (9, 4.2), draw)
+    save_picture(path, (9, 4.2), draw)
 
 
 def plot_training(
@@ -595,8 +595,8 @@ def plot_training(
     def draw(figure: Figure) -> None:
         bars, lines = figure.subplots(1, 2, width_ratios=(1, 1.25))
         ranks = np.arange(num_ranks)
-        bars.bar(ranks - 0.2, before[chosen], 0.4, color=_COLOURS["home"])
-        bars.bar(ranks + 0.2, after[chosen], 0.4, color=_COLOURS["lp"])
+        bars.bar(ranks - 0.2, before[chosen], 0.4, color=COLOURS["home"])
+        bars.bar(ranks + 0.2, after[chosen], 0.4, color=COLOURS["lp"])
         bars.axhline(mean[chosen], color="0.35", lw=1, ls=(0, (4, 3)))
         bars.axhline(bound[chosen], color="black", lw=1, ls=":")
         which = ", the most unbalanced at home" if step is None else ""
@@ -614,7 +614,7 @@ def plot_training(
             ("lp", "LP (tokens spread over replicas)", {"lw": 2.5, **marker}),
             ("bound", "lower bound T* (no plan is below)", {"lw": 1, "ls": ":"}),
         ):
-            colour = _COLOURS.get(name, "black")
+            colour = COLOURS.get(name, "black")
             drawn += lines.plot(steps, ratio[name], color=colour, label=label, **look)
         drawn.append(
             lines.axhline(
@@ -622,17 +622,17 @@ def plot_training(
             )
         )
         lines.axvline(chosen, color="0.87", lw=5, zorder=0)
-        _mark(lines, marks or {})
+        mark(lines, marks or {})
         lines.set_title(f"Imbalance at every {step_label}", loc="left", fontsize=10)
         lines.xaxis.get_major_locator().set_params(integer=True)
         lines.set_xlabel(step_label)
         lines.set_ylabel("imbalance: max / mean rank load")
         for axes in (bars, lines):
-            _finish(axes)
-        figure.legend(handles=drawn, loc="outside lower left", ncols=4, **_LEGEND)
+            finish(axes)
+        figure.legend(handles=drawn, loc="outside lower left", ncols=4, **LEGEND)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
-    _save(path, (10.5, 4.4), draw)
+    save_picture(path, (10.5, 4.4), draw)
 
 
 def plot_placement(
@@ -664,41 +664,53 @@ def plot_placement(
 
     def draw(figure: Figure) -> None:
         circle, bars = figure.subplots(1, 2, width_ratios=(1, 1.2))
-        angle = np.pi / 2 - 2 * np.pi * np.arange(R) / R
+        # Nodes stand apart by the room of a rank.
+        place = np.arange(R) + (placement.node if placement.node.any() else 0)
+        angle = np.pi / 2 - 2 * np.pi * place / (place[-1] + 1 + placement.node.any())
         x, y = np.cos(angle), np.sin(angle)
         for one, two in zip(*np.nonzero(np.triu(shared, 1)), strict=True):
             width = 0.3 + 3 * shared[one, two] / shared[np.triu_indices(R, 1)].max()
             across = placement.node[one] != placement.node[two]
-            colour = _COLOURS["home"] if across else _COLOURS["lp"]
-            circle.plot(x[[one, two]], y[[one, two]], lw=width, color=colour, alpha=0.5, zorder=1)
-        size = 40 + 160 * np.minimum(home / mean, 3)
-        circle.scatter(x, y, s=size, c=home / mean, cmap="Greys", vmin=0, ec="0.3", zorder=2)
+            colour = COLOURS["home"] if across else COLOURS["lp"]
+            # Bent inwards: a chord between neighbours would hide behind those in between.
+            t = np.linspace(0, 1, 24)
+            bend = (1 - t) ** 2 + 0.8 * t * (1 - t), t**2 + 0.8 * t * (1 - t)
+            line = [bend[0] * at[one] + bend[1] * at[two] for at in (x, y)]
+            circle.plot(*line, lw=width, color=colour, alpha=0.5, zorder=1)
+        size = (40 + 160 * np.minimum(home / mean, 2)) * min(1, 24 / R)
+        circle.scatter(
+            x, y, s=size, c=home / mean, cmap="Greys", vmin=0, vmax=2, ec="0.3", zorder=2
+        )
         for rank in range(R):
-            place = (1.14 * x[rank], 1.14 * y[rank])
-            circle.annotate(str(rank), place, ha="center", va="center", fontsize=8, color="0.35")
+            beside = (1.14 * x[rank], 1.14 * y[rank])
+            circle.annotate(str(rank), beside, ha="center", va="center", fontsize=8, color="0.35")
         circle.set(xlim=(-1.3, 1.3), ylim=(-1.3, 1.3), aspect="equal")
         circle.axis("off")
-        across = " (between nodes: orange)" if placement.node.any() else ""
-        circle.set_title(f"Ranks that share experts{across}", loc="left", fontsize=10)
+        across = ", orange: between nodes" if placement.node.any() else ""
+        circle.set_title(
+            f"Ranks that share experts{across}\nThe darker, the more load at home",
+            loc="left",
+            fontsize=10,
+        )
         for shift, values, name in ((-0.2, home, "home"), (0.2, plan, "lp")):
             label = f"{_LABELS[name]} (max / mean {values.max() / mean:.3f})"
-            bars.bar(np.arange(R) + shift, values, 0.4, color=_COLOURS[name], label=label)
+            bars.bar(np.arange(R) + shift, values, 0.4, color=COLOURS[name], label=label)
         bars.axhline(mean, color="0.35", lw=1, ls=(0, (4, 3)), label="mean (perfect balance)")
         bars.set_xticks(np.arange(R)[:: max(1, R // 16)])
         bars.set_xlabel("rank")
         bars.set_ylabel("rank load: tokens")
         bars.yaxis.set_major_formatter("{x:,.0f}")
-        _finish(bars)
-        figure.legend(loc="outside lower right", ncols=3, **_LEGEND)
+        finish(bars)
+        figure.legend(loc="outside lower right", ncols=3, **LEGEND)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
-    _save(path, (10.5, 4.8), draw)
+    save_picture(path, (10.5, 4.8), draw)
 
 
-_LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}
+LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}
 
 
-def _mark(axes: Axes, marks: Mapping[int, str]) -> None:
+def mark(axes: Axes, marks: Mapping[int, str]) -> None:
     """A line before each of these steps, with its text."""
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + (0.12 * (high - low) if marks else 0))  # room for the texts
@@ -714,14 +726,14 @@ def _mark(axes: Axes, marks: Mapping[int, str]) -> None:
         )
 
 
-def _finish(axes: Axes) -> None:
+def finish(axes: Axes) -> None:
     """The look that all pictures share."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9", lw=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(
+def save_picture(
     path: str | os.PathLike[str], inches: tuple[float, float], draw: Callable[[Figure], None]
 ) -> None:
     try:

@@ -174,7 +174,7 @@ class Settings:
             choices = f.metadata["choices"]
             if choices and value not in choices:
                 raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {value!r}")
-            least = 1 if f.name == "refresh_threshold" else 0
+            least = 1 if f.name in ("refresh_threshold", "timeout_s") else 0
             if isinstance(f.default, (int, float)) and not least <= value < math.inf:
                 kind = "number" if isinstance(f.default, float) else "whole number"
                 raise ValueError(f"{variable} must be a {kind} of at least {least}; got {value}")

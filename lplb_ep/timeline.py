@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from .placement import Placement
-from .refresh import Choose, Int64, Job, Proposal, num_moved, propose, with_room
-from .report import _COLOURS, _LEGEND, Recording, _finish, _mark, _save, text_table
+from .refresh import Choose, Int64, Job, num_moved, propose, with_room
+from .report import COLOURS, LEGEND, Recording, finish, mark, save_picture, text_table
 from .settings import Settings
 from .solver import solve
 
@@ -57,7 +57,8 @@ class Move:
     num_copies: int
     """Replicas that were moved."""
     num_anew: int
-    """Slots that would have changed, had EPLB placed the layer anew for the same loads."""
+    """Copies, homes among them, that EPLB would have moved, placing the layer anew for the same
+    loads."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def replay_over_time(
     placements: Sequence[Placement],
     settings: Settings,
     choose: Choose | None = None,
+    num_groups: int | None = None,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> Timeline:
     """Replays workloads one after another, with a refresher that looks after every so many batches.
@@ -135,6 +137,7 @@ def replay_over_time(
         placements: one for each of the L layers, which the first batch meets.
         settings: whose `refresh…` count; `refresh` batches lie between two looks.
         choose: as for `Refresher`.
+        num_groups: the router's, by which EPLB places anew; see `Placement.from_history`.
         progress: is told how many layers are done.
 
     Raises:
@@ -169,7 +172,7 @@ def replay_over_time(
         at_home = torch.zeros(len(loads), placement.num_ranks, dtype=torch.int64)
         columns["home"].append(at_home.index_add_(1, torch.tensor(placement.home_rank), loads))
         job = Job(number, loads.numpy(), with_room(placement), choose, settings)
-        refreshed, moved = _refresh(job, columns["kept"][-1])
+        refreshed, moved = _refresh(job, columns["kept"][-1], num_groups)
         columns["refreshed"].append(refreshed)
         moves += moved
         progress(place + 1)
@@ -183,39 +186,40 @@ def replay_over_time(
     )
 
 
-def _refresh(job: Job, kept: torch.Tensor) -> tuple[torch.Tensor, list[Move]]:
+def _refresh(
+    job: Job, kept: torch.Tensor, num_groups: int | None
+) -> tuple[torch.Tensor, list[Move]]:
     """[N, R] rank loads of a layer whose loads [N, E] are `job.loads`, and on the placement that
     is kept `kept` [N, R]; and its moves."""
     interval, placement = job.settings.refresh, job.placement
     rank_loads = kept.clone()
     moves: list[Move] = []
-    proposal: Proposal | None = None
-    for start in range(0, len(job.loads), interval):
-        window = job.loads[max(0, start - interval) : start]
+    for start in range(interval, len(job.loads) - interval, interval):
+        seen = job.loads[start - interval : start]
+        proposal = propose(dataclasses.replace(job, loads=seen, placement=placement))
+        # As in a run, what this look finds is in force from the next.
+        batches = slice(start + interval, start + 2 * interval)
         if proposal is not None:
             new = placement.with_copies(proposal.physical_to_logical)
-            moved = num_moved(placement, new)
-            moves.append(Move(start, job.layer, moved, _num_anew(placement, window)))
+            moved, anew = (num_moved(placement, p) for p in (new, _anew(new, seen, num_groups)))
+            moves.append(Move(batches.start, job.layer, moved, anew))
             placement = new
-        if start:
-            seen = dataclasses.replace(job, loads=window, placement=placement)
-            proposal = propose(seen)
         if moves:
-            batches = slice(start, start + interval)
             solved = solve(torch.from_numpy(job.loads[batches]), placement, "cpu")
             rank_loads[batches] = solved.rank_load
     return rank_loads, moves
 
 
-def _num_anew(placement: Placement, loads: Int64) -> int:
-    anew = Placement.from_history(
+def _anew(placement: Placement, loads: Int64, num_groups: int | None) -> Placement:
+    """EPLB's, of the same shape."""
+    base = -(-placement.num_experts // placement.num_ranks)
+    return Placement.from_history(
         loads,
         num_ranks=placement.num_ranks,
-        num_redundant_per_rank=placement.num_local_slots
-        - -(-placement.num_experts // placement.num_ranks),
+        num_redundant_per_rank=placement.num_local_slots - base,
         num_ranks_per_node=placement.num_ranks_per_node,
+        num_groups=num_groups,
     )
-    return num_moved(placement, anew)
 
 
 def plot_timeline(
@@ -237,8 +241,8 @@ def plot_timeline(
     imbalance = timeline.imbalance()
     chosen = int(imbalance["kept"][-1].argmax())
     looks = {
-        "kept": (_COLOURS["home"], "placements kept"),
-        "refreshed": (_COLOURS["lp"], "refreshed"),
+        "kept": (COLOURS["home"], "placements kept"),
+        "refreshed": (COLOURS["lp"], "refreshed"),
     }
 
     def draw(figure: Figure) -> None:
@@ -266,8 +270,8 @@ def plot_timeline(
             )
         lines.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
         for batch in sorted({move.batch for move in timeline.moves}):
-            lines.axvline(batch - 0.5, color=_COLOURS["even"], lw=1, zorder=0)
-        _mark(lines, {start: name.split(": ")[-1] for name, start in timeline.workloads})
+            lines.axvline(batch - 0.5, color=COLOURS["even"], lw=1, zorder=0)
+        mark(lines, {start: name.split(": ")[-1] for name, start in timeline.workloads})
         moved = sum(move.num_copies for move in timeline.moves)
         lines.set_title(
             f"Imbalance of every batch; refreshes (light blue) move {moved:,} replicas in all",
@@ -278,9 +282,9 @@ def plot_timeline(
         lines.set_xlabel("batch")
         lines.set_ylabel("imbalance: max / mean rank load")
         for axes in (bars, lines):
-            _finish(axes)
-        lines.legend(handles=drawn, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, **_LEGEND)
+            finish(axes)
+        lines.legend(handles=drawn, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, **LEGEND)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
 
-    _save(path, (11.5, 4.6), draw)
+    save_picture(path, (11.5, 4.6), draw)

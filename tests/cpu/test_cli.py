@@ -229,12 +229,68 @@ def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
         ),
         (["--ranks", "4", "--redundant", "1", "--drift", "2"], "--drift must be in [0, 1]; got 2"),
         (["--ranks", "4", "--redundant", "1", "-o", "none/p.json"], "-o none/p.json: there is no"),
+        (["--ranks", "4", "--redundant", "1", "--seed", "-1"], "--seed must be at least 0; got -1"),
+        (
+            ["--ranks", "4", "--redundant", "1", "--seconds", "-1"],
+            "--seconds must be at least 0; got -1",
+        ),
+        (["--ranks", "4", "--redundant", "1", "--seconds", "nan"], "--seconds must be at least 0"),
+        (["--start", "{start}", "--ranks", "8"], "--ranks is given as 8, and --start has 4"),
+        (
+            ["--start", "{start}", "--redundant", "2"],
+            "--redundant is given as 2, and --start has 0",
+        ),
+        (
+            ["--start", "{start}", "--ranks-per-node", "2"],
+            "--ranks-per-node is given as 2, and --start has 4",
+        ),
+        (["--start", "{other}"], "number of experts is given as 16, and --start has 8"),
     ],
 )
 def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, capsys, options, says):
+    files = {"start": tmp_path / "start.json", "other": tmp_path / "other.json"}
+    for path, num_experts in zip(files.values(), (16, 8), strict=True):
+        Placement([*range(num_experts)], 4).save(path)
+    options = [option.format(**files) for option in options]
     assert says in fails(
         capsys, "place", recording[0], "--key", "new", "-o", tmp_path / "p.json", *options
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (bytes(range(256)), "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"[1, 2]", "is not a placement saved by this version"),
+        (b'{"0": 5}', "is not a placement saved by this version"),
+        (b'{"lplb_ep_placement": 1, "num_ranks": 4}', "physical_to_logical"),
+        (
+            b'{"lplb_ep_placement": 1, "num_ranks": 4, "physical_to_logical": 5}',
+            "physical_to_logical must be integers with 1 dimensions",
+        ),
+        (b'{"lplb_ep_placements": 1}', "layers must be placements by layer number"),
+        (b'{"lplb_ep_placements": 1, "layers": [5]}', "layers must be placements by layer number"),
+        (b'{"lplb_ep_placements": 1, "layers": {"a": {}}}', "layers must be placements by layer"),
+        (
+            b'{"lplb_ep_placements": 1, "layers": {"0": 5}}',
+            "start.json, layer 0: a placement must be an object; got 5",
+        ),
+    ],
+)
+def test_a_file_that_is_no_placement_is_said_in_one_line(
+    recording, tmp_path, capsys, content, says
+):
+    path = tmp_path / "start.json"
+    path.write_bytes(content)
+    argv = [recording[0], "--key", "new"]
+    for command in (
+        ["place", *argv, "--start", path, "-o", "p.json"],
+        ["replay", *argv, "--placement", path],
+    ):
+        line = fails(capsys, *command)
+        assert says in line
+        assert "start.json" in line
 
 
 def test_replay_of_ids_learned_from_another_file(tmp_path):

@@ -256,7 +256,7 @@ def test_scenarios_drift_as_far_as_they_are_asked():
         ({"fixed_homes": True}, "fixed_homes and max_changes need a start"),
         ({"samples": np.zeros(16)}, "load must not be all zeros"),
         ({"samples": [-1.0] * 16}, "load of expert 0 must be finite and at least 0"),
-        ({"start": Placement(np.arange(16), 2)}, "start must have the ranks"),
+        ({"start": Placement(np.arange(16), 2)}, "num_ranks is given as 4, and start has 2"),
     ],
 )
 def test_mistakes_name_the_argument(arguments, message):

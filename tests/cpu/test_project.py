@@ -173,6 +173,7 @@ def test_unknown_names_are_attribute_errors():
         ("LPLB_EP_REPLICAS", "1", "LPLB_EP_REPLICAS must be one of tracked, valid; got '1'"),
         ("LPLB_EP_NUM_PHYSICAL_EXPERTS", "-3", "_EXPERTS must be a whole number; got '-3'"),
         ("LPLB_EP_CHECK", "yes", "LPLB_EP_CHECK must be one of 0, 1; got 'yes'"),
+        ("LPLB_EP_TIMEOUT_S", "0", "LPLB_EP_TIMEOUT_S must be a whole number of at least 1; got 0"),
         ("LPLB_EP_REFRESH", "often", "LPLB_EP_REFRESH must be a whole number; got 'often'"),
         ("LPLB_EP_REFRESH_CHANGES", "1.5", "_CHANGES must be a whole number; got '1.5'"),
         ("LPLB_EP_REFRESH_THRESHOLD", "low", "_THRESHOLD must be a number; got 'low'"),

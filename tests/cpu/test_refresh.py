@@ -47,7 +47,7 @@ EXAMPLES = str(Path(__file__).parents[2] / "examples")
 def hot(samples, num_ranks, num_redundant_per_rank, *, start, max_changes, **options):
     """A stand-in for a real choice: each replica in turn goes to the hottest expert that its rank
     does not hold, where that is another one, until `max_changes` have moved."""
-    assert options.keys() == {"fixed_homes", "max_copies", "seed", "time_budget_s"}
+    assert options.keys() == {"fixed_homes", "within_node", "max_copies", "seed", "time_budget_s"}
     assert start.num_local_slots == -(-start.num_experts // num_ranks) + num_redundant_per_rank
     load = samples.sum(0).astype(float)
     table = start.physical_to_logical.reshape(num_ranks, -1).copy()
@@ -231,10 +231,10 @@ def serve(group):
     model = Model(group, background=refresh.Background)
     held, imbalance, done = model.homes(), [], []
     with torch.no_grad():
-        while not done and len(imbalance) < 4000:
+        while not done and len(imbalance) < 1200:
             imbalance.append(model.forward("new", len(imbalance) % 16)[1])
             done = model.refresher.step()
-            time.sleep(0.005)
+            time.sleep(0.05)  # leaves the processor to the process
         after = [model.forward("new", number)[1] for number in range(16)]
     assert model.replicas.is_valid
     model.check_slots()
@@ -386,6 +386,66 @@ def test_a_rank_that_fails_leaves_the_old_placement_in_force_everywhere(where):
     assert ("Traceback" in said[2]) == (where != "table")
 
 
+def out_of_memory(group):
+    """Weights of two dtypes travel one after the other; a rank has no room for what arrives."""
+    experts = torch.nn.ParameterDict(
+        {
+            "a": torch.full((P_LOCAL, 3), float(group.rank())),
+            "b": torch.full((P_LOCAL, 5), float(group.rank()), dtype=torch.bfloat16),
+        }
+    )
+    replicas = Replicas(experts, ring(), group)
+    replicas.copy_weights()
+    with unittest.mock.patch.object(refresh, "Background", Offered):
+        refresher = Refresher([replicas], settings=EVERY, choose=hot)
+    fetch = Change.fetch
+
+    def fetch_without_memory(self):
+        error = torch.OutOfMemoryError("injected")
+        with unittest.mock.patch("torch.Tensor.to", side_effect=error):
+            fetch(self)
+
+    held = experts["a"].detach().clone()
+    for broken in (True, False):
+        with contextlib.ExitStack() as stack:
+            said = stack.enter_context(logs())
+            if broken and group.rank() == 2:
+                patch = unittest.mock.patch.object(Change, "fetch", fetch_without_memory)
+                stack.enter_context(patch)
+            if group.rank() == 0:
+                refresher._background.offer(refresh.Proposal(0, moved(), 2.0, 1.0))
+            done = refresher.step()
+        assert bool(done) != broken
+        assert ("rank 2: injected" in said.getvalue()) == broken
+        if broken:
+            assert torch.equal(experts["a"], held)
+    home = replicas.placement.home_rank[moved().reshape(R, -1)[group.rank()]]
+    assert experts["a"][:, 0].tolist() == experts["b"][:, 0].tolist() == home.tolist()
+
+
+def test_a_rank_without_memory_leaves_no_other_in_a_transfer():
+    ranks.run(R, out_of_memory, environ=ON)
+
+
+def cannot_look(group):
+    """The first rank cannot start a process."""
+    model = Model(group, settings=EVERY, background=refresh.Background)
+    model.forward("new", 0)
+    before = model.replicas.placement
+    with logs() as said, unittest.mock.patch("subprocess.Popen", side_effect=OSError("no memory")):
+        assert model.refresher.step() == model.refresher.step() == []
+    assert model.replicas.placement is before
+    model.forward("new", 1)  # all ranks are there for it
+    return said.getvalue()
+
+
+def test_a_process_that_cannot_be_started_leaves_all_ranks_at_work():
+    first, *others = ranks.run(R, cannot_look, environ=ON)
+    assert first.count("no replicas are looked for; placements stay") == 2
+    assert "OSError: no memory" in first
+    assert others == [""] * (R - 1)
+
+
 def unreduced(group):
     model = Model(group, settings=EVERY, background=Offered)
     out, _ = model.forward("old", 0)
@@ -516,6 +576,19 @@ def test_a_placement_object_serves_one_layer():
         Refresher(layers, settings=SETTINGS, choose=hot)
 
 
+def test_more_slots_than_experts_are_refused_at_once():
+    """`for_lp` would, at each look."""
+    replicas = Replicas(torch.nn.Linear(1, 3, bias=False), Placement([0, 1, 0], 1))
+    Refresher([replicas], settings=SETTINGS)  # one rank is never unbalanced
+    refresh._check([replicas], None)
+    replicas.placement = Placement([0, 1, 0, 1, 0, 1], 2)
+    refresh._check([replicas], hot)
+    with pytest.raises(
+        ValueError, match="layer 0 has 3 slots on a rank, more than there are exper"
+    ):
+        refresh._check([replicas], None)
+
+
 def test_a_layer_that_is_refreshed_ends_with_its_model():
     """What plans keep of a placement must not keep its weights."""
     placement = Placement([0, 1, 0], 1)
@@ -562,6 +635,43 @@ def test_what_is_proposed_is_judged_on_other_steps():
 )
 def test_a_layer_that_is_unbalanced_most_of_the_time_is_mended(kinds, worth):
     assert (refresh.propose(job(kinds)) is not None) == worth
+
+
+def says_within_node(*_, within_node, **__):
+    raise RuntimeError(within_node)
+
+
+@pytest.mark.parametrize(
+    ("table", "ranks_per_node", "stays"),
+    [
+        (ring().physical_to_logical, R, False),  # one node
+        (ring().physical_to_logical, 2, False),  # rank 2 has copies of rank 1's
+        (
+            np.array([[*range(4 * r, 4 * r + 4), *(np.arange(2) + 4 * (r ^ 1))] for r in range(R)]),
+            2,
+            True,
+        ),
+        (
+            np.array([[*range(4 * r, 4 * r + 4), *(np.arange(2) + 4 * r)] for r in range(R)]),
+            1,
+            False,
+        ),
+    ],
+)
+def test_copies_that_stay_within_nodes_go_on_doing_so(table, ranks_per_node, stays):
+    """But not where a node's experts would not fill its slots."""
+    placement = Placement(table.ravel(), R, num_ranks_per_node=ranks_per_node)
+    asked = dataclasses.replace(job(["new"] * 8, says_within_node), placement=placement)
+    with pytest.raises(RuntimeError, match=str(stays)):
+        refresh.propose(asked)
+
+
+def test_a_move_is_to_another_rank():
+    table = ring().physical_to_logical.reshape(R, -1).copy()
+    assert refresh.num_moved(ring(), Placement(np.roll(table, 1, axis=1).ravel(), R)) == 0
+    assert refresh.num_moved(ring(), ring().with_copies(moved())) == R * D
+    table[0, -1] = table[0, 0]  # a second copy there
+    assert refresh.num_moved(ring(), Placement(table.ravel(), R)) == 0
 
 
 def same(*_, start, **__):

@@ -40,6 +40,7 @@ def test_replicas_follow_from_the_look_after(result):
     (move,) = timeline.moves
     assert (move.batch, move.layer) == (16, 3)
     assert 1 <= move.num_copies <= 8 < move.num_anew
+    assert move.num_anew == anew(workloads, slice(8, 12))
     imbalance = timeline.imbalance()
     assert torch.equal(imbalance["kept"][:16], imbalance["refreshed"][:16])
     assert torch.equal(imbalance["kept"][:, 1], imbalance["refreshed"][:, 1])
@@ -52,6 +53,30 @@ def test_replicas_follow_from_the_look_after(result):
         assert timeline.kept[batch, 0].max() == np.ceil(best - 1e-6)
         assert timeline.home[batch, 0].tolist() == load.view(R, -1).sum(1).tolist()
         assert timeline.refreshed[batch, 0].sum() == load.sum()
+
+
+def anew(workloads, window, **options):
+    """(rank, expert) pairs that EPLB would have on these batches of the first layer, and `ring`
+    has not."""
+    loads = torch.cat([w.counts for w in workloads])[window, 0]
+    shape = {"num_ranks": R, "num_redundant_per_rank": 2}
+    new = Placement.from_history(loads, **shape, **options)
+    ranks_of = [
+        {(slot // p.num_local_slots, int(e)) for slot, e in enumerate(p.physical_to_logical)}
+        for p in (new, ring())
+    ]
+    return len(ranks_of[0] - ranks_of[1])
+
+
+def test_eplb_places_anew_by_groups_and_nodes():
+    workloads = [workload("new", 12)]
+    table, home = ring().physical_to_logical, ring().home
+    placement = Placement(table, R, home=home, num_ranks_per_node=2)
+    timeline = replay_over_time(workloads, [placement] * 2, SETTINGS, hot, num_groups=4)
+    (move,) = timeline.moves
+    options = {"num_ranks_per_node": 2, "num_groups": 4}
+    assert move.num_anew == anew(workloads, slice(0, 4), **options)
+    assert move.num_anew != anew(workloads, slice(0, 4))
 
 
 def test_the_table_is_by_workload(result):
@@ -136,7 +161,7 @@ def test_the_command(command, tmp_path):
     assert moved == told["num_moved"] > 0
     assert told["bytes_moved"] == moved * 10**9
     assert {move["batch"] % 4 for move in told["moves"]} == {0}
-    assert f"{moved} replicas moved (EPLB anew each time: {told['num_anew']} slots)" in out
+    assert f"{moved} replicas moved (EPLB anew each time: {told['num_anew']} copies)" in out
     assert f"{moved}.00 GB out" in out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
@@ -148,7 +173,12 @@ def test_the_command(command, tmp_path):
         (["--refresh", 4, "--then", "later"], "no array 'later'"),
         (["--refresh", 0], "--refresh must be the number of batches between two looks"),
         (["--refresh", 4, "--draw", 10**6], "cannot draw 1000000 batches"),
-        (["--refresh", 4, "--threshold", 0.5], "THRESHOLD must be a number of at least 1; got 0.5"),
+        (
+            ["--refresh", 4, "--threshold", 0.5],
+            "--threshold must be a number of at least 1; got 0.5",
+        ),
+        (["--refresh", 4, "--seconds", -1], "--seconds must be a number of at least 0; got -1.0"),
+        (["--refresh", 4, "--expert-bytes", -1], "--expert-bytes must be at least 0; got -1"),
     ],
 )
 def test_mistakes_of_the_command_are_one_line(command, argv, says):

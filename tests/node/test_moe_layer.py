@@ -48,8 +48,7 @@ def check(out, num_ranks):
         assert plan < bound + 0.02  # whole tokens
 
 
-@pytest.mark.parametrize("counts", ["auto", "ipc", "torch"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize(("num_ranks", "counts"), [(2, "auto"), (4, "ipc"), (4, "torch")])
 def test_over_deep_ep(service, tmp_path, num_ranks, counts):
     out = run(service, tmp_path, num_ranks, environ={"LPLB_EP_COUNTS": counts})
     check(out, num_ranks)
