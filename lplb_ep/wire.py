@@ -156,7 +156,8 @@ def _side_stream(group: dist.ProcessGroup | None, device: torch.device) -> torch
         return None
     of_group = _streams.setdefault(group, {})
     if device not in of_group:
-        of_group[device] = torch.cuda.Stream(device)
+        # Its few blocks go before those of the work beside it, which would keep them waiting.
+        of_group[device] = torch.cuda.Stream(device, priority=-1)
     return of_group[device]
 
 
