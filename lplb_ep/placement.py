@@ -311,8 +311,10 @@ class Placement:
             drift: in [0, 1], how far loads may move away: 1 less the least correlation of log
                 loads that is expected. 0: the samples as they are.
             seed: of the scenarios.
-            max_steps: moves that are tried, each a copy changed or two swapped.
-            time_budget_s: end the search after so many seconds, with the best so far.
+            max_steps: moves that a search tries, each a copy changed or two swapped; a fresh
+                placement is searched for from a few starts.
+            time_budget_s: end after so many seconds, at least 0, and a step that is under way,
+                with the best so far.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
@@ -336,9 +338,9 @@ class Placement:
                 f"num_redundant_per_rank is too large: {slots} slots on a rank, for "
                 f"{experts // nodes} experts{' of its node' if nodes > 1 else ''}; got {redundant}"
             )
-        for name, value, most in (("drift", drift, 1), ("percentile", percentile, 100)):
-            if value is not None and not 0 <= value <= most:
-                raise PlacementError(f"{name} must be in [0, {most}]; got {value}")
+        _check_at_most("drift", drift, 1)
+        _check_at_most("percentile", percentile, 100)
+        _check_at_most("time_budget_s", time_budget_s, np.inf)
         changes = None if max_changes is None else _whole("max_changes", max_changes, least=0)
         movable = np.ones(num_ranks * slots, bool)
         if start is not None:
@@ -358,7 +360,7 @@ class Placement:
             max_copies=None if max_copies is None else _whole("max_copies", max_copies),
             percentile=percentile,
             drift=drift,
-            seed=seed,
+            seed=_whole("seed", seed, least=0),
             max_steps=_whole("max_steps", max_steps, least=0),
             time_budget_s=time_budget_s,
         )
@@ -715,7 +717,11 @@ def _loads(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[n
         raise PlacementError(
             f"load of expert {expert} must be finite and at least 0, got {array[tuple(wrong[0])]}"
         )
-    return array.astype(np.float64)
+    array = array.astype(np.float64)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(array.sum()):
+            raise PlacementError(f"load must have a finite sum, got entries up to {array.max():g}")
+    return array
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
@@ -737,6 +743,11 @@ def _whole(name: str, value: int | None, least: int = 1) -> int:
     if number < least:
         raise PlacementError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def _check_at_most(name: str, value: float | None, most: float) -> None:
+    if value is not None and not 0 <= value <= most:
+        raise PlacementError(f"{name} must be in [0, {most}]; got {value}")
 
 
 def _ranks_per_node(num_ranks: int, num_ranks_per_node: int | None) -> int:
