@@ -83,11 +83,12 @@ def optimize(
         movable: [P] bool, slots of `start` that may change; None: all.
         max_changes: slots that may differ from `start`; None: all.
         max_copies: of an expert that the search comes to from `start`; None: any number.
-        percentile: of the scenarios' optima to minimise, in [0, 100]; None: their mean.
+        percentile: of the scenarios' optima to minimise, in [0, 100]; None: the mean at each
+            strength of drift.
         drift: see `scenarios`.
         seed: of the scenarios.
-        max_steps: moves that are tried.
-        time_budget_s: the search ends after it, with the best table so far.
+        max_steps: moves that a search tries.
+        time_budget_s: after it the step under way is the last; the best table so far.
 
     Returns:
         [P] int64. Unless `start` leaves some empty, every slot is filled.
@@ -340,7 +341,7 @@ class Search:
         load, judge: [K, E] scenarios, each sums to R.
         table: [P] int64; a slot that holds what a lower slot of its rank holds counts as empty.
         num_ranks: R.
-        percentile: of the scenarios' optima, in [0, 100]; None: their mean.
+        percentile: of the scenarios' optima, in [0, 100]; None: the mean at each level of drift.
         limits: what may change.
     """
 

@@ -286,10 +286,10 @@ class Placement:
     ) -> Placement:
         """A placement on which the linear program does best on the loads that may come.
 
-        A local search over copies and homes that minimises the mean optimum T* over scenarios: the
-        samples, and loads that drift away from them (see `optimize`). One layer per call, seconds
-        for 256 experts on 64 ranks. The same arguments give the same placement, unless
-        `time_budget_s` ends the search.
+        A local search over copies and homes that minimises the optimum T* in scenarios: the
+        samples, and loads that drift away from them, little or far, each strength of drift counted
+        alike (see `optimize`). One layer per call, seconds for 256 experts on 64 ranks. The same
+        arguments give the same placement, unless `time_budget_s` ends the search.
 
         Args:
             samples: [E] or [N, E] numbers of at least 0, in any unit: batches or histories. Only
@@ -307,7 +307,8 @@ class Placement:
             fixed_homes: homes of `start` do not move, only its further slots may change.
             max_changes: the most slots of `start` that may change, each a copy of weights.
             max_copies: the most copies of an expert that a change of `start` may lead to.
-            percentile: in [0, 100]: minimise this percentile over the scenarios, not their mean.
+            percentile: in [0, 100]: minimise this percentile over all scenarios, not the means
+                at each strength of drift.
             drift: in [0, 1], how far loads may move away: 1 less the least correlation of log
                 loads that is expected. 0: the samples as they are.
             seed: of the scenarios.
