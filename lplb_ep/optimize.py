@@ -1,15 +1,16 @@
 """Tables of experts chosen so that the linear program's optimum stays low for loads that may come.
 
 The optimum T* of a load is the largest, over sets S of ranks, of the load of experts whose copies
-all lie in S, over |S|. `optimize` minimises its mean (or a percentile) over scenarios: the samples,
-and loads drifting away from them. Three parts:
+all lie in S, over |S|. `optimize` minimises its excess over the mean in scenarios: the samples, and
+loads at several strengths of drift from them, at each of which to halve it is worth as much. (A
+mean over all would be that of the far ones, most of whose excess no table can help.) Three parts:
 
-- a start: copies by expected load, spread so that ranks share as few experts as can be;
+- starts: copies by expected load, spread so that ranks share as few experts as can be;
 - for all scenarios at once, quotas balanced along pairs of copies (coordinate descent on the sum of
   squares), whose level sets are the S above: the upper and the lower bound on each T*;
 - a local search. The sets found so far are kept as cuts (Kelley 1960, Benders 1962): from them the
   effect of every change of a slot and every swap of two is known at once, to first order by
-  products of matrices. The best one is then balanced, which keeps it or brings new cuts.
+  products of matrices. The best are then balanced, which keeps one or brings new cuts.
 
 "mean" below is the mean rank load, the unit of all loads. The same arguments give the same table:
 only a time budget that ends the search depends on the machine.
@@ -18,7 +19,7 @@ only a time budget that ends the search depends on the machine.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -34,15 +35,21 @@ NUM_SCENARIOS = 256  # that moves are found on
 NUM_JUDGES = 640  # that decide whether a move is kept
 RUINS = 10  # in a row that fail, then it ends
 RUIN_SLOTS = 6  # emptied at a time
+NUM_SEARCHES = 2  # from the best starts
+FIRST_PATIENCE = 8  # moves in a row that fail, then these end, and the best goes on
 PATIENCE = 30  # moves in a row that fail, then the search ends
-FLATTEN = (1.0, 0.8, 0.6, 0.4)  # powers of the load by which starts give out copies
+FLATTEN = (0.6, 0.8, 0.5, 0.4, 1.0, 0.3, 0.2)  # powers of the load by which starts give out copies
 WALK = 6  # steps of the walks between ranks that a start avoids
+TRIES = 8  # of proposed moves, before others are proposed
 NUM_CUTS = 4  # kept of each scenario
-SHORTLIST = 48  # moves of each kind whose effect on all cuts is computed
-LEAST_GAIN = 1e-4  # of a move, of the mean: less is the choice of scenarios, not of loads
+SHORTLIST = 96  # moves of each kind whose effect on all cuts is computed
+LEVELS = 8  # of drift, see `scenarios`; divides the numbers of scenarios
+BEND = 3  # more levels are near than far
+SLACK = 0.05  # of the mean: an excess far below this is as good as none
+LEAST_GAIN = 5e-4  # of a move, of the score: less is the choice of scenarios, not of loads
 MAX_SWEEPS = 24
 GAP = 1e-3  # between the bounds, of the mean: balancing ends below
-SMOOTH = 0.02  # of the mean: cuts this close to a scenario's highest count as high as it
+SMOOTH = 0.05  # of the mean: cuts this close to a scenario's highest count as high as it
 
 
 def optimize(
@@ -76,11 +83,12 @@ def optimize(
         movable: [P] bool, slots of `start` that may change; None: all.
         max_changes: slots that may differ from `start`; None: all.
         max_copies: of an expert that the search comes to from `start`; None: any number.
-        percentile: of the scenarios' optima to minimise, in [0, 100]; None: their mean.
+        percentile: of the scenarios' optima to minimise, in [0, 100]; None: the mean at each
+            strength of drift.
         drift: see `scenarios`.
         seed: of the scenarios.
-        max_steps: moves that are tried.
-        time_budget_s: the search ends after it, with the best table so far.
+        max_steps: moves that a search tries.
+        time_budget_s: after it the step under way is the last; the best table so far.
 
     Returns:
         [P] int64. Unless `start` leaves some empty, every slot is filled.
@@ -91,12 +99,13 @@ def optimize(
         num_ranks * scenarios(samples, num, drift, num_groups, rng)
         for num in (NUM_SCENARIOS, NUM_JUDGES)
     )
+    tables: Iterable[Array]
     if start is not None:
         tables = [start]
     else:
         whole = 1 if num_nodes == 1 else num_groups if num_groups > 1 else samples.shape[1]
         shape = (num_ranks, num_local_slots, num_nodes, whole)
-        tables = _starts(judge.mean(axis=0), samples.mean(axis=0), *shape)
+        tables = _starts(load, samples.mean(axis=0), *shape)
     slots = num_ranks * num_local_slots
     limits = Limits(
         movable=np.ones(slots, bool) if movable is None else movable,
@@ -106,14 +115,21 @@ def optimize(
         max_steps=max_steps,
         deadline=float("inf") if time_budget_s is None else begin + time_budget_s,
     )
-    best, search = min(
-        ((table, Search(load, judge, table, num_ranks, percentile, limits)) for table in tables),
-        key=lambda start: start[1].judgement(),
-    )
-    search.run()
+    searches: list[Search] = []
+    for table in tables:
+        if any((search.first == table).all() for search in searches):
+            continue
+        searches.append(Search(load, judge, table, num_ranks, percentile, limits))
+        if limits.late():
+            break
+    searches = sorted(searches, key=Search.judgement)[:NUM_SEARCHES]
+    for search in searches:
+        search.run(FIRST_PATIENCE)
+    best = min(searches, key=Search.judgement)
+    best.run(PATIENCE)
     if start is not None:
-        search.ruin_and_recreate(rng)
-    return np.where(search.table == search.empty, best, search.table)
+        best.ruin_and_recreate(rng)
+    return np.where(best.table == best.empty, best.first, best.table)
 
 
 def arrange(table: Array, load: Array, num_ranks: int) -> tuple[Array, Array]:
@@ -155,8 +171,8 @@ def scenarios(
 
     Logarithms of loads are taken to wander as a stationary first-order autoregression, popularity
     of an expert and of its group each with the spread that the samples show: with correlation rho,
-    log p' = rho log p + sqrt(1 - rho^2) log q. Scenario k of n has rho = 1 - drift (k / n)^5:
-    most stay near, for loads mostly do, and what can still be won is there.
+    log p' = rho log p + sqrt(1 - rho^2) log q. Equal parts have rho = 1 - drift u^3 for u from 0 to
+    1: most stay near, for loads mostly do, and what can still be won is there.
 
     Args:
         samples: [N, E] float64, at least 0, each with a positive sum.
@@ -166,40 +182,43 @@ def scenarios(
         rng: where chance comes from.
 
     Returns:
-        [K, E] float64; each scenario sums to 1.
+        [K, E] float64; each scenario sums to 1. They are in order of drift, LEVELS equal parts.
     """
     experts = samples.shape[1]
     share = samples / samples.sum(axis=1, keepdims=True)
     base = share[np.arange(num) % len(samples)]
-    # A dead expert may come back, but says nothing of how far the others wander.
-    floor = 0.01 / experts
-    log = np.log(np.maximum(base, floor))
-    log -= log.mean(axis=1, keepdims=True)
-    group = log.reshape(num, num_groups, -1).mean(axis=2) if num_groups > 1 else np.zeros((num, 1))
-    own = log - np.repeat(group, experts // group.shape[1], axis=1)
-    alive = base > floor
-    spread = np.sqrt((own**2 * alive).sum(axis=1) / alive.sum(axis=1))[:, None]
+    size = experts // num_groups
+    floor = 0.01 / experts  # a dead expert may come back
+    group = np.log(np.maximum(base.reshape(num, num_groups, size).mean(axis=2), floor))
+    group -= group.mean(axis=1, keepdims=True)
+    own = np.log(np.maximum(base, floor)) - np.repeat(group, size, axis=1)
+    # The lognormal distribution that fits the tokens, not the experts: cold ones say little of
+    # what hot ones may do, and dead ones nothing.
+    middle = (base * own).sum(axis=1, keepdims=True)
+    variance = (base * (own - middle) ** 2).sum(axis=1, keepdims=True)
+    log = own - (middle - variance) + np.repeat(group, size, axis=1)
     # Groups differ by chance, too, as far as their experts do.
-    chance = spread**2 * group.shape[1] / experts
+    chance = np.expm1(variance) / size
     group_spread = np.sqrt(np.maximum((group**2).mean(axis=1, keepdims=True) - chance, 0))
-    step = np.repeat(group_spread * rng.standard_normal(group.shape), experts // group.shape[1], 1)
-    step += spread * rng.standard_normal(own.shape)
-    away = drift * (np.arange(num)[:, None] / num) ** 5
+    step = np.repeat(group_spread * rng.standard_normal(group.shape), size, axis=1)
+    step += np.sqrt(variance) * rng.standard_normal(own.shape)
+    away = drift * (np.arange(num)[:, None] * LEVELS // num / (LEVELS - 1)) ** BEND
     load = np.exp((1 - away) * log + np.sqrt(1 - (1 - away) ** 2) * step)
     load = np.where(away > 0, load, base)
     return load / load.sum(axis=1, keepdims=True)
 
 
-def spread(load: Array, num_ranks: int, num_local_slots: int, flatten: float = 1.0) -> Array:
+def spread(loads: Array, num_ranks: int, num_local_slots: int, flatten: float = 1.0) -> Array:
     """A start: copies by load, on ranks that share few experts.
 
     Each further slot goes to the expert whose copies are most loaded; copies of experts that have
     several are laid first, the heaviest first, a round of all ranks at a time, then the others:
     so ranks differ little in what they can pass on. A copy goes where it repeats fewest pairs of
-    ranks, then to the lightest.
+    ranks, then to the rank that is lightest when the copy is heavy: so experts that drift together
+    are spread, too.
 
     Args:
-        load: [E] float64, expected load.
+        loads: [K, E] float64, scenarios or their mean alone.
         num_ranks: R.
         num_local_slots: slots on each rank.
         flatten: power of the load by which copies are given out: less than 1 for more pairs.
@@ -207,12 +226,13 @@ def spread(load: Array, num_ranks: int, num_local_slots: int, flatten: float = 1
     Returns:
         [R, num_local_slots] int64.
     """
+    load = loads.mean(axis=0)
     expert = replicate(load**flatten, num_ranks * num_local_slots, num_ranks)
     copies = np.bincount(expert)
     share = load / copies
     holds = np.zeros((load.size, num_ranks), bool)
     shared = np.zeros((num_ranks, num_ranks))
-    total, filled = np.zeros(num_ranks), np.zeros(num_ranks, int)
+    total, filled = np.zeros((num_ranks, len(loads))), np.zeros(num_ranks, int)
     table = np.zeros((num_ranks, num_local_slots), int)
     for e in expert[np.lexsort((expert, -share[expert], copies[expert] == 1))]:
         near = holds[e].astype(float)
@@ -220,13 +240,13 @@ def spread(load: Array, num_ranks: int, num_local_slots: int, flatten: float = 1
             near = near + shared @ near
         # The keys in order: not twice on a rank, all ranks equally full, new pairs, light ranks.
         full = np.where(filled < num_local_slots, 0, np.inf)
-        rank = np.lexsort((total, near, filled, holds[e], full))[0]
+        rank = np.lexsort((total @ loads[:, e], near, filled, holds[e], full))[0]
         shared[rank, holds[e]] += 1
         shared[holds[e], rank] += 1
         holds[e, rank] = True
         table[rank, filled[rank]] = e
         filled[rank] += 1
-        total[rank] += share[e]
+        total[rank] += loads[:, e] / copies[e]
     return table
 
 
@@ -252,27 +272,35 @@ def pairs(load: Array, num_ranks: int, num_local_slots: int) -> Array:
 
 
 def _starts(
-    expected: Array,
+    loads: Array,
     seen: Array,
     num_ranks: int,
     num_local_slots: int,
     num_nodes: int,
     num_groups: int,
-) -> list[Array]:
+) -> Iterator[Array]:
     """[P] each: tables to choose from, in each node for the groups of experts packed on it as EPLB
-    packs them. `expected` and `seen` [E]: mean load of the scenarios and of the samples."""
+    packs them. The most even one comes first, for a time budget may end it there.
+
+    Args:
+        loads: [K, E] scenarios.
+        seen: [E] mean load of the samples.
+        num_ranks, num_local_slots, num_nodes: as for `optimize`.
+        num_groups: that stay whole on a node.
+    """
+    expected = loads.mean(axis=0)
     size, ranks = expected.size // num_groups, num_ranks // num_nodes
     nodes = pack(expected.reshape(num_groups, size).sum(axis=1), num_nodes)
     experts = [(groups[:, None] * size + np.arange(size)).ravel() for groups in nodes]
-    kinds: list[Callable[..., Array]] = [partial(spread, flatten=f) for f in FLATTEN]
-    loads = [expected] * len(kinds)
-    if experts[0].size % ranks == 0 and num_local_slots <= 2 * experts[0].size // ranks:
-        kinds += [pairs, pairs]
-        loads += [expected, seen]
-    return [
-        np.concatenate([e[kind(load[e], ranks, num_local_slots)].ravel() for e in experts])
-        for kind, load in zip(kinds, loads, strict=True)
+    kinds: list[tuple[Callable[..., Array], Array]] = [
+        *((partial(spread, flatten=power), expected[None]) for power in FLATTEN),
+        *((partial(spread, flatten=power), loads) for power in FLATTEN[:3]),
     ]
+    if experts[0].size % ranks == 0 and num_local_slots <= 2 * experts[0].size // ranks:
+        kinds += [(pairs, expected), (pairs, seen)]
+    for kind, load in kinds:
+        rows = [e[kind(load[..., e], ranks, num_local_slots)] for e in experts]
+        yield np.concatenate(rows).ravel()
 
 
 @dataclass(frozen=True)
@@ -290,6 +318,9 @@ class Limits:
     max_steps: int
     deadline: float
     """On `time.perf_counter`."""
+
+    def late(self) -> bool:
+        return time.perf_counter() > self.deadline
 
 
 class Move(NamedTuple):
@@ -310,7 +341,7 @@ class Search:
         load, judge: [K, E] scenarios, each sums to R.
         table: [P] int64; a slot that holds what a lower slot of its rank holds counts as empty.
         num_ranks: R.
-        percentile: of the scenarios' optima, in [0, 100]; None: their mean.
+        percentile: of the scenarios' optima, in [0, 100]; None: the mean at each level of drift.
         limits: what may change.
     """
 
@@ -331,7 +362,7 @@ class Search:
         self.empty = load.shape[1]
         self.rank = np.repeat(np.arange(num_ranks), table.size // num_ranks)
         self.node = self.rank * limits.num_nodes // num_ranks
-        self.table = table.copy()
+        self.first, self.table = table, table.copy()
         first = np.unique(self.rank * self.empty + table, return_index=True)[1]
         self.table[np.setdiff1d(np.arange(table.size), first)] = self.empty
         self.table[table < 0] = self.empty
@@ -345,36 +376,46 @@ class Search:
         self.refused: list[Move] = []
         self.steps = 0
 
-    def run(self) -> None:
-        """Improves the table until no move gains, many in a row failed, or the limits end it."""
+    def run(self, patience: int) -> None:
+        """Improves the table until no move gains, so many in a row failed, or limits end it."""
         failed = 0
-        while failed < PATIENCE and not self._ended():
-            move = self._best_move()
-            if move is None:
+        while failed < patience and not self._ended():
+            moves = self._best_moves()
+            if not moves:
                 return
-            self.steps += 1
-            failed += 1
-            table = self._moved(move, self.table)
-            quota, upper, ranks = self._balanced(table, self.load, self._moved(move, self.quota))
-            self._add(ranks)
-            score = float(self._score(upper))
-            if score > self.score - LEAST_GAIN / 2:
+            for move in moves:
+                self.steps += 1
+                if self._made(move):
+                    failed = 0
+                    break
                 self.refused.append(move)
-                continue
-            judged, verdict, _ = self._balanced(table, self.judge, self._moved(move, self.judged))
-            if not self._confirmed(self.verdict, verdict):
-                self.refused.append(move)
-                continue
-            self.table, self.quota, self.score = table, quota, score
-            self.judged, self.verdict = judged, verdict
-            self.refused.clear()
-            failed = 0
+                failed += 1
+                if self._ended():
+                    break
+
+    def _made(self, move: Move) -> bool:
+        """Makes a move if all scenarios gain from it and the judges confirm it."""
+        table = self._moved(move, self.table)
+        quota, upper, ranks = self._balanced(table, self.load, self._moved(move, self.quota))
+        self._add(ranks)
+        score = float(self._score(upper))
+        if score > self.score - LEAST_GAIN / 2:
+            return False
+        judged, verdict, _ = self._balanced(table, self.judge, self._moved(move, self.judged))
+        if not self._confirmed(self.verdict, verdict):
+            return False
+        self.table, self.quota, self.score = table, quota, score
+        self.judged, self.verdict = judged, verdict
+        self.refused.clear()
+        return True
 
     def ruin_and_recreate(self, rng: np.random.Generator) -> None:
         """Leaves a local optimum (Schrimpf et al. 2000): empties some slots, improves that, and
         keeps what the judges confirm, until several attempts in a row fail."""
         failed = 0
-        while failed < RUINS and not self._ended() and self.judgement() > 1 + LEAST_GAIN:
+        while (
+            failed < RUINS and not self._ended() and self.judgement() > np.log(SLACK) + LEAST_GAIN
+        ):
             kept = (self.table, self.quota, self.score, self.judged, self.verdict)
             holders = self._holds().sum(axis=1)
             for slot in rng.permutation(np.flatnonzero(self.limits.movable))[:RUIN_SLOTS]:
@@ -393,7 +434,7 @@ class Search:
             self.judged, self.verdict, _ = self._balanced(self.table, self.judge, self.judged)
             self._add(ranks)
             self.refused.clear()
-            self.run()
+            self.run(PATIENCE)
             if self._confirmed(kept[4], self.verdict):
                 failed = 0
             else:
@@ -401,8 +442,7 @@ class Search:
                 failed += 1
 
     def _ended(self) -> bool:
-        over = time.perf_counter() > self.limits.deadline
-        return over or self.steps >= self.limits.max_steps
+        return self.limits.late() or self.steps >= self.limits.max_steps
 
     def _changes_left(self) -> int:
         return self.limits.max_changes - int((self.table != self.start).sum())
@@ -415,7 +455,8 @@ class Search:
         """Whether the judges gain, and for the mean by more than its standard error."""
         least = LEAST_GAIN / 2
         if self.percentile is None:
-            least = max(least, (before - after).std() / np.sqrt(after.size))
+            gain = self._worth(before) * (before - after)
+            least = max(least, gain.std() / np.sqrt(gain.size))
         return bool(self._score(before) - self._score(after) >= least)
 
     def _balanced(
@@ -429,12 +470,24 @@ class Search:
         return balance(quota, table, self.num_ranks, load)
 
     def _score(self, optimum: Array) -> Array:
-        """optimum: [K, ..]; returns [..]."""
-        mean = optimum.mean(axis=0)
+        """optimum: [K, ..]; returns [..]: the mean logarithm of the excess at a level."""
+        excess = self._excess(optimum)
+        return np.log(SLACK + excess).mean(axis=0)
+
+    def _excess(self, optimum: Array) -> Array:
+        """optimum: [K, ..]; returns [levels, ..] over the mean, one level for a percentile."""
         if self.percentile is None:
-            return mean
-        # Of loads that agree on the percentile, the lower mean.
-        return np.percentile(optimum, self.percentile, axis=0) + 0.01 * mean
+            levels = optimum.reshape(LEVELS, -1, *optimum.shape[1:]).mean(axis=1)
+        else:
+            # Of loads that agree on the percentile, the lower mean.
+            levels = np.percentile(optimum, self.percentile, axis=0)[None]
+            levels = levels + 0.01 * (optimum.mean(axis=0) - 1)
+        return np.maximum(levels - 1, 0)
+
+    def _worth(self, optimum: Array) -> Array:
+        """[K]: derivative of the score by each optimum, times K."""
+        worth = 1 / (SLACK + self._excess(optimum))
+        return np.repeat(worth, len(optimum) // len(worth))
 
     def _add(self, ranks: Array) -> None:
         """Keeps each scenario's new set in place of its lowest cut."""
@@ -458,8 +511,8 @@ class Search:
         caught, free = np.where(copies == 1, load, 0), np.where(copies == 0, load, 0)
         return outside, caught, free, free.sum(axis=1)
 
-    def _best_move(self) -> Move | None:
-        """The move after which the cuts are lowest; None: none gains."""
+    def _best_moves(self) -> list[Move]:
+        """The moves after which the cuts are lowest, of those that gain; the best first."""
         outside, caught, free, value = self._cuts()
         num = len(self.load)
         self.value = by_scenario = value.reshape(num, -1)
@@ -468,15 +521,16 @@ class Search:
         weight /= weight.sum(axis=1, keepdims=True)
         if self.percentile is not None:
             weight[highest[:, 0] < np.percentile(highest, self.percentile) - SMOOTH] = 0
-        active = (weight.ravel() > 1e-2) & (value > 1 + LEAST_GAIN)
+        active = (weight.ravel() > 1e-2) & (value > 1 + GAP)
         if not active.any():
-            return None
+            return []
+        weight *= self._worth(highest[:, 0])[:, None]
         gains = self._first_order(
             weight.ravel()[active, None], outside[active], caught[active], free[active]
         )
         (slot, expert), (one, two) = (_smallest(gain, SHORTLIST) for gain in gains)
         if not slot.size + one.size:
-            return None
+            return []
         rank, table = self.rank, self.table
         change = outside[:, rank[slot]] * (caught[:, table[slot]] - free[:, expert])
         a, b = outside[:, rank[one]], outside[:, rank[two]]
@@ -485,12 +539,13 @@ class Search:
         after = value[:, None] + np.concatenate([change, swap], axis=1)
         after = after.reshape(num, NUM_CUTS, -1).max(axis=1)
         score = self._score(np.maximum(after, self._alone(slot, expert, one.size)))
-        best = int(score.argmin())
-        if score[best] > self.score - LEAST_GAIN:
-            return None
-        if best < slot.size:
-            return Move(int(slot[best]), int(expert[best]), False)
-        return Move(int(one[best - slot.size]), int(two[best - slot.size]), True)
+        best = np.argsort(score)[:TRIES]
+        return [
+            Move(int(slot[i]), int(expert[i]), False)
+            if i < slot.size
+            else Move(int(one[i - slot.size]), int(two[i - slot.size]), True)
+            for i in best[score[best] < self.score - LEAST_GAIN]
+        ]
 
     def _alone(self, slot: Array, expert: Array, num_swaps: int) -> Array:
         """[K, moves]: what the ranks of one expert must take, of the hardest, after a slot got an

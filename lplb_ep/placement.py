@@ -286,10 +286,10 @@ class Placement:
     ) -> Placement:
         """A placement on which the linear program does best on the loads that may come.
 
-        A local search over copies and homes that minimises the mean optimum T* over scenarios: the
-        samples, and loads that drift away from them (see `optimize`). One layer per call, seconds
-        for 256 experts on 64 ranks. The same arguments give the same placement, unless
-        `time_budget_s` ends the search.
+        A local search over copies and homes that minimises the optimum T* in scenarios: the
+        samples, and loads that drift away from them, little or far, each strength of drift counted
+        alike (see `optimize`). One layer per call, seconds for 256 experts on 64 ranks. The same
+        arguments give the same placement, unless `time_budget_s` ends the search.
 
         Args:
             samples: [E] or [N, E] numbers of at least 0, in any unit: batches or histories. Only
@@ -307,12 +307,15 @@ class Placement:
             fixed_homes: homes of `start` do not move, only its further slots may change.
             max_changes: the most slots of `start` that may change, each a copy of weights.
             max_copies: the most copies of an expert that a change of `start` may lead to.
-            percentile: in [0, 100]: minimise this percentile over the scenarios, not their mean.
+            percentile: in [0, 100]: minimise this percentile over all scenarios, not the means
+                at each strength of drift.
             drift: in [0, 1], how far loads may move away: 1 less the least correlation of log
                 loads that is expected. 0: the samples as they are.
             seed: of the scenarios.
-            max_steps: moves that are tried, each a copy changed or two swapped.
-            time_budget_s: end the search after so many seconds, with the best so far.
+            max_steps: moves that a search tries, each a copy changed or two swapped; a fresh
+                placement is searched for from a few starts.
+            time_budget_s: end after so many seconds, at least 0, and a step that is under way,
+                with the best so far.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
@@ -336,9 +339,9 @@ class Placement:
                 f"num_redundant_per_rank is too large: {slots} slots on a rank, for "
                 f"{experts // nodes} experts{' of its node' if nodes > 1 else ''}; got {redundant}"
             )
-        for name, value, most in (("drift", drift, 1), ("percentile", percentile, 100)):
-            if value is not None and not 0 <= value <= most:
-                raise PlacementError(f"{name} must be in [0, {most}]; got {value}")
+        _check_at_most("drift", drift, 1)
+        _check_at_most("percentile", percentile, 100)
+        _check_at_most("time_budget_s", time_budget_s, np.inf)
         changes = None if max_changes is None else _whole("max_changes", max_changes, least=0)
         movable = np.ones(num_ranks * slots, bool)
         if start is not None:
@@ -358,7 +361,7 @@ class Placement:
             max_copies=None if max_copies is None else _whole("max_copies", max_copies),
             percentile=percentile,
             drift=drift,
-            seed=seed,
+            seed=_whole("seed", seed, least=0),
             max_steps=_whole("max_steps", max_steps, least=0),
             time_budget_s=time_budget_s,
         )
@@ -722,7 +725,11 @@ def _loads(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[n
         raise PlacementError(
             f"load of expert {expert} must be finite and at least 0, got {array[tuple(wrong[0])]}"
         )
-    return array.astype(np.float64)
+    array = array.astype(np.float64)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(array.sum()):
+            raise PlacementError(f"load must have a finite sum, got entries up to {array.max():g}")
+    return array
 
 
 def _array(name: str, values: Any) -> npt.NDArray[Any]:
@@ -744,6 +751,11 @@ def _whole(name: str, value: int | None, least: int = 1) -> int:
     if number < least:
         raise PlacementError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def _check_at_most(name: str, value: float | None, most: float) -> None:
+    if value is not None and not 0 <= value <= most:
+        raise PlacementError(f"{name} must be in [0, {most}]; got {value}")
 
 
 def _ranks_per_node(num_ranks: int, num_ranks_per_node: int | None) -> int:

@@ -85,7 +85,7 @@ def test_one_redundant_slot_in_all():
     assert copies[0] == 2
 
 
-def test_dead_experts_noise_and_few_samples():
+def test_noise_and_few_samples():
     """Half of the experts never seen, 40 tokens a batch: still a whole placement, and no worse
     than EPLB's where the truth is even among those that live."""
     rng = np.random.default_rng(0)
@@ -95,6 +95,20 @@ def test_dead_experts_noise_and_few_samples():
     eplb = Placement.from_history(noise, num_ranks=8, num_redundant_per_rank=1)
     live = np.where(alive, 1000, 0)
     assert imbalance(placement, live) <= imbalance(eplb, live)
+
+
+@pytest.mark.parametrize("drift", [0.0, 0.3, 0.8])
+def test_dead_experts_get_a_home_and_no_more(drift):
+    """A quarter of the experts is dead in all of many samples, the others are skewed."""
+    rng = np.random.default_rng(1)
+    alive = rng.permutation(64) >= 16
+    load = np.where(alive, skewed(5, 64, sigma=0.8), 0)
+    samples = rng.multinomial(100_000, load / load.sum(), size=8)
+    placement = Placement.for_lp(samples, 16, 1, drift=drift)
+    copies = holds(placement).sum(axis=1)
+    assert (copies[~alive] == 1).all()
+    assert copies.sum() == 64 + 16
+    assert imbalance(placement, samples.sum(axis=0)) < 1.001
 
 
 def test_samples_without_load_are_left_out():
@@ -184,10 +198,30 @@ def test_groups_stay_on_a_node():
     assert len(np.unique(alone.component)) >= 4
 
 
-def test_a_time_budget_gives_the_best_so_far():
+def test_a_time_budget_gives_the_best_so_far(monkeypatch):
+    """On a clock that only the work moves: a second for the quotas of one table."""
+    now = [0.0]
+    balance = optimize.balance
+
+    def second_of_work(*args):
+        now[0] += 1
+        return balance(*args)
+
+    monkeypatch.setattr(optimize, "balance", second_of_work)
+    monkeypatch.setattr(optimize.time, "perf_counter", lambda: now[0])
     load = skewed(8, 64)
-    in_time = Placement.for_lp(load, 8, 2, time_budget_s=1e-9)
-    assert in_time == Placement.for_lp(load, 8, 2, max_steps=0)
+    later = [drifted(load, correlation, 1) for correlation in (0.98, 0.9, 0.8)]
+
+    def excess(budget):
+        began = now[0]
+        placement = Placement.for_lp(load, 16, 1, time_budget_s=budget)
+        return now[0] - began, np.mean([imbalance(placement, live) - 1 for live in later])
+
+    (least, first), (some, _), (most, best) = (excess(budget) for budget in (0, 8, float("inf")))
+    assert least <= 2  # a start, for the search and for its judges
+    assert 8 <= some <= 10
+    assert most > 40
+    assert best < first
 
 
 # --- the parts ------------------------------------------------------------------------------------
@@ -255,6 +289,10 @@ def test_scenarios_drift_as_far_as_they_are_asked():
         ({"max_copies": 3}, "max_copies needs a start"),
         ({"fixed_homes": True}, "fixed_homes and max_changes need a start"),
         ({"samples": np.zeros(16)}, "load must not be all zeros"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"time_budget_s": float("nan")}, r"time_budget_s must be in \[0, inf\]; got nan"),
+        ({"time_budget_s": -1}, r"time_budget_s must be in \[0, inf\]; got -1"),
+        ({"samples": [1e308] * 16}, r"load must have a finite sum, got entries up to 1e\+308"),
         ({"samples": [-1.0] * 16}, "load of expert 0 must be finite and at least 0"),
         ({"start": Placement(np.arange(16), 2)}, "num_ranks is given as 4, and start has 2"),
     ],
