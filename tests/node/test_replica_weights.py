@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lplb_ep import Placement, Replicas, wire
+from lplb_ep import ContractError, Placement, Replicas, wire
 
 pytestmark = pytest.mark.gpu
 
@@ -186,6 +186,27 @@ def drop(group):
 
 def test_gradients_may_be_dropped_on_the_way(node):
     node(2, drop)
+
+
+def capture(group):
+    start(group, 1 << 16)
+    layer = Layer(group, place(group.size(), 40), "peers", torch.float32)
+    replicas = layer.replicas["cuda"]
+    replicas.copy_weights(async_op=True).wait()
+    torch.cuda.synchronize()
+    for async_op in (False, True):
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            torch.zeros(1, device="cuda")
+            with pytest.raises(ContractError, match="cannot be sent from a CUDA graph"):
+                replicas.copy_weights(async_op=async_op)
+            torch.cuda.current_stream().wait_stream(replicas._wire.stream)
+    replicas.copy_weights()
+    dist.barrier(group)
+
+
+def test_a_cuda_graph_cannot_hold_a_copy(node):
+    """Its replays would wait for nobody."""
+    node(2, capture)
 
 
 def late(group):
