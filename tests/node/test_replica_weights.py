@@ -192,7 +192,9 @@ def capture(group, async_op):
     start(group, 1 << 16)
     layer = Layer(group, place(group.size(), 40), "peers", torch.float32)
     replicas = layer.replicas["cuda"]
-    replicas.copy_weights(async_op=async_op)
+    transfer = replicas.copy_weights(async_op=async_op)
+    if async_op:
+        transfer.wait()
     torch.cuda.synchronize()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")
