@@ -129,7 +129,7 @@ class Model:
         self.group, self.rank = group, group.rank()
         self.placement = ring()
         torch.manual_seed(0)
-        self.layer = moe_layer.MoE(E, P_LOCAL, TOPK).double()
+        self.layer = moe_layer.MoE(64, E, P_LOCAL, TOPK, torch.float64).double()
         experts = self.layer.experts
         self.weights = experts.w1, experts.w2
         for parameter in self.weights:  # of homes; replicas are copied
