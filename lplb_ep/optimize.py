@@ -132,6 +132,30 @@ def optimize(
     return np.where(best.table == best.empty, best.first, best.table)
 
 
+def even_homes(table: Array, num_experts: int, num_ranks: int) -> Array:
+    """Chooses homes among the copies, as many on each rank as can be.
+
+    Args:
+        table: [P] int64, every slot filled.
+        num_experts: E.
+        num_ranks: R.
+
+    Returns:
+        [E] the slot of each expert's home.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    first = _first_slots(table, num_experts, num_ranks)
+    num_slots = table.size // num_ranks
+    # The j-th home of a rank costs j: all ranks get as many as they can, and none too many.
+    seat = np.tile(np.arange(num_slots), num_ranks)
+    cost = np.where(np.repeat(first >= 0, num_slots, axis=0), seat[:, None], 1e6)
+    column, expert = linear_sum_assignment(cost)
+    home = np.empty(num_experts, int)
+    home[expert] = first[column // num_slots, expert]
+    return home
+
+
 def arrange(table: Array, load: Array, num_ranks: int) -> tuple[Array, Array]:
     """Chooses homes, as many on each rank as can be, and puts them first on it, by load.
 
@@ -143,25 +167,21 @@ def arrange(table: Array, load: Array, num_ranks: int) -> tuple[Array, Array]:
     Returns:
         The table [P], and the slot of each expert's home [E].
     """
-    from scipy.optimize import linear_sum_assignment
-
     rows = table.reshape(num_ranks, -1)
-    local = np.arange(rows.shape[1])
-    holds = (rows[:, :, None] == np.arange(load.size)).any(axis=1)
-    # The j-th home of a rank costs j: all ranks get as many as they can, and none too many.
-    cost = np.where(np.repeat(holds, local.size, axis=0), np.tile(local, num_ranks)[:, None], 1e6)
-    column, expert = linear_sum_assignment(cost)
-    home_rank = np.empty(load.size, int)
-    home_rank[expert] = column // local.size
+    home_rank = even_homes(table, load.size, num_ranks) // rows.shape[1]
     out = np.empty_like(rows)
-    home = np.empty(load.size, int)
     for rank, row in enumerate(rows):
-        first = home_rank[row] == rank
-        out[rank] = row[np.lexsort((row, -load[row], ~first))]
-        at_home = out[rank][home_rank[out[rank]] == rank]
-        held, slot = np.unique(out[rank], return_index=True)
-        home[at_home] = rank * local.size + slot[np.searchsorted(held, at_home)]
-    return out.ravel(), home
+        out[rank] = row[np.lexsort((row, -load[row], home_rank[row] != rank))]
+    first = _first_slots(out.ravel(), load.size, num_ranks)
+    return out.ravel(), first[home_rank, np.arange(load.size)]
+
+
+def _first_slots(table: Array, num_experts: int, num_ranks: int) -> Array:
+    """[R, E]: the first slot of each expert on each rank; -1: none."""
+    first = np.full((num_ranks, num_experts), -1)
+    slot = np.arange(table.size)[::-1]  # of several the first is written last
+    first[slot // (table.size // num_ranks), table[::-1]] = slot
+    return first
 
 
 def scenarios(

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .eplb import rebalance
-from .optimize import arrange, optimize
+from .optimize import arrange, even_homes, optimize
 from .settings import PlacementError
 from .topology import redundant_to_original
 
@@ -227,6 +227,8 @@ class Placement:
         each expert over its copies. A second copy on a rank is worth nothing to a plan, so no
         expert gets more copies than its node has ranks, and copies that meet are swapped apart,
         each only where the maximum rank load does not grow; two copies on a rank can remain.
+        Homes are spread evenly, not each expert's first slot, so that as many slots of each rank
+        can take other replicas when loads change.
 
         Args:
             load: [E] or [N, E] (summed) numbers of at least 0, in any unit.
@@ -259,9 +261,13 @@ class Placement:
                 f"num_redundant_per_rank is too large: {slots} slots on a rank, for "
                 f"{experts // nodes} experts{' of its node' if nodes > 1 else ''}; got {redundant}"
             )
-        table = rebalance(weight, num_ranks, slots, nodes, groups)
+        table = rebalance(weight, num_ranks, slots, nodes, groups).ravel()
         return cls(
-            table.ravel(), num_ranks, num_experts=experts, num_ranks_per_node=num_ranks_per_node
+            table,
+            num_ranks,
+            num_experts=experts,
+            num_ranks_per_node=num_ranks_per_node,
+            home=even_homes(table, experts, num_ranks),
         )
 
     @classmethod
