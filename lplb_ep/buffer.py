@@ -450,7 +450,8 @@ def _init(base: type) -> Callable[..., None]:
                 placement = Placement.load(settings.placement)
             if placement is not None:
                 refuse_when_off(settings, "Buffer")
-            _refuse_late_nvshmem(arguments)
+            if settings.mode != "0" and not base.__module__.startswith("lplb_ep."):
+                _refuse_late_nvshmem(arguments)
             facts = {
                 "buffer": f"{base.__module__}.{base.__name__}",
                 "LPLB_EP": settings.mode,

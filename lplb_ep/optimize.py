@@ -384,7 +384,10 @@ class Search:
         self.node = self.rank * limits.num_nodes // num_ranks
         self.first, self.table = table, table.copy()
         first = np.unique(self.rank * self.empty + table, return_index=True)[1]
-        self.table[np.setdiff1d(np.arange(table.size), first)] = self.empty
+        second = np.setdiff1d(np.arange(table.size), first)
+        # They come back where their slots get nothing else.
+        self.second = np.bincount(table[second][table[second] >= 0], minlength=self.empty + 1)
+        self.table[second] = self.empty
         self.table[table < 0] = self.empty
         self.start = self.table
         self.sets = np.ones((len(load), NUM_CUTS, num_ranks), bool)
@@ -602,7 +605,7 @@ class Search:
         fixed |= (holds.sum(axis=1)[table] == 1) & (table != self.empty)
         replace[fixed] = np.inf
         replace[holds[:, rank].T] = np.inf
-        replace[:, holds.sum(axis=1) >= limits.max_copies] = np.inf
+        replace[:, holds.sum(axis=1) + self.second >= limits.max_copies] = np.inf
         replace[:, self.empty] = np.inf
         home = np.zeros(self.empty + 1, int)
         home[table] = self.node

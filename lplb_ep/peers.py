@@ -6,11 +6,12 @@ It knows nothing of what is written there; torch's group is used to set it up on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -267,50 +268,59 @@ def _join_nvshmem(group: dist.ProcessGroup) -> None:
     obstacle = _world_obstacle([world for _, world in states], group.size() // node_size)
     if obstacle:
         raise ContractError(obstacle)
-    refusal = None
-    try:
+    runs = states[group.rank()][1]
+    if runs is None and node_size == group.size():
+        save_for_nvshmem()
+    unique = b""
+    with _told(group, "NVSHMEM's id"):
+        from nvshmem import core
+
+        if group.rank() == 0:
+            unique = core.get_unique_id()._data.tobytes()
+    unique = everyone(group, unique)[0]
+    with _told(group, "NVSHMEM's start"):
         import numpy as np
         from cuda.core import Device
         from nvshmem import core
 
-        runs = states[group.rank()][1]
-        if runs is None and node_size == group.size():
-            save_for_nvshmem()
-        unique = core.get_unique_id(empty=group.rank() != 0)
-        bits = unique._data.view(np.uint8)
-        bits[...] = np.frombuffer(everyone(group, bits.tobytes())[0], np.uint8).reshape(bits.shape)
-        num_pes, pe = runs or (group.size(), group.rank())
+        uid = core.get_unique_id(empty=True)
+        bits = uid._data.view(np.uint8)
+        bits[...] = np.frombuffer(unique, np.uint8).reshape(bits.shape)
         device = Device(torch.cuda.current_device())
         device.set_current()
-        core.init(device=device, uid=unique, rank=pe, nranks=num_pes, initializer_method="uid")
+        num_pes, pe = runs or (group.size(), group.rank())
+        core.init(device=device, uid=uid, rank=pe, nranks=num_pes, initializer_method="uid")
         if runs is None:
             _started.append(True)
+
+
+@contextlib.contextmanager
+def _told(group: dist.ProcessGroup, what: str) -> Iterator[None]:
+    """Collective at its end: what fails inside on one rank raises on all, there a ContractError."""
+    refusal = None
+    try:
+        yield
     except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-        refusal = error
-    agree(group, "NVSHMEM", {}, refusal)
+        refusal = ContractError(f"{what}: {type(error).__name__}: {error}")
+        refusal.__cause__ = error
+    agree(group, what, {}, refusal)
 
 
 def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
-    from nvshmem import bindings
+    addresses = [0]
+    with _told(group, "NVSHMEM's memory"):
+        from nvshmem import bindings
 
-    refusal: Exception | None = None
-    address, addresses = 0, [0]
-    try:
         address = bindings.malloc(num_bytes)
+        if not address:
+            raise MemoryError(f"its heap has no {num_bytes} bytes: set NVSHMEM_SYMMETRIC_SIZE")
         addresses = [
-            address and (address if rank == group.rank() else bindings.ptr(address, rank))
+            address if rank == group.rank() else bindings.ptr(address, rank)
             for rank in _node_of(group, node_size)
         ]
-        if not address:
-            raise MemoryError(
-                f"NVSHMEM's heap has no {num_bytes} bytes: set NVSHMEM_SYMMETRIC_SIZE"
-            )
         if not all(addresses):
-            raise ContractError("a PE of the node cannot be reached by loads and stores")
+            raise MemoryError("a PE of the node cannot be reached by loads and stores")
         _zero(address, num_bytes)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-        refusal = error
-    agree(group, "NVSHMEM memory", {"bytes": num_bytes}, refusal)
     return _in_place(group, node_size, addresses)
 
 

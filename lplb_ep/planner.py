@@ -114,6 +114,8 @@ class Planner:
             self.rank = _own_rank(placement, group, rank)
             if not (isinstance(slot, int) and 0 <= slot < 2**31):
                 raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
+            if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
+                raise ValueError(f"timeout_s must be seconds, more than 0; got {timeout_s!r}")
             self.solver, _ = choose_solver(solver, placement)
             facts = {
                 "placement": placement.fingerprint(),
@@ -162,14 +164,14 @@ class Planner:
         return self._steps.num_batches()
 
     def raise_errors(self, *, wait: bool = True) -> None:
-        """Waits for the GPU, and raises what it found wrong with earlier batches.
+        """Raises what the GPU found wrong with earlier batches.
 
         For batches that a CUDA graph replays, and before going on after an error: every rank has
         been told of the same batches then. Of several faults the first is raised and the others
         are logged. Local, nothing is exchanged.
 
         Args:
-            wait: if not, only what the GPU has found so far is raised.
+            wait: whether to wait for the GPU first; if not, what it has found so far is raised.
 
         Raises:
             ValueError: a batch's `topk_idx` out of range, or given counts that were not its own.

@@ -5,12 +5,16 @@ import logging
 import subprocess
 import sys
 import threading
+import types
+import unittest.mock
 from functools import partial
 
 import numpy as np
 import pytest
+import ranks
+import torch
 
-from lplb_ep import Placement, Planner, RankError, peers, watchdog
+from lplb_ep import Placement, Planner, RankError, peers, planner, watchdog
 from lplb_ep.exchange import Reach, Windows, choose_counts
 
 FACT = peers._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
@@ -93,6 +97,57 @@ def test_a_world_that_runs_is_joined_if_it_is_the_groups(worlds, num_nodes, obst
     found = peers._world_obstacle(worlds, num_nodes)
     assert obstacle in found
     assert bool(obstacle) == bool(found)
+
+
+def connect(group, full_on, no_id_on):
+    """`auto` where CUDA IPC is out of reach, and NVSHMEM fails in its own way on some ranks."""
+
+    def get_unique_id(empty=False):
+        if group.rank() in no_id_on:
+            raise RuntimeError("no network interface")
+        return types.SimpleNamespace(_data=np.zeros(128, np.uint8))
+
+    fakes = {
+        name: types.ModuleType(name)
+        for name in ("nvshmem", "nvshmem.bindings", "nvshmem.core", "cuda", "cuda.core")
+    }
+    bindings, core = fakes["nvshmem.bindings"], fakes["nvshmem.core"]
+    bindings.malloc = lambda num_bytes: 0 if group.rank() in full_on else 4096
+    bindings.ptr = lambda address, pe: address
+    core.get_unique_id, core.init = get_unique_id, lambda **_: None
+    fakes["nvshmem"].bindings, fakes["nvshmem"].core = bindings, core
+    fakes["cuda.core"].Device = lambda index: types.SimpleNamespace(set_current=lambda: None)
+    fakes["cuda"].core = fakes["cuda.core"]
+    placement = Placement([0, 1, 2, 3, 0, 2], 2)
+    peers._reaches[group] = Reach(ipc="no peer access")
+    peers._memories.pop(group, None)
+    patch = unittest.mock.patch
+    with (
+        patch.dict(sys.modules, fakes),
+        patch.object(torch.cuda, "current_device", return_value=0),
+        patch.object(peers, "_nvshmem_state", return_value=("", None)),
+        patch.object(peers, "_zero"),
+        patch.object(peers, "_started", []),
+        patch.dict("os.environ"),
+    ):
+        kind, _ = planner._connect("auto", placement, group, True)
+    return kind, peers.reach(group).nvshmem
+
+
+@pytest.mark.parametrize(
+    ("full_on", "no_id_on", "kind", "why"),
+    [
+        ((), (), "nvshmem", ""),
+        ((0, 1), (), "torch", "has no"),
+        ((1,), (), "torch", "has no"),
+        ((), (0,), "torch", "no network interface"),
+        ((), (1,), "torch", "no network interface"),
+    ],
+)
+def test_auto_goes_on_where_nvshmem_fails_on_some_rank(full_on, no_id_on, kind, why):
+    for found, obstacle in ranks.run(2, connect, full_on, no_id_on):
+        assert found == kind
+        assert why in obstacle
 
 
 def test_a_window_has_two_batches_of_words_for_every_rank():

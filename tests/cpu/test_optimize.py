@@ -326,3 +326,13 @@ def test_a_refinement_gives_a_hot_expert_the_copies_it_needs():
     few = Placement.for_lp(load, **options, max_copies=3)
     assert (few.logical_to_physical[5] >= 0).sum() == 3
     assert optimum(few) < 1.8
+
+
+def test_second_copies_on_a_rank_count_among_an_experts_copies():
+    """Slots that a search leaves keep what they held, a copy beside another one too."""
+    table = [13, 12, 6, 9, 0, 10, 11, 8, 13, 11, 5, 2, 15, 14, 4, 3, 7, 1, 2, 5]
+    start = Placement(table, 2, num_experts=16)
+    for seed in range(12):
+        load = np.exp(np.random.default_rng(seed).normal(size=16) * 1.5)
+        changed = Placement.for_lp(load, start=start, fixed_homes=True, max_changes=3, max_copies=2)
+        assert changed.max_replicas == 2, seed
