@@ -389,8 +389,8 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
         placements = _placements(args, recording, learned)
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
-        if args.then or args.draw is not None:
-            raise ValueError("--then and --draw need --refresh")
+        if args.then or args.draw is not None or args.expert_bytes is not None:
+            raise ValueError("--then, --draw and --expert-bytes need --refresh")
         result = report.replay(recording, placements)
 
         num_batches, num_layers, num_experts = recording.counts.shape
@@ -558,7 +558,9 @@ def _placements(
     if not topology and kind not in ("eplb", "lp"):
         if not Path(kind).exists():
             raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
-        unfit = ("ranks", "redundant", "ranks_per_node", "groups", "learn_from")
+        # With a refresher groups are those by which it is compared with EPLB.
+        unfit = ["ranks", "redundant", "ranks_per_node", "learn_from"]
+        unfit += [] if getattr(args, "refresh", None) else ["groups"]
         given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{given[0]} does not go with a placement file ({kind})")

@@ -316,6 +316,9 @@ class Replay:
     """The lower bound T*, which no plan on these placements can beat."""
     layers: tuple[int, ...]
     """The L layers' numbers."""
+    leaves_node: torch.Tensor | None = None
+    """[2, L] float64: the share of picks that are computed on another node than their token's, at
+    home and by the plan; None: there is one node."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Median, mean and maximum over all batches and layers, by column."""
@@ -331,7 +334,11 @@ class Replay:
     def to_json(self) -> dict[str, Any]:
         """All numbers, as plain lists [N][L] and the summary."""
         values = {name: column.tolist() for name, column in self._columns().items()}
-        return {"layers": list(self.layers), "imbalance": values, "summary": self.summary()}
+        found: dict[str, Any] = {"layers": list(self.layers), "imbalance": values}
+        found["summary"] = self.summary()
+        if self.leaves_node is not None:
+            found["leaves_node"] = dict(zip(("home", "lp"), self.leaves_node.tolist(), strict=True))
+        return found
 
     def table(self) -> str:
         """A line for each layer (means over the batches), then the summary."""
@@ -344,7 +351,14 @@ class Replay:
         rows.append([])
         for line in ("median", "mean", "worst"):
             rows.append([line, *(f"{summary[name][line]:.3f}" for name in columns)])
-        return text_table(["layer", *(_LABELS[name] for name in columns)], rows)
+        header = ["layer", *(_LABELS[name] for name in columns)]
+        if self.leaves_node is not None:
+            header += _LEAVES
+            away = self.leaves_node.numpy()
+            ends = [np.median(away, 1), away.mean(1), away.max(1)]
+            for row, shares in zip([*rows[:-4], *rows[-3:]], [*away.T, *ends], strict=True):
+                row += [f"{share:.1%}" for share in shares]
+        return text_table(header, rows)
 
     def _columns(self) -> dict[str, torch.Tensor]:
         return {name: getattr(self, name) for name in _LABELS}
@@ -357,6 +371,7 @@ _LABELS = {
     "lp": "LP",
     "bound": "lower bound",
 }
+_LEAVES = ["leave their node: at home", "LP"]
 
 
 def replay(
@@ -381,6 +396,7 @@ def replay(
             f"got {len(placements)}"
         )
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in _LABELS}
+    leaves: list[list[float]] = []
     for layer, placement in enumerate(placements):
         R, E = placement.num_ranks, placement.num_experts
         if recording.num_experts != E:
@@ -402,8 +418,12 @@ def replay(
         }
         for name, held in rank_loads.items():
             columns[name].append(torch.where(mean > 0, held.amax(1) / mean, 1.0))
+        if placement.num_ranks_per_node < R:
+            quota = solution.quota.sum(0)
+            leaves.append([leaves_node(q, placement) for q in (_at_home(quota), quota)])
     stacked = {name: torch.stack(values, 1) for name, values in columns.items()}
-    return Replay(**stacked, layers=recording.layers)
+    away = torch.tensor(leaves, dtype=torch.float64).T if leaves else None
+    return Replay(**stacked, layers=recording.layers, leaves_node=away)
 
 
 def _even_rank_load(
@@ -438,7 +458,7 @@ def describe(
     """
     header = ["layer", "home slots", "LP", "most copies"]
     nodes = placements[0].num_ranks > placements[0].num_ranks_per_node
-    header += ["leave their node: at home", "LP"] if nodes else []
+    header += _LEAVES if nodes else []
     header += [] if start is None else ["slots changed"]
     rows, at_home = [], []
     for i, (layer, load, placement) in enumerate(
@@ -446,8 +466,7 @@ def describe(
     ):
         mean = float(load.sum()) / placement.num_ranks
         solution = solve(load, placement)
-        home = torch.zeros_like(solution.quota)
-        home[:, 0] = load
+        home = _at_home(solution.quota)
         at_home.append(float(rank_load(home, placement).max()) / mean)
         rows.append(
             [str(layer), f"{at_home[-1]:.3f}", f"{int(solution.rank_load.max()) / mean:.3f}"]
@@ -467,15 +486,22 @@ def leaves_node(quota: torch.Tensor, placement: Placement) -> float:
     Tokens are taken to be spread evenly over the ranks: recordings rarely tell their ranks.
 
     Args:
-        quota: [E, C] int32, tokens of each copy.
+        quota: [E, C] integers, tokens of each copy.
         placement: the copies.
     """
     load, ranks = quota.sum(1), torch.arange(placement.num_ranks)[:, None]
     counts = load // placement.num_ranks + (ranks < load % placement.num_ranks)
-    split = cpu.split(counts.int(), quota, placement).numpy()
+    split = cpu.split(counts, quota, placement).numpy()
     node = np.where(placement.copy_rank >= 0, placement.node[placement.copy_rank], -1)
     away = split[placement.node[:, None, None] != node].sum()
     return float(away / max(int(load.sum()), 1))
+
+
+def _at_home(quota: torch.Tensor) -> torch.Tensor:
+    """The quotas [E, C] of the same tokens at home."""
+    home = torch.zeros_like(quota)
+    home[:, 0] = quota.sum(1)
+    return home
 
 
 # ------------------------------------------------------------------------------ tables, pictures

@@ -104,10 +104,12 @@ class Timeline:
         rows = []
         for name, batches in self.phases():
             last = slice(max(batches.start, batches.stop - self.interval), batches.stop)
-            values = [columns[c][batches] for c in columns] + [columns["refreshed"][last]]
+            values = [columns[c][batches] for c in columns]
+            values += [columns[c][last] for c in ("kept", "refreshed")]
             rows.append([name, str(batches.stop - batches.start), *map(cell, values)])
         header = ["workload", "batches", "home slots", "LP, kept", "LP, refreshed"]
-        return text_table([*header, f"its last {self.interval}"], rows)
+        ends = [f"the last {self.interval}: kept", "refreshed"]
+        return text_table([*header, *ends], rows)
 
     def to_json(self) -> dict[str, Any]:
         """All numbers, as plain lists."""
@@ -164,6 +166,11 @@ def replay_over_time(
         raise ValueError(f"placements differ in (ranks, slots): {sizes}")
     choose = choose or Placement.for_lp
     counts = torch.cat([w.counts for w in workloads])
+    if len(counts) <= 2 * interval:
+        raise ValueError(
+            f"{len(counts)} batches are too few for a refresh, which looks at {interval} and is in "
+            f"force {interval} later"
+        )
     columns: dict[str, list[torch.Tensor]] = {"kept": [], "refreshed": [], "home": []}
     moves: list[Move] = []
     for place, (number, placement) in enumerate(zip(first.layers, placements, strict=True)):

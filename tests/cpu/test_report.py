@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_ep import MissingPackageError, Placement
+from lplb_ep import MissingPackageError, Placement, solve
 from lplb_ep.report import (
     Recording,
     leaves_node,
@@ -381,6 +381,21 @@ def test_what_leaves_a_node_is_counted():
     split = torch.tensor([[2, 2], [3, 3]], dtype=torch.int32)
     assert leaves_node(split, both) == 0
     assert leaves_node(torch.tensor([[4, 0], [3, 3]], dtype=torch.int32), both) == 0.2
+
+
+def test_a_replay_over_nodes_tells_what_leaves_them():
+    counts = torch.tensor([[[4, 6]], [[0, 8]]])
+    both = Placement([0, 1, 1, 0], 2, num_ranks_per_node=1)
+    replayed = replay(Recording.of(counts, "two nodes"), [both])
+    away = leaves_node(solve(counts[:, 0], both).quota.sum(0), both)
+    assert replayed.leaves_node.tolist() == [[0.5], [away]]
+    header, _, line, _, *ends = replayed.table().splitlines()
+    assert header.split()[-6:] == ["leave", "their", "node:", "at", "home", "LP"]
+    assert all(row.split()[-2:] == ["50.0%", f"{away:.1%}"] for row in (line, *ends))
+    assert replayed.to_json()["leaves_node"] == {"home": [0.5], "lp": [away]}
+    one = replay(Recording.of(counts, "one node"), [Placement([0, 1, 1, 0], 2)])
+    assert one.leaves_node is None
+    assert "leaves_node" not in one.to_json()
 
 
 def test_the_replica_graph_joins_ranks_that_share_experts(tmp_path, monkeypatch):

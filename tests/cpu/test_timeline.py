@@ -90,8 +90,9 @@ def test_the_table_is_by_workload(result):
 
     for row, batches in zip(rows, (slice(0, 9), slice(9, 21)), strict=True):
         columns = [imbalance[name][batches] for name in ("home", "kept", "refreshed")]
-        last = imbalance["refreshed"][batches.stop - 4 : batches.stop]
-        assert row[1:] == [str(batches.stop - batches.start), *map(cell, (*columns, last))]
+        last = slice(batches.stop - 4, batches.stop)
+        columns += [imbalance[name][last] for name in ("kept", "refreshed")]
+        assert row[1:] == [str(batches.stop - batches.start), *map(cell, columns)]
     assert [row[0] for row in rows] == ["old", "new"]
 
 
@@ -169,7 +170,7 @@ def test_the_command(command, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--then", "new"], "--then and --draw need --refresh"),
+        (["--then", "new"], "--then, --draw and --expert-bytes need --refresh"),
         (["--refresh", 4, "--then", "later"], "no array 'later'"),
         (["--refresh", 0], "--refresh must be the number of batches between two looks"),
         (["--refresh", 4, "--draw", 10**6], "cannot draw 1000000 batches"),
