@@ -86,8 +86,8 @@ class Settings:
         "auto",
         "How the ranks' counts are exchanged: by the kernels themselves, in NVSHMEM's symmetric "
         "memory (`nvshmem`) or in memory that CUDA IPC shares within a node (`ipc`), or by a "
-        "collective of `torch.distributed`. `auto` takes the first that reaches all ranks; the "
-        "first two go with a solver on the GPU.",
+        "collective of `torch.distributed`. `auto` takes the first that works on all ranks, "
+        "between nodes the last; the first two go with a solver on the GPU.",
         ("auto", "nvshmem", "ipc", "torch"),
     )
     timeout_s: int = _setting(
