@@ -243,8 +243,10 @@ def _add_place(commands: Any) -> None:
     place.set_defaults(command=_place)
     _add_recording(place)
     place.add_argument("-o", "--output", required=True, metavar="PATH", help="the JSON to write")
-    place.add_argument("--ranks", type=int, metavar="R", help="not with --start")
-    place.add_argument("--redundant", type=int, metavar="D", help="on each rank; not with --start")
+    place.add_argument("--ranks", type=int, metavar="R", help="with --start its own")
+    place.add_argument(
+        "--redundant", type=int, metavar="D", help="on each rank; with --start its own"
+    )
     place.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
     place.add_argument("--groups", type=int, metavar="G", help="the router's expert groups")
     place.add_argument(

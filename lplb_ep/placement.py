@@ -586,7 +586,9 @@ class Placement:
         state = _read_json(path)
         if isinstance(state, dict) and "lplb_ep_placements" in state:
             raise PlacementError(
-                f"{os.fspath(path)} has placements of several layers: use load_placements"
+                f"{os.fspath(path)} has placements of several layers: load_placements reads it; "
+                "a buffer (LPLB_EP_PLACEMENT, lplb-ep run --placement) takes a file of one, by "
+                "Placement.save"
             )
         version = state.pop("lplb_ep_placement", None) if isinstance(state, dict) else None
         if version != 1:
