@@ -232,5 +232,5 @@ def test_every_kernel_compiles(arch, tmp_path, monkeypatch):
         assert cubin.data[:4] == b"\x7fELF"
         assert not cubin.cached
         most = max(static_shared_bytes(cubin.data), default=0)
-        assert (most > 0) == (cubin.name != "barrier.cu")
+        assert most > 0 or cubin.name == "barrier.cu"
         assert most <= cuda.STATIC_SHARED_BYTES
