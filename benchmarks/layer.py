@@ -129,9 +129,8 @@ def calls(group: dist.ProcessGroup, loads: list[torch.Tensor], learned: list[tor
     import deep_ep
 
     torch.cuda.set_device(group.rank() % torch.cuda.device_count())
-    deep_ep.Buffer.set_num_sms(
-        4
-    )  # all of a kernel's blocks must run at once, on an eighth of a GPU
+    # All of a kernel's blocks must run at once, on an eighth of a GPU.
+    deep_ep.Buffer.set_num_sms(4)
     num_bytes = deep_ep.Buffer.get_dispatch_config(NUM_RANKS).get_nvl_buffer_size_hint(
         2 * HIDDEN, NUM_RANKS
     )

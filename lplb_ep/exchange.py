@@ -45,9 +45,9 @@ class Relay:
     memory that it has for that."""
 
     sent: int
-    """Address of [2, ranks of a node] rows: for even and odd batches."""
+    """Address of [2, ranks of a node] rows of 8-byte words: for even and odd batches."""
     received: int
-    """Address of [nodes, 2, ranks of a node] rows."""
+    """Address of [nodes, 2, ranks of a node] such rows."""
     signals: int
     """Address of [nodes] 8-byte counts of the batches that each node has sent."""
     node: int

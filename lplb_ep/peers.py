@@ -307,21 +307,19 @@ def _told(group: dist.ProcessGroup, what: str) -> Iterator[None]:
 
 
 def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
-    addresses = [0]
+    reached: dict[int, int] = {}
     with _told(group, "NVSHMEM's memory"):
         from nvshmem import bindings
 
         address = bindings.malloc(num_bytes)
         if not address:
             raise MemoryError(f"its heap has no {num_bytes} bytes: set NVSHMEM_SYMMETRIC_SIZE")
-        addresses = [
-            address if rank == group.rank() else bindings.ptr(address, rank)
-            for rank in _node_of(group, node_size)
-        ]
-        if not all(addresses):
+        for rank in _node_of(group, node_size):
+            reached[rank] = address if rank == group.rank() else bindings.ptr(address, rank)
+        if not all(reached.values()):
             raise MemoryError("a PE of the node cannot be reached by loads and stores")
         _zero(address, num_bytes)
-    return _in_place(group, node_size, addresses)
+    return [reached.get(rank, 0) for rank in range(group.size())]
 
 
 def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
@@ -353,20 +351,14 @@ def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> l
         if own:
             runtime.free(own)
         raise
-    addresses = [opened.get(rank, own) for rank in _node_of(group, node_size)]
-    return _in_place(group, node_size, addresses)
+    opened[group.rank()] = own
+    return [opened.get(rank, 0) for rank in range(group.size())]
 
 
 def _node_of(group: dist.ProcessGroup, node_size: int) -> range:
     """The ranks of this rank's node."""
     first = group.rank() // node_size * node_size
     return range(first, first + node_size)
-
-
-def _in_place(group: dist.ProcessGroup, node_size: int, addresses: list[int]) -> list[int]:
-    """Those of a node among all."""
-    first = _node_of(group, node_size).start
-    return [0] * first + addresses + [0] * (group.size() - first - node_size)
 
 
 def _zero(address: int, num_bytes: int) -> None:

@@ -625,9 +625,9 @@ def _connect(
     counts: str, placement: Placement, group: dist.ProcessGroup | None, on_gpu: bool
 ) -> tuple[str, Exchange | Windows | None]:
     """How counts travel; where any way may be taken, the first that works. Collective."""
+    travels = on_gpu and group is not None and counts != "given"
     while True:
-        wanted = on_gpu and group is not None and counts != "given"
-        reached = reach(group) if wanted else Reach()
+        reached = reach(group) if travels else Reach()
         kind, reason = choose_counts(
             counts, placement.num_ranks, group is not None, on_gpu, reached
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import logging
 import multiprocessing as mp
 import os
 import tempfile
@@ -90,6 +91,18 @@ def close() -> None:
         pool.close()
     _pools.clear()
     _pool.cache_clear()
+
+
+class Said(logging.Handler):
+    """The lines that the package logs on this rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        logging.getLogger("lplb_ep").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 class RanksFailedError(AssertionError):

@@ -1,9 +1,9 @@
 """Counts that travel between GPUs: by NVSHMEM, by CUDA IPC and by torch.distributed."""
 
-import logging
 import os
 import signal
 import time
+import unittest.mock
 
 import mps
 import numpy as np
@@ -120,20 +120,10 @@ def test_ten_thousand_batches(node, kind):
     node(8, many_batches, kind, 10_000, False, timeout=300)
 
 
-class Said(logging.Handler):
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
 def miss_one(group, kind):
     """The last rank does not come to the second batch."""
     use_gpu(group)
-    said = Said()
-    logging.getLogger("lplb_ep").addHandler(said)
+    said = ranks.Said()
     placement = place(group.size())
     planner = Planner(placement, group, counts=kind, solver="flow", timeout_s=1)
     topk = torch.arange(8, device="cuda").reshape(2, 4)
@@ -164,14 +154,18 @@ def test_a_rank_that_does_not_come_is_named_in_time(node, kind):
     assert all(1 <= took < 3 for took in others)
 
 
+def nodes_of(group, size):
+    """Has ranks believe that they are on several nodes, while their planners are made."""
+    name = f"{peers._node()}/{group.rank() // size}"
+    return unittest.mock.patch.object(peers, "_node", return_value=name)
+
+
 def refuse_one(group, kind, refuses, node_size):
     """One rank refuses its input; afterwards all go on, by calls and by replays of a graph."""
     use_gpu(group)
-    boot = peers._node()
-    peers._node = lambda: f"{boot}/{group.rank() // node_size}"
     placement = place(group.size())
-    planner = Planner(placement, group, counts=kind, solver="flow")
-    peers._node = lambda: boot
+    with nodes_of(group, node_size):
+        planner = Planner(placement, group, counts=kind, solver="flow")
     topk = torch.arange(8, device="cuda").reshape(2, 4)
     graph = torch.cuda.CUDAGraph()
     for captured in (None, graph):
@@ -212,11 +206,9 @@ def test_a_refusal_reaches_the_others_and_all_go_on(node, kind, refuses, node_si
 
 def miss_across(group, absent):
     """On two nodes, of which one rank does not come to the second batch."""
-    boot = peers._node()
-    peers._node = lambda: f"{boot}/{group.rank() // 2}"
     use_gpu(group)
-    planner = Planner(place(group.size()), group, counts="nvshmem", solver="flow", timeout_s=2)
-    peers._node = lambda: boot
+    with nodes_of(group, 2):
+        planner = Planner(place(group.size()), group, counts="nvshmem", solver="flow", timeout_s=2)
     topk = torch.arange(8, device="cuda").reshape(2, 4)
     assert int(planner(topk).status) == Status.OPTIMAL
     torch.cuda.synchronize()
@@ -316,8 +308,7 @@ def test_ranks_that_differ_are_named(node):
 def lose_one(group, kind, on_timeout):
     """The last rank is killed between two batches."""
     use_gpu(group)
-    said = Said()
-    logging.getLogger("lplb_ep").addHandler(said)
+    said = ranks.Said()
     planner = Planner(
         place(group.size()),
         group,
@@ -356,36 +347,32 @@ def test_a_killed_rank_is_named_in_time(kind, on_timeout):
 
 def on_two_nodes(group, num_batches, node_size):
     """Ranks that believe to be on several nodes, whose first ones alone reach each other."""
-    boot = peers._node()
-    peers._node = lambda: f"{boot}/{group.rank() // node_size}"
-    try:
-        use_gpu(group)
-        placement = place(group.size())
+    use_gpu(group)
+    placement = place(group.size())
+    with nodes_of(group, node_size):
         across = Planner(placement, group, counts="nvshmem", solver="flow")
-        other = 0 if group.rank() >= node_size else group.size() - 1
-        assert across.exchange.addresses[other] == 0
-        by_torch = Planner(placement, group, counts="torch", solver="flow")
-        rng = np.random.default_rng(1)
-        static = torch.zeros(300, 4, dtype=torch.int64, device="cuda")
-        graph = torch.cuda.CUDAGraph()
-        for batch in range(num_batches):
-            if batch == 2:
-                with torch.cuda.graph(graph):
-                    replayed = across(static)
-            mine = topk_of(rng, placement)[group.rank()].cuda()
-            static.fill_(-1)[: len(mine)] = mine
-            if batch < 2:
-                plan = across(static)
-            else:
-                graph.replay()
-                plan = replayed
-            expected = by_torch(static)
-            check_plan(plan, static, placement, group.rank())
-            for name in ("counts", "topk_idx", "quota", "rank_load", "status"):
-                assert torch.equal(getattr(plan, name), getattr(expected, name)), (batch, name)
-        assert int(across.num_batches[Status.OPTIMAL]) == num_batches
-    finally:
-        peers._node = lambda: boot
+    other = 0 if group.rank() >= node_size else group.size() - 1
+    assert across.exchange.addresses[other] == 0
+    by_torch = Planner(placement, group, counts="torch", solver="flow")
+    rng = np.random.default_rng(1)
+    static = torch.zeros(300, 4, dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    for batch in range(num_batches):
+        if batch == 2:
+            with torch.cuda.graph(graph):
+                replayed = across(static)
+        mine = topk_of(rng, placement)[group.rank()].cuda()
+        static.fill_(-1)[: len(mine)] = mine
+        if batch < 2:
+            plan = across(static)
+        else:
+            graph.replay()
+            plan = replayed
+        expected = by_torch(static)
+        check_plan(plan, static, placement, group.rank())
+        for name in ("counts", "topk_idx", "quota", "rank_load", "status"):
+            assert torch.equal(getattr(plan, name), getattr(expected, name)), (batch, name)
+    assert int(across.num_batches[Status.OPTIMAL]) == num_batches
 
 
 @pytest.mark.parametrize(("num_ranks", "node_size"), [(4, 2), (8, 4), (8, 2)])
