@@ -6,7 +6,9 @@
 // numbers are whole, and no result depends on the order of atomics.
 //
 // Sets of ranks are bits of a word, and a warp has the whole graph between its lanes, so that a layer
-// costs a vote; every warp finds the layers for itself. PARTS threads share the edges of a rank.
+// costs a vote; every warp finds the layers for itself. PARTS threads share the edges of a rank, each has
+// TURNS of them in registers. What a layer costs is the latency of its instructions, so few of them are
+// wanted on the way from one barrier to the next.
 
 #pragma once
 
@@ -28,14 +30,11 @@ struct __align__(16) Arc {      // a copy of an expert that has several
 
 struct __align__(8) Edge {      // from one copy of an expert to another, along which tokens may move
     short arc, to;              // the two copies; -1: no edge
-    short target;               // the local rank of the other
-    short nth;                  // how many edges of the same copy come before it
+    unsigned char target;       // the local rank of the other
+    unsigned char nth, number;  // how many edges of the same copy come before it, and there are in all
 };
 
-// A thread's edges of the first turns, in registers; those of further turns are read when needed.
-struct Mine { Edge edge[TURNS]; };
-
-struct __align__(16) Shape { int ranks, arcs, turns, unused; };
+struct __align__(16) Shape { int ranks, arcs, edges, nth; };  // the largest number of a rank's edges; of `nth`
 
 // Tables of one component, each at a fixed stride so that all are read at once.
 struct Network {
@@ -43,22 +42,25 @@ struct Network {
     const Arc* arcs;            // [G, max_arcs] by rank, then expert
     const short* copies;        // [G, max_arcs] arcs by expert, then local rank
     const short* first_arc;     // [G, SIZE + 1] of each local rank
-    const Edge* edges;          // [G, max_turns, SIZE, PARTS] of each local rank
+    const Edge* edges;          // [G, SIZE, max_edges] of each local rank
     const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
                                 // SIZE + the place of its arcs if it has several; -1 behind the last
     const int* ranks;           // [G, SIZE] local → global
-    int max_arcs, max_turns, max_experts;
+    int max_arcs, max_edges, max_experts;
 };
 
-struct Component {              // all but the last four in shared memory
+struct Component {              // all but the last five in shared memory
     const Arc* arcs;
     const short* copies;
     int* tokens;                // [arcs] at each copy
-    int* held;                  // [SIZE] tokens of each rank; while pushing, above the limit
-    int* room;                  // [SIZE] below the limit when the round began
+    int* held;                  // [SIZE] tokens of each rank: at first, of experts with one copy;
+                                // while pushing, above the limit
+    int* room;                  // [SIZE] at first, the other tokens; then, below the limit when the
+                                // round began
     Set* next;                  // [SIZE] ranks that a rank's tokens could go to
+    Set* layers;                // [SIZE] ranks by their distance from one with room
     Shape shape;
-    const Edge* edges;          // [turns, SIZE, PARTS]
+    const Edge* edges;          // [max_edges] of this thread's rank
     const int* ranks;           // [SIZE] local → global
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
@@ -79,49 +81,101 @@ __device__ Set vote(const bool (&flag)[WORDS]) {
 
 __device__ int number_of(Set set) { return WORDS == 1 ? __popc(unsigned(set)) : __popcll(set); }
 
+// A load that stays before what comes after it, so that it is under way meanwhile.
+template <typename T> __device__ T early(const T* at) { return *static_cast<const volatile T*>(at); }
+
 __device__ void meet() {        // of the threads that push
     if (PUSHING == 32) __syncwarp();
     else asm volatile("bar.sync 1, %0;" :: "n"(PUSHING) : "memory");
 }
 
+constexpr int CHUNK = PARTS * TURNS;        // edges of a rank that are pushed along at once
+static_assert(CHUNK <= 32, "bits of a word");
+
+struct Way {                    // an edge, ready for use
+    Set target;                 // a bit; none: no edge
+    int arc, to, rank;          // where `tokens` and `held` have the two copies and the target
+    unsigned same;              // edges of the same copy, as bits of the chunk
+};
+
+// This thread's edges of a chunk.
+__device__ void load(const Edge* edges, int first, int max_edges, Way (&ways)[TURNS]) {
+    #pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        int place = i * PARTS + threadIdx.x % PARTS;
+        Edge edge{-1, -1, 0, 0, 0};
+        if (first + place < max_edges) edge = edges[first + place];
+        ways[i] = {Set(0), 0, 0, 0, 0};
+        if (edge.arc < 0) continue;
+        int begin = place - edge.nth;
+        unsigned long long all = (1ull << edge.number) - 1;
+        unsigned same(begin < 0 ? all >> -begin : all << begin);
+        ways[i] = {Set(1) << edge.target, edge.arc, edge.to, edge.target, same};
+    }
+}
+
 // One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
 // the lowest layer take what they have room for. Lanes of other layers come with over = 0.
 template <bool GENERAL>
-__device__ void push(const Component& c, const Mine& mine, int over, Set down, bool lowest) {
-    int part = threadIdx.x % PARTS;
-    Edge edge = mine.edge[0];
-    for (int turn = 0; __any_sync(~0u, over > 0);) {
-        bool open = over > 0 && edge.arc >= 0 && down >> edge.target & 1;
-        int here = open ? c.tokens[edge.arc] : 0, most = here;
-        if (lowest && open) most = min(most, c.room[edge.target]);
-        if (GENERAL && open) most = min(most, c.left(edge.to));
-        // The edges of one copy share what it has, the earlier first; so do those of the rank.
-        unsigned taken = 0;
+__device__ void push(const Component& c, const Way (&first)[TURNS], int over, Set down, bool lowest) {
+    int part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
+    Way ways[TURNS];
+    #pragma unroll
+    for (int i = 0; i < TURNS; ++i) ways[i] = first[i];
+    for (int chunk = 0;;) {
+        int here[TURNS], most[TURNS], room[TURNS], total = 0;
+        bool open[TURNS];
         #pragma unroll
-        for (int i = 1; i < PARTS; ++i) {
-            unsigned other = __shfl_up_sync(~0u, most, i, PARTS);
-            if (i <= part && i <= edge.nth) taken = min(taken + other, here);
+        for (int i = 0; i < TURNS; ++i) {
+            here[i] = early(c.tokens + ways[i].arc);
+            room[i] = lowest ? c.room[ways[i].rank] : MAX_TOTAL;
         }
-        most = min(most, here - int(taken));
-        int before = 0;
+        if (!__any_sync(~0u, over > 0)) return;
         #pragma unroll
-        for (int i = 1; i < PARTS; ++i) {
-            int other = __shfl_up_sync(~0u, most, i, PARTS);
-            if (i <= part) before += other;
+        for (int i = 0; i < TURNS; ++i) {
+            open[i] = over > 0 && (ways[i].target & down) != 0 && here[i] > 0;
+            most[i] = here[i];
         }
-        int tokens = min(most, over - before);
-        if (tokens > 0) {
-            atomicAdd(&c.held[edge.target], tokens);
-            atomicAdd(&c.tokens[edge.to], tokens);
-            atomicSub(&c.tokens[edge.arc], tokens);
-            atomicSub(&c.held[threadIdx.x / PARTS], tokens);
+        if (c.shape.nth > 0) {
+            // The edges of one copy share what it has: each takes half of what the earlier left.
+            unsigned opened = 0;
+            #pragma unroll
+            for (int i = 0; i < TURNS; ++i)
+                opened |= (__ballot_sync(~0u, open[i]) >> (lane - part) & ((1ull << PARTS) - 1)) << (i * PARTS);
+            #pragma unroll
+            for (int i = 0; i < TURNS; ++i) {
+                unsigned same = opened & ways[i].same, lower = (1u << (i * PARTS + part)) - 1;
+                int half = here[i] >> __popc(same & lower);
+                most[i] = same & ~lower << 1 ? half - (half >> 1) : half;
+            }
         }
-        if (++turn == c.shape.turns) break;
-        over -= min(over, __shfl_sync(~0u, before + most, PARTS - 1, PARTS));
-        if (turn >= TURNS) edge = c.edges[turn * PUSHING + threadIdx.x];
         #pragma unroll
-        for (int i = 1; i < TURNS; ++i)
-            if (turn == i) edge = mine.edge[i];
+        for (int i = 0; i < TURNS; ++i) {
+            most[i] = open[i] ? min(most[i], room[i]) : 0;
+            if (GENERAL && open[i]) most[i] = min(most[i], c.left(ways[i].to));
+            total += most[i];
+        }
+        int sum = total;
+        #pragma unroll
+        for (int i = 1; i < PARTS; i *= 2) {
+            int other = __shfl_up_sync(~0u, sum, i, PARTS);
+            if (i <= part) sum += other;
+        }
+        int left = over - (sum - total);
+        #pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            int tokens = min(most[i], left);
+            left -= most[i];
+            if (tokens <= 0) continue;
+            atomicAdd(&c.held[ways[i].rank], tokens);
+            atomicAdd(&c.tokens[ways[i].to], tokens);
+            atomicSub(&c.tokens[ways[i].arc], tokens);
+        }
+        if (part == PARTS - 1 && over > 0) c.held[threadIdx.x / PARTS] = max(0, over - sum);
+        chunk += CHUNK;
+        if (!MORE || chunk >= c.shape.edges) return;
+        over = max(0, over - __shfl_sync(~0u, sum, PARTS - 1, PARTS));
+        load(c.edges, chunk, c.shape.edges, ways);
         __syncwarp();
     }
 }
@@ -180,32 +234,42 @@ __device__ void raise(const Component& c, Set set, int load, int (&limit)[WORDS]
 // Moves tokens until the largest of `held`, by the ranks' speeds, is the optimum. By the threads that
 // push; false if the rounds did not suffice. GENERAL: with speeds or capacities.
 template <bool GENERAL>
-__device__ bool balance(const Component& c, const Mine& mine, int rounds) {
-    int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32, total = 0;
+__device__ bool balance(const Component& c, const Way (&ways)[TURNS], int rounds) {
+    int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
+    int total = 0, least = 0;
     #pragma unroll
-    for (int i = 0; i < WORDS; ++i)
-        if (lane + 32 * i < SIZE) total += c.held[lane + 32 * i];
+    for (int i = 0; i < WORDS; ++i) {
+        if (lane + 32 * i >= SIZE) continue;
+        total += c.held[lane + 32 * i] + c.room[lane + 32 * i];
+        least = max(least, c.held[lane + 32 * i]);
+    }
     total = __reduce_add_sync(~0u, total);
-    // K, of this thread's rank; with speeds, of the ranks of this lane, too.
-    int limit = total / c.shape.ranks + (total % c.shape.ranks != 0), limits[WORDS];
+    least = __reduce_max_sync(~0u, least);
+    // K, of this thread's rank, begins at the mean or at what a rank cannot pass on; with speeds, it
+    // is of the ranks of this lane, too.
+    int limit = max(least, total / c.shape.ranks + (total % c.shape.ranks != 0)), limits[WORDS];
     if (GENERAL && c.speed != nullptr) raise(c, ~Set(0), total, limits, limit, rank);
-    int rise = limit;
+    int rise = limit - c.room[rank];
+    Set* layers = c.layers;
+    asm volatile("" : "+l"(layers));  // or its address is made anew wherever it is used
+    __builtin_assume(__isShared(layers));
     meet();
     for (; rounds > 0; --rounds) {
+        int over = early(c.held + rank) - rise;
         Set reach = 0;
-        auto look = [&](Edge edge) {
+        #pragma unroll
+        for (const Way& way : ways)
+            if (c.tokens[way.arc] > 0 && (!GENERAL || c.left(way.to) > 0)) reach |= way.target;
+        #pragma unroll 1
+        for (int i = CHUNK + part; MORE && i < c.shape.edges; i += PARTS) {
+            Edge edge = c.edges[i];
             if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
                 reach |= Set(1) << edge.target;
-        };
-        #pragma unroll
-        for (const Edge& edge : mine.edge) look(edge);
-        #pragma unroll 1
-        for (int turn = TURNS; turn < c.shape.turns; ++turn)
-            look(c.edges[turn * PUSHING + threadIdx.x]);
+        }
         #pragma unroll
         for (int other = 1; other < PARTS; other *= 2) reach |= __shfl_xor_sync(~0u, reach, other);
         if (part == 0) {
-            int over = rank < c.shape.ranks ? c.held[rank] - rise : 0;
+            if (rank >= c.shape.ranks) over = 0;
             c.held[rank] = over;
             c.room[rank] = max(0, -over);
             c.next[rank] = reach;
@@ -213,33 +277,29 @@ __device__ bool balance(const Component& c, const Mine& mine, int rounds) {
         rise = 0;
         meet();
         Set next[WORDS];
-        int over[WORDS];
+        int above[WORDS];
         bool flag[WORDS];
         #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
             bool is_rank = lane + 32 * i < SIZE;
-            next[i] = is_rank ? c.next[lane + 32 * i] : 0;
-            over[i] = is_rank ? c.held[lane + 32 * i] : 0;
-            flag[i] = over[i] > 0;
+            next[i] = is_rank ? early(c.next + lane + 32 * i) : 0;
+            above[i] = is_rank ? c.held[lane + 32 * i] : 0;
+            flag[i] = above[i] > 0;
         }
         Set excess = vote(flag);
         if (excess == 0) break;
         #pragma unroll
-        for (int i = 0; i < WORDS; ++i) flag[i] = over[i] < 0;
+        for (int i = 0; i < WORDS; ++i) flag[i] = above[i] < 0;
         Set layer = vote(flag), reached = layer, down = 0;
-        int top = 0, label = 0;
+        int top = 0;
         while (layer != 0 && (excess & ~reached) != 0) {
-            Set below = layer;
+            if (threadIdx.x == 0) layers[top] = layer;
             ++top;
+            down = layer;
             #pragma unroll
-            for (int i = 0; i < WORDS; ++i)
-                flag[i] = (next[i] & layer) != 0 && !(reached >> (lane + 32 * i) & 1);
-            layer = vote(flag);
+            for (int i = 0; i < WORDS; ++i) flag[i] = (next[i] & layer) != 0;
+            layer = vote(flag) & ~reached;
             reached |= layer;
-            if (layer >> rank & 1) {
-                label = top;
-                down = below;
-            }
         }
         if (excess & ~reached) {
             // What does not reach a rank with room is a cut: nothing leads out of it.
@@ -247,7 +307,7 @@ __device__ bool balance(const Component& c, const Mine& mine, int rounds) {
             #pragma unroll
             for (int i = 0; i < WORDS; ++i)
                 if (lane + 32 * i < c.shape.ranks && !(reached >> (lane + 32 * i) & 1))
-                    kept += over[i] + (GENERAL && c.speed != nullptr ? limits[i] : 0);
+                    kept += above[i] + (GENERAL && c.speed != nullptr ? limits[i] : 0);
             kept = __reduce_add_sync(~0u, kept);
             if (GENERAL && c.speed != nullptr) raise(c, ~reached, kept, limits, limit, rank);
             else limit += (kept + size - 1) / size;
@@ -260,9 +320,11 @@ __device__ bool balance(const Component& c, const Mine& mine, int rounds) {
             int turns = GENERAL && c.cap != nullptr ? c.shape.ranks : 1;
             for (int turn = 0; turn < turns; ++turn) {
                 meet();
-                bool pushes = label == top && (turns == 1 || rank == turn);
-                push<GENERAL>(c, mine, pushes ? c.held[rank] : 0, down, top == 1);
+                bool pushes = layer >> rank & 1 && (turns == 1 || rank == turn);
+                push<GENERAL>(c, ways, pushes ? c.held[rank] : 0, down, top == 1);
             }
+            layer = down;
+            if (top > 1) down = layers[top - 2];
         }
         meet();
     }
@@ -285,21 +347,18 @@ __device__ Ending add_up(
         total = {0, 0};
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += THREADS) {
-        int word = i % HEAD, value = counts.of(i / HEAD)[word - HEAD];
-        // A row of another kind may have anything in its place.
-        if (word == 0 && unsigned(value) > TIMED_OUT) value = OUT_OF_STEP;
-        if (word == 0 && value != OPTIMAL) atomicMax(&status, value);
-        if (word > 0 && value != counts.of(counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
-    }
     for (int i = threadIdx.x / sharing, row = threadIdx.x % sharing;;) {
         int expert = packed & 0xffff, home = packed >> 16, signs = 0;
         long long sum = 0;
-        if (packed >= 0)
-            each<8>(counts.of(row) + expert, row, counts.num_rows, sharing, counts.stride, [&](int number) {
-                sum += number;
-                signs |= number;
-            });
+        auto take = [&](int number) {
+            sum += number;
+            signs |= number;
+        };
+        const int* at = counts.of(row) + expert;
+        if (packed >= 0 && counts.num_rows <= 8 * sharing)
+            each<8>(at, row, counts.num_rows, sharing, counts.stride, take);
+        else if (packed >= 0)
+            each<32>(at, row, counts.num_rows, sharing, counts.stride, take);
         for (int other = 1; other < sharing; other *= 2) {
             sum += __shfl_xor_sync(~0u, sum, other);
             signs |= __shfl_xor_sync(~0u, signs, other);
@@ -319,6 +378,13 @@ __device__ Ending add_up(
         i += THREADS / sharing;
         if (i - threadIdx.x / sharing >= net.max_experts) break;
         packed = i < net.max_experts ? net.experts[blockIdx.x * net.max_experts + i] : -1;
+    }
+    for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += THREADS) {
+        int word = i % HEAD, value = counts.of(i / HEAD)[word - HEAD];
+        // A row of another kind may have anything in its place.
+        if (word == 0 && unsigned(value) > TIMED_OUT) value = OUT_OF_STEP;
+        if (word == 0 && value != OPTIMAL) atomicMax(&status, value);
+        if (word > 0 && value != counts.of(counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
     }
     __syncthreads();
     if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0};
@@ -344,12 +410,13 @@ struct Problem {
 
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
 template <bool GENERAL>
-__device__ Component begin(const Problem& p, char* shared, int* __restrict__ quota, Ending& ending) {
+__device__ Component begin(const Problem& p, char* shared, const Edge* edges, int* __restrict__ quota,
+                           Ending& ending) {
     const Network& net = p.net;
     const Counts& counts = p.counts;
     int g = blockIdx.x;
     // What the flow reads most lies where the compiler knows.
-    __shared__ Set next[SIZE];
+    __shared__ Set next[SIZE], layers[SIZE];
     __shared__ int held[SIZE], room[SIZE];
     int* tokens = reinterpret_cast<int*>(shared);
     Arc* arcs = reinterpret_cast<Arc*>(tokens + net.max_arcs);
@@ -363,8 +430,10 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
     Shape shape = net.shape[g];
-    for (int r = threadIdx.x; r < SIZE; r += THREADS)
+    for (int r = threadIdx.x; r < SIZE; r += THREADS) {
         held[r] = p.base && r < shape.ranks ? p.base[net.ranks[g * SIZE + r]] : 0;
+        room[r] = 0;
+    }
     for (int a = threadIdx.x; a < net.max_arcs; a += THREADS) {
         arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
@@ -378,7 +447,7 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
             for (int i = 0, total = load[arc.place]; i < number_of(arc.ranks); ++i) {
                 int copy = copies[arc.place + i], most = min(total, p.cap[arcs[copy].quota]);
                 tokens[copy] = most;
-                atomicAdd(&held[arcs[copy].rank], most);
+                atomicAdd(&room[arcs[copy].rank], most);
                 total -= most;
             }
         }
@@ -389,13 +458,12 @@ __device__ Component begin(const Problem& p, char* shared, int* __restrict__ quo
             int total = load[arc.place], number = number_of(arc.ranks);
             int place = number_of(arc.ranks & ((Set(1) << arc.rank) - 1));
             tokens[a] = total / number + (place < total % number);
-            atomicAdd(&held[arc.rank], tokens[a]);
+            atomicAdd(&room[arc.rank], tokens[a]);
         }
     }
     __syncthreads();
-    const Edge* edges = net.edges + g * net.max_turns * PUSHING;
     const int* ranks = net.ranks + g * SIZE;
-    return {arcs, copies, tokens, held, room, next, shape, edges, ranks, p.speed, p.cap};
+    return {arcs, copies, tokens, held, room, next, layers, shape, edges, ranks, p.speed, p.cap};
 }
 
 // One block solves one component of the replica graph for one batch: `start` may better the even split,
@@ -413,24 +481,21 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     }
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
-    int max_turns = p.net.max_turns;
-    const Edge* edges = p.net.edges + g * max_turns * PUSHING;
-    Mine mine;
-    #pragma unroll
-    for (int turn = 0; turn < TURNS; ++turn)
-        mine.edge[turn] = threadIdx.x < PUSHING && turn < max_turns
-            ? edges[turn * PUSHING + threadIdx.x] : Edge{-1, -1, 0, 0};
+    // What is needed late is asked for early.
+    int rank = threadIdx.x < SIZE ? p.net.ranks[g * SIZE + threadIdx.x] : 0;
+    bool pushes = threadIdx.x < PUSHING;
+    const Edge* edges = p.net.edges + (g * SIZE + threadIdx.x / PARTS) * p.net.max_edges;
+    Way ways[TURNS];
+    load(edges, 0, pushes ? p.net.max_edges : 0, ways);
     Ending ending;
-    Component c = begin<GENERAL>(p, shared, quota, ending);
+    Component c = begin<GENERAL>(p, shared, edges, quota, ending);
     if (ending.status == OPTIMAL && c.shape.ranks > 0) {
         start(c);
-        if (threadIdx.x < PUSHING && !balance<GENERAL>(c, mine, p.max_rounds)) ending.status = NOT_CONVERGED;
+        if (pushes && !balance<GENERAL>(c, ways, p.max_rounds)) ending.status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
-        for (int r = threadIdx.x; r < c.shape.ranks; r += THREADS) {
-            int rank = p.net.ranks[g * SIZE + r];
-            rank_load[rank] = c.held[r] - (p.base == nullptr ? 0 : p.base[rank]);
-        }
+        if (threadIdx.x < c.shape.ranks)
+            rank_load[rank] = c.held[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
     }
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }

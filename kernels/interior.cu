@@ -86,7 +86,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
     // split, equal p, and x z = mu.
     bool mine = threadIdx.x < c.shape.ranks;
     double limit = 1.1 * largest, mu = (limit - double(total) / c.shape.ranks) / c.shape.ranks;
-    double s = mine ? limit - c.held[threadIdx.x] : 1, p = mine ? 1.0 / c.shape.ranks : 1;
+    double s = mine ? limit - c.held[threadIdx.x] - c.room[threadIdx.x] : 1, p = mine ? 1.0 / c.shape.ranks : 1;
     double ds = 0, dp = 0;
     for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) {
         int first = c.arcs[a].place, number = __popcll(c.arcs[a].ranks), tokens = 0;
@@ -172,12 +172,12 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
 __device__ void start(const Component& c, const Interior& in) {
     int total = 0, largest = 0;
     for (int r = threadIdx.x % 32; r < c.shape.ranks; r += 32) {
-        total += c.held[r];
-        largest = max(largest, c.held[r]);
+        total += c.held[r] + c.room[r];
+        largest = max(largest, c.held[r] + c.room[r]);
     }
     total = __reduce_add_sync(~0u, total);
     largest = __reduce_max_sync(~0u, largest);
-    __syncthreads();                    // all decide before the flow changes `held`
+    __syncthreads();                    // all decide before the flow changes them
     if (largest > total / c.shape.ranks + (total % c.shape.ranks != 0)) {  // else the start is optimal
         improve(c, in, largest, total);
         __syncthreads();
@@ -192,7 +192,7 @@ __device__ void start(const Component& c, const Interior& in) {
                 int copy = c.copies[arc.place + i];
                 sum += in.x[copy];
                 int until = i + 1 < number ? min(max(__double2int_rn(sum), before), tokens) : tokens;
-                atomicAdd(&c.held[c.arcs[copy].rank], until - before - c.tokens[copy]);
+                atomicAdd(&c.room[c.arcs[copy].rank], until - before - c.tokens[copy]);
                 c.tokens[copy] = until - before;
                 before = until;
             }

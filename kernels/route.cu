@@ -255,7 +255,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
         int begin = (n < nodes ? n : home) * node_size, last = n < nodes ? begin + node_size : batch.rank;
         const int* count = batch.counts + begin * E + table.experts[m];
         if (n == nodes) mine[m] = count[(batch.rank - begin) * E];
-        each<8>(count, begin, last, 1, E, [&](int number) { sum += number; });
+        each<16>(count, begin, last, 1, E, [&](int number) { sum += number; });
         if (n < nodes) supply[m * nodes + n] = sum;
         else before[m] = sum;
     }

@@ -197,7 +197,7 @@ class Solver:
         self.tables = _upload(built, device)
         pointers = (table.data_ptr() for table in self.tables)
         self._network = _NETWORK.pack(
-            *pointers, built.arcs.shape[1], built.edges.shape[1], built.experts.shape[1]
+            *pointers, built.arcs.shape[1], built.edges.shape[2], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
         self._num_shared_bytes = num_solver_bytes(placement, solver)

@@ -5,8 +5,8 @@ Pure functions of the placement; `cuda.py` sends them to a device.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -28,28 +28,50 @@ class Variant(NamedTuple):
     """Threads that share the edges of a rank."""
     turns: int
     """Edges that each of them keeps in registers."""
+    more: bool
+    """Whether a rank may have still more."""
 
 
 SIZES = (8, 16, 32, 64)
 MAX_PUSHING = 256
 """Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
-SHARES = {"flow": ((2, 1), (4, 1), (8, 1), (4, 3)), "cusolverdx": ((4, 1),)}
-"""By solver, parts and turns. The first that have room for all edges of a rank are taken, or the
-last."""
+SHARES = {
+    "flow": {
+        False: ((2, 1), (2, 2), (4, 1), (2, 3), (4, 2), (4, 3)),
+        True: ((2, 2), (4, 1), (4, 3)),
+    },
+    "cusolverdx": {False: (), True: ((4, 1),)},
+}
+"""By solver and `more`, parts and turns. The first with room for all edges of a rank are taken, or
+the last."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
-EDGE = np.dtype([("arc", "i2"), ("to", "i2"), ("target", "i2"), ("nth", "i2")])
+EDGE = np.dtype(
+    [
+        ("arc", "i2"),
+        ("to", "i2"),
+        ("target", "u1"),
+        ("nth", "u1"),
+        ("number", "u1"),
+        ("unused", "u1"),
+    ]
+)
+NO_EDGE = np.array((-1, -1, 0, 0, 0, 0), EDGE)
 COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
 
 
 def variants(solver: str) -> list[Variant]:
-    """Those with whole warps of threads, and no more than hide each other's latencies."""
-    return [
-        Variant(size, parts, turns)
-        for size in SIZES
-        for parts, turns in SHARES[solver]
-        if size * parts % 32 == 0 and size * parts <= MAX_PUSHING
-    ]
+    """Those with whole warps of threads, and no more than hide each other's latencies; of each size
+    by rising room for edges, first those that have no more."""
+    out: list[Variant] = []
+    for size, more in itertools.product(SIZES, (False, True)):
+        most = 0
+        for parts, turns in SHARES[solver][more]:
+            fits = size * parts % 32 == 0 and size * parts <= MAX_PUSHING
+            if fits and parts * turns > most:
+                out.append(Variant(size, parts, turns, more))
+                most = parts * turns
+    return out
 
 
 @dataclass(frozen=True)
@@ -148,8 +170,13 @@ def variant(placement: Placement, solver: str) -> Variant:
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    size, most = room(placement).size, needed(placement).max_edges
-    able = [variant for variant in variants(solver) if variant.size == size]
+    laid_out, most = room(placement), needed(placement).max_edges
+    able = [
+        variant
+        for variant in variants(solver)
+        if variant.size == laid_out.size
+        and (variant.more or variant.parts * variant.turns >= laid_out.max_edges)
+    ]
     return next((v for v in able if v.parts * v.turns >= most), able[-1])
 
 
@@ -158,7 +185,8 @@ class Tables:
     """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
 
     shape: npt.NDArray[np.int32]
-    """[G, 4]: ranks, arcs and turns of each component; 0. No ranks behind the last."""
+    """[G, 4]: of each component ranks, arcs, the most edges of a rank, and of an arc less one. No
+    ranks behind the last."""
     arcs: npt.NDArray[Any]
     """[G, max_arcs] of `Arc`, by local rank, then expert."""
     copies: npt.NDArray[np.int16]
@@ -166,7 +194,7 @@ class Tables:
     first_arc: npt.NDArray[np.int16]
     """[G, size + 1] the first arc of each local rank."""
     edges: npt.NDArray[Any]
-    """[G, max_turns, size, parts] of `Edge`: of each local rank by turns, -1 behind the last."""
+    """[G, size, max_edges] of `Edge`: of each local rank, -1 behind the last."""
     experts: npt.NDArray[np.int32]
     """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
     rank but size + the place of its arcs in `copies`; -1 behind the last."""
@@ -192,11 +220,11 @@ def tables(placement: Placement, variant: Variant, room: Room) -> Tables:
         arcs=np.zeros((num_components, max_arcs), ARC),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
-        edges=np.empty(0, EDGE),
+        edges=np.full((num_components, size, max(1, room.max_edges)), NO_EDGE),
         experts=np.full((num_components, room.max_experts), -1, np.int32),
         ranks=np.zeros((num_components, size), np.int32),
     )
-    local, edges = np.zeros(placement.num_ranks, np.int64), []
+    local = np.zeros(placement.num_ranks, np.int64)
     for g in range(needed(placement).num_components):
         members = np.flatnonzero(component == g)
         local[members] = np.arange(members.size)
@@ -216,10 +244,12 @@ def tables(placement: Placement, variant: Variant, room: Room) -> Tables:
         place = size + np.searchsorted(e[by_expert], own)
         out.experts[g, : own.size] = own | np.where(several[own], place, local[home[own]]) << 16
         out.ranks[g, : members.size] = members
-        edges.append(_edges(e, r, size))
-        most = max(of_rank.size for of_rank in edges[g])
-        out.shape[g] = members.size, n, max(1, -(-most // variant.parts)), 0
-    return dataclasses.replace(out, edges=_by_turns(edges, variant, room))
+        edges = _edges(e, r, size)
+        for of_rank, row in zip(edges, out.edges[g], strict=True):
+            row[: of_rank.size] = of_rank
+        most = max(of_rank.size for of_rank in edges)
+        out.shape[g] = members.size, n, most, out.edges["nth"][g].max()
+    return out
 
 
 def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:
@@ -230,19 +260,8 @@ def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[
     edges = np.zeros(arc.size, EDGE)
     edges["arc"], edges["to"], edges["target"] = arc, to[order], rank[to[order]]
     edges["nth"] = np.arange(arc.size) - np.searchsorted(arc, arc)
+    edges["number"] = np.bincount(arc)[arc]
     return np.split(edges, np.searchsorted(rank[arc], np.arange(1, size)))
-
-
-def _by_turns(
-    edges: list[list[npt.NDArray[Any]]], variant: Variant, room: Room
-) -> npt.NDArray[Any]:
-    """`Tables.edges`, of the edges of each component's ranks."""
-    max_turns = max(1, -(-room.max_edges // variant.parts))
-    table = np.full((room.num_components, variant.size, max_turns * variant.parts), -1, EDGE)
-    for g, component in enumerate(edges):
-        for r, of_rank in enumerate(component):
-            table[g, r, : of_rank.size] = of_rank
-    return table.reshape(len(table), variant.size, max_turns, variant.parts).swapaxes(1, 2)
 
 
 @dataclass(frozen=True)

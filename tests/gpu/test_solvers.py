@@ -53,6 +53,24 @@ def test_optima_are_exact(R, solver):
         check(placement, [oracle.random_load(rng, E, scale) for _ in range(8)], solver)
 
 
+@pytest.mark.parametrize("R", [8, 33, 64])
+def test_experts_with_a_copy_on_every_rank_are_exact(R, solver):
+    """Far more edges a rank than its threads take at once, and than a word has bits."""
+    rng = np.random.default_rng(R)
+    for num_everywhere, num_redundant in ((1, 0), (1, 2), (5, 1)):
+        E = 3 * R
+        everywhere = np.repeat(rng.permutation(E)[:num_everywhere], R)
+        once = rng.permutation(np.setdiff1d(np.arange(E), everywhere))
+        more = rng.choice(once, num_redundant * R + (-once.size) % R)
+        table = np.concatenate([x.reshape(-1, R) for x in (everywhere, np.append(once, more))])
+        placement = Placement(table.T.ravel(), R)
+        assert network.needed(placement).max_edges >= num_everywhere * (R - 1)
+        loads = [oracle.random_load(rng, E, scale) for scale in (3.0, 100.0, 3000.0) * 3]
+        for load in loads:
+            load[everywhere[0]] += int(rng.integers(0, 1 + load.sum()))
+        check(placement, loads, solver)
+
+
 def test_a_batch_of_two_to_the_31_tokens_is_exact(solver):
     rng = np.random.default_rng(0)
     for R in (1, 8, 64):
