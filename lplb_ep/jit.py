@@ -20,6 +20,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import byref, c_char_p, c_int, c_longlong, c_size_t, c_uint, c_void_p
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -189,17 +190,24 @@ def _cupy() -> Any:
 
 
 def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin]:
-    """Compiles every program for every architecture, logging each at INFO.
+    """Compiles every program for every architecture, on all cores, logging each at INFO.
 
     Raises:
         CompileError, MissingPackageError, ValueError: as `compile_cubin`, at the first that fails.
     """
     pairs = [(program, arch) for program in programs for arch in archs]
     cubins = []
-    for number, (program, arch) in enumerate(pairs, 1):
-        cubins.append(compile_cubin(program, arch))
-        size, origin = len(cubins[-1].data), "in the cache" if cubins[-1].cached else "compiled"
-        log.info("[%d/%d] %s for %s: %s, %d bytes", number, len(pairs), program, arch, origin, size)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # compilers run outside of Python's lock
+        under_way = [threads.submit(compile_cubin, *pair) for pair in pairs]
+        try:
+            for number, (pair, future) in enumerate(zip(pairs, under_way, strict=True), 1):
+                cubin = future.result()
+                cubins.append(cubin)
+                origin = "in the cache" if cubin.cached else "compiled"
+                done = f"[{number}/{len(pairs)}] {pair[0]} for {pair[1]}"
+                log.info("%s: %s, %d bytes", done, origin, len(cubin.data))
+        finally:
+            threads.shutdown(cancel_futures=True)
     return cubins
 
 

@@ -17,3 +17,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory):
+    """Empty at first, for tests that compile every kernel: that takes a minute."""
+    return tmp_path_factory.mktemp("kernels")

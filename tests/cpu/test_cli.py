@@ -602,11 +602,11 @@ def test_the_command_starts_light():
     assert loaded == "[]"
 
 
-def test_compile_builds_every_kernel_and_says_so(tmp_path):
+def test_compile_builds_every_kernel_and_says_so(kernel_cache):
     def compile_for(arch):
         return subprocess.run(
             [sys.executable, "-m", "lplb_ep.cli", "compile", "--arch", arch],
-            env={**os.environ, "LPLB_EP_CACHE_DIR": str(tmp_path)},
+            env={**os.environ, "LPLB_EP_CACHE_DIR": str(kernel_cache)},
             capture_output=True,
             text=True,
         )

@@ -248,17 +248,22 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_compile_all_shows_its_progress(scale, caplog):
     caplog.set_level("INFO", "lplb_ep.jit")
-    cubins = jit.compile_all([scale, scale], ["sm_90", "sm_100"])
-    assert [(c.arch, c.cached) for c in cubins] == [
-        ("sm_90", False),
-        ("sm_100", False),
-        ("sm_90", True),
-        ("sm_100", True),
-    ]
+    archs = ["sm_90", "sm_100"]
+    cubins = jit.compile_all([scale], archs)
+    assert [(c.arch, c.cached) for c in cubins] == [("sm_90", False), ("sm_100", False)]
+    cubins = jit.compile_all([scale], archs)
+    assert [(c.arch, c.cached) for c in cubins] == [("sm_90", True), ("sm_100", True)]
     told = [message for message in caplog.messages if message.startswith("[")]
     size = len(cubins[0].data)
-    assert told[0] == f"[1/4] scale.cu (OFFSET=0) for sm_90: compiled, {size} bytes"
-    assert told[2] == f"[3/4] scale.cu (OFFSET=0) for sm_90: in the cache, {size} bytes"
+    assert told[0] == f"[1/2] scale.cu (OFFSET=0) for sm_90: compiled, {size} bytes"
+    assert told[2] == f"[1/2] scale.cu (OFFSET=0) for sm_90: in the cache, {size} bytes"
+
+
+def test_compile_all_ends_at_the_first_that_fails(scale, tmp_path):
+    broken = jit.Program(tmp_path / "broken.cu")
+    broken.source.write_text("this is no C++")
+    with pytest.raises(CompileError, match=r"broken\.cu"):
+        jit.compile_all([scale, broken, scale], ["sm_90"])
 
 
 # --- what is missing or wrong ---------------------------------------------------------------------
