@@ -134,6 +134,8 @@ __device__ void push(const Component& c, const Way (&first)[TURNS], int over, Se
         #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             open[i] = over > 0 && (ways[i].target & down) != 0 && here[i] > 0;
+            if (GENERAL && open[i]) room[i] = min(room[i], c.left(ways[i].to));
+            if (GENERAL && room[i] == 0) open[i] = false;
             most[i] = here[i];
         }
         if (c.shape.nth > 0) {
@@ -152,7 +154,6 @@ __device__ void push(const Component& c, const Way (&first)[TURNS], int over, Se
         #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             most[i] = open[i] ? min(most[i], room[i]) : 0;
-            if (GENERAL && open[i]) most[i] = min(most[i], c.left(ways[i].to));
             total += most[i];
         }
         int sum = total;
@@ -255,7 +256,7 @@ __device__ bool balance(const Component& c, const Way (&ways)[TURNS], int rounds
     __builtin_assume(__isShared(layers));
     meet();
     for (; rounds > 0; --rounds) {
-        int over = early(c.held + rank) - rise;
+        int over = part == 0 ? early(c.held + rank) - rise : 0;
         Set reach = 0;
         #pragma unroll
         for (const Way& way : ways)

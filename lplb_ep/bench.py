@@ -19,7 +19,7 @@ from .plan import Status
 from .planner import Planner
 from .report import text_table
 
-NUM_BATCHES, NUM_WARM, NUM_REPLAYS = 32, 3, 20
+NUM_BATCHES, NUM_WARM, NUM_REPLAYS, NUM_EAGER = 32, 3, 20, 128
 
 
 USUAL = (
@@ -224,7 +224,8 @@ def _measure_eager(
 ) -> float:
     planner = Planner(placement, rank=placement.num_ranks // 2, counts="given", solver=solver)
     taken = []
-    for topk, given in zip(topks, counts, strict=True):
+    for i in range(NUM_EAGER):
+        topk, given = topks[i % NUM_BATCHES], counts[i % NUM_BATCHES]
         torch.cuda.synchronize()
         start = time.perf_counter()
         planner(topk, counts=given)

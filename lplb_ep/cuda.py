@@ -7,6 +7,7 @@ are `kernels/route.cu` (count, split, rewrite) and, to solve, `kernels/flow.cu` 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import struct
@@ -19,7 +20,7 @@ import torch
 
 from . import network
 from .exchange import Relay, Windows
-from .jit import CuSolverDx, Kernels, Program, compile_cubin, max_shared_bytes, require
+from .jit import CuSolverDx, Kernel, Kernels, Program, compile_cubin, max_shared_bytes, require
 from .placement import Placement
 from .settings import MissingPackageError
 
@@ -51,6 +52,22 @@ _TABLE = struct.Struct("5Q6i")
 _BATCH = struct.Struct("8Q2i")
 _WINDOW = struct.Struct("4Qq3i4x")
 _RELAY = struct.Struct("3Q2i")
+
+
+def _bytes(*structs: struct.Struct) -> str:
+    """The format of an argument that is made of these."""
+    return f"{sum(one.size for one in structs)}s"
+
+
+_SOLVE_ARGUMENTS = (_bytes(_COUNTS, _NETWORK, _PICKS, _PROBLEM),)
+_ROUTE_ARGUMENTS = {
+    "count": ("Q", _bytes(_PICKS), "Q", "Q", "Q", _bytes(_WINDOW), "i"),
+    "gather": (_bytes(_WINDOW), _bytes(_RELAY), "Q", "i"),
+    "spread": (_bytes(_WINDOW), _bytes(_RELAY), "Q", "i"),
+    "route": (_bytes(_PICKS), _bytes(_TABLE), _bytes(_BATCH), "Q"),
+    "split": (_bytes(_TABLE), "Q", "Q", "Q"),
+}
+_BARRIER_ARGUMENTS = ("Q", "i", "i", "Q", "q", "Q")
 
 
 def programs() -> list[Program]:
@@ -202,7 +219,8 @@ class Solver:
         self.num_components = len(built.shape)
         self._num_shared_bytes = num_solver_bytes(placement, solver)
         kernels = _kernels(_solver, (solver, self._variant), device.index)
-        self._kernel, self._general = map(kernels.kernel, ("solve", "solve_general"))
+        self._kernel = kernels.kernel("solve", _SOLVE_ARGUMENTS)
+        self._general = kernels.kernel("solve_general", _SOLVE_ARGUMENTS)
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes tables of a placement with other copies; what is returned puts them in force.
@@ -295,51 +313,24 @@ class Solver:
             grid = (self.num_components + num_chunks, num_batches)
             general = any(option is not None for option in options[1:])
             kernel, num_bytes = self._general if general else self._kernel, self._num_shared_bytes
-            _launch(kernel, grid, NUM_SOLVER_THREADS, (problem,), num_bytes, self.device)
+            _launch(kernel, grid, NUM_SOLVER_THREADS, num_bytes, self.device, problem)
         return out
 
 
 def _launch(
-    kernel: Any,
-    grid: tuple[int, ...],
+    kernel: Kernel,
+    grid: tuple[int, int],
     num_threads: int,
-    arguments: tuple[Any, ...],
     num_shared_bytes: int,
     device: torch.device,
+    *arguments: int | bytes,
 ) -> None:
-    """On torch's current stream. A plain int among the arguments is a pointer, bytes a struct."""
-    structs = [
-        np.frombuffer(a, _struct_dtype(len(a)))[0] if isinstance(a, bytes) else a for a in arguments
-    ]
-    with torch.cuda.device(device):  # which need not be the current one
-        kernel(
-            grid,
-            (num_threads,),
-            tuple(structs),
-            shared_mem=num_shared_bytes,
-            stream=_stream(torch.cuda.current_stream(device).cuda_stream),
-        )
-
-
-@functools.cache
-def _struct_dtype(num_bytes: int) -> np.dtype[Any]:
-    return np.dtype([("bytes", "u1", num_bytes)])
-
-
-@dataclass(frozen=True)
-class _TorchStream:
-    pointer: int
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.pointer  # version 0 of the protocol
-
-
-@functools.lru_cache(maxsize=256)
-def _stream(pointer: int) -> Any:
-    """CuPy's view of a stream; to make one takes longer than to launch a kernel."""
-    import cupy
-
-    return cupy.cuda.Stream.from_external(_TorchStream(pointer))
+    """On torch's current stream."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    # The device need not be the current one; to make it so each time costs as much as the launch.
+    elsewhere = torch.cuda.current_device() != device.index
+    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+        kernel(grid, num_threads, num_shared_bytes, stream, arguments)
 
 
 @dataclass(frozen=True)
@@ -347,7 +338,7 @@ class Picks:
     """What `Steps.count` leaves for the other steps."""
 
     topk_idx: torch.Tensor
-    scratch: tuple[torch.Tensor, ...]
+    scratch: torch.Tensor
     num_chunks: int
     struct: bytes
     rows: torch.Tensor | None
@@ -429,8 +420,8 @@ class Steps:
         self._relay = None if windows is None else windows.relay
         self._exchange = zeros(4, device=device)  # what a batch leaves for the next
         self._kernels = {
-            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name)
-            for name in ("count", "gather", "spread", "route", "split")
+            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name, arguments)
+            for name, arguments in _ROUTE_ARGUMENTS.items()
             for dtype in (torch.int32, torch.int64)
         }
         self._stream = torch.cuda.current_stream(device)
@@ -487,11 +478,9 @@ class Steps:
         chunk = -(-max(1, num_picks) // MAX_CHUNKS)
         chunk = -(-chunk // 128) * 128  # whole cache lines of every kind of index
         num_chunks = max(1, -(-num_picks // chunk))
-        scratch = (
-            torch.empty(num_picks, dtype=torch.int16, device=self.device),
-            torch.empty(num_picks, dtype=torch.int32, device=self.device),
-        )
-        pointers = [*(tensor.data_ptr() for tensor in scratch), self._histograms.data_ptr()]
+        scratch = torch.empty(6 * num_picks, dtype=torch.uint8, device=self.device)
+        positions = scratch.data_ptr()
+        pointers = (positions + 4 * num_picks, positions, self._histograms.data_ptr())
         packed = _PICKS.pack(*pointers, num_picks, num_chunks, chunk, E)
         topk_idx = topk_idx.contiguous()
         rows, window = None, bytes(_WINDOW.size)
@@ -508,19 +497,17 @@ class Steps:
             )
         _launch(
             self._kernels["count", topk_idx.dtype],
-            (num_chunks,),
+            (num_chunks, 1),
             NUM_THREADS,
-            (
-                topk_idx.data_ptr(),
-                packed,
-                self.row.data_ptr() if exchanged else 0,
-                self.head.data_ptr(),
-                self._told_at(-2),
-                window,
-                np.int32(status),
-            ),
             4 * (NUM_HEAD + E),
             self.device,
+            topk_idx.data_ptr(),
+            packed,
+            self.row.data_ptr() if exchanged else 0,
+            self.head.data_ptr(),
+            self._told_at(-2),
+            window,
+            status,
         )
         if self._relay is not None and rows is not None:
             self._relay_rows(self._relay, window)
@@ -531,11 +518,11 @@ class Steps:
         packed = _RELAY.pack(
             relay.sent, relay.received, relay.signals, relay.node, relay.num_ranks_per_node
         )
-        size = np.int32(NUM_HEAD + self.placement.num_experts)
+        size = NUM_HEAD + self.placement.num_experts
         arguments = (window, packed, self.num_exchanges.data_ptr(), size)
         for name in ("gather", "spread"):
             kernel = self._kernels[name, torch.int64]
-            _launch(kernel, (1,), NUM_THREADS, arguments, 0, self.device)
+            _launch(kernel, (1, 1), NUM_THREADS, 0, self.device, *arguments)
             if name == "gather":
                 relay.put(torch.cuda.current_stream(self.device).cuda_stream)
 
@@ -574,11 +561,14 @@ class Steps:
         batch = _BATCH.pack(*pointers, len(solved.endings), self.rank)
         _launch(
             self._kernels["route", physical.dtype],
-            (picks.num_chunks,),
+            (picks.num_chunks, 1),
             NUM_THREADS,
-            (picks.struct, self._table, batch, physical.data_ptr()),
             self._num_route_bytes,
             self.device,
+            picks.struct,
+            self._table,
+            batch,
+            physical.data_ptr(),
         )
         return physical, ended
 
@@ -591,11 +581,14 @@ class Steps:
         num_bytes = 4 * ((4 + num_threads) * most + num_nodes)
         _launch(
             self._kernels["split", torch.int64],
-            (p.num_experts,),
+            (p.num_experts, 1),
             num_threads,
-            (self._table, counts.data_ptr(), quota.data_ptr(), out.data_ptr()),
             num_bytes,
             self.device,
+            self._table,
+            counts.data_ptr(),
+            quota.data_ptr(),
+            out.data_ptr(),
         )
         return out
 
@@ -620,7 +613,7 @@ class Peers:
         self._missing = torch.zeros(len(flags), dtype=torch.int32).pin_memory()
         self.missing = self._missing.numpy()
         """[R] 1 where a rank did not come to a barrier in time."""
-        self._kernel = _kernels(_barrier, (), device.index).kernel("barrier")
+        self._kernel = _kernels(_barrier, (), device.index).kernel("barrier", _BARRIER_ARGUMENTS)
         self._last = torch.cuda.current_stream(device)
 
     def _stream(self) -> torch.cuda.Stream:
@@ -646,16 +639,14 @@ class Peers:
         num_ranks = len(self.missing)
         _launch(
             self._kernel,
-            (1,),
+            (1, 1),
             -(-num_ranks // 32) * 32,
-            (
-                self._flags.data_ptr(),
-                np.int32(num_ranks),
-                np.int32(self._rank),
-                np.uint64(number),
-                np.int64(self._limit_ns),
-                self._missing.data_ptr(),
-            ),
             0,
             self._device,
+            self._flags.data_ptr(),
+            num_ranks,
+            self._rank,
+            number,
+            self._limit_ns,
+            self._missing.data_ptr(),
         )

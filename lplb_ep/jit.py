@@ -15,9 +15,12 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import re
+import struct
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -152,24 +155,58 @@ class Kernels:
         self._module = cupy.cuda.Module()
         self._module.load(cubin.data)
 
-    def kernel(self, name: str) -> Any:
-        """A kernel, to be called as `kernel(grid, block, args, shared_mem=…, stream=…)`.
+    def kernel(self, name: str, arguments: Sequence[str]) -> Kernel:
+        """A kernel, ready to be launched on the device.
 
         It may be launched with all the shared memory that a block can have. A launch's own need
         would not do as the limit, which all that hold the kernel share.
 
         Args:
             name: its name in the source, where it is `extern "C"`.
-
-        Returns:
-            A `cupy.cuda.Function`.
+            arguments: the format of each of its arguments, as of module `struct`: "Q" is a pointer,
+                "i" an int, "40s" a struct of 40 bytes.
         """
         function = self._module.get_function(name)
         static = self._driver.funcGetAttribute(_STATIC_BYTES, function.ptr)
         self._driver.funcSetAttribute(
             function.ptr, _MAX_DYNAMIC_BYTES, self._max_shared_bytes - static
         )
-        return function
+        return Kernel(function, self._driver.launchKernel, arguments)
+
+
+class Kernel:
+    """A kernel, and a place for its arguments.
+
+    Launches go by CuPy's driver interface, since the call of a `cupy.cuda.Function` keeps the CPU
+    twice as long. From several threads they go one after the other.
+    """
+
+    def __init__(self, function: Any, launch: Any, arguments: Sequence[str]) -> None:
+        self._function, self._launch = function, launch  # the function keeps its module loaded
+        sizes = [struct.calcsize(f"={argument}") for argument in arguments]
+        self._struct = struct.Struct(
+            "=" + "".join(f"{a}{-size % 16}x" for a, size in zip(arguments, sizes, strict=True))
+        )
+        self._place = ctypes.create_string_buffer(self._struct.size)
+        start = ctypes.addressof(self._place)
+        starts = itertools.accumulate((size + -size % 16 for size in sizes[:-1]), initial=start)
+        self._pointers = (c_void_p * len(sizes))(*starts)
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        grid: tuple[int, int],
+        num_threads: int,
+        num_shared_bytes: int,
+        stream: int,
+        arguments: Sequence[int | bytes],
+    ) -> None:
+        """On a stream, given by its pointer; the driver copies the arguments."""
+        with self._lock:
+            self._struct.pack_into(self._place, 0, *arguments)
+            size = (*grid, 1, num_threads, 1, 1)
+            pointers = ctypes.addressof(self._pointers)
+            self._launch(self._function.ptr, *size, num_shared_bytes, stream, pointers, 0)
 
 
 def max_shared_bytes(device: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Callable
@@ -55,6 +56,11 @@ class Plan:
         """[R, E, C] int32: how many of each copy's tokens come from each source rank. Made when it
         is asked for: routing a rank's picks takes its own shares only."""
         return self._split(self.counts, self.quota)
+
+    def to(self, device: torch.device) -> Plan:
+        """The same plan on another device."""
+        tensors = (f.name for f in dataclasses.fields(self) if f.name != "_split")
+        return dataclasses.replace(self, **{t: getattr(self, t).to(device) for t in tensors})
 
 
 MAX_PICKS = 2**31 - 2**14

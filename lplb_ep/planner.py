@@ -215,7 +215,7 @@ class Planner:
                 f"this planner's counts are {self.counts!r}: "
                 + ("pass counts=" if counts is None else "counts= must not be passed")
             )
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._check_capturable(topk_idx)
         self._raise_told()
         try:
@@ -448,15 +448,15 @@ class _CpuSteps:
             if self._num_batches[status] == 0:
                 _log_once(self._placement, status)
         self._num_batches[status] += 1
-        device = topk_idx.device
-        return Plan(
-            topk_idx=physical.to(device),
-            counts=counts.to(device),
-            quota=quota.to(device),
-            rank_load=rank_load(quota, self._placement).int().to(device),
-            status=torch.tensor(int(status), dtype=torch.int32, device=device),
+        plan = Plan(
+            topk_idx=physical,
+            counts=counts,
+            quota=quota,
+            rank_load=rank_load(quota, self._placement).int(),
+            status=torch.tensor(int(status), dtype=torch.int32),
             _split=functools.partial(_split_on_cpu, self._placement),
         )
+        return plan.to(topk_idx.device)
 
 
 def _split_on_cpu(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
@@ -564,17 +564,17 @@ class _GpuSteps:
     ) -> Plan:
         solved = self._steps.solve(picks, rows, status, exchanged=exchanged)
         physical, ended = self._steps.route(picks, solved, exchanged=exchanged)
-        device = topk_idx.device
         # A captured plan's numbers are those of the last replay, on what was in force then.
         made_on = None if torch.cuda.is_current_stream_capturing() else self._placement
-        return Plan(
-            topk_idx=physical.to(device),
-            counts=solved.counts.to(device),
-            quota=solved.quota.to(device),
-            rank_load=solved.rank_load.to(device),
-            status=ended.to(device),
+        plan = Plan(
+            topk_idx=physical,
+            counts=solved.counts,
+            quota=solved.quota,
+            rank_load=solved.rank_load,
+            status=ended,
             _split=functools.partial(self._split, made_on),
         )
+        return plan if topk_idx.device == self._device else plan.to(topk_idx.device)
 
     def _split(
         self, made_on: Placement | None, counts: torch.Tensor, quota: torch.Tensor

@@ -1,5 +1,6 @@
 """From source to cubin: the cache, its errors, cuSolverDx. No GPU; a missing wheel fails here."""
 
+import ctypes
 import os
 import pickle
 import struct
@@ -314,6 +315,7 @@ def test_kernels_may_have_all_of_a_blocks_shared_memory(scale, monkeypatch):
     driver = SimpleNamespace(
         funcGetAttribute=lambda attribute, function: {1: 16}[attribute],
         funcSetAttribute=lambda function, *attribute: allowed.update({function: attribute}),
+        launchKernel=None,
     )
     module = SimpleNamespace(
         load=lambda data: None, get_function=lambda name: SimpleNamespace(ptr=name)
@@ -326,9 +328,34 @@ def test_kernels_may_have_all_of_a_blocks_shared_memory(scale, monkeypatch):
         cuda=SimpleNamespace(driver=driver, Module=lambda: module, runtime=runtime)
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    assert jit.Kernels(jit.compile_cubin(scale)).kernel("scale").ptr == "scale"
+    jit.Kernels(jit.compile_cubin(scale)).kernel("scale", "Qi")
     assert allowed == {"scale": (8, 1000 - 16)}
     assert jit.max_shared_bytes(3) == 1000
+
+
+def test_a_launch_has_its_arguments_where_the_driver_looks():
+    launched = []
+
+    def launch(function, *rest):
+        launched.append((function, *rest[:-2]))
+        *_, pointers, extra = rest
+        assert extra == 0
+        at = (ctypes.c_void_p * 4).from_address(pointers)
+        seen.extend(
+            (
+                ctypes.c_uint64.from_address(at[0]).value,
+                ctypes.string_at(at[1], 12),
+                ctypes.c_int32.from_address(at[2]).value,
+                ctypes.c_int64.from_address(at[3]).value,
+            )
+        )
+
+    kernel = jit.Kernel(SimpleNamespace(ptr=7), launch, ("Q", "12s", "i", "q"))
+    for arguments in ((2**63, b"twelve bytes", -1, 5), (1, b"and another.", 2, -(2**40))):
+        seen = []
+        kernel((3, 4), 128, 1000, 99, arguments)
+        assert tuple(seen) == arguments
+    assert launched == 2 * [(7, 3, 4, 1, 128, 1, 1, 1000, 99)]
 
 
 @pytest.mark.parametrize(
