@@ -7,8 +7,8 @@
 //
 // Sets of ranks are bits of a word, and a warp has the whole graph between its lanes, so that a layer
 // costs a vote; every warp finds the layers for itself. PARTS threads share the edges of a rank, each has
-// TURNS of them in registers. What a layer costs is the latency of its instructions, so few of them are
-// wanted on the way from one barrier to the next.
+// TURNS of them in registers; MORE: a rank may have more edges than these, which are read when needed. What
+// a layer costs is the latency of its instructions, so few are wanted from one barrier to the next.
 
 #pragma once
 
@@ -34,7 +34,10 @@ struct __align__(8) Edge {      // from one copy of an expert to another, along 
     unsigned char nth, number;  // how many edges of the same copy come before it, and there are in all
 };
 
-struct __align__(16) Shape { int ranks, arcs, edges, nth; };  // the largest number of a rank's edges; of `nth`
+struct __align__(16) Shape {    // of a component
+    int ranks, arcs;
+    int most_edges, most_nth;   // of a rank; of an edge
+};
 
 // Tables of one component, each at a fixed stride so that all are read at once.
 struct Network {
@@ -81,7 +84,7 @@ __device__ Set vote(const bool (&flag)[WORDS]) {
 
 __device__ int number_of(Set set) { return WORDS == 1 ? __popc(unsigned(set)) : __popcll(set); }
 
-// A load that stays before what comes after it, so that it is under way meanwhile.
+// A load that stays where it is written, so that it is under way early. Results do not depend on it.
 template <typename T> __device__ T early(const T* at) { return *static_cast<const volatile T*>(at); }
 
 __device__ void meet() {        // of the threads that push
@@ -98,13 +101,13 @@ struct Way {                    // an edge, ready for use
     unsigned same;              // edges of the same copy, as bits of the chunk
 };
 
-// This thread's edges of a chunk.
-__device__ void load(const Edge* edges, int first, int max_edges, Way (&ways)[TURNS]) {
+// This thread's edges of the chunk that begins with a rank's edge number `chunk`.
+__device__ void make_ready(const Edge* edges, int number, int chunk, Way (&ways)[TURNS]) {
     #pragma unroll
     for (int i = 0; i < TURNS; ++i) {
         int place = i * PARTS + threadIdx.x % PARTS;
         Edge edge{-1, -1, 0, 0, 0};
-        if (first + place < max_edges) edge = edges[first + place];
+        if (chunk + place < number) edge = edges[chunk + place];
         ways[i] = {Set(0), 0, 0, 0, 0};
         if (edge.arc < 0) continue;
         int begin = place - edge.nth;
@@ -114,41 +117,46 @@ __device__ void load(const Edge* edges, int first, int max_edges, Way (&ways)[TU
     }
 }
 
-// One layer of a wave: this rank's excess `over` goes to the ranks `down`, in the layer below; those of
-// the lowest layer take what they have room for. Lanes of other layers come with over = 0.
+// One layer of a wave: a rank's excess `over` goes to the ranks `down`, in the layer below; those of the
+// lowest layer take what they have room for. Lanes of ranks that do not push come along.
 template <bool GENERAL>
-__device__ void push(const Component& c, const Way (&first)[TURNS], int over, Set down, bool lowest) {
-    int part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
+__device__ void push(const Component& c, const Way (&first)[TURNS], bool pushes, Set down, bool lowest) {
+    int rank = threadIdx.x / PARTS, part = threadIdx.x % PARTS, lane = threadIdx.x % 32;
+    int over = pushes ? early(c.held + rank) : 0;
     Way ways[TURNS];
     #pragma unroll
     for (int i = 0; i < TURNS; ++i) ways[i] = first[i];
-    for (int chunk = 0;;) {
-        int here[TURNS], most[TURNS], room[TURNS], total = 0;
+    for (int chunk = 0;; chunk += CHUNK) {
+        int here[TURNS], room[TURNS], most[TURNS], total = 0;
         bool open[TURNS];
         #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
-            here[i] = early(c.tokens + ways[i].arc);
-            room[i] = lowest ? c.room[ways[i].rank] : MAX_TOTAL;
+            open[i] = pushes && (ways[i].target & down) != 0;
+            here[i] = open[i] ? early(c.tokens + ways[i].arc) : 0;
+            room[i] = open[i] && lowest ? early(c.room + ways[i].rank) : MAX_TOTAL;
         }
         if (!__any_sync(~0u, over > 0)) return;
         #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
-            open[i] = over > 0 && (ways[i].target & down) != 0 && here[i] > 0;
             if (GENERAL && open[i]) room[i] = min(room[i], c.left(ways[i].to));
-            if (GENERAL && room[i] == 0) open[i] = false;
+            open[i] = over > 0 && here[i] > 0 && (!GENERAL || room[i] > 0);
             most[i] = here[i];
         }
-        if (c.shape.nth > 0) {
-            // The edges of one copy share what it has: each takes half of what the earlier left.
+        if (c.shape.most_nth > 0) {
+            // The edges of one copy share what it has: each takes half of what the earlier ones left, the
+            // last all. Those of another chunk do so with what this one leaves.
             unsigned opened = 0;
             #pragma unroll
-            for (int i = 0; i < TURNS; ++i)
-                opened |= (__ballot_sync(~0u, open[i]) >> (lane - part) & ((1ull << PARTS) - 1)) << (i * PARTS);
+            for (int i = 0; i < TURNS; ++i) {
+                unsigned of_rank = __ballot_sync(~0u, open[i]) >> (lane - part) & ((1ull << PARTS) - 1);
+                opened |= of_rank << (i * PARTS);
+            }
             #pragma unroll
             for (int i = 0; i < TURNS; ++i) {
                 unsigned same = opened & ways[i].same, lower = (1u << (i * PARTS + part)) - 1;
-                int half = here[i] >> __popc(same & lower);
-                most[i] = same & ~lower << 1 ? half - (half >> 1) : half;
+                int rest = here[i] >> __popc(same & lower);
+                bool last = (same & (~lower << 1)) == 0;
+                most[i] = last ? rest : rest - (rest >> 1);
             }
         }
         #pragma unroll
@@ -162,21 +170,22 @@ __device__ void push(const Component& c, const Way (&first)[TURNS], int over, Se
             int other = __shfl_up_sync(~0u, sum, i, PARTS);
             if (i <= part) sum += other;
         }
-        int left = over - (sum - total);
+        int to_give = over - (sum - total);
         #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
-            int tokens = min(most[i], left);
-            left -= most[i];
+            int tokens = min(most[i], to_give);
+            to_give -= most[i];
             if (tokens <= 0) continue;
             atomicAdd(&c.held[ways[i].rank], tokens);
             atomicAdd(&c.tokens[ways[i].to], tokens);
             atomicSub(&c.tokens[ways[i].arc], tokens);
         }
-        if (part == PARTS - 1 && over > 0) c.held[threadIdx.x / PARTS] = max(0, over - sum);
-        chunk += CHUNK;
-        if (!MORE || chunk >= c.shape.edges) return;
+        // No one else adds to a rank while it pushes.
+        if (PARTS > 1) __syncwarp();
+        if (part == PARTS - 1 && over > 0) c.held[rank] = max(0, over - sum);
+        if (!MORE || chunk + CHUNK >= c.shape.most_edges) return;
         over = max(0, over - __shfl_sync(~0u, sum, PARTS - 1, PARTS));
-        load(c.edges, chunk, c.shape.edges, ways);
+        make_ready(c.edges, c.shape.most_edges, chunk + CHUNK, ways);
         __syncwarp();
     }
 }
@@ -262,7 +271,7 @@ __device__ bool balance(const Component& c, const Way (&ways)[TURNS], int rounds
         for (const Way& way : ways)
             if (c.tokens[way.arc] > 0 && (!GENERAL || c.left(way.to) > 0)) reach |= way.target;
         #pragma unroll 1
-        for (int i = CHUNK + part; MORE && i < c.shape.edges; i += PARTS) {
+        for (int i = CHUNK + part; MORE && i < c.shape.most_edges; i += PARTS) {
             Edge edge = c.edges[i];
             if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!GENERAL || c.left(edge.to) > 0))
                 reach |= Set(1) << edge.target;
@@ -322,7 +331,7 @@ __device__ bool balance(const Component& c, const Way (&ways)[TURNS], int rounds
             for (int turn = 0; turn < turns; ++turn) {
                 meet();
                 bool pushes = layer >> rank & 1 && (turns == 1 || rank == turn);
-                push<GENERAL>(c, ways, pushes ? c.held[rank] : 0, down, top == 1);
+                push<GENERAL>(c, ways, pushes, down, top == 1);
             }
             layer = down;
             if (top > 1) down = layers[top - 2];
@@ -484,15 +493,15 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     // What is needed late is asked for early.
     int rank = threadIdx.x < SIZE ? p.net.ranks[g * SIZE + threadIdx.x] : 0;
-    bool pushes = threadIdx.x < PUSHING;
+    bool balances = threadIdx.x < PUSHING;
     const Edge* edges = p.net.edges + (g * SIZE + threadIdx.x / PARTS) * p.net.max_edges;
     Way ways[TURNS];
-    load(edges, 0, pushes ? p.net.max_edges : 0, ways);
+    make_ready(edges, balances ? p.net.max_edges : 0, 0, ways);
     Ending ending;
     Component c = begin<GENERAL>(p, shared, edges, quota, ending);
     if (ending.status == OPTIMAL && c.shape.ranks > 0) {
         start(c);
-        if (pushes && !balance<GENERAL>(c, ways, p.max_rounds)) ending.status = NOT_CONVERGED;
+        if (balances && !balance<GENERAL>(c, ways, p.max_rounds)) ending.status = NOT_CONVERGED;
         __syncthreads();
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         if (threadIdx.x < c.shape.ranks)

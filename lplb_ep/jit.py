@@ -33,8 +33,11 @@ from typing import Any
 from .settings import CompileError, MissingPackageError, cache_directory, cuda_home
 
 log = logging.getLogger(__name__)
+_thread = threading.local()
 
 KERNELS = Path(__file__).parent / "kernels"
+MAX_THREADS = 8
+"""That compile at a time, at most."""
 
 _INSTALL = "pip install '.[cuda]' in a checkout of lplb_ep"
 # Part of every key; raised when a change here would make old entries wrong.
@@ -150,8 +153,8 @@ class Kernels:
 
     def __init__(self, cubin: Cubin):
         cupy = _cupy()
-        self._driver = cupy.cuda.driver
-        self._max_shared_bytes = max_shared_bytes(cupy.cuda.runtime.getDevice())
+        self._driver, self._runtime = cupy.cuda.driver, cupy.cuda.runtime
+        self._max_shared_bytes = max_shared_bytes(self._runtime.getDevice())
         self._module = cupy.cuda.Module()
         self._module.load(cubin.data)
 
@@ -171,18 +174,20 @@ class Kernels:
         self._driver.funcSetAttribute(
             function.ptr, _MAX_DYNAMIC_BYTES, self._max_shared_bytes - static
         )
-        return Kernel(function, self._driver.launchKernel, arguments)
+        return Kernel(function, self._driver, self._runtime, arguments)
 
 
 class Kernel:
     """A kernel, and a place for its arguments.
 
-    Launches go by CuPy's driver interface, since the call of a `cupy.cuda.Function` keeps the CPU
-    twice as long. From several threads they go one after the other.
+    Launches go by CuPy's driver interface (`cupy.cuda.driver`, which is not among its documents),
+    since the call of a `cupy.cuda.Function` keeps the CPU twice as long. From several threads they
+    go one after the other.
     """
 
-    def __init__(self, function: Any, launch: Any, arguments: Sequence[str]) -> None:
-        self._function, self._launch = function, launch  # the function keeps its module loaded
+    def __init__(self, function: Any, driver: Any, runtime: Any, arguments: Sequence[str]) -> None:
+        self._function = function  # which keeps its module loaded
+        self._launch, self._runtime = driver.launchKernel, runtime
         sizes = [struct.calcsize(f"={argument}") for argument in arguments]
         self._struct = struct.Struct(
             "=" + "".join(f"{a}{-size % 16}x" for a, size in zip(arguments, sizes, strict=True))
@@ -201,7 +206,15 @@ class Kernel:
         stream: int,
         arguments: Sequence[int | bytes],
     ) -> None:
-        """On a stream, given by its pointer; the driver copies the arguments."""
+        """On a stream of the current device, given by its pointer; the driver copies the arguments.
+
+        Raises:
+            struct.error: arguments that are not of their formats.
+        """
+        if not getattr(_thread, "has_context", False):
+            # The driver wants a context, which only the runtime gives to a new thread.
+            self._runtime.setDevice(self._runtime.getDevice())
+            _thread.has_context = True
         with self._lock:
             self._struct.pack_into(self._place, 0, *arguments)
             size = (*grid, 1, num_threads, 1, 1)
@@ -227,14 +240,16 @@ def _cupy() -> Any:
 
 
 def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin]:
-    """Compiles every program for every architecture, on all cores, logging each at INFO.
+    """Compiles every program for every architecture, several at a time, logging each at INFO.
 
     Raises:
         CompileError, MissingPackageError, ValueError: as `compile_cubin`, at the first that fails.
     """
     pairs = [(program, arch) for program in programs for arch in archs]
     cubins = []
-    with ThreadPoolExecutor(os.cpu_count()) as threads:  # compilers run outside of Python's lock
+    # The compilers run outside of Python's lock, and with cuSolverDx take half a gigabyte each.
+    num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(num_threads) as threads:
         under_way = [threads.submit(compile_cubin, *pair) for pair in pairs]
         try:
             for number, (pair, future) in enumerate(zip(pairs, under_way, strict=True), 1):

@@ -6,7 +6,6 @@ Pure functions of the placement; `cuda.py` sends them to a device.
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -36,14 +35,10 @@ SIZES = (8, 16, 32, 64)
 MAX_PUSHING = 256
 """Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
 SHARES = {
-    "flow": {
-        False: ((2, 1), (2, 2), (4, 1), (2, 3), (4, 2), (4, 3)),
-        True: ((2, 2), (4, 1), (4, 3)),
-    },
-    "cusolverdx": {False: (), True: ((4, 1),)},
+    "flow": ((2, 1, 0), (2, 2, 0), (4, 1, 0), (2, 3, 0), (4, 2, 0), (4, 3, 0), (4, 3, 1)),
+    "cusolverdx": ((4, 1, 1),),
 }
-"""By solver and `more`, parts and turns. The first with room for all edges of a rank are taken, or
-the last."""
+"""By solver, parts, turns and more. The first that take all edges of a rank are taken."""
 
 ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
 EDGE = np.dtype(
@@ -62,14 +57,14 @@ COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"
 
 def variants(solver: str) -> list[Variant]:
     """Those with whole warps of threads, and no more than hide each other's latencies; of each size
-    by rising room for edges, first those that have no more."""
+    by the number of edges that they take."""
     out: list[Variant] = []
-    for size, more in itertools.product(SIZES, (False, True)):
+    for size in SIZES:
         most = 0
-        for parts, turns in SHARES[solver][more]:
+        for parts, turns, more in SHARES[solver]:
             fits = size * parts % 32 == 0 and size * parts <= MAX_PUSHING
-            if fits and parts * turns > most:
-                out.append(Variant(size, parts, turns, more))
+            if fits and (more or parts * turns > most):
+                out.append(Variant(size, parts, turns, bool(more)))
                 most = parts * turns
     return out
 
@@ -170,14 +165,9 @@ def variant(placement: Placement, solver: str) -> Variant:
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    laid_out, most = room(placement), needed(placement).max_edges
-    able = [
-        variant
-        for variant in variants(solver)
-        if variant.size == laid_out.size
-        and (variant.more or variant.parts * variant.turns >= laid_out.max_edges)
-    ]
-    return next((v for v in able if v.parts * v.turns >= most), able[-1])
+    laid_out = room(placement)
+    able = [variant for variant in variants(solver) if variant.size == laid_out.size]
+    return next(v for v in able if v.more or v.parts * v.turns >= laid_out.max_edges)
 
 
 @dataclass(frozen=True)
@@ -185,8 +175,8 @@ class Tables:
     """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
 
     shape: npt.NDArray[np.int32]
-    """[G, 4]: of each component ranks, arcs, the most edges of a rank, and of an arc less one. No
-    ranks behind the last."""
+    """[G, 4]: of each component ranks, arcs, the most edges of a rank, and the largest `nth` of
+    one. No ranks behind the last."""
     arcs: npt.NDArray[Any]
     """[G, max_arcs] of `Arc`, by local rank, then expert."""
     copies: npt.NDArray[np.int16]

@@ -1,7 +1,9 @@
 """What of the GPU path needs no GPU: its tables, its limits, and that its kernels compile."""
 
+import contextlib
 import dataclasses
 import struct
+from types import SimpleNamespace
 
 import numpy as np
 import oracle
@@ -216,23 +218,78 @@ def test_what_the_kernels_do_not_take_is_planned_on_the_cpu(device):
         choose_solver("flow")
 
 
-def static_shared_bytes(image):
-    """Of each kernel, by the sections of its ELF image."""
+def sections(image):
+    """Of an ELF image: name, bytes in memory, and data."""
     (offset,) = struct.unpack_from("<Q", image, 0x28)
     size, count, names = struct.unpack_from("<HHH", image, 0x3A)
     headers = [struct.unpack_from("<IIQQQQ", image, offset + i * size) for i in range(count)]
-    for header in headers:
-        start = headers[names][4] + header[0]
-        name = image[start : image.index(0, start)].decode()
-        if name.startswith(".nv.shared."):
-            yield header[5]
+    for name, _, _, _, begin, length in headers:
+        start = headers[names][4] + name
+        yield image[start : image.index(0, start)].decode(), length, image[begin : begin + length]
+
+
+def parameter_sizes(info):
+    """Of a kernel's arguments in order, from its section .nv.info: entries of a format, an
+    attribute (0x17: a parameter's number, offset and size) and, in format 4, so many bytes."""
+    found, at = {}, 0
+    while at < len(info):
+        kind, attribute, size = struct.unpack_from("<BBH", info, at)
+        at += 4
+        if kind == 4 and attribute == 0x17:
+            _, number, _, flags = struct.unpack_from("<IHHI", info, at)
+            found[number] = flags >> 18
+        at += size if kind == 4 else 0
+    return [found[number] for number in sorted(found)]
+
+
+ARGUMENTS = {
+    "solve": cuda._SOLVE_ARGUMENTS,
+    "solve_general": cuda._SOLVE_ARGUMENTS,
+    "barrier": cuda._BARRIER_ARGUMENTS,
+    **cuda._ROUTE_ARGUMENTS,
+}
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_every_kernel_compiles(arch, kernel_cache, monkeypatch):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(kernel_cache))
+    kernels = set()
     for cubin in jit.compile_all(cuda.programs(), [arch]):
         assert cubin.data[:4] == b"\x7fELF"
-        most = max(static_shared_bytes(cubin.data), default=0)
-        assert most > 0 or cubin.name == "barrier.cu"
-        assert most <= cuda.STATIC_SHARED_BYTES
+        assert cubin.path.parent == kernel_cache  # made in this session
+        shared = [n for name, n, _ in sections(cubin.data) if name.startswith(".nv.shared.")]
+        assert max(shared, default=0) <= cuda.STATIC_SHARED_BYTES
+        assert max(shared, default=0) > 0 or cubin.name == "barrier.cu"
+        for name, _, data in sections(cubin.data):
+            if name.startswith(".nv.info."):
+                kernel = name.removeprefix(".nv.info.")
+                kernels.add(kernel)
+                sizes = [struct.calcsize(f"={argument}") for argument in ARGUMENTS[kernel]]
+                assert parameter_sizes(data) == sizes, kernel
+    assert kernels == ARGUMENTS.keys()
+
+
+def test_a_launch_goes_to_the_stream_and_device_of_its_memory(monkeypatch):
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def enter(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(
+        torch.cuda,
+        "current_stream",
+        lambda device: SimpleNamespace(cuda_stream=100 + device.index),
+    )
+
+    def kernel(*launch):
+        launched.append((current[0], *launch))
+
+    for index in (0, 1):
+        cuda._launch(kernel, (2, 1), 64, 9, torch.device("cuda", index), 5, b"a struct")
+    assert launched == [(i, (2, 1), 64, 9, 100 + i, (5, b"a struct")) for i in (0, 1)]
+    assert current == [0]

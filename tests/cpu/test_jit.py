@@ -6,6 +6,8 @@ import pickle
 import struct
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -350,12 +352,48 @@ def test_a_launch_has_its_arguments_where_the_driver_looks():
             )
         )
 
-    kernel = jit.Kernel(SimpleNamespace(ptr=7), launch, ("Q", "12s", "i", "q"))
+    driver, context = SimpleNamespace(launchKernel=launch), []
+    runtime = SimpleNamespace(getDevice=lambda: 5, setDevice=context.append)
+    kernel = jit.Kernel(SimpleNamespace(ptr=7), driver, runtime, ("Q", "12s", "i", "q"))
     for arguments in ((2**63, b"twelve bytes", -1, 5), (1, b"and another.", 2, -(2**40))):
         seen = []
         kernel((3, 4), 128, 1000, 99, arguments)
         assert tuple(seen) == arguments
     assert launched == 2 * [(7, 3, 4, 1, 128, 1, 1, 1000, 99)]
+    # A thread's first launch makes sure that it has a context.
+    context.clear()
+    for _ in range(2):
+        thread = threading.Thread(target=lambda: [kernel((1, 1), 1, 0, 0, arguments)] * 2)
+        thread.start()
+        thread.join()
+    assert context == [5, 5]
+    with pytest.raises(struct.error):
+        kernel((1, 1), 1, 0, 0, (2**64, b"", 0, 0))
+
+
+def test_launches_from_several_threads_do_not_mix_their_arguments():
+    seen = []
+
+    def launch(function, *rest):
+        at = (ctypes.c_void_p * 2).from_address(rest[-2])
+        first = ctypes.c_int32.from_address(at[0]).value
+        time.sleep(1e-4)
+        seen.append((first, ctypes.c_int32.from_address(at[1]).value))
+
+    runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
+    driver = SimpleNamespace(launchKernel=launch)
+    kernel = jit.Kernel(SimpleNamespace(ptr=0), driver, runtime, ("i", "i"))
+
+    def many(number):
+        for i in range(50):
+            kernel((1, 1), 1, 0, 0, (number, number + i))
+
+    threads = [threading.Thread(target=many, args=(1000 * n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == [(1000 * n, 1000 * n + i) for n in range(4) for i in range(50)]
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The GPU's solvers against the CPU's, which has judges of its own."""
 
 import math
+import threading
 from fractions import Fraction
 
 import numpy as np
@@ -69,6 +70,48 @@ def test_experts_with_a_copy_on_every_rank_are_exact(R, solver):
         for load in loads:
             load[everywhere[0]] += int(rng.integers(0, 1 + load.sum()))
         check(placement, loads, solver)
+
+
+def circulant(rng, R, num_edges):
+    """Each rank has a home, and the next ranks at some distances its copies: one expert with three,
+    if there is room for its six edges a rank, the others with two, and two edges."""
+    distances = rng.permutation(np.arange(1, R))[: num_edges // 2 - (num_edges >= 6)].tolist()
+    groups = [distances[:2], *([d] for d in distances[2:])]
+    if num_edges < 6:
+        groups = [[d] for d in distances]
+    ranks = np.arange(R)
+    table = [np.arange(g * R, (g + 1) * R) for g in range(len(groups))]
+    for g, group in enumerate(groups):
+        table += [g * R + (ranks - d) % R for d in group]
+    return Placement(np.stack(table, 1).ravel(), R)
+
+
+@pytest.mark.parametrize("variant", network.variants("flow"), ids=str)
+def test_every_variant_is_exact(variant):
+    rng = np.random.default_rng(variant.size)
+    num_edges = variant.parts * variant.turns + 2 * variant.more
+    for _ in range(6):
+        R = variant.size - int(rng.integers(2))
+        placement = circulant(rng, R, num_edges)
+        if network.needed(placement).num_components > 1:  # of fewer ranks each
+            continue
+        assert network.needed(placement).max_edges == num_edges
+        assert network.variant(placement, "flow") == variant
+        loads = [oracle.random_load(rng, placement.num_experts, 300.0) for _ in range(16)]
+        check(placement, loads, "flow")
+
+
+def test_a_new_thread_can_launch():
+    placement = Placement([0, 1, 2, 0], 2)
+    solve = cuda.Solver(placement, device())
+    load = torch.tensor([[10, 1, 2]], dtype=torch.int32, device=device())
+    expected, found = solve(load)[0], []
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=lambda: found.append(solve(load)[0]))
+    thread.start()
+    thread.join()
+    torch.cuda.synchronize()
+    assert (found[0] == expected).all()
 
 
 def test_a_batch_of_two_to_the_31_tokens_is_exact(solver):
