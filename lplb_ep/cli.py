@@ -211,11 +211,10 @@ def _add_replay(commands: Any) -> None:
     for name, kind, metavar, text in (
         ("threshold", float, "X", "T* / mean to exceed before replicas move"),
         ("changes", int, "M", "replicas of a layer that a refresh moves at most"),
-        ("seconds", float, "S", "to choose the replicas of a layer"),
+        ("seconds", float, "S", "to choose the replicas of a layer; inf: no limit of time"),
     ):
-        default = getattr(Settings(), f"refresh_{name}")
-        text += f"; {default}"
-        over_time.add_argument(f"--{name}", type=kind, default=default, metavar=metavar, help=text)
+        text += f"; {getattr(Settings(), f'refresh_{name}')}"
+        over_time.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
     over_time.add_argument(
         "--expert-bytes", type=int, metavar="B", help="weights of an expert, to tell bytes moved"
     )
@@ -385,14 +384,13 @@ def _version(distribution: str) -> str | None:
 def _replay(args: argparse.Namespace, rest: list[str]) -> int:
     with _one_line_errors():
         _check_outputs(args)
+        _check_over_time(args)
         from . import report
 
         recording, learned = _recordings(args)
         placements = _placements(args, recording, learned)
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
-        if args.then or args.draw is not None or args.expert_bytes is not None:
-            raise ValueError("--then, --draw and --expert-bytes need --refresh")
         result = report.replay(recording, placements)
 
         num_batches, num_layers, num_experts = recording.counts.shape
@@ -419,6 +417,29 @@ def _replay(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _check_over_time(args: argparse.Namespace) -> None:
+    """Refuses what could not be replayed over time, before the work is done."""
+    if args.refresh is None:
+        for name in ("then", "draw", "threshold", "changes", "seconds", "expert_bytes"):
+            if getattr(args, name) not in (None, []):
+                raise ValueError(f"--{name.replace('_', '-')} needs --refresh")
+        return
+    from .timeline import check_interval
+
+    with _as_typed(_OPTIONS):
+        check_interval(args.refresh)
+    _refresh_settings(args)
+    _check_least(args, "expert_bytes")
+
+
+def _refresh_settings(args: argparse.Namespace) -> Settings:
+    """Those of the options that were given."""
+    options = {f"refresh_{n}": getattr(args, n) for n in ("threshold", "changes", "seconds")}
+    given = {name: value for name, value in options.items() if value is not None}
+    with _as_typed(_OPTIONS):
+        return Settings(refresh=args.refresh, **given)
+
+
 def _replay_over_time(
     args: argparse.Namespace,
     recording: Recording,
@@ -430,14 +451,7 @@ def _replay_over_time(
     workloads = [recording, *(_another(args, "--then", then, args.layout) for then in args.then)]
     if args.draw is not None:
         workloads = [timeline.draw_batches(w, args.draw) for w in workloads]
-    _check_least(args, "expert_bytes")
-    with _as_typed(_OPTIONS):
-        settings = Settings(
-            refresh=args.refresh,
-            refresh_threshold=args.threshold,
-            refresh_changes=args.changes,
-            refresh_seconds=args.seconds,
-        )
+    settings = _refresh_settings(args)
 
     def progress(done: int) -> None:
         if sys.stderr.isatty():
@@ -487,6 +501,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for option, path in {**paths, "-o": getattr(args, "output", None)}.items():
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"{option} {path} is a directory, not a file to write")
     if png and Path(png).suffix != ".png":
         raise ValueError(f"--png must end in .png; got {png}")
 
@@ -585,7 +601,10 @@ def _placements(
     }
     if kind == "lp":
         return _for_lp(learned, num_groups=args.groups, **shape)
-    with _as_typed(_OPTIONS):
+    names = dict(_OPTIONS)
+    if args.experts is None:
+        names["num_experts"] = "the number of experts"
+    with _as_typed(names):
         if topology:
             return [
                 Placement.from_topology(kind, num_experts=learned.num_experts, load=load, **shape)
@@ -617,10 +636,13 @@ def _for_lp(
     from .placement import Placement
 
     placements: list[Placement] = []
+    names = dict(_OPTIONS)
+    if options["num_redundant_per_rank"] is None:
+        names["num_redundant_per_rank"] = "the number of redundant slots of --start"
     for layer in range(len(learned.layers)):
         if sys.stderr.isatty():
             print(f"\rlayer {layer + 1} of {len(learned.layers)}", end="", file=sys.stderr)
-        with _as_typed(_OPTIONS):
+        with _as_typed(names):
             before = None if start is None else start[layer]
             placements.append(Placement.for_lp(learned.counts[:, layer], start=before, **options))
     if sys.stderr.isatty():

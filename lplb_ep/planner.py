@@ -115,7 +115,10 @@ class Planner:
             if not (isinstance(slot, int) and 0 <= slot < 2**31):
                 raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
             if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
-                raise ValueError(f"timeout_s must be seconds, more than 0; got {timeout_s!r}")
+                raise ValueError(
+                    "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
+                    f"got {timeout_s!r}"
+                )
             self.solver, _ = choose_solver(solver, placement)
             facts = {
                 "placement": placement.fingerprint(),

@@ -6,8 +6,9 @@ No other file reads the environment (a test holds this), so this one is the whol
 from __future__ import annotations
 
 import math
+import numbers
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -52,11 +53,27 @@ class CompileError(RuntimeError):
         return f"{self.stage}: {self.log}\noptions: {options}\nsource: {self.source}"
 
 
-def _setting(variable: str, default: object, meaning: str, choices: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
-    return field(
-        default=default,
-        metadata={"variable": variable, "meaning": meaning, "choices": choices},
-    )
+_Range = tuple[str, Callable[[float], bool]]
+"""In words, and whether a number lies in it."""
+_AT_LEAST_0: _Range = ("of at least 0", lambda number: 0 <= number < math.inf)
+
+
+def _setting(  # type: ignore[no-untyped-def]
+    variable: str,
+    default: object,
+    meaning: str,
+    choices: tuple[str, ...] = (),
+    within: _Range = _AT_LEAST_0,
+):
+    metadata = {"variable": variable, "meaning": meaning, "choices": choices, "within": within}
+    return field(default=default, metadata=metadata)
+
+
+_TYPES: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +81,8 @@ class Settings:
     """What the environment asks for; `Settings.from_env()` is read once, when a buffer is made.
 
     Raises:
-        ValueError: a value is not of its variable's type or choices; the variable is named.
+        TypeError: a value is not of its field's type; field and variable are named.
+        ValueError: a value is not one of its variable's; the variable is named.
     """
 
     mode: str = _setting(
@@ -96,6 +114,7 @@ class Settings:
         "How many seconds a kernel waits for a rank's counts before it gives up: that batch goes "
         "to the home slots and the next call raises. For replica weights and gradients it goes on "
         "waiting; either way the missing ranks are logged.",
+        within=("of at least 1, below 2**31", lambda seconds: 1 <= seconds < 2**31),
     )
     on_timeout: str = _setting(
         "LPLB_EP_ON_TIMEOUT",
@@ -133,23 +152,29 @@ class Settings:
     refresh: int = _setting(
         "LPLB_EP_REFRESH",
         0,
-        "A `Refresher` looks every so many steps at the loads of the last so many, and moves "
-        "replicas where that mends an imbalance; 0: never.",
+        "A `Refresher` looks every so many steps, at least 2, at the loads of the last so many, "
+        "and moves replicas where that mends an imbalance; 0: never.",
+        # Replicas are chosen by some of the steps, and judged on others.
+        within=("that is 0 or at least 2", lambda steps: steps == 0 or steps >= 2),
     )
     refresh_threshold: float = _setting(
         "LPLB_EP_REFRESH_THRESHOLD",
         1.01,
         "What T* / mean rank load must have exceeded in three of four of those steps.",
+        within=("of at least 1", lambda threshold: 1 <= threshold < math.inf),
     )
     refresh_changes: int = _setting(
         "LPLB_EP_REFRESH_CHANGES",
         16,
-        "The most replicas of a layer that a refresh moves.",
+        "The most replicas of a layer that a refresh moves, at least 1.",
+        within=("of at least 1", lambda changes: changes >= 1),
     )
     refresh_seconds: float = _setting(
         "LPLB_EP_REFRESH_SECONDS",
         2.0,
-        "How long a process in the background may look for the new replicas of a layer.",
+        "How long a process in the background may look for the new replicas of a layer, more than "
+        "0; `inf`: until its search ends of itself.",
+        within=("more than 0", lambda seconds: seconds > 0),
     )
     num_physical_experts: int = _setting(
         "LPLB_EP_NUM_PHYSICAL_EXPERTS",
@@ -171,13 +196,16 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value, variable = getattr(self, f.name), f.metadata["variable"]
-            choices = f.metadata["choices"]
+            choices, (words, lies_within) = f.metadata["choices"], f.metadata["within"]
             if choices and value not in choices:
                 raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {value!r}")
-            least = 1 if f.name in ("refresh_threshold", "timeout_s") else 0
-            if isinstance(f.default, (int, float)) and not least <= value < math.inf:
-                kind = "number" if isinstance(f.default, float) else "whole number"
-                raise ValueError(f"{variable} must be a {kind} of at least {least}; got {value}")
+            if type(f.default) not in _TYPES:
+                continue
+            kind, a_kind = _TYPES[type(f.default)]
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise TypeError(f"{f.name} ({variable}) must be {a_kind}; got {value!r}")
+            if not lies_within(value):
+                raise ValueError(f"{variable} must be {a_kind} {words}; got {value}")
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

@@ -146,8 +146,7 @@ def replay_over_time(
         ValueError: recordings or placements that do not fit together, or no interval.
     """
     interval, first = settings.refresh, workloads[0]
-    if interval < 1:
-        raise ValueError("refresh must be the number of batches between two looks, at least 1")
+    check_interval(interval)
     for other in workloads[1:]:
         if (other.layers, other.num_experts) != (first.layers, first.num_experts):
             raise ValueError(
@@ -191,6 +190,18 @@ def replay_over_time(
         layers=first.layers,
         interval=interval,
     )
+
+
+def check_interval(refresh: int) -> None:
+    """Refuses numbers of batches between two looks by which nothing could be refreshed.
+
+    Raises:
+        ValueError: it is less than 2.
+    """
+    if refresh < 2:
+        raise ValueError(
+            f"refresh must be the number of batches between two looks, at least 2; got {refresh}"
+        )
 
 
 def _refresh(

@@ -245,12 +245,22 @@ def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
             "--ranks-per-node is given as 2, and --start has 4",
         ),
         (["--start", "{other}"], "number of experts is given as 16, and --start has 8"),
+        (
+            ["--start", "{crowded}"],
+            "the number of redundant slots of --start is too large: 17 slots on a rank, for 16 ex",
+        ),
+        (["-o", "{dir}"], "counts is a directory, not a file to write"),
+        (["--png", "{dir}.png"], "counts.png is a directory, not a file to write"),
     ],
 )
 def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, capsys, options, says):
     files = {"start": tmp_path / "start.json", "other": tmp_path / "other.json"}
     for path, num_experts in zip(files.values(), (16, 8), strict=True):
         Placement([*range(num_experts)], 4).save(path)
+    files |= {"crowded": tmp_path / "crowded.json", "dir": tmp_path / "counts"}
+    Placement([*range(16), 0] * 4, 4).save(files["crowded"])
+    for directory in ("counts", "counts.png"):
+        (tmp_path / directory).mkdir()
     options = [option.format(**files) for option in options]
     assert says in fails(
         capsys, "place", recording[0], "--key", "new", "-o", tmp_path / "p.json", *options
@@ -347,6 +357,14 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
         (["--key", "new", "--placement", "eplb", "--ranks", "8"], "needs --ranks and --redundant"),
         (["--key", "new", "--placement", "ring"], "needs --ranks"),
         (["--key", "new", "--placement", "cube", "--ranks", "6"], "size must divide --ranks: "),
+        (
+            ["--key", "new", "--placement", "cube", "--ranks", "32"],
+            "--ranks must divide the number of experts: 32 does not divide 16",
+        ),
+        (
+            ["--key", "new", "--placement", "cube", "--ranks", "32", "--experts", "16"],
+            "--ranks must divide --experts: 32 does not divide 16",
+        ),
         (["--key", "new", "--placement", __file__, "--ranks", "8"], "--ranks does not go with"),
         (["--json", "none/out.json"], "--json none/out.json: there is no directory none"),
         (["--png", "none/out.png"], "--png none/out.png: there is no directory none"),

@@ -385,6 +385,13 @@ def test_bad_batches_are_named(topk, counts, message):
         ({"rank": 0}, "counts='auto' needs a group"),
         ({"rank": 0, "counts": "nvlink"}, "counts must be one of auto, nvshmem, ipc, torch, given"),
         ({"rank": 0, "counts": "given", "solver": "x"}, "solver must be one of auto, cpu, flow"),
+        *(
+            (
+                {"rank": 0, "timeout_s": seconds},
+                r"timeout_s must be a number of seconds, more than 0 and less than 2\*\*31; got ",
+            )
+            for seconds in (0, 2**31, "1")
+        ),
     ],
 )
 def test_bad_planners_are_named(kwargs, message):

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import re
 import shutil
 import subprocess
@@ -173,12 +174,17 @@ def test_unknown_names_are_attribute_errors():
         ("LPLB_EP_REPLICAS", "1", "LPLB_EP_REPLICAS must be one of tracked, valid; got '1'"),
         ("LPLB_EP_NUM_PHYSICAL_EXPERTS", "-3", "_EXPERTS must be a whole number; got '-3'"),
         ("LPLB_EP_CHECK", "yes", "LPLB_EP_CHECK must be one of 0, 1; got 'yes'"),
-        ("LPLB_EP_TIMEOUT_S", "0", "LPLB_EP_TIMEOUT_S must be a whole number of at least 1; got 0"),
+        ("LPLB_EP_TIMEOUT_S", "0", "LPLB_EP_TIMEOUT_S must be a whole number of at least 1, below"),
+        ("LPLB_EP_TIMEOUT_S", "99999999999", "of at least 1, below 2**31; got 99999999999"),
+        ("LPLB_EP_REFRESH", "1", "_REFRESH must be a whole number that is 0 or at least 2; got 1"),
+        ("LPLB_EP_REFRESH_CHANGES", "0", "_CHANGES must be a whole number of at least 1; got 0"),
         ("LPLB_EP_REFRESH", "often", "LPLB_EP_REFRESH must be a whole number; got 'often'"),
         ("LPLB_EP_REFRESH_CHANGES", "1.5", "_CHANGES must be a whole number; got '1.5'"),
         ("LPLB_EP_REFRESH_THRESHOLD", "low", "_THRESHOLD must be a number; got 'low'"),
         ("LPLB_EP_REFRESH_THRESHOLD", "0.9", "_THRESHOLD must be a number of at least 1; got 0.9"),
-        ("LPLB_EP_REFRESH_SECONDS", "inf", "_SECONDS must be a number of at least 0; got inf"),
+        ("LPLB_EP_REFRESH_THRESHOLD", "inf", "_THRESHOLD must be a number of at least 1; got inf"),
+        ("LPLB_EP_REFRESH_SECONDS", "0", "_SECONDS must be a number more than 0; got 0.0"),
+        ("LPLB_EP_REFRESH_SECONDS", "nan", "_SECONDS must be a number more than 0; got nan"),
         ("LPLB_EP_BALANCE", "1", "unknown setting LPLB_EP_BALANCE; known ones: LPLB_EP, LPLB_EP_"),
     ],
 )
@@ -187,11 +193,31 @@ def test_bad_settings_name_themselves(variable, value, message):
         Settings.from_env({variable: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("refresh", 4.5, "a whole number"),
+        ("refresh", True, "a whole number"),
+        ("refresh", "4", "a whole number"),
+        ("refresh_seconds", "2", "a number"),
+        ("refresh_threshold", True, "a number"),
+        ("check", 1, "True or False"),
+    ],
+)
+def test_settings_of_another_type_name_their_field(name, value, kind):
+    message = f"{name} (LPLB_EP_{name.upper()}) must be {kind}; got {value!r}"
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Settings(**{name: value})
+
+
 def test_settings_have_defaults_and_ignore_empty_values():
     assert Settings.from_env({}) == Settings.from_env({"LPLB_EP": " "}) == Settings()
     chosen = Settings.from_env(
         {"LPLB_EP": "1", "LPLB_EP_CHECK": "1", "LPLB_EP_NUM_PHYSICAL_EXPERTS": "72"}
     )
+    assert Settings.from_env({"LPLB_EP_REFRESH_SECONDS": "inf"}).refresh_seconds == math.inf
+    assert Settings(refresh=0) == Settings()
+    assert Settings(refresh=2, refresh_seconds=1).refresh == 2
     assert (chosen.mode, chosen.check, chosen.num_physical_experts) == ("1", True, 72)
 
 

@@ -117,7 +117,12 @@ def test_batches_are_drawn_from_a_total():
 @pytest.mark.parametrize(
     ("workloads", "placements", "interval", "says"),
     [
-        ([(4, E)], 1, 0, "refresh must be the number of batches between two looks"),
+        (
+            [(4, E)],
+            1,
+            0,
+            "refresh must be the number of batches between two looks, at least 2; got",
+        ),
         ([(4, E), (4, 8)], 1, 4, "second has 1 layers of 8 experts; first has 1 of 16"),
         ([(4, E)], 2, 4, "one for each of 1 layers of 16 experts; got 2"),
     ],
@@ -151,6 +156,17 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
+def test_the_search_may_have_no_limit_of_time(command, tmp_path, monkeypatch):
+    def choose(*args, time_budget_s, **options):
+        asked.add(time_budget_s)
+        return hot(*args, time_budget_s=time_budget_s, **options)
+
+    asked = set()
+    monkeypatch.setattr(Placement, "for_lp", staticmethod(choose))
+    command("--then", "new", "--draw", 12, "--refresh", 4, "--seconds", "inf")
+    assert asked == {np.inf}
+
+
 def test_the_command(command, tmp_path):
     argv = ["--then", "new", "--then", f"{tmp_path}/counts.npz:old", "--draw", 12, "--refresh", 4]
     files = ["--json", tmp_path / "out.json", "--png", tmp_path / "out.png"]
@@ -170,15 +186,27 @@ def test_the_command(command, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--then", "new"], "--then, --draw and --expert-bytes need --refresh"),
+        (["--then", "new"], "--then needs --refresh"),
+        (["--draw", 3], "--draw needs --refresh"),
+        (["--expert-bytes", 3], "--expert-bytes needs --refresh"),
+        (["--threshold", 1.01], "--threshold needs --refresh"),
+        (["--changes", 16], "--changes needs --refresh"),
+        (["--seconds", 2], "--seconds needs --refresh"),
         (["--refresh", 4, "--then", "later"], "no array 'later'"),
-        (["--refresh", 0], "--refresh must be the number of batches between two looks"),
+        *(
+            (
+                ["--refresh", n],
+                f"--refresh must be the number of batches between two looks, at least 2; got {n}",
+            )
+            for n in (-1, 0, 1)
+        ),
         (["--refresh", 4, "--draw", 10**6], "cannot draw 1000000 batches"),
         (
             ["--refresh", 4, "--threshold", 0.5],
             "--threshold must be a number of at least 1; got 0.5",
         ),
-        (["--refresh", 4, "--seconds", -1], "--seconds must be a number of at least 0; got -1.0"),
+        (["--refresh", 4, "--seconds", 0], "--seconds must be a number more than 0; got 0.0"),
+        (["--refresh", 4, "--changes", 0], "--changes must be a whole number of at least 1; got 0"),
         (["--refresh", 4, "--expert-bytes", -1], "--expert-bytes must be at least 0; got -1"),
     ],
 )
