@@ -30,7 +30,7 @@ from .exchange import agree, everyone
 from .placement import Placement
 from .planner import planners_of
 from .replicas import Replicas, sharing
-from .settings import Settings
+from .settings import Settings, environment_for_one_core
 from .solver import MAX_TOTAL, solve
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,8 @@ def propose(job: Job) -> Proposal | None:
     """Looks at the loads of a layer, and chooses other replicas where that is worth it.
 
     It is where T* / mean was above the threshold in three of four steps, and the replicas chosen
-    by every other step take away a quarter of the excess over 1 in the steps between.
+    by every other step take away a quarter of the excess over 1 in the steps between, and more than
+    the standard error of what they take away there.
 
     Raises:
         PlacementError: what was chosen has other homes.
@@ -112,10 +113,12 @@ def propose(job: Job) -> Proposal | None:
         )
         return None
     new = old.with_copies(chosen.physical_to_logical)
-    was, now = float(before[1::2].mean()), float(imbalance(loads[1::2], new).mean())
-    if not was - now >= MENDS * (was - 1) or new == old:
+    gain = before[1::2] - imbalance(loads[1::2], new)
+    was, gained = float(before[1::2].mean()), float(gain.mean())
+    error = gain.std(ddof=1) / np.sqrt(gain.size) if gain.size > 1 else 0  # of one it is not known
+    if not gained >= max(MENDS * (was - 1), error) or new == old:
         return None
-    return Proposal(job.layer, new.physical_to_logical, was, now)
+    return Proposal(job.layer, new.physical_to_logical, was, was - gained)
 
 
 def imbalance(loads: Int64, placement: Placement) -> npt.NDArray[np.float64]:
@@ -168,6 +171,7 @@ class Background:
 
     @property
     def is_busy(self) -> bool:
+        """Whether it is still looking."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, jobs: Sequence[Job]) -> None:
@@ -176,7 +180,10 @@ class Background:
             path = f"import sys; sys.path[:] = {[*map(str, sys.path)]}; "
             serve = f"from {__name__} import serve; serve()"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", path + serve], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                [sys.executable, "-c", path + serve],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=environment_for_one_core(),
             )
             weakref.finalize(self, _end, self._process, self._ended)
         # A thread, because pipes hold little: it waits for them outside of Python's lock.
@@ -296,8 +303,9 @@ class Refresher:
             another process: a function that can be imported there.
 
     Raises:
-        ValueError: no layers, layers on several groups, a placement object that serves several,
-            more slots on a rank than experts, a `choose` that cannot be imported elsewhere.
+        ValueError: no layers, a layer given twice or to another `Refresher`, too, layers on several
+            groups, a placement object that serves several, more slots on a rank than experts, a
+            `choose` that cannot be imported elsewhere.
         RankError: ranks differ in settings or placements.
     """
 
@@ -469,6 +477,10 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
     if not layers:
         raise ValueError("layers must have the replicas of at least one layer")
     for number, replicas in enumerate(layers):
+        if any(replicas is other for other in layers[:number]):
+            raise ValueError(f"layer {number} is in layers twice")
+        if replicas.placement.layer.refreshed:
+            raise ValueError(f"layer {number} has a Refresher already")
         if replicas.group is not layers[0].group:
             raise ValueError(f"layer {number} is on another group than layer 0")
         if replicas.placement.num_experts != layers[0].placement.num_experts:
@@ -486,7 +498,8 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
     function = choose
     while isinstance(function, functools.partial):
         function = function.func
-    if getattr(function, "__module__", None) == "__main__":
+    # The second is what spawned processes call the program's own file.
+    if getattr(function, "__module__", None) in ("__main__", "__mp_main__"):
         raise ValueError(
             "choose must be a function that can be imported elsewhere, "
             "which those of the program's own file cannot"

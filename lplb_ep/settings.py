@@ -272,6 +272,12 @@ def save_for_nvshmem() -> None:
     os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(2 << 20))
 
 
+def environment_for_one_core() -> dict[str, str]:
+    """For a process that is to take one core only, unless the user says how many: libraries under
+    NumPy take all."""
+    return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
+
+
 def put_in_environment(name: str, value: str) -> None:
     """Sets the variable of a setting for this process and those that it starts."""
     (variable,) = (f.metadata["variable"] for f in fields(Settings) if f.name == name)

@@ -577,11 +577,31 @@ def test_a_placement_object_serves_one_layer():
         Refresher(layers, settings=SETTINGS, choose=hot)
 
 
+def test_a_layer_has_one_refresher():
+    """Of two, the first would get no loads."""
+    placement = Placement([0, 1, 0], 1)
+    replicas = Replicas(torch.nn.Linear(1, 3, bias=False), placement)
+    with pytest.raises(ValueError, match="layer 1 is in layers twice"):
+        Refresher([replicas, replicas], settings=SETTINGS, choose=hot)
+    Refresher([replicas], settings=Settings())  # is off
+    Refresher([replicas], settings=SETTINGS, choose=hot)
+    with pytest.raises(ValueError, match="layer 0 has a Refresher already"):
+        Refresher([replicas], settings=SETTINGS, choose=hot)
+
+
+@pytest.mark.parametrize("module", ["__main__", "__mp_main__"])
+def test_a_choice_of_the_programs_own_file_is_refused(module, monkeypatch):
+    """Also in a spawned rank, which has that file by another name."""
+    monkeypatch.setattr(hot, "__module__", module)
+    placement = Placement([0, 1, 0], 1)
+    with pytest.raises(ValueError, match="which those of the program's own file cannot"):
+        single(placement)
+
+
 def test_more_slots_than_experts_are_refused_at_once():
     """`for_lp` would, at each look."""
     replicas = Replicas(torch.nn.Linear(1, 3, bias=False), Placement([0, 1, 0], 1))
-    Refresher([replicas], settings=SETTINGS)  # one rank is never unbalanced
-    refresh._check([replicas], None)
+    refresh._check([replicas], None)  # one rank is never unbalanced
     replicas.placement = Placement([0, 1, 0, 1, 0, 1], 2)
     refresh._check([replicas], hot)
     with pytest.raises(
@@ -636,6 +656,35 @@ def test_what_is_proposed_is_judged_on_other_steps():
 )
 def test_a_layer_that_is_unbalanced_most_of_the_time_is_mended(kinds, worth):
     assert (refresh.propose(job(kinds)) is not None) == worth
+
+
+def test_a_gain_within_its_error_moves_nothing(monkeypatch):
+    """On the steps between, of which one gains much and another loses."""
+    asked = job(["new"] * 4)
+    assert refresh.propose(asked) is not None
+    measured = iter([np.full(4, 1.4), np.array([1.0, 1.4 + 0.1])])
+    monkeypatch.setattr(refresh, "imbalance", lambda *_: next(measured))
+    assert refresh.propose(asked) is None
+
+
+def test_two_steps_are_enough():
+    assert refresh.propose(job(["new"] * 2)) is not None
+
+
+def says_threads(*_, **__):
+    raise RuntimeError([os.environ.get(f"{of}_NUM_THREADS") for of in ("OMP", "OPENBLAS")])
+
+
+@pytest.mark.parametrize("set_by_user", [False, True])
+def test_the_background_takes_one_core_unless_it_is_told(set_by_user, monkeypatch, caplog):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if set_by_user:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    background = refresh.Background()
+    background.start([job(["new"] * 8, says_threads)])
+    wait_for(background)
+    assert str(["1", "3" if set_by_user else "1"]) in caplog.text
 
 
 def says_within_node(*_, within_node, **__):
