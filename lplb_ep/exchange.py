@@ -77,6 +77,7 @@ class LocalExchange:
     """The exchange of a single rank."""
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """As `Exchange.gather`."""
         return row[None]
 
 
@@ -91,6 +92,11 @@ class TorchExchange:
         self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
+        """As `Exchange.gather`.
+
+        Raises:
+            ContractError: the group is destroyed.
+        """
         group = self._group()
         if group is None:
             raise ContractError("the group that this exchange was made for is destroyed")

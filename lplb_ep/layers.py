@@ -187,6 +187,11 @@ def in_force(buffer: Any, state: BufferState) -> Target | None:
 
 
 def refuse_when_off(settings: Settings, what: str) -> None:
+    """Refuses a placement, given to `what`, while nothing is balanced.
+
+    Raises:
+        ContractError: LPLB_EP is 0.
+    """
     if settings.mode == "0":
         raise ContractError(
             f"{what} was given a placement, and LPLB_EP is 0 (or unset), which suits only a model "
@@ -195,6 +200,11 @@ def refuse_when_off(settings: Settings, what: str) -> None:
 
 
 def check_slots(placement: Placement, num_local_slots: int | None) -> None:
+    """Compares the slots that a model says it has on a rank with the placement's.
+
+    Raises:
+        ContractError: they differ.
+    """
     if num_local_slots != placement.num_local_slots:
         raise ContractError(
             f"num_local_slots must be the slots a rank has in the placement and in the model, "

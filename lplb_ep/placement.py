@@ -577,16 +577,21 @@ class Placement:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Placement:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, or `save_placements` for a single layer.
 
         Raises:
-            PlacementError: the file is not a saved placement, or holds an impossible one.
+            PlacementError: the file is not a saved placement, holds those of several layers, or an
+                impossible one.
             OSError: the file cannot be read.
         """
         state = _read_json(path)
         if isinstance(state, dict) and "lplb_ep_placements" in state:
+            placements = load_placements(path)
+            if len(placements) == 1:
+                return next(iter(placements.values()))
             raise PlacementError(
-                f"{os.fspath(path)} has placements of several layers: load_placements reads it; "
+                f"{os.fspath(path)} has placements of {len(placements)} layers: load_placements "
+                "reads it; "
                 "a buffer (LPLB_EP_PLACEMENT, lplb-ep run --placement) takes a file of one, by "
                 "Placement.save"
             )

@@ -17,7 +17,7 @@ import torch
 from . import cpu
 from .placement import Placement
 from .settings import MissingPackageError
-from .solver import rank_load, solve
+from .solver import MAX_TOTAL, rank_load, solve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,8 @@ class Recording:
             layers: the L layers' numbers; by default 0, 1, …
 
         Raises:
-            ValueError: another shape, values that are not counts, or nothing but zeros.
+            ValueError: another shape, values that are not counts or too large for a solver, or
+                nothing but zeros.
         """
         whole = counts.detach().cpu().long()
         if whole.ndim not in (2, 3) or not whole.numel():
@@ -64,6 +65,10 @@ class Recording:
             )
         if (whole < 0).any() or (counts.is_floating_point() and not whole.equal(counts.cpu())):
             raise ValueError(f"{source}: counts must be whole numbers of at least 0")
+        if (whole > MAX_TOTAL).any():  # sums could leave 64 bits
+            raise ValueError(
+                f"{source}: counts must be at most {MAX_TOTAL} each; got {int(whole.max())}"
+            )
         whole = whole.reshape(-1, *whole.shape[-2:])
         numbers = torch.arange(whole.shape[1]) if layers is None else torch.tensor(layers)
         if numbers.shape != whole.shape[1:2]:
@@ -762,6 +767,17 @@ def finish(axes: Axes) -> None:
 def save_picture(
     path: str | os.PathLike[str], inches: tuple[float, float], draw: Callable[[Figure], None]
 ) -> None:
+    """Writes a figure as PNG.
+
+    Args:
+        path: the file.
+        inches: width and height.
+        draw: is given the empty figure.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -140,7 +140,8 @@ class Settings:
     placement: str = _setting(
         "LPLB_EP_PLACEMENT",
         "",
-        "A file written by `Placement.save`, in force on every buffer made without `placement=`.",
+        "A file written by `Placement.save`, or by `lplb-ep place` of one layer, in force on every "
+        "buffer made without `placement=`.",
     )
     replicas: str = _setting(
         "LPLB_EP_REPLICAS",

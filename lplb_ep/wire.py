@@ -55,6 +55,7 @@ class TorchWire:
         self.stream = _side_stream(group, self.device)
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
+        """As `Wire.all_to_all`."""
         rank = dist.get_rank(self._group)
         sizes, split = [row[rank] for row in table], list(table[rank])
         dist.all_to_all_single(received, sent, sizes, split, group=self._group)
@@ -63,9 +64,11 @@ class TorchWire:
 class Copies(Protocol):
     """`cuda.Peers`; a test has others."""
 
-    def copy(self, target: int, source: int, num_bytes: int) -> None: ...
+    def copy(self, target: int, source: int, num_bytes: int) -> None:
+        """Copies bytes from an address to another, on the current stream."""
 
-    def barrier(self, number: int) -> None: ...
+    def barrier(self, number: int) -> None:
+        """Waits, on the current stream, until all ranks have come to barrier `number`: 1, 2, …"""
 
 
 class PeerWire:
@@ -101,6 +104,11 @@ class PeerWire:
         self._num_rounds = 0
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
+        """As `Wire.all_to_all`.
+
+        Raises:
+            ContractError: a CUDA graph is being captured.
+        """
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             # Its replays would not wait: rounds are numbered by the CPU.
             raise ContractError("replica weights and gradients cannot be sent from a CUDA graph")

@@ -607,6 +607,17 @@ def test_unknown_arguments_are_refused(capsys, argv):
     assert "usage: lplb-ep" in capsys.readouterr().err
 
 
+def test_documents_name_all_commands(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    architecture = Path(__file__).parents[2] / "docs" / "architecture.md"
+    (row,) = re.findall(r"^\| `cli\.py` \| (.*) \|$", architecture.read_text(), re.MULTILINE)
+    assert len(commands) > 5
+    for text in (row, cli.__doc__):
+        assert set(commands) == set(re.findall(r"`(?:lplb-ep )?(\w+)`", text))
+
+
 def test_the_command_starts_light():
     code = (
         "import sys, lplb_ep.cli as cli\n"

@@ -782,8 +782,10 @@ def test_placements_of_layers_come_back_by_their_numbers(tmp_path):
     layers = {3: Placement(TABLE, 3), 7: Placement([0, 1, 1, 0], 2, home=[3, 1])}
     save_placements(path, layers)
     assert load_placements(path) == layers
-    with pytest.raises(PlacementError, match="placements of several layers"):
+    with pytest.raises(PlacementError, match="placements of 2 layers: load_placements reads it"):
         Placement.load(path)
+    save_placements(path, {7: layers[7]})
+    assert Placement.load(path) == layers[7]
     Placement(TABLE, 3).save(path)
     with pytest.raises(PlacementError, match="has no placements"):
         load_placements(path)

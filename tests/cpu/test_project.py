@@ -124,6 +124,18 @@ def test_everything_public_is_documented():
         assert inspect.getdoc(thing), name
 
 
+def test_every_public_function_says_what_it_does():
+    for name, tree in trees():
+        if name == "optimize":  # serves Placement.for_lp only
+            continue
+        named = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+        public = [n for n in named if not n.name.startswith("_")]
+        methods = [n for c in public if isinstance(c, ast.ClassDef) for n in c.body]
+        for node in public + [m for m in methods if isinstance(m, ast.FunctionDef)]:
+            if not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{name}.{node.name}, line {node.lineno}"
+
+
 def test_type_checkers_see_every_public_name():
     tree = ast.parse((PACKAGE / "__init__.pyi").read_text())
     imported = [a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names]

@@ -149,6 +149,7 @@ def files(tmp_path):
     np.save(tmp_path / "half.npy", np.full((2, 2), 0.5))
     np.save(tmp_path / "minus.npy", np.full((2, 2), -1))
     np.save(tmp_path / "zero.npy", np.zeros((2, 2), int))
+    np.save(tmp_path / "huge.npy", np.full((1, 32), 2**62))
     np.save(tmp_path / "counts.npy", np.ones((2, 4), int))
     (tmp_path / "rubbish.npz").write_bytes(b"PK no archive")
     (tmp_path / "rubbish.pt").write_bytes(b"no archive")
@@ -179,6 +180,7 @@ def files(tmp_path):
         ("half.npy", {}, "whole numbers"),
         ("minus.npy", {}, "at least 0"),
         ("zero.npy", {}, "all counts are 0"),
+        ("huge.npy", {}, "counts must be at most 2147483647 each; got 4611686018427387904"),
         ("rubbish.npz", {}, r"rubbish\.npz: not a NumPy file"),
         ("rubbish.pt", {}, r"rubbish\.pt: not a file of plain tensors"),
         ("object.pt", {}, r"object\.pt: not a file of plain tensors"),
