@@ -287,7 +287,7 @@ class Placement:
         percentile: float | None = None,
         drift: float = 0.8,
         seed: int = 0,
-        max_steps: int = 400,
+        max_steps: int | None = None,
         time_budget_s: float | None = None,
     ) -> Placement:
         """A placement on which the linear program does best on the loads that may come.
@@ -295,7 +295,9 @@ class Placement:
         A local search over copies and homes that minimises the optimum T* in scenarios: the
         samples, and loads that drift away from them, little or far, each strength of drift counted
         alike (see `optimize`). One layer per call, seconds for 256 experts on 64 ranks. The same
-        arguments give the same placement, unless `time_budget_s` ends the search.
+        arguments give the same placement on one machine, unless `time_budget_s` ends the search;
+        another machine may round in another way, so compute it on one rank and broadcast it, or
+        load it from a file.
 
         Args:
             samples: [E] or [N, E] numbers of at least 0, in any unit: batches or histories. Only
@@ -319,9 +321,9 @@ class Placement:
                 loads that is expected. 0: the samples as they are.
             seed: of the scenarios.
             max_steps: moves that a search tries, each a copy changed or two swapped; a fresh
-                placement is searched for from a few starts.
-            time_budget_s: end after so many seconds, at least 0, and a step that is under way,
-                with the best so far.
+                placement is searched for from a few starts. Default: 400, with `start` 300.
+            time_budget_s: end after so many seconds, at least 0, a step that is under way and an
+                exact judgement, with the best so far.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
@@ -348,7 +350,6 @@ class Placement:
         _check_at_most("drift", drift, 1)
         _check_at_most("percentile", percentile, 100)
         _check_at_most("time_budget_s", time_budget_s, np.inf)
-        changes = None if max_changes is None else _whole("max_changes", max_changes, least=0)
         movable = np.ones(num_ranks * slots, bool)
         if start is not None:
             if nodes > 1:
@@ -359,16 +360,17 @@ class Placement:
             load,
             num_ranks,
             slots,
+            optima=partial(_optima, num_ranks),
             num_nodes=nodes,
             num_groups=groups,
             start=None if start is None else start.physical_to_logical.astype(np.int64),
             movable=movable,
-            max_changes=changes,
-            max_copies=None if max_copies is None else _whole("max_copies", max_copies),
+            max_changes=_optional("max_changes", max_changes, least=0),
+            max_copies=_optional("max_copies", max_copies),
             percentile=percentile,
             drift=drift,
             seed=_whole("seed", seed, least=0),
-            max_steps=_whole("max_steps", max_steps, least=0),
+            max_steps=_optional("max_steps", max_steps, least=0),
             time_budget_s=time_budget_s,
         )
         if start is None:
@@ -715,6 +717,19 @@ def _samples(samples: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return array
 
 
+def _optima(num_ranks: int, table: IntArray, loads: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """[K]: T* of loads [K, E], which sum to num_ranks each, on a table [P], -1 = empty."""
+    import torch
+
+    # The solver knows placements, so it is below this module; nothing else here needs it.
+    from .cpu import solve
+
+    placement = Placement(table, num_ranks, num_experts=loads.shape[1])
+    tokens = 2**28 // num_ranks  # of the mean rank: its rounding is far below what is compared
+    whole = torch.from_numpy(np.rint(loads * tokens).astype(np.int64))
+    return np.array([float(solve(load, placement).bound) / tokens for load in whole])
+
+
 def _expert_load(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[np.float64]:
     """[E]: the load of each expert, summed over batches."""
     array = _loads(load, num_experts)
@@ -764,6 +779,11 @@ def _whole(name: str, value: int | None, least: int = 1) -> int:
     if number < least:
         raise PlacementError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
+
+
+def _optional(name: str, value: int | None, least: int = 1) -> int | None:
+    """As `_whole`; None stays."""
+    return None if value is None else _whole(name, value, least)
 
 
 def _check_at_most(name: str, value: float | None, most: float) -> None:

@@ -1,5 +1,9 @@
 """Placements made for the linear program: what they are worth, and what they may change."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -7,6 +11,9 @@ import torch
 
 from lplb_ep import Placement, optimize, solve
 from lplb_ep.settings import PlacementError
+
+# What the BLAS that NumPy may come with look at.
+THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def skewed(seed, num_experts, sigma=0.6):
@@ -137,6 +144,58 @@ def test_the_same_arguments_give_the_same_placement():
     one, two = (Placement.for_lp(load, 8, 2, seed=4, max_steps=30) for _ in range(2))
     assert one == two
     assert one != Placement.for_lp(load, 8, 2, seed=5, max_steps=30)
+
+
+def test_the_number_of_threads_makes_no_difference():
+    """Not to a placement, nor to the gain of any move on the way."""
+    code = """
+import hashlib
+import numpy as np
+from lplb_ep import Placement, optimize
+
+gains, first_order = hashlib.sha256(), optimize.Search._first_order
+
+
+def recorded(*args):
+    found = first_order(*args)
+    for gain in found:
+        gains.update(gain.tobytes())
+    return found
+
+
+optimize.Search._first_order = recorded
+load = np.random.default_rng(0).lognormal(0, 0.8, 128)
+print(Placement.for_lp(load, 32, 1, max_steps=20).fingerprint(), gains.hexdigest())
+"""
+    one, two = (
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **dict.fromkeys(THREADS, str(threads))},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for threads in (1, 2)
+    )
+    assert one == two
+
+
+def test_the_order_of_the_cuts_makes_no_difference():
+    """The gains of moves are sums over cuts, in an order that BLAS chooses."""
+    rng = np.random.default_rng(0)
+    ranks, experts, cuts = 16, 64, 1024
+    table = np.concatenate([np.arange(64).reshape(16, 4), rng.integers(0, 64, (16, 1))], axis=1)
+    limits = optimize.Limits(np.ones(80, bool), 80, ranks, 1, 1, float("inf"))
+    loads = ranks * rng.dirichlet(np.ones(experts), 8)
+    search = optimize.Search(loads, loads, table.ravel(), ranks, None, limits, None)
+    weight, caught, free = (rng.lognormal(0, 2, (cuts, n)) for n in (1, experts + 1, experts + 1))
+    outside = (rng.random((cuts, ranks)) < 0.5).astype(np.float32)
+    cut = [weight, outside, *(x.astype(np.float32) for x in (caught, free))]
+    gains = search._first_order(*cut)
+    order = rng.permutation(cuts)
+    for gain, again in zip(gains, search._first_order(*(x[order] for x in cut)), strict=True):
+        assert np.isfinite(gain).any()
+        assert (gain == again).all()
 
 
 @pytest.mark.parametrize("num_experts", [64, 60])

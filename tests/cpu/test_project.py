@@ -52,6 +52,8 @@ LAYERS = [
     "bench",
     "cli",
 ]
+# Imported where it is called: the exact solver knows placements, and `for_lp` asks it.
+LATE = {("placement", "cpu")}
 
 
 def trees():
@@ -77,7 +79,8 @@ def test_modules_import_only_from_those_above():
     assert sorted(name for name, _ in trees()) == sorted(LAYERS)
     for name, tree in trees():
         for imported in inner_imports(name, tree):
-            assert LAYERS.index(imported) < LAYERS.index(name), f"{name} imports {imported}"
+            above = LAYERS.index(imported) < LAYERS.index(name)
+            assert above or (name, imported) in LATE, f"{name} imports {imported}"
         absolute = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
         assert not any((n.module or "").startswith("lplb_ep") for n in absolute), name
 
