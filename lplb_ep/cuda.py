@@ -327,7 +327,7 @@ def _launch(
 ) -> None:
     """On torch's current stream."""
     stream = torch.cuda.current_stream(device).cuda_stream
-    # The device need not be the current one; to make it so each time costs as much as the launch.
+    # The device need not be the current one. Most often it is, and entering it is left out.
     elsewhere = torch.cuda.current_device() != device.index
     with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
         kernel(grid, num_threads, num_shared_bytes, stream, arguments)
