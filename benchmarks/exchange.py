@@ -24,8 +24,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lplb_ep import Placement, Planner, bench, cpu
-from lplb_ep.report import text_table
+from lplb_ep import Placement, Planner
+from lplb_ep.planning import reference as cpu
+from lplb_ep.tools import bench
+from lplb_ep.tools.report import text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import mps

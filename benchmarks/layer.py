@@ -32,8 +32,10 @@ import torch
 import torch.distributed as dist
 
 import lplb_ep
-from lplb_ep import Placement, bench, cpu
-from lplb_ep.report import load_recording, text_table
+from lplb_ep import Placement
+from lplb_ep.planning import reference as cpu
+from lplb_ep.tools import bench
+from lplb_ep.tools.report import load_recording, text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import mps

@@ -21,9 +21,9 @@ import torch
 from placements import generated, mmlu, qwen
 
 from lplb_ep import Placement, Settings
-from lplb_ep.refresh import imbalance
-from lplb_ep.report import Recording
-from lplb_ep.timeline import replay_over_time
+from lplb_ep.tools.report import Recording
+from lplb_ep.tools.timeline import replay_over_time
+from lplb_ep.weights.refresh import imbalance
 
 INTERVAL, NUM_BATCHES, NUM_PICKS = 8, 32, 2**18
 SHAPES = [(ranks, slots) for ranks in (8, 16, 32, 64) for slots in (1, 2, 4)]

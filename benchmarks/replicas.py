@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lplb_ep import Placement, Replicas, bench
-from lplb_ep.report import text_table
+from lplb_ep import Placement, Replicas
+from lplb_ep.tools import bench
+from lplb_ep.tools.report import text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import mps

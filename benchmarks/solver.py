@@ -24,9 +24,11 @@ import numpy as np
 import torch
 
 import lplb_ep
-from lplb_ep import Placement, cpu, cuda
-from lplb_ep.report import load_recording, text_table
-from lplb_ep.solver import rank_load, rank_set_bound
+from lplb_ep import Placement
+from lplb_ep.planning import device as cuda
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.solve import rank_load, rank_set_bound
+from lplb_ep.tools.report import load_recording, text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle

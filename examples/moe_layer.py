@@ -35,7 +35,7 @@ from torch import nn
 
 import lplb_ep
 from lplb_ep import Placement, Replicas
-from lplb_ep.buffer import choose_backend
+from lplb_ep.deepep.drop_in import choose_backend
 from lplb_ep.settings import Settings
 
 EXPERT_WIDTH, NUM_LAYERS, SEQUENCE, VOCABULARY = 64, 2, 64, 256
@@ -336,7 +336,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("LPLB_EP=0 is for layers without replica slots: say home or 1")
         args.recorded = None
         if args.trace:
-            from lplb_ep.report import load_recording
+            from lplb_ep.tools.report import load_recording
 
             recording = load_recording(args.trace, key=args.trace_key, layout=args.trace_layout)
             args.recorded, args.experts = recording.load, recording.num_experts
@@ -393,7 +393,7 @@ def launch(args: argparse.Namespace) -> None:
     """Runs all ranks on this machine."""
     # They are forked from a server that has imported what takes long.
     multiprocessing.forkserver.set_forkserver_preload(
-        ["torch._dynamo", "lplb_ep.buffer", "lplb_ep.embedded", "lplb_ep.report"]
+        ["torch._dynamo", "lplb_ep.deepep.drop_in", "lplb_ep.embedded", "lplb_ep.tools.report"]
     )
     # The server and its forks inherit that Ctrl-C is ignored; it is for the launcher alone.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

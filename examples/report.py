@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 import lplb_ep
-from lplb_ep.layers import channels
+from lplb_ep.deepep.context import channels
 from lplb_ep.settings import has_part_of_gpu
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class Observer:
         )
 
     def draw(self, before, after, bound) -> None:
-        from lplb_ep.report import plot_training
+        from lplb_ep.tools.report import plot_training
 
         Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
         plot_training(
@@ -258,7 +258,7 @@ def median_ms(function, times: int = 21) -> float:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    from lplb_ep.report import text_table
+    from lplb_ep.tools.report import text_table
 
     print(f"\n{title}\n\n{text_table(header, rows)}")
 

@@ -1,22 +1,26 @@
 from typing import Any
 
-from .layers import attach as attach
-from .layers import use as use
-from .placement import Placement as Placement
-from .plan import Plan as Plan
-from .plan import check_plan as check_plan
-from .planner import Planner as Planner
-from .refresh import Refresher as Refresher
-from .replicas import Replicas as Replicas
-from .settings import CompileError as CompileError
-from .settings import ContractError as ContractError
-from .settings import InfeasibleError as InfeasibleError
-from .settings import MissingPackageError as MissingPackageError
-from .settings import PlacementError as PlacementError
-from .settings import RankError as RankError
+from .deepep.context import attach as attach
+from .deepep.context import use as use
+from .errors import CompileError as CompileError
+from .errors import ContractError as ContractError
+from .errors import InfeasibleError as InfeasibleError
+from .errors import MissingPackageError as MissingPackageError
+from .errors import PlacementError as PlacementError
+from .errors import RankError as RankError
+from .placement.table import Placement as Placement
+from .placement.table import load_placements as load_placements
+from .placement.table import save_placements as save_placements
+from .planning.plan import Plan as Plan
+from .planning.plan import check_plan as check_plan
+from .planning.planner import Planner as Planner
+from .planning.solve import Solution as Solution
+from .planning.solve import solve as solve
 from .settings import Settings as Settings
-from .solver import Solution as Solution
-from .solver import solve as solve
+from .weights.refresh import Refresher as Refresher
+from .weights.replicas import Replicas as Replicas
+from .weights.replicas import mark_stale as mark_stale
+from .weights.replicas import mark_valid as mark_valid
 
 __version__: str
 

@@ -13,7 +13,7 @@ import numpy as np
 import scipy.sparse
 from scipy.optimize import linprog
 
-from lplb_ep.placement import Placement
+from lplb_ep.placement.table import Placement
 
 
 def linear_program(placement, load, base_load=None, speed=None, max_quota=None) -> float:

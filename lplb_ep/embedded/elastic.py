@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..settings import ContractError
+from ..errors import ContractError
 from .rows import (
     FLOATS,
     WEIGHTS,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..exchange import gather_rows
-from ..settings import ContractError
+from ..comm.exchange import gather_rows
+from ..errors import ContractError
 from .rows import (
     FLOATS,
     INT32,

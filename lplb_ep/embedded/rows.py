@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..settings import ContractError
+from ..errors import ContractError
 
 OptionalTensor = torch.Tensor | None
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]

@@ -2,8 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_ep import bench, cpu, cuda
-from lplb_ep.cli import main
+from lplb_ep.planning import device as cuda
+from lplb_ep.planning import reference as cpu
+from lplb_ep.tools import bench
+from lplb_ep.tools.cli import main
 
 
 def test_batches_are_the_same_every_time_and_skewed():

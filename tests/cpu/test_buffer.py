@@ -16,7 +16,11 @@ import torch
 import torch.distributed as dist
 
 import lplb_ep
-from lplb_ep import ContractError, Placement, Planner, buffer, layers, planner, replicas
+from lplb_ep import ContractError, Placement, Planner
+from lplb_ep.deepep import context as layers
+from lplb_ep.deepep import drop_in as buffer
+from lplb_ep.planning import planner
+from lplb_ep.weights import replicas
 
 PLACEMENT = Placement([0, 1, 2, 3, 0, 2], 1)
 E, P = 4, 6
@@ -178,7 +182,7 @@ def targets():
 
 
 def planned(placement=PLACEMENT, topk=TOPK):
-    counts = lplb_ep.cpu.count(topk, placement.num_experts)[None]
+    counts = lplb_ep.planning.reference.count(topk, placement.num_experts)[None]
     return Planner(placement, rank=0, counts="given")(topk, counts=counts).topk_idx
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lplb_ep import Placement, cli, cuda
-from lplb_ep.placement import load_placements
-from lplb_ep.report import load_recording, replay
+from lplb_ep import Placement
+from lplb_ep.placement.table import load_placements
+from lplb_ep.planning import device as cuda
+from lplb_ep.tools import cli
+from lplb_ep.tools.report import load_recording, replay
 
 
 @pytest.fixture(autouse=True)
@@ -73,8 +75,8 @@ def test_doctor_says_what_to_install(capsys, monkeypatch):
 
 def test_doctor_without_torch():
     done = subprocess.run(
-        [sys.executable, "-S", "-m", "lplb_ep.cli", "doctor"],  # -S: no installed packages
-        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        [sys.executable, "-S", "-m", "lplb_ep.tools.cli", "doctor"],  # -S: no installed packages
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[2])},
         capture_output=True,
         text=True,
         check=False,
@@ -395,7 +397,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(recording, unbuffered):
     os.close(reader)
     options = ["--key", "new", "--placement", "cube", "--ranks", "8"]
     done = subprocess.run(
-        [sys.executable, "-m", "lplb_ep.cli", "replay", recording[0], *options],
+        [sys.executable, "-m", "lplb_ep.tools.cli", "replay", recording[0], *options],
         env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -412,7 +414,7 @@ def test_a_reader_that_leaves_ends_the_command_quietly(recording, unbuffered):
 def lplb_ep_run(*argv, **environment):
     """What `lplb-ep run` printed, the command having ended well."""
     done = subprocess.run(
-        [sys.executable, "-m", "lplb_ep.cli", "run", *map(str, argv)],
+        [sys.executable, "-m", "lplb_ep.tools.cli", "run", *map(str, argv)],
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
@@ -543,7 +545,7 @@ dist.destroy_process_group()
     assert lplb_ep_run("--mode", "1", *launcher, script, **settings) == "patched\n" * 2
 
 
-@pytest.mark.parametrize("first", ["deep_ep", "lplb_ep.buffer"])
+@pytest.mark.parametrize("first", ["deep_ep", "lplb_ep.deepep.drop_in"])
 def test_run_patches_an_installed_deep_ep_however_it_is_imported(tmp_path, first):
     """Also when the first import fails, which programs catch to try again elsewhere."""
     (tmp_path / "deep_ep.py").write_text(
@@ -583,7 +585,7 @@ def test_demo_runs_the_example(tmp_path, monkeypatch):
     script = tmp_path / "examples" / "moe_layer.py"
     script.parent.mkdir()
     script.touch()
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "tools" / "cli.py"))
     executed = []
     monkeypatch.setattr(os, "execv", lambda *call: executed.append(call) or sys.exit())
     with pytest.raises(SystemExit):
@@ -593,7 +595,7 @@ def test_demo_runs_the_example(tmp_path, monkeypatch):
 
 
 def test_demo_without_the_example(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lplb_ep" / "tools" / "cli.py"))
     assert "examples/moe_layer.py of the source tree" in fails(capsys, "demo")
 
 
@@ -620,7 +622,7 @@ def test_documents_name_all_commands(capsys):
 
 def test_the_command_starts_light():
     code = (
-        "import sys, lplb_ep.cli as cli\n"
+        "import sys, lplb_ep.tools.cli as cli\n"
         "try: cli.main(['--version'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
@@ -634,7 +636,7 @@ def test_the_command_starts_light():
 def test_compile_builds_every_kernel_and_says_so(kernel_cache):
     def compile_for(arch):
         return subprocess.run(
-            [sys.executable, "-m", "lplb_ep.cli", "compile", "--arch", arch],
+            [sys.executable, "-m", "lplb_ep.tools.cli", "compile", "--arch", arch],
             env={**os.environ, "LPLB_EP_CACHE_DIR": str(kernel_cache)},
             capture_output=True,
             text=True,

@@ -14,8 +14,10 @@ import pytest
 import ranks
 import torch
 
-from lplb_ep import Placement, Planner, RankError, peers, planner, watchdog
-from lplb_ep.exchange import Reach, Windows, choose_counts
+from lplb_ep import Placement, Planner, RankError
+from lplb_ep.comm import peers, watchdog
+from lplb_ep.comm.exchange import Reach, Windows, choose_counts
+from lplb_ep.planning import planner
 
 FACT = peers._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
 
@@ -208,7 +210,7 @@ def test_the_watchdog_names_missing_ranks_once(caplog):
     handler = Heard()
     watchdog.log.addHandler(handler)
     try:
-        with caplog.at_level(logging.ERROR, logger="lplb_ep.watchdog"):
+        with caplog.at_level(logging.ERROR, logger="lplb_ep.comm.watchdog"):
             watchdog.watch(
                 owner, missing, partial(watchdog.missing_ranks, missing, "abc", 1.5), abort=False
             )
@@ -234,7 +236,7 @@ def test_the_watchdog_names_missing_ranks_once(caplog):
 def test_the_watchdog_ends_the_process_if_asked():
     program = """
 import numpy as np, time
-from lplb_ep import watchdog
+from lplb_ep.comm import watchdog
 class Owner: pass
 owner, missing = Owner(), np.ones(2, np.int32)
 watchdog.watch(owner, missing, lambda: "ranks [0, 1] are not there", abort=True)

@@ -10,8 +10,11 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import MissingPackageError, Placement, cuda, jit, network
-from lplb_ep.solver import choose_solver
+from lplb_ep import MissingPackageError, Placement
+from lplb_ep.gpu import jit
+from lplb_ep.planning import device as cuda
+from lplb_ep.planning import layout as network
+from lplb_ep.planning.solve import choose_solver
 
 
 def tables_of(placement, solver="flow"):

@@ -10,7 +10,14 @@ import ranks
 import torch
 
 from lplb_ep import embedded
-from lplb_ep.embedded import Buffer, Config, ElasticBuffer, EPHandle, EventHandle, EventOverlap
+from lplb_ep.embedded import (
+    Buffer,
+    Config,
+    ElasticBuffer,
+    EPHandle,
+    EventHandle,
+    EventOverlap,
+)
 from lplb_ep.embedded.legacy import cast_to_fp8
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from lplb_ep import CompileError, MissingPackageError, jit
+from lplb_ep import CompileError, MissingPackageError
+from lplb_ep.gpu import jit
 from lplb_ep.settings import cache_directory
 
 DOUBLE = """\
@@ -86,7 +87,7 @@ def is_kernel(symbol):
 
 RACER = """
 import hashlib, sys
-from lplb_ep import jit
+from lplb_ep.gpu import jit
 cholesky = (jit.CuSolverDx("potrf", 8, 32), jit.CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
 program = jit.Program(sys.argv[1], {"N": 8, "THREADS": 32}, cholesky)
 print("ready", flush=True)
@@ -179,7 +180,7 @@ def test_a_function_that_nothing_brings(solve, monkeypatch, tmp_path):
 
 
 def test_the_second_time_comes_from_the_cache(scale, caplog):
-    caplog.set_level("INFO", "lplb_ep.jit")
+    caplog.set_level("INFO", "lplb_ep.gpu.jit")
     first, second = jit.compile_cubin(scale), jit.compile_cubin(scale)
     assert (first.cached, second.cached) == (False, True)
     assert first.data == second.data
@@ -250,7 +251,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 
 def test_compile_all_shows_its_progress(scale, caplog):
-    caplog.set_level("INFO", "lplb_ep.jit")
+    caplog.set_level("INFO", "lplb_ep.gpu.jit")
     archs = ["sm_90", "sm_100"]
     cubins = jit.compile_all([scale], archs)
     assert [(c.arch, c.cached) for c in cubins] == [("sm_90", False), ("sm_100", False)]
@@ -289,7 +290,8 @@ def refuse(name, *args):
         raise OSError(name + ": no such file")
     return load(name, *args)
 ctypes.CDLL = refuse
-from lplb_ep import MissingPackageError, jit
+from lplb_ep import MissingPackageError
+from lplb_ep.gpu import jit
 try:
     jit.compile_cubin(jit.Program(sys.argv[1], solvers=[jit.CuSolverDx("potrf", 8, 32)]))
 except MissingPackageError as error:

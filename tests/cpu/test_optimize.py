@@ -9,8 +9,9 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import Placement, optimize, solve
-from lplb_ep.settings import PlacementError
+from lplb_ep import Placement, solve
+from lplb_ep.errors import PlacementError
+from lplb_ep.placement import optimize
 
 # What the BLAS that NumPy may come with look at.
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -151,7 +152,8 @@ def test_the_number_of_threads_makes_no_difference():
     code = """
 import hashlib
 import numpy as np
-from lplb_ep import Placement, optimize
+from lplb_ep import Placement
+from lplb_ep.placement import optimize
 
 gains, first_order = hashlib.sha256(), optimize.Search._first_order
 

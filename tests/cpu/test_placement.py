@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_ep import eplb
-from lplb_ep.placement import Placement, load_placements, save_placements
-from lplb_ep.settings import PlacementError
+from lplb_ep.errors import PlacementError
+from lplb_ep.placement import eplb
+from lplb_ep.placement.table import Placement, load_placements, save_placements
 
 # Three ranks of four slots, two of them unused. Expert 0 is on every rank, expert 4 twice on rank
 # 1, expert 1 on ranks 2 (local slot 1) and 0 (local slot 3).

@@ -6,8 +6,11 @@ import pytest
 import ranks
 import torch
 
-from lplb_ep import Placement, Planner, RankError, check_plan, cpu, layers, planner
-from lplb_ep.plan import Status
+from lplb_ep import Placement, Planner, RankError, check_plan
+from lplb_ep.deepep import context as layers
+from lplb_ep.planning import planner
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.plan import Status
 from lplb_ep.settings import Settings
 
 

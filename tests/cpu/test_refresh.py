@@ -34,10 +34,11 @@ from lplb_ep import (
     Replicas,
     Settings,
     check_plan,
-    refresh,
 )
-from lplb_ep.planner import planners_of
-from lplb_ep.replicas import Change, mark_valid
+from lplb_ep.planning import reference
+from lplb_ep.planning.planner import planners_of
+from lplb_ep.weights import refresh
+from lplb_ep.weights.replicas import Change, mark_valid
 
 E, R, D, TOKENS, TOPK = 16, 4, 2, 48, 2
 SETTINGS = Settings(refresh=4, refresh_changes=8)
@@ -300,12 +301,12 @@ def equal_placements(group):
     views.append(buffer.view(done.placement, slot=2))  # which is another name of the layer
     picks = traffic("new", group.rank(), 0)
     seen = [view.get_dispatch_layout(picks, E)[2].tolist() for view in views]
-    counts = torch.stack([lplb_ep.cpu.count(traffic("new", r, 0), E) for r in range(R)])
+    counts = torch.stack([reference.count(traffic("new", r, 0), E) for r in range(R)])
     for placement, slots in zip(
         (done.placement, ring(), done.placement, done.placement), seen, strict=True
     ):
         plan = Planner(placement, rank=group.rank(), counts="given")(picks, counts=counts)
-        assert slots == lplb_ep.cpu.count(plan.topk_idx, R * P_LOCAL).tolist()
+        assert slots == reference.count(plan.topk_idx, R * P_LOCAL).tolist()
     assert second.in_force is second
 
 
@@ -331,9 +332,9 @@ with_copies = Placement.with_copies
 
 
 FAILURES = {
-    "planner": ("lplb_ep.planner.Planner.prepare", fail),
-    "replicas": ("lplb_ep.replicas.Replicas.prepare", fail),
-    "copy": ("lplb_ep.replicas.Change.fetch", None),
+    "planner": ("lplb_ep.planning.planner.Planner.prepare", fail),
+    "replicas": ("lplb_ep.weights.replicas.Replicas.prepare", fail),
+    "copy": ("lplb_ep.weights.replicas.Change.fetch", None),
     "table": ("lplb_ep.placement.Placement.with_copies", another_table),
 }
 
@@ -369,8 +370,8 @@ def fails_on_one(group, where):
 
 @contextlib.contextmanager
 def logs():
-    """What `lplb_ep.refresh` logs."""
-    out, logger = io.StringIO(), logging.getLogger("lplb_ep.refresh")
+    """What `lplb_ep.weights.refresh` logs."""
+    out, logger = io.StringIO(), logging.getLogger("lplb_ep.weights.refresh")
     handler = logging.StreamHandler(out)
     logger.addHandler(handler)
     try:
@@ -626,7 +627,7 @@ def test_a_layer_that_is_refreshed_ends_with_its_model():
 
 def job(kinds, choose=hot, **settings):
     loads = [
-        sum(lplb_ep.cpu.count(traffic(kind, r, step), E).long() for r in range(R)).numpy()
+        sum(reference.count(traffic(kind, r, step), E).long() for r in range(R)).numpy()
         for step, kind in enumerate(kinds)
     ]
     chosen = dataclasses.replace(SETTINGS, **settings)
@@ -822,7 +823,7 @@ def test_a_prepared_planner_plans_as_one_that_is_made_anew():
     placement = ring()
     planner = Planner(placement, rank=1, counts="given", check=True)
     topk = traffic("new", 1, 0)
-    counts = torch.stack([lplb_ep.cpu.count(traffic("new", r, 0), E) for r in range(R)])
+    counts = torch.stack([reference.count(traffic("new", r, 0), E) for r in range(R)])
     before = planner(topk, counts=counts)
     new = placement.with_copies(moved())
     planner.prepare(new)  # is not in force before the call

@@ -19,9 +19,9 @@ import ranks
 import torch
 from torch import nn
 
-from lplb_ep import replicas as module
-from lplb_ep.placement import Placement
-from lplb_ep.replicas import Replicas, are_valid, mark_stale, mark_valid, slot_parameters
+from lplb_ep.placement.table import Placement
+from lplb_ep.weights import replicas as module
+from lplb_ep.weights.replicas import Replicas, are_valid, mark_stale, mark_valid, slot_parameters
 
 SHAPES = {"down.weight": (5, 3), "gain": (), "up": (3, 5)}
 FORMS = ("list", "stacked")

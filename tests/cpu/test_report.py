@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lplb_ep import MissingPackageError, Placement, solve
-from lplb_ep.report import (
+from lplb_ep.tools.report import (
     Recording,
     leaves_node,
     load_recording,

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import lplb_ep
-from lplb_ep import InfeasibleError, Placement, cpu, solver
-from lplb_ep.solver import rank_set_bound
+from lplb_ep import InfeasibleError, Placement
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning import solve as solver
+from lplb_ep.planning.solve import rank_set_bound
 
 
 def tensor(values):

@@ -10,7 +10,7 @@ import ranks
 import torch
 
 from lplb_ep import Placement, RankError, Replicas
-from lplb_ep.wire import PeerWire, TorchWire, connect
+from lplb_ep.comm.alltoall import PeerWire, TorchWire, connect
 
 HALF_BYTES = 64
 UNWRITTEN = 255

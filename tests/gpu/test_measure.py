@@ -2,7 +2,7 @@
 
 import pytest
 
-from lplb_ep import bench
+from lplb_ep.tools import bench
 
 pytestmark = pytest.mark.gpu
 

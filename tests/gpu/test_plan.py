@@ -5,18 +5,12 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import (
-    ContractError,
-    Placement,
-    Planner,
-    RankError,
-    buffer,
-    check_plan,
-    cpu,
-    cuda,
-    network,
-)
-from lplb_ep.plan import Status
+from lplb_ep import ContractError, Placement, Planner, RankError, check_plan
+from lplb_ep.deepep import drop_in as buffer
+from lplb_ep.planning import device as cuda
+from lplb_ep.planning import layout as network
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.plan import Status
 
 pytestmark = pytest.mark.gpu
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from test_plan import Rows, batch, compare
 
-from lplb_ep import Placement, Planner, cpu, network
-from lplb_ep.planner import _tag
-from lplb_ep.refresh import with_room
+from lplb_ep import Placement, Planner
+from lplb_ep.planning import layout as network
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.planner import _tag
+from lplb_ep.weights.refresh import with_room
 
 pytestmark = pytest.mark.gpu
 

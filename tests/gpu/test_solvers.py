@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import lplb_ep
-from lplb_ep import Placement, cpu, cuda, network
-from lplb_ep.plan import Status
-from lplb_ep.solver import rank_load
+from lplb_ep import Placement
+from lplb_ep.planning import device as cuda
+from lplb_ep.planning import layout as network
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.plan import Status
+from lplb_ep.planning.solve import rank_load
 
 pytestmark = pytest.mark.gpu
 

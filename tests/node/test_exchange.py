@@ -13,8 +13,10 @@ import ranks
 import torch
 import torch.distributed as dist
 
-from lplb_ep import ContractError, Planner, RankError, check_plan, cpu, peers
-from lplb_ep.plan import Status
+from lplb_ep import ContractError, Planner, RankError, check_plan
+from lplb_ep.comm import peers
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.plan import Status
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lplb_ep import ContractError, Placement, Replicas, wire
+from lplb_ep import ContractError, Placement, Replicas
+from lplb_ep.comm import alltoall as wire
 
 pytestmark = pytest.mark.gpu
 

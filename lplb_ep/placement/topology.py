@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .settings import PlacementError
+from ..errors import PlacementError
 
 Array = npt.NDArray[Any]
 

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import cpu
-from .placement import Placement
-from .settings import MissingPackageError
-from .solver import MAX_TOTAL, rank_load, solve
+from ..errors import MissingPackageError
+from ..placement.table import Placement
+from ..planning import reference as cpu
+from ..planning.solve import MAX_TOTAL, rank_load, solve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 import torch.distributed as dist
 
-from . import __version__, cpu, cuda
-from .exchange import (
+from .. import __version__
+from ..comm.exchange import (
     Exchange,
     LocalExchange,
     Reach,
@@ -22,12 +22,14 @@ from .exchange import (
     agree,
     choose_counts,
 )
-from .peers import peer_memory, reach, rule_out
-from .placement import Layer, Placement, check_placement
+from ..comm.peers import peer_memory, reach, rule_out
+from ..comm.watchdog import look, missing_ranks, watch
+from ..errors import ContractError, MissingPackageError, RankError
+from ..placement.table import Layer, Placement, check_placement
+from . import device as cuda
+from . import reference as cpu
 from .plan import Plan, Status, check_plan, check_topk_idx
-from .settings import ContractError, MissingPackageError, RankError
-from .solver import MAX_TOTAL, choose_solver, rank_load, solver_fact
-from .watchdog import look, missing_ranks, watch
+from .solve import MAX_TOTAL, choose_solver, rank_load, solver_fact
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import cpu
-from .placement import Placement
-from .solver import rank_load, solve
+from ..placement.table import Placement
+from . import reference as cpu
+from .solve import rank_load, solve
 
 
 class Status(enum.IntEnum):

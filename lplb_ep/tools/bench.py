@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import __version__, cpu, cuda
-from .placement import Placement
-from .plan import Status
-from .planner import Planner
+from .. import __version__
+from ..placement.table import Placement
+from ..planning import device as cuda
+from ..planning import reference as cpu
+from ..planning.plan import Status
+from ..planning.planner import Planner
 from .report import text_table
 
 NUM_BATCHES, NUM_WARM, NUM_REPLAYS, NUM_EAGER = 32, 3, 20, 128

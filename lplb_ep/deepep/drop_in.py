@@ -24,9 +24,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from . import __version__, replicas
-from .exchange import agree
-from .layers import (
+from .. import __version__
+from ..comm.exchange import agree
+from ..comm.peers import has_started_nvshmem
+from ..errors import ContractError, MissingPackageError
+from ..placement.table import Placement, check_placement
+from ..planning.plan import check_topk_idx
+from ..planning.planner import Planner
+from ..planning.solve import solver_fact
+from ..settings import Settings
+from ..weights import replicas
+from .context import (
     BufferState,
     Target,
     channel,
@@ -39,12 +47,6 @@ from .layers import (
     target_of,
     used,
 )
-from .peers import has_started_nvshmem
-from .placement import Placement, check_placement
-from .plan import check_topk_idx
-from .planner import Planner
-from .settings import ContractError, MissingPackageError, Settings
-from .solver import solver_fact
 
 log = logging.getLogger(__name__)
 

@@ -19,14 +19,9 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
+from ..errors import ContractError, MissingPackageError, RankError
+from ..settings import has_part_of_gpu, save_for_nvshmem
 from .exchange import Reach, Relay, Windows, agree, everyone
-from .settings import (
-    ContractError,
-    MissingPackageError,
-    RankError,
-    has_part_of_gpu,
-    save_for_nvshmem,
-)
 
 _CHUNK_BYTES = 2 << 20  # what the driver allocates at least
 _ALIGNMENT = 256

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .placement import Placement
-from .refresh import Choose, Int64, Job, num_moved, propose, with_room
+from ..placement.table import Placement
+from ..planning.solve import solve
+from ..settings import Settings
+from ..weights.refresh import Choose, Int64, Job, num_moved, propose, with_room
 from .report import COLOURS, LEGEND, Recording, finish, mark, save_picture, text_table
-from .settings import Settings
-from .solver import solve
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

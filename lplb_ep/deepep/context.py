@@ -18,11 +18,12 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import replicas
-from .exchange import agree
-from .placement import Layer, Placement, check_placement
-from .planner import Planner
-from .settings import ContractError, Settings
+from ..comm.exchange import agree
+from ..errors import ContractError
+from ..placement.table import Layer, Placement, check_placement
+from ..planning.planner import Planner
+from ..settings import Settings
+from ..weights import replicas
 
 log = logging.getLogger(__name__)
 

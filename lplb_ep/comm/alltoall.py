@@ -17,10 +17,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from . import cuda
+from ..errors import ContractError, MissingPackageError, RankError
+from ..planning import device as cuda
+from ..settings import Settings
 from .exchange import agree, everyone
 from .peers import peer_memory, reach
-from .settings import ContractError, MissingPackageError, RankError, Settings
 from .watchdog import watch
 
 log = logging.getLogger(__name__)

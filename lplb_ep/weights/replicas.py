@@ -21,10 +21,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .exchange import TorchExchange, agree
-from .placement import Layer, Placement
-from .settings import ContractError, RankError
-from .wire import TRANSPORTS, Table, connect
+from ..comm.alltoall import TRANSPORTS, Table, connect
+from ..comm.exchange import TorchExchange, agree
+from ..errors import ContractError, RankError
+from ..placement.table import Layer, Placement
 
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -10,9 +10,10 @@ from fractions import Fraction
 
 import torch
 
-from . import cpu, cuda
-from .placement import Placement, check_placement
-from .settings import InfeasibleError, MissingPackageError
+from ..errors import InfeasibleError, MissingPackageError
+from ..placement.table import Placement, check_placement
+from . import device as cuda
+from . import reference as cpu
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import network
-from .exchange import Relay, Windows
-from .jit import CuSolverDx, Kernel, Kernels, Program, compile_cubin, max_shared_bytes, require
-from .placement import Placement
-from .settings import MissingPackageError
+from ..comm.exchange import Relay, Windows
+from ..errors import MissingPackageError
+from ..gpu.jit import CuSolverDx, Kernel, Kernels, Program, compile_cubin, max_shared_bytes, require
+from ..placement.table import Placement
+from . import layout as network
 
 STATIC_SHARED_BYTES = 3 * 1024
 """The most shared memory that a kernel has beside what it is launched with, some of it CUDA's."""

@@ -26,12 +26,12 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from .exchange import agree, everyone
-from .placement import Placement
-from .planner import planners_of
+from ..comm.exchange import agree, everyone
+from ..placement.table import Placement
+from ..planning.planner import planners_of
+from ..planning.solve import MAX_TOTAL, solve
+from ..settings import Settings, environment_for_one_core
 from .replicas import Replicas, sharing
-from .settings import Settings, environment_for_one_core
-from .solver import MAX_TOTAL, solve
 
 log = logging.getLogger(__name__)
 

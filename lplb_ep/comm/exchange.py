@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from .settings import ContractError, RankError
+from ..errors import ContractError, RankError
 
 _T = TypeVar("_T")
 

@@ -30,12 +30,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .settings import CompileError, MissingPackageError, cache_directory, cuda_home
+from ..errors import CompileError, MissingPackageError
+from ..settings import cache_directory, cuda_home
 
 log = logging.getLogger(__name__)
 _thread = threading.local()
 
-KERNELS = Path(__file__).parent / "kernels"
+KERNELS = Path(__file__).parents[1] / "kernels"
 MAX_THREADS = 8
 """That compile at a time, at most."""
 

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import PlacementError
 from .eplb import rebalance
 from .optimize import arrange, even_homes, optimize
-from .settings import PlacementError
 from .topology import redundant_to_original
 
 IntArray = npt.NDArray[np.int32]
@@ -722,7 +722,7 @@ def _optima(num_ranks: int, table: IntArray, loads: npt.NDArray[Any]) -> npt.NDA
     import torch
 
     # The solver knows placements, so it is below this module; nothing else here needs it.
-    from .cpu import solve
+    from ..planning.reference import solve
 
     placement = Placement(table, num_ranks, num_experts=loads.shape[1])
     tokens = 2**28 // num_ranks  # of the mean rank: its rounding is far below what is compared

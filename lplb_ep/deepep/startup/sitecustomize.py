@@ -21,7 +21,7 @@ class _Patch:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         # The drop-ins too: those made before the patch would plan a batch twice after it.
-        return ModuleSpec(name, self) if name in ("deep_ep", "lplb_ep.buffer") else None  # type: ignore[arg-type]
+        return ModuleSpec(name, self) if name in ("deep_ep", "lplb_ep.deepep.drop_in") else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Leaves it to Python to make the empty module."""
@@ -31,7 +31,7 @@ class _Patch:
         sys.meta_path.remove(self)
         del sys.modules[module.__name__]
         try:
-            importlib.import_module("lplb_ep.buffer").patch()
+            importlib.import_module("lplb_ep.deepep.drop_in").patch()
         except BaseException:
             sys.meta_path.insert(0, self)  # else another try would import DeepEP unpatched
             raise

@@ -15,17 +15,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
-from .settings import (
-    CompileError,
-    MissingPackageError,
-    Settings,
-    put_first_on_python_path,
-    put_in_environment,
-)
+from .. import __version__
+from ..errors import CompileError, MissingPackageError
+from ..settings import Settings, put_first_on_python_path, put_in_environment
 
 if TYPE_CHECKING:
-    from .placement import Placement
+    from ..placement.table import Placement
     from .report import Recording
 
 TOPOLOGIES = ("cube", "hypercube", "torus", "ring")
@@ -343,9 +338,9 @@ def _print_devices() -> None:
 
 def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     """What the settings lead to on this machine: a choice and its reason, by part."""
-    from .buffer import choose_backend
-    from .placement import Placement
-    from .solver import choose_solver
+    from ..deepep.drop_in import choose_backend
+    from ..placement.table import Placement
+    from ..planning.solve import choose_solver
 
     choices: dict[str, Callable[[], tuple[str, str]]] = {
         "buffer": lambda: choose_backend(settings.backend),
@@ -362,9 +357,9 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
 
 def _choose_counts(settings: Settings) -> tuple[str, str]:
     """For ranks on machines like this one."""
-    from .exchange import Reach, choose_counts
-    from .peers import reach
-    from .solver import choose_solver
+    from ..comm.exchange import Reach, choose_counts
+    from ..comm.peers import reach
+    from ..planning.solve import choose_solver
 
     on_gpu = choose_solver(settings.solver)[0] != "cpu"
     return choose_counts(settings.counts, 2, True, on_gpu, reach(None) if on_gpu else Reach())
@@ -569,7 +564,7 @@ def _placements(
     args: argparse.Namespace, recording: Recording, learned: Recording
 ) -> list[Placement]:
     """One for each layer, made from the learned load or read from the file."""
-    from .placement import Placement
+    from ..placement.table import Placement
 
     kind, num_layers = args.placement, len(recording.layers)
     topology = kind.split(":")[0] in TOPOLOGIES
@@ -617,7 +612,7 @@ def _placements(
 
 def _from_file(path: str, layers: Sequence[int]) -> list[Placement]:
     """The layers' placements from a file with one for each of them, or one for all."""
-    from .placement import Placement, load_placements
+    from ..placement.table import Placement, load_placements
 
     with open(path, "rb") as file:
         if b'"lplb_ep_placements"' not in file.read(64):
@@ -633,7 +628,7 @@ def _for_lp(
     learned: Recording, start: Sequence[Placement] | None = None, **options: Any
 ) -> list[Placement]:
     """`Placement.for_lp` of each layer, the layers counted on a terminal."""
-    from .placement import Placement
+    from ..placement.table import Placement
 
     placements: list[Placement] = []
     names = dict(_OPTIONS)
@@ -654,8 +649,8 @@ def _place(args: argparse.Namespace, rest: list[str]) -> int:
     with _one_line_errors():
         _check_outputs(args)
         _check_least(args, "seed", "seconds")
+        from ..placement.table import save_placements
         from . import report
-        from .placement import save_placements
 
         recording = _recording(args)
         start = None if args.start is None else _from_file(args.start, recording.layers)
@@ -692,7 +687,8 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
         _check_outputs(args)
         if args.ranks is None and (args.placement, args.redundant) != (None, None):
             raise ValueError("--placement and --redundant need --ranks")
-        from . import bench, cuda
+        from ..planning import device as cuda
+        from . import bench
 
         cuda.check(solver=args.solver)
         rows, used = [], []
@@ -724,15 +720,15 @@ def _bench(args: argparse.Namespace, rest: list[str]) -> int:
 def _compile(args: argparse.Namespace, rest: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with _one_line_errors():
-        from .cuda import programs
-        from .jit import compile_all
+        from ..gpu.jit import compile_all
+        from ..planning.device import programs
 
         compile_all(programs(), args.arch or ["sm_90", "sm_100"])
     return 0
 
 
 def _demo(args: argparse.Namespace, rest: list[str]) -> NoReturn:
-    script = Path(__file__).resolve().parent.parent / "examples" / "moe_layer.py"
+    script = Path(__file__).resolve().parents[2] / "examples" / "moe_layer.py"
     with _one_line_errors():
         if not script.exists():
             raise ValueError(
@@ -754,10 +750,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> NoReturn:
             put_in_environment("mode", args.mode)
         settings = Settings.from_env()
         if settings.placement:
-            from .placement import Placement
+            from ..placement.table import Placement
 
             Placement.load(settings.placement)
-    put_first_on_python_path(Path(__file__).resolve().parent / "startup")
+    put_first_on_python_path(Path(__file__).resolve().parents[1] / "deepep" / "startup")
     _become_python(["-m", *program] if args.module else program)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .placement import Placement
+from ..placement.table import Placement
 
 MAX_RANKS, MAX_EXPERTS = 64, 512
 """Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""

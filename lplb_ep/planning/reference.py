@@ -19,7 +19,7 @@ import torch
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import maximum_flow
 
-from .placement import IntArray, Placement
+from ..placement.table import IntArray, Placement
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]

@@ -1,0 +1,1 @@
+"""What crosses between ranks: agreements, rows of counts, bytes. Knows no experts."""

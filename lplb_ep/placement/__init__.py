@@ -1,0 +1,1 @@
+"""Where the copies of each expert live: the table, and who fills it."""
