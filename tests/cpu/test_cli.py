@@ -614,7 +614,7 @@ def test_documents_name_all_commands(capsys):
         cli.main(["--help"])
     commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
     architecture = Path(__file__).parents[2] / "docs" / "architecture.md"
-    (row,) = re.findall(r"^\| `cli\.py` \| (.*) \|$", architecture.read_text(), re.MULTILINE)
+    (row,) = re.findall(r"^\| `tools/cli\.py` \| (.*) \|$", architecture.read_text(), re.MULTILINE)
     assert len(commands) > 5
     for text in (row, cli.__doc__):
         assert set(commands) == set(re.findall(r"`(?:lplb-ep )?(\w+)`", text))

@@ -2,76 +2,59 @@
 
 import ast
 import inspect
+import itertools
 import math
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from layers import ARCHITECTURE, LAYERS, PACKAGE, ROOT, UPWARD, path_of, with_modules_table
+from prose import num_words, sentences_of_cuda, sentences_of_python
 
 import lplb_ep
 from lplb_ep.gpu.jit import KERNELS
 from lplb_ep.settings import Settings, settings_table
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "lplb_ep"
-# Each module imports only from those above it.
-LAYERS = [
-    "",
-    "errors",
-    "settings",
-    "gpu",
-    "gpu.jit",
-    "comm",
-    "comm.exchange",
-    "comm.peers",
-    "comm.watchdog",
-    "placement",
-    "placement.eplb",
-    "placement.topology",
-    "placement.optimize",
-    "placement.table",
-    "planning",
-    "planning.reference",
-    "planning.layout",
-    "planning.device",
-    "planning.solve",
-    "planning.plan",
-    "comm.alltoall",
-    "planning.planner",
-    "weights",
-    "weights.replicas",
-    "weights.refresh",
-    "embedded.rows",
-    "embedded.legacy",
-    "embedded.elastic",
-    "embedded.utils",
-    "embedded",
-    "deepep",
-    "deepep.context",
-    "deepep.drop_in",
-    "deepep.startup.sitecustomize",
-    "tools",
-    "tools.report",
-    "tools.timeline",
-    "tools.bench",
-    "tools.cli",
-]
-# Imported where it is called: the exact solver knows placements, and `for_lp` asks it.
-LATE = {("placement.table", "planning.reference")}
+# What a newcomer reads in one go; a longer module is here with its reason.
+LONG = dict.fromkeys(
+    [
+        "gpu.jit",
+        "placement.optimize",
+        "placement.table",
+        "planning.device",
+        "planning.planner",
+        "weights.replicas",
+        "weights.refresh",
+        "embedded.legacy",
+        "embedded.elastic",
+        "deepep.drop_in",
+        "tools.report",
+        "tools.cli",
+    ],
+    "not split yet",
+)
+# Modules outside deepep/ and embedded/ that name `deep_ep`, and what for.
+NAMES_DEEP_EP = {
+    "settings": "the choice of a backend",
+    "tools.cli": "`lplb-ep doctor` says whether it is installed",
+}
+# Files and folders whose every sentence is short and free of private words.
+PLAIN = ["tests/layers.py", "tests/prose.py"]
+PRIVATE_WORDS = r"\b(?:room|told|spread|wire|cargo|halves|what is|that which)\b"
 
 
 def trees():
+    """Every module of the package: its name and its syntax tree."""
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
         yield ".".join(part for part in parts if part != "__init__"), ast.parse(path.read_text())
 
 
 def inner_imports(name, tree):
-    """The package's modules that a module imports, by their names in LAYERS."""
+    """The package's modules that a module imports, anywhere in it, by their names in LAYERS."""
     is_package = (PACKAGE / name.replace(".", "/")).is_dir()
     package = [part for part in name.split(".") if part][: None if is_package else -1]
     for node in ast.walk(tree):
@@ -86,12 +69,64 @@ def inner_imports(name, tree):
 
 def test_modules_import_only_from_those_above():
     assert sorted(name for name, _ in trees()) == sorted(LAYERS)
+    upward = set()
     for name, tree in trees():
         for imported in inner_imports(name, tree):
-            above = LAYERS.index(imported) < LAYERS.index(name)
-            assert above or (name, imported) in LATE, f"{name} imports {imported}"
+            if LAYERS.index(imported) >= LAYERS.index(name):
+                assert (name, imported) in UPWARD, f"{name} imports {imported}"
+                upward.add((name, imported))
         absolute = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
         assert not any((n.module or "").startswith("lplb_ep") for n in absolute), name
+    assert upward == set(UPWARD), "an exception that nothing needs"
+
+
+def test_the_modules_of_a_folder_stand_together():
+    folders = [folder for folder, _ in itertools.groupby(n.split(".")[0] for n in LAYERS)]
+    assert len(folders) == len(set(folders))
+
+
+def test_the_architecture_has_the_modules_as_they_are():
+    text = ARCHITECTURE.read_text()
+    assert text == with_modules_table(text), "run `make docs`"
+
+
+def test_modules_stay_readable():
+    long = {name: len(path_of(name).read_text().splitlines()) for name in LAYERS}
+    assert {name for name, lines in long.items() if lines > 500} == set(LONG), long
+
+
+def test_sentences_are_found_in_code():
+    python = '''"""One two. Three
+four five: six.
+
+Args:
+    count, of: seven `eight nine` [R, E].
+"""
+# Nine ten
+# eleven. Twelve
+x = 1  # thirteen
+f(f"fourteen {x + 1} fif" "teen")
+'''
+    found = [num_words(sentence) for _, sentence in sentences_of_python(python)]
+    assert sorted(found) == sorted([2, 4, 1, 5, 3, 1, 1, 3])
+    cuda = "/* One\n * two. */\nint x; // three\n// Four\n// five.\n"
+    assert [sentence for _, sentence in sentences_of_cuda(cuda)] == [
+        "One two.",
+        "three",
+        "Four five.",
+    ]
+
+
+def test_sentences_are_short_and_plain():
+    for path in PLAIN:
+        for file in [ROOT / path] if (ROOT / path).is_file() else sorted((ROOT / path).iterdir()):
+            if file.suffix not in (".py", ".cu", ".cuh"):
+                continue
+            find = sentences_of_python if file.suffix == ".py" else sentences_of_cuda
+            for line, sentence in find(file.read_text()):
+                where = f"{file.relative_to(ROOT)}:{line}: {sentence}"
+                assert num_words(sentence) <= 25, where
+                assert not re.search(PRIVATE_WORDS, sentence, re.IGNORECASE), where
 
 
 def test_only_settings_reads_the_environment():
@@ -101,15 +136,13 @@ def test_only_settings_reads_the_environment():
                 assert name == "settings", f"{name}.py line {node.lineno} reads the environment"
 
 
-def test_only_the_drop_in_imports_deep_ep():
+def test_only_the_drop_in_names_deep_ep():
+    names = {name for name in LAYERS if "deep_ep" in path_of(name).read_text()}
+    others = {name for name in names if name.split(".")[0] not in ("deepep", "embedded")}
+    assert others == set(NAMES_DEEP_EP)
     for name, tree in trees():
-        for node in ast.walk(tree):
-            names = []
-            if isinstance(node, ast.Import):
-                names = [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                names = [node.module or ""]
-            assert not any(n.split(".")[0] == "deep_ep" for n in names), name
+        imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        assert name.startswith("deepep") or "deep_ep" not in "".join(map(ast.dump, imports)), name
 
 
 def test_asserts_say_what_broke():

@@ -1,0 +1,88 @@
+"""The order of the package's modules: `test_project.py` holds it, docs/architecture.md shows it.
+
+`python tests/layers.py` writes the table of modules into that file (`make docs`).
+"""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lplb_ep"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+# A module imports only from those above it; a folder's modules stand together.
+LAYERS = [
+    "",
+    "errors",
+    "settings",
+    "gpu",
+    "gpu.jit",
+    "comm",
+    "comm.exchange",
+    "comm.peers",
+    "comm.watchdog",
+    "comm.alltoall",
+    "placement",
+    "placement.eplb",
+    "placement.topology",
+    "placement.optimize",
+    "placement.table",
+    "planning",
+    "planning.reference",
+    "planning.layout",
+    "planning.device",
+    "planning.solve",
+    "planning.plan",
+    "planning.planner",
+    "weights",
+    "weights.replicas",
+    "weights.refresh",
+    "embedded.rows",
+    "embedded.legacy",
+    "embedded.elastic",
+    "embedded.utils",
+    "embedded",
+    "deepep",
+    "deepep.context",
+    "deepep.drop_in",
+    "deepep.startup.sitecustomize",
+    "tools",
+    "tools.report",
+    "tools.timeline",
+    "tools.bench",
+    "tools.cli",
+]
+# (module, what it imports from below): why. A test refuses those that are not needed any more.
+UPWARD = {
+    ("placement.table", "planning.reference"): "`Placement.for_lp` asks the exact solver",
+    ("comm.alltoall", "planning.device"): "copies between GPUs are launched there",
+}
+
+START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules -->\n"
+
+
+def path_of(name):
+    """The file of a module of LAYERS."""
+    path = PACKAGE.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def modules_table():
+    """Each module and its job, the first paragraph of its docstring, as a Markdown table."""
+    rows = ["| module | its one job |", "| --- | --- |"]
+    for name in LAYERS[1:]:
+        path = path_of(name)
+        shown = str(path.relative_to(PACKAGE)).replace("__init__.py", "")
+        job = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].replace("\n", " ")
+        rows.append(f"| `{shown}` | {job} |")
+    return "\n".join(rows) + "\n"
+
+
+def with_modules_table(text):
+    """The text of docs/architecture.md with the table as it should be."""
+    before, rest = text.split(START)
+    return before + START + modules_table() + END + rest.split(END)[1]
+
+
+if __name__ == "__main__":
+    ARCHITECTURE.write_text(with_modules_table(ARCHITECTURE.read_text()))
