@@ -18,6 +18,7 @@ LAYERS = [
     "gpu",
     "gpu.jit",
     "comm",
+    "comm.collectives",
     "comm.exchange",
     "comm.peers",
     "comm.watchdog",

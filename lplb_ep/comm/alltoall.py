@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..errors import ContractError, MissingPackageError, RankError
 from ..planning import device as cuda
 from ..settings import Settings
-from .exchange import agree, everyone
+from .collectives import everyone, together
 from .peers import peer_memory, reach
 from .watchdog import watch
 
@@ -191,7 +191,9 @@ def connect(group: dist.ProcessGroup | None, device: torch.device, transport: st
         return TorchWire(group, device)
     found: PeerWire | str = "not asked for"
     if transport != "torch":
-        of_ranks = everyone(group, _obstacle(device))
+        with together(group, "replica weights"):
+            obstacle = _obstacle(device)
+        of_ranks = everyone(group, obstacle)
         obstacle = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
         found = obstacle or _connect_peers(group, device)
     if isinstance(found, PeerWire):
@@ -230,13 +232,9 @@ def _make_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | st
         flags, windows = memory.window(8 * group.size()), memory.window(2 * HALF_BYTES)
     except (ContractError, RankError) as error:  # on all ranks
         return str(error)
-    refusal = None
-    try:
+    with together(group, "replica weights"):
         settings = Settings.from_env()
         peers = cuda.Peers(group.rank(), device, flags, settings.timeout_s)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-        refusal = error
-    agree(group, "replica weights", {}, refusal)
     stream = _side_stream(group, device)
     wire = PeerWire(group.rank(), device, windows, HALF_BYTES, peers, stream)
     say = functools.partial(_missing_ranks, peers.missing, settings.timeout_s)

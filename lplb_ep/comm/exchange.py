@@ -8,14 +8,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from ..errors import ContractError, RankError
-
-_T = TypeVar("_T")
+from ..errors import ContractError
+from .collectives import gather_rows, memory_of
 
 COUNTS = ("auto", "nvshmem", "ipc", "torch", "given")
 
@@ -89,7 +88,7 @@ class TorchExchange:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = weakref.ref(group)
-        self.device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+        self.device = memory_of(group)
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """As `Exchange.gather`.
@@ -101,18 +100,6 @@ class TorchExchange:
         if group is None:
             raise ContractError("the group that this exchange was made for is destroyed")
         return gather_rows(row.to(self.device), group).to(row.device)
-
-
-def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """A tensor from each rank → [R, ...], the same on every rank. Collective.
-
-    By an all-to-all, whose messages are all under way at once: gloo's all-gather passes them round
-    a ring, R - 1 steps that wait for one another (three times slower with 8 ranks on 2 cores).
-    """
-    copies = row.expand(group.size(), *row.shape).contiguous()
-    rows = torch.empty_like(copies)
-    dist.all_to_all_single(rows, copies, group=group)
-    return rows
 
 
 def choose_counts(
@@ -156,52 +143,3 @@ def choose_counts(
     able = [kind for kind, obstacle in obstacles.items() if not obstacle]
     because = "; ".join(f"not {kind}: {why}" for kind, why in obstacles.items() if why)
     return (able or ["torch"])[0], because or "the kernels reach every rank's memory"
-
-
-def agree(
-    group: dist.ProcessGroup | None,
-    what: str,
-    facts: dict[str, object],
-    refusal: Exception | None = None,
-) -> None:
-    """Collective: checks that every rank brings the same facts.
-
-    Args:
-        group: the ranks; None for a single one.
-        what: whose facts, for the message.
-        facts: name → plain value.
-        refusal: why this rank has no facts to bring. The others are told before it is raised
-            here: they would wait for this rank for ever.
-
-    Raises:
-        Exception: `refusal`, on its own rank.
-        RankError: another rank refused, or ranks differ; names who, and in what.
-    """
-    if group is not None and group.size() > 1:
-        brought = everyone(group, (facts, str(refusal or "")))
-        if refusal is None:
-            _compare(what, brought)
-    if refusal is not None:
-        raise refusal
-
-
-def everyone(group: dist.ProcessGroup, value: _T) -> list[_T]:
-    """Collective: a plain value from each rank → [R] of them, in rank order."""
-    values = [value] * group.size()
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
-def _compare(what: str, brought: list[tuple[dict[str, object], str]]) -> None:
-    refused = [rank for rank, (_, refusal) in enumerate(brought) if refusal]
-    if refused:
-        raise RankError(
-            f"{what}: ranks {refused} refused; rank {refused[0]}: {brought[refused[0]][1]}"
-        )
-    for name in sorted(set().union(*(facts for facts, _ in brought))):
-        holders: dict[object, list[int]] = {}
-        for rank, (facts, _) in enumerate(brought):
-            holders.setdefault(facts.get(name, "absent"), []).append(rank)
-        if len(holders) > 1:
-            shown = "; ".join(f"{value} on ranks {ranks}" for value, ranks in holders.items())
-            raise RankError(f"{what}: ranks differ in {name}: {shown}")

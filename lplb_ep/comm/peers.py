@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from ..errors import ContractError, MissingPackageError, RankError
 from ..settings import has_part_of_gpu, save_for_nvshmem
-from .exchange import Reach, Relay, Windows, agree, everyone
+from .collectives import everyone, together
+from .exchange import Reach, Relay, Windows
 
 _CHUNK_BYTES = 2 << 20  # what the driver allocates at least
 _ALIGNMENT = 256
@@ -141,7 +142,9 @@ def reach(group: dist.ProcessGroup | None) -> Reach:
     if group is None:
         return replace(_find_reach([_Fact.of_this_rank()]), num_ranks_per_node=0)
     if group not in _reaches:
-        _reaches[group] = _find_reach(everyone(group, _Fact.of_this_rank()))
+        with together(group, "counts"):
+            fact = _Fact.of_this_rank()
+        _reaches[group] = _find_reach(everyone(group, fact))
     return _reaches[group]
 
 
@@ -267,13 +270,13 @@ def _join_nvshmem(group: dist.ProcessGroup) -> None:
     if runs is None and node_size == group.size():
         save_for_nvshmem()
     unique = b""
-    with _told(group, "NVSHMEM's id"):
+    with _attempt(group, "NVSHMEM's id"):
         from nvshmem import core
 
         if group.rank() == 0:
             unique = core.get_unique_id()._data.tobytes()
     unique = everyone(group, unique)[0]
-    with _told(group, "NVSHMEM's start"):
+    with _attempt(group, "NVSHMEM's start"):
         import numpy as np
         from cuda.core import Device
         from nvshmem import core
@@ -290,20 +293,18 @@ def _join_nvshmem(group: dist.ProcessGroup) -> None:
 
 
 @contextlib.contextmanager
-def _told(group: dist.ProcessGroup, what: str) -> Iterator[None]:
-    """Collective at its end: what fails inside on one rank raises on all, there a ContractError."""
-    refusal = None
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-        refusal = ContractError(f"{what}: {type(error).__name__}: {error}")
-        refusal.__cause__ = error
-    agree(group, what, {}, refusal)
+def _attempt(group: dist.ProcessGroup, what: str) -> Iterator[dict[str, object]]:
+    """As `together`, but whatever fails in the block is a ContractError on its own rank."""
+    with together(group, what) as facts:
+        try:
+            yield facts
+        except Exception as error:
+            raise ContractError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
     reached: dict[int, int] = {}
-    with _told(group, "NVSHMEM's memory"):
+    with _attempt(group, "NVSHMEM's memory"):
         from nvshmem import bindings
 
         address = bindings.malloc(num_bytes)
@@ -318,27 +319,21 @@ def _allocate_nvshmem(group: dist.ProcessGroup, num_bytes: int, node_size: int) 
 
 
 def _allocate_ipc(group: dist.ProcessGroup, num_bytes: int, node_size: int) -> list[int]:
-    from cupy.cuda import runtime
+    own, handle = 0, b""
+    opened: dict[int, int] = {}
+    try:
+        with _attempt(group, "CUDA IPC, to share memory") as facts:
+            from cupy.cuda import runtime
 
-    own, handle, opened = 0, b"", {}
-    refusal: Exception | None = None
-    try:
-        own = runtime.malloc(num_bytes)
-        _zero(own, num_bytes)
-        handle = runtime.ipcGetMemHandle(own)
-    except runtime.CUDARuntimeError as error:
-        refusal = ContractError(f"CUDA IPC gives no memory away: {error}")
-    try:
-        agree(group, "CUDA IPC memory", {"bytes": num_bytes}, refusal)
+            facts["bytes"] = num_bytes
+            own = runtime.malloc(num_bytes)
+            _zero(own, num_bytes)
+            handle = runtime.ipcGetMemHandle(own)
         handles = everyone(group, handle)
-        for rank in _node_of(group, node_size):
-            try:
+        with _attempt(group, "CUDA IPC, to open the other ranks' memory"):
+            for rank in _node_of(group, node_size):
                 if rank != group.rank():
                     opened[rank] = runtime.ipcOpenMemHandle(handles[rank])
-            except runtime.CUDARuntimeError as error:
-                refusal = ContractError(f"CUDA IPC does not reach rank {rank}'s memory: {error}")
-                break
-        agree(group, "CUDA IPC memory", {}, refusal)
     except (ContractError, RankError):  # on every rank
         for address in opened.values():
             runtime.ipcCloseMemHandle(address)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..comm.exchange import agree
+from ..comm.collectives import everyone, together
 from ..errors import ContractError
 from ..placement.table import Layer, Placement, check_placement
 from ..planning.planner import Planner
@@ -93,25 +93,28 @@ channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int], Planner]]
 )
 
 
-def register(state: BufferState, target: Target, refusal: Exception | None = None) -> None:
+def register(state: BufferState, target: Target, check: Callable[[], None] = lambda: None) -> None:
     """Makes the channel of a placement and slot. Collective, also where it exists already: ranks
     that bring different placements must meet here, not in their exchanges.
 
+    Args:
+        state: of the buffer.
+        target: what to register.
+        check: raises what is wrong with it on this rank; the other ranks then raise, too.
+
     Raises:
-        RankError: names the ranks that bring another placement or slot, or a refusal.
-        Exception: `refusal`, what this rank found wrong beforehand.
+        RankError: names the ranks that bring another placement or slot, or failed.
+        Exception: what failed on this rank.
     """
     placement, slot = target
-    facts: dict[str, object] = {}
-    if refusal is None:
-        facts = {"placement": placement.in_force.fingerprint(), "slot": slot}
     group = state.group if isinstance(state.group, dist.ProcessGroup) else None
-    agree(group, "placement", facts, refusal)
-    try:
-        channel(state, target)
-    except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-        refusal = error
-    agree(group, "placement", {}, refusal)
+    with together(group, "placement") as facts:
+        check_placement(placement)
+        check()
+        facts.update(placement=placement.in_force.fingerprint(), slot=slot)
+    if group is not None and not all(everyone(group, _planner(state, target) is not None)):
+        _make(state, target, compare=True)
+    channel(state, target)
 
 
 def channel(state: BufferState, target: Target) -> Planner:
@@ -122,25 +125,35 @@ def channel(state: BufferState, target: Target) -> Planner:
             "balancing needs a buffer on a torch.distributed group; "
             f"this one is on {type(state.group).__name__}"
         )
-    of_group = channels.setdefault(state.group, {})
-    placement, slot = target
-    planner = of_group.get((placement.layer, slot))
-    if planner is None or planner.is_outdated:
-        balances = state.settings.mode == "1"
-        planner = of_group[placement.layer, slot] = Planner(
-            placement,
-            state.group,
-            # At home nothing is exchanged or solved, and no kernel need be compiled.
-            counts=state.settings.counts if balances else "given",
-            solver=state.settings.solver if balances else "cpu",
-            slot=slot,
-            compare=False,
-            check=state.settings.check,
-            timeout_s=state.settings.timeout_s,
-            abort_on_timeout=state.settings.on_timeout == "abort",
-        )
-    if state.default is not None and placement.layer is not state.default[0].layer:
+    planner = _planner(state, target) or _make(state, target, compare=False)
+    if state.default is not None and target[0].layer is not state.default[0].layer:
         state.default = None
+    return planner
+
+
+def _planner(state: BufferState, target: Target) -> Planner | None:
+    """The planner that there is."""
+    placement, slot = target
+    planner = channels.get(state.group, {}).get((placement.layer, slot))
+    return None if planner is None or planner.is_outdated else planner
+
+
+def _make(state: BufferState, target: Target, *, compare: bool) -> Planner:
+    placement, slot = target
+    balances = state.settings.mode == "1"
+    planner = Planner(
+        placement,
+        state.group,
+        # At home nothing is exchanged or solved, and no kernel need be compiled.
+        counts=state.settings.counts if balances else "given",
+        solver=state.settings.solver if balances else "cpu",
+        slot=slot,
+        compare=compare,
+        check=state.settings.check,
+        timeout_s=state.settings.timeout_s,
+        abort_on_timeout=state.settings.on_timeout == "abort",
+    )
+    channels.setdefault(state.group, {})[placement.layer, slot] = planner
     return planner
 
 
@@ -245,20 +258,20 @@ def attach(
         ValueError: the weights do not have that many slots; names the parameter.
     """
     state = None if buffer is None else state_of(buffer)
-    target, refusal = (placement, slot), None
-    try:
+    target = (placement, slot)
+
+    def check() -> None:
         check_placement(placement)
         refuse_when_off(Settings.from_env() if state is None else state.settings, "attach()")
         check_slots(placement, num_local_slots)
-        experts = getattr(module, "experts", None) if experts is None else experts
-        if experts is not None and experts is not False:
-            replicas.slot_parameters(experts, num_local_slots)
-    except (ContractError, TypeError, ValueError) as error:
-        refusal = error
-    if state is not None:
-        register(state, target, refusal)
-    elif refusal is not None:
-        raise refusal
+        weights = getattr(module, "experts", None) if experts is None else experts
+        if weights is not None and weights is not False:
+            replicas.slot_parameters(weights, num_local_slots)
+
+    if state is None:
+        check()
+    else:
+        register(state, target, check)
     this = object()
 
     def enter(*_: Any) -> None:

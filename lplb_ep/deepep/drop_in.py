@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
-from ..comm.exchange import agree
+from ..comm.collectives import together
 from ..comm.peers import has_started_nvshmem
 from ..errors import ContractError, MissingPackageError
 from ..placement.table import Placement, check_placement
@@ -435,11 +435,11 @@ def _init(base: type) -> Callable[..., None]:
         indices: str | None = None,
         **kwargs: Any,
     ) -> None:
-        settings = Settings()
-        facts: dict[str, object] = {}
-        refusal = None
         arguments = signature.bind(self, *args, **kwargs).arguments
-        try:
+        group = arguments.get("group")
+        # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;
+        # with LPLB_EP=0 too, or one rank that misses the variable would leave the others waiting.
+        with together(group if isinstance(group, dist.ProcessGroup) else None, "settings") as facts:
             settings = Settings.from_env()
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
@@ -454,7 +454,7 @@ def _init(base: type) -> Callable[..., None]:
                 refuse_when_off(settings, "Buffer")
             if settings.mode != "0" and not base.__module__.startswith("lplb_ep."):
                 _refuse_late_nvshmem(arguments)
-            facts = {
+            facts |= {
                 "buffer": f"{base.__module__}.{base.__name__}",
                 "LPLB_EP": settings.mode,
                 "indices": settings.indices,
@@ -466,12 +466,6 @@ def _init(base: type) -> Callable[..., None]:
                 "placement": "none" if placement is None else placement.fingerprint(),
                 "lplb_ep version": __version__,
             }
-        except (ContractError, MissingPackageError, TypeError, ValueError, OSError) as error:
-            refusal = error
-        group = arguments.get("group")
-        # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;
-        # with LPLB_EP=0 too, or one rank that misses the variable would leave the others waiting.
-        agree(group if isinstance(group, dist.ProcessGroup) else None, "settings", facts, refusal)
         original(self, *args, **kwargs)
         size_hint = getattr(base, "get_low_latency_rdma_size_hint", None)
         self._lplb_state = BufferState(
@@ -512,13 +506,9 @@ def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
         TypeError: `placement` is not one.
         RankError: ranks bring different placements or slots.
     """
-    state, refusal = state_of(self), None
+    state = state_of(self)
     refuse_when_off(state.settings, "view()")  # on every rank alike
-    try:
-        check_placement(placement)
-    except TypeError as error:
-        refusal = error
-    register(state, (placement, slot), refusal)
+    register(state, (placement, slot))
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_target = (placement, slot)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..comm.exchange import gather_rows
+from ..comm.collectives import gather_rows
 from ..errors import ContractError
 from .rows import (
     FLOATS,

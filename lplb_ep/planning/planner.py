@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
+from ..comm.collectives import together
 from ..comm.exchange import (
     Exchange,
     LocalExchange,
     Reach,
     TorchExchange,
     Windows,
-    agree,
     choose_counts,
 )
 from ..comm.peers import peer_memory, reach, rule_out
@@ -108,9 +108,8 @@ class Planner:
         timeout_s: float = 60,
         abort_on_timeout: bool = False,
     ) -> None:
-        facts: dict[str, object] = {}
-        refusal: Exception | None = None
-        try:
+        ranks = group if compare else None
+        with together(ranks, "Planner") as facts:
             check_placement(placement)
             placement = placement.in_force
             self.rank = _own_rank(placement, group, rank)
@@ -122,27 +121,19 @@ class Planner:
                     f"got {timeout_s!r}"
                 )
             self.solver, _ = choose_solver(solver, placement)
-            facts = {
-                "placement": placement.fingerprint(),
-                "slot": slot,
-                "solver": solver_fact(solver, placement),
-                "counts": counts,
-                "lplb_ep version": __version__,
-            }
-        except (TypeError, ValueError, MissingPackageError) as error:
-            refusal = error
-        agree(group if compare else None, "Planner", facts, refusal)
+            facts["placement"] = placement.fingerprint()
+            facts["slot"] = slot
+            facts["solver"] = solver_fact(solver, placement)
+            facts["counts"] = counts
+            facts["lplb_ep version"] = __version__
         self.placement = placement
         self.counts, self.exchange = _connect(counts, placement, group, self.solver != "cpu")
         self._check = check
         self._homes: dict[torch.device, _Homes] = {}
         self._head = [_tag(placement), slot, _count_planner(group) if compare else 0]
         self._steps: _CpuSteps | _GpuSteps
-        try:
+        with together(ranks, "Planner"):
             self._steps = self._make_steps(timeout_s, abort_on_timeout)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the others must not wait)
-            refusal = error
-        agree(group if compare else None, "Planner", {}, refusal)
         _planners_of.setdefault(placement.layer, WeakSet()).add(self)
 
     def _make_steps(self, timeout_s: float, abort_on_timeout: bool) -> _CpuSteps | _GpuSteps:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from ..comm.exchange import agree, everyone
+from ..comm.collectives import everyone, together
 from ..placement.table import Placement
 from ..planning.planner import planners_of
 from ..planning.solve import MAX_TOTAL, solve
@@ -317,17 +317,12 @@ class Refresher:
         choose: Choose | None = None,
     ) -> None:
         group = layers[0].group if layers else None
-        facts: dict[str, object] = {}
-        refusal = None
-        try:
+        with together(group, "Refresher") as facts:
             self._settings = Settings.from_env() if settings is None else settings
             _check(layers, choose)
             for f in ("refresh", "refresh_threshold", "refresh_changes", "refresh_seconds"):
-                facts[f] = getattr(self._settings, f)
-            facts["placements"] = [r.placement.fingerprint() for r in layers]
-        except (TypeError, ValueError) as error:
-            refusal = error
-        agree(group, "Refresher", {name: str(value) for name, value in facts.items()}, refusal)
+                facts[f] = str(getattr(self._settings, f))
+            facts["placements"] = str([r.placement.fingerprint() for r in layers])
         self._layers, self._group, self._num_steps = list(layers), group, 0
         self._interval = self._settings.refresh
         if not self._interval:

@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..comm.alltoall import TRANSPORTS, Table, connect
-from ..comm.exchange import TorchExchange, agree
+from ..comm.collectives import gather_rows, memory_of, together
 from ..errors import ContractError, RankError
 from ..placement.table import Layer, Placement
 
@@ -434,7 +434,7 @@ class Replicas:
         if self.group is not None and any(
             self._rank_of(home) != self._rank_of(replica) for home, replica in self._replicas
         ):
-            codes = TorchExchange(self.group).gather(own)
+            codes = gather_rows(own.to(memory_of(self.group)), self.group).cpu()
         if refusal is not None:
             raise refusal
         refused = torch.nonzero((codes == _REFUSED).flatten(1).any(1)).flatten().tolist()
@@ -775,9 +775,8 @@ def _agree(
             "for a single one"
         )
     size = 1 if group is None else group.size()
-    facts: dict[str, object] = {"placement": placement.fingerprint(), "transport": transport}
-    refusal = None
-    try:
+    with together(group, "Replicas") as facts:
+        facts.update(placement=placement.fingerprint(), transport=transport)
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}")
         if size != placement.num_ranks:
@@ -787,9 +786,6 @@ def _agree(
         _refuse_state_outside_parameters(experts)
         for name, copies in _slots(experts, placement.num_local_slots).items():
             facts[f"parameter {name}"] = _describe(copies[0].weight)
-    except (TypeError, ValueError) as error:
-        refusal = error
-    agree(group, "Replicas", facts, refusal)
 
 
 @functools.cache

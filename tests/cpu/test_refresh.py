@@ -335,7 +335,7 @@ FAILURES = {
     "planner": ("lplb_ep.planning.planner.Planner.prepare", fail),
     "replicas": ("lplb_ep.weights.replicas.Replicas.prepare", fail),
     "copy": ("lplb_ep.weights.replicas.Change.fetch", None),
-    "table": ("lplb_ep.placement.Placement.with_copies", another_table),
+    "table": ("lplb_ep.placement.table.Placement.with_copies", another_table),
 }
 
 
