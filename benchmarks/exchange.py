@@ -27,7 +27,7 @@ import torch.distributed as dist
 from lplb_ep import Placement, Planner
 from lplb_ep.planning import reference as cpu
 from lplb_ep.tools import bench
-from lplb_ep.tools.report import text_table
+from lplb_ep.tools.tables import text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import mps

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from lplb_ep import Placement, PlacementError, solve
-from lplb_ep.tools.report import text_table
+from lplb_ep.tools.tables import text_table
 
 Layer = tuple[np.ndarray, dict[str, np.ndarray]]
 """Samples to learn on [N, E], and live loads [E] by name."""

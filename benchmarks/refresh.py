@@ -21,7 +21,7 @@ import torch
 from placements import generated, mmlu, qwen
 
 from lplb_ep import Placement, Settings
-from lplb_ep.tools.report import Recording
+from lplb_ep.tools.recordings import Recording
 from lplb_ep.tools.timeline import replay_over_time
 from lplb_ep.weights.refresh import imbalance
 

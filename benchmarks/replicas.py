@@ -23,7 +23,7 @@ from torch import nn
 
 from lplb_ep import Placement, Replicas
 from lplb_ep.tools import bench
-from lplb_ep.tools.report import text_table
+from lplb_ep.tools.tables import text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import mps

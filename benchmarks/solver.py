@@ -28,7 +28,8 @@ from lplb_ep import Placement
 from lplb_ep.planning import device as cuda
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.solve import rank_load, rank_set_bound
-from lplb_ep.tools.report import load_recording, text_table
+from lplb_ep.tools.recordings import load_recording
+from lplb_ep.tools.tables import text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import oracle

@@ -336,7 +336,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error("LPLB_EP=0 is for layers without replica slots: say home or 1")
         args.recorded = None
         if args.trace:
-            from lplb_ep.tools.report import load_recording
+            from lplb_ep.tools.recordings import load_recording
 
             recording = load_recording(args.trace, key=args.trace_key, layout=args.trace_layout)
             args.recorded, args.experts = recording.load, recording.num_experts
@@ -393,7 +393,7 @@ def launch(args: argparse.Namespace) -> None:
     """Runs all ranks on this machine."""
     # They are forked from a server that has imported what takes long.
     multiprocessing.forkserver.set_forkserver_preload(
-        ["torch._dynamo", "lplb_ep.deepep.drop_in", "lplb_ep.embedded", "lplb_ep.tools.report"]
+        ["torch._dynamo", "lplb_ep.deepep.drop_in", "lplb_ep.embedded", "lplb_ep.tools.plots"]
     )
     # The server and its forks inherit that Ctrl-C is ignored; it is for the launcher alone.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)

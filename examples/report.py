@@ -207,7 +207,7 @@ class Observer:
         )
 
     def draw(self, before, after, bound) -> None:
-        from lplb_ep.tools.report import plot_training
+        from lplb_ep.tools.plots import plot_training
 
         Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
         plot_training(
@@ -258,7 +258,7 @@ def median_ms(function, times: int = 21) -> float:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
-    from lplb_ep.tools.report import text_table
+    from lplb_ep.tools.tables import text_table
 
     print(f"\n{title}\n\n{text_table(header, rows)}")
 

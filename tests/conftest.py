@@ -23,3 +23,30 @@ def pytest_collection_modifyitems(items):
 def kernel_cache(tmp_path_factory):
     """Empty at first, for tests that compile every kernel: that takes a minute."""
     return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def clean_environment(monkeypatch):
+    """For commands in this process: none of the settings set, and all put back at the end."""
+    for variable in [v for v in os.environ if v.startswith("LPLB_EP")]:
+        monkeypatch.delenv(variable)
+    for variable in ("LPLB_EP", "LPLB_EP_PLACEMENT"):
+        monkeypatch.setenv(variable, "")  # `run` sets them: put back at the end
+
+
+@pytest.fixture
+def fails(capsys):
+    """The one line on stderr of a command that ends with status 2."""
+    from lplb_ep.tools import cli
+
+    def call(*argv):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(a) for a in argv])
+        assert exit_.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith("lplb-ep: error: ")
+        return line
+
+    return call

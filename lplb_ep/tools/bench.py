@@ -19,7 +19,7 @@ from ..planning import device as cuda
 from ..planning import reference as cpu
 from ..planning.plan import Status
 from ..planning.planner import Planner
-from .report import text_table
+from .tables import text_table
 
 NUM_BATCHES, NUM_WARM, NUM_REPLAYS, NUM_EAGER = 32, 3, 20, 128
 
@@ -51,12 +51,14 @@ class Batches:
 
 
 def make_batches(num_ranks: int, num_experts: int, num_tokens: int, num_topk: int) -> Batches:
-    """An expert's popularity is lognormal (sigma 0.6) times a factor for each 32 neighbours (0.33),
-    as fitted to recordings; that of each batch drifts from the history's (correlation 0.94 of the
-    logarithms, as between prompts of two lengths), and that of each rank a little more (sigma 0.1).
+    """Loads skewed as recorded ones are, from a fixed seed.
+
+    An expert's popularity is lognormal (sigma 0.6) times a factor for each 32 neighbours (0.33).
+    Each batch's popularity drifts from the history's, as between prompts of two lengths: the
+    correlation of their logarithms is 0.94. Each rank's drifts a little more (sigma 0.1).
 
     Raises:
-        ValueError: a number that cannot be; names it.
+        ValueError: a number is out of range; the message names it.
     """
     for name, number, most in (
         ("num_ranks", num_ranks, math.inf),
@@ -98,7 +100,7 @@ def make_placement(
     """By EPLB ("eplb") or along a topology.
 
     Raises:
-        ValueError: it cannot be; says why.
+        ValueError: there is no such placement; the message says why.
     """
     shape = {"num_ranks": num_ranks, "num_redundant_per_rank": num_redundant_per_rank}
     if kind == "eplb":
@@ -127,8 +129,8 @@ def time_graph(call: Callable[[int], Any]) -> float:
 def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dict[str, float]:
     """Times of the steps and of the whole plan, by CUDA graphs on the current device.
 
-    The other ranks' rows lie in device memory, in step with this rank's, which counts into its own
-    place among them; an exchange is not included.
+    The other ranks' rows lie in device memory, and this rank counts into its own row among them.
+    An exchange is not included.
 
     Args:
         placement: the copies.
@@ -136,10 +138,11 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
         solver: one on the GPU.
 
     Returns:
-        Microseconds of "count", of "solve" (of loads that are summed already, and alone), of
-        "solve + number" (the kernel of a plan), of "route" (split and rewrite) and of the "plan";
-        "eager", microseconds that a call of a `Planner` keeps the CPU; "above", tokens of the
-        worst batch above its optimum; "workspace", bytes that a planner holds.
+        Microseconds of each step: "count", "solve + number" (the kernel of a plan) and "route"
+        (split and rewrite). "solve" is the solver alone, on loads that are summed already.
+        "plan" is all steps. "eager" is the wall time, in microseconds, of a `Planner` call on
+        the CPU. "above": tokens of the worst batch above its optimum. "workspace": bytes that a
+        planner holds.
     """
     topks = [topk.cuda() for topk in batches.topk_idx]
     rows = torch.zeros(
@@ -239,7 +242,7 @@ def _measure_eager(
 def _check_told(*of_batch: cuda.Steps) -> None:
     torch.cuda.synchronize()
     for i, steps in enumerate(of_batch):
-        assert not steps.told.any(), f"steps {i} were told of {steps.told.nonzero()[0].tolist()}"
+        assert not steps.told.any(), f"steps {i} set error flags {steps.told.nonzero()[0].tolist()}"
 
 
 def conditions() -> dict[str, object]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +14,8 @@ from ..placement.table import Placement
 from ..planning.solve import solve
 from ..settings import Settings
 from ..weights.refresh import Choose, Int64, Job, num_moved, propose, with_room
-from .report import COLOURS, LEGEND, Recording, finish, mark, save_picture, text_table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from .recordings import Recording
+from .tables import text_table
 
 
 def draw_batches(recording: Recording, num_batches: int, seed: int = 0) -> Recording:
@@ -128,7 +125,7 @@ def replay_over_time(
     settings: Settings,
     choose: Choose | None = None,
     num_groups: int | None = None,
-    progress: Callable[[int], None] = lambda layer: None,
+    progress: Callable[[int, int], None] = lambda done, num_layers: None,
 ) -> Timeline:
     """Replays workloads one after another, with a refresher that looks after every so many batches.
 
@@ -140,7 +137,7 @@ def replay_over_time(
         settings: whose `refresh…` count; `refresh` batches lie between two looks.
         choose: as for `Refresher`.
         num_groups: the router's, by which EPLB places anew; see `Placement.from_history`.
-        progress: is told how many layers are done.
+        progress: is called with the number of layers done, and of all layers.
 
     Raises:
         ValueError: recordings or placements that do not fit together, or no interval.
@@ -181,7 +178,7 @@ def replay_over_time(
         refreshed, moved = _refresh(job, columns["kept"][-1], num_groups)
         columns["refreshed"].append(refreshed)
         moves += moved
-        progress(place + 1)
+        progress(place + 1, len(placements))
     starts = np.cumsum([0, *(len(w.counts) for w in workloads)])[:-1].tolist()
     return Timeline(
         **{name: torch.stack(values, 1) for name, values in columns.items()},
@@ -238,71 +235,3 @@ def _anew(placement: Placement, loads: Int64, num_groups: int | None) -> Placeme
         num_ranks_per_node=placement.num_ranks_per_node,
         num_groups=num_groups,
     )
-
-
-def plot_timeline(
-    path: str | os.PathLike[str], timeline: Timeline, *, title: str = "", footnote: str = ""
-) -> None:
-    """Draws the imbalance over time, with the moments of refresh, and the ranks' loads at the end.
-
-    Args:
-        path: the PNG to write.
-        timeline: what to draw. The loads are of the last batch, in the layer that is the most
-            unbalanced there on the placement that was kept.
-        title: headline.
-        footnote: a small line at the foot.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
-        OSError: the file cannot be written.
-    """
-    imbalance = timeline.imbalance()
-    chosen = int(imbalance["kept"][-1].argmax())
-    looks = {
-        "kept": (COLOURS["home"], "placements kept"),
-        "refreshed": (COLOURS["lp"], "refreshed"),
-    }
-
-    def draw(figure: Figure) -> None:
-        bars, lines = figure.subplots(1, 2, width_ratios=(1, 1.9))
-        ranks = np.arange(timeline.kept.shape[2])
-        for shift, (name, (colour, _)) in zip((-0.2, 0.2), looks.items(), strict=True):
-            load = getattr(timeline, name)[-1, chosen].numpy()
-            bars.bar(ranks + shift, load, 0.4, color=colour)
-        bars.axhline(load.mean(), color="0.35", lw=1, ls=(0, (4, 3)))
-        layer = timeline.layers[chosen]
-        bars.set_title(f"Rank loads of layer {layer}, last batch", loc="left", fontsize=10)
-        bars.set_xticks(ranks[:: max(1, len(ranks) // 8)])
-        bars.set_xlabel("rank")
-        bars.set_ylabel("rank load: tokens")
-        bars.yaxis.set_major_formatter("{x:,.0f}")
-
-        steps, drawn = np.arange(len(timeline.kept)), []
-        for name, (colour, label) in looks.items():
-            values = imbalance[name].numpy()
-            drawn += lines.plot(
-                steps, np.median(values, 1), color=colour, lw=2, label=f"LP, {label}: median layer"
-            )
-            drawn += lines.plot(
-                steps, values.max(1), color=colour, lw=1, ls=":", label="its worst layer"
-            )
-        lines.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
-        for batch in sorted({move.batch for move in timeline.moves}):
-            lines.axvline(batch - 0.5, color=COLOURS["even"], lw=1, zorder=0)
-        mark(lines, {start: name.split(": ")[-1] for name, start in timeline.workloads})
-        moved = sum(move.num_copies for move in timeline.moves)
-        lines.set_title(
-            f"Imbalance of every batch; refreshes (light blue) move {moved:,} replicas in all",
-            loc="left",
-            fontsize=10,
-        )
-        lines.xaxis.get_major_locator().set_params(integer=True)
-        lines.set_xlabel("batch")
-        lines.set_ylabel("imbalance: max / mean rank load")
-        for axes in (bars, lines):
-            finish(axes)
-        lines.legend(handles=drawn, loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, **LEGEND)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
-
-    save_picture(path, (11.5, 4.6), draw)

@@ -11,8 +11,9 @@ from test_refresh import E, R, hot, ring, traffic
 from lplb_ep import Placement, Settings
 from lplb_ep.planning import reference as cpu
 from lplb_ep.tools import cli
-from lplb_ep.tools.report import Recording
-from lplb_ep.tools.timeline import draw_batches, plot_timeline, replay_over_time
+from lplb_ep.tools.plots import plot_timeline
+from lplb_ep.tools.recordings import Recording
+from lplb_ep.tools.timeline import draw_batches, replay_over_time
 
 SETTINGS = Settings(refresh=4, refresh_changes=8)
 

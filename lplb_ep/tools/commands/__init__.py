@@ -1,0 +1,1 @@
+"""The commands of `lplb-ep`, a module for each; none imports more than its parser needs."""

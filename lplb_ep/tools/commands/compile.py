@@ -1,0 +1,30 @@
+"""`lplb-ep compile`: every kernel compiled beforehand, without a GPU."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from .options import one_line_errors
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser's."""
+    parser = commands.add_parser(
+        "compile", help="compile every kernel beforehand, for any architecture, without a GPU"
+    )
+    parser.set_defaults(command=_run)
+    parser.add_argument(
+        "--arch", action="append", metavar="sm_90", help="may be repeated; default: sm_90, sm_100"
+    )
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with one_line_errors():
+        from ...gpu.jit import compile_all
+        from ...planning.device import programs
+
+        compile_all(programs(), args.arch or ["sm_90", "sm_100"])
+    return 0

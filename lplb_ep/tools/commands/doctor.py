@@ -1,0 +1,140 @@
+"""`lplb-ep doctor`: the packages installed, the settings, and the choices they lead to."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+from ... import __version__
+from ...errors import MissingPackageError
+from ...settings import Settings
+
+# name, distributions that bring it, what it is for, how to get it
+_PACKAGES = (
+    ("torch", ("torch",), "tensors and groups", "pip install torch"),
+    ("numpy", ("numpy",), "plans on the CPU", "pip install numpy"),
+    ("scipy", ("scipy",), "maximum flows", "pip install scipy"),
+    ("deep_ep", ("deep_ep",), "moves tokens between GPUs", "https://github.com/deepseek-ai/DeepEP"),
+    ("matplotlib", ("matplotlib",), "pictures", "pip install '.[plot]' in a checkout"),
+)
+_CUDA = "pip install '.[cuda]' in a checkout"
+_GPU_PACKAGES = (
+    ("cupy", ("cupy-cuda13x", "cupy-cuda12x", "cupy"), "launches kernels", _CUDA),
+    ("libmathdx", ("nvidia-libmathdx-cu13", "nvidia-libmathdx-cu12"), "cuSolverDx", _CUDA),
+    ("nvrtc", ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12"), "compiles kernels", _CUDA),
+    ("nvjitlink", ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12"), "links kernels", _CUDA),
+    (
+        "nvshmem4py",
+        ("nvshmem4py-cu13", "nvshmem4py-cu12"),
+        "exchanges counts",
+        "pip install '.[nvshmem]' in a checkout",
+    ),
+)
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser's."""
+    parser = commands.add_parser(
+        "doctor", help="packages, settings, and the choices they lead to, with reasons"
+    )
+    parser.set_defaults(command=_run)
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    print(f"lplb-ep {__version__}, Python {sys.version.split()[0]}")
+    for heading, packages in (
+        ("Packages", _PACKAGES),
+        ("Packages for plans on the GPU", _GPU_PACKAGES),
+    ):
+        print(f"\n{heading}")
+        for name, distributions, purpose, install in packages:
+            found = next(filter(None, map(_version, distributions)), None)
+            _line(name, found or "missing", purpose if found else f"{purpose}: {install}")
+
+    print("\nDevices")
+    try:
+        _print_devices()
+    except ImportError as error:
+        print(f"  error: {error}")
+
+    print("\nSettings")
+    try:
+        settings = Settings.from_env()
+    except ValueError as error:
+        print(f"  error: {error}")
+        return 2
+    for setting in fields(Settings):
+        value = getattr(settings, setting.name)
+        shown = str(int(value)) if isinstance(value, bool) else str(value)
+        changed = "" if value == setting.default else "set"
+        _line(setting.metadata["variable"], shown or "none", changed or "default", width=28)
+
+    print("\nUsed")
+    try:
+        choices = _choices(settings)
+    except ImportError as error:
+        print(f"  error: {error}")
+        return 2
+    status = 0
+    for name, choose in choices.items():
+        try:
+            _line(name, *choose())
+        except (OSError, ValueError, MissingPackageError) as error:
+            _line(name, "error", str(error))
+            status = 2
+    return status
+
+
+def _print_devices() -> None:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        _line(f"cuda:{index}", f"sm_{major}{minor}", torch.cuda.get_device_name(index))
+    if not torch.cuda.is_available():
+        version = torch.version.cuda
+        _line("cuda", "none", f"torch has CUDA {version}" if version else "torch has no CUDA")
+
+
+def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
+    """What the settings lead to on this machine: a choice and its reason, by part."""
+    from ...deepep.drop_in import choose_backend
+    from ...placement.table import Placement
+    from ...planning.solve import choose_solver
+
+    choices: dict[str, Callable[[], tuple[str, str]]] = {
+        "buffer": lambda: choose_backend(settings.backend),
+        "counts": lambda: _choose_counts(settings),
+        "solver": lambda: choose_solver(settings.solver),
+    }
+    if settings.placement:
+        choices["placement"] = lambda: (
+            settings.placement,
+            repr(Placement.load(settings.placement)),
+        )
+    return choices
+
+
+def _choose_counts(settings: Settings) -> tuple[str, str]:
+    """For ranks on machines like this one."""
+    from ...comm.exchange import Reach, choose_counts
+    from ...comm.peers import reach
+    from ...planning.solve import choose_solver
+
+    on_gpu = choose_solver(settings.solver)[0] != "cpu"
+    return choose_counts(settings.counts, 2, True, on_gpu, reach(None) if on_gpu else Reach())
+
+
+def _line(name: str, value: str, note: str, *, width: int = 12) -> None:
+    print(f"  {name:<{width}} {value:<16} {note}".rstrip())
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,111 @@
+"""Recordings and placements that the options of `replay` and `place` name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import OPTIONS, as_typed
+
+if TYPE_CHECKING:
+    from ...placement.table import Placement
+    from ..recordings import Recording
+
+
+def add_recording(parser: argparse.ArgumentParser) -> None:
+    """Adds the file to read and how to read it."""
+    parser.add_argument("file", metavar="FILE", help="a recording: .npy, .npz, .pt or a directory")
+    parser.add_argument("--key", help="which array of an .npz that holds several")
+    parser.add_argument(
+        "--layout", help="what three dimensions are: counts, layer-token or token-layer"
+    )
+    parser.add_argument("--experts", type=int, metavar="E", help="the number of logical experts")
+    parser.add_argument(
+        "--tokens-per-batch", type=int, metavar="T", help="cut expert ids into batches of T tokens"
+    )
+
+
+def read_recording(args: argparse.Namespace) -> Recording:
+    """The recording that the arguments of `add_recording` name."""
+    from ..recordings import load_recording
+
+    with as_typed(OPTIONS):
+        return load_recording(
+            args.file,
+            key=args.key,
+            layout=args.layout,
+            num_experts=args.experts,
+            tokens_per_batch=args.tokens_per_batch,
+        )
+
+
+def read_another(
+    args: argparse.Namespace,
+    option: str,
+    said: str,
+    layout: str | None,
+    tokens_per_batch: int | None = None,
+) -> Recording:
+    """The recording that an option names: a file, a file and its key, or a key of `args.file`."""
+    from ..recordings import load_recording
+
+    path, _, key = said.rpartition(":")
+    named: tuple[str, str | None] = (args.file, said)
+    if Path(said).exists():
+        named = (said, args.key if said.endswith(".npz") else None)
+    elif path and Path(path).exists():
+        named = (path, key)
+    elif not args.file.endswith(".npz"):
+        raise ValueError(f"{option}: there is no file {said}")
+    options = {**OPTIONS, "key": f"{option} FILE:KEY"}
+    options["layout"] = "--learn-layout" if option == "--learn-from" else "--layout"
+    with as_typed(options):
+        return load_recording(
+            named[0],
+            key=named[1],
+            layout=layout,
+            num_experts=args.experts,
+            tokens_per_batch=tokens_per_batch,
+        )
+
+
+def read_placements(path: str, layers: Sequence[int]) -> list[Placement]:
+    """The layers' placements from a file with one for each of them, or one for all."""
+    from ...placement.table import Placement, load_placements
+
+    with open(path, "rb") as file:
+        if b'"lplb_ep_placements"' not in file.read(64):
+            return [Placement.load(path)] * len(layers)
+    placements = load_placements(path)
+    missing = [layer for layer in layers if layer not in placements]
+    if missing:
+        raise ValueError(f"{path} has no placement for layer {missing[0]}")
+    return [placements[layer] for layer in layers]
+
+
+def learn_for_lp(
+    learned: Recording, start: Sequence[Placement] | None = None, **options: Any
+) -> list[Placement]:
+    """`Placement.for_lp` of each layer, the layers counted on a terminal."""
+    from ...placement.table import Placement
+
+    placements: list[Placement] = []
+    names = dict(OPTIONS)
+    if options["num_redundant_per_rank"] is None:
+        names["num_redundant_per_rank"] = "the number of redundant slots of --start"
+    for layer in range(len(learned.layers)):
+        with as_typed(names):
+            before = None if start is None else start[layer]
+            placements.append(Placement.for_lp(learned.counts[:, layer], start=before, **options))
+        show_progress(layer + 1, len(learned.layers))
+    return placements
+
+
+def show_progress(done: int, num_layers: int) -> None:
+    """Counts the layers on a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == num_layers else ""
+        print(f"\rlayer {done} of {num_layers}", end=end, file=sys.stderr, flush=True)

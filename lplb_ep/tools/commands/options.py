@@ -1,0 +1,97 @@
+"""What commands share: mistakes reported in one line, options that name files, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import CompileError, MissingPackageError
+
+OPTIONS = {
+    "num_ranks": "--ranks",
+    "num_redundant_per_rank": "--redundant",
+    "num_ranks_per_node": "--ranks-per-node",
+    "num_groups": "--groups",
+    "num_experts": "--experts",
+    "tokens_per_batch": "--tokens-per-batch",
+    "key": "--key",
+    "layout": "--layout",
+    "max_changes": "--max-changes",
+    "fixed_homes": "--fixed-homes",
+    "start": "--start",
+    "drift": "--drift",
+    "percentile": "--percentile",
+    "refresh": "--refresh",
+    "seed": "--seed",
+    "time_budget_s": "--seconds",
+    "LPLB_EP_REFRESH": "--refresh",
+    "LPLB_EP_REFRESH_THRESHOLD": "--threshold",
+    "LPLB_EP_REFRESH_CHANGES": "--changes",
+    "LPLB_EP_REFRESH_SECONDS": "--seconds",
+}
+"""The library's arguments and settings, and the options for them."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with status 2 and one line for a mistake of the caller."""
+    try:
+        yield
+    except BrokenPipeError:  # not a mistake: `main` ends quietly
+        raise
+    except (OSError, ValueError, MissingPackageError, CompileError) as error:
+        print(f"lplb-ep: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def as_typed(options: Mapping[str, str]) -> Iterator[None]:
+    """Puts the options that the caller typed in place of the library's arguments in an error."""
+    try:
+        yield
+    except ValueError as error:
+        arguments = rf"(?<![\w./'-])({'|'.join(options)})(?![\w./'-])"
+        said = re.sub(arguments, lambda match: options[match[1]], str(error))
+        raise ValueError(said) from None
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuses files that could not be written, before the work is done.
+
+    Raises:
+        ValueError: the directory does not exist, or the name is unfit; the option is named.
+    """
+    png = getattr(args, "png", None)
+    paths = {"--json": getattr(args, "json", None), "--png": png}
+    for option, path in {**paths, "-o": getattr(args, "output", None)}.items():
+        if path and not Path(path).parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
+        if path and Path(path).is_dir():
+            raise ValueError(f"{option} {path} is a directory, not a file to write")
+    if png and Path(png).suffix != ".png":
+        raise ValueError(f"--png must end in .png; got {png}")
+
+
+def check_least(args: argparse.Namespace, *names: str) -> None:
+    """Refuses options below 0.
+
+    Raises:
+        ValueError: one of the options is below 0; it is named.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not value >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 0; got {value}")
+
+
+def write_json(path: str | None, content: Mapping[str, Any]) -> None:
+    """Writes a result for programs, if `--json` asks for it."""
+    if path:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)

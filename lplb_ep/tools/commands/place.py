@@ -1,0 +1,79 @@
+"""`lplb-ep place`: a placement for every layer of a recording, made for the linear program."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .inputs import add_recording, learn_for_lp, read_placements, read_recording
+from .options import check_least, check_outputs, one_line_errors
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser's."""
+    place = commands.add_parser(
+        "place",
+        help="a placement for every layer of a recording, made for the linear program",
+        description="Learns a placement of each layer on recorded routing (Placement.for_lp). "
+        "Writes them to a file for replay, and shows the imbalance on the same load.",
+    )
+    place.set_defaults(command=_run)
+    add_recording(place)
+    place.add_argument("-o", "--output", required=True, metavar="PATH", help="the JSON to write")
+    place.add_argument("--ranks", type=int, metavar="R", help="with --start its own")
+    place.add_argument(
+        "--redundant", type=int, metavar="D", help="on each rank; with --start its own"
+    )
+    place.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
+    place.add_argument("--groups", type=int, metavar="G", help="the router's expert groups")
+    place.add_argument(
+        "--drift", type=float, default=0.8, metavar="X", help="how far loads may move away; 0.8"
+    )
+    place.add_argument(
+        "--percentile", type=float, metavar="P", help="of the optima to minimise; default: mean"
+    )
+    place.add_argument("--seed", type=int, default=0, help="0")
+    place.add_argument("--seconds", type=float, metavar="S", help="end a layer's search after S")
+    place.add_argument("--start", metavar="FILE", help="improve the placements of this file")
+    place.add_argument("--fixed-homes", action="store_true", help="move replicas of --start only")
+    place.add_argument("--max-changes", type=int, metavar="M", help="slots of --start to change")
+    place.add_argument("--png", metavar="PATH", help="draw the replica graph of the worst layer")
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    with one_line_errors():
+        check_outputs(args)
+        check_least(args, "seed", "seconds")
+        from ...placement.table import save_placements
+        from ..replay import describe
+
+        recording = read_recording(args)
+        start = None if args.start is None else read_placements(args.start, recording.layers)
+        if start is None and (args.ranks is None or args.redundant is None):
+            raise ValueError("place needs --ranks and --redundant, or --start")
+        placements = learn_for_lp(
+            recording,
+            start,
+            num_ranks=args.ranks,
+            num_redundant_per_rank=args.redundant,
+            num_ranks_per_node=args.ranks_per_node,
+            num_groups=args.groups,
+            fixed_homes=args.fixed_homes,
+            max_changes=args.max_changes,
+            percentile=args.percentile,
+            drift=args.drift,
+            seed=args.seed,
+            time_budget_s=args.seconds,
+        )
+        save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
+        print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
+        print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
+        lines, worst = describe(recording, placements, start)
+        print(lines)
+        if args.png:
+            from ..plots import plot_placement
+
+            layer = recording.layers[worst]
+            title = f"{recording.source}, layer {layer}"
+            plot_placement(args.png, placements[worst], recording.load[worst], title=title)
+    return 0

@@ -1,0 +1,315 @@
+"""`lplb-ep replay` and `lplb-ep place`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lplb_ep import Placement
+from lplb_ep.placement.table import load_placements
+from lplb_ep.tools import cli
+from lplb_ep.tools.recordings import load_recording
+from lplb_ep.tools.replay import replay
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+
+@pytest.fixture
+def recording(tmp_path):
+    """A file with two arrays of [3 layers, 16 experts], and what they hold."""
+    rng = np.random.default_rng(0)
+    arrays = {name: rng.lognormal(6, 1, (3, 16)).astype(np.int64) for name in ("new", "old")}
+    path = tmp_path / "counts.npz"
+    np.savez(path, **arrays)
+    return path, arrays
+
+
+@pytest.mark.parametrize("kind", ["cube", "ring:4", "torus:2x4", "eplb"])
+@pytest.mark.parametrize("learned", ["new", "old"])
+def test_replay(recording, tmp_path, capsys, kind, learned):
+    path, arrays = recording
+    argv = ["replay", path, "--key", "new", "--placement", kind, "--ranks", 8, "--redundant", 2]
+    argv += ["--json", tmp_path / "out.json"]
+    if learned != "new":
+        argv += ["--learn-from", learned]
+    assert cli.main([str(a) for a in argv]) == 0
+    shape = {"num_ranks": 8, "num_redundant_per_rank": 2}
+    placements = [
+        Placement.from_history(load, **shape)
+        if kind == "eplb"
+        else Placement.from_topology(kind, num_experts=16, load=load, **shape)
+        for load in arrays[learned]
+    ]
+    expected = replay(load_recording(path, key="new"), placements)
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["imbalance"] == expected.to_json()["imbalance"]
+    assert told["learned_from"] == f"counts.npz: {learned}"
+    assert (told["num_ranks"], told["num_physical_experts"]) == (8, 32)
+    out = capsys.readouterr().out
+    assert out.endswith(expected.table() + "\n")
+    assert ("learned from counts.npz: old" in out) == (learned == "old")
+
+
+def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):
+    path, _ = recording
+    placement = Placement([*range(16)], 4)
+    placement.save(tmp_path / "placement.json")
+    argv = ["replay", path, "--key", "old", "--placement", tmp_path / "placement.json"]
+    argv += ["--png", tmp_path / "out.png", "--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    imbalance = json.loads((tmp_path / "out.json").read_text())["imbalance"]
+    assert imbalance["home"] == imbalance["in_order"]
+
+
+def test_place_writes_what_replay_reads(recording, tmp_path, capsys):
+    output, picture = tmp_path / "placements.json", tmp_path / "graph.png"
+    shape = ["--ranks", "4", "--redundant", "1", "--ranks-per-node", "2", "--seconds", "1"]
+    argv = [
+        "place",
+        str(recording[0]),
+        "--key",
+        "new",
+        *shape,
+        "-o",
+        str(output),
+        "--png",
+        str(picture),
+    ]
+    assert cli.main(argv) == 0
+    table = capsys.readouterr().out
+    assert "leave their node" in table
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    counts = load_recording(recording[0], key="new")
+    placements = load_placements(output)
+    assert list(placements) == list(counts.layers)
+    written = tmp_path / "replay.json"
+    argv = [
+        "replay",
+        str(recording[0]),
+        "--key",
+        "new",
+        "--placement",
+        str(output),
+        "--json",
+        str(written),
+    ]
+    assert cli.main(argv) == 0
+    expected = replay(counts, list(placements.values())).to_json()
+    assert json.loads(written.read_text())["imbalance"] == expected["imbalance"]
+
+    capsys.readouterr()
+    again = tmp_path / "again.json"
+    refine = ["--start", str(output), "--fixed-homes", "--max-changes", "1", "--seconds", "1"]
+    assert cli.main(["place", str(recording[0]), "--key", "new", *refine, "-o", str(again)]) == 0
+    changed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[5:]]
+    for layer, placement in load_placements(again).items():
+        before = placements[layer]
+        different = before.physical_to_logical != placement.physical_to_logical
+        assert (before.home == placement.home).all()
+        assert changed[list(placements).index(layer)] == str(different.sum()) in "01"
+
+
+def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
+    written = tmp_path / "replay.json"
+    argv = [
+        "replay",
+        str(recording[0]),
+        "--key",
+        "new",
+        "--placement",
+        "lp",
+        "--ranks",
+        "4",
+        "--redundant",
+        "1",
+    ]
+    assert cli.main([*argv, "--json", str(written)]) == 0
+    summary = json.loads(written.read_text())["summary"]
+    assert summary["lp"]["worst"] <= summary["even"]["worst"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "place needs --ranks and --redundant, or --start"),
+        (
+            ["--ranks", "4", "--redundant", "1", "--max-changes", "2"],
+            "--max-changes need a --start",
+        ),
+        (["--ranks", "4", "--redundant", "1", "--drift", "2"], "--drift must be in [0, 1]; got 2"),
+        (["--ranks", "4", "--redundant", "1", "-o", "none/p.json"], "-o none/p.json: there is no"),
+        (["--ranks", "4", "--redundant", "1", "--seed", "-1"], "--seed must be at least 0; got -1"),
+        (
+            ["--ranks", "4", "--redundant", "1", "--seconds", "-1"],
+            "--seconds must be at least 0; got -1",
+        ),
+        (["--ranks", "4", "--redundant", "1", "--seconds", "nan"], "--seconds must be at least 0"),
+        (["--start", "{start}", "--ranks", "8"], "--ranks is given as 8, and --start has 4"),
+        (
+            ["--start", "{start}", "--redundant", "2"],
+            "--redundant is given as 2, and --start has 0",
+        ),
+        (
+            ["--start", "{start}", "--ranks-per-node", "2"],
+            "--ranks-per-node is given as 2, and --start has 4",
+        ),
+        (["--start", "{other}"], "number of experts is given as 16, and --start has 8"),
+        (
+            ["--start", "{crowded}"],
+            "the number of redundant slots of --start is too large: 17 slots on a rank, for 16 ex",
+        ),
+        (["-o", "{dir}"], "counts is a directory, not a file to write"),
+        (["--png", "{dir}.png"], "counts.png is a directory, not a file to write"),
+    ],
+)
+def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, fails, options, says):
+    files = {"start": tmp_path / "start.json", "other": tmp_path / "other.json"}
+    for path, num_experts in zip(files.values(), (16, 8), strict=True):
+        Placement([*range(num_experts)], 4).save(path)
+    files |= {"crowded": tmp_path / "crowded.json", "dir": tmp_path / "counts"}
+    Placement([*range(16), 0] * 4, 4).save(files["crowded"])
+    for directory in ("counts", "counts.png"):
+        (tmp_path / directory).mkdir()
+    options = [option.format(**files) for option in options]
+    assert says in fails("place", recording[0], "--key", "new", "-o", tmp_path / "p.json", *options)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (bytes(range(256)), "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"[1, 2]", "is not a placement saved by this version"),
+        (b'{"0": 5}', "is not a placement saved by this version"),
+        (b'{"lplb_ep_placement": 1, "num_ranks": 4}', "physical_to_logical"),
+        (
+            b'{"lplb_ep_placement": 1, "num_ranks": 4, "physical_to_logical": 5}',
+            "physical_to_logical must be integers with 1 dimensions",
+        ),
+        (b'{"lplb_ep_placements": 1}', "layers must be placements by layer number"),
+        (b'{"lplb_ep_placements": 1, "layers": [5]}', "layers must be placements by layer number"),
+        (b'{"lplb_ep_placements": 1, "layers": {"a": {}}}', "layers must be placements by layer"),
+        (
+            b'{"lplb_ep_placements": 1, "layers": {"0": 5}}',
+            "start.json, layer 0: a placement must be an object; got 5",
+        ),
+    ],
+)
+def test_a_file_that_is_no_placement_is_said_in_one_line(recording, tmp_path, fails, content, says):
+    path = tmp_path / "start.json"
+    path.write_bytes(content)
+    argv = [recording[0], "--key", "new"]
+    for command in (
+        ["place", *argv, "--start", path, "-o", "p.json"],
+        ["replay", *argv, "--placement", path],
+    ):
+        line = fails(*command)
+        assert says in line
+        assert "start.json" in line
+
+
+def test_replay_of_ids_learned_from_another_file(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", rng.random((64, 2, 8)).argsort(axis=2)[:, :, :3])
+    argv = ["replay", tmp_path / "a.npy", "--layout", "token-layer", "--experts", 8]
+    argv += ["--tokens-per-batch", 16, "--learn-from", tmp_path / "b.npy", "--placement", "eplb"]
+    argv += ["--ranks", 4, "--redundant", 1, "--ranks-per-node", 2, "--groups", 2]
+    argv += ["--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["learned_from"] == "b.npy"
+    assert np.shape(told["imbalance"]["lp"]) == (4, 2)
+
+
+def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path):
+    """Ids in batches, on a placement learned on counts: they share neither key nor layout."""
+    ids = np.random.default_rng(0).random((64, 3, 16)).argsort(axis=2)[:, :, :2]
+    np.save(tmp_path / "ids.npy", ids)
+    argv = ["replay", tmp_path / "ids.npy", "--layout", "token-layer", "--tokens-per-batch", 32]
+    argv += ["--experts", 16, "--placement", "cube", "--ranks", 8]
+    argv += ["--learn-from", f"{recording[0]}:old", "--learn-layout", "counts"]
+    argv += ["--json", tmp_path / "out.json"]
+    assert cli.main([str(a) for a in argv]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert told["learned_from"] == "counts.npz: old"
+    assert np.shape(told["imbalance"]["lp"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], "--key must name one of its arrays: new [3, 16], old [3, 16]"),
+        (["--key", "new", "--experts", "8"], "--experts is 8, but counts"),
+        (["--key", "new", "--layout", "count"], "--layout must be one of counts, "),
+        (["--key", "new", "--learn-from", "gone"], "no array 'gone'"),
+        (["--key", "new", "--learn-from", "{file}:gone"], "no array 'gone'; it holds new"),
+        (
+            ["--key", "new", "--learn-from", "old", "--learn-layout", "count"],
+            "--learn-layout must be one of counts, ",
+        ),
+        (["--key", "new", "--learn-layout", "counts"], "--learn-layout needs --learn-from"),
+        (["--key", "new", "--placement", "star"], "--placement must be cube, "),
+        (
+            ["--key", "new", "--placement", "kube", "--ranks", "8"],
+            "--placement must be cube, hypercube, torus, ring (or ring:SIZE, torus:ROWSxCOLUMNS), "
+            "eplb, lp, or a file written by place or Placement.save; got 'kube'",
+        ),
+        (
+            ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],
+            "--groups is for",
+        ),
+        (["--key", "new", "--placement", "eplb", "--ranks", "8"], "needs --ranks and --redundant"),
+        (["--key", "new", "--placement", "ring"], "needs --ranks"),
+        (["--key", "new", "--placement", "cube", "--ranks", "6"], "size must divide --ranks: "),
+        (
+            ["--key", "new", "--placement", "cube", "--ranks", "32"],
+            "--ranks must divide the number of experts: 32 does not divide 16",
+        ),
+        (
+            ["--key", "new", "--placement", "cube", "--ranks", "32", "--experts", "16"],
+            "--ranks must divide --experts: 32 does not divide 16",
+        ),
+        (["--key", "new", "--placement", __file__, "--ranks", "8"], "--ranks does not go with"),
+        (["--json", "none/out.json"], "--json none/out.json: there is no directory none"),
+        (["--png", "none/out.png"], "--png none/out.png: there is no directory none"),
+        (["--png", "out.jpg"], "--png must end in .png; got out.jpg"),
+    ],
+)
+def test_replay_says_what_is_wrong_in_one_line(recording, fails, options, says):
+    if "--placement" not in options:
+        options = [*options, "--placement", "cube", "--ranks", "8"]
+    options = [option.format(file=recording[0]) for option in options]
+    assert says in fails("replay", recording[0], *options)
+
+
+def test_replay_learns_from_the_same_model_only(recording, tmp_path, fails):
+    np.save(tmp_path / "other.npy", np.ones((2, 16), int))
+    options = ["--placement", "cube", "--ranks", 8, "--learn-from", tmp_path / "other.npy"]
+    np.save(tmp_path / "one.npy", recording[1]["new"])
+    says = fails("replay", tmp_path / "one.npy", *options)
+    assert "other.npy has 2 layers of 16 experts; one.npy has 3 of 16" in says
+    options[-1] = "gone.npy"
+    says = fails("replay", tmp_path / "one.npy", *options)
+    assert "--learn-from: there is no file gone.npy" in says
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # noticed at the end, or at the first line
+def test_a_reader_that_leaves_ends_the_command_quietly(recording, unbuffered):
+    reader, writer = os.pipe()
+    os.close(reader)
+    options = ["--key", "new", "--placement", "cube", "--ranks", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lplb_ep.tools.cli", "replay", recording[0], *options],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")

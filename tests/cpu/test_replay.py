@@ -1,0 +1,218 @@
+import sys
+
+import matplotlib.figure
+import numpy as np
+import pytest
+import torch
+
+from lplb_ep import MissingPackageError, Placement, solve
+from lplb_ep.tools.plots import plot_placement, plot_replay, plot_training
+from lplb_ep.tools.recordings import Recording
+from lplb_ep.tools.replay import leaves_node, replay
+from lplb_ep.tools.tables import text_table
+
+
+def small_replay():
+    # Two ranks; expert 0 at home on rank 0 with a replica on rank 1, 1 on rank 0, 2 and 3 on 1.
+    placement = Placement([0, 1, -1, 2, 3, 0], 2)
+    loads = torch.tensor([[[6, 2, 3, 1]], [[9, 4, 2, 0]], [[0, 0, 2, 2]]])
+    return replay(Recording.of(loads, "a test", layers=[3]), [placement])
+
+
+def test_replay_by_hand():
+    result = small_replay()
+    # Totals 12, 15, 4: means 6, 7.5, 2.
+    assert result.in_order.flatten().tolist() == [8 / 6, 13 / 7.5, 2.0]
+    assert result.home.flatten().tolist() == [8 / 6, 13 / 7.5, 2.0]
+    assert result.even.flatten().tolist() == [7 / 6, 8.5 / 7.5, 2.0]
+    assert result.lp.flatten().tolist() == [1.0, 8 / 7.5, 2.0]
+    assert result.bound.flatten().tolist() == [1.0, 1.0, 2.0]
+    assert result.layers == (3,)
+
+
+def test_slots_on_one_rank_each_take_a_share():
+    placement = Placement([0, 0, 1, 0, 2, 3], 2)
+    result = replay(Recording.of(torch.tensor([[6, 0, 1, 1]]), "a test"), [placement])
+    assert result.even.item() == pytest.approx(4 / 4)
+    assert result.home.item() == pytest.approx(6 / 4)
+
+
+def test_a_layer_idle_in_a_batch_is_balanced():
+    counts = torch.tensor([[[4, 0], [0, 0]], [[0, 4], [2, 2]]])
+    result = replay(Recording.of(counts, "a test"), [Placement([0, 1], 2)] * 2)
+    for column in (result.home, result.even, result.lp, result.bound):
+        assert column.tolist() == [[2, 1], [2, 1]]
+
+
+def test_the_columns_keep_their_order_on_random_loads():
+    rng = np.random.default_rng(1)
+    R, E = 4, 16
+    table = np.concatenate(
+        [np.arange(E).reshape(R, -1), rng.permutation(E)[: 2 * R].reshape(R, -1)], axis=1
+    )
+    counts = torch.from_numpy(rng.lognormal(5, 1, (6, 3, E)).astype(np.int64))
+    result = replay(Recording.of(counts, "a test"), [Placement(table.ravel(), R)] * 3)
+    mean = counts.sum(2) / R
+    assert (result.lp * mean).round().equal((result.bound * mean - 1e-6).ceil())
+    assert (result.bound <= result.even + 1e-12).all()
+    assert (result.bound >= 1 - 1e-12).all()
+    assert (result.lp < result.home).any()
+    # Homes stand where they stand without a placement.
+    assert result.in_order.equal(result.home)
+
+
+def test_table_and_json_agree_with_the_values():
+    result = small_replay()
+    lines = [line.split() for line in result.table().splitlines()]
+    cells = {line[0]: line[1:] for line in lines}
+    assert cells["3"] == [
+        f"{c.mean():.3f}"
+        for c in (result.in_order, result.home, result.even, result.lp, result.bound)
+    ]
+    assert cells["worst"] == ["2.000"] * 5
+    assert cells["median"][3] == f"{8 / 7.5:.3f}"
+    told = result.to_json()
+    assert told["layers"] == [3]
+    assert told["imbalance"]["lp"] == result.lp.tolist()
+    assert told["summary"]["lp"]["mean"] == pytest.approx((1 + 8 / 7.5 + 2) / 3)
+
+
+def test_replay_refuses_other_placements():
+    recording = Recording.of(torch.ones(2, 4), "a test")
+    with pytest.raises(ValueError, match="one for each of 2 layers; got 1"):
+        replay(recording, [Placement([0, 1, 2, 3], 2)])
+    with pytest.raises(ValueError, match="recording's 4 experts; got 2"):
+        replay(recording, [Placement([0, 1], 2)] * 2)
+
+
+# --- tables, pictures -----------------------------------------------------------------------------
+
+
+def test_text_table_aligns():
+    assert text_table(["layer", "x"], [["1", "12.5"], [], ["all", "3"]]).splitlines() == [
+        "layer     x",
+        "─────  ────",
+        "1      12.5",
+        "─────  ────",
+        "all       3",
+    ]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved; they are written all the same."""
+    saved = []
+    savefig = matplotlib.figure.Figure.savefig
+
+    def keep(self, *args, **kwargs):
+        saved.append(self)
+        savefig(self, *args, **kwargs)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return saved
+
+
+def lines_of(axes):
+    return {line.get_label().split(" (")[0]: line.get_ydata() for line in axes.get_lines()}
+
+
+def test_the_picture_of_a_replay(tmp_path, figures):
+    result = small_replay()
+    plot_replay(tmp_path / "a.png", result, title="a title", footnote="a note")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    lines = lines_of(figures[0].axes[0])
+    for label, column in (
+        ("in order", result.in_order),
+        ("home slots", result.home),
+        ("even split", result.even),
+        ("LP", result.lp),
+    ):
+        np.testing.assert_allclose(lines[label], column.mean(0))
+
+
+def test_the_picture_of_a_training_run(tmp_path, figures):
+    before = torch.tensor([[3, 5], [8, 0], [4, 4]])
+    after = torch.tensor([[4, 4], [5, 3], [4, 4]])
+    bound = torch.tensor([4.0, 5.0, 4.0])
+    plot_training(
+        tmp_path / "a.png", rank_load_before=before, rank_load_after=after, lower_bound=bound
+    )
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    bars, lines = figures[0].axes
+    assert [[bar.get_height() for bar in group] for group in bars.containers] == [[8, 0], [5, 3]]
+    assert bars.get_title("left") == "Rank loads at training step 1, the most unbalanced at home"
+    np.testing.assert_allclose(lines_of(lines)["home slots"], [1.25, 2, 1])
+    np.testing.assert_allclose(lines_of(lines)["LP"], [1, 1.25, 1])
+    np.testing.assert_allclose(lines_of(lines)["lower bound T*"], [1, 1.25, 1])
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "home slots (all tokens at home)",
+        "LP (tokens split over replicas)",
+        "lower bound T* (no plan is below)",
+        "mean (perfect balance)",
+    ]
+    shown = legend.get_window_extent()
+    assert shown.x0 >= 0
+    assert shown.x1 <= figures[0].bbox.width
+
+
+def test_training_pictures_refuse_what_does_not_fit(tmp_path):
+    loads = {"rank_load_before": torch.ones(3, 2), "rank_load_after": torch.ones(3, 2)}
+    with pytest.raises(ValueError, match=r"got \[3, 2\], \[3, 2\], \[2\]"):
+        plot_training(tmp_path / "a.png", **loads, lower_bound=torch.ones(2))
+    with pytest.raises(ValueError, match=r"step must be in \[0, 3\); got 3"):
+        plot_training(tmp_path / "a.png", **loads, lower_bound=torch.ones(3), step=3)
+
+
+def test_pictures_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingPackageError, match=r"pip install '\.\[plot\]'"):
+        plot_replay(tmp_path / "a.png", small_replay())
+
+
+# --- placements -----------------------------------------------------------------------------------
+
+
+def test_what_leaves_a_node_is_counted():
+    """Two nodes of one rank, tokens from both alike: half of what has one copy leaves."""
+    apart = Placement([0, 1, 2, 3], 2, num_ranks_per_node=1)
+    assert leaves_node(torch.tensor([[4], [2], [6], [0]], dtype=torch.int32), apart) == 0.5
+    both = Placement([0, 1, 1, 0], 2, num_ranks_per_node=1)
+    split = torch.tensor([[2, 2], [3, 3]], dtype=torch.int32)
+    assert leaves_node(split, both) == 0
+    assert leaves_node(torch.tensor([[4, 0], [3, 3]], dtype=torch.int32), both) == 0.2
+
+
+def test_a_replay_over_nodes_tells_what_leaves_them():
+    counts = torch.tensor([[[4, 6]], [[0, 8]]])
+    both = Placement([0, 1, 1, 0], 2, num_ranks_per_node=1)
+    replayed = replay(Recording.of(counts, "two nodes"), [both])
+    away = leaves_node(solve(counts[:, 0], both).quota.sum(0), both)
+    assert replayed.leaves_node.tolist() == [[0.5], [away]]
+    header, _, line, _, *ends = replayed.table().splitlines()
+    assert header.split()[-6:] == ["leave", "their", "node:", "at", "home", "LP"]
+    assert all(row.split()[-2:] == ["50.0%", f"{away:.1%}"] for row in (line, *ends))
+    assert replayed.to_json()["leaves_node"] == {"home": [0.5], "lp": [away]}
+    one = replay(Recording.of(counts, "one node"), [Placement([0, 1, 1, 0], 2)])
+    assert one.leaves_node is None
+    assert "leaves_node" not in one.to_json()
+
+
+def test_the_replica_graph_joins_ranks_that_share_experts(tmp_path, monkeypatch):
+    figures = []
+    save = matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1],
+    )
+    placement = Placement([0, 1, 1, 2, 3, 0], 3, num_ranks_per_node=1)
+    plot_placement(tmp_path / "graph.png", placement, torch.tensor([9, 4, 1, 1]), title="graph")
+    (figure,) = figures
+    circle, bars = figure.axes
+    assert len(circle.lines) == 2  # ranks 0 and 1 share expert 1, ranks 0 and 2 expert 0
+    assert circle.lines[1].get_linewidth() > circle.lines[0].get_linewidth()
+    heights = [bar.get_height() for bar in bars.patches]
+    assert heights[:3] == [9, 5, 1]
+    assert sum(heights[3:]) == 15
+    assert max(heights[3:]) == 5
