@@ -19,6 +19,7 @@ _PUBLIC = {
     "MissingPackageError": "errors",
     "CompileError": "errors",
     "Placement": "placement.table",
+    "Layer": "layer",
     "load_placements": "placement.table",
     "save_placements": "placement.table",
     "Solution": "planning.solve",

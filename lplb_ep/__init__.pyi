@@ -8,6 +8,7 @@ from .errors import InfeasibleError as InfeasibleError
 from .errors import MissingPackageError as MissingPackageError
 from .errors import PlacementError as PlacementError
 from .errors import RankError as RankError
+from .layer import Layer as Layer
 from .placement.table import Placement as Placement
 from .placement.table import load_placements as load_placements
 from .placement.table import save_placements as save_placements

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -20,15 +19,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..comm.collectives import everyone, together
 from ..errors import ContractError
-from ..placement.table import Layer, Placement, check_placement
+from ..layer import Layer, channels, layer_of
+from ..placement.table import Placement
 from ..planning.planner import Planner
 from ..settings import Settings
 from ..weights import replicas
 
 log = logging.getLogger(__name__)
 
-Target = tuple[Placement, int]
-"""A placement, and the micro-batch slot whose channel plans with it."""
+Target = tuple[Layer, int]
+"""A layer, and the micro-batch slot whose channel plans for it."""
 
 # What is in force, innermost last: who put it there (an attached layer, or None) and what.
 _entered: ContextVar[tuple[tuple[object, Target], ...]] = ContextVar("lplb_ep.use", default=())
@@ -40,21 +40,33 @@ def used() -> Target | None:
     return entered[-1][1] if entered else None
 
 
+_of_files: dict[Placement, Layer] = {}
+
+
+def layer_of_file(path: str) -> Layer:
+    """The layer of `LPLB_EP_PLACEMENT`: one in a process, whatever the number of buffers.
+
+    Raises:
+        PlacementError, OSError: as `Placement.load`.
+    """
+    placement = Placement.load(path)
+    return _of_files.setdefault(placement, layer_of(placement))
+
+
 @contextlib.contextmanager
-def use(placement: Placement, slot: int = 0) -> Iterator[None]:
+def use(target: Layer | Placement, slot: int = 0) -> Iterator[None]:
     """Puts a placement in force on every buffer, for calls that cannot be given a view.
 
     A context variable, read only when a plan is made: a backward pass needs none. Free to enter.
 
     Args:
-        placement: the copies of the layer that runs inside.
+        target: the layer that runs inside, or the placement object that stands for it.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Raises:
-        TypeError: `placement` is not one.
+        TypeError: `target` is neither a layer nor a placement.
     """
-    check_placement(placement)
-    token = _entered.set((*_entered.get(), (None, (placement, slot))))
+    token = _entered.set((*_entered.get(), (None, (layer_of(target), slot))))
     try:
         yield
     finally:
@@ -86,35 +98,35 @@ class BufferState:
         return isinstance(self.group, dist.ProcessGroup) and self.group in channels
 
 
-# By layer and slot. Channels outlive buffers, which frameworks replace by larger ones, and end with
-# their group.
-channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int], Planner]] = (
-    WeakKeyDictionary()
-)
-
-
-def register(state: BufferState, target: Target, check: Callable[[], None] = lambda: None) -> None:
+def register(
+    state: BufferState,
+    target: Layer | Placement,
+    slot: int,
+    check: Callable[[Layer], None] = lambda layer: None,
+) -> Target:
     """Makes the channel of a placement and slot. Collective, also where it exists already: ranks
     that bring different placements must meet here, not in their exchanges.
 
     Args:
         state: of the buffer.
-        target: what to register.
-        check: raises what is wrong with it on this rank; the other ranks then raise, too.
+        target: the layer, or the placement object that stands for one.
+        slot: which of the micro-batches in flight.
+        check: raises what is wrong with the layer on this rank; the other ranks then raise, too.
 
     Raises:
         RankError: names the ranks that bring another placement or slot, or failed.
         Exception: what failed on this rank.
     """
-    placement, slot = target
     group = state.group if isinstance(state.group, dist.ProcessGroup) else None
     with together(group, "placement") as facts:
-        check_placement(placement)
-        check()
-        facts.update(placement=placement.in_force.fingerprint(), slot=slot)
-    if group is not None and not all(everyone(group, _planner(state, target) is not None)):
-        _make(state, target, compare=True)
-    channel(state, target)
+        layer = layer_of(target)
+        check(layer)
+        facts.update(placement=layer.placement.fingerprint(), slot=slot)
+    own = layer, slot
+    if group is not None and not all(everyone(group, _planner(state, own) is not None)):
+        _make(state, own, compare=True)
+    channel(state, own)
+    return own
 
 
 def channel(state: BufferState, target: Target) -> Planner:
@@ -126,23 +138,22 @@ def channel(state: BufferState, target: Target) -> Planner:
             f"this one is on {type(state.group).__name__}"
         )
     planner = _planner(state, target) or _make(state, target, compare=False)
-    if state.default is not None and target[0].layer is not state.default[0].layer:
+    if state.default is not None and target[0] is not state.default[0]:
         state.default = None
     return planner
 
 
 def _planner(state: BufferState, target: Target) -> Planner | None:
     """The planner that there is."""
-    placement, slot = target
-    planner = channels.get(state.group, {}).get((placement.layer, slot))
+    planner = channels.get(state.group, {}).get(target)
     return None if planner is None or planner.is_outdated else planner
 
 
 def _make(state: BufferState, target: Target, *, compare: bool) -> Planner:
-    placement, slot = target
+    layer, slot = target
     balances = state.settings.mode == "1"
     planner = Planner(
-        placement,
+        layer,
         state.group,
         # At home nothing is exchanged or solved, and no kernel need be compiled.
         counts=state.settings.counts if balances else "given",
@@ -153,7 +164,7 @@ def _make(state: BufferState, target: Target, *, compare: bool) -> Planner:
         timeout_s=state.settings.timeout_s,
         abort_on_timeout=state.settings.on_timeout == "abort",
     )
-    channels.setdefault(state.group, {})[placement.layer, slot] = planner
+    channels.setdefault(state.group, {})[target] = planner
     return planner
 
 
@@ -228,7 +239,7 @@ def check_slots(placement: Placement, num_local_slots: int | None) -> None:
 
 def attach(
     module: torch.nn.Module,
-    placement: Placement,
+    target: Layer | Placement,
     *,
     num_local_slots: int,
     buffer: Any = None,
@@ -241,7 +252,7 @@ def attach(
 
     Args:
         module: the MoE layer, whose forward calls the buffer.
-        placement: its copies.
+        target: its `Layer`, or the placement object that stands for one.
         num_local_slots: P / R, the expert slots that the layer has on each rank.
         buffer: the buffer it will call; its channel is made now, not at the first batch.
         experts: the layer's slots, for a check of their weights: a ModuleList of P / R modules,
@@ -254,38 +265,37 @@ def attach(
 
     Raises:
         ContractError: LPLB_EP is 0, or the slots are not the placement's.
-        TypeError: `placement` is not one.
+        TypeError: `target` is neither a layer nor a placement.
         ValueError: the weights do not have that many slots; names the parameter.
     """
     state = None if buffer is None else state_of(buffer)
-    target = (placement, slot)
 
-    def check() -> None:
-        check_placement(placement)
+    def check(layer: Layer) -> None:
         refuse_when_off(Settings.from_env() if state is None else state.settings, "attach()")
-        check_slots(placement, num_local_slots)
+        check_slots(layer.placement, num_local_slots)
         weights = getattr(module, "experts", None) if experts is None else experts
         if weights is not None and weights is not False:
             replicas.slot_parameters(weights, num_local_slots)
 
     if state is None:
-        check()
+        layer = layer_of(target)
+        check(layer)
     else:
-        register(state, target, check)
-    this = object()
+        layer, _ = register(state, target, slot, check)
+    this, mine = object(), (layer, slot)
 
     def enter(*_: Any) -> None:
         # Around it, `use(placement, slot)` may have said which micro-batch this is.
         entered = _entered.get()
-        said = (t for who, t in reversed(entered) if who is None and t[0].layer is placement.layer)
-        _entered.set((*entered, (this, next(said, target))))
+        said = (t for who, t in reversed(entered) if who is None and t[0] is mine[0])
+        _entered.set((*entered, (this, next(said, mine))))
 
     def leave(*_: Any) -> None:
         # Called also where a hook before `enter` raised, and then there is nothing to take back.
         entered = _entered.get()
-        mine = [depth for depth, (who, _) in enumerate(entered) if who is this]
-        if mine:
-            _entered.set(entered[: mine[-1]])
+        depths = [depth for depth, (who, _) in enumerate(entered) if who is this]
+        if depths:
+            _entered.set(entered[: depths[-1]])
 
     before = module.register_forward_pre_hook(enter)
     after = module.register_forward_hook(leave, always_call=True)

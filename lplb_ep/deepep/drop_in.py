@@ -28,19 +28,19 @@ from .. import __version__
 from ..comm.collectives import together
 from ..comm.peers import has_started_nvshmem
 from ..errors import ContractError, MissingPackageError
-from ..placement.table import Placement, check_placement
+from ..layer import Layer, channels, layer_of
+from ..placement.table import Placement
 from ..planning.plan import check_topk_idx
 from ..planning.planner import Planner
 from ..planning.solve import solver_fact
 from ..settings import Settings
-from ..weights import replicas
 from .context import (
     BufferState,
     Target,
     channel,
-    channels,
     check_slots,
     in_force,
+    layer_of_file,
     refuse_when_off,
     register,
     state_of,
@@ -94,6 +94,7 @@ class _Planned:
     """What a call that planned leaves for the calls that follow it."""
 
     planner: Planner
+    layer: Layer
     placement: Placement
     logical: torch.Tensor
     physical: torch.Tensor
@@ -110,7 +111,7 @@ class _Planned:
 
     def check(self) -> None:
         """Raises ContractError where slots may hold other experts than those it was planned for."""
-        if self.placement is not self.placement.in_force:
+        if self.placement is not self.layer.placement:
             raise ContractError(
                 "replicas were refreshed between this batch's dispatch and its end or backward "
                 "pass (a recompute?): call Refresher.step() where no batch is in flight"
@@ -119,7 +120,8 @@ class _Planned:
 
 def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Planned:
     """Makes the plan of a call, and puts slots and P in place of its experts and E."""
-    placement, _ = target
+    layer, _ = target
+    placement = layer.placement
     topk_idx, balance = call["topk_idx"], state.settings.mode == "1"
     # Unlike DeepEP's kernels, planning runs on the current stream: it must wait as they would.
     event = call.event("previous_event")
@@ -133,7 +135,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
     if not balance:
         physical = planner.home(logical)
     else:
-        trusted = state.settings.replicas == "valid" or replicas.are_valid(placement)
+        trusted = state.settings.replicas == "valid" or layer.is_valid
         physical = planner(logical, stale=not trusted).topk_idx
     if event is not None:
         call["previous_event"] = buffer.capture()
@@ -141,7 +143,7 @@ def _plan(buffer: Any, state: BufferState, target: Target, call: _Call) -> _Plan
     # The caller may mask picks in place before it combines. On the GPU they are not compared.
     compared = not topk_idx.is_cuda or state.settings.check
     logical = topk_idx.clone() if compared else topk_idx.to("meta")
-    return _Planned(planner, planner.placement, logical, physical)
+    return _Planned(planner, layer, planner.placement, logical, physical)
 
 
 def _refuse(state: BufferState, target: Target, error: Exception) -> NoReturn:
@@ -313,7 +315,7 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: _Call) -> Any:
     target = in_force(self, state)
     if target is None:
         return call.forward()
-    placement, error = target[0], None
+    placement, error = target[0].placement, None
     E, P = placement.num_experts, placement.num_physical_experts
     x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
     if not isinstance(x, torch.Tensor) or x.ndim != 2:
@@ -373,7 +375,7 @@ def _count_slots(self: Any, state: BufferState, call: _Call) -> Any:
     else of any."""
     target = target_of(self, state)
     if target is not None:
-        here = {target[0]}
+        here = {target[0].placement}
     elif isinstance(state.group, dist.ProcessGroup):
         here = {planner.placement for planner in channels.get(state.group, {}).values()}
     else:
@@ -430,11 +432,12 @@ def _init(base: type) -> Callable[..., None]:
     def __init__(  # noqa: N807
         self: Any,
         *args: Any,
-        placement: Placement | None = None,
+        placement: Layer | Placement | None = None,
         num_local_slots: int | None = None,
         indices: str | None = None,
         **kwargs: Any,
     ) -> None:
+        layer: Layer | None = None
         arguments = signature.bind(self, *args, **kwargs).arguments
         group = arguments.get("group")
         # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;
@@ -444,13 +447,13 @@ def _init(base: type) -> Callable[..., None]:
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
             if placement is not None:
-                check_placement(placement)
-                check_slots(placement, num_local_slots)
+                layer = layer_of(placement)
+                check_slots(layer.placement, num_local_slots)
             elif num_local_slots is not None:
                 raise ContractError("num_local_slots goes with placement=, and there is none")
             elif settings.placement:
-                placement = Placement.load(settings.placement)
-            if placement is not None:
+                layer = layer_of_file(settings.placement)
+            if layer is not None:
                 refuse_when_off(settings, "Buffer")
             if settings.mode != "0" and not base.__module__.startswith("lplb_ep."):
                 _refuse_late_nvshmem(arguments)
@@ -463,7 +466,7 @@ def _init(base: type) -> Callable[..., None]:
                 "LPLB_EP_SOLVER": settings.solver,
                 # What it comes to here: one rank may lack a package.
                 "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
-                "placement": "none" if placement is None else placement.fingerprint(),
+                "placement": "none" if layer is None else layer.placement.fingerprint(),
                 "lplb_ep version": __version__,
             }
         original(self, *args, **kwargs)
@@ -471,9 +474,9 @@ def _init(base: type) -> Callable[..., None]:
         self._lplb_state = BufferState(
             settings, self.group, size_hint and inspect.unwrap(size_hint)
         )
-        if placement is not None:
-            self._lplb_state.default = (placement, 0)
-            register(self._lplb_state, (placement, 0))
+        if layer is not None:
+            self._lplb_state.default = (layer, 0)
+            register(self._lplb_state, layer, 0)
 
     return __init__
 
@@ -489,13 +492,13 @@ def _refuse_late_nvshmem(arguments: dict[str, Any]) -> None:
         )
 
 
-def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
+def _view(self: Any, target: Layer | Placement, slot: int = 0) -> Any:
     """A facade over the same buffer with a placement of its own in force: one for each layer.
 
     Collective: every rank makes its views in the same order.
 
     Args:
-        placement: the copies of the layer.
+        target: the layer, or the placement object that stands for one.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Returns:
@@ -503,15 +506,15 @@ def _view(self: Any, placement: Placement, slot: int = 0) -> Any:
 
     Raises:
         ContractError: LPLB_EP is 0.
-        TypeError: `placement` is not one.
+        TypeError: `target` is neither a layer nor a placement.
         RankError: ranks bring different placements or slots.
     """
     state = state_of(self)
     refuse_when_off(state.settings, "view()")  # on every rank alike
-    register(state, (placement, slot))
+    own = register(state, target, slot)
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
-    view._lplb_target = (placement, slot)
+    view._lplb_target = own
     return view
 
 

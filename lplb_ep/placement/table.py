@@ -16,8 +16,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -30,23 +29,6 @@ from .optimize import arrange, even_homes, optimize
 from .topology import redundant_to_original
 
 IntArray = npt.NDArray[np.int32]
-
-
-@dataclass(eq=False)
-class Layer:
-    """The layer that a placement object was made for.
-
-    Placements are values, and two layers may have equal ones with different weights; so what
-    belongs to a layer (planners, replicas, the placement in force) goes by this. Each placement
-    that is made has a new one, but for those of `with_copies`, which follow one another in a layer.
-    """
-
-    in_force: Placement | None = None
-    """What has replaced the placements that came before, if anything has."""
-    refreshed: bool = False
-    """Whether something may: planners then leave room for other replicas."""
-    observe: Callable[[Any], None] | None = None
-    """Is given the counts [R, E] of every batch that is planned."""
 
 
 class Placement:
@@ -69,9 +51,6 @@ class Placement:
         PlacementError: a table that cannot be: an expert without a copy, an entry out of range,
             ranks that do not divide, a home that does not hold its expert, more copies than C.
     """
-
-    layer: Layer
-    """What this object is the placement of; no part of its value."""
 
     physical_to_logical: IntArray
     """[P] int32, -1 = unused slot."""
@@ -117,7 +96,6 @@ class Placement:
                 f"no slot holds expert {which} (of {experts} experts, in {num_slots} slots)"
             )
 
-        self.layer = Layer()
         self.num_ranks = num_ranks
         self.num_ranks_per_node = _ranks_per_node(num_ranks, num_ranks_per_node)
         self.num_experts = experts
@@ -436,7 +414,7 @@ class Placement:
     def with_copies(
         self, physical_to_logical: npt.ArrayLike, max_replicas: int | None = None
     ) -> Placement:
-        """Another placement of the same layer: homes, slots and nodes stay, replicas may not.
+        """Another placement for the same layer: homes, slots and nodes stay, replicas may not.
 
         Args:
             physical_to_logical: [P] integers, as for `Placement`.
@@ -459,13 +437,15 @@ class Placement:
                 f"physical_to_logical must have the {self.num_physical_experts} slots of the "
                 f"placement that it replaces; got {out.num_physical_experts}"
             )
-        out.layer = self.layer
         return out
 
-    @property
-    def in_force(self) -> Placement:
-        """What has replaced this placement in its layer; itself, if nothing has."""
-        return self.layer.in_force or self
+    def may_replace(self, other: Placement) -> bool:
+        """Whether this placement differs from another in replicas and their number alone."""
+        return (
+            (self.num_ranks, self.num_ranks_per_node) == (other.num_ranks, other.num_ranks_per_node)
+            and self.num_physical_experts == other.num_physical_experts
+            and np.array_equal(self.home, other.home)
+        )
 
     def _copies(self, home: npt.ArrayLike | None, max_replicas: int | None) -> npt.NDArray[Any]:
         """[E, C]: each expert's slots, its home first, then by (local slot, rank)."""

@@ -79,14 +79,14 @@ def programs() -> list[Program]:
     ]
 
 
-def num_solver_bytes(placement: Placement, solver: str) -> int:
+def num_solver_bytes(placement: Placement, solver: str, refreshable: bool = False) -> int:
     """What a block of the solver is launched with.
 
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    variant = network.variant(placement, solver)
-    size, num_arcs = variant.size, network.room(placement).max_arcs
+    variant = network.variant(placement, solver, refreshable)
+    size, num_arcs = variant.size, network.room(placement, refreshable).max_arcs
     flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
     num_warps = NUM_SOLVER_THREADS // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
@@ -95,21 +95,22 @@ def num_solver_bytes(placement: Placement, solver: str) -> int:
     return num_bytes
 
 
-def num_route_bytes(placement: Placement) -> int:
+def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
     """What a block that splits and rewrites is launched with."""
-    routes = network.routes(placement, network.room(placement))
+    routes = network.routes(placement, network.room(placement, refreshable))
     num_nodes = placement.num_ranks // placement.num_ranks_per_node
     several, copies = len(routes.experts), len(routes.copies)
     return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
 
 
-def check_fit(placement: Placement, solver: str, max_bytes: int) -> None:
+def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bool = False) -> None:
     """Whether the kernels take a placement.
 
     Args:
         placement: the copies.
         solver: "flow" or "cusolverdx".
         max_bytes: shared memory of a block.
+        refreshable: whether other replicas must fit, too.
 
     Raises:
         ValueError: a component is too large for one block, or a block has not enough shared memory;
@@ -117,8 +118,8 @@ def check_fit(placement: Placement, solver: str, max_bytes: int) -> None:
     """
     copies = (placement.copy_rank >= 0).sum(1)
     for what, num_bytes in (
-        (f"the solver {solver}", num_solver_bytes(placement, solver)),
-        ("rewriting", num_route_bytes(placement)),
+        (f"the solver {solver}", num_solver_bytes(placement, solver, refreshable)),
+        ("rewriting", num_route_bytes(placement, refreshable)),
     ):
         if num_bytes + STATIC_SHARED_BYTES > max_bytes:
             raise ValueError(
@@ -169,7 +170,9 @@ def _rewrite(tables: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> Non
         table.copy_(values)
 
 
-def check(placement: Placement | None = None, solver: str = "flow") -> None:
+def check(
+    placement: Placement | None = None, solver: str = "flow", refreshable: bool = False
+) -> None:
     """Whether plans can be made here, on the current device.
 
     Raises:
@@ -188,7 +191,7 @@ def check(placement: Placement | None = None, solver: str = "flow") -> None:
         raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
     require("nvrtc", *(("mathdx", "nvJitLink") if solver == "cusolverdx" else ()))
     if placement is not None:
-        check_fit(placement, solver, max_shared_bytes(torch.cuda.current_device()))
+        check_fit(placement, solver, max_shared_bytes(torch.cuda.current_device()), refreshable)
 
 
 class Solver:
@@ -198,15 +201,23 @@ class Solver:
         placement: the copies; which must fit (`check_fit`).
         device: where loads lie; kernels are compiled now, if they never were.
         solver: "flow" or "cusolverdx".
+        refreshable: whether other replicas will replace these.
 
     Raises:
         ValueError: the placement is too large; names the size.
         MissingPackageError: a package that compiles or launches kernels is missing.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
-        check_fit(placement, solver, max_shared_bytes(device.index))
-        self.room, self._variant = network.room(placement), network.variant(placement, solver)
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        solver: str = "flow",
+        refreshable: bool = False,
+    ) -> None:
+        check_fit(placement, solver, max_shared_bytes(device.index), refreshable)
+        self.room = network.room(placement, refreshable)
+        self._variant = network.variant(placement, solver, refreshable)
         built = network.tables(placement, self._variant, self.room)
         self.placement, self.device = placement, device
         self.max_rounds = MAX_ROUNDS
@@ -217,7 +228,7 @@ class Solver:
             *pointers, built.arcs.shape[1], built.edges.shape[2], built.experts.shape[1]
         )
         self.num_components = len(built.shape)
-        self._num_shared_bytes = num_solver_bytes(placement, solver)
+        self._num_shared_bytes = num_solver_bytes(placement, solver, refreshable)
         kernels = _kernels(_solver, (solver, self._variant), device.index)
         self._kernel = kernels.kernel("solve", _SOLVE_ARGUMENTS)
         self._general = kernels.kernel("solve_general", _SOLVE_ARGUMENTS)
@@ -375,6 +386,7 @@ class Steps:
         solver: "flow" or "cusolverdx".
         windows: where the kernels exchange rows; None: they travel by other means.
         timeout_s: how long a batch waits for the rows.
+        refreshable: whether other replicas will replace these.
     """
 
     def __init__(
@@ -388,16 +400,17 @@ class Steps:
         solver: str,
         windows: Windows | None = None,
         timeout_s: float = 60,
+        refreshable: bool = False,
     ) -> None:
         self.placement, self.rank, self.device = placement, rank, device
-        self.solver = Solver(placement, device, solver)
+        self.solver = Solver(placement, device, solver, refreshable)
         built = network.routes(placement, self.solver.room)
         self._tables = _upload(built, device)
         p, several, copies = placement, len(built.experts), len(built.copies)
         pointers = (table.data_ptr() for table in self._tables)
         sizes = (p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas)
         self._table = _TABLE.pack(*pointers, several, copies, *sizes)
-        self._num_route_bytes = num_route_bytes(placement)
+        self._num_route_bytes = num_route_bytes(placement, refreshable)
         zeros = functools.partial(torch.zeros, dtype=torch.int32)
         self.row = zeros(row_size, device=device)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""

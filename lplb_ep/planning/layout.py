@@ -136,15 +136,15 @@ def _four(number: int) -> int:
     return -(-max(1, number) // 4) * 4
 
 
-def room(placement: Placement) -> Room:
-    """What the placement's tables need; where its layer is refreshed, what they would with any
+def room(placement: Placement, refreshable: bool = False) -> Room:
+    """What the placement's tables need; where it is `refreshable`, what they would with any
     other replicas, but that they may not fall into more components.
 
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
     own, p = needed(placement), placement
-    if not p.layer.refreshed:
+    if not refreshable:
         return own
     num_replicas = p.num_physical_experts - p.num_experts
     num_several = min(p.num_experts, num_replicas)
@@ -159,13 +159,13 @@ def room(placement: Placement) -> Room:
     )
 
 
-def variant(placement: Placement, solver: str) -> Variant:
+def variant(placement: Placement, solver: str, refreshable: bool = False) -> Variant:
     """Which of the solver's takes the placement in its `room`.
 
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    laid_out = room(placement)
+    laid_out = room(placement, refreshable)
     able = [variant for variant in variants(solver) if variant.size == laid_out.size]
     return next(v for v in able if v.more or v.parts * v.turns >= laid_out.max_edges)
 

@@ -7,7 +7,7 @@ import functools
 import logging
 from collections.abc import Callable
 from typing import NoReturn
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from ..comm.exchange import (
 from ..comm.peers import peer_memory, reach, rule_out
 from ..comm.watchdog import look, missing_ranks, watch
 from ..errors import ContractError, MissingPackageError, RankError
-from ..placement.table import Layer, Placement, check_placement
+from ..layer import Layer, layer_of
+from ..placement.table import Placement
 from . import device as cuda
 from . import reference as cpu
 from .plan import Plan, Status, check_plan, check_topk_idx
@@ -51,8 +52,6 @@ _ROW_MULTIPLE = 1024
 # How many planners were made for a group, so that two on one placement are told apart.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
-_planners_of: WeakKeyDictionary[Layer, WeakSet[Planner]] = WeakKeyDictionary()
-
 
 class Planner:
     """Plans batches on one placement; a channel of its own between the ranks.
@@ -71,7 +70,7 @@ class Planner:
     got there. Replays of a graph make no call: `raise_errors` looks, and waits.
 
     Args:
-        placement: the copies; where they have been replaced in their layer, what is in force there.
+        target: the layer, or the placement object that stands for one.
         group: the expert-parallel group, of `placement.num_ranks` ranks in rank order.
         rank: this rank, where there is no group.
         counts: "auto", "nvshmem", "ipc", "torch", or "given" (each call brings the counts of all
@@ -86,7 +85,7 @@ class Planner:
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
 
     Raises:
-        TypeError: `placement` is not one.
+        TypeError: `target` is neither a layer nor a placement.
         ValueError: arguments that do not fit together; the message names them.
         MissingPackageError: the solver needs a GPU or a package that is not there.
         CompileError: a kernel does not compile.
@@ -96,7 +95,7 @@ class Planner:
 
     def __init__(
         self,
-        placement: Placement,
+        target: Layer | Placement,
         group: dist.ProcessGroup | None = None,
         rank: int | None = None,
         counts: str = "auto",
@@ -110,8 +109,8 @@ class Planner:
     ) -> None:
         ranks = group if compare else None
         with together(ranks, "Planner") as facts:
-            check_placement(placement)
-            placement = placement.in_force
+            self.layer = layer_of(target)
+            placement, refreshable = self.layer.placement, self.layer.is_refreshable
             self.rank = _own_rank(placement, group, rank)
             if not (isinstance(slot, int) and 0 <= slot < 2**31):
                 raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
@@ -120,10 +119,10 @@ class Planner:
                     "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
                     f"got {timeout_s!r}"
                 )
-            self.solver, _ = choose_solver(solver, placement)
+            self.solver, _ = choose_solver(solver, placement, refreshable)
             facts["placement"] = placement.fingerprint()
             facts["slot"] = slot
-            facts["solver"] = solver_fact(solver, placement)
+            facts["solver"] = solver_fact(solver, placement, refreshable)
             facts["counts"] = counts
             facts["lplb_ep version"] = __version__
         self.placement = placement
@@ -134,7 +133,7 @@ class Planner:
         self._steps: _CpuSteps | _GpuSteps
         with together(ranks, "Planner"):
             self._steps = self._make_steps(timeout_s, abort_on_timeout)
-        _planners_of.setdefault(placement.layer, WeakSet()).add(self)
+        self.layer.planners.add(self)
 
     def _make_steps(self, timeout_s: float, abort_on_timeout: bool) -> _CpuSteps | _GpuSteps:
         size = cuda.NUM_HEAD + self.placement.num_experts
@@ -151,6 +150,7 @@ class Planner:
             self.solver,
             self.exchange if isinstance(self.exchange, Windows) else None,
             timeout_s,
+            self.layer.is_refreshable,
         )
         return _GpuSteps(steps, abort_on_timeout)
 
@@ -232,14 +232,14 @@ class Planner:
             self._steps.synchronize()
             self._steps.raise_told()
             check_plan(plan, topk_idx, self.placement, self.rank)
-        if self.placement.layer.observe is not None:
-            self.placement.layer.observe(plan.counts)
+        for observe in self.layer.observers:
+            observe(plan.counts)
         return plan
 
     @property
     def is_outdated(self) -> bool:
         """Whether another placement is in force in its layer, which it was not prepared for."""
-        return self.placement is not self.placement.in_force
+        return self.placement is not self.layer.placement
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes ready for other copies in its layer (`Placement.with_copies`). Local.
@@ -253,7 +253,7 @@ class Planner:
             ValueError: the placement is not of this layer, or on the GPU its tables do not fit
                 where those of the first one lie; says by what.
         """
-        if placement.layer is not self.placement.layer:
+        if not placement.may_replace(self.placement):
             raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")
         steps = self._steps.prepare(placement, [_tag(placement), *self._head[1:]])
 
@@ -332,11 +332,6 @@ class Planner:
                 "counts travel by a group of gloo, through the CPU, which a CUDA graph cannot "
                 "capture; use a group of NCCL"
             )
-
-
-def planners_of(placement: Placement) -> list[Planner]:
-    """The live planners of a placement's layer that plan with what is in force there."""
-    return [p for p in _planners_of.get(placement.layer, ()) if not p.is_outdated]
 
 
 def _count_planner(group: dist.ProcessGroup | None) -> int:

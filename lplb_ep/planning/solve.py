@@ -42,7 +42,9 @@ class Solution:
     """Loads that it ran out of rounds on, and that the CPU solved in its place."""
 
 
-def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str, str]:
+def choose_solver(
+    solver: str, placement: Placement | None = None, refreshable: bool = False
+) -> tuple[str, str]:
     """The solver that runs for a request, and why.
 
     A function of the request, the placement and what is installed, never of a measurement: ranks
@@ -51,6 +53,7 @@ def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str,
     Args:
         solver: one of `SOLVERS`.
         placement: the copies; None: any that fits.
+        refreshable: whether other replicas will replace these.
 
     Raises:
         ValueError: `solver` is not one of `SOLVERS`, or the placement is too large for it.
@@ -61,7 +64,7 @@ def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str,
     if solver == "cpu":
         return solver, "asked for"
     try:
-        cuda.check(placement, "flow" if solver == "auto" else solver)
+        cuda.check(placement, "flow" if solver == "auto" else solver, refreshable)
     except (MissingPackageError, ValueError) as error:
         if solver != "auto":
             raise
@@ -69,13 +72,13 @@ def choose_solver(solver: str, placement: Placement | None = None) -> tuple[str,
     return ("flow", "a CUDA device is there") if solver == "auto" else (solver, "asked for")
 
 
-def solver_fact(solver: str, placement: Placement | None = None) -> str:
+def solver_fact(solver: str, placement: Placement | None = None, refreshable: bool = False) -> str:
     """What ranks must agree on: the solver of a request, and the GPU that it runs on.
 
     Raises:
         ValueError, MissingPackageError: as `choose_solver`.
     """
-    name, _ = choose_solver(solver, placement)
+    name, _ = choose_solver(solver, placement, refreshable)
     if name == "cpu":
         return name
     major, minor = torch.cuda.get_device_capability()

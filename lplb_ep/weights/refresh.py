@@ -28,10 +28,9 @@ import torch.distributed as dist
 
 from ..comm.collectives import everyone, together
 from ..placement.table import Placement
-from ..planning.planner import planners_of
 from ..planning.solve import MAX_TOTAL, solve
 from ..settings import Settings, environment_for_one_core
-from .replicas import Replicas, sharing
+from .replicas import Replicas
 
 log = logging.getLogger(__name__)
 
@@ -339,11 +338,10 @@ class Refresher:
         """[interval, L, E] loads of the last steps."""
         for number, replicas in enumerate(layers):
             replicas.placement = with_room(replicas.placement)
-            layer = replicas.placement.layer
-            layer.in_force, layer.refreshed = replicas.placement, True
-            layer.observe = (
-                None if self._now is None else functools.partial(_add, self._now[number])
-            )
+            replicas.layer.replace(replicas.placement)
+            replicas.layer.is_refreshable = True
+            if self._now is not None:
+                replicas.layer.observers.append(functools.partial(_add, self._now[number]))
 
     def step(self) -> list[Refreshed]:
         """Ends a step; where replicas are to be moved, moves them on every rank.
@@ -402,7 +400,7 @@ class Refresher:
         old, placement, valid, problem = replicas.placement, None, False, ""
         try:
             placement = old.with_copies(proposal.physical_to_logical)
-            commits = [planner.prepare(placement) for planner in planners_of(old)]
+            commits = [planner.prepare(placement) for planner in replicas.layer.current_planners()]
             change = replicas.prepare(placement)
             valid = change.is_valid
         except Exception as error:
@@ -429,7 +427,7 @@ class Refresher:
         for commit in commits:
             commit()
         change.commit()
-        placement.layer.in_force = placement
+        replicas.layer.replace(placement)
         self._wait_for_gpu()
         return self._report(proposal, old, placement)
 
@@ -474,13 +472,13 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
     for number, replicas in enumerate(layers):
         if any(replicas is other for other in layers[:number]):
             raise ValueError(f"layer {number} is in layers twice")
-        if replicas.placement.layer.refreshed:
+        if replicas.layer.is_refreshable:
             raise ValueError(f"layer {number} has a Refresher already")
         if replicas.group is not layers[0].group:
             raise ValueError(f"layer {number} is on another group than layer 0")
         if replicas.placement.num_experts != layers[0].placement.num_experts:
             raise ValueError(f"layer {number} has another number of experts than layer 0")
-        if sharing(replicas.placement) > 1:
+        if len(replicas.layer.replicas) > 1:
             raise ValueError(
                 f"the placement object of layer {number} serves several layers: give each its own"
             )

@@ -24,17 +24,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..comm.alltoall import TRANSPORTS, Table, connect
 from ..comm.collectives import gather_rows, memory_of, together
 from ..errors import ContractError, RankError
-from ..placement.table import Layer, Placement
+from ..layer import Layer, layer_of
+from ..placement.table import Placement
 
 # How ranks tell one another what they will send: 0 is "no gradient", i + 1 this list's entry i.
 _GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _REFUSED = 255
 
-# By layer: two may have equal placements and different weights.
-_replicas_of: weakref.WeakKeyDictionary[Layer, weakref.WeakSet[Replicas]] = (
-    weakref.WeakKeyDictionary()
-)
-_trusted: weakref.WeakSet[Layer] = weakref.WeakSet()  # by mark_valid()
+_live: weakref.WeakSet[Replicas] = weakref.WeakSet()  # for the hooks on optimizers
 _watchers: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Module -> WeakSet of Replicas of its own
 
 
@@ -81,8 +78,8 @@ class Replicas:
             BatchNorm) cannot be kept equal by copying after the optimizer's step. A constant is
             a buffer with `persistent=False`, which is neither copied nor checkpointed; a weight
             that is not trained is a parameter with `requires_grad=False`.
-        placement: the layer's own `Placement` object; `are_valid` asks about this very object.
-            Where it has been replaced in its layer, what is in force there counts.
+        target: the layer, or the placement object that stands for one; its placement in force
+            counts.
         group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r holds the
             placement's rank r. None only where the placement has one rank.
         transport: how weights and gradients travel: "peers", by copies into the other GPUs' memory
@@ -103,11 +100,12 @@ class Replicas:
     def __init__(
         self,
         experts: nn.Module,
-        placement: Placement,
+        target: Layer | Placement,
         group: dist.ProcessGroup | None = None,
         transport: str = "auto",
     ) -> None:
-        placement = placement.in_force
+        self.layer = layer_of(target)
+        placement = self.layer.placement
         _agree(experts, placement, group, transport)
         self.experts = experts
         self.placement = placement
@@ -132,8 +130,8 @@ class Replicas:
         # What they were when the replicas were last valid: parameter, its local part (held, so
         # that no other gets its memory), its version.
         self._seen: list[tuple[Tensor, Tensor, tuple[int, int, int]]] | None = None
-        _replicas_of.setdefault(placement.layer, weakref.WeakSet()).add(self)
-        _trusted.discard(placement.layer)
+        _live.add(self)
+        self.layer.watch(self)
         _watch()
 
     def copy_weights(self, *, async_op: bool = False) -> Transfer | None:
@@ -170,7 +168,7 @@ class Replicas:
             ValueError: the placement is not of this layer.
             ContractError: a slot that would change has a gradient that is not reduced.
         """
-        if placement.layer is not self.placement.layer:
+        if not placement.may_replace(self.placement):
             raise ValueError(f"{placement} is not one of these replicas' layer: use with_copies")
         self._finish()
         changed = self.placement.physical_to_logical != placement.physical_to_logical
@@ -556,45 +554,14 @@ class Change:
             replicas.mark_stale()
 
 
-def mark_valid(placement: Placement) -> None:
-    """Declares that the replicas of this placement object equal their homes.
-
-    For engines that fill the copies themselves. Where `Replicas` were made for the object they
-    are marked and keep watching their weights; without any, the word holds until `mark_stale`,
-    or until `Replicas` are made.
-    """
-    live = list(_replicas_of.get(placement.layer, ()))
-    for replicas in live:
-        replicas.mark_valid()
-    if not live:
-        _trusted.add(placement.layer)
+def mark_valid(target: Layer | Placement) -> None:
+    """Declares that a layer's replicas equal their homes: `Layer.mark_valid`."""
+    layer_of(target).mark_valid()
 
 
-def mark_stale(placement: Placement) -> None:
-    """Takes `mark_valid` back: tokens go to home slots until the replicas are valid again."""
-    for replicas in list(_replicas_of.get(placement.layer, ())):
-        replicas.mark_stale()
-    _trusted.discard(placement.layer)
-
-
-def are_valid(placement: Placement) -> bool:
-    """Whether tokens may go to the replicas of this placement object; local, no communication.
-
-    The object counts, not its value: two layers may have equal placements and different weights.
-
-    Returns:
-        True if no expert has a second copy; else, if there are live `Replicas` made for the
-        object, whether all of them are valid; else whether `mark_valid` was called for it.
-    """
-    if placement.max_replicas == 1:
-        return True
-    live = list(_replicas_of.get(placement.layer, ()))
-    return all(replicas.is_valid for replicas in live) if live else placement.layer in _trusted
-
-
-def sharing(placement: Placement) -> int:
-    """How many live `Replicas` there are for a placement object."""
-    return len(_replicas_of.get(placement.layer, ()))
+def mark_stale(target: Layer | Placement) -> None:
+    """Takes `mark_valid` back: `Layer.mark_stale`."""
+    layer_of(target).mark_stale()
 
 
 @dataclass(frozen=True)
@@ -797,10 +764,9 @@ def _watch() -> None:
 
 def _stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for live in list(_replicas_of.values()):
-        for replicas in list(live):
-            if any(id(parameter) in stepped for parameter, _, _ in replicas._seen or ()):
-                replicas.mark_stale()
+    for replicas in list(_live):
+        if any(id(parameter) in stepped for parameter, _, _ in replicas._seen or ()):
+            replicas.mark_stale()
 
 
 def _registered(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

@@ -4,6 +4,7 @@ import functools
 import gc
 import inspect
 import logging
+import pickle
 import sys
 import threading
 import time
@@ -19,7 +20,9 @@ import lplb_ep
 from lplb_ep import ContractError, Placement, Planner
 from lplb_ep.deepep import context as layers
 from lplb_ep.deepep import drop_in as buffer
+from lplb_ep.layer import layer_of
 from lplb_ep.planning import planner
+from lplb_ep.planning.plan import Status
 from lplb_ep.weights import replicas
 
 PLACEMENT = Placement([0, 1, 2, 3, 0, 2], 1)
@@ -177,7 +180,7 @@ def make(group):
 
 
 def targets():
-    """The channels of the one group: (placement, slot) → planner."""
+    """The channels of the one group: (layer, slot) → planner."""
     return layers.channels.get(dist.group.WORLD, {})
 
 
@@ -593,6 +596,39 @@ def test_micro_batch_slots_have_channels_of_their_own(make, mode):
     assert len(targets()) == 2
     make().view(PLACEMENT)  # a buffer that replaces another finds the channels there
     assert len(targets()) == 2
+
+
+def test_of_two_equal_placements_only_the_stale_layer_plans_stale(make, mode, monkeypatch):
+    mode("1")
+    monkeypatch.setenv("LPLB_EP_REPLICAS", "tracked")
+    first, second = lplb_ep.Layer(PLACEMENT), lplb_ep.Layer(PLACEMENT)
+    copy = pickle.loads(pickle.dumps(PLACEMENT))
+    assert copy == PLACEMENT
+    assert layer_of(copy) is not layer_of(PLACEMENT)
+    drop_in = make()
+    first.mark_valid()
+    for target in (first, second, copy):
+        drop_in.view(target).get_dispatch_layout(TOPK, E)
+    with lplb_ep.use(second, slot=1):
+        drop_in.get_dispatch_layout(TOPK, E)
+    fared = {target: next(iter(planner.num_batches)) for target, planner in targets().items()}
+    stale = dict.fromkeys([(second, 0), (layer_of(copy), 0), (second, 1)], Status.STALE)
+    assert fared == {(first, 0): Status.OPTIMAL, **stale}
+
+
+def test_a_placement_from_the_environment_is_one_layer_for_all_buffers(
+    make, mode, monkeypatch, tmp_path
+):
+    mode("1")
+    PLACEMENT.save(tmp_path / "p.json")
+    monkeypatch.setenv("LPLB_EP_PLACEMENT", str(tmp_path / "p.json"))
+    monkeypatch.setenv("LPLB_EP_REPLICAS", "tracked")
+    buffers = [make() for _ in range(3)]
+    ((layer, _),) = targets()
+    layer.mark_valid()
+    for drop_in in buffers:
+        drop_in.get_dispatch_layout(TOPK, E)
+    assert targets()[layer, 0].num_batches == {Status.OPTIMAL: 3}
 
 
 def test_use_is_in_force_inside_only(make, mode):
@@ -1098,7 +1134,7 @@ def test_a_hook_that_fails_before_ours_takes_nothing_from_the_placement_around_i
     with lplb_ep.use(OTHER):
         with pytest.raises(RuntimeError, match="not today"):
             layer(TOPK)
-        assert layers.used() == (OTHER, 0)
+        assert layers.used() == (layer_of(OTHER), 0)
 
 
 def test_threads_in_one_attached_module_do_not_mix(make, mode):
@@ -1124,7 +1160,7 @@ def test_threads_in_one_attached_module_do_not_mix(make, mode):
         worker.start()
     for worker in workers:
         worker.join()
-    assert sorted(seen[:2]) == [(1, (PLACEMENT, 1)), (2, (PLACEMENT, 2))]
+    assert sorted(seen[:2]) == [(s, (layer_of(PLACEMENT), s)) for s in (1, 2)]
     assert sorted(seen[2:]) == [(1, None), (2, None)]
 
 
@@ -1270,7 +1306,7 @@ def test_only_use_says_which_micro_batch_an_attached_layer_is_in(make, mode):
     equal = Placement(PLACEMENT.physical_to_logical, 1)
     with lplb_ep.use(equal, slot=3):
         inner()
-    assert seen[-1][0] is PLACEMENT
+    assert seen[-1][0] is layer_of(PLACEMENT)
     assert seen[-1][1] == 1
 
 

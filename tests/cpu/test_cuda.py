@@ -112,9 +112,7 @@ def test_routes_hold_every_useful_copy_once():
 
 def random_layer(rng, R):
     placement = oracle.random_placement(rng, R, int(rng.integers(R, 60)), 2)
-    placement = placement.with_copies(placement.physical_to_logical, 9)
-    placement.layer.refreshed = True
-    return placement
+    return placement.with_copies(placement.physical_to_logical, 9)
 
 
 @pytest.mark.parametrize("R", [2, 8, 40])
@@ -122,7 +120,7 @@ def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
     rng = np.random.default_rng(R)
     for _ in range(4):
         first, fitted = random_layer(rng, R), 0
-        room, variant = network.room(first), network.variant(first, "flow")
+        room, variant = network.room(first, True), network.variant(first, "flow", True)
         assert variant.size == next(size for size in network.SIZES if size >= R)
         assert variant.more or variant.parts * variant.turns >= room.max_edges
         for _ in range(10):

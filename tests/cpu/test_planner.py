@@ -216,7 +216,7 @@ def make_planner(group):
 
 def make_channel(group):
     slot = 99  # which no other test on these ranks has made
-    layers.register(layers.BufferState(Settings(mode="1"), group), (TWO, slot))
+    layers.register(layers.BufferState(Settings(mode="1"), group), TWO, slot)
 
 
 @pytest.mark.parametrize("make", [make_planner, make_channel])

@@ -35,8 +35,8 @@ from lplb_ep import (
     Settings,
     check_plan,
 )
+from lplb_ep.layer import layer_of
 from lplb_ep.planning import reference
-from lplb_ep.planning.planner import planners_of
 from lplb_ep.weights import refresh
 from lplb_ep.weights.replicas import Change, mark_valid
 
@@ -210,7 +210,7 @@ def train(group, copy_first):
     model = Model(group)
     kinds = ["old"] * 4 + ["new"] * 10
     steps = [model.step(kind, i, copy_first=copy_first) for i, kind in enumerate(kinds)]
-    assert planners_of(model.placement)[0].placement is model.replicas.placement
+    assert layer_of(model.placement).current_planners()[0].placement is model.replicas.placement
     assert (model.replicas.placement.home == ring().home).all()
     return steps
 
@@ -307,7 +307,7 @@ def equal_placements(group):
     ):
         plan = Planner(placement, rank=group.rank(), counts="given")(picks, counts=counts)
         assert slots == reference.count(plan.topk_idx, R * P_LOCAL).tolist()
-    assert second.in_force is second
+    assert layer_of(second).placement is second
 
 
 def test_a_layer_is_refreshed_in_all_its_channels_and_no_other_layer_is():
@@ -356,8 +356,8 @@ def fails_on_one(group, where):
         if group.rank() == 2:
             stack.enter_context(unittest.mock.patch(name, broken or fetch_and_fail))
         assert model.offer(moved()) == []
-    assert model.replicas.placement is old is model.placement.in_force
-    assert [p.placement for p in planners_of(old)] == [old]
+    assert model.replicas.placement is old is layer_of(model.placement).placement
+    assert [p.placement for p in layer_of(old).current_planners()] == [old]
     assert torch.equal(model.weights[0], held)
     assert model.replicas.is_valid
     assert torch.equal(model.gradients("new", 0)[0], before)
@@ -547,9 +547,9 @@ def test_off_by_default():
     replicas, refresher = single(placement, Settings())
     planner(torch.tensor([[0]]))
     assert [refresher.step() for _ in range(100)] == [[]] * 100
-    assert replicas.placement is placement is placement.in_force
-    assert not placement.layer.refreshed
-    assert placement.layer.observe is None
+    assert replicas.placement is placement is layer_of(placement).placement
+    assert not layer_of(placement).is_refreshable
+    assert layer_of(placement).observers == []
 
 
 def test_a_planner_that_was_made_before_is_not_called_on():
@@ -560,7 +560,7 @@ def test_a_planner_that_was_made_before_is_not_called_on():
         planner(torch.tensor([[0]]))
     anew = Planner(placement)
     anew(torch.tensor([[0]]))
-    assert planners_of(placement) == [anew]
+    assert layer_of(placement).current_planners() == [anew]
     assert anew.placement is replicas.placement
 
 
@@ -794,9 +794,10 @@ def test_copies_are_replaced_at_the_same_homes_and_width():
     new = old.with_copies([3, -1, 1, 2, 0, 1])
     assert new.home.tolist() == old.home.tolist()
     assert (new.num_ranks_per_node, new.max_replicas) == (1, 2)
-    assert new.layer is old.layer
     assert new != old
-    assert Placement(new.physical_to_logical, 2, home=new.home).layer is not old.layer
+    assert new.may_replace(old)
+    moved = Placement(new.physical_to_logical, 2, home=[4, 5, 3, 0], num_ranks_per_node=1)
+    assert not moved.may_replace(old)
     with pytest.raises(PlacementError, match="home of expert 3 is slot 0, which holds expert 1"):
         old.with_copies([1, 0, 1, 2, 0, 3])
     with pytest.raises(PlacementError, match="expert 1 has 3 copies, and there is room for 2"):
@@ -829,6 +830,7 @@ def test_a_prepared_planner_plans_as_one_that_is_made_anew():
     planner.prepare(new)  # is not in force before the call
     assert torch.equal(planner(topk, counts=counts).topk_idx, before.topk_idx)
     planner.prepare(new)()
+    planner.layer.replace(new)
     after = planner(topk, counts=counts)
     expected = Planner(Placement(moved(), R), rank=1, counts="given")(topk, counts=counts)
     assert torch.equal(after.topk_idx, expected.topk_idx)
@@ -837,7 +839,7 @@ def test_a_prepared_planner_plans_as_one_that_is_made_anew():
         before, topk, placement, 1
     )  # its split is still by the placement that it was made on
     with pytest.raises(ValueError, match="not one of this planner's layer"):
-        planner.prepare(ring())
+        planner.prepare(Placement(ring().physical_to_logical[::-1], R))
     experts = torch.nn.Linear(1, 3, bias=False)
     with pytest.raises(ValueError, match="not one of these replicas' layer"):
-        Replicas(experts, Placement([0, 1, 0], 1)).prepare(Placement([0, 1, 0], 1))
+        Replicas(experts, Placement([0, 1, 0], 1)).prepare(Placement([0, 1, 0], 1, home=[2, 1]))

@@ -10,6 +10,7 @@ import functools
 import gc
 import re
 import unittest.mock
+import weakref
 import zlib
 from types import SimpleNamespace
 
@@ -19,9 +20,10 @@ import ranks
 import torch
 from torch import nn
 
+from lplb_ep.layer import layer_of
 from lplb_ep.placement.table import Placement
 from lplb_ep.weights import replicas as module
-from lplb_ep.weights.replicas import Replicas, are_valid, mark_stale, mark_valid, slot_parameters
+from lplb_ep.weights.replicas import Replicas, mark_stale, mark_valid, slot_parameters
 
 SHAPES = {"down.weight": (5, 3), "gain": (), "up": (3, 5)}
 FORMS = ("list", "stacked")
@@ -511,68 +513,70 @@ def test_one_copy_per_expert_is_always_valid():
     assert replicas.is_valid
     replicas.mark_stale()
     assert replicas.is_valid
-    assert are_valid(placement)
-    assert are_valid(Placement([1, 0], num_ranks=2))
+    assert layer_of(placement).is_valid
+    assert layer_of(Placement([1, 0], num_ranks=2)).is_valid
 
 
 def test_are_valid_asks_the_replicas_of_the_very_object():
     made = valid_replicas("list")
     equal = Placement([0, 1, 0], num_ranks=1)
     assert equal == made.placement
-    assert are_valid(made.placement)
-    assert not are_valid(equal)
+    assert layer_of(made.placement).is_valid
+    assert not layer_of(equal).is_valid
 
     other = Replicas(make_experts("stacked", made.placement, 0), made.placement)
-    assert not are_valid(made.placement)  # one of two is stale
+    assert not layer_of(made.placement).is_valid  # one of two is stale
     other.copy_weights()
-    assert are_valid(made.placement)
+    assert layer_of(made.placement).is_valid
     in_place(made)
-    assert not are_valid(made.placement)
+    assert not layer_of(made.placement).is_valid
 
     made.replicas = None
     gc.collect()
-    assert are_valid(made.placement)  # the stale one is gone
+    assert layer_of(made.placement).is_valid  # the stale one is gone
     del other
     gc.collect()
-    assert not are_valid(made.placement)  # nobody looks after the weights
+    assert not layer_of(made.placement).is_valid  # nobody looks after the weights
 
 
 def test_an_engine_marks_a_placement_object_valid():
     placement, equal = (Placement([0, 1, 0], num_ranks=1) for _ in range(2))
     mark_valid(placement)
-    assert are_valid(placement)
-    assert not are_valid(equal)
+    assert layer_of(placement).is_valid
+    assert not layer_of(equal).is_valid
     mark_stale(placement)
-    assert not are_valid(placement)
+    assert not layer_of(placement).is_valid
 
     mark_valid(placement)
     replicas = Replicas(make_experts("list", placement, 0), placement)
-    assert not are_valid(placement)  # from here on the weights are watched, not trusted
+    assert not layer_of(placement).is_valid  # from here on the weights are watched, not trusted
     mark_valid(placement)
-    assert are_valid(placement)
+    assert layer_of(placement).is_valid
     assert replicas.is_valid
     mark_stale(placement)
-    assert not are_valid(placement)
+    assert not layer_of(placement).is_valid
     assert not replicas.is_valid
 
     unseen = Placement([0, 1, 0], num_ranks=1)
     mark_valid(unseen)
     Replicas(make_experts("list", unseen, 0), unseen)
     gc.collect()
-    assert not are_valid(unseen)  # the word given before is not taken up again
+    assert not layer_of(unseen).is_valid  # the word given before is not taken up again
 
 
 def test_the_registry_keeps_nothing_alive():
     gc.collect()
-    registries = module._replicas_of, module._trusted, module._watchers
+    registries = module._live, module._watchers
     before = [len(registry) for registry in registries]
     made = valid_replicas("list")
     trusted = Placement([0, 0], num_ranks=1)
     mark_valid(trusted)
+    layer = weakref.ref(layer_of(trusted))
     assert all(len(now) > then for now, then in zip(registries, before, strict=True))
     del made, trusted
     gc.collect()
     assert [len(registry) for registry in registries] == before
+    assert layer() is None
 
 
 def save_checkpoint(group, form, folder):

@@ -7,6 +7,7 @@ import torch
 from test_plan import Rows, batch, compare
 
 from lplb_ep import Placement, Planner
+from lplb_ep.layer import layer_of
 from lplb_ep.planning import layout as network
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.planner import _tag
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.gpu
 def refreshed(placement):
     """As a `Refresher` leaves a layer's placement."""
     placement = with_room(placement)
-    placement.layer.refreshed = True
+    layer_of(placement).is_refreshable = True
     return placement
 
 
@@ -38,7 +39,8 @@ def test_captured_graphs_plan_with_what_is_in_force(solver, make, exchanged):
     first = placement = refreshed(make())
     R, E, rank = placement.num_ranks, placement.num_experts, 3
     seen = torch.zeros(E, dtype=torch.int64, device="cuda")
-    placement.layer.observe = lambda counts: seen.add_(counts.sum(0))
+    layer = layer_of(placement)
+    layer.observers.append(lambda counts: seen.add_(counts.sum(0)))
     planner = Planner(placement, rank=rank, counts="given", solver=solver)
     topks, counts = batch(rng, placement, [300] * R, 4)
     topk, given = topks[rank].clone(), {} if exchanged else {"counts": counts}
@@ -57,7 +59,8 @@ def test_captured_graphs_plan_with_what_is_in_force(solver, make, exchanged):
             graph.replay()
             compare(plan, topk, counts, placement, rank)  # not yet
             commit()
-            placement = placement.layer.in_force = new
+            layer.replace(new)
+            placement = new
         topks, other = batch(rng, placement, rng.integers(0, 400, R).clip(1), 4)
         topks[rank] = torch.cat([topks[rank]] * 300)[:300]
         other[rank] = cpu.count(topks[rank].cpu(), E)

@@ -140,7 +140,7 @@ def batches(group, num_batches, seed):
         quota[column[column >= 0]] = plan.quota.cpu().long()[column >= 0]
         assert numbers == quota[first : first + placement.num_local_slots].tolist()
         assert sum(numbers) == int(plan.rank_load[group.rank()]) == int((slots >= 0).sum())
-    channel = lplb_ep.deepep.context.channels[group][placement.layer, 0]
+    channel = lplb_ep.layer.channels[group][lplb_ep.layer.layer_of(placement), 0]
     buffer.destroy()
     return channel.counts, int(channel.num_batches[0])
 

@@ -1,0 +1,139 @@
+"""One MoE layer's identity: the placement in force, and who plans, fills and observes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+import torch.distributed as dist
+
+from .placement.table import Placement, check_placement
+
+
+class Planning(Protocol):
+    """What a layer knows of a planner."""
+
+    placement: Placement
+    """The placement that it plans on."""
+
+
+class Weights(Protocol):
+    """What a layer knows of its `Replicas`."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the replicas' weights are known to equal their homes'."""
+
+    def mark_valid(self) -> None:
+        """Declares them equal."""
+
+    def mark_stale(self) -> None:
+        """Declares that home weights changed."""
+
+
+class Layer:
+    """An MoE layer, told apart from every other by its object and never by a value.
+
+    Two layers may have equal placements and different weights. So planners, replica weights and
+    the placement in force belong to a layer. A `Placement` object that is passed in the place of a
+    layer stands for the first layer that it was in force in (`layer_of`).
+
+    Args:
+        placement: the copies that are in force at first.
+
+    Raises:
+        TypeError: `placement` is not a `Placement`.
+    """
+
+    is_refreshable: bool
+    """Whether a refresh may replace the placement. Planners then reserve capacity for that."""
+    observers: list[Callable[[torch.Tensor], None]]
+    """Each is called with the counts [R, E] of every batch that is planned."""
+    planners: WeakSet[Any]
+    """The planners that were made for this layer, of whatever group."""
+    replicas: WeakSet[Any]
+    """The `Replicas` that were made for this layer."""
+
+    def __init__(self, placement: Placement) -> None:
+        check_placement(placement)
+        self.replace(placement)
+        self.is_refreshable = False
+        self.observers = []
+        self.planners = WeakSet()
+        self.replicas = WeakSet()
+        self._is_trusted = False
+
+    @property
+    def placement(self) -> Placement:
+        """The placement in force."""
+        return self._placement
+
+    def replace(self, placement: Placement) -> None:
+        """Puts another placement in force, with which all planners of the layer must plan."""
+        self._placement = placement
+        # Kept on the object, which the layer refers to: a table beside them would keep both alive.
+        vars(placement).setdefault("_layer", self)
+
+    def __repr__(self) -> str:
+        return f"Layer({self.placement!r})"
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether tokens may go to replicas. Local, nothing is exchanged.
+
+        True where no expert has a second copy. With live `Replicas`: whether all of them are
+        valid. Without any: whether `mark_valid` was called since the last ones were made.
+        """
+        if self.placement.max_replicas == 1:
+            return True
+        live = list(self.replicas)
+        return all(replicas.is_valid for replicas in live) if live else self._is_trusted
+
+    def mark_valid(self) -> None:
+        """Declares that the replicas' weights equal their homes', for engines that fill them.
+
+        Live `Replicas` are marked and keep watching their weights. Without any, the declaration
+        holds until `mark_stale`, or until `Replicas` are made.
+        """
+        live = list(self.replicas)
+        for replicas in live:
+            replicas.mark_valid()
+        if not live:
+            self._is_trusted = True
+
+    def mark_stale(self) -> None:
+        """Takes `mark_valid` back: tokens go to home slots until the replicas are valid again."""
+        for replicas in list(self.replicas):
+            replicas.mark_stale()
+        self._is_trusted = False
+
+    def watch(self, replicas: Weights) -> None:
+        """Adds `Replicas` that know the layer's weights; they count from now on, no declaration."""
+        self.replicas.add(replicas)
+        self._is_trusted = False
+
+    def current_planners(self) -> list[Any]:
+        """The live planners that plan with the placement in force."""
+        return [planner for planner in self.planners if planner.placement is self.placement]
+
+
+def layer_of(target: Layer | Placement) -> Layer:
+    """The layer itself, or the one layer that a placement object stands for.
+
+    Copies and unpickled placements are other objects, and stand for layers of their own.
+
+    Raises:
+        TypeError: `target` is neither.
+    """
+    if isinstance(target, Layer):
+        return target
+    check_placement(target)
+    layer: Layer | None = vars(target).get("_layer")
+    return Layer(target) if layer is None else layer
+
+
+channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int], Any]] = WeakKeyDictionary()
+"""The planner of each layer and micro-batch slot, by group. A channel outlives the buffers that use
+it, since frameworks replace buffers by larger ones, and ends with its group."""
