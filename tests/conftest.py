@@ -30,8 +30,8 @@ def clean_environment(monkeypatch):
     """For commands in this process: none of the settings set, and all put back at the end."""
     for variable in [v for v in os.environ if v.startswith("LPLB_EP")]:
         monkeypatch.delenv(variable)
-    for variable in ("LPLB_EP", "LPLB_EP_PLACEMENT"):
-        monkeypatch.setenv(variable, "")  # `run` sets them: put back at the end
+    for variable in ("LPLB_EP", "LPLB_EP_BACKEND", "LPLB_EP_PLACEMENT"):
+        monkeypatch.setenv(variable, "")  # commands set them: put back at the end
 
 
 @pytest.fixture

@@ -55,6 +55,7 @@ LAYERS = [
     "tools.timeline",
     "tools.plots",
     "tools.bench",
+    "tools.calls",
     "tools.commands",
     "tools.commands.options",
     "tools.commands.inputs",

@@ -1,10 +1,15 @@
+import functools
+import json
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from lplb_ep.planning import device as cuda
 from lplb_ep.planning import reference as cpu
-from lplb_ep.tools import bench
+from lplb_ep.planning.planner import Planner
+from lplb_ep.tools import bench, calls
 from lplb_ep.tools.cli import main
 
 
@@ -43,21 +48,47 @@ def test_measurements_are_a_table():
         (["--ranks", "8", "--tokens", "9", "--placement", "star"], "star"),
         (["--placement", "cube"], "--placement and --redundant need --ranks"),
         (["--redundant", "2"], "--placement and --redundant need --ranks"),
+        (["--calls", "--solver", "flow"], "--solver is for plans on the GPU"),
+        (["--calls", "--ranks", "0"], "--ranks must be at least 1; got 0"),
     ],
 )
-def test_what_cannot_be_measured_is_said_in_one_line(options, says, capsys, monkeypatch):
+def test_what_cannot_be_measured_is_said_in_one_line(options, says, fails, monkeypatch):
     monkeypatch.setattr(cuda, "check", lambda **_: None)
-    with pytest.raises(SystemExit) as status:
-        main(["bench", *options])
-    assert status.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("lplb-ep: error: ")
-    assert says in line
+    assert says in fails("bench", *options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing without a GPU")
-def test_without_a_gpu_the_command_says_so(capsys):
-    with pytest.raises(SystemExit) as status:
-        main(["bench", "--ranks", "8"])
-    assert status.value.code == 2
-    assert capsys.readouterr().err == "lplb-ep: error: there is no CUDA device\n"
+def test_without_a_gpu_the_command_says_so(fails):
+    assert fails("bench", "--ranks", "8") == "lplb-ep: error: there is no CUDA device"
+
+
+@pytest.mark.usefixtures("clean_environment")
+def test_calls_are_timed_in_every_mode(capsys, monkeypatch, tmp_path):
+    """With no GPU; the buffers in force are told apart by what they call."""
+    homes, plans = [], []
+    for name, seen in (("home", homes), ("__call__", plans)):
+        monkeypatch.setattr(Planner, name, counting(getattr(Planner, name), seen))
+    monkeypatch.setattr(calls, "NUM_CALLS", 3)
+    path = tmp_path / "out.json"
+    assert main(["bench", "--calls", "--experts", "16", "--topk", "2", "--json", str(path)]) == 0
+    measured = json.loads(path.read_text())["calls"]
+    buffers = set(measured) - {"Planner"}
+    assert len(buffers) == 7
+    for name, costs in measured.items():
+        assert set(costs) == ({"0", "home", "1"} if name in buffers else {"home", "1"})
+        assert all(us >= 0 for cost in costs.values() for us in cost)
+    heading, _, *rows = capsys.readouterr().out.splitlines()[2:]
+    assert heading.split()[:4] == ["us,", "LPLB_EP", "=", "0:"]
+    assert [row.split()[0] for row in rows] == [*measured]
+    # Each of three kinds of dispatch, and the planner alone.
+    assert len(homes) == len(plans) == 4 * (calls.NUM_WARM + 3)
+    assert not dist.is_initialized()
+
+
+def counting(method, seen):
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        seen.append(self)
+        return method(self, *args, **kwargs)
+
+    return call

@@ -1,11 +1,15 @@
-"""`lplb-ep bench`: what a plan on the GPU costs."""
+"""`lplb-ep bench`: what a plan on the GPU costs, and the drop-in's calls on the CPU."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .options import OPTIONS, as_typed, check_outputs, one_line_errors, write_json
+
+if TYPE_CHECKING:
+    from ...placement.table import Placement
+    from ..bench import Batches
 
 
 def add(commands: Any) -> None:
@@ -14,47 +18,89 @@ def add(commands: Any) -> None:
         "bench",
         help="what a plan on the GPU costs, by step, and how far it is from the optimum",
         description="Times plans on the current GPU, on the same skewed loads at every run. "
-        "Without --ranks, for all of the usual sizes.",
+        "Without --ranks, for all of the usual sizes. With --calls it times the calls of the "
+        "drop-in and of a planner on the CPU instead.",
     )
     bench.set_defaults(command=_run)
-    bench.add_argument("--ranks", type=int, metavar="R")
+    bench.add_argument("--calls", action="store_true", help="time calls on the CPU; needs no GPU")
+    bench.add_argument("--ranks", type=int, metavar="R", help="with --calls the planner's; 8")
     bench.add_argument("--redundant", type=int, metavar="D", help="on each rank; 2")
     bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
-    bench.add_argument("--tokens", type=int, default=8192, metavar="T", help="of a rank; 8192")
+    bench.add_argument("--tokens", type=int, metavar="T", help="of a rank; 8192, with --calls 64")
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
     bench.add_argument("--placement", metavar="KIND", help="a topology or eplb, the default")
-    bench.add_argument("--solver", choices=("flow", "cusolverdx"), default="flow")
+    bench.add_argument("--solver", choices=("flow", "cusolverdx"), help="on the GPU; flow")
     bench.add_argument("--json", metavar="PATH", help="write all numbers")
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
+        if args.calls:
+            return _measure_calls(args)
         if args.ranks is None and (args.placement, args.redundant) != (None, None):
             raise ValueError("--placement and --redundant need --ranks")
-        from ...planning import device as cuda
-        from .. import bench
+        return _measure_plans(args)
 
-        cuda.check(solver=args.solver)
-        rows, used = [], []
-        chosen = (
-            args.placement or "eplb",
-            args.ranks,
-            2 if args.redundant is None else args.redundant,
-        )
-        for kind, num_ranks, redundant in bench.USUAL if args.ranks is None else [chosen]:
-            with as_typed({**OPTIONS, "num_tokens": "--tokens", "num_topk": "--topk"}):
-                batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
-                placement = bench.make_placement(kind, num_ranks, redundant, batches.history)
-            name = f"EP{num_ranks}, {redundant} redundant, {kind}"
-            rows.append((name, bench.measure(placement, batches, args.solver)))
-            used.append((placement, batches))
-        for (_, measured), plan in zip(rows, used, strict=True):
-            measured["launches"] = bench.count_launches(*plan, args.solver)
-        about = bench.conditions()
-        about |= {"solver": args.solver, "experts": args.experts}
-        about |= {"tokens": args.tokens, "topk": args.topk}
-        write_json(args.json, {**about, "rows": dict(rows)})
-        print(", ".join(f"{name} {value}" for name, value in about.items()))
-        print(f"\n{bench.table(rows)}")
+
+def _measure_calls(args: argparse.Namespace) -> int:
+    from .. import calls
+
+    if args.solver is not None:
+        raise ValueError("--solver is for plans on the GPU, and --calls is for the CPU")
+    args.tokens = 64 if args.tokens is None else args.tokens
+    shape = _chosen(args, 8 if args.ranks is None else args.ranks)
+    measured = calls.measure_calls(*_prepare(args, *shape))
+    about = {**calls.conditions(), "planner": _name(*shape)}
+    _show(args, about, {"calls": measured}, calls.table(measured))
     return 0
+
+
+def _measure_plans(args: argparse.Namespace) -> int:
+    from ...planning import device as cuda
+    from .. import bench
+
+    args.tokens = 8192 if args.tokens is None else args.tokens
+    solver = args.solver or "flow"
+    cuda.check(solver=solver)
+    rows, used = [], []
+    for shape in bench.USUAL if args.ranks is None else [_chosen(args, args.ranks)]:
+        plan = _prepare(args, *shape)
+        rows.append((_name(*shape), bench.measure(*plan, solver)))
+        used.append(plan)
+    # A profiler, which counts launches, slows all launches down from then on.
+    for (_, measured), plan in zip(rows, used, strict=True):
+        measured["launches"] = bench.count_launches(*plan, solver)
+    about = {**bench.conditions(), "solver": solver}
+    _show(args, about, {"rows": dict(rows)}, bench.table(rows))
+    return 0
+
+
+def _chosen(args: argparse.Namespace, num_ranks: int) -> tuple[str, int, int]:
+    """The placement's kind, ranks and redundant experts a rank."""
+    redundant = 2 if args.redundant is None else args.redundant
+    return args.placement or "eplb", num_ranks, redundant
+
+
+def _prepare(
+    args: argparse.Namespace, kind: str, num_ranks: int, redundant: int
+) -> tuple[Placement, Batches]:
+    from .. import bench
+
+    with as_typed({**OPTIONS, "num_tokens": "--tokens", "num_topk": "--topk"}):
+        batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
+        return bench.make_placement(kind, num_ranks, redundant, batches.history), batches
+
+
+def _name(kind: str, num_ranks: int, redundant: int) -> str:
+    return f"EP{num_ranks}, {redundant} redundant, {kind}"
+
+
+def _show(
+    args: argparse.Namespace, about: dict[str, Any], measured: dict[str, Any], table: str
+) -> None:
+    """Prints the conditions and the table, and writes all numbers."""
+    about = {**about, "experts": args.experts, "tokens": args.tokens, "topk": args.topk}
+    write_json(args.json, {**about, **measured})
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(f"\n{table}")
