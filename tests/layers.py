@@ -17,11 +17,16 @@ LAYERS = [
     "settings",
     "gpu",
     "gpu.jit",
+    "gpu.device",
     "comm",
     "comm.collectives",
     "comm.exchange",
+    "comm.nvshmem",
+    "comm.reachability",
     "comm.peers",
+    "comm.connect",
     "comm.watchdog",
+    "comm.copies",
     "comm.alltoall",
     "placement.eplb",
     "placement.topology",
@@ -70,7 +75,6 @@ LAYERS = [
 # (module, what it imports from below): why. A test refuses those that are not needed any more.
 UPWARD = {
     ("placement.table", "planning.reference"): "`Placement.for_lp` asks the exact solver",
-    ("comm.alltoall", "planning.device"): "copies between GPUs are launched there",
 }
 
 START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules -->\n"

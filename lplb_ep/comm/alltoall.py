@@ -18,10 +18,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ContractError, MissingPackageError, RankError
-from ..planning import device as cuda
+from ..gpu.device import check_device
 from ..settings import Settings
 from .collectives import everyone, together
-from .peers import peer_memory, reach
+from .copies import Peers
+from .peers import peer_memory
+from .reachability import reachability
 from .watchdog import watch
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class TorchWire:
 
 
 class Copies(Protocol):
-    """`cuda.Peers`; a test has others."""
+    """`copies.Peers`; a test has others."""
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         """Copies bytes from an address to another, on the current stream."""
@@ -211,7 +213,7 @@ def _obstacle(device: torch.device) -> str:
         return f"its weights are on the {device.type.upper()}"
     try:
         with torch.cuda.device(device):
-            cuda.check()
+            check_device()
     except MissingPackageError as error:
         return str(error)
     return ""
@@ -222,7 +224,7 @@ def _connect_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire |
     of_group = _peer_wires.setdefault(group, {})
     if device not in of_group:
         with torch.cuda.device(device):
-            of_group[device] = reach(group).ipc or _make_peers(group, device)
+            of_group[device] = reachability(group).ipc or _make_peers(group, device)
     return of_group[device]
 
 
@@ -234,7 +236,7 @@ def _make_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | st
         return str(error)
     with together(group, "replica weights"):
         settings = Settings.from_env()
-        peers = cuda.Peers(group.rank(), device, flags, settings.timeout_s)
+        peers = Peers(group.rank(), device, flags, settings.timeout_s)
     stream = _side_stream(group, device)
     wire = PeerWire(group.rank(), device, windows, HALF_BYTES, peers, stream)
     say = functools.partial(_missing_ranks, peers.missing, settings.timeout_s)

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ..errors import RankError
+from ..errors import ContractError, RankError
 
 _T = TypeVar("_T")
 
@@ -85,6 +85,28 @@ def together(group: dist.ProcessGroup | None, what: str) -> Iterator[dict[str, o
             _compare(what, brought)
     if error is not None:
         raise error
+
+
+@contextlib.contextmanager
+def attempt(group: dist.ProcessGroup, what: str) -> Iterator[dict[str, object]]:
+    """As `together`, for a block that may fail because another way can be taken. Collective.
+
+    Args:
+        group: the ranks.
+        what: names the block in messages.
+
+    Yields:
+        A record, as `together`.
+
+    Raises:
+        ContractError: whatever the block raised on this rank; the cause is chained.
+        RankError: as `together`.
+    """
+    with together(group, what) as facts:
+        try:
+            yield facts
+        except Exception as error:
+            raise ContractError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def _compare(what: str, brought: list[tuple[dict[str, object], str]]) -> None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..comm.collectives import together
-from ..comm.peers import has_started_nvshmem
+from ..comm.nvshmem import has_started_nvshmem
 from ..errors import ContractError, MissingPackageError
 from ..layer import Layer, channels, layer_of
 from ..placement.table import Placement

@@ -7,9 +7,7 @@ are `kernels/route.cu` (count, split, rewrite) and, to solve, `kernels/flow.cu` 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib.util
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -18,16 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..comm.copies import barrier_program
 from ..comm.exchange import Relay, Windows
-from ..errors import MissingPackageError
-from ..gpu.jit import CuSolverDx, Kernel, Kernels, Program, compile_cubin, max_shared_bytes, require
+from ..gpu.device import check_device, launch, load
+from ..gpu.jit import CuSolverDx, Kernels, Program, max_shared_bytes
 from ..placement.table import Placement
 from . import layout as network
 
 STATIC_SHARED_BYTES = 3 * 1024
 """The most shared memory that a kernel has beside what it is launched with, some of it CUDA's."""
-MIN_CAPABILITY = (8, 0)
-"""Of a device: warps add up in one instruction from sm_80 on."""
 NUM_THREADS = 1024
 """Of a block that counts or rewrites."""
 NUM_SOLVER_THREADS = 256
@@ -40,8 +37,6 @@ MAX_BATCH = 65_535
 """Loads that a launch solves; a grid's limit."""
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
-
-_MEMCPY_DEFAULT = 4  # of driver_types.h: addresses tell whose memory they are in
 
 # The kernels' structs of the same names, in machine layout.
 _COUNTS = struct.Struct("Q5i4x")
@@ -67,7 +62,6 @@ _ROUTE_ARGUMENTS = {
     "route": (_bytes(_PICKS), _bytes(_TABLE), _bytes(_BATCH), "Q"),
     "split": (_bytes(_TABLE), "Q", "Q", "Q"),
 }
-_BARRIER_ARGUMENTS = ("Q", "i", "i", "Q", "q", "Q")
 
 
 def programs() -> list[Program]:
@@ -75,7 +69,7 @@ def programs() -> list[Program]:
     return [
         *(_solver(solver, v) for solver in network.SHARES for v in network.variants(solver)),
         *(_route(dtype) for dtype in (torch.int32, torch.int64)),
-        _barrier(),
+        barrier_program(),
     ]
 
 
@@ -145,17 +139,10 @@ def _route(dtype: torch.dtype) -> Program:
     return Program("route.cu", {"INDEX": index, "THREADS": NUM_THREADS})
 
 
-def _barrier() -> Program:
-    return Program("barrier.cu")
-
-
 @functools.cache
 def _kernels(make: Callable[..., Program], variant: tuple[Any, ...], device: int) -> Kernels:
     """Compiled or found in the cache, and loaded on a device."""
-    program = make(*variant)
-    major, minor = torch.cuda.get_device_capability(device)
-    with torch.cuda.device(device):
-        return Kernels(compile_cubin(program, f"sm_{major}{minor}"))
+    return load(make(*variant), device)
 
 
 def _upload(tables: network.Tables | network.Routes, device: torch.device) -> list[torch.Tensor]:
@@ -180,16 +167,7 @@ def check(
             missing; says which.
         ValueError: the placement is too large for the kernels; names the size.
     """
-    if not torch.cuda.is_available():
-        raise MissingPackageError("there is no CUDA device")
-    major, minor = torch.cuda.get_device_capability()
-    if (major, minor) < MIN_CAPABILITY:
-        raise MissingPackageError(
-            f"the kernels need sm_80 or newer, and the CUDA device is sm_{major}{minor}"
-        )
-    if importlib.util.find_spec("cupy") is None:
-        raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
-    require("nvrtc", *(("mathdx", "nvJitLink") if solver == "cusolverdx" else ()))
+    check_device(*(("mathdx", "nvJitLink") if solver == "cusolverdx" else ()))
     if placement is not None:
         check_fit(placement, solver, max_shared_bytes(torch.cuda.current_device()), refreshable)
 
@@ -324,24 +302,8 @@ class Solver:
             grid = (self.num_components + num_chunks, num_batches)
             general = any(option is not None for option in options[1:])
             kernel, num_bytes = self._general if general else self._kernel, self._num_shared_bytes
-            _launch(kernel, grid, NUM_SOLVER_THREADS, num_bytes, self.device, problem)
+            launch(kernel, grid, NUM_SOLVER_THREADS, num_bytes, self.device, problem)
         return out
-
-
-def _launch(
-    kernel: Kernel,
-    grid: tuple[int, int],
-    num_threads: int,
-    num_shared_bytes: int,
-    device: torch.device,
-    *arguments: int | bytes,
-) -> None:
-    """On torch's current stream."""
-    stream = torch.cuda.current_stream(device).cuda_stream
-    # The device need not be the current one. Most often it is, and entering it is left out.
-    elsewhere = torch.cuda.current_device() != device.index
-    with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
-        kernel(grid, num_threads, num_shared_bytes, stream, arguments)
 
 
 @dataclass(frozen=True)
@@ -508,7 +470,7 @@ class Steps:
                 self.rank,
                 waits and self._relay is None,
             )
-        _launch(
+        launch(
             self._kernels["count", topk_idx.dtype],
             (num_chunks, 1),
             NUM_THREADS,
@@ -535,7 +497,7 @@ class Steps:
         arguments = (window, packed, self.num_exchanges.data_ptr(), size)
         for name in ("gather", "spread"):
             kernel = self._kernels[name, torch.int64]
-            _launch(kernel, (1, 1), NUM_THREADS, 0, self.device, *arguments)
+            launch(kernel, (1, 1), NUM_THREADS, 0, self.device, *arguments)
             if name == "gather":
                 relay.put(torch.cuda.current_stream(self.device).cuda_stream)
 
@@ -572,7 +534,7 @@ class Steps:
             self.row.data_ptr() if exchanged else 0,
         ]
         batch = _BATCH.pack(*pointers, len(solved.endings), self.rank)
-        _launch(
+        launch(
             self._kernels["route", physical.dtype],
             (picks.num_chunks, 1),
             NUM_THREADS,
@@ -592,7 +554,7 @@ class Steps:
         num_nodes = p.num_ranks // p.num_ranks_per_node
         most = int((p.copy_rank >= 0).sum(1).max())  # useful copies, at most one a rank
         num_bytes = 4 * ((4 + num_threads) * most + num_nodes)
-        _launch(
+        launch(
             self._kernels["split", torch.int64],
             (p.num_experts, 1),
             num_threads,
@@ -604,62 +566,3 @@ class Steps:
             out.data_ptr(),
         )
         return out
-
-
-class Peers:
-    """Copies into the memory of other GPUs, and a barrier of all ranks, both on the current stream.
-
-    Calls on another stream than the last one's run after it. The CPU waits for nothing.
-
-    Args:
-        rank: this rank.
-        device: this rank's GPU.
-        flags: [R] addresses of each rank's [R] words of 8 bytes, zeroed, as seen from here.
-        timeout_s: after how long a rank that others wait for is `missing`.
-    """
-
-    def __init__(
-        self, rank: int, device: torch.device, flags: Sequence[int], timeout_s: float
-    ) -> None:
-        self._rank, self._device, self._limit_ns = rank, device, int(1e9 * timeout_s)
-        self._flags = torch.tensor([*flags], dtype=torch.int64).to(device)
-        self._missing = torch.zeros(len(flags), dtype=torch.int32).pin_memory()
-        self.missing = self._missing.numpy()
-        """[R] 1 where a rank did not come to a barrier in time."""
-        self._kernel = _kernels(_barrier, (), device.index).kernel("barrier", _BARRIER_ARGUMENTS)
-        self._last = torch.cuda.current_stream(device)
-
-    def _stream(self) -> torch.cuda.Stream:
-        stream = torch.cuda.current_stream(self._device)
-        if stream != self._last:
-            stream.wait_stream(self._last)
-            self._last = stream
-        return stream
-
-    def copy(self, target: int, source: int, num_bytes: int) -> None:
-        """Between addresses of any GPU's memory."""
-        from cupy.cuda import runtime
-
-        with torch.cuda.device(self._device):
-            runtime.memcpyAsync(
-                target, source, num_bytes, _MEMCPY_DEFAULT, self._stream().cuda_stream
-            )
-
-    def barrier(self, number: int) -> None:
-        """Waits, on the GPU, until every rank has come to its barrier of that number, and done all
-        that it was given before. Numbers rise from 1."""
-        self._stream()
-        num_ranks = len(self.missing)
-        _launch(
-            self._kernel,
-            (1, 1),
-            -(-num_ranks // 32) * 32,
-            0,
-            self._device,
-            self._flags.data_ptr(),
-            num_ranks,
-            self._rank,
-            number,
-            self._limit_ns,
-            self._missing.data_ptr(),
-        )

@@ -14,17 +14,10 @@ import torch.distributed as dist
 
 from .. import __version__
 from ..comm.collectives import together
-from ..comm.exchange import (
-    Exchange,
-    LocalExchange,
-    Reach,
-    TorchExchange,
-    Windows,
-    choose_counts,
-)
-from ..comm.peers import peer_memory, reach, rule_out
+from ..comm.connect import connect
+from ..comm.exchange import Exchange
 from ..comm.watchdog import look, missing_ranks, watch
-from ..errors import ContractError, MissingPackageError, RankError
+from ..errors import ContractError, RankError
 from ..layer import Layer, layer_of
 from ..placement.table import Placement
 from . import device as cuda
@@ -126,7 +119,14 @@ class Planner:
             facts["counts"] = counts
             facts["lplb_ep version"] = __version__
         self.placement = placement
-        self.counts, self.exchange = _connect(counts, placement, group, self.solver != "cpu")
+        self.exchange = connect(
+            counts,
+            group,
+            placement.num_ranks,
+            cuda.NUM_HEAD + placement.num_experts,
+            on_gpu=self.solver != "cpu",
+        )
+        self.counts = "given" if self.exchange is None else self.exchange.kind
         self._check = check
         self._homes: dict[torch.device, _Homes] = {}
         self._head = [_tag(placement), slot, _count_planner(group) if compare else 0]
@@ -148,7 +148,7 @@ class Planner:
             len(Status),
             row_size,
             self.solver,
-            self.exchange if isinstance(self.exchange, Windows) else None,
+            None if self.exchange is None else self.exchange.windows,
             timeout_s,
             self.layer.is_refreshable,
         )
@@ -299,7 +299,7 @@ class Planner:
     def _raise_told(self) -> None:
         """Raises what the GPU told of earlier batches, where others may wait for this rank's row
         after sending word to them."""
-        if isinstance(self.exchange, TorchExchange) and self.exchange.device.type == "cpu":
+        if self.exchange is not None and self.exchange.waits_on_host:
             # Waits for the GPU in any case. So every rank is told of a batch before it comes to the
             # next, and none waits for another.
             self._steps.synchronize()
@@ -327,7 +327,7 @@ class Planner:
             raise ContractError(
                 "LPLB_EP_CHECK waits for the GPU, which a CUDA graph cannot capture"
             )
-        if isinstance(self.exchange, TorchExchange) and self.exchange.device.type == "cpu":
+        if self.exchange is not None and not self.exchange.capturable:
             raise ContractError(
                 "counts travel by a group of gloo, through the CPU, which a CUDA graph cannot "
                 "capture; use a group of NCCL"
@@ -370,12 +370,10 @@ class _CpuSteps:
     def raise_told(self) -> None:
         """Nothing is told late."""
 
-    def refuse(self, exchange: Exchange | Windows) -> None:
+    def refuse(self, exchange: Exchange) -> None:
         self._gather(exchange, torch.zeros(self._placement.num_experts).int(), Status.REFUSED)
 
-    def plan_exchanged(
-        self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
-    ) -> Plan:
+    def plan_exchanged(self, topk_idx: torch.Tensor, exchange: Exchange, status: Status) -> Plan:
         here = topk_idx.cpu()
         rows = self._gather(exchange, cpu.count(here, self._placement.num_experts), status)
         refused_by = torch.nonzero(rows[:, 0] == Status.REFUSED).flatten().tolist()
@@ -403,11 +401,8 @@ class _CpuSteps:
             )
         return self._plan(topk_idx, here, gathered.int(), status)
 
-    def _gather(
-        self, exchange: Exchange | Windows, counts: torch.Tensor, status: Status
-    ) -> torch.Tensor:
+    def _gather(self, exchange: Exchange, counts: torch.Tensor, status: Status) -> torch.Tensor:
         """[R, head and counts] int32."""
-        assert not isinstance(exchange, Windows), "which only kernels write to"
         size = cuda.NUM_HEAD + self._placement.num_experts
         row = torch.zeros(self._row_size, dtype=torch.int32)
         self._num_exchanges = (self._num_exchanges + 1) % 2**31
@@ -513,23 +508,21 @@ class _GpuSteps:
         if errors:
             raise errors[0]
 
-    def refuse(self, exchange: Exchange | Windows) -> None:
+    def refuse(self, exchange: Exchange) -> None:
         """Sends word, and waits for no one: the rank at fault may be gone."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self._device)
         try:
             self._steps.count(nothing, Status.REFUSED, exchanged=True, waits=False)
-            if not isinstance(exchange, Windows):
+            if exchange.windows is None:
                 exchange.gather(self._steps.row)
         finally:
             self._steps.row.zero_()
 
-    def plan_exchanged(
-        self, topk_idx: torch.Tensor, exchange: Exchange | Windows, status: Status
-    ) -> Plan:
+    def plan_exchanged(self, topk_idx: torch.Tensor, exchange: Exchange, status: Status) -> Plan:
         try:
             picks = self._steps.count(topk_idx.to(self._device), status, exchanged=True)
             rows = picks.rows
-            if not isinstance(exchange, Windows):
+            if exchange.windows is None:
                 rows = exchange.gather(self._steps.row)
             assert rows is not None, "windows leave them"
             return self._plan(topk_idx, picks, rows, Status.OPTIMAL, exchanged=True)
@@ -610,41 +603,6 @@ def _log_once(placement: Placement, status: Status) -> None:
         placement.fingerprint()[:8],
         _REASONS[status],
     )
-
-
-def _connect(
-    counts: str, placement: Placement, group: dist.ProcessGroup | None, on_gpu: bool
-) -> tuple[str, Exchange | Windows | None]:
-    """How counts travel; where any way may be taken, the first that works. Collective."""
-    travels = on_gpu and group is not None and counts != "given"
-    while True:
-        reached = reach(group) if travels else Reach()
-        kind, reason = choose_counts(
-            counts, placement.num_ranks, group is not None, on_gpu, reached
-        )
-        try:
-            exchange = _exchange(kind, placement, group)
-        except (ContractError, MissingPackageError, RankError) as error:  # on every rank
-            if counts != "auto" or group is None:
-                raise
-            rule_out(group, kind, str(error))
-            continue
-        log.info("counts: %s (%s)", kind, reason)
-        return kind, exchange
-
-
-def _exchange(
-    counts: str, placement: Placement, group: dist.ProcessGroup | None
-) -> Exchange | Windows | None:
-    """Collective, for windows."""
-    if counts == "given":
-        return None
-    if counts == "local":
-        return LocalExchange()
-    assert group is not None, "choose_counts takes the others only with a group"
-    if counts == "torch":
-        return TorchExchange(group)
-    return peer_memory(group, counts).windows(cuda.NUM_HEAD + placement.num_experts)
 
 
 def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:

@@ -15,11 +15,12 @@ import ranks
 import torch
 
 from lplb_ep import Placement, Planner, RankError
-from lplb_ep.comm import peers, watchdog
-from lplb_ep.comm.exchange import Reach, Windows, choose_counts
-from lplb_ep.planning import planner
+from lplb_ep.comm import nvshmem, peers, reachability, watchdog
+from lplb_ep.comm.connect import choose_counts, connect
+from lplb_ep.comm.exchange import Windows
+from lplb_ep.comm.reachability import Reachability
 
-FACT = peers._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
+FACT = reachability._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
 
 
 def fact(**changes):
@@ -29,13 +30,23 @@ def fact(**changes):
 @pytest.mark.parametrize(
     ("asked", "reach", "chosen", "because"),
     [
-        ("auto", Reach(), "nvshmem", "the kernels reach"),
-        ("auto", Reach(nvshmem="no package"), "ipc", "not nvshmem: no package"),
-        ("auto", Reach("no package", "2 nodes"), "torch", "not nvshmem: no package; not ipc: 2 no"),
-        ("auto", Reach("", "2 nodes", 4), "torch", "not nvshmem: between nodes only where asked"),
-        ("nvshmem", Reach("", "2 nodes", 4), "nvshmem", "asked for"),
-        ("ipc", Reach(), "ipc", "asked for"),
-        ("torch", Reach(), "torch", "asked for"),
+        ("auto", Reachability(), "nvshmem", "the kernels reach"),
+        ("auto", Reachability(nvshmem="no package"), "ipc", "not nvshmem: no package"),
+        (
+            "auto",
+            Reachability("no package", "2 nodes"),
+            "torch",
+            "not nvshmem: no package; not ipc: 2 no",
+        ),
+        (
+            "auto",
+            Reachability("", "2 nodes", 4),
+            "torch",
+            "not nvshmem: between nodes only where asked",
+        ),
+        ("nvshmem", Reachability("", "2 nodes", 4), "nvshmem", "asked for"),
+        ("ipc", Reachability(), "ipc", "asked for"),
+        ("torch", Reachability(), "torch", "asked for"),
     ],
 )
 def test_the_choice_comes_with_its_reason(asked, reach, chosen, because):
@@ -45,38 +56,38 @@ def test_the_choice_comes_with_its_reason(asked, reach, chosen, because):
 
 
 def test_what_cannot_be_is_refused_and_not_replaced():
-    with pytest.raises(ValueError, match="counts='nvshmem' cannot be: no package"):
-        choose_counts("nvshmem", 8, True, True, Reach(nvshmem="no package"))
-    with pytest.raises(ValueError, match="counts='ipc' cannot be: plans are made on the CPU"):
-        choose_counts("ipc", 8, True, False, Reach())
-    assert choose_counts("auto", 8, True, False, Reach())[0] == "torch"
+    with pytest.raises(ValueError, match="counts='nvshmem' is not possible: no package"):
+        choose_counts("nvshmem", 8, True, True, Reachability(nvshmem="no package"))
+    with pytest.raises(ValueError, match="counts='ipc' is not possible: plans are made on the CPU"):
+        choose_counts("ipc", 8, True, False, Reachability())
+    assert choose_counts("auto", 8, True, False, Reachability())[0] == "torch"
     with pytest.raises(ValueError, match="needs a group"):
-        choose_counts("nvshmem", 8, False, True, Reach())
+        choose_counts("nvshmem", 8, False, True, Reachability())
     with pytest.raises(ValueError, match="counts must be one of auto, nvshmem, ipc, torch, given"):
-        choose_counts("mpi", 8, True, True, Reach())
-    assert choose_counts("nvshmem", 1, True, True, Reach())[0] == "local"
+        choose_counts("mpi", 8, True, True, Reachability())
+    assert choose_counts("nvshmem", 1, True, True, Reachability())[0] == "local"
     with pytest.raises(ValueError, match=r"plans are made on the CPU|needs a group"):
         Planner(Placement([0, 1, 0, 1], 2), rank=0, counts="nvshmem", solver="cpu")
 
 
 def test_reach_is_what_all_ranks_have():
     two = [fact(), fact(device="1")]
-    assert peers._find_reach(two) == Reach("", "", 2)
+    assert reachability._find(two) == Reachability("", "", 2)
     lacking = [*two, fact(device="2", nvshmem="nvshmem4py is not installed")]
-    assert peers._find_reach(lacking) == Reach("rank 2: nvshmem4py is not installed", "", 3)
-    shared = peers._find_reach([fact(), fact()])
+    assert reachability._find(lacking) == Reachability("rank 2: nvshmem4py is not installed", "", 3)
+    shared = reachability._find([fact(), fact()])
     assert shared.nvshmem.startswith("ranks share a GPU")
     assert shared.ipc == ""
     parts = [fact(has_part_of_gpu=True), fact(has_part_of_gpu=True)]
-    assert peers._find_reach(parts) == Reach("", "", 2)
+    assert reachability._find(parts) == Reachability("", "", 2)
 
 
 def on_nodes(names):
-    return peers._find_reach([fact(node=n, device=str(i)) for i, n in enumerate(names)])
+    return reachability._find([fact(node=n, device=str(i)) for i, n in enumerate(names)])
 
 
 def test_nodes_are_ranks_in_a_row_and_as_many():
-    assert on_nodes("aabb") == Reach("", "the ranks are on 2 nodes", 2)
+    assert on_nodes("aabb") == Reachability("", "the ranks are on 2 nodes", 2)
     for names in ("abab", "aab", "aaab"):
         found = on_nodes(names)
         assert found.nvshmem.startswith("the ranks are on 2 nodes, and a node's are not"), names
@@ -96,12 +107,12 @@ def test_nodes_are_ranks_in_a_row_and_as_many():
     ],
 )
 def test_a_world_that_runs_is_joined_if_it_is_the_groups(worlds, num_nodes, obstacle):
-    found = peers._world_obstacle(worlds, num_nodes)
+    found = nvshmem.world_obstacle(worlds, num_nodes)
     assert obstacle in found
     assert bool(obstacle) == bool(found)
 
 
-def connect(group, full_on, no_id_on):
+def connected(group, full_on, no_id_on):
     """`auto` where CUDA IPC is out of reach, and NVSHMEM fails in its own way on some ranks."""
 
     def get_unique_id(empty=False):
@@ -120,20 +131,19 @@ def connect(group, full_on, no_id_on):
     fakes["nvshmem"].bindings, fakes["nvshmem"].core = bindings, core
     fakes["cuda.core"].Device = lambda index: types.SimpleNamespace(set_current=lambda: None)
     fakes["cuda"].core = fakes["cuda.core"]
-    placement = Placement([0, 1, 2, 3, 0, 2], 2)
-    peers._reaches[group] = Reach(ipc="no peer access")
+    reachability._of_group[group] = Reachability(ipc="no peer access")
     peers._memories.pop(group, None)
     patch = unittest.mock.patch
     with (
         patch.dict(sys.modules, fakes),
         patch.object(torch.cuda, "current_device", return_value=0),
-        patch.object(peers, "_nvshmem_state", return_value=("", None)),
+        patch.object(nvshmem, "state", return_value=("", None)),
         patch.object(peers, "_zero"),
-        patch.object(peers, "_started", []),
+        patch.object(nvshmem, "_started", []),
         patch.dict("os.environ"),
     ):
-        kind, _ = planner._connect("auto", placement, group, True)
-    return kind, peers.reach(group).nvshmem
+        kind = connect("auto", group, 2, 8, on_gpu=True).kind
+    return kind, reachability.reachability(group).nvshmem
 
 
 @pytest.mark.parametrize(
@@ -147,7 +157,7 @@ def connect(group, full_on, no_id_on):
     ],
 )
 def test_auto_goes_on_where_nvshmem_fails_on_some_rank(full_on, no_id_on, kind, why):
-    for found, obstacle in ranks.run(2, connect, full_on, no_id_on):
+    for found, obstacle in ranks.run(2, connected, full_on, no_id_on):
         assert found == kind
         assert why in obstacle
 
@@ -190,12 +200,12 @@ def test_pieces_of_memory_do_not_overlap_where_an_allocation_fails():
 
 def test_what_could_not_be_had_is_not_tried_again():
     group = type("Group", (), {})()
-    peers._reaches[group] = Reach("", "", 4)
-    peers.rule_out(group, "ipc", "no peer access")
-    assert peers.reach(group) == Reach("", "no peer access", 4)
-    assert choose_counts("auto", 4, True, True, peers.reach(group))[0] == "nvshmem"
-    peers.rule_out(group, "nvshmem", "no heap")
-    kind, reason = choose_counts("auto", 4, True, True, peers.reach(group))
+    reachability._of_group[group] = Reachability("", "", 4)
+    reachability.rule_out(group, "ipc", "no peer access")
+    assert reachability.reachability(group) == Reachability("", "no peer access", 4)
+    assert choose_counts("auto", 4, True, True, reachability.reachability(group))[0] == "nvshmem"
+    reachability.rule_out(group, "nvshmem", "no heap")
+    kind, reason = choose_counts("auto", 4, True, True, reachability.reachability(group))
     assert (kind, reason) == ("torch", "not nvshmem: no heap; not ipc: no peer access")
 
 

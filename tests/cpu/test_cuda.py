@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import struct
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from lplb_ep import MissingPackageError, Placement
+from lplb_ep.comm.copies import BARRIER_ARGUMENTS
 from lplb_ep.gpu import jit
+from lplb_ep.gpu.device import launch
 from lplb_ep.planning import device as cuda
 from lplb_ep.planning import layout as network
 from lplb_ep.planning.solve import choose_solver
@@ -196,7 +199,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: facts["capability"])
     monkeypatch.setattr(cuda, "max_shared_bytes", lambda _: facts["bytes"])
-    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     return facts
 
 
@@ -246,7 +249,7 @@ def parameter_sizes(info):
 ARGUMENTS = {
     "solve": cuda._SOLVE_ARGUMENTS,
     "solve_general": cuda._SOLVE_ARGUMENTS,
-    "barrier": cuda._BARRIER_ARGUMENTS,
+    "barrier": BARRIER_ARGUMENTS,
     **cuda._ROUTE_ARGUMENTS,
 }
 
@@ -291,6 +294,6 @@ def test_a_launch_goes_to_the_stream_and_device_of_its_memory(monkeypatch):
         launched.append((current[0], *launch))
 
     for index in (0, 1):
-        cuda._launch(kernel, (2, 1), 64, 9, torch.device("cuda", index), 5, b"a struct")
+        launch(kernel, (2, 1), 64, 9, torch.device("cuda", index), 5, b"a struct")
     assert launched == [(i, (2, 1), 64, 9, 100 + i, (5, b"a struct")) for i in (0, 1)]
     assert current == [0]

@@ -7,6 +7,7 @@ import ranks
 import torch
 
 from lplb_ep import Placement, Planner, RankError, check_plan
+from lplb_ep.comm.exchange import LocalExchange
 from lplb_ep.deepep import context as layers
 from lplb_ep.planning import planner
 from lplb_ep.planning import reference as cpu
@@ -245,7 +246,7 @@ def test_what_the_gpu_told_late_is_told_to_the_others_too():
     """Their GPUs may lag behind: they plan one more batch, and wait for this rank's row."""
     rows = []
 
-    class Recorder:
+    class Recorder(LocalExchange):
         def gather(self, row):
             rows.append(row)
             return row[None]
@@ -326,7 +327,7 @@ def test_layers_of_other_sizes_in_another_order_are_named():
 
 
 def test_a_batch_too_large_to_count_goes_home():
-    class Full:
+    class Full(LocalExchange):
         def gather(self, row):
             rows = torch.stack([row, row])
             rows[1, 5:7] = 2**30  # with this rank's picks, 2**31 + 2 tokens
@@ -338,7 +339,7 @@ def test_a_batch_too_large_to_count_goes_home():
 
 
 def test_counts_that_cannot_be_send_the_batch_home():
-    class Broken:
+    class Broken(LocalExchange):
         def gather(self, row):
             return torch.stack([row, torch.where(torch.arange(len(row)) < 5, row, -5)])
 

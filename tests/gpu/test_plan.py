@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lplb_ep import ContractError, Placement, Planner, RankError, check_plan
+from lplb_ep.comm.exchange import LocalExchange
 from lplb_ep.deepep import drop_in as buffer
 from lplb_ep.planning import device as cuda
 from lplb_ep.planning import layout as network
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.gpu
 TWO = Placement([0, 1, 2, 0], 2)
 
 
-class Rows:
+class Rows(LocalExchange):
     """An exchange whose other rows lie in device memory: those of ranks in step with this one."""
 
     def __init__(self, counts, rank, **changes):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_ep import ContractError, Planner, RankError, check_plan
-from lplb_ep.comm import peers
+from lplb_ep.comm import nvshmem, reachability
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
 
@@ -158,8 +158,8 @@ def test_a_rank_that_does_not_come_is_named_in_time(node, kind):
 
 def nodes_of(group, size):
     """Has ranks believe that they are on several nodes, while their planners are made."""
-    name = f"{peers._node()}/{group.rank() // size}"
-    return unittest.mock.patch.object(peers, "_node", return_value=name)
+    name = f"{reachability._node()}/{group.rank() // size}"
+    return unittest.mock.patch.object(reachability, "_node", return_value=name)
 
 
 def refuse_one(group, kind, refuses, node_size):
@@ -243,18 +243,18 @@ def join(group):
 
     use_gpu(group)
     topk = torch.arange(8, device="cuda").reshape(2, 4)
-    peers._join_nvshmem(group)  # in the buffer's place
-    assert peers._nvshmem_runs()
-    peers._started.clear()
+    nvshmem.join(group, 1)  # in the buffer's place
+    assert nvshmem.runs()
+    nvshmem._started.clear()
     before = torch.cuda.mem_get_info()[0]
     planner = Planner(place(group.size()), group, counts="nvshmem", solver="flow")
     taken = before - torch.cuda.mem_get_info()[0]
-    assert not peers.has_started_nvshmem()
+    assert not nvshmem.has_started_nvshmem()
     planner(topk)
     torch.cuda.synchronize()
     dist.barrier(group)
     bindings.hostlib_finalize()
-    assert peers._nvshmem_runs()
+    assert nvshmem.runs()
     for _ in range(10):
         plan = planner(topk)
         assert int(plan.counts.sum()) == 8 * group.size()
@@ -354,7 +354,7 @@ def on_two_nodes(group, num_batches, node_size):
     with nodes_of(group, node_size):
         across = Planner(placement, group, counts="nvshmem", solver="flow")
     other = 0 if group.rank() >= node_size else group.size() - 1
-    assert across.exchange.addresses[other] == 0
+    assert across.exchange.windows.addresses[other] == 0
     by_torch = Planner(placement, group, counts="torch", solver="flow")
     rng = np.random.default_rng(1)
     static = torch.zeros(300, 4, dtype=torch.int64, device="cuda")

@@ -121,12 +121,13 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
 
 def _choose_counts(settings: Settings) -> tuple[str, str]:
     """For ranks on machines like this one."""
-    from ...comm.exchange import Reach, choose_counts
-    from ...comm.peers import reach
+    from ...comm.connect import choose_counts
+    from ...comm.reachability import Reachability, reachability
     from ...planning.solve import choose_solver
 
     on_gpu = choose_solver(settings.solver)[0] != "cpu"
-    return choose_counts(settings.counts, 2, True, on_gpu, reach(None) if on_gpu else Reach())
+    found = reachability(None) if on_gpu else Reachability()
+    return choose_counts(settings.counts, 2, True, on_gpu, found)
 
 
 def _line(name: str, value: str, note: str, *, width: int = 12) -> None:
