@@ -30,6 +30,7 @@ LAYERS = [
     "comm.alltoall",
     "placement.eplb",
     "placement.topology",
+    "placement.optimum",
     "placement.optimize",
     "placement.table",
     "placement",
@@ -72,10 +73,6 @@ LAYERS = [
     "tools.commands.run",
     "tools.cli",
 ]
-# (module, what it imports from below): why. A test refuses those that are not needed any more.
-UPWARD = {
-    ("placement.table", "planning.reference"): "`Placement.for_lp` asks the exact solver",
-}
 
 START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules -->\n"
 

@@ -1,6 +1,6 @@
 """Independent judges: other libraries' answers to the same linear program, and random instances.
 
-Nothing here may import `lplb_ep.cpu` or `lplb_ep.solver` (a test holds this).
+Nothing here may import a solver of `lplb_ep` (a test holds this).
 """
 
 from __future__ import annotations

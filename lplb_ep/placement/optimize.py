@@ -31,11 +31,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .eplb import pack, replicate
+from .optimum import Network, solve
 
 Array = npt.NDArray[Any]
-Optima = Callable[[Array, Array], Array]
-"""The exact solver: a table [P] int64, -1 = empty, and loads [K, E] that sum to R → T* of each [K].
-"""
 
 NUM_SCENARIOS = 256  # that moves are found on
 NUM_JUDGES = 640  # that decide whether a move is kept
@@ -67,7 +65,6 @@ def optimize(
     num_ranks: int,
     num_local_slots: int,
     *,
-    optima: Optima,
     num_nodes: int = 1,
     num_groups: int = 1,
     start: Array | None = None,
@@ -87,7 +84,6 @@ def optimize(
         num_ranks: R, a multiple of `num_nodes`.
         num_local_slots: slots on each rank; E or more on all of them, and of a node as many as
             the experts that are packed on it.
-        optima: the exact solver.
         num_nodes: nodes that an expert's copies stay within; 1: anywhere.
         num_groups: groups of consecutive experts, which drift together, and with several nodes stay
             on one; divides E, and is a multiple of `num_nodes`. 1: no groups.
@@ -134,7 +130,7 @@ def optimize(
     for table in tables:
         if any((search.first == table).all() for search in searches):
             continue
-        searches.append(Search(load, judge, table, num_ranks, percentile, limits, optima))
+        searches.append(Search(load, judge, table, num_ranks, percentile, limits))
         if limits.late():
             break
     searches = sorted(searches, key=Search.judgement)[:NUM_SEARCHES]
@@ -389,7 +385,6 @@ class Search:
         num_ranks: R.
         percentile: of the scenarios' optima, in [0, 100]; None: the mean at each level of drift.
         limits: what may change.
-        optima: the exact solver.
     """
 
     def __init__(
@@ -400,10 +395,8 @@ class Search:
         num_ranks: int,
         percentile: float | None,
         limits: Limits,
-        optima: Optima,
     ) -> None:
         self.num_ranks, self.percentile, self.limits = num_ranks, percentile, limits
-        self.optima = optima
         # Expert E stands for an empty slot; it has no load.
         self.load, self.judge = (
             np.pad(loads, ((0, 0), (0, 1))).astype(np.float32) for loads in (load, judge)
@@ -512,8 +505,7 @@ class Search:
         """
         if self.compared is None or self.compared[0] is not self.table:
             some = np.arange(NUM_JUDGES).reshape(LEVELS, -1)[:, : NUM_EXACT // LEVELS].ravel()
-            table = np.where(self.table == self.empty, -1, self.table)
-            gap = self.verdict[some] - self.optima(table, self.judge[some, : self.empty])
+            gap = self.verdict[some] - exact_optima(self._holds()[:-1], self.judge[some, :-1])
             of_level = gap.reshape(LEVELS, -1).mean(axis=1)
             exact = self.verdict - np.repeat(of_level, NUM_JUDGES // LEVELS)
             self.compared = self.table, float(self._score(exact))
@@ -753,6 +745,22 @@ def balance(quota: Array, table: Array, num_ranks: int, load: Array) -> tuple[Ar
         if (upper - bound[best, columns]).mean() < GAP:
             break
     return quota, upper, (place <= best).T
+
+
+def exact_optima(holds: Array, loads: Array) -> Array:
+    """[K]: T* of each load by the exact solver.
+
+    Args:
+        holds: [E, R] bool, the ranks that hold each expert.
+        loads: [K, E], each sums to R.
+    """
+    num_ranks = holds.shape[1]
+    # The ranks of each expert in descending order, so that column 0 holds one.
+    copy_rank = np.sort(np.where(holds, np.arange(num_ranks), -1), axis=1)[:, ::-1]
+    network = Network(copy_rank, num_ranks)
+    tokens = 2**28 // num_ranks  # of the mean rank: its rounding is far below what is compared
+    whole = np.rint(loads * tokens).astype(np.int64)
+    return np.array([float(solve(load, network).bound) / tokens for load in whole])
 
 
 def _pairs(table: Array, num_ranks: int, empty: int) -> list[tuple[Array, ...]]:

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from ..errors import PlacementError
 from .eplb import rebalance
 from .optimize import arrange, even_homes, optimize
+from .optimum import components
 from .topology import redundant_to_original
 
 IntArray = npt.NDArray[np.int32]
@@ -338,7 +339,6 @@ class Placement:
             load,
             num_ranks,
             slots,
-            optima=partial(_optima, num_ranks),
             num_nodes=nodes,
             num_groups=groups,
             start=None if start is None else start.physical_to_logical.astype(np.int64),
@@ -505,15 +505,7 @@ class Placement:
         Two ranks are joined where they hold copies of one expert; each component is an LP of its
         own.
         """
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        expert, column = np.nonzero(self.copy_rank >= 0)
-        joined = coo_array(
-            (np.ones(expert.size), (self.home_rank[expert], self.copy_rank[expert, column])),
-            shape=(self.num_ranks, self.num_ranks),
-        )
-        return _frozen(connected_components(joined, directed=False)[1])
+        return _frozen(components(self.copy_rank, self.num_ranks))
 
     @cached_property
     def _state(self) -> dict[str, Any]:
@@ -695,19 +687,6 @@ def _samples(samples: npt.ArrayLike) -> npt.NDArray[np.float64]:
     if not len(array):
         raise PlacementError("load must not be all zeros")
     return array
-
-
-def _optima(num_ranks: int, table: IntArray, loads: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """[K]: T* of loads [K, E], which sum to num_ranks each, on a table [P], -1 = empty."""
-    import torch
-
-    # The solver knows placements, so it is below this module; nothing else here needs it.
-    from ..planning.reference import solve
-
-    placement = Placement(table, num_ranks, num_experts=loads.shape[1])
-    tokens = 2**28 // num_ranks  # of the mean rank: its rounding is far below what is compared
-    whole = torch.from_numpy(np.rint(loads * tokens).astype(np.int64))
-    return np.array([float(solve(load, placement).bound) / tokens for load in whole])
 
 
 def _expert_load(load: npt.ArrayLike, num_experts: int | None = None) -> npt.NDArray[np.float64]:

@@ -189,7 +189,7 @@ def test_the_order_of_the_cuts_makes_no_difference():
     table = np.concatenate([np.arange(64).reshape(16, 4), rng.integers(0, 64, (16, 1))], axis=1)
     limits = optimize.Limits(np.ones(80, bool), 80, ranks, 1, 1, float("inf"))
     loads = ranks * rng.dirichlet(np.ones(experts), 8)
-    search = optimize.Search(loads, loads, table.ravel(), ranks, None, limits, None)
+    search = optimize.Search(loads, loads, table.ravel(), ranks, None, limits)
     weight, caught, free = (rng.lognormal(0, 2, (cuts, n)) for n in (1, experts + 1, experts + 1))
     outside = (rng.random((cuts, ranks)) < 0.5).astype(np.float32)
     cut = [weight, outside, *(x.astype(np.float32) for x in (caught, free))]
