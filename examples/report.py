@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import lplb_ep
 from lplb_ep.deepep.context import channels
+from lplb_ep.layer import layer_of
 from lplb_ep.settings import has_part_of_gpu
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class Observer:
             if args.shared:
                 slow = "" if has_part_of_gpu() else ", slowly but for CUDA's multi-process service"
                 device += f" (shared by ranks{slow})"
-        channel = channels[self.trainer.group][self.layers[0].placement.layer, 0]
+        channel = channels[self.trainer.group][layer_of(self.layers[0].placement), 0]
         plan = f"counts: {channel.counts}; solver: {channel.solver}"
         return (
             f"device: {device}; tokens: {str(args.dtype).removeprefix('torch.')}; "
