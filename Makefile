@@ -1,31 +1,58 @@
 # `make demo` and `make test` do all the set-up themselves, in a virtual environment of their own.
+# test-gpu, test-node, sanitize and bench need CUDA, CuPy and for test-node DeepEP: they run with PYTHON.
 PYTHON ?= python3
 # Pinned here and not in pyproject.toml: users have their torch. TORCH=torch takes what pip finds. Where
 # the wheel index serves CUDA builds, add its CPU address to pip (PIP_INDEX_URL) to save gigabytes.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint test-cpu test-others test-long test-gpu test-node sanitize bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/lplb-ep demo
 
-test: $(VENV)/installed lint
-	$(BIN)/python -m pytest
+# What CI runs. The parts run two at a time, and each prints when it ends.
+test: $(VENV)/installed
+	$(MAKE) --jobs=2 --output-sync=target lint test-cpu test-others
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+test-cpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests/cpu
+
+# The emulated kernels, and whatever the hardware here allows.
+test-others: $(VENV)/installed
+	$(BIN)/python -m pytest tests --ignore=tests/cpu
+
+# Further sizes, and every variant of every kernel: before an issue is resolved.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -m long
+
+test-gpu:
+	LPLB_TEST_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/gpu
+
+test-node:
+	LPLB_TEST_REQUIRE_GPU=1 $(PYTHON) -m pytest tests/node
+
+sanitize:
+	$(PYTHON) tests/sanitize.py
+
+bench:
+	$(PYTHON) -m lplb_ep.tools.cli bench
+
+# The table of modules in docs/architecture.md.
 docs:
 	$(PYTHON) tests/layers.py
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PIP) $(TORCH)
+	$(PIP) --editable '.[dev]'
 	touch $@
 
 clean:

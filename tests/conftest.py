@@ -21,8 +21,23 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def kernel_cache(tmp_path_factory):
-    """Empty at first, for tests that compile every kernel: that takes a minute."""
+    """Empty at first, for tests that compile the kernels, which takes seconds for each."""
     return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session")
+def each_kernel():
+    """Of the programs that `lplb-ep compile` builds a few, and every kernel source among them.
+
+    Both solvers, the flow for one and for more arcs a thread, and both index types are among them.
+    """
+    from lplb_ep.planning.device import programs
+
+    kinds = {}
+    for program in programs():
+        kind = (program.source, *(program.defines.get(name) for name in ("INDEX", "MORE")))
+        kinds.setdefault(kind, program)
+    return list(kinds.values())
 
 
 @pytest.fixture

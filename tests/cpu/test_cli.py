@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import logging
 import os
 import re
 import subprocess
@@ -309,7 +310,23 @@ def test_the_command_starts_light():
     assert loaded == "[]"
 
 
-def test_compile_builds_every_kernel_and_says_so(kernel_cache):
+def test_compile_builds_every_kernel_and_says_so(
+    each_kernel, kernel_cache, monkeypatch, caplog, fails
+):
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(kernel_cache))
+    monkeypatch.setattr(cuda, "programs", lambda: each_kernel)
+    with caplog.at_level(logging.INFO):
+        assert cli.main(["compile", "--arch", "sm_90"]) == 0
+    number = len(each_kernel)
+    said = [message for message in caplog.messages if message.startswith("[")]
+    assert len(said) == number
+    for i, (message, program) in enumerate(zip(said, each_kernel, strict=True), 1):
+        assert message.startswith(f"[{i}/{number}] {program} for sm_90: ")
+    assert "arch must be" in fails("compile", "--arch", "sm_1")
+
+
+@pytest.mark.long
+def test_compile_builds_every_variant(kernel_cache):
     def compile_for(arch):
         return subprocess.run(
             [sys.executable, "-m", "lplb_ep.tools.cli", "compile", "--arch", arch],

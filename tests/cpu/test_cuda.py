@@ -254,11 +254,20 @@ ARGUMENTS = {
 }
 
 
+def test_every_kernel_compiles(each_kernel, kernel_cache, monkeypatch):
+    check_compiled(each_kernel, "sm_90", kernel_cache, monkeypatch)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
-def test_every_kernel_compiles(arch, kernel_cache, monkeypatch):
+def test_every_variant_compiles(arch, kernel_cache, monkeypatch):
+    check_compiled(cuda.programs(), arch, kernel_cache, monkeypatch)
+
+
+def check_compiled(programs, arch, kernel_cache, monkeypatch):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(kernel_cache))
     kernels = set()
-    for cubin in jit.compile_all(cuda.programs(), [arch]):
+    for cubin in jit.compile_all(programs, [arch]):
         assert cubin.data[:4] == b"\x7fELF"
         assert cubin.path.parent == kernel_cache  # made in this session
         shared = [n for name, n, _ in sections(cubin.data) if name.startswith(".nv.shared.")]
