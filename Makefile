@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint test-cpu test-others test-long test-gpu test-node sanitize bench docs clean
+.PHONY: demo test lint test-cpu test-others test-long test-gpu test-node sanitize bench docs abi clean
 
 demo: $(VENV)/installed
 	$(BIN)/lplb-ep demo
@@ -48,6 +48,10 @@ bench:
 # The table of modules in docs/architecture.md.
 docs:
 	$(PYTHON) tests/layers.py
+
+# The kernels' side of what is declared in lplb_ep/planning/structs.py; a test compares the two.
+abi: $(VENV)/installed
+	$(BIN)/python -m lplb_ep.planning.structs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,28 +1,28 @@
 // Ranks wait for one another on their streams, around copies into each other's memory.
 
-#include "word.cuh"
+#include "ptx.cuh"
 
 // One block with a thread for each rank. What its stream did before is seen by all ranks behind
 // their barriers of this number. It never gives up, for what comes behind reads what should have
 // been copied; a rank that has not come within the limit is named in the host's memory.
 extern "C" __global__ void barrier(
-    Word* const* flags,        // [R] each rank's [R], by the rank that writes: the last number it came to
-    int num_ranks, int rank, Word number,
+    unsigned long long* const* flags,  // [R] each rank's [R], by the rank that writes: the last number it came to
+    int num_ranks, int rank, unsigned long long number,
     long long limit_ns,
     volatile int* missing) {   // [R] in the host's memory
     int other = threadIdx.x;
     if (other >= num_ranks) return;
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
-    asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(flags[other] + rank), "l"(number) : "memory");
-    const Word* theirs = flags[rank] + other;
+    fence_system();
+    store_release(flags[other] + rank, number);
+    const unsigned long long* theirs = flags[rank] + other;
     long long start = nanoseconds();
-    Word seen;
+    unsigned long long seen;
     do {
-        asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(seen) : "l"(theirs) : "memory");
+        seen = load_acquire(theirs);
         if (seen < number && nanoseconds() - start > limit_ns) {
             missing[other] = 1;
             limit_ns = 0x7fffffffffffffff;  // said once
         }
     } while (seen < number);
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    fence_system();
 }

@@ -6,44 +6,18 @@
 //
 // Windows are of the ranks of a node. The first rank of each puts its node's rows into the memory of
 // the first of every other node, with a signal, and writes what comes from there into the windows of
-// its own: `gather`, NVSHMEM's puts, `spread`.
+// its own: `gather`, NVSHMEM's puts, `broadcast`.
 #pragma once
 
 #include "plan.cuh"
-#include "word.cuh"
+#include "ptx.cuh"
 
-struct Exchange {           // what a batch leaves for the next, zeroed at first
-    int num_done;           // blocks of `count` that have counted
-    int unread;             // whether the rows of the last batch were not waited for
-    long long start;        // when this rank sent its row
-};
-
-struct Window {
-    Word* const* of;        // [R] each rank's, [2, R, HEAD + E] words, null on other nodes; or null, if
-                            // rows travel by other means
-    Exchange* state;
-    int* rows;              // [R, HEAD + E] what was received
-    volatile int* missing;  // [R] in the host's memory: ranks whose row did not come in time
-    long long limit_ns;
-    int num_ranks, rank;
-    int waits;              // for the rows of all ranks
-
-    __device__ size_t at(int batch, int source, int size) const {
-        return (size_t(batch & 1) * num_ranks + source) * size;
-    }
-};
+// Where a source's row lies in a window.
+__device__ size_t place_of(const Window& window, int batch, int source, int size) {
+    return (size_t(batch & 1) * window.num_ranks + source) * size;
+}
 
 constexpr int LATE = -1;  // which no word of a row is
-
-__device__ Word load(const Word* from) {
-    Word word;
-    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
-    return word;
-}
-
-__device__ void store(Word* to, Word word) {
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
-}
 
 __device__ Word word_of(int batch, int value) { return Word(unsigned(batch)) << 32 | unsigned(value); }
 
@@ -60,13 +34,13 @@ __device__ void wait_for(const Word* words, int number, int batch, long long dea
         Word word[AT_ONCE];
         #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j)
-            if (begin + j * THREADS < number) word[j] = load(words + begin + j * THREADS);
+            if (begin + j * THREADS < number) word[j] = load_relaxed(words + begin + j * THREADS);
         #pragma unroll
         for (int j = 0; j < AT_ONCE; ++j) {
             if (begin + j * THREADS >= number) break;
             while (!is_of(word[j], batch) && !late) {
                 late = nanoseconds() > deadline;
-                word[j] = load(words + begin + j * THREADS);
+                word[j] = load_relaxed(words + begin + j * THREADS);
             }
             take(begin + j * THREADS, word[j]);
         }
@@ -77,12 +51,12 @@ __device__ void wait_for(const Word* words, int number, int batch, long long dea
 __device__ void receive(const Window& window, int batch, int size, long long deadline) {
     int number = window.num_ranks * size;
     bool any_late = false;
-    wait_for(window.of[window.rank] + window.at(batch, 0, size), number, batch, deadline,
+    wait_for(window.peers[window.rank] + place_of(window, batch, 0, size), number, batch, deadline,
              [&](int i, Word word) {
                  bool came = is_of(word, batch);
                  window.rows[i] = came ? int(word) : LATE;
                  // Of another node, which has missed it.
-                 any_late |= !came || (int(word) == TIMED_OUT && i % size == 0);
+                 any_late |= !came || (int(word) == TIMED_OUT && i % size == HEAD_STATUS);
              });
     if (!__syncthreads_or(any_late)) return;
     for (int i = threadIdx.x; i < number; i += THREADS) {
@@ -114,28 +88,22 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
     long long start = nanoseconds();
     bool unread = window.state->unread;
     __syncthreads();
-    int batch = shared[HEAD - 1];
+    int batch = shared[HEAD_BATCH];
     // They say that the others have read those of the batch before, in whose place this one's go.
     if (unread) receive(window, (batch - 1) & MAX_TOTAL, size, start + window.limit_ns);
     __syncthreads();
     for (int i = threadIdx.x; i < window.num_ranks * size; i += THREADS) {
-        Word* to = window.of[i / size];
+        Word* to = window.peers[i / size];
         if (to != nullptr)
-            store(to + window.at(batch, window.rank, size) + i % size, word_of(batch, shared[i % size]));
+            store_relaxed(to + place_of(window, batch, window.rank, size) + i % size, word_of(batch, shared[i % size]));
     }
     start = nanoseconds();
     if (threadIdx.x == 0) *window.state = {0, !window.waits, start};
     if (window.waits) receive(window, batch, size, start + window.limit_ns);
 }
 
-// What the first rank of a node has for the others; in NVSHMEM's symmetric memory. A row that is late
-// is given up a little earlier at each station, so that those who wait for it learn which it is.
-struct Relay {
-    Word* sent;            // [2, node_size, HEAD + E]
-    const Word* received;  // [nodes, 2, node_size, HEAD + E]
-    const Word* signals;   // [nodes] how many batches each node has sent
-    int node, node_size;
-};
+// A row that is late is given up a little earlier at each station, so that those who wait for it learn which
+// it is.
 
 // Collects the rows of a node to be sent; one block.
 extern "C" __global__ void __launch_bounds__(THREADS) gather(
@@ -143,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(
     int batch = *num_batches, count = relay.node_size;
     Word* words = relay.sent + (batch & 1) * count * size;
     bool any_late = false;
-    wait_for(window.of[window.rank] + window.at(batch, relay.node * count, size), count * size, batch,
+    wait_for(window.peers[window.rank] + place_of(window, batch, relay.node * count, size), count * size, batch,
              window.state->start + window.limit_ns / 2, [&](int i, Word word) {
                  any_late |= !is_of(word, batch);
                  words[i] = is_of(word, batch) ? word : word_of(batch, LATE);
@@ -157,15 +125,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(
 }
 
 // Hands the rows of the other nodes to the ranks of this one, and waits for all; one block.
-extern "C" __global__ void __launch_bounds__(THREADS) spread(
+extern "C" __global__ void __launch_bounds__(THREADS) broadcast(
     const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
     int batch = *num_batches, count = relay.node_size, number = count * size;
     int nodes = window.num_ranks / count;
     long long start = window.state->start, deadline = start + window.limit_ns / 4 * 3;
     for (int node = threadIdx.x; node < nodes; node += THREADS) {
         Word sent;
-        do asm volatile("ld.acquire.sys.global.u64 %0, [%1];"
-                        : "=l"(sent) : "l"(relay.signals + node) : "memory");
+        do sent = load_acquire(relay.signals + node);
         while (node != relay.node && ((unsigned(sent) - unsigned(batch)) & MAX_TOTAL) > MAX_TOTAL / 2 &&
                nanoseconds() <= deadline);
     }
@@ -173,9 +140,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) spread(
     for (int node = 0; node < nodes; ++node) {
         const Word* words = relay.received + (2 * node + (batch & 1)) * number;
         for (int i = threadIdx.x; node != relay.node && i < count * number; i += THREADS) {
-            Word word = load(words + i % number);
-            Word* to = window.of[relay.node * count + i / number];
-            if (is_of(word, batch)) store(to + window.at(batch, node * count, size) + i % number, word);
+            Word word = load_relaxed(words + i % number);
+            Word* to = window.peers[relay.node * count + i / number];
+            if (is_of(word, batch)) store_relaxed(to + place_of(window, batch, node * count, size) + i % number, word);
         }
     }
     receive(window, batch, size, start + window.limit_ns);

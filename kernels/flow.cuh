@@ -13,6 +13,7 @@
 #pragma once
 
 #include "plan.cuh"
+#include "ptx.cuh"
 
 constexpr int WORDS = (SIZE + 31) / 32;     // SIZE: the most ranks of a component
 template <int words> struct Bits { typedef unsigned long long Type; };
@@ -20,37 +21,6 @@ template <> struct Bits<1> { typedef unsigned Type; };
 typedef Bits<WORDS>::Type Set;
 constexpr int PUSHING = SIZE * PARTS;       // threads that push
 static_assert(PUSHING % 32 == 0 && PUSHING <= THREADS && 32 % PARTS == 0, "whole warps and ranks");
-
-struct __align__(16) Arc {      // a copy of an expert that has several
-    unsigned long long ranks;   // local ranks that hold a copy
-    int quota;                  // its place in [E, C]
-    short place;                // where the expert's arcs begin in `copies`; the expert's number, too
-    short rank;                 // its own local rank
-};
-
-struct __align__(8) Edge {      // from one copy of an expert to another, along which tokens may move
-    short arc, to;              // the two copies; -1: no edge
-    unsigned char target;       // the local rank of the other
-    unsigned char nth, number;  // how many edges of the same copy come before it, and there are in all
-};
-
-struct __align__(16) Shape {    // of a component
-    int ranks, arcs;
-    int most_edges, most_nth;   // of a rank; of an edge
-};
-
-// Tables of one component, each at a fixed stride so that all are read at once.
-struct Network {
-    const Shape* shape;         // [G] of no ranks behind the last component
-    const Arc* arcs;            // [G, max_arcs] by rank, then expert
-    const short* copies;        // [G, max_arcs] arcs by expert, then local rank
-    const short* first_arc;     // [G, SIZE + 1] of each local rank
-    const Edge* edges;          // [G, SIZE, max_edges] of each local rank
-    const int* experts;         // [G, max_experts] expert | local rank << 16 of its only copy, or
-                                // SIZE + the place of its arcs if it has several; -1 behind the last
-    const int* ranks;           // [G, SIZE] local → global
-    int max_arcs, max_edges, max_experts;
-};
 
 struct Component {              // all but the last five in shared memory
     const Arc* arcs;
@@ -89,7 +59,7 @@ template <typename T> __device__ T early(const T* at) { return *static_cast<cons
 
 __device__ void meet() {        // of the threads that push
     if (PUSHING == 32) __syncwarp();
-    else asm volatile("bar.sync 1, %0;" :: "n"(PUSHING) : "memory");
+    else barrier_of_first<PUSHING>();
 }
 
 constexpr int CHUNK = PARTS * TURNS;        // edges of a rank that are pushed along at once
@@ -261,7 +231,7 @@ __device__ bool balance(const Component& c, const Way (&ways)[TURNS], int rounds
     if (GENERAL && c.speed != nullptr) raise(c, ~Set(0), total, limits, limit, rank);
     int rise = limit - c.room[rank];
     Set* layers = c.layers;
-    asm volatile("" : "+l"(layers));  // or its address is made anew wherever it is used
+    keep_in_register(layers);  // or its address is made anew wherever it is used
     __builtin_assume(__isShared(layers));
     meet();
     for (; rounds > 0; --rounds) {
@@ -364,7 +334,7 @@ __device__ Ending add_up(
             sum += number;
             signs |= number;
         };
-        const int* at = counts.of(row) + expert;
+        const int* at = counts_of(counts, row) + expert;
         if (packed >= 0 && counts.num_rows <= 8 * sharing)
             each<8>(at, row, counts.num_rows, sharing, counts.stride, take);
         else if (packed >= 0)
@@ -390,33 +360,16 @@ __device__ Ending add_up(
         packed = i < net.max_experts ? net.experts[blockIdx.x * net.max_experts + i] : -1;
     }
     for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += THREADS) {
-        int word = i % HEAD, value = counts.of(i / HEAD)[word - HEAD];
+        int word = i % HEAD, value = counts_of(counts, i / HEAD)[word - HEAD];
         // A row of another kind may have anything in its place.
-        if (word == 0 && unsigned(value) > TIMED_OUT) value = OUT_OF_STEP;
-        if (word == 0 && value != OPTIMAL) atomicMax(&status, value);
-        if (word > 0 && value != counts.of(counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
+        if (word == HEAD_STATUS && unsigned(value) >= NUM_STATUSES) value = OUT_OF_STEP;
+        if (word == HEAD_STATUS && value != OPTIMAL) atomicMax(&status, value);
+        if (word > HEAD_STATUS && value != counts_of(counts, counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
     }
     __syncthreads();
     if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0};
     return {status, int(total.value())};
 }
-
-// The arguments of a solver's kernel, `solve`.
-struct Problem {
-    Counts counts;
-    Network net;
-    Picks picks;
-    int* quota;                 // [B, E, C]
-    int* rank_load;             // [B, R]
-    Ending* endings;            // [B, G]
-    int* counted;               // [R, E] a copy of the counts, or null
-    volatile int* miscounted;
-    const int* base;            // [R] load that stays on each rank, or null
-    const int* speed;           // [R] of each rank, or null
-    const int* cap;             // [E, C] the most tokens of each copy, or null
-    int num_components, num_ranks, num_experts, max_replicas, max_rounds;
-    int status;                 // how the batch fares, by what the counts do not say
-};
 
 // Lays the component out in shared memory and spreads each expert evenly over its copies.
 template <bool GENERAL>
@@ -485,8 +438,8 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     if (g >= p.num_components) {
         int helper = g - p.num_components, step = (gridDim.x - p.num_components) * THREADS;
         for (int i = helper * THREADS + threadIdx.x; i < p.num_ranks * p.num_experts; i += step)
-            p.counted[i] = p.counts.of(i / p.num_experts)[i % p.num_experts];
-        number(p.picks, helper, p.counts.of(p.counts.rank), p.miscounted, reinterpret_cast<int*>(shared));
+            p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
+        number(p.picks, helper, counts_of(p.counts, p.counts.rank), p.error_flags, reinterpret_cast<int*>(shared));
         return;
     }
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;

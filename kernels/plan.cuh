@@ -1,27 +1,12 @@
-// What the kernels of a plan share: how batches end, the counts of all ranks, this rank's picks.
+// What the kernels of a plan share: the counts of all ranks, and this rank's picks.
 #pragma once
 
-// `Status` of plan.py. Where parts of a batch differ, the largest holds.
-enum Status { OPTIMAL, STALE, NOT_CONVERGED, BAD_COUNTS, REFUSED, OUT_OF_STEP, TIMED_OUT };
+#include "abi.cuh"
 
-struct __align__(8) Ending { int status, total; };  // of a component, and its tokens
-
-// An exchanged row begins with its rank's status and what it plans (`Planner._head`); the number of
-// the batch is the last of it. The counts follow.
-constexpr int HEAD = 5;
-constexpr unsigned MAX_TOTAL = 0x7fffffff;
-
-// Counts of each rank for each expert; several batches of them where blockIdx.y is used.
-struct Counts {
-    const int* rows;   // [num_rows] of `head` + E integers, `stride` apart
-    int num_rows, stride, batch_stride;
-    int head;          // HEAD, or 0 where rows are counts alone
-    int rank;          // this one's row
-
-    __device__ const int* of(int rank) const {
-        return rows + size_t(blockIdx.y) * batch_stride + size_t(rank) * stride + head;
-    }
-};
+// A rank's counts, of the batch that the block has.
+__device__ const int* counts_of(const Counts& counts, int rank) {
+    return counts.rows + size_t(blockIdx.y) * counts.batch_stride + size_t(rank) * counts.stride + counts.head;
+}
 
 // A total that may exceed 32 bits, in shared memory, in halves that cannot.
 struct Total {
@@ -52,23 +37,16 @@ __device__ void each(const int* at, int from, int to, int by, int step, Take tak
     }
 }
 
-// A rank's picks in row-major order, cut into chunks. Each kernel leaves more for the next.
-struct Picks {
-    short* experts;   // [num_picks] -1: none
-    int* positions;   // [num_picks] how many earlier picks are of the same expert
-    int* histograms;  // [num_chunks, E]
-    int num_picks, num_chunks, chunk, num_experts;
-
-    __device__ int begin(int block) const { return min(num_picks, block * chunk); }
-};
+// The first pick of a chunk, or the end of the last.
+__device__ int first_pick(const Picks& picks, int chunk) { return min(picks.num_picks, chunk * picks.chunk); }
 
 // Numbers the picks of one chunk, with all threads of a block, whatever the timing: by the votes of
 // a warp, which takes a run of picks, then over the runs of a tile, then over earlier tiles and chunks.
-__device__ void number(const Picks& picks, int chunk, const int* own_counts, volatile int* miscounted,
+__device__ void number(const Picks& picks, int chunk, const int* own_counts, volatile int* error_flags,
                        int* shared /* [1 + warps, E] */) {
     constexpr int WARPS = THREADS / 32, PER_LANE = THREADS < 1024 ? 1024 / THREADS : 1;
     int E = picks.num_experts, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int first = picks.begin(chunk), end = picks.begin(chunk + 1);
+    int first = first_pick(picks, chunk), end = first_pick(picks, chunk + 1);
     int *before = shared, *runs = before + E, *seen = runs + warp * E;
     for (int tile = first; tile == first || tile < end; tile += THREADS * PER_LANE) {
         int expert[PER_LANE], nth[PER_LANE], begin = tile + warp * 32 * PER_LANE + lane;
@@ -110,5 +88,5 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
         __syncthreads();
     }
     for (int e = threadIdx.x; chunk == picks.num_chunks - 1 && e < E; e += THREADS)
-        if (before[e] != own_counts[e]) *miscounted = 1;
+        if (before[e] != own_counts[e]) error_flags[FLAG_MISCOUNTED] = 1;
 }

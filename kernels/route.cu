@@ -11,15 +11,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     int* __restrict__ row,               // [HEAD + E], zeroed; or null
     int4* __restrict__ head,             // what the row begins with behind its status; the number of
                                          // the batch is counted here, so that a replayed graph does it too
-    volatile int* out_of_range,          // in the host's memory
+    volatile int* error_flags,           // in the host's memory
     const Window window,
     int status) {
     extern __shared__ int histogram[];  // [HEAD + E]
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
     __syncthreads();
     bool wrong = false;
-    int end = picks.begin(blockIdx.x + 1);
-    for (int n = picks.begin(blockIdx.x) + threadIdx.x; n < end; n += THREADS) {
+    int end = first_pick(picks, blockIdx.x + 1);
+    for (int n = first_pick(picks, blockIdx.x) + threadIdx.x; n < end; n += THREADS) {
         Index pick = topk_idx[n];
         bool valid = pick >= 0 && pick < picks.num_experts;
         wrong |= !valid && pick != -1;
@@ -27,8 +27,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
         if (valid) atomicAdd(&histogram[pick], 1);
     }
     if (wrong) {
-        *out_of_range = 1;
-        if (row != nullptr) atomicMax(&row[0], REFUSED);
+        error_flags[FLAG_OUT_OF_RANGE] = 1;
+        if (row != nullptr) atomicMax(&row[HEAD_STATUS], REFUSED);
     }
     __syncthreads();
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) {
@@ -40,29 +40,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         int4 words = *head;
         head->w = words.w = (words.w + 1) & MAX_TOTAL;
-        atomicMax(&row[0], status);
-        row[1] = words.x;
-        row[2] = words.y;
-        row[3] = words.z;
-        row[4] = words.w;
+        atomicMax(&row[HEAD_STATUS], status);
+        row[HEAD_PLACEMENT] = words.x;
+        row[HEAD_SLOT] = words.y;
+        row[HEAD_PLANNER] = words.z;
+        row[HEAD_BATCH] = words.w;
     }
-    if (window.of != nullptr) exchange(window, row, HEAD + picks.num_experts, histogram);
+    if (window.peers != nullptr) exchange(window, row, HEAD + picks.num_experts, histogram);
 }
-
-struct __align__(16) Copy {
-    short rank, node;
-    int slot, expert, quota;  // quota: its place in [E, C]
-};
-
-// The placement. Copies that can get no tokens are left out.
-struct Table {
-    const int* lookup;     // [E] the slot of an expert's only copy, or ~m: the m-th with several
-    const int* experts;    // [M] which that is
-    const int* first;      // [M + 1] where its copies begin, home first
-    const Copy* copies;
-    const int* home_rank;  // [E]
-    int num_several, num_copies, num_ranks, num_ranks_per_node, num_experts, max_replicas;
-};
 
 // How many numbers lie in both [a, b) and [c, d).
 __device__ int overlap(int a, int b, int c, int d) { return max(0, min(b, d) - max(a, c)); }
@@ -163,18 +148,6 @@ extern "C" __global__ void split(
     }
 }
 
-struct Batch {
-    int* counts;          // [R, E]
-    int* quota;           // [E, C]
-    int* rank_load;       // [R]
-    const Ending* endings;  // [G]
-    int* status;          // [1]
-    int* num_by_status;   // [TIMED_OUT + 1] batches that ended so
-    volatile int* told;   // [TIMED_OUT + 1] in the host's memory: some batch ended so
-    int* row;             // to be zeroed for the next count, or null
-    int num_components, rank;
-};
-
 // All tokens at home; with counts that cannot be, none.
 __device__ void send_home(const Table& table, const Batch& batch, bool counted) {
     int first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS, lane = threadIdx.x % 32;
@@ -229,7 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     int* supply = ends + N;        // [M, nodes] tokens of each node
     int *before = supply + M * nodes, *mine = before + M;  // [M] of earlier ranks of this node, of this
 
-    int n = picks.begin(blockIdx.x) + threadIdx.x, end = picks.begin(blockIdx.x + 1);
+    int n = first_pick(picks, blockIdx.x) + threadIdx.x, end = first_pick(picks, blockIdx.x + 1);
     int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
     int worst = OPTIMAL;
     #pragma unroll 1
@@ -290,5 +263,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     if (threadIdx.x != 0) return;
     *batch.status = status;
     ++batch.num_by_status[status];
-    if (status != OPTIMAL) batch.told[status] = 1;
+    if (status != OPTIMAL) batch.error_flags[status] = 1;
 }

@@ -7,11 +7,20 @@ from collections.abc import Sequence
 
 import torch
 
+from ..gpu.abi import Signature
 from ..gpu.device import launch, load
 from ..gpu.jit import Kernel, Program
 
-BARRIER_ARGUMENTS = ("Q", "i", "i", "Q", "q", "Q")
-"""The formats of the kernel's arguments, as of module `struct`."""
+BARRIER = Signature(
+    "barrier",
+    ("unsigned long long* const*", "flags", "[R] of each rank [R]: where each rank came to last"),
+    ("int", "num_ranks", "R"),
+    ("int", "rank", "this rank"),
+    ("unsigned long long", "number", "of this barrier, from 1"),
+    ("long long", "limit_ns", "how long to wait before a rank is missing"),
+    ("volatile int*", "missing", "[R] in the host's memory: 1 where a rank has not come in time"),
+)
+"""The arguments of its kernel."""
 
 _MEMCPY_DEFAULT = 4  # of driver_types.h: addresses tell whose memory they are in
 
@@ -23,7 +32,7 @@ def barrier_program() -> Program:
 
 @functools.cache
 def _barrier(device: int) -> Kernel:
-    return load(barrier_program(), device).kernel("barrier", BARRIER_ARGUMENTS)
+    return load(barrier_program(), device).kernel(BARRIER.name, BARRIER.formats)
 
 
 class Peers:
@@ -82,10 +91,12 @@ class Peers:
             -(-num_ranks // 32) * 32,
             0,
             self._device,
-            self._flags.data_ptr(),
-            num_ranks,
-            self._rank,
-            number,
-            self._limit_ns,
-            self._missing.data_ptr(),
+            *BARRIER.arrange(
+                flags=self._flags.data_ptr(),
+                num_ranks=num_ranks,
+                rank=self._rank,
+                number=number,
+                limit_ns=self._limit_ns,
+                missing=self._missing.data_ptr(),
+            ),
         )

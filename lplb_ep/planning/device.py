@@ -8,7 +8,6 @@ are `kernels/route.cu` (count, split, rewrite) and, to solve, `kernels/flow.cu` 
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +21,8 @@ from ..gpu.device import check_device, launch, load
 from ..gpu.jit import CuSolverDx, Kernels, Program, max_shared_bytes
 from ..placement.table import Placement
 from . import layout as network
+from . import structs
+from .structs import HEAD as NUM_HEAD
 
 STATIC_SHARED_BYTES = 3 * 1024
 """The most shared memory that a kernel has beside what it is launched with, some of it CUDA's."""
@@ -31,37 +32,13 @@ NUM_SOLVER_THREADS = 256
 """Of a block that solves; fewer would take long to add up the counts."""
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are spread over."""
-NUM_HEAD = 5
-"""Integers before the counts of an exchanged row; `kernels/plan.cuh` says which."""
 MAX_BATCH = 65_535
 """Loads that a launch solves; a grid's limit."""
 MAX_ROUNDS = 10_000
 """Far above what any instance took (about a hundred); a component that needs more goes home."""
 
-# The kernels' structs of the same names, in machine layout.
-_COUNTS = struct.Struct("Q5i4x")
-_NETWORK = struct.Struct("7Q3i4x")
-_PICKS = struct.Struct("3Q4i")
-_PROBLEM = struct.Struct("8Q6i")  # behind the three above
-_TABLE = struct.Struct("5Q6i")
-_BATCH = struct.Struct("8Q2i")
-_WINDOW = struct.Struct("4Qq3i4x")
-_RELAY = struct.Struct("3Q2i")
-
-
-def _bytes(*structs: struct.Struct) -> str:
-    """The format of an argument that is made of these."""
-    return f"{sum(one.size for one in structs)}s"
-
-
-_SOLVE_ARGUMENTS = (_bytes(_COUNTS, _NETWORK, _PICKS, _PROBLEM),)
-_ROUTE_ARGUMENTS = {
-    "count": ("Q", _bytes(_PICKS), "Q", "Q", "Q", _bytes(_WINDOW), "i"),
-    "gather": (_bytes(_WINDOW), _bytes(_RELAY), "Q", "i"),
-    "spread": (_bytes(_WINDOW), _bytes(_RELAY), "Q", "i"),
-    "route": (_bytes(_PICKS), _bytes(_TABLE), _bytes(_BATCH), "Q"),
-    "split": (_bytes(_TABLE), "Q", "Q", "Q"),
-}
+_IN_ROUTE = (structs.COUNT, structs.GATHER, structs.BROADCAST, structs.ROUTE, structs.SPLIT)
+"""The kernels of route.cu."""
 
 
 def programs() -> list[Program]:
@@ -81,7 +58,7 @@ def num_solver_bytes(placement: Placement, solver: str, refreshable: bool = Fals
     """
     variant = network.variant(placement, solver, refreshable)
     size, num_arcs = variant.size, network.room(placement, refreshable).max_arcs
-    flow = num_arcs * (4 + network.ARC.itemsize + 4 + 2)
+    flow = num_arcs * (4 + structs.ARC.size + 4 + 2)
     num_warps = NUM_SOLVER_THREADS // 32
     num_bytes = max(flow, 4 * (1 + num_warps) * placement.num_experts)  # to solve, or to number
     if solver == "cusolverdx":  # before it, a matrix, two right-hand sides, six numbers an arc
@@ -146,9 +123,16 @@ def _kernels(make: Callable[..., Program], variant: tuple[Any, ...], device: int
 
 
 def _upload(tables: network.Tables | network.Routes, device: torch.device) -> list[torch.Tensor]:
-    """Its arrays as bytes, in the order in which the kernels' structs have them."""
+    """Its arrays as bytes, in the order of its fields."""
     arrays = [np.ascontiguousarray(getattr(tables, field.name)) for field in fields(tables)]
     return [torch.from_numpy(array.view(np.uint8).copy()).to(device) for array in arrays]
+
+
+def _addresses(
+    tables: network.Tables | network.Routes, sent: Sequence[torch.Tensor]
+) -> dict[str, int]:
+    """Where the arrays of `tables` were sent to, by name."""
+    return {f.name: tensor.data_ptr() for f, tensor in zip(fields(tables), sent, strict=True)}
 
 
 def _rewrite(tables: Sequence[torch.Tensor], new: Sequence[torch.Tensor]) -> None:
@@ -201,15 +185,18 @@ class Solver:
         self.max_rounds = MAX_ROUNDS
         """Rounds of flow that a component may take."""
         self.tables = _upload(built, device)
-        pointers = (table.data_ptr() for table in self.tables)
-        self._network = _NETWORK.pack(
-            *pointers, built.arcs.shape[1], built.edges.shape[2], built.experts.shape[1]
+        self._network = structs.NETWORK.pack(
+            **_addresses(built, self.tables),
+            max_arcs=built.arcs.shape[1],
+            max_edges=built.edges.shape[2],
+            max_experts=built.experts.shape[1],
         )
         self.num_components = len(built.shape)
         self._num_shared_bytes = num_solver_bytes(placement, solver, refreshable)
         kernels = _kernels(_solver, (solver, self._variant), device.index)
-        self._kernel = kernels.kernel("solve", _SOLVE_ARGUMENTS)
-        self._general = kernels.kernel("solve_general", _SOLVE_ARGUMENTS)
+        self._kernel, self._general = (
+            kernels.kernel(one.name, one.formats) for one in (structs.SOLVE, structs.SOLVE_GENERAL)
+        )
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes tables of a placement with other copies; what is returned puts them in force.
@@ -264,7 +251,9 @@ class Solver:
                 f"got {len(load)} on {load.device}"
             )
         load = load.contiguous()
-        counts = _COUNTS.pack(load.data_ptr(), 1, 0, p.num_experts, 0, 0)
+        counts = structs.COUNTS.pack(
+            rows=load.data_ptr(), num_rows=1, stride=0, batch_stride=p.num_experts, head=0, rank=0
+        )
         options = tuple(
             None if option is None else option.to(self.device, torch.int32).contiguous()
             for option in (base_load, speed, max_quota)
@@ -278,7 +267,7 @@ class Solver:
         num_batches: int,
         picks: Picks | None = None,
         counted: torch.Tensor | None = None,
-        miscounted: int = 0,
+        error_flags: int = 0,
         status: int = 0,
         options: Sequence[torch.Tensor | None] = (None, None, None),
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -291,13 +280,27 @@ class Solver:
             empty(num_batches, self.num_components, 2, device=self.device),
         )
         if num_batches:
-            pointers = [tensor.data_ptr() for tensor in out]
-            pointers += [0 if counted is None else counted.data_ptr(), miscounted]
-            pointers += [0 if option is None else option.data_ptr() for option in options]
-            sizes = (p.num_ranks, p.num_experts, p.max_replicas, self.max_rounds, status)
-            problem = counts + self._network
-            problem += bytes(_PICKS.size) if picks is None else picks.struct
-            problem += _PROBLEM.pack(*pointers, self.num_components, *sizes)
+            quota, rank_load, endings = (tensor.data_ptr() for tensor in out)
+            base, speed, cap = (0 if one is None else one.data_ptr() for one in options)
+            problem = structs.PROBLEM.pack(
+                counts=counts,
+                net=self._network,
+                picks=bytes(structs.PICKS.size) if picks is None else picks.struct,
+                quota=quota,
+                rank_load=rank_load,
+                endings=endings,
+                counted=0 if counted is None else counted.data_ptr(),
+                error_flags=error_flags,
+                base=base,
+                speed=speed,
+                cap=cap,
+                num_components=self.num_components,
+                num_ranks=p.num_ranks,
+                num_experts=p.num_experts,
+                max_replicas=p.max_replicas,
+                max_rounds=self.max_rounds,
+                status=status,
+            )
             num_chunks = 0 if picks is None else picks.num_chunks
             grid = (self.num_components + num_chunks, num_batches)
             general = any(option is not None for option in options[1:])
@@ -369,9 +372,15 @@ class Steps:
         built = network.routes(placement, self.solver.room)
         self._tables = _upload(built, device)
         p, several, copies = placement, len(built.experts), len(built.copies)
-        pointers = (table.data_ptr() for table in self._tables)
-        sizes = (p.num_ranks, p.num_ranks_per_node, p.num_experts, p.max_replicas)
-        self._table = _TABLE.pack(*pointers, several, copies, *sizes)
+        self._table = structs.TABLE.pack(
+            **_addresses(built, self._tables),
+            num_several=several,
+            num_copies=copies,
+            num_ranks=p.num_ranks,
+            num_ranks_per_node=p.num_ranks_per_node,
+            num_experts=p.num_experts,
+            max_replicas=p.max_replicas,
+        )
         self._num_route_bytes = num_route_bytes(placement, refreshable)
         zeros = functools.partial(torch.zeros, dtype=torch.int32)
         self.row = zeros(row_size, device=device)
@@ -383,20 +392,21 @@ class Steps:
         self.num_by_status = zeros(num_statuses, device=device)
         """[num_statuses] batches planned so far that ended so."""
         self._histograms = zeros(MAX_CHUNKS, p.num_experts, device=device)
-        told = zeros(p.num_ranks + num_statuses + 2).pin_memory()
+        told = zeros(p.num_ranks + structs.NUM_ERROR_FLAGS).pin_memory()
         self._told = told
         self.missing, self.told = told.numpy()[: p.num_ranks], told.numpy()[p.num_ranks :]
-        """[R] 1 where a rank's row did not come in time; and [num_statuses + 2] 1 where a batch
-        ended with that status, then where one had an index out of range, and where given counts
-        were not those of its picks."""
+        """[R] 1 where a rank's row did not come in time; and [NUM_ERROR_FLAGS] 1 where a batch
+        ended with that status, then for each `ErrorFlag`."""
         self.timeout_s = timeout_s
         addresses = [] if windows is None else windows.addresses
         self._windows = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._relay = None if windows is None else windows.relay
         self._exchange = zeros(4, device=device)  # what a batch leaves for the next
         self._kernels = {
-            (name, dtype): _kernels(_route, (dtype,), device.index).kernel(name, arguments)
-            for name, arguments in _ROUTE_ARGUMENTS.items()
+            (one.name, dtype): _kernels(_route, (dtype,), device.index).kernel(
+                one.name, one.formats
+            )
+            for one in _IN_ROUTE
             for dtype in (torch.int32, torch.int64)
         }
         self._stream = torch.cuda.current_stream(device)
@@ -427,9 +437,10 @@ class Steps:
         held = (*self._tables, *self.solver.tables, self.row, self._histograms)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
-    def _told_at(self, index: int) -> int:
-        """The address of a place in `told`."""
-        return self._told.data_ptr() + 4 * (len(self.missing) + index % len(self.told))
+    @property
+    def _error_flags(self) -> int:
+        """The address of `told`."""
+        return self._told.data_ptr() + 4 * len(self.missing)
 
     def count(
         self, topk_idx: torch.Tensor, status: int, *, exchanged: bool, waits: bool = True
@@ -455,20 +466,30 @@ class Steps:
         num_chunks = max(1, -(-num_picks // chunk))
         scratch = torch.empty(6 * num_picks, dtype=torch.uint8, device=self.device)
         positions = scratch.data_ptr()
-        pointers = (positions + 4 * num_picks, positions, self._histograms.data_ptr())
-        packed = _PICKS.pack(*pointers, num_picks, num_chunks, chunk, E)
+        packed = structs.PICKS.pack(
+            experts=positions + 4 * num_picks,
+            positions=positions,
+            histograms=self._histograms.data_ptr(),
+            num_picks=num_picks,
+            num_chunks=num_chunks,
+            chunk=chunk,
+            num_experts=E,
+        )
         topk_idx = topk_idx.contiguous()
-        rows, window = None, bytes(_WINDOW.size)
+        rows, window = None, bytes(structs.WINDOW.size)
         if exchanged and len(self._windows):
             rows = torch.empty(
                 self.placement.num_ranks, NUM_HEAD + E, dtype=torch.int32, device=self.device
             )
-            window = _WINDOW.pack(
-                *(t.data_ptr() for t in (self._windows, self._exchange, rows, self._told)),
-                round(1e9 * self.timeout_s),
-                self.placement.num_ranks,
-                self.rank,
-                waits and self._relay is None,
+            window = structs.WINDOW.pack(
+                peers=self._windows.data_ptr(),
+                state=self._exchange.data_ptr(),
+                rows=rows.data_ptr(),
+                missing=self._told.data_ptr(),
+                limit_ns=round(1e9 * self.timeout_s),
+                num_ranks=self.placement.num_ranks,
+                rank=self.rank,
+                waits=waits and self._relay is None,
             )
         launch(
             self._kernels["count", topk_idx.dtype],
@@ -476,13 +497,15 @@ class Steps:
             NUM_THREADS,
             4 * (NUM_HEAD + E),
             self.device,
-            topk_idx.data_ptr(),
-            packed,
-            self.row.data_ptr() if exchanged else 0,
-            self.head.data_ptr(),
-            self._told_at(-2),
-            window,
-            status,
+            *structs.COUNT.arrange(
+                topk_idx=topk_idx.data_ptr(),
+                picks=packed,
+                row=self.row.data_ptr() if exchanged else 0,
+                head=self.head.data_ptr(),
+                error_flags=self._error_flags,
+                window=window,
+                status=status,
+            ),
         )
         if self._relay is not None and rows is not None:
             self._relay_rows(self._relay, window)
@@ -490,15 +513,23 @@ class Steps:
 
     def _relay_rows(self, relay: Relay, window: bytes) -> None:
         """For the other ranks' sake, whether or not this one waits."""
-        packed = _RELAY.pack(
-            relay.sent, relay.received, relay.signals, relay.node, relay.num_ranks_per_node
+        packed = structs.RELAY.pack(
+            sent=relay.sent,
+            received=relay.received,
+            signals=relay.signals,
+            node=relay.node,
+            node_size=relay.num_ranks_per_node,
         )
-        size = NUM_HEAD + self.placement.num_experts
-        arguments = (window, packed, self.num_exchanges.data_ptr(), size)
-        for name in ("gather", "spread"):
-            kernel = self._kernels[name, torch.int64]
+        arguments = structs.GATHER.arrange(
+            window=window,
+            relay=packed,
+            num_batches=self.num_exchanges.data_ptr(),
+            size=NUM_HEAD + self.placement.num_experts,
+        )
+        for one in (structs.GATHER, structs.BROADCAST):
+            kernel = self._kernels[one.name, torch.int64]
             launch(kernel, (1, 1), NUM_THREADS, 0, self.device, *arguments)
-            if name == "gather":
+            if one is structs.GATHER:
                 relay.put(torch.cuda.current_stream(self.device).cuda_stream)
 
     def solve(self, picks: Picks, rows: torch.Tensor, status: int, *, exchanged: bool) -> Solved:
@@ -511,11 +542,17 @@ class Steps:
             exchanged: which of the two rows are.
         """
         p = self.placement
-        head = NUM_HEAD if exchanged else 0
-        counts = _COUNTS.pack(rows.data_ptr(), p.num_ranks, rows.stride(0), 0, head, self.rank)
+        counts = structs.COUNTS.pack(
+            rows=rows.data_ptr(),
+            num_rows=p.num_ranks,
+            stride=rows.stride(0),
+            batch_stride=0,
+            head=NUM_HEAD if exchanged else 0,
+            rank=self.rank,
+        )
         counted = torch.empty(p.num_ranks, p.num_experts, dtype=torch.int32, device=self.device)
         quota, rank_load, endings = self.solver.launch(
-            counts, 1, picks, counted, self._told_at(-1), status
+            counts, 1, picks, counted, self._error_flags, status
         )
         return Solved(counted, quota[0], rank_load[0], endings[0])
 
@@ -526,24 +563,27 @@ class Steps:
         is not optimal, `solved` becomes the plan in which every token is at home."""
         ended = torch.empty((), dtype=torch.int32, device=self.device)
         physical = torch.empty_like(picks.topk_idx)
-        tensors = (solved.counts, solved.quota, solved.rank_load, solved.endings, ended)
-        pointers = [
-            *(tensor.data_ptr() for tensor in tensors),
-            self.num_by_status.data_ptr(),
-            self._told_at(0),
-            self.row.data_ptr() if exchanged else 0,
-        ]
-        batch = _BATCH.pack(*pointers, len(solved.endings), self.rank)
+        batch = structs.BATCH.pack(
+            counts=solved.counts.data_ptr(),
+            quota=solved.quota.data_ptr(),
+            rank_load=solved.rank_load.data_ptr(),
+            endings=solved.endings.data_ptr(),
+            status=ended.data_ptr(),
+            num_by_status=self.num_by_status.data_ptr(),
+            error_flags=self._error_flags,
+            row=self.row.data_ptr() if exchanged else 0,
+            num_components=len(solved.endings),
+            rank=self.rank,
+        )
         launch(
             self._kernels["route", physical.dtype],
             (picks.num_chunks, 1),
             NUM_THREADS,
             self._num_route_bytes,
             self.device,
-            picks.struct,
-            self._table,
-            batch,
-            physical.data_ptr(),
+            *structs.ROUTE.arrange(
+                picks=picks.struct, table=self._table, batch=batch, physical=physical.data_ptr()
+            ),
         )
         return physical, ended
 
@@ -560,9 +600,11 @@ class Steps:
             num_threads,
             num_bytes,
             self.device,
-            self._table,
-            counts.data_ptr(),
-            quota.data_ptr(),
-            out.data_ptr(),
+            *structs.SPLIT.arrange(
+                table=self._table,
+                counts=counts.data_ptr(),
+                quota=quota.data_ptr(),
+                shares=out.data_ptr(),
+            ),
         )
         return out

@@ -1,6 +1,6 @@
 """What the kernels know of a placement: arrays laid out as the structs of `kernels/`.
 
-Pure functions of the placement; `cuda.py` sends them to a device.
+Pure functions of the placement; `device.py` sends them to a device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..placement.table import Placement
+from .structs import ARC, COPY, EDGE
 
 MAX_RANKS, MAX_EXPERTS = 64, 512
 """Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
@@ -40,19 +41,7 @@ SHARES = {
 }
 """By solver, parts, turns and more. The first that take all edges of a rank are taken."""
 
-ARC = np.dtype([("ranks", "u8"), ("quota", "i4"), ("place", "i2"), ("rank", "i2")])
-EDGE = np.dtype(
-    [
-        ("arc", "i2"),
-        ("to", "i2"),
-        ("target", "u1"),
-        ("nth", "u1"),
-        ("number", "u1"),
-        ("unused", "u1"),
-    ]
-)
-NO_EDGE = np.array((-1, -1, 0, 0, 0, 0), EDGE)
-COPY = np.dtype([("rank", "i2"), ("node", "i2"), ("slot", "i4"), ("expert", "i4"), ("quota", "i4")])
+NO_EDGE = np.array((-1, -1, 0, 0, 0), EDGE.dtype)
 
 
 def variants(solver: str) -> list[Variant]:
@@ -172,7 +161,7 @@ def variant(placement: Placement, solver: str, refreshable: bool = False) -> Var
 
 @dataclass(frozen=True)
 class Tables:
-    """What `kernels/flow.cu` knows of a placement: its `Network`, G components at fixed strides."""
+    """What the solvers know of a placement: their `Network`, G components at fixed strides."""
 
     shape: npt.NDArray[np.int32]
     """[G, 4]: of each component ranks, arcs, the most edges of a rank, and the largest `nth` of
@@ -207,7 +196,7 @@ def tables(placement: Placement, variant: Variant, room: Room) -> Tables:
     num_components, max_arcs = room.num_components, room.max_arcs
     out = Tables(
         shape=np.zeros((num_components, 4), np.int32),
-        arcs=np.zeros((num_components, max_arcs), ARC),
+        arcs=np.zeros((num_components, max_arcs), ARC.dtype),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
         edges=np.full((num_components, size, max(1, room.max_edges)), NO_EDGE),
@@ -247,7 +236,7 @@ def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[
     arc, to = np.nonzero((expert[:, None] == expert) & (rank[:, None] != rank))
     # Neighbours begin with different targets, not to fill all the same one.
     order = np.lexsort(((rank[to] - rank[arc]) % size, arc))
-    edges = np.zeros(arc.size, EDGE)
+    edges = np.zeros(arc.size, EDGE.dtype)
     edges["arc"], edges["to"], edges["target"] = arc, to[order], rank[to[order]]
     edges["nth"] = np.arange(arc.size) - np.searchsorted(arc, arc)
     edges["number"] = np.bincount(arc)[arc]
@@ -278,7 +267,7 @@ def routes(placement: Placement, room: Room) -> Routes:
     several = useful.sum(1) > 1
     lookup = np.where(several, -np.cumsum(several), placement.home)
     expert, column = np.nonzero(useful & several[:, None])
-    copies = np.zeros(room.num_copies, COPY)
+    copies = np.zeros(room.num_copies, COPY.dtype)
     used = copies[: expert.size]
     used["rank"] = placement.copy_rank[expert, column]
     used["node"] = placement.node[used["rank"]]

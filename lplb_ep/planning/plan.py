@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,26 +12,7 @@ import torch
 from ..placement.table import Placement
 from . import reference as cpu
 from .solve import rank_load, solve
-
-
-class Status(enum.IntEnum):
-    """How a plan came about. Where parts of a batch differ, the largest holds."""
-
-    OPTIMAL = 0
-    """No plan on this placement has a smaller maximum rank load."""
-    STALE = 1
-    """Replica weights are out of date on some rank: every token goes home."""
-    NOT_CONVERGED = 2
-    """The solver on the GPU ran out of rounds: every token goes home."""
-    BAD_COUNTS = 3
-    """The exchanged counts cannot be: every token goes home, and there are no quotas."""
-    REFUSED = 4
-    """On the GPU: a rank refused its input. There are no quotas, and every rank raises at a later
-    call, or in `Planner.raise_errors`."""
-    OUT_OF_STEP = 5
-    """On the GPU: ranks plan different batches. As REFUSED."""
-    TIMED_OUT = 6
-    """On the GPU: a rank's counts did not come in time. As REFUSED, on the ranks that waited."""
+from .structs import Status
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ..placement.table import Placement
 from . import device as cuda
 from . import reference as cpu
 from .plan import Plan, Status, check_plan, check_topk_idx
-from .solve import MAX_TOTAL, choose_solver, rank_load, solver_fact
+from .solve import choose_solver, rank_load, solver_fact
+from .structs import MAX_TOTAL, ErrorFlag, Head
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,7 @@ _REASONS = {
 }
 
 
-# An exchanged row begins with how its rank fares, a Status, and with what it plans: its placement's
-# tag, the channel's slot, which of the group's planners this is, and the number of the batch:
-# `cuda.NUM_HEAD` integers. The counts follow.
+# An exchanged row begins with a `Head`, and the counts follow.
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
 _ROW_MULTIPLE = 1024
 
@@ -376,11 +375,14 @@ class _CpuSteps:
     def plan_exchanged(self, topk_idx: torch.Tensor, exchange: Exchange, status: Status) -> Plan:
         here = topk_idx.cpu()
         rows = self._gather(exchange, cpu.count(here, self._placement.num_experts), status)
-        refused_by = torch.nonzero(rows[:, 0] == Status.REFUSED).flatten().tolist()
+        refused_by = torch.nonzero(rows[:, Head.STATUS] == Status.REFUSED).flatten().tolist()
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
         return self._plan(
-            topk_idx, here, rows[:, cuda.NUM_HEAD :].contiguous(), Status(int(rows[:, 0].max()))
+            topk_idx,
+            here,
+            rows[:, cuda.NUM_HEAD :].contiguous(),
+            Status(int(rows[:, Head.STATUS].max())),
         )
 
     def plan_given(self, topk_idx: torch.Tensor, counts: torch.Tensor, status: Status) -> Plan:
@@ -488,8 +490,10 @@ class _GpuSteps:
             self._logged.add(status)
             _log_once(self._placement, status)
         faults = {
-            len(Status): _out_of_range(self._placement),
-            len(Status) + 1: ValueError("an earlier batch's counts were not those of its topk_idx"),
+            ErrorFlag.OUT_OF_RANGE: _out_of_range(self._placement),
+            ErrorFlag.MISCOUNTED: ValueError(
+                "an earlier batch's counts were not those of its topk_idx"
+            ),
             Status.TIMED_OUT: RankError(
                 missing_ranks(self._steps.missing, self._name, self._steps.timeout_s)
             ),

@@ -14,11 +14,11 @@ from ..errors import InfeasibleError, MissingPackageError
 from ..placement.table import Placement, check_placement
 from . import device as cuda
 from . import reference as cpu
+from .structs import MAX_TOTAL
 
 log = logging.getLogger(__name__)
 
 SOLVERS = ("auto", "cpu", "flow", "cusolverdx")
-MAX_TOTAL = 2**31 - 1
 MAX_TOTAL_SPEED = 2**15 - 1
 
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from lplb_ep import MissingPackageError, Placement
-from lplb_ep.comm.copies import BARRIER_ARGUMENTS
+from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu import jit
 from lplb_ep.gpu.device import launch
 from lplb_ep.planning import device as cuda
 from lplb_ep.planning import layout as network
+from lplb_ep.planning import structs
 from lplb_ep.planning.solve import choose_solver
 
 
@@ -246,12 +247,7 @@ def parameter_sizes(info):
     return [found[number] for number in sorted(found)]
 
 
-ARGUMENTS = {
-    "solve": cuda._SOLVE_ARGUMENTS,
-    "solve_general": cuda._SOLVE_ARGUMENTS,
-    "barrier": BARRIER_ARGUMENTS,
-    **cuda._ROUTE_ARGUMENTS,
-}
+SIGNATURES = {**structs.SIGNATURES, BARRIER.name: BARRIER}
 
 
 def test_every_kernel_compiles(each_kernel, kernel_cache, monkeypatch):
@@ -277,9 +273,9 @@ def check_compiled(programs, arch, kernel_cache, monkeypatch):
             if name.startswith(".nv.info."):
                 kernel = name.removeprefix(".nv.info.")
                 kernels.add(kernel)
-                sizes = [struct.calcsize(f"={argument}") for argument in ARGUMENTS[kernel]]
+                sizes = [argument.size for argument in SIGNATURES[kernel].arguments]
                 assert parameter_sizes(data) == sizes, kernel
-    assert kernels == ARGUMENTS.keys()
+    assert kernels == SIGNATURES.keys()
 
 
 def test_a_launch_goes_to_the_stream_and_device_of_its_memory(monkeypatch):

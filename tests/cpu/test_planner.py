@@ -12,6 +12,7 @@ from lplb_ep.deepep import context as layers
 from lplb_ep.planning import planner
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
+from lplb_ep.planning.structs import NUM_ERROR_FLAGS
 from lplb_ep.settings import Settings
 
 
@@ -233,7 +234,7 @@ def test_a_rank_that_cannot_make_its_steps_says_so_to_all(make):
 def told(*seen):
     """The steps of a planner whose GPU has told of `seen`."""
     steps = types.SimpleNamespace(
-        told=np.isin(np.arange(len(Status) + 2), seen).astype(np.int32),
+        told=np.isin(np.arange(NUM_ERROR_FLAGS), seen).astype(np.int32),
         missing=np.zeros(2, np.int32),
         timeout_s=9,
         placement=TWO,
@@ -260,7 +261,7 @@ def test_what_the_gpu_told_late_is_told_to_the_others_too():
 
 
 def test_of_several_faults_the_first_is_raised_and_all_are_logged(caplog):
-    steps = told(*Status, len(Status), len(Status) + 1)
+    steps = told(*range(NUM_ERROR_FLAGS))
     with pytest.raises(ValueError, match=r"neither -1 nor an expert in \[0, 3\)"):
         steps.raise_told()
     for message in (

@@ -1,0 +1,311 @@
+// Written by `python -m lplb_ep.planning.structs`. Do not edit: change the declarations there.
+#pragma once
+
+#define LPLB_SIZE(type, bytes) \
+    static_assert(sizeof(type) == bytes, #type " has another size than the host gives it")
+#define LPLB_PLACE(type, field, bytes) \
+    static_assert(__builtin_offsetof(type, field) == bytes, \
+                  #type "::" #field " is not where the host puts it")
+
+typedef unsigned long long Word;  // an integer of a row, and the number of its batch
+
+// How a batch ends; where its parts differ, the largest holds.
+enum Status {
+    OPTIMAL = 0,
+    STALE = 1,
+    NOT_CONVERGED = 2,
+    BAD_COUNTS = 3,
+    REFUSED = 4,
+    OUT_OF_STEP = 5,
+    TIMED_OUT = 6,
+};
+
+constexpr int NUM_STATUSES = 7;  // of a batch
+
+// The integers that an exchanged row begins with; the counts follow.
+enum Head {
+    HEAD_STATUS = 0,
+    HEAD_PLACEMENT = 1,
+    HEAD_SLOT = 2,
+    HEAD_PLANNER = 3,
+    HEAD_BATCH = 4,
+};
+
+constexpr int HEAD = 5;  // integers before the counts of an exchanged row
+
+// Flags in the host's memory that a kernel sets; behind those of each `Status`.
+enum ErrorFlag {
+    FLAG_OUT_OF_RANGE = 7,
+    FLAG_MISCOUNTED = 8,
+};
+
+constexpr int NUM_ERROR_FLAGS = 9;  // statuses, then the others
+
+constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
+
+// How a component of the replica graph ends.
+struct __align__(8) Ending {
+    int status;  // a Status
+    int total;   // tokens of its experts
+};
+LPLB_SIZE(Ending, 8);
+LPLB_PLACE(Ending, status, 0);
+LPLB_PLACE(Ending, total, 4);
+
+// Counts of each rank for each expert, in rows; several batches of them lie one after another.
+struct Counts {
+    const int* rows;   // [num_rows] of head + E integers
+    int num_rows;      // ranks, or 1 where the counts are added up already
+    int stride;        // integers from one row to the next
+    int batch_stride;  // integers from one batch to the next
+    int head;          // HEAD, or 0 where rows are counts alone
+    int rank;          // this rank, which is its row's number
+};
+LPLB_SIZE(Counts, 32);
+LPLB_PLACE(Counts, rows, 0);
+LPLB_PLACE(Counts, num_rows, 8);
+LPLB_PLACE(Counts, stride, 12);
+LPLB_PLACE(Counts, batch_stride, 16);
+LPLB_PLACE(Counts, head, 20);
+LPLB_PLACE(Counts, rank, 24);
+
+// A rank's picks in row-major order, cut into chunks. Each kernel leaves more for the next.
+struct Picks {
+    short* experts;   // [num_picks] logical experts, -1: none
+    int* positions;   // [num_picks] how many earlier picks are of the same expert
+    int* histograms;  // [num_chunks, E] picks of each expert in each chunk
+    int num_picks;    // T times K
+    int num_chunks;   // blocks that share the picks
+    int chunk;        // picks of a chunk
+    int num_experts;  // E
+};
+LPLB_SIZE(Picks, 40);
+LPLB_PLACE(Picks, experts, 0);
+LPLB_PLACE(Picks, positions, 8);
+LPLB_PLACE(Picks, histograms, 16);
+LPLB_PLACE(Picks, num_picks, 24);
+LPLB_PLACE(Picks, num_chunks, 28);
+LPLB_PLACE(Picks, chunk, 32);
+LPLB_PLACE(Picks, num_experts, 36);
+
+// What the exchange of a batch leaves for the next; all 0 before the first.
+struct Exchange {
+    int num_done;     // blocks of `count` that have counted
+    int unread;       // 1 where the rows of the last batch were not waited for
+    long long start;  // when this rank sent its row, in ns
+};
+LPLB_SIZE(Exchange, 16);
+LPLB_PLACE(Exchange, num_done, 0);
+LPLB_PLACE(Exchange, unread, 4);
+LPLB_PLACE(Exchange, start, 8);
+
+// Where ranks write each other's rows.
+struct Window {
+    Word* const* peers;     // [R] each rank's [2, R, HEAD + E] words, null on other nodes; or null
+    Exchange* state;        // of this rank
+    int* rows;              // [R, HEAD + E] what was received
+    volatile int* missing;  // [R] in the host's memory: 1 where a row did not come in time
+    long long limit_ns;     // how long to wait
+    int num_ranks;          // R
+    int rank;               // this rank
+    int waits;              // 1: waits for the rows of all ranks
+};
+LPLB_SIZE(Window, 56);
+LPLB_PLACE(Window, peers, 0);
+LPLB_PLACE(Window, state, 8);
+LPLB_PLACE(Window, rows, 16);
+LPLB_PLACE(Window, missing, 24);
+LPLB_PLACE(Window, limit_ns, 32);
+LPLB_PLACE(Window, num_ranks, 40);
+LPLB_PLACE(Window, rank, 44);
+LPLB_PLACE(Window, waits, 48);
+
+// What the first rank of a node has for other nodes, in NVSHMEM's symmetric memory.
+struct Relay {
+    Word* sent;            // [2, node_size, HEAD + E] the node's rows, for even and odd batches
+    const Word* received;  // [nodes, 2, node_size, HEAD + E] those of each node
+    const Word* signals;   // [nodes] how many batches each node has sent
+    int node;              // this one
+    int node_size;         // ranks of a node
+};
+LPLB_SIZE(Relay, 32);
+LPLB_PLACE(Relay, sent, 0);
+LPLB_PLACE(Relay, received, 8);
+LPLB_PLACE(Relay, signals, 16);
+LPLB_PLACE(Relay, node, 24);
+LPLB_PLACE(Relay, node_size, 28);
+
+// A copy of an expert that has several.
+struct __align__(16) Arc {
+    unsigned long long ranks;  // local ranks that hold a copy, as bits
+    int quota;                 // its place in [E, C]
+    short place;               // where the expert's arcs begin in `copies`; the expert's number, too
+    short rank;                // its own local rank
+};
+LPLB_SIZE(Arc, 16);
+LPLB_PLACE(Arc, ranks, 0);
+LPLB_PLACE(Arc, quota, 8);
+LPLB_PLACE(Arc, place, 12);
+LPLB_PLACE(Arc, rank, 14);
+
+// From one copy of an expert to another, along which tokens may move.
+struct __align__(8) Edge {
+    short arc;             // the copy that tokens leave; -1: no edge
+    short to;              // the copy that they reach
+    unsigned char target;  // the local rank of the second
+    unsigned char nth;     // edges of the same copy that come before
+    unsigned char number;  // edges of the same copy in all
+};
+LPLB_SIZE(Edge, 8);
+LPLB_PLACE(Edge, arc, 0);
+LPLB_PLACE(Edge, to, 2);
+LPLB_PLACE(Edge, target, 4);
+LPLB_PLACE(Edge, nth, 5);
+LPLB_PLACE(Edge, number, 6);
+
+// How large a component is.
+struct __align__(16) Shape {
+    int ranks;       // 0: there is none, behind the last
+    int arcs;        // copies of its experts with several
+    int most_edges;  // of a rank
+    int most_nth;    // the largest `nth` of an edge
+};
+LPLB_SIZE(Shape, 16);
+LPLB_PLACE(Shape, ranks, 0);
+LPLB_PLACE(Shape, arcs, 4);
+LPLB_PLACE(Shape, most_edges, 8);
+LPLB_PLACE(Shape, most_nth, 12);
+
+// Tables of each component, at fixed strides so that all are read at once.
+struct Network {
+    const Shape* shape;      // [G] of each
+    const Arc* arcs;         // [G, max_arcs] by local rank, then expert
+    const short* copies;     // [G, max_arcs] arcs by expert, then local rank
+    const short* first_arc;  // [G, SIZE + 1] of each local rank
+    const Edge* edges;       // [G, SIZE, max_edges] of each local rank
+    const int* experts;      // [G, max_experts] see `Tables.experts`
+    const int* ranks;        // [G, SIZE] local rank to rank
+    int max_arcs;            // of a component
+    int max_edges;           // of a rank
+    int max_experts;         // of a component
+};
+LPLB_SIZE(Network, 72);
+LPLB_PLACE(Network, shape, 0);
+LPLB_PLACE(Network, arcs, 8);
+LPLB_PLACE(Network, copies, 16);
+LPLB_PLACE(Network, first_arc, 24);
+LPLB_PLACE(Network, edges, 32);
+LPLB_PLACE(Network, experts, 40);
+LPLB_PLACE(Network, ranks, 48);
+LPLB_PLACE(Network, max_arcs, 56);
+LPLB_PLACE(Network, max_edges, 60);
+LPLB_PLACE(Network, max_experts, 64);
+
+// What a solver's kernel is asked.
+struct Problem {
+    Counts counts;              // the load
+    Network net;                // the placement
+    Picks picks;                // what further blocks number meanwhile
+    int* quota;                 // [B, E, C] tokens of each copy
+    int* rank_load;             // [B, R] tokens of each rank, base loads not included
+    Ending* endings;            // [B, G] of each component
+    int* counted;               // [R, E] a copy of the counts, or null
+    volatile int* error_flags;  // [NUM_ERROR_FLAGS] in the host's memory
+    const int* base;            // [R] load that stays on each rank, or null: none
+    const int* speed;           // [R] of each rank, or null: all the same
+    const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
+    int num_components;         // G
+    int num_ranks;              // R
+    int num_experts;            // E
+    int max_replicas;           // C
+    int max_rounds;             // of the flow
+    int status;                 // how the batch fares, by what the counts do not say
+};
+LPLB_SIZE(Problem, 232);
+LPLB_PLACE(Problem, counts, 0);
+LPLB_PLACE(Problem, net, 32);
+LPLB_PLACE(Problem, picks, 104);
+LPLB_PLACE(Problem, quota, 144);
+LPLB_PLACE(Problem, rank_load, 152);
+LPLB_PLACE(Problem, endings, 160);
+LPLB_PLACE(Problem, counted, 168);
+LPLB_PLACE(Problem, error_flags, 176);
+LPLB_PLACE(Problem, base, 184);
+LPLB_PLACE(Problem, speed, 192);
+LPLB_PLACE(Problem, cap, 200);
+LPLB_PLACE(Problem, num_components, 208);
+LPLB_PLACE(Problem, num_ranks, 212);
+LPLB_PLACE(Problem, num_experts, 216);
+LPLB_PLACE(Problem, max_replicas, 220);
+LPLB_PLACE(Problem, max_rounds, 224);
+LPLB_PLACE(Problem, status, 228);
+
+// A copy of an expert that has several, for rewriting.
+struct __align__(16) Copy {
+    short rank;  // where it is
+    short node;  // of that rank
+    int slot;    // its physical id
+    int expert;  // its logical id
+    int quota;   // its place in [E, C]
+};
+LPLB_SIZE(Copy, 16);
+LPLB_PLACE(Copy, rank, 0);
+LPLB_PLACE(Copy, node, 2);
+LPLB_PLACE(Copy, slot, 4);
+LPLB_PLACE(Copy, expert, 8);
+LPLB_PLACE(Copy, quota, 12);
+
+// The placement, for rewriting. Copies that can get no tokens are left out.
+struct Table {
+    const int* lookup;       // [E] the slot of an only copy, or ~m for the m-th expert with several
+    const int* experts;      // [M] which that is
+    const int* first;        // [M + 1] where its copies begin, home first
+    const Copy* copies;      // [N] of those experts
+    const int* home_rank;    // [E] the rank of each home
+    int num_several;         // M
+    int num_copies;          // N
+    int num_ranks;           // R
+    int num_ranks_per_node;  // a divisor of R
+    int num_experts;         // E
+    int max_replicas;        // C
+};
+LPLB_SIZE(Table, 64);
+LPLB_PLACE(Table, lookup, 0);
+LPLB_PLACE(Table, experts, 8);
+LPLB_PLACE(Table, first, 16);
+LPLB_PLACE(Table, copies, 24);
+LPLB_PLACE(Table, home_rank, 32);
+LPLB_PLACE(Table, num_several, 40);
+LPLB_PLACE(Table, num_copies, 44);
+LPLB_PLACE(Table, num_ranks, 48);
+LPLB_PLACE(Table, num_ranks_per_node, 52);
+LPLB_PLACE(Table, num_experts, 56);
+LPLB_PLACE(Table, max_replicas, 60);
+
+// What was solved, and where to say how the batch ends.
+struct Batch {
+    int* counts;                // [R, E] of all ranks
+    int* quota;                 // [E, C] tokens of each copy
+    int* rank_load;             // [R] tokens of each rank
+    const Ending* endings;      // [G] of each component
+    int* status;                // [1] how the batch ends
+    int* num_by_status;         // [NUM_STATUSES] batches that ended so
+    volatile int* error_flags;  // [NUM_ERROR_FLAGS] in the host's memory
+    int* row;                   // [HEAD + E] to be zeroed for the next count, or null
+    int num_components;         // G
+    int rank;                   // this rank
+};
+LPLB_SIZE(Batch, 72);
+LPLB_PLACE(Batch, counts, 0);
+LPLB_PLACE(Batch, quota, 8);
+LPLB_PLACE(Batch, rank_load, 16);
+LPLB_PLACE(Batch, endings, 24);
+LPLB_PLACE(Batch, status, 32);
+LPLB_PLACE(Batch, num_by_status, 40);
+LPLB_PLACE(Batch, error_flags, 48);
+LPLB_PLACE(Batch, row, 56);
+LPLB_PLACE(Batch, num_components, 64);
+LPLB_PLACE(Batch, rank, 68);
+
+#undef LPLB_SIZE
+#undef LPLB_PLACE

@@ -1,0 +1,290 @@
+"""What the planner and its kernels share: statuses, an exchanged row's head, structs, arguments.
+
+Each is declared here, once. `python -m lplb_ep.planning.structs` writes `kernels/abi.cuh` from it.
+"""
+
+from __future__ import annotations
+
+import enum
+
+from ..gpu.abi import Signature, Struct, constant_text, enum_text, header
+from ..gpu.jit import KERNELS
+
+
+class Status(enum.IntEnum):
+    """How a batch ends; where its parts differ, the largest holds."""
+
+    OPTIMAL = 0
+    """No plan on this placement has a smaller maximum rank load."""
+    STALE = 1
+    """Replica weights are out of date on some rank: every token goes home."""
+    NOT_CONVERGED = 2
+    """The solver on the GPU ran out of rounds: every token goes home."""
+    BAD_COUNTS = 3
+    """The exchanged counts are invalid: every token goes home, and there are no quotas."""
+    REFUSED = 4
+    """On the GPU: a rank refused its input. There are no quotas, and every rank raises at a later
+    call, or in `Planner.raise_errors`."""
+    OUT_OF_STEP = 5
+    """On the GPU: ranks plan different batches. As REFUSED."""
+    TIMED_OUT = 6
+    """On the GPU: a rank's counts did not come in time. As REFUSED, on the ranks that waited."""
+
+
+class Head(enum.IntEnum):
+    """The integers that an exchanged row begins with; the counts follow."""
+
+    STATUS = 0
+    """How the sender fares, a `Status`."""
+    PLACEMENT = 1
+    """A tag of the placement that it plans with."""
+    SLOT = 2
+    """The slot of its channel."""
+    PLANNER = 3
+    """Which of the group's planners it is."""
+    BATCH = 4
+    """The number of the batch."""
+
+
+class ErrorFlag(enum.IntEnum):
+    """Flags in the host's memory that a kernel sets; behind those of each `Status`."""
+
+    OUT_OF_RANGE = len(Status)
+    """A pick was neither -1 nor an expert."""
+    MISCOUNTED = OUT_OF_RANGE + 1
+    """Given counts were not those of the picks."""
+
+
+HEAD = len(Head)
+"""Integers before the counts of an exchanged row."""
+NUM_ERROR_FLAGS = len(Status) + len(ErrorFlag)
+MAX_TOTAL = 2**31 - 1
+"""Tokens of a batch, at most; also the largest number of a batch."""
+
+ENDING = Struct(
+    "Ending",
+    "How a component of the replica graph ends.",
+    ("int", "status", "a Status"),
+    ("int", "total", "tokens of its experts"),
+    align=8,
+)
+COUNTS = Struct(
+    "Counts",
+    "Counts of each rank for each expert, in rows; several batches of them lie one after another.",
+    ("const int*", "rows", "[num_rows] of head + E integers"),
+    ("int", "num_rows", "ranks, or 1 where the counts are added up already"),
+    ("int", "stride", "integers from one row to the next"),
+    ("int", "batch_stride", "integers from one batch to the next"),
+    ("int", "head", "HEAD, or 0 where rows are counts alone"),
+    ("int", "rank", "this rank, which is its row's number"),
+)
+PICKS = Struct(
+    "Picks",
+    "A rank's picks in row-major order, cut into chunks. Each kernel leaves more for the next.",
+    ("short*", "experts", "[num_picks] logical experts, -1: none"),
+    ("int*", "positions", "[num_picks] how many earlier picks are of the same expert"),
+    ("int*", "histograms", "[num_chunks, E] picks of each expert in each chunk"),
+    ("int", "num_picks", "T times K"),
+    ("int", "num_chunks", "blocks that share the picks"),
+    ("int", "chunk", "picks of a chunk"),
+    ("int", "num_experts", "E"),
+)
+EXCHANGE = Struct(
+    "Exchange",
+    "What the exchange of a batch leaves for the next; all 0 before the first.",
+    ("int", "num_done", "blocks of `count` that have counted"),
+    ("int", "unread", "1 where the rows of the last batch were not waited for"),
+    ("long long", "start", "when this rank sent its row, in ns"),
+)
+WINDOW = Struct(
+    "Window",
+    "Where ranks write each other's rows.",
+    (
+        "Word* const*",
+        "peers",
+        "[R] each rank's [2, R, HEAD + E] words, null on other nodes; or null",
+    ),
+    ("Exchange*", "state", "of this rank"),
+    ("int*", "rows", "[R, HEAD + E] what was received"),
+    ("volatile int*", "missing", "[R] in the host's memory: 1 where a row did not come in time"),
+    ("long long", "limit_ns", "how long to wait"),
+    ("int", "num_ranks", "R"),
+    ("int", "rank", "this rank"),
+    ("int", "waits", "1: waits for the rows of all ranks"),
+)
+RELAY = Struct(
+    "Relay",
+    "What the first rank of a node has for other nodes, in NVSHMEM's symmetric memory.",
+    ("Word*", "sent", "[2, node_size, HEAD + E] the node's rows, for even and odd batches"),
+    ("const Word*", "received", "[nodes, 2, node_size, HEAD + E] those of each node"),
+    ("const Word*", "signals", "[nodes] how many batches each node has sent"),
+    ("int", "node", "this one"),
+    ("int", "node_size", "ranks of a node"),
+)
+ARC = Struct(
+    "Arc",
+    "A copy of an expert that has several.",
+    ("unsigned long long", "ranks", "local ranks that hold a copy, as bits"),
+    ("int", "quota", "its place in [E, C]"),
+    ("short", "place", "where the expert's arcs begin in `copies`; the expert's number, too"),
+    ("short", "rank", "its own local rank"),
+    align=16,
+)
+EDGE = Struct(
+    "Edge",
+    "From one copy of an expert to another, along which tokens may move.",
+    ("short", "arc", "the copy that tokens leave; -1: no edge"),
+    ("short", "to", "the copy that they reach"),
+    ("unsigned char", "target", "the local rank of the second"),
+    ("unsigned char", "nth", "edges of the same copy that come before"),
+    ("unsigned char", "number", "edges of the same copy in all"),
+    align=8,
+)
+SHAPE = Struct(
+    "Shape",
+    "How large a component is.",
+    ("int", "ranks", "0: there is none, behind the last"),
+    ("int", "arcs", "copies of its experts with several"),
+    ("int", "most_edges", "of a rank"),
+    ("int", "most_nth", "the largest `nth` of an edge"),
+    align=16,
+)
+NETWORK = Struct(
+    "Network",
+    "Tables of each component, at fixed strides so that all are read at once.",
+    ("const Shape*", "shape", "[G] of each"),
+    ("const Arc*", "arcs", "[G, max_arcs] by local rank, then expert"),
+    ("const short*", "copies", "[G, max_arcs] arcs by expert, then local rank"),
+    ("const short*", "first_arc", "[G, SIZE + 1] of each local rank"),
+    ("const Edge*", "edges", "[G, SIZE, max_edges] of each local rank"),
+    ("const int*", "experts", "[G, max_experts] see `Tables.experts`"),
+    ("const int*", "ranks", "[G, SIZE] local rank to rank"),
+    ("int", "max_arcs", "of a component"),
+    ("int", "max_edges", "of a rank"),
+    ("int", "max_experts", "of a component"),
+)
+PROBLEM = Struct(
+    "Problem",
+    "What a solver's kernel is asked.",
+    (COUNTS, "counts", "the load"),
+    (NETWORK, "net", "the placement"),
+    (PICKS, "picks", "what further blocks number meanwhile"),
+    ("int*", "quota", "[B, E, C] tokens of each copy"),
+    ("int*", "rank_load", "[B, R] tokens of each rank, base loads not included"),
+    ("Ending*", "endings", "[B, G] of each component"),
+    ("int*", "counted", "[R, E] a copy of the counts, or null"),
+    ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
+    ("const int*", "base", "[R] load that stays on each rank, or null: none"),
+    ("const int*", "speed", "[R] of each rank, or null: all the same"),
+    ("const int*", "cap", "[E, C] the most tokens of each copy, or null: no limit"),
+    ("int", "num_components", "G"),
+    ("int", "num_ranks", "R"),
+    ("int", "num_experts", "E"),
+    ("int", "max_replicas", "C"),
+    ("int", "max_rounds", "of the flow"),
+    ("int", "status", "how the batch fares, by what the counts do not say"),
+)
+COPY = Struct(
+    "Copy",
+    "A copy of an expert that has several, for rewriting.",
+    ("short", "rank", "where it is"),
+    ("short", "node", "of that rank"),
+    ("int", "slot", "its physical id"),
+    ("int", "expert", "its logical id"),
+    ("int", "quota", "its place in [E, C]"),
+    align=16,
+)
+TABLE = Struct(
+    "Table",
+    "The placement, for rewriting. Copies that can get no tokens are left out.",
+    (
+        "const int*",
+        "lookup",
+        "[E] the slot of an only copy, or ~m for the m-th expert with several",
+    ),
+    ("const int*", "experts", "[M] which that is"),
+    ("const int*", "first", "[M + 1] where its copies begin, home first"),
+    ("const Copy*", "copies", "[N] of those experts"),
+    ("const int*", "home_rank", "[E] the rank of each home"),
+    ("int", "num_several", "M"),
+    ("int", "num_copies", "N"),
+    ("int", "num_ranks", "R"),
+    ("int", "num_ranks_per_node", "a divisor of R"),
+    ("int", "num_experts", "E"),
+    ("int", "max_replicas", "C"),
+)
+BATCH = Struct(
+    "Batch",
+    "What was solved, and where to say how the batch ends.",
+    ("int*", "counts", "[R, E] of all ranks"),
+    ("int*", "quota", "[E, C] tokens of each copy"),
+    ("int*", "rank_load", "[R] tokens of each rank"),
+    ("const Ending*", "endings", "[G] of each component"),
+    ("int*", "status", "[1] how the batch ends"),
+    ("int*", "num_by_status", "[NUM_STATUSES] batches that ended so"),
+    ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
+    ("int*", "row", "[HEAD + E] to be zeroed for the next count, or null"),
+    ("int", "num_components", "G"),
+    ("int", "rank", "this rank"),
+)
+
+COUNT = Signature(
+    "count",
+    ("const Index*", "topk_idx", "[num_picks] experts, -1: none"),
+    (PICKS, "picks", "what it leaves for the next kernels"),
+    ("int*", "row", "[HEAD + E] zeroed, or null"),
+    ("int4*", "head", "what the row begins with behind its status"),
+    ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
+    (WINDOW, "window", "where rows are exchanged, if its peers are given"),
+    ("int", "status", "how this rank fares"),
+)
+GATHER = Signature(
+    "gather",
+    (WINDOW, "window", "of this rank, the first of its node"),
+    (RELAY, "relay", "where the rows go"),
+    ("const int*", "num_batches", "[1] the number of the batch"),
+    ("int", "size", "HEAD + E"),
+)
+BROADCAST = Signature("broadcast", *GATHER.arguments)
+SOLVE = Signature("solve", (PROBLEM, "problem", "and where its solution goes"))
+SOLVE_GENERAL = Signature("solve_general", *SOLVE.arguments)
+SPLIT = Signature(
+    "split",
+    (TABLE, "table", "the placement"),
+    ("const int*", "counts", "[R, E] of all ranks"),
+    ("const int*", "quota", "[E, C] tokens of each copy"),
+    ("int*", "shares", "[R, E, C] zeroed"),
+)
+ROUTE = Signature(
+    "route",
+    (PICKS, "picks", "numbered"),
+    (TABLE, "table", "the placement"),
+    (BATCH, "batch", "what was solved"),
+    ("Index*", "physical", "[num_picks] slots, -1: none"),
+)
+SIGNATURES = {
+    one.name: one for one in (COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SPLIT, ROUTE)
+}
+"""Of every kernel of a plan, by name."""
+
+
+def abi_header() -> str:
+    """The text of `kernels/abi.cuh`."""
+    structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY]
+    structs += [ARC, EDGE, SHAPE, NETWORK, PROBLEM, COPY, TABLE, BATCH]
+    parts = [
+        "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
+        enum_text(Status),
+        constant_text("int", "NUM_STATUSES", len(Status), "of a batch"),
+        enum_text(Head, "HEAD_"),
+        constant_text("int", "HEAD", HEAD, "integers before the counts of an exchanged row"),
+        enum_text(ErrorFlag, "FLAG_"),
+        constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
+        constant_text("unsigned", "MAX_TOTAL", MAX_TOTAL, "tokens of a batch; and its number"),
+        *(one.text for one in structs),
+    ]
+    return header("python -m lplb_ep.planning.structs", parts)
+
+
+if __name__ == "__main__":
+    (KERNELS / "abi.cuh").write_text(abi_header(), "utf-8")
