@@ -35,7 +35,7 @@ def _serve(rank: int, num_ranks: int, store: str, pipe: Any) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=num_ranks,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=180),
     )
     while (task := pipe.recv()) is not None:
         function, args, kwargs, environ = task
@@ -119,7 +119,7 @@ def run(
     function: Callable[..., Any],
     *args: Any,
     environ: dict[str, str] | None = None,
-    timeout: float = 60.0,
+    timeout: float = 180.0,
     **kwargs: Any,
 ) -> list[Any]:
     """`[function(group, *args, **kwargs) for each rank]`, run on `num_ranks` gloo ranks at once.

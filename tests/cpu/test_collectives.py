@@ -90,7 +90,7 @@ def failing(name):
 def makes(group, what):
     """Makes one thing of many ranks, of which something fails on rank 1 only."""
     # A rank that waits for rank 1 fails by this limit.
-    short = dist.new_group(timeout=datetime.timedelta(seconds=10))
+    short = dist.new_group(timeout=datetime.timedelta(seconds=60))
     broken = group.rank() == 1
     module, name, make = {
         "solver": (planner, "choose_solver", lambda: Planner(PLACEMENT, short)),
