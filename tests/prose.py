@@ -1,9 +1,20 @@
-"""The sentences of a source file: of its docstrings, comments and messages."""
+"""The sentences of source files: of docstrings, comments and messages.
+
+`python tests/prose.py FILE-OR-FOLDER …` prints those that are too long, or have private words.
+"""
 
 import ast
 import io
 import re
+import sys
 import tokenize
+from pathlib import Path
+
+MOST_WORDS = 25
+PRIVATE_WORDS = re.compile(
+    r"\b(?:room|told|spread|wire|cargo|halves|what is|that which|cannot be(?=[.,;:]))\b",
+    re.IGNORECASE,
+)
 
 # Whatever stands in backticks or brackets is one word: a name, an expression, a shape.
 _ONE_WORD = re.compile(r"`+[^`]*`+|\[[^\]]*\]|\{[^}]*\}")
@@ -12,6 +23,22 @@ _END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[^a-z\s])")
 _NAMES = r"[`*\"]*\w[\w.`\"]*"
 _ITEM = re.compile(rf"\s*(?:[-*]\s|\d+\.\s|{_NAMES}(?:, {_NAMES})*:(?:\s|$)|\S.*\s{{3,}}\S)")
 _RULER = re.compile(r"[-=─/*#|\s]{3,}")
+
+
+def faults(path):
+    """Yields a line for each sentence under `path`, a file or folder, that is not plain."""
+    for file in [path] if path.is_file() else sorted(path.rglob("*")):
+        if file.suffix not in (".py", ".cu", ".cuh"):
+            continue
+        sentences = sentences_of_python if file.suffix == ".py" else sentences_of_cuda
+        for line, sentence in sentences(file.read_text()):
+            private, words = (
+                PRIVATE_WORDS.search(_ONE_WORD.sub(" x ", sentence)),
+                num_words(sentence),
+            )
+            if private or words > MOST_WORDS:
+                why = repr(private[0]) if private else f"{words} words"
+                yield f"{file}:{line}: {why}: {sentence}"
 
 
 def sentences_of_python(text):
@@ -79,3 +106,9 @@ def _paragraphs(text):
             paragraph = []
         paragraph.append(row)
     yield "\n".join(paragraph)
+
+
+if __name__ == "__main__":
+    found = [fault for path in sys.argv[1:] for fault in faults(Path(path))]
+    print("\n".join(found))
+    sys.exit(bool(found))
