@@ -23,7 +23,7 @@ from placements import generated, mmlu, qwen
 from lplb_ep import Placement, Settings
 from lplb_ep.tools.recordings import Recording
 from lplb_ep.tools.timeline import replay_over_time
-from lplb_ep.weights.refresh import imbalance
+from lplb_ep.weights.proposals import imbalance
 
 INTERVAL, NUM_BATCHES, NUM_PICKS = 8, 32, 2**18
 SHAPES = [(ranks, slots) for ranks in (8, 16, 32, 64) for slots in (1, 2, 4)]

@@ -9,6 +9,8 @@ from .errors import MissingPackageError as MissingPackageError
 from .errors import PlacementError as PlacementError
 from .errors import RankError as RankError
 from .layer import Layer as Layer
+from .layer import mark_stale as mark_stale
+from .layer import mark_valid as mark_valid
 from .placement.table import Placement as Placement
 from .placement.table import load_placements as load_placements
 from .placement.table import save_placements as save_placements
@@ -20,8 +22,6 @@ from .planning.solve import solve as solve
 from .settings import Settings as Settings
 from .weights.refresh import Refresher as Refresher
 from .weights.replicas import Replicas as Replicas
-from .weights.replicas import mark_stale as mark_stale
-from .weights.replicas import mark_valid as mark_valid
 
 __version__: str
 

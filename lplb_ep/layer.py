@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -53,8 +53,6 @@ class Layer:
     """Each is called with the counts [R, E] of every batch that is planned."""
     planners: WeakSet[Any]
     """The planners that were made for this layer, of whatever group."""
-    replicas: WeakSet[Any]
-    """The `Replicas` that were made for this layer."""
 
     def __init__(self, placement: Placement) -> None:
         check_placement(placement)
@@ -62,7 +60,7 @@ class Layer:
         self.is_refreshable = False
         self.observers = []
         self.planners = WeakSet()
-        self.replicas = WeakSet()
+        self._replicas: list[ref[Weights]] = []  # asked at every batch: a WeakSet takes 1 µs
         self._is_trusted = False
 
     @property
@@ -86,10 +84,15 @@ class Layer:
         True where no expert has a second copy. With live `Replicas`: whether all of them are
         valid. Without any: whether `mark_valid` was called since the last ones were made.
         """
-        if self.placement.max_replicas == 1:
+        if self._placement.max_replicas == 1:
             return True
-        live = list(self.replicas)
-        return all(replicas.is_valid for replicas in live) if live else self._is_trusted
+        is_watched = False
+        for weights in self._replicas:
+            if (replicas := weights()) is not None:
+                if not replicas.is_valid:
+                    return False
+                is_watched = True
+        return is_watched or self._is_trusted
 
     def mark_valid(self) -> None:
         """Declares that the replicas' weights equal their homes', for engines that fill them.
@@ -97,7 +100,7 @@ class Layer:
         Live `Replicas` are marked and keep watching their weights. Without any, the declaration
         holds until `mark_stale`, or until `Replicas` are made.
         """
-        live = list(self.replicas)
+        live = self.replicas
         for replicas in live:
             replicas.mark_valid()
         if not live:
@@ -105,14 +108,19 @@ class Layer:
 
     def mark_stale(self) -> None:
         """Takes `mark_valid` back: tokens go to home slots until the replicas are valid again."""
-        for replicas in list(self.replicas):
+        for replicas in self.replicas:
             replicas.mark_stale()
         self._is_trusted = False
 
     def watch(self, replicas: Weights) -> None:
         """Adds `Replicas` that know the layer's weights; they count from now on, no declaration."""
-        self.replicas.add(replicas)
+        self._replicas = [ref(live) for live in (*self.replicas, replicas)]
         self._is_trusted = False
+
+    @property
+    def replicas(self) -> list[Weights]:
+        """The live `Replicas` that were made for this layer."""
+        return [replicas for weights in self._replicas if (replicas := weights()) is not None]
 
     def current_planners(self) -> list[Any]:
         """The live planners that plan with the placement in force."""
@@ -132,6 +140,16 @@ def layer_of(target: Layer | Placement) -> Layer:
     check_placement(target)
     layer: Layer | None = vars(target).get("_layer")
     return Layer(target) if layer is None else layer
+
+
+def mark_valid(target: Layer | Placement) -> None:
+    """Declares that a layer's replicas equal their homes: `Layer.mark_valid`."""
+    layer_of(target).mark_valid()
+
+
+def mark_stale(target: Layer | Placement) -> None:
+    """Takes `mark_valid` back: `Layer.mark_stale`."""
+    layer_of(target).mark_stale()
 
 
 channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int], Any]] = WeakKeyDictionary()

@@ -23,7 +23,7 @@ from ..layer import Layer, channels, layer_of
 from ..placement.table import Placement
 from ..planning.planner import Planner
 from ..settings import Settings
-from ..weights import replicas
+from ..weights.slots import slot_parameters
 
 log = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def attach(
         check_slots(layer.placement, num_local_slots)
         weights = getattr(module, "experts", None) if experts is None else experts
         if weights is not None and weights is not False:
-            replicas.slot_parameters(weights, num_local_slots)
+            slot_parameters(weights, num_local_slots)
 
     if state is None:
         layer = layer_of(target)

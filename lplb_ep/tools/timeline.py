@@ -13,7 +13,7 @@ import torch
 from ..placement.table import Placement
 from ..planning.solve import solve
 from ..settings import Settings
-from ..weights.refresh import Choose, Int64, Job, num_moved, propose, with_room
+from ..weights.proposals import Choose, Int64, Job, num_moved, propose, widened
 from .recordings import Recording
 from .tables import text_table
 
@@ -174,7 +174,7 @@ def replay_over_time(
         columns["kept"].append(solve(loads, placement, "cpu").rank_load.long())
         at_home = torch.zeros(len(loads), placement.num_ranks, dtype=torch.int64)
         columns["home"].append(at_home.index_add_(1, torch.tensor(placement.home_rank), loads))
-        job = Job(number, loads.numpy(), with_room(placement), choose, settings)
+        job = Job(number, loads.numpy(), widened(placement), choose, settings)
         refreshed, moved = _refresh(job, columns["kept"][-1], num_groups)
         columns["refreshed"].append(refreshed)
         moves += moved

@@ -23,7 +23,6 @@ from lplb_ep.deepep import drop_in as buffer
 from lplb_ep.layer import layer_of
 from lplb_ep.planning import planner
 from lplb_ep.planning.plan import Status
-from lplb_ep.weights import replicas
 
 PLACEMENT = Placement([0, 1, 2, 3, 0, 2], 1)
 E, P = 4, 6
@@ -702,7 +701,7 @@ def test_stale_replicas_send_tokens_home_until_valid(make, mode, caplog):
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1}
     assert "STALE, the replicas' weights are not known" in caplog.text
-    replicas.mark_valid(placement)
+    lplb_ep.mark_valid(placement)
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1, "OPTIMAL": 1}
 

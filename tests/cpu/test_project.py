@@ -26,8 +26,6 @@ LONG = dict.fromkeys(
         "placement.table",
         "planning.device",
         "planning.planner",
-        "weights.replicas",
-        "weights.refresh",
         "embedded.legacy",
         "embedded.elastic",
         "deepep.drop_in",

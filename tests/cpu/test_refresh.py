@@ -35,10 +35,11 @@ from lplb_ep import (
     Settings,
     check_plan,
 )
-from lplb_ep.layer import layer_of
+from lplb_ep.layer import layer_of, mark_valid
 from lplb_ep.planning import reference
-from lplb_ep.weights import refresh
-from lplb_ep.weights.replicas import Change, mark_valid
+from lplb_ep.weights import proposals, refresh
+from lplb_ep.weights.background import Background
+from lplb_ep.weights.replicas import Change
 
 E, R, D, TOKENS, TOPK = 16, 4, 2, 48, 2
 SETTINGS = Settings(refresh=4, refresh_changes=8)
@@ -78,12 +79,12 @@ def deadly(*_, **__):
     os._exit(3)
 
 
-class Inline(refresh.Background):
+class Inline(Background):
     """Looks at once, in this process."""
 
     def start(self, jobs):
         for job in jobs:
-            if (proposal := refresh.propose(job)) is not None:
+            if (proposal := proposals.propose(job)) is not None:
                 self.offer(proposal)
 
     def offer(self, proposal):
@@ -194,7 +195,7 @@ class Model:
         """Ends steps with EVERY, at one of whose boundaries these replicas are offered; what was
         refreshed."""
         if self.rank == 0:
-            self.refresher._background.offer(refresh.Proposal(0, table, 2.0, 1.0))
+            self.refresher._background.offer(proposals.Proposal(0, table, 2.0, 1.0))
         return self.refresher.step() + self.refresher.step()
 
 
@@ -230,7 +231,7 @@ def test_balance_returns_after_a_shift_on_all_ranks_at_once(copy_first):
 
 def serve(group):
     """Weights stand still; replicas are chosen by a process, as they are in use."""
-    model = Model(group, background=refresh.Background)
+    model = Model(group, background=Background)
     held, imbalance, done = model.homes(), [], []
     with torch.no_grad():
         while not done:  # else `ranks.run` ends it
@@ -383,7 +384,7 @@ def logs():
 @pytest.mark.parametrize("where", FAILURES)
 def test_a_rank_that_fails_leaves_the_old_placement_in_force_everywhere(where):
     said = ranks.run(R, fails_on_one, where, environ=ON)
-    why = "hold different placements" if where == "table" else "rank 2: injected"
+    why = "ranks differ in placement" if where == "table" else "rank 2: injected"
     assert all(why in text for text in said)
     assert ("Traceback" in said[2]) == (where != "table")
 
@@ -415,7 +416,7 @@ def out_of_memory(group):
                 patch = unittest.mock.patch.object(Change, "fetch", fetch_without_memory)
                 stack.enter_context(patch)
             if group.rank() == 0:
-                refresher._background.offer(refresh.Proposal(0, moved(), 2.0, 1.0))
+                refresher._background.offer(proposals.Proposal(0, moved(), 2.0, 1.0))
             done = refresher.step() + refresher.step()
         assert bool(done) != broken
         assert ("rank 2: injected" in said.getvalue()) == broken
@@ -431,7 +432,7 @@ def test_a_rank_without_memory_leaves_no_other_in_a_transfer():
 
 def cannot_look(group):
     """The first rank cannot start a process."""
-    model = Model(group, settings=EVERY, background=refresh.Background)
+    model = Model(group, settings=EVERY, background=Background)
     model.forward("new", 0)
     before = model.replicas.placement
     with logs() as said, unittest.mock.patch("subprocess.Popen", side_effect=OSError("no memory")):
@@ -603,7 +604,7 @@ def test_more_slots_than_experts_are_refused_at_once():
     """`for_lp` would, at each look."""
     replicas = Replicas(torch.nn.Linear(1, 3, bias=False), Placement([0, 1, 0], 1))
     refresh._check([replicas], None)  # one rank is never unbalanced
-    replicas.placement = Placement([0, 1, 0, 1, 0, 1], 2)
+    replicas.layer.replace(Placement([0, 1, 0, 1, 0, 1], 2))
     refresh._check([replicas], hot)
     with pytest.raises(
         ValueError, match="layer 0 has 3 slots on a rank, more than there are exper"
@@ -632,11 +633,11 @@ def job(kinds, choose=hot, **settings):
     ]
     chosen = dataclasses.replace(SETTINGS, **settings)
     placement = ring().with_copies(ring().physical_to_logical, R)
-    return refresh.Job(3, np.stack(loads), placement, choose, chosen)
+    return proposals.Job(3, np.stack(loads), placement, choose, chosen)
 
 
 def test_what_is_proposed_is_judged_on_other_steps():
-    proposal = refresh.propose(job(["new"] * 8))
+    proposal = proposals.propose(job(["new"] * 8))
     placement = ring().with_copies(proposal.physical_to_logical, 8)
     between = job(["new"] * 8).loads[1::2]
     for which, told in ((ring(), proposal.imbalance_before), (placement, proposal.imbalance_after)):
@@ -656,20 +657,20 @@ def test_what_is_proposed_is_judged_on_other_steps():
     ],
 )
 def test_a_layer_that_is_unbalanced_most_of_the_time_is_mended(kinds, worth):
-    assert (refresh.propose(job(kinds)) is not None) == worth
+    assert (proposals.propose(job(kinds)) is not None) == worth
 
 
 def test_a_gain_within_its_error_moves_nothing(monkeypatch):
     """On the steps between, of which one gains much and another loses."""
     asked = job(["new"] * 4)
-    assert refresh.propose(asked) is not None
+    assert proposals.propose(asked) is not None
     measured = iter([np.full(4, 1.4), np.array([1.0, 1.4 + 0.1])])
-    monkeypatch.setattr(refresh, "imbalance", lambda *_: next(measured))
-    assert refresh.propose(asked) is None
+    monkeypatch.setattr(proposals, "imbalance", lambda *_: next(measured))
+    assert proposals.propose(asked) is None
 
 
 def test_two_steps_are_enough():
-    assert refresh.propose(job(["new"] * 2)) is not None
+    assert proposals.propose(job(["new"] * 2)) is not None
 
 
 def says_threads(*_, **__):
@@ -682,7 +683,7 @@ def test_the_background_takes_one_core_unless_it_is_told(set_by_user, monkeypatc
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     if set_by_user:
         monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
-    background = refresh.Background()
+    background = Background()
     background.start([job(["new"] * 8, says_threads)])
     wait_for(background)
     assert str(["1", "3" if set_by_user else "1"]) in caplog.text
@@ -714,15 +715,15 @@ def test_copies_that_stay_within_nodes_go_on_doing_so(table, ranks_per_node, sta
     placement = Placement(table.ravel(), R, num_ranks_per_node=ranks_per_node)
     asked = dataclasses.replace(job(["new"] * 8, says_within_node), placement=placement)
     with pytest.raises(RuntimeError, match=str(stays)):
-        refresh.propose(asked)
+        proposals.propose(asked)
 
 
 def test_a_move_is_to_another_rank():
     table = ring().physical_to_logical.reshape(R, -1).copy()
-    assert refresh.num_moved(ring(), Placement(np.roll(table, 1, axis=1).ravel(), R)) == 0
-    assert refresh.num_moved(ring(), ring().with_copies(moved())) == R * D
+    assert proposals.num_moved(ring(), Placement(np.roll(table, 1, axis=1).ravel(), R)) == 0
+    assert proposals.num_moved(ring(), ring().with_copies(moved())) == R * D
     table[0, -1] = table[0, 0]  # a second copy there
-    assert refresh.num_moved(ring(), Placement(table.ravel(), R)) == 0
+    assert proposals.num_moved(ring(), Placement(table.ravel(), R)) == 0
 
 
 def same(*_, start, **__):
@@ -748,18 +749,18 @@ def crowd(*_, start, **__):
 
 @pytest.mark.parametrize("choose", [same, random])
 def test_what_mends_nothing_is_not_proposed(choose):
-    assert refresh.propose(job(["new"] * 8, choose)) is None
+    assert proposals.propose(job(["new"] * 8, choose)) is None
 
 
 def test_a_choice_that_cannot_be_is_refused(caplog):
     with pytest.raises(PlacementError, match="home of expert 0 is slot 0, which holds"):
-        refresh.propose(job(["new"] * 8, other_homes))
-    assert refresh.propose(job(["new"] * 8, crowd)) is None
-    assert "layer 3: 9 copies of an expert were chosen, and there is room for 4" in caplog.text
+        proposals.propose(job(["new"] * 8, other_homes))
+    assert proposals.propose(job(["new"] * 8, crowd)) is None
+    assert "layer 3: 9 copies of an expert were chosen, and the capacity is 4" in caplog.text
 
 
 def test_the_background_proposes_and_survives_a_choice_that_fails(caplog):
-    background = refresh.Background()
+    background = Background()
     background.start([job(["new"] * 8, deadly)])
     wait_for(background)
     assert background.take() == []
@@ -768,7 +769,7 @@ def test_the_background_proposes_and_survives_a_choice_that_fails(caplog):
     background.start(jobs)
     wait_for(background)
     (proposal,) = background.take()
-    expected = refresh.propose(jobs[2])
+    expected = proposals.propose(jobs[2])
     assert proposal.physical_to_logical.tolist() == expected.physical_to_logical.tolist()
     assert "layer 3 failed: RuntimeError('no idea'); the layer keeps its" in caplog.text
     process = background._process

@@ -20,10 +20,11 @@ import ranks
 import torch
 from torch import nn
 
-from lplb_ep.layer import layer_of
+from lplb_ep.layer import layer_of, mark_stale, mark_valid
 from lplb_ep.placement.table import Placement
-from lplb_ep.weights import replicas as module
-from lplb_ep.weights.replicas import Replicas, mark_stale, mark_valid, slot_parameters
+from lplb_ep.weights import validity
+from lplb_ep.weights.replicas import Replicas
+from lplb_ep.weights.slots import slot_parameters
 
 SHAPES = {"down.weight": (5, 3), "gain": (), "up": (3, 5)}
 FORMS = ("list", "stacked")
@@ -566,7 +567,7 @@ def test_an_engine_marks_a_placement_object_valid():
 
 def test_the_registry_keeps_nothing_alive():
     gc.collect()
-    registries = module._live, module._watchers
+    registries = validity._live, validity._watches
     before = [len(registry) for registry in registries]
     made = valid_replicas("list")
     trusted = Placement([0, 0], num_ranks=1)
@@ -700,6 +701,9 @@ def test_single_parameters_of_a_grouped_linear_make_a_list():
     assert replicas.state_dict()["1.fc1"].data_ptr() == grouped["weight1"].data_ptr()
     with torch.no_grad():
         grouped["weight1"].zero_()
+    assert replicas.is_valid  # its expert has one copy
+    with torch.no_grad():
+        grouped["weight0"].zero_()
     assert not replicas.is_valid
 
 

@@ -11,14 +11,14 @@ from lplb_ep.layer import layer_of
 from lplb_ep.planning import layout as network
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.planner import _tag
-from lplb_ep.weights.refresh import with_room
+from lplb_ep.weights.proposals import widened
 
 pytestmark = pytest.mark.gpu
 
 
 def refreshed(placement):
     """As a `Refresher` leaves a layer's placement."""
-    placement = with_room(placement)
+    placement = widened(placement)
     layer_of(placement).is_refreshable = True
     return placement
 

@@ -97,7 +97,7 @@ def both(group, transport, half_bytes, num_steps):
         [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)]
     ):
         layer = Layer(group, place(group.size(), number), transport, dtype, accumulate)
-        side = layer.replicas["cuda"]._wire.stream
+        side = layer.replicas["cuda"]._mover.stream
         assert (side is None) == (transport == "torch")  # gloo's, by the CPU
         for step in range(num_steps):
             weights, gradients = layer.draw(2 * step), layer.draw(2 * step + 1)
@@ -160,7 +160,7 @@ def together(group, num_layers):
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_layers_under_way_together(node, num_ranks):
+def test_layers_pending_together(node, num_ranks):
     node(num_ranks, together, 3, timeout=120)
 
 
@@ -172,7 +172,7 @@ def drop(group):
     for device in DEVICES:
         layer.write(device, layer.draw(0), "gradient")
     layer.replicas["cpu"].reduce_gradients()
-    be_late(layer.replicas["cuda"]._wire.stream)
+    be_late(layer.replicas["cuda"]._mover.stream)
     transfer = layer.replicas["cuda"].reduce_gradients(async_op=True)
     if group.rank() == 1:
         for parameter in layer.experts["cuda"].parameters():
@@ -201,7 +201,7 @@ def capture(group, async_op):
         with pytest.raises(ContractError, match="cannot be sent from a CUDA graph"):
             replicas.copy_weights(async_op=async_op)
         if async_op:  # what has joined a capture must come back
-            torch.cuda.current_stream().wait_stream(replicas._wire.stream)
+            torch.cuda.current_stream().wait_stream(replicas._mover.stream)
     replicas.copy_weights()
     dist.barrier(group)
 

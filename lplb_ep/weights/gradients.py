@@ -1,0 +1,74 @@
+"""Which slots have gradients, and of which dtypes: agreed between ranks before they are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ..comm.collectives import gather_rows, memory_of
+from ..errors import RankError
+from .slots import Slot, describe
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Codes between ranks: 0 is "no gradient", i + 1 is DTYPES[i].
+_REFUSED = 255
+
+
+def gradient_dtypes(
+    slots: Mapping[str, Sequence[Slot]], rank: int, num_ranks: int, group: dist.ProcessGroup | None
+) -> list[list[torch.dtype | None]]:
+    """The dtype of every slot's gradients. Collective if there is a group.
+
+    Args:
+        slots: this rank's, by parameter name.
+        rank: this rank.
+        num_ranks: R.
+        group: the ranks; None if no replica is on another rank than its home. Other ranks' entries
+            are then None, and nothing reads them.
+
+    Returns:
+        [P][number of parameters], None where a slot has no gradient.
+
+    Raises:
+        ValueError: a gradient here has another dtype than `DTYPES`, or not its weight's shape.
+        RankError: that is so on another rank.
+    """
+    own, refusal = _codes(slots)
+    if refusal is not None:
+        own.fill_(_REFUSED)  # the others wait for this rank's codes
+    codes = torch.zeros(num_ranks, *own.shape, dtype=torch.uint8)
+    codes[rank] = own
+    if group is not None:
+        codes = gather_rows(own.to(memory_of(group)), group).cpu()
+    if refusal is not None:
+        raise refusal
+    refused = torch.nonzero((codes == _REFUSED).flatten(1).any(1)).flatten().tolist()
+    if refused:
+        raise RankError(f"ranks {refused} refused their gradients; see their errors")
+    return [
+        [DTYPES[code - 1] if code else None for code in slot]
+        for slot in codes.flatten(0, 1).tolist()
+    ]
+
+
+def _codes(slots: Mapping[str, Sequence[Slot]]) -> tuple[torch.Tensor, ValueError | None]:
+    """[P / R, number of parameters] uint8 codes of this rank, and why it refuses its gradients."""
+    num_local_slots = len(next(iter(slots.values())))
+    codes = torch.zeros(num_local_slots, len(slots), dtype=torch.uint8)
+    refusal = None
+    for index, (name, copies) in enumerate(slots.items()):
+        for slot, copy in enumerate(copies):
+            gradient = copy.gradient
+            if gradient is None:
+                continue
+            if gradient.dtype in DTYPES and gradient.shape == copy.weight.shape:
+                codes[slot, index] = 1 + DTYPES.index(gradient.dtype)
+            else:
+                refusal = ValueError(
+                    f"the gradient of parameter {name} is {describe(gradient)}, expected "
+                    f"{list(copy.weight.shape)} of one of "
+                    f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}"
+                )
+    return codes, refusal
