@@ -14,13 +14,14 @@ enum Status {
     OPTIMAL = 0,
     STALE = 1,
     NOT_CONVERGED = 2,
-    BAD_COUNTS = 3,
-    REFUSED = 4,
-    OUT_OF_STEP = 5,
-    TIMED_OUT = 6,
+    INFEASIBLE = 3,
+    BAD_COUNTS = 4,
+    REFUSED = 5,
+    OUT_OF_STEP = 6,
+    TIMED_OUT = 7,
 };
 
-constexpr int NUM_STATUSES = 7;  // of a batch
+constexpr int NUM_STATUSES = 8;  // of a batch
 
 // The integers that an exchanged row begins with; the counts follow.
 enum Head {
@@ -35,18 +36,19 @@ constexpr int HEAD = 5;  // integers before the counts of an exchanged row
 
 // Flags in the host's memory that a kernel sets; behind those of each `Status`.
 enum ErrorFlag {
-    FLAG_OUT_OF_RANGE = 7,
-    FLAG_MISCOUNTED = 8,
+    FLAG_OUT_OF_RANGE = 8,
+    FLAG_REPEATED_PICK = 9,
+    FLAG_MISCOUNTED = 10,
 };
 
-constexpr int NUM_ERROR_FLAGS = 9;  // statuses, then the others
+constexpr int NUM_ERROR_FLAGS = 11;  // statuses, then the others
 
 constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 
 // How a component of the replica graph ends.
 struct __align__(8) Ending {
     int status;  // a Status
-    int total;   // tokens of its experts
+    int total;   // tokens of its experts, and base loads
 };
 LPLB_SIZE(Ending, 8);
 LPLB_PLACE(Ending, status, 0);

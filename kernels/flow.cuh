@@ -315,11 +315,15 @@ __device__ bool balance(const Component& c, const Way (&ways)[TURNS], int rounds
 
 // Adds up the counts of the component's experts: `load` of those with several copies, by place, and in
 // `held` what the others bring to their ranks; writes the quotas of these. Returns how the rows say
-// that the batch fares, BAD_COUNTS if a count is negative or they are too many, and how many they are;
-// the same to every thread.
+// that the batch fares, BAD_COUNTS if a count is negative or they are too many with the base loads,
+// INFEASIBLE if an only copy may not have its tokens, and how many they are; the same to every thread.
+template <bool GENERAL>
 __device__ Ending add_up(
-    const Counts& counts, const Network& net, int* load, int* held, int* __restrict__ quota,
-    int max_replicas, int sharing, int packed /* this thread's first expert */) {
+    const Problem& p, int* load, int* held, int* __restrict__ quota, int sharing,
+    int packed /* this thread's first expert */, int base /* load of this thread's rank */) {
+    const Counts& counts = p.counts;
+    const Network& net = p.net;
+    int max_replicas = p.max_replicas;
     __shared__ int status;
     __shared__ Total total;
     if (threadIdx.x == 0) {
@@ -354,6 +358,8 @@ __device__ Ending add_up(
             else load[home - SIZE] = int(sum);
             for (int c = 0; c < max_replicas; ++c)
                 quota[expert * max_replicas + c] = c == 0 && home < SIZE ? int(sum) : 0;
+            if (GENERAL && p.cap != nullptr && home < SIZE && sum > p.cap[expert * max_replicas])
+                atomicMax(&status, INFEASIBLE);
         }
         i += THREADS / sharing;
         if (i - threadIdx.x / sharing >= net.max_experts) break;
@@ -366,6 +372,7 @@ __device__ Ending add_up(
         if (word == HEAD_STATUS && value != OPTIMAL) atomicMax(&status, value);
         if (word > HEAD_STATUS && value != counts_of(counts, counts.rank)[word - HEAD]) atomicMax(&status, OUT_OF_STEP);
     }
+    if (p.base != nullptr) total.add(base);
     __syncthreads();
     if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0};
     return {status, int(total.value())};
@@ -393,27 +400,32 @@ __device__ Component begin(const Problem& p, char* shared, const Edge* edges, in
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
     Shape shape = net.shape[g];
-    for (int r = threadIdx.x; r < SIZE; r += THREADS) {
-        held[r] = p.base && r < shape.ranks ? p.base[net.ranks[g * SIZE + r]] : 0;
-        room[r] = 0;
+    int base = p.base && threadIdx.x < shape.ranks ? p.base[net.ranks[g * SIZE + threadIdx.x]] : 0;
+    if (threadIdx.x < SIZE) {
+        held[threadIdx.x] = base;
+        room[threadIdx.x] = 0;
     }
     for (int a = threadIdx.x; a < net.max_arcs; a += THREADS) {
         arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
     }
-    ending = add_up(counts, net, load, held, quota, p.max_replicas, sharing, packed);
+    ending = add_up<GENERAL>(p, load, held, quota, sharing, packed, base);
     ending.status = max(ending.status, p.status);
     if (GENERAL && p.cap != nullptr) {
+        bool lacks = false;
         for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
             Arc arc = arcs[a];
             if (copies[arc.place] != a) continue;
-            for (int i = 0, total = load[arc.place]; i < number_of(arc.ranks); ++i) {
+            int total = load[arc.place];
+            for (int i = 0; i < number_of(arc.ranks); ++i) {
                 int copy = copies[arc.place + i], most = min(total, p.cap[arcs[copy].quota]);
                 tokens[copy] = most;
                 atomicAdd(&room[arcs[copy].rank], most);
                 total -= most;
             }
+            lacks |= total > 0;
         }
+        if (__syncthreads_or(lacks)) ending.status = max(ending.status, INFEASIBLE);
     } else {
         for (int a = threadIdx.x; a < shape.arcs; a += THREADS) {
             // The even split is where to start: half as many rounds as from the homes.
@@ -463,7 +475,7 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }
 
-// The flow alone, with speeds or capacities, which the planner has not.
+// The flow alone, with speeds or capacities.
 extern "C" __global__ void __launch_bounds__(THREADS, 1) solve_general(const Problem problem) {
     extern __shared__ __align__(16) char shared[];
     solve_component<true>(problem, shared, [](const Component&) {});

@@ -5,9 +5,19 @@
 
 typedef INDEX Index;
 
+// The logical expert of an id as callers give it; -1: none. `wrong`: the id is neither -1 nor an expert's.
+__device__ int expert_of(Index id, const int* __restrict__ logical, int num_ids, bool& wrong) {
+    int expert = id < 0 || id >= num_ids ? -1 : logical == nullptr ? int(id) : logical[id];
+    wrong |= expert < 0 && id != -1;
+    return expert;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) count(
-    const Index* __restrict__ topk_idx,  // [num_picks] experts, -1: none
+    const Index* __restrict__ topk_idx,  // [num_picks] ids in [0, num_ids), -1: none
     const Picks picks,
+    const int* __restrict__ logical,     // [num_ids] the expert of each id, -1: none; or null, ids are experts
+    int num_ids,
+    int num_topk,                        // picks of a token, of which no two may be of one expert; or 0
     int* __restrict__ row,               // [HEAD + E], zeroed; or null
     int4* __restrict__ head,             // what the row begins with behind its status; the number of
                                          // the batch is counted here, so that a replayed graph does it too
@@ -17,19 +27,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     extern __shared__ int histogram[];  // [HEAD + E]
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
     __syncthreads();
-    bool wrong = false;
+    bool wrong = false, repeated = false;
     int end = first_pick(picks, blockIdx.x + 1);
     for (int n = first_pick(picks, blockIdx.x) + threadIdx.x; n < end; n += THREADS) {
-        Index pick = topk_idx[n];
-        bool valid = pick >= 0 && pick < picks.num_experts;
-        wrong |= !valid && pick != -1;
-        picks.experts[n] = short(valid ? pick : -1);
-        if (valid) atomicAdd(&histogram[pick], 1);
+        int expert = expert_of(topk_idx[n], logical, num_ids, wrong);
+        picks.experts[n] = short(expert);
+        if (expert < 0) continue;
+        atomicAdd(&histogram[expert], 1);
+        if (num_topk == 0) continue;
+        bool ignored;  // the thread that has the other pick says whether it is wrong
+        for (int later = num_topk - 1 - n % num_topk; later > 0; --later)
+            repeated |= expert_of(topk_idx[n + later], logical, num_ids, ignored) == expert;
     }
-    if (wrong) {
-        error_flags[FLAG_OUT_OF_RANGE] = 1;
-        if (row != nullptr) atomicMax(&row[HEAD_STATUS], REFUSED);
-    }
+    if (wrong) error_flags[FLAG_OUT_OF_RANGE] = 1;
+    if (repeated) error_flags[FLAG_REPEATED_PICK] = 1;
+    if ((wrong || repeated) && row != nullptr) atomicMax(&row[HEAD_STATUS], REFUSED);
     __syncthreads();
     for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) {
         int number = histogram[e];
@@ -264,4 +276,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     *batch.status = status;
     ++batch.num_by_status[status];
     if (status != OPTIMAL) batch.error_flags[status] = 1;
+}
+
+// Slots for picks that were planned in the place of others: where a pick was none, it has none.
+extern "C" __global__ void mask(
+    const Index* given,    // [num_picks] -1: none
+    const Index* planned,  // [num_picks]
+    Index* out,            // [num_picks], may be either of them
+    int num_picks) {
+    int step = gridDim.x * blockDim.x;
+    for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < num_picks; n += step)
+        out[n] = given[n] < 0 ? Index(-1) : planned[n];
 }

@@ -233,8 +233,8 @@ class Solver:
             quota: [B, E, C] int32, rows sum to the load.
             rank_load: [B, R] int32, without base loads; with them its maximum is ceil(T*), of each
                 component by itself (with speeds: no whole-numbered plan takes less time).
-            status: [B, G] int32 of each component: 0 = optimal; 2 = it ran out of rounds, and its
-                quotas are whole and complete, but not the best; 3 = impossible loads, no quotas.
+            status: [B, G] int32, a `Status` of each component. OPTIMAL. NOT_CONVERGED: its quotas
+                are whole and complete, but not the best. INFEASIBLE or BAD_COUNTS: no quotas.
 
         Raises:
             ValueError: `load` has another shape, dtype or device.
@@ -500,6 +500,9 @@ class Steps:
             *structs.COUNT.arrange(
                 topk_idx=topk_idx.data_ptr(),
                 picks=packed,
+                logical=0,
+                num_ids=E,
+                num_topk=0,
                 row=self.row.data_ptr() if exchanged else 0,
                 head=self.head.data_ptr(),
                 error_flags=self._error_flags,

@@ -33,6 +33,7 @@ _REASONS = {
     Status.STALE: "STALE, the replicas' weights are not known to equal their homes' on some rank. "
     "Replicas.copy_weights() makes them so; LPLB_EP_REPLICAS=valid says that the program does",
     Status.BAD_COUNTS: "BAD_COUNTS, the ranks' counts are negative or total more than 2**31 - 1",
+    Status.INFEASIBLE: "INFEASIBLE, an expert's load is more than the capacities of its copies",
     Status.NOT_CONVERGED: "NOT_CONVERGED, the solver ran out of rounds; please report the load",
 }
 
@@ -491,6 +492,9 @@ class _GpuSteps:
             _log_once(self._placement, status)
         faults = {
             ErrorFlag.OUT_OF_RANGE: _out_of_range(self._placement),
+            ErrorFlag.REPEATED_PICK: ValueError(
+                "a token of an earlier batch's topk_idx picked an expert twice"
+            ),
             ErrorFlag.MISCOUNTED: ValueError(
                 "an earlier batch's counts were not those of its topk_idx"
             ),

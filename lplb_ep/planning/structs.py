@@ -20,14 +20,16 @@ class Status(enum.IntEnum):
     """Replica weights are out of date on some rank: every token goes home."""
     NOT_CONVERGED = 2
     """The solver on the GPU ran out of rounds: every token goes home."""
-    BAD_COUNTS = 3
+    INFEASIBLE = 3
+    """The copies' capacities do not suffice for the load: every token goes home."""
+    BAD_COUNTS = 4
     """The exchanged counts are invalid: every token goes home, and there are no quotas."""
-    REFUSED = 4
+    REFUSED = 5
     """On the GPU: a rank refused its input. There are no quotas, and every rank raises at a later
     call, or in `Planner.raise_errors`."""
-    OUT_OF_STEP = 5
+    OUT_OF_STEP = 6
     """On the GPU: ranks plan different batches. As REFUSED."""
-    TIMED_OUT = 6
+    TIMED_OUT = 7
     """On the GPU: a rank's counts did not come in time. As REFUSED, on the ranks that waited."""
 
 
@@ -50,8 +52,10 @@ class ErrorFlag(enum.IntEnum):
     """Flags in the host's memory that a kernel sets; behind those of each `Status`."""
 
     OUT_OF_RANGE = len(Status)
-    """A pick was neither -1 nor an expert."""
-    MISCOUNTED = OUT_OF_RANGE + 1
+    """A pick was neither -1 nor an id that stands for an expert."""
+    REPEATED_PICK = OUT_OF_RANGE + 1
+    """A token picked an expert twice."""
+    MISCOUNTED = OUT_OF_RANGE + 2
     """Given counts were not those of the picks."""
 
 
@@ -65,7 +69,7 @@ ENDING = Struct(
     "Ending",
     "How a component of the replica graph ends.",
     ("int", "status", "a Status"),
-    ("int", "total", "tokens of its experts"),
+    ("int", "total", "tokens of its experts, and base loads"),
     align=8,
 )
 COUNTS = Struct(
@@ -230,8 +234,15 @@ BATCH = Struct(
 
 COUNT = Signature(
     "count",
-    ("const Index*", "topk_idx", "[num_picks] experts, -1: none"),
+    ("const Index*", "topk_idx", "[num_picks] ids in [0, num_ids), -1: none"),
     (PICKS, "picks", "what it leaves for the next kernels"),
+    (
+        "const int*",
+        "logical",
+        "[num_ids] the expert of each id, -1: none; or null, ids are experts",
+    ),
+    ("int", "num_ids", "E, or the slots where ids are physical"),
+    ("int", "num_topk", "picks of a token, where no two may be of one expert; or 0"),
     ("int*", "row", "[HEAD + E] zeroed, or null"),
     ("int4*", "head", "what the row begins with behind its status"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
@@ -262,8 +273,15 @@ ROUTE = Signature(
     (BATCH, "batch", "what was solved"),
     ("Index*", "physical", "[num_picks] slots, -1: none"),
 )
+MASK = Signature(
+    "mask",
+    ("const Index*", "given", "[num_picks] -1: none"),
+    ("const Index*", "planned", "[num_picks] what takes the place of the others"),
+    ("Index*", "out", "[num_picks] may be either of them"),
+    ("int", "num_picks", "T times K"),
+)
 SIGNATURES = {
-    one.name: one for one in (COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SPLIT, ROUTE)
+    one.name: one for one in (COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SPLIT, ROUTE, MASK)
 }
 """Of every kernel of a plan, by name."""
 

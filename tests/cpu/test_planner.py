@@ -268,6 +268,8 @@ def test_of_several_faults_the_first_is_raised_and_all_are_logged(caplog):
         "STALE, the replicas",
         "NOT_CONVERGED",
         "BAD_COUNTS",
+        "INFEASIBLE, an expert",
+        "picked an expert twice",
         "counts were not those of its topk_idx",
         "ranks [] sent no counts within 9 s",
         "ranks planned different batches",
