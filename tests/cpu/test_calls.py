@@ -1,0 +1,49 @@
+"""The benchmark of DeepEP's calls runs with the embedded buffers, and says what it measured."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "calls.py"
+COLUMNS = "| us | CPU | wall | CPU, synchronised | wall, synchronised |"
+PAIRS = [
+    "low latency, 8 tokens a rank",
+    "layout, dispatch and combine, 64 tokens a rank",
+    "V2 dispatch and combine, 64 tokens a rank, with the CPU's sync",
+    "V2 dispatch and combine, 64 tokens a rank, without the CPU's sync",
+]
+
+
+def run(*options, cwd):
+    command = [sys.executable, "-W", "error", str(BENCHMARK), "--embedded", *options]
+    short = ["--batches", "1", "--calls", "2", "--hidden", "128", "--commit", "abc"]
+    return subprocess.run([*command, *short], capture_output=True, text=True, timeout=240, cwd=cwd)
+
+
+def test_every_case_is_measured(tmp_path):
+    options = ["--ranks", "2", "--replicas", "tracked", "--indices", "physical"]
+    files = ["--json", "found.json", "--markdown", "found.md"]
+    result = run(*options, *files, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "found.md").read_text() == result.stdout
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["commit"], found["ranks"], found["hidden"]) == ("abc", 2, 128)
+    ways = ("plain", "balanced", "**above plain**")
+    plans = (f"a plan alone, 64 tokens a rank: counts {how}" for how in ("given", "by torch"))
+    assert list(found["us"]) == [*(f"{pair}: {way}" for pair in PAIRS for way in ways), *plans]
+    for name, times in found["us"].items():
+        assert len(times) == 4
+        assert all(map(math.isfinite, times))
+        assert "above" in name or min(times) > 0
+        row = " | ".join(f"{time:.1f}" for time in times)
+        assert f"| {name} | {row} |" in result.stdout
+    assert COLUMNS in result.stdout
+
+
+def test_a_case_that_fails_is_named(tmp_path):
+    result = run("--cases", "plan", "--topk", "65", cwd=tmp_path)  # of 64 experts
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == "failed: plan"
+    assert result.stdout.splitlines()[-2] == COLUMNS
