@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 import lplb_ep
-from lplb_ep.deepep.context import channels
 from lplb_ep.layer import layer_of
 from lplb_ep.settings import has_part_of_gpu
 
@@ -66,7 +65,7 @@ class Observer:
             if args.shared:
                 slow = "" if has_part_of_gpu() else ", slowly but for CUDA's multi-process service"
                 device += f" (shared by ranks{slow})"
-        channel = channels[self.trainer.group][layer_of(self.layers[0].placement), 0]
+        channel = next(iter(layer_of(self.layers[0].placement).planners))
         plan = f"counts: {channel.counts}; solver: {channel.solver}"
         return (
             f"device: {device}; tokens: {str(args.dtype).removeprefix('torch.')}; "

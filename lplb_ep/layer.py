@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -152,6 +152,17 @@ def mark_stale(target: Layer | Placement) -> None:
     layer_of(target).mark_stale()
 
 
-channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int], Any]] = WeakKeyDictionary()
-"""The planner of each layer and micro-batch slot, by group. A channel outlives the buffers that use
-it, since frameworks replace buffers by larger ones, and ends with its group."""
+def check_slot(slot: int) -> None:
+    """Checks the number of a micro-batch slot.
+
+    Raises:
+        ValueError: it is not a whole number in [0, 2**31).
+    """
+    if not (isinstance(slot, int) and 0 <= slot < 2**31):
+        raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
+
+
+channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int, Hashable], Any]]
+channels = WeakKeyDictionary()
+"""The planner of each layer, micro-batch slot and settings, by group. A channel outlives the
+buffers that use it, since frameworks replace buffers by larger ones, and ends with its group."""

@@ -47,9 +47,21 @@ MAX_PICKS = 2**31 - 2**14
 """Of a rank in a batch: the kernels cut them into chunks, which end within 32 bits."""
 
 
-def check_topk_idx(topk_idx: torch.Tensor, num_experts: int, values: bool = True) -> None:
-    """Raises TypeError unless `topk_idx` is a tensor, and ValueError unless it is [T, K] int32 or
-    int64 of at most MAX_PICKS and, where `values` are looked at, within [-1, num_experts)."""
+def check_topk_idx(
+    topk_idx: torch.Tensor, num_experts: int, values: bool = True, distinct: bool = False
+) -> None:
+    """Checks a batch's picks.
+
+    Args:
+        topk_idx: [T, K], experts in [0, E), -1 = no pick.
+        num_experts: E.
+        values: whether values are looked at, which waits for a GPU.
+        distinct: whether a token may pick an expert only once.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: its shape, dtype or size is wrong, or a value, where values are looked at.
+    """
     if not isinstance(topk_idx, torch.Tensor):
         raise TypeError(f"topk_idx must be a tensor [T, K]; got a {type(topk_idx).__name__}")
     if topk_idx.ndim != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
@@ -68,6 +80,12 @@ def check_topk_idx(topk_idx: torch.Tensor, num_experts: int, values: bool = True
             f"topk_idx[{t}, {k}] is {int(topk_idx[t, k])}; expected -1 or an expert in "
             f"[0, {num_experts})"
         )
+    if distinct:
+        ordered = topk_idx.sort(dim=1).values
+        wrong = torch.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+        if len(wrong):
+            t, k = wrong[0].tolist()
+            raise ValueError(f"topk_idx[{t}] picks expert {int(ordered[t, k])} twice")
 
 
 def check_plan(plan: Plan, topk_idx: torch.Tensor, placement: Placement, rank: int) -> None:

@@ -18,7 +18,7 @@ from ..comm.connect import connect
 from ..comm.exchange import Exchange
 from ..comm.watchdog import look, missing_ranks, watch
 from ..errors import ContractError, RankError
-from ..layer import Layer, layer_of
+from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
 from . import device as cuda
 from . import reference as cpu
@@ -105,8 +105,7 @@ class Planner:
             self.layer = layer_of(target)
             placement, refreshable = self.layer.placement, self.layer.is_refreshable
             self.rank = _own_rank(placement, group, rank)
-            if not (isinstance(slot, int) and 0 <= slot < 2**31):
-                raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
+            check_slot(slot)
             if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
                 raise ValueError(
                     "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
@@ -182,7 +181,12 @@ class Planner:
             homes.raise_told()
 
     def __call__(
-        self, topk_idx: torch.Tensor, counts: torch.Tensor | None = None, *, stale: bool = False
+        self,
+        topk_idx: torch.Tensor,
+        counts: torch.Tensor | None = None,
+        *,
+        stale: bool = False,
+        distinct: bool = False,
     ) -> Plan:
         """Plans one batch. Collective, unless `counts` are given.
 
@@ -191,6 +195,7 @@ class Planner:
             counts: [R, E] integers, with counts="given" only; row `rank` must count `topk_idx`.
             stale: this rank's replica weights are out of date; one such rank sends all ranks'
                 tokens home. (A captured graph stays what it was captured with.)
+            distinct: whether a token that picks one expert twice is refused.
 
         Raises:
             TypeError: `topk_idx` or `counts` is no tensor.
@@ -215,7 +220,7 @@ class Planner:
             self._check_capturable(topk_idx)
         self._raise_told()
         try:
-            self._check_input(topk_idx)
+            self._check_input(topk_idx, distinct)
             if counts is not None:
                 _check_counts(counts, self.placement)
         except (TypeError, ValueError) as error:
@@ -263,7 +268,7 @@ class Planner:
 
         return commit
 
-    def home(self, topk_idx: torch.Tensor) -> torch.Tensor:
+    def home(self, topk_idx: torch.Tensor, *, distinct: bool = False) -> torch.Tensor:
         """Every token at its expert's home: nothing is exchanged or solved.
 
         Of CUDA tensors the CPU waits for nothing, and a graph may capture a call that is not the
@@ -271,6 +276,7 @@ class Planner:
 
         Args:
             topk_idx: [T, K] int32 or int64, logical experts in [0, E), -1 = no pick.
+            distinct: whether a token that picks one expert twice is refused.
 
         Returns:
             [T, K] of the same dtype and device: slots in [0, P), -1 where the input has -1.
@@ -280,7 +286,8 @@ class Planner:
                 earlier call's.
         """
         on_gpu = isinstance(topk_idx, torch.Tensor) and topk_idx.is_cuda and not self._check
-        check_topk_idx(topk_idx, self.placement.num_experts, values=not on_gpu)
+        num_experts = self.placement.num_experts
+        check_topk_idx(topk_idx, num_experts, values=not on_gpu, distinct=distinct)
         if not on_gpu:
             return cpu.rewrite_home(topk_idx, self.placement)
         device = topk_idx.device
@@ -288,6 +295,18 @@ class Planner:
             self._homes[device] = _Homes(self.placement, device)
         self._homes[device].raise_told()
         return self._homes[device](topk_idx)
+
+    def mask(self, given: torch.Tensor, physical: torch.Tensor) -> torch.Tensor:
+        """The planned slots of picks of which some were masked since.
+
+        Args:
+            given: [T, K], the picks as they are now, -1 = no pick.
+            physical: [T, K], the slots that they were planned to.
+
+        Returns:
+            [T, K]: -1 where `given` is negative, else as `physical`.
+        """
+        return torch.where(given < 0, -1, physical)
 
     def refuse(self, error: Exception) -> NoReturn:
         """Raises `error` after sending word to the other ranks, which wait for this one's counts
@@ -312,9 +331,10 @@ class Planner:
                 raise
             self.refuse(error)
 
-    def _check_input(self, topk_idx: torch.Tensor) -> None:
+    def _check_input(self, topk_idx: torch.Tensor, distinct: bool) -> None:
         on_gpu = isinstance(self._steps, _GpuSteps) and not self._check
-        check_topk_idx(topk_idx, self.placement.num_experts, values=not on_gpu)
+        num_experts = self.placement.num_experts
+        check_topk_idx(topk_idx, num_experts, values=not on_gpu, distinct=distinct)
 
     def _check_capturable(self, topk_idx: torch.Tensor) -> None:
         if isinstance(self._steps, _CpuSteps):

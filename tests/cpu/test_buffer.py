@@ -20,7 +20,9 @@ import lplb_ep
 from lplb_ep import ContractError, Placement, Planner
 from lplb_ep.deepep import context as layers
 from lplb_ep.deepep import drop_in as buffer
-from lplb_ep.layer import layer_of
+from lplb_ep.deepep import patch as patching
+from lplb_ep.deepep.calls import Call
+from lplb_ep.layer import channels, layer_of
 from lplb_ep.planning import planner
 from lplb_ep.planning.plan import Status
 
@@ -164,7 +166,7 @@ def group(tmp_path):
     """A gloo group of one rank, in this process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     yield dist.group.WORLD
-    layers.channels.clear()
+    channels.clear()
     dist.destroy_process_group()
 
 
@@ -173,14 +175,16 @@ def make(group):
     """Makes a drop-in over the recorder: `make("Buffer", placement=...)`."""
 
     def make_drop_in(name="Buffer", **kwargs):
-        return buffer._drop_in(getattr(recorder(), name))(group, **kwargs)
+        return buffer.drop_in_of(getattr(recorder(), name))(group, **kwargs)
 
     return make_drop_in
 
 
 def targets():
     """The channels of the one group: (layer, slot) → planner."""
-    return layers.channels.get(dist.group.WORLD, {})
+    found = channels.get(dist.group.WORLD, {})
+    assert len({key[:2] for key in found}) == len(found)
+    return {key[:2]: planner for key, planner in found.items()}
 
 
 def planned(placement=PLACEMENT, topk=TOPK):
@@ -521,7 +525,7 @@ def test_size_hints_count_slots(make, mode, tmp_path):
 def test_a_saved_placement_counts_before_the_buffer_is_made(make, mode, tmp_path):
     PLACEMENT.save(tmp_path / "placement.json")
     mode("home", LPLB_EP_PLACEMENT=str(tmp_path / "placement.json"))
-    cls = buffer._drop_in(recorder().Buffer)
+    cls = buffer.drop_in_of(recorder().Buffer)
     assert cls.get_low_latency_rdma_size_hint(4, 8, 1, E) == 4 * 8 * P
     drop_in = make()
     drop_in.get_dispatch_layout(TOPK, E)
@@ -715,7 +719,7 @@ def deep_ep(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_ep", module)
     monkeypatch.setattr(buffer, "choose_backend", lambda backend: ("deep_ep", "for the test"))
     yield module
-    buffer.unpatch()
+    patching.unpatch()
 
 
 def test_drop_ins_are_subclasses_made_on_first_use(deep_ep, mode, group):
@@ -732,8 +736,8 @@ def test_the_patch_reaches_names_imported_early(deep_ep, mode, group):
     mode("1")
     early, methods = deep_ep.Buffer, dict(vars(deep_ep.Buffer))
     older = early(group)
-    buffer.patch()
-    buffer.patch()
+    patching.patch()
+    patching.patch()
     assert lplb_ep.Buffer is early
     drop_in = early(group, placement=PLACEMENT, num_local_slots=P)
     drop_in.get_dispatch_layout(TOPK, E)
@@ -742,7 +746,7 @@ def test_the_patch_reaches_names_imported_early(deep_ep, mode, group):
     assert isinstance(drop_in.view(OTHER), early)
     older.get_dispatch_layout(TOPK, E)  # made before the patch: as it was
     assert older.log[0][1][0] is TOPK
-    buffer.unpatch()
+    patching.unpatch()
     assert dict(vars(deep_ep.Buffer)) == methods
 
 
@@ -753,7 +757,7 @@ def test_hybrid_buffers_are_left_alone_with_one_warning(deep_ep, mode, caplog):
 
     deep_ep.HybridEPBuffer = HybridEPBuffer
     before = dict(vars(HybridEPBuffer))
-    buffer.patch()
+    patching.patch()
     assert dict(vars(HybridEPBuffer)) == before
     assert caplog.text.count("HybridEPBuffer") == 1
 
@@ -762,7 +766,7 @@ def differing_modes(group):
     import os
 
     os.environ["LPLB_EP"] = "0" if group.rank() == 2 else "1"
-    buffer._drop_in(recorder().Buffer)(group)
+    buffer.drop_in_of(recorder().Buffer)(group)
 
 
 DIFFERENT = {
@@ -778,7 +782,7 @@ def differing_setting(group, variable, values):
     import os
 
     os.environ[variable] = values[group.rank()]
-    buffer._drop_in(recorder().Buffer)(group)
+    buffer.drop_in_of(recorder().Buffer)(group)
 
 
 @pytest.mark.parametrize("variable", DIFFERENT)
@@ -814,7 +818,7 @@ def solver_missing_on_one_rank(group):
     import os
 
     os.environ.update(LPLB_EP="1", LPLB_EP_SOLVER="auto" if group.rank() == 0 else "flow")
-    buffer._drop_in(recorder().Buffer)(group)
+    buffer.drop_in_of(recorder().Buffer)(group)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the solver is there")
@@ -832,7 +836,7 @@ def other_buffer_on_one_rank(group):
     cls = module.Buffer
     if group.rank() == 1:
         cls.__module__ = "elsewhere"
-    buffer._drop_in(cls)(group)
+    buffer.drop_in_of(cls)(group)
 
 
 def test_ranks_with_buffers_of_different_libraries_are_named():
@@ -863,7 +867,7 @@ def differing_placements(group, where):
 
     os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
     first, second = Placement([0, 1, 2, 0], 2), Placement([0, 1, 2, 3, 0, 1], 2)
-    drop_in = buffer._drop_in(recorder().Buffer)(group)
+    drop_in = buffer.drop_in_of(recorder().Buffer)(group)
     drop_in.view(first)
     drop_in.view(second)
     mine = first if group.rank() == 0 else second
@@ -890,7 +894,7 @@ def refused_by_one(group):
     import os
 
     os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid", LPLB_EP_INDICES="physical")
-    drop_in = buffer._drop_in(recorder().Buffer)(group)
+    drop_in = buffer.drop_in_of(recorder().Buffer)(group)
     view = drop_in.view(Placement([0, 1, -1, 0], 2))
     view.get_dispatch_layout(torch.tensor([[0, 2 if group.rank() else 1]]), 4)
 
@@ -910,7 +914,7 @@ def wrong_on_one_rank(group, what):
     os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
     odd = group.rank() == 1
     placement = Placement([0, 1, 2, 0], 2)
-    cls = buffer._drop_in(recorder().Buffer)
+    cls = buffer.drop_in_of(recorder().Buffer)
     if what == "placement on one rank only":
         cls(group, **({"placement": placement, "num_local_slots": 2} if odd else {}))
     elif what == "slots":
@@ -957,7 +961,7 @@ def test_low_latency_layers_of_one_buffer_have_the_same_number_of_slots(make, mo
 def test_buffers_made_before_the_patch_refuse_placements(deep_ep, mode, group):
     mode("1")
     older = deep_ep.Buffer(group)
-    buffer.patch()
+    patching.patch()
     with lplb_ep.use(PLACEMENT), pytest.raises(ContractError, match="made before lplb_ep was"):
         older.get_dispatch_layout(TOPK, E)
     with pytest.raises(ContractError, match="made before lplb_ep was"):
@@ -1006,13 +1010,13 @@ def test_channels_end_with_their_group(tmp_path, mode):
     mode("1")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     group = weakref.ref(dist.group.WORLD)
-    drop_in = buffer._drop_in(recorder().Buffer)(group(), placement=PLACEMENT, num_local_slots=P)
+    drop_in = buffer.drop_in_of(recorder().Buffer)(group(), placement=PLACEMENT, num_local_slots=P)
     drop_in.get_dispatch_layout(TOPK, E)
     del drop_in
     dist.destroy_process_group()
     gc.collect()
     assert group() is None
-    assert len(layers.channels) == 0
+    assert len(channels) == 0
 
 
 def test_deep_eps_own_calls_inside_a_call_are_left_alone(group, mode):
@@ -1025,7 +1029,7 @@ def test_deep_eps_own_calls_inside_a_call_are_left_alone(group, mode):
         ):
             return self.internode_dispatch(x, handle, is_token_in_rank, topk_idx, previous_event)
 
-    drop_in = buffer._drop_in(Buffer)(group, placement=PLACEMENT, num_local_slots=P)
+    drop_in = buffer.drop_in_of(Buffer)(group, placement=PLACEMENT, num_local_slots=P)
     layout = drop_in.get_dispatch_layout(TOPK, E)
     drop_in.log.clear()
     got = drop_in.dispatch(X, layout[3], TOPK, Event(drop_in.log, "given"))[1]
@@ -1058,10 +1062,10 @@ def test_calls_that_count_experts_count_the_slots_in_force(make, mode):
 def test_a_subclass_may_size_the_buffer_its_own_way(mode, group):
     mode("1")
 
-    class Padded(buffer._drop_in(recorder().Buffer)):
+    class Padded(buffer.drop_in_of(recorder().Buffer)):
         @staticmethod
         def get_low_latency_rdma_size_hint(*args):
-            return 1000 + buffer._drop_in(recorder().Buffer).get_low_latency_rdma_size_hint(*args)
+            return 1000 + buffer.drop_in_of(recorder().Buffer).get_low_latency_rdma_size_hint(*args)
 
     drop_in = Padded(group, placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=4 * 8 * P)
     drop_in.low_latency_dispatch(X, TOPK, 4, E)
@@ -1178,7 +1182,7 @@ def test_every_plan_is_checked_on_demand(make, mode, monkeypatch):
     monkeypatch.setattr(planner, "check_plan", lambda *args: checked.append(args))
     for value in ("0", "1"):
         mode("1", LPLB_EP_CHECK=value)
-        layers.channels.clear()  # which keep what they were made with
+        channels.clear()  # which keep what they were made with
         make(placement=PLACEMENT, num_local_slots=P).get_dispatch_layout(TOPK, E)
     ((plan, topk, placement, rank),) = checked
     assert torch.equal(plan.topk_idx, planned())
@@ -1200,7 +1204,7 @@ def test_what_became_of_a_plan_is_raised_when_deep_ep_gives_up(make, mode, monke
     # While DeepEP goes on, so does this rank, or the others would be left alone in the combine.
     drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
     failure = RuntimeError("DeepEP error: CPU recv timeout")
-    monkeypatch.setattr(buffer._Call, "forward", lambda self: (_ for _ in ()).throw(failure))
+    monkeypatch.setattr(Call, "forward", lambda self: (_ for _ in ()).throw(failure))
     with pytest.raises(lplb_ep.RankError) as caught:
         drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=layout[3])
     assert caught.value is told
@@ -1210,17 +1214,11 @@ def test_what_became_of_a_plan_is_raised_when_deep_ep_gives_up(make, mode, monke
 def test_a_buffer_that_comes_too_late_for_its_nvshmem_is_refused(group, mode, monkeypatch):
     mode("1")
 
-    class Buffer:
-        """As DeepEP's."""
-
+    class Buffer(recorder().Buffer):
         def __init__(self, group, num_nvl_bytes=0, num_rdma_bytes=0, low_latency_mode=False):
             self.group, self.num_rdma_bytes = group, num_rdma_bytes
 
-        get_dispatch_layout = dispatch = combine = None
-
-    for name in buffer._HOOKS["Buffer"]:
-        setattr(Buffer, name, lambda self: None)
-    drop_in = buffer._drop_in(Buffer)
+    drop_in = buffer.drop_in_of(Buffer)
     monkeypatch.setattr(buffer, "has_started_nvshmem", lambda: True)
     drop_in(group, 1 << 20)
     with pytest.raises(ContractError, match="NVSHMEM was started for the counts already"):
@@ -1336,8 +1334,8 @@ def low_latency_wrong_on_one_rank(group, what):
     import os
 
     os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
-    layers.channels.clear()  # other tests left theirs out of step
-    drop_in = buffer._drop_in(recorder().Buffer)(group, num_rdma_bytes=1 << 20)
+    channels.clear()  # other tests left theirs out of step
+    drop_in = buffer.drop_in_of(recorder().Buffer)(group, num_rdma_bytes=1 << 20)
     view = drop_in.view(Placement([0, 1, 2, 0], 2))
     x, tokens = torch.zeros(1, 8), 4
     if group.rank() == 1:

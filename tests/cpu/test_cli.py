@@ -222,7 +222,7 @@ dist.destroy_process_group()
     assert lplb_ep_run("--mode", "1", *launcher, script, **settings) == "patched\n" * 2
 
 
-@pytest.mark.parametrize("first", ["deep_ep", "lplb_ep.deepep.drop_in"])
+@pytest.mark.parametrize("first", ["deep_ep", "lplb_ep.deepep.drop_in", "lplb_ep.deepep.patch"])
 def test_run_patches_an_installed_deep_ep_however_it_is_imported(tmp_path, first):
     """Also when the first import fails, which programs catch to try again elsewhere."""
     (tmp_path / "deep_ep.py").write_text(

@@ -1,3 +1,4 @@
+import os
 import types
 
 import numpy as np
@@ -6,14 +7,13 @@ import pytest
 import ranks
 import torch
 
+import lplb_ep
 from lplb_ep import Placement, Planner, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
-from lplb_ep.deepep import context as layers
 from lplb_ep.planning import planner
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.structs import NUM_ERROR_FLAGS
-from lplb_ep.settings import Settings
 
 
 def batch(rng, placement, num_tokens, num_topk, dtype=torch.int64, none=0.05):
@@ -217,8 +217,8 @@ def make_planner(group):
 
 
 def make_channel(group):
-    slot = 99  # which no other test on these ranks has made
-    layers.register(layers.BufferState(Settings(mode="1"), group), TWO, slot)
+    os.environ["LPLB_EP"] = "1"
+    lplb_ep.Buffer(group).view(TWO, slot=99)  # which no other test on these ranks has made
 
 
 @pytest.mark.parametrize("make", [make_planner, make_channel])

@@ -28,7 +28,6 @@ LONG = dict.fromkeys(
         "planning.planner",
         "embedded.legacy",
         "embedded.elastic",
-        "deepep.drop_in",
     ],
     "not split yet",
 )

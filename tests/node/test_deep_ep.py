@@ -140,7 +140,8 @@ def batches(group, num_batches, seed):
         quota[column[column >= 0]] = plan.quota.cpu().long()[column >= 0]
         assert numbers == quota[first : first + placement.num_local_slots].tolist()
         assert sum(numbers) == int(plan.rank_load[group.rank()]) == int((slots >= 0).sum())
-    channel = lplb_ep.layer.channels[group][lplb_ep.layer.layer_of(placement), 0]
+    own = (lplb_ep.layer.layer_of(placement), 0)
+    (channel,) = (p for key, p in lplb_ep.layer.channels[group].items() if key[:2] == own)
     buffer.destroy()
     return channel.counts, int(channel.num_batches[0])
 

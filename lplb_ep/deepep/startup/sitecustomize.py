@@ -13,6 +13,9 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+# The drop-ins too: those made before the patch would plan a batch twice after it.
+_OURS = ("lplb_ep.deepep.drop_in", "lplb_ep.deepep.patch")
+
 
 class _Patch:
     """A finder and loader: whatever first imports DeepEP, by either name, gets it patched."""
@@ -20,8 +23,7 @@ class _Patch:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        # The drop-ins too: those made before the patch would plan a batch twice after it.
-        return ModuleSpec(name, self) if name in ("deep_ep", "lplb_ep.deepep.drop_in") else None  # type: ignore[arg-type]
+        return ModuleSpec(name, self) if name in ("deep_ep", *_OURS) else None  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Leaves it to Python to make the empty module."""
@@ -31,9 +33,12 @@ class _Patch:
         sys.meta_path.remove(self)
         del sys.modules[module.__name__]
         try:
-            importlib.import_module("lplb_ep.deepep.drop_in").patch()
+            importlib.import_module("lplb_ep.deepep.patch").patch()
         except BaseException:
-            sys.meta_path.insert(0, self)  # else another try would import DeepEP unpatched
+            # Another try must find neither DeepEP unpatched nor a patch of dropped modules.
+            sys.meta_path.insert(0, self)
+            for name in _OURS:
+                sys.modules.pop(name, None)
             raise
 
 

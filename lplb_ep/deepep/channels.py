@@ -1,0 +1,221 @@
+"""What the drop-in keeps on a buffer, and the channels by which its calls plan.
+
+A channel is the planner of a layer and micro-batch slot in a group, with the buffer's settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..comm.collectives import everyone, together
+from ..errors import ContractError
+from ..layer import Layer, channels, check_slot, layer_of
+from ..placement.table import Placement
+from ..planning.planner import Planner
+from ..settings import Settings
+from .contract import Contract
+
+
+class LayerUse(NamedTuple):
+    """A layer, and which of the micro-batches in flight."""
+
+    layer: Layer
+    slot: int
+
+
+def layer_use(target: Layer | Placement, slot: int) -> LayerUse:
+    """A checked `LayerUse`.
+
+    Raises:
+        TypeError: `target` is neither a layer nor a placement.
+        ValueError: `slot` is not a whole number in [0, 2**31).
+    """
+    check_slot(slot)
+    return LayerUse(layer_of(target), slot)
+
+
+_of_files: dict[Placement, Layer] = {}
+
+
+def layer_of_file(path: str) -> Layer:
+    """The layer of `LPLB_EP_PLACEMENT`: one in a process, whatever the number of buffers.
+
+    Raises:
+        PlacementError, OSError: as `Placement.load`.
+    """
+    placement = Placement.load(path)
+    return _of_files.setdefault(placement, layer_of(placement))
+
+
+class PlannerSettings(NamedTuple):
+    """The settings of a planner. Buffers with other settings have other planners."""
+
+    counts: str
+    solver: str
+    check: bool
+    timeout_s: int
+    abort_on_timeout: bool
+
+    @classmethod
+    def of(cls, settings: Settings) -> PlannerSettings:
+        """Those that a buffer's settings ask for."""
+        balances = settings.mode == "1"
+        return cls(
+            # At home nothing is exchanged or solved, and no kernel need be compiled.
+            counts=settings.counts if balances else "given",
+            solver=settings.solver if balances else "cpu",
+            check=settings.check,
+            timeout_s=settings.timeout_s,
+            abort_on_timeout=settings.on_timeout == "abort",
+        )
+
+
+@dataclass(eq=False)
+class BufferState:
+    """What the drop-in keeps on a buffer."""
+
+    settings: Settings
+    group: Any
+    contract: Contract
+    low_latency_mode: bool
+    has_nvlink_memory: bool
+    num_qps: int | None
+    """Queue pairs of a rank, where the buffer was made with a number of them."""
+    num_ranks_per_node: int | None
+    """Where there are several nodes."""
+    size_hint: Callable[..., int] | None = None
+    """DeepEP's own `get_low_latency_rdma_size_hint`, which counts the slots it is given."""
+    default: LayerUse | None = None
+    """What the buffer was made with, while no other placement has been in force on it: a call that
+    strayed out of its layer (a recompute) must not plan with another layer's copies."""
+    warned: bool = False
+    destroyed: bool = False
+    low_latency_slots: int | None = None
+    """P of the low-latency calls, which lay the buffer out by it."""
+    low_latency_calls: set[tuple[int, ...]] = field(default_factory=set)
+    """Sizes of low-latency calls that fit into the buffer and DeepEP's limits."""
+    planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
+    """From the tensor or handle by which a later call names the plan, weakly held."""
+    planners: dict[LayerUse, Planner] = field(default_factory=dict)
+    """Those that its calls have used. Their placements fit into DeepEP's limits."""
+
+    def __post_init__(self) -> None:
+        self.planner_settings = PlannerSettings.of(self.settings)
+
+    @property
+    def is_registered(self) -> bool:
+        """Whether the ranks have planned, so that a model with replica slots calls.
+
+        A call with no placement is an error then, on a buffer that replaces another too.
+        """
+        return isinstance(self.group, dist.ProcessGroup) and self.group in channels
+
+    def check_limits(self, placement: Placement) -> None:
+        """Holds a placement against the limits of the kernels that this buffer was made for.
+
+        Raises:
+            ContractError: names the limit and what to do.
+        """
+        if self.low_latency_mode:
+            self.contract.limits.check_low_latency(placement, self.num_qps)
+        elif self.has_nvlink_memory:
+            self.check_slots(placement)
+
+    def check_slots(self, placement: Placement) -> None:
+        """Holds a placement against the limits of `dispatch`.
+
+        Raises:
+            ContractError: names the limit and what to do.
+        """
+        self.contract.limits.check_slots(placement, self.num_ranks_per_node)
+
+
+def state_of(buffer: Any) -> BufferState:
+    """What the drop-in keeps on a buffer.
+
+    Raises:
+        ContractError: the buffer was made before `patch`, so nothing is kept.
+    """
+    state: BufferState | None = getattr(buffer, "_lplb_state", None)
+    if state is None:
+        raise ContractError(
+            "this buffer was made before lplb_ep was patched in, and plans nothing: make it after"
+        )
+    return state
+
+
+def register(
+    state: BufferState,
+    target: Layer | Placement,
+    slot: int,
+    check: Callable[[Layer], None] = lambda layer: None,
+) -> LayerUse:
+    """Makes the channel of a layer and slot.
+
+    Collective, also where it exists already: ranks that bring different placements must meet here,
+    not in their exchanges.
+
+    Args:
+        state: of the buffer.
+        target: the layer, or the placement object that stands for one.
+        slot: which of the micro-batches in flight.
+        check: raises what is wrong with the layer on this rank; the other ranks then raise, too.
+
+    Raises:
+        RankError: names the ranks that bring another placement or slot, or failed.
+        Exception: what failed on this rank.
+    """
+    group = state.group if isinstance(state.group, dist.ProcessGroup) else None
+    with together(group, "placement") as facts:
+        use = layer_use(target, slot)
+        check(use.layer)
+        state.check_limits(use.layer.placement)
+        facts.update(placement=use.layer.placement.fingerprint(), slot=slot)
+    if group is not None and not all(everyone(group, _existing(state, use) is not None)):
+        _make(state, use, compare=True)
+    channel(state, use)
+    return use
+
+
+def channel(state: BufferState, use: LayerUse) -> Planner:
+    """The planner of a layer and slot.
+
+    Local where it exists, or where counts travel by torch's collectives: every batch compares its
+    placement anyway. Else the ranks share memory for it.
+
+    Raises:
+        ContractError: the buffer has no group of torch, or DeepEP's limits are too small.
+    """
+    planner = state.planners.get(use)
+    if planner is None or planner.is_outdated:
+        if not isinstance(state.group, dist.ProcessGroup):
+            raise ContractError(
+                "balancing needs a buffer on a torch.distributed group; "
+                f"this one is on {type(state.group).__name__}"
+            )
+        state.check_limits(use.layer.placement)
+        planner = _existing(state, use) or _make(state, use, compare=False)
+        state.planners[use] = planner
+    if state.default is not None and use.layer is not state.default.layer:
+        state.default = None
+    return planner
+
+
+def _existing(state: BufferState, use: LayerUse) -> Planner | None:
+    of_group = channels.get(state.group, {})
+    planner = of_group.get((use.layer, use.slot, state.planner_settings))
+    return None if planner is None or planner.is_outdated else planner
+
+
+def _make(state: BufferState, use: LayerUse, *, compare: bool) -> Planner:
+    planner = Planner(
+        use.layer, state.group, slot=use.slot, compare=compare, **state.planner_settings._asdict()
+    )
+    of_group = channels.setdefault(state.group, {})
+    of_group[use.layer, use.slot, state.planner_settings] = planner
+    return planner

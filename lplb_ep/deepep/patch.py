@@ -1,0 +1,47 @@
+"""The patch: the drop-ins' methods on the original classes, which programs import by name."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from .drop_in import chosen_module, overrides, patched
+from .hooks import HOOKS
+
+log = logging.getLogger(__name__)
+
+
+def patch() -> None:
+    """Puts the overriding methods on the original classes.
+
+    Where DeepEP is not to be had, the embedded module takes its name, so that a program that
+    imports `deep_ep` runs without it.
+
+    Raises:
+        ContractError: a class lacks something that the methods rely on. None is changed then.
+    """
+    module = chosen_module()
+    bases = [getattr(module, name) for name in HOOKS if hasattr(module, name)]
+    made = {base: overrides(base) for base in bases if base not in patched}
+    if sys.modules.setdefault("deep_ep", module).__name__ == "lplb_ep.embedded":
+        sys.modules["deep_ep.utils"] = module.utils
+    for base, methods in made.items():
+        patched[base] = {name: vars(base).get(name) for name in methods}
+        for name, method in methods.items():
+            setattr(base, name, method)
+    if hasattr(module, "HybridEPBuffer"):
+        log.warning("HybridEPBuffer is not balanced: it is left as it is")
+
+
+def unpatch() -> None:
+    """Takes back what `patch` did."""
+    for base, originals in patched.items():
+        for name, method in originals.items():
+            if method is None:
+                delattr(base, name)
+            else:
+                setattr(base, name, method)
+    patched.clear()
+    if getattr(sys.modules.get("deep_ep"), "__name__", "") == "lplb_ep.embedded":
+        for name in ("deep_ep", "deep_ep.utils"):
+            sys.modules.pop(name, None)
