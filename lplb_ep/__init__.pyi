@@ -11,9 +11,9 @@ from .errors import RankError as RankError
 from .layer import Layer as Layer
 from .layer import mark_stale as mark_stale
 from .layer import mark_valid as mark_valid
+from .placement.layer_files import load_placements as load_placements
+from .placement.layer_files import save_placements as save_placements
 from .placement.table import Placement as Placement
-from .placement.table import load_placements as load_placements
-from .placement.table import save_placements as save_placements
 from .planning.plan import Plan as Plan
 from .planning.plan import check_plan as check_plan
 from .planning.planner import Planner as Planner

@@ -130,7 +130,7 @@ def solve(
 
     Every token starts at its home. Maximum flows push the load of ranks above a limit T along
     chains of replicas to ranks below it. Where a flow falls short, its minimum cut is a set S of
-    ranks that its load must stay on: load(S) / speed(S) is a lower bound, and gives the next T.
+    ranks that must keep its load. So load(S) / speed(S) is a lower bound, and gives the next T.
     This is Newton's method on a parametric cut (Dinkelbach 1967, Radzik 1993): the first T that
     leaves no excess is the best whole-numbered one. Flows scaled by the bound's denominator then
     raise the bound to T* itself. Each component of the network has a T of its own; all of them

@@ -1,8 +1,8 @@
-"""LPLB's fixed patterns of which rank holds a copy of which rank's experts, by name.
+"""LPLB's policy: each rank's first experts get replicas on fixed ranks, by a named pattern.
 
-The names and graphs are those of LPLB (github.com/deepseek-ai/LPLB), as is `r2o`, "redundant to
-original": an array [G, D] for a group of G ranks in which `r2o[i, d]` is the rank that rank i
-copies its d-th redundant expert from.
+The names and graphs are those of LPLB (github.com/deepseek-ai/LPLB). So is `r2o`, "redundant to
+original", an array [G, D] for groups of G ranks. Rank i of a group copies its d-th redundant expert
+from rank `r2o[i, d]` of the group.
 """
 
 from __future__ import annotations
@@ -15,11 +15,62 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import PlacementError
+from .eplb import rebalance
+from .inputs import expert_load, integers, ranks_per_node, whole
 
 Array = npt.NDArray[Any]
 
 
-def redundant_to_original(topology: str | Array, num_ranks: int) -> Array:
+def fill_by_topology(
+    topology: str | npt.ArrayLike,
+    num_experts: int,
+    num_ranks: int,
+    num_redundant_per_rank: int | None,
+    load: npt.ArrayLike | None,
+    num_ranks_per_node: int | None,
+) -> dict[str, Any]:
+    """The arguments of the placement that `Placement.from_topology` makes, which documents these.
+
+    Raises:
+        PlacementError: names the argument that does not fit, or the rank and column of `r2o`.
+    """
+    num_experts = whole("num_experts", num_experts)
+    num_ranks = whole("num_ranks", num_ranks)
+    node = ranks_per_node(num_ranks, num_ranks_per_node)
+    source = redundant_to_original(topology, num_ranks)
+    size, columns = source.shape
+    if num_experts % num_ranks:
+        raise PlacementError(
+            f"num_ranks must divide num_experts: {num_ranks} does not divide {num_experts}"
+        )
+    local, redundant = num_experts // num_ranks, columns
+    if num_redundant_per_rank is not None:
+        redundant = whole("num_redundant_per_rank", num_redundant_per_rank)
+    if redundant % columns or redundant > local:
+        raise PlacementError(
+            f"num_redundant_per_rank must be a multiple of the topology's {columns} columns, "
+            f"up to num_experts / num_ranks = {local}; got {redundant}"
+        )
+
+    if load is None:
+        home: Array = np.arange(num_experts).reshape(num_ranks, local)
+    else:
+        weight = expert_load(load, num_experts)
+        groups, nodes = num_ranks // size, num_ranks // node
+        whole_groups = (nodes, groups) if groups % nodes == 0 else (1, 1)
+        home = rebalance(weight, num_ranks, local, *whole_groups)  # hottest first on each rank
+    group_start = np.arange(num_ranks)[:, None] // size * size
+    copied = group_start + np.tile(source, (num_ranks // size, redundant // columns))
+    table = np.concatenate([home, home[copied, np.arange(redundant)]], axis=1)
+    return {
+        "physical_to_logical": table.ravel(),
+        "num_ranks": num_ranks,
+        "num_experts": num_experts,
+        "num_ranks_per_node": node,
+    }
+
+
+def redundant_to_original(topology: str | npt.ArrayLike, num_ranks: int) -> Array:
     """The checked `r2o` of a topology.
 
     Args:
@@ -33,7 +84,10 @@ def redundant_to_original(topology: str | Array, num_ranks: int) -> Array:
         PlacementError: an unknown name, a group size that does not divide R, or a column that is
             no such permutation.
     """
-    source = _named(topology, num_ranks) if isinstance(topology, str) else topology
+    if isinstance(topology, str):
+        source = _named(topology, num_ranks)
+    else:
+        source = integers("topology", topology, dims=(2,))
     size, columns = source.shape
     if source.size == 0 or num_ranks % size:
         raise PlacementError(
@@ -61,8 +115,9 @@ def redundant_to_original(topology: str | Array, num_ranks: int) -> Array:
 def _named(name: str, num_ranks: int) -> Array:
     if name in ("cube", "hypercube"):
         rank = np.arange(8 if name == "cube" else 16)
-        # Column 0: rings of four ranks. Column 1 joins the fours: those of the hypercube in rings
-        # of four again; the two of the cube there and back, once along edges, once on diagonals.
+        # Column 0 has rings of four ranks, and column 1 joins the fours. Those of a hypercube are
+        # joined in rings of four again. The two of a cube are joined there and back, once along
+        # edges and once along diagonals.
         four, place = rank // 4, rank % 4
         across = np.where(four == 0, (place + 2) % 4, place) if name == "cube" else place
         next_four = (four - 1) % (rank.size // 4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lplb_ep import Placement
-from lplb_ep.placement.table import load_placements
+from lplb_ep.placement.layer_files import load_placements
 from lplb_ep.tools import cli
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.replay import replay

@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from lplb_ep.errors import PlacementError
+from lplb_ep.layer import layer_of
 from lplb_ep.placement import eplb
-from lplb_ep.placement.table import Placement, load_placements, save_placements
+from lplb_ep.placement.layer_files import load_placements, save_placements
+from lplb_ep.placement.table import Placement
 
 # Three ranks of four slots, two of them unused. Expert 0 is on every rank, expert 4 twice on rank
 # 1, expert 1 on ranks 2 (local slot 1) and 0 (local slot 3).
@@ -225,6 +228,40 @@ def test_tables_can_be_changed_neither_by_their_owner_nor_through_the_input():
                 getattr(value, name)[0] = 5
     assert copies[1] == copies[2] == placement
     assert copies[3] == Placement(TABLE, 3, home=[7, 3, 1, 5, 6, 11])
+
+
+def test_attributes_do_not_change():
+    placement = Placement(TABLE, 3)
+    attributes = ["num_ranks", "physical_to_logical", "home", "component", "_fingerprint", "other"]
+    for name in attributes:
+        message = f"the {name} of a Placement does not change: make another one"
+        with pytest.raises(FrozenInstanceError, match=message):
+            setattr(placement, name, 1)
+        with pytest.raises(AttributeError, match=message):
+            delattr(placement, name)
+    assert placement.component.tolist() == [0, 0, 0]  # found at the first use, and kept
+    assert placement.component is placement.component
+    assert placement == Placement(TABLE, 3)
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["fresh", "cached"])
+def test_a_placements_layer_is_no_part_of_its_value(cached):
+    plain, in_force = Placement(TABLE, 3), Placement(TABLE, 3)
+    if cached:
+        for name in ("node", "component"):
+            getattr(in_force, name)
+        in_force.fingerprint()
+    layer = layer_of(in_force)
+    assert layer_of(in_force) is layer
+    assert in_force == plain
+    assert hash(in_force) == hash(plain)
+    assert repr(in_force) == repr(plain)
+    assert pickle.dumps(in_force) == pickle.dumps(plain)
+    duplicates = (copy.copy(in_force), copy.deepcopy(in_force))
+    for other in (*duplicates, pickle.loads(pickle.dumps(in_force))):
+        assert other == in_force
+        assert layer_of(other) is not layer
+    assert len({in_force, plain, *duplicates}) == 1
 
 
 def test_save_and_load(tmp_path):

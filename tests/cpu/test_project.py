@@ -22,8 +22,6 @@ from lplb_ep.settings import Settings, settings_table
 LONG = dict.fromkeys(
     [
         "gpu.jit",
-        "placement.optimize",
-        "placement.table",
         "planning.device",
         "planning.planner",
         "embedded.legacy",
@@ -37,7 +35,7 @@ NAMES_DEEP_EP = {
     "tools.commands.doctor": "says whether it is installed",
 }
 # Files and folders whose every sentence is short and free of private words.
-PLAIN = ["lplb_ep/__init__.py", "lplb_ep/tools", "tests/layers.py"]
+PLAIN = ["lplb_ep/__init__.py", "lplb_ep/placement", "lplb_ep/tools", "tests/layers.py"]
 
 
 def trees():
@@ -154,8 +152,6 @@ def test_everything_public_is_documented():
 
 def test_every_public_function_says_what_it_does():
     for name, tree in trees():
-        if name == "placement.optimize":  # serves Placement.for_lp only
-            continue
         named = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
         public = [n for n in named if not n.name.startswith("_")]
         methods = [n for c in public if isinstance(c, ast.ClassDef) for n in c.body]

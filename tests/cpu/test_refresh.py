@@ -801,7 +801,7 @@ def test_copies_are_replaced_at_the_same_homes_and_width():
     assert not moved.may_replace(old)
     with pytest.raises(PlacementError, match="home of expert 3 is slot 0, which holds expert 1"):
         old.with_copies([1, 0, 1, 2, 0, 3])
-    with pytest.raises(PlacementError, match="expert 1 has 3 copies, and there is room for 2"):
+    with pytest.raises(PlacementError, match="expert 1 has 3 copies, more than max_replicas = 2"):
         old.with_copies([3, 1, 1, 2, 0, 1])
     with pytest.raises(PlacementError, match="must have the 6 slots"):
         old.with_copies([3, 0, 1, 2, 0, -1, -1, -1])

@@ -74,7 +74,7 @@ def read_another(
 
 def read_placements(path: str, layers: Sequence[int]) -> list[Placement]:
     """The layers' placements from a file with one for each of them, or one for all."""
-    from ...placement.table import Placement, load_placements
+    from ...placement import Placement, load_placements
 
     with open(path, "rb") as file:
         if b'"lplb_ep_placements"' not in file.read(64):

@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
         check_least(args, "seed", "seconds")
-        from ...placement.table import save_placements
+        from ...placement.layer_files import save_placements
         from ..replay import describe
 
         recording = read_recording(args)
