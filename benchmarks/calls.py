@@ -21,6 +21,7 @@ tracked` a `Replicas` of P / R small modules on each rank says that its weights 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import importlib.metadata
 import itertools
@@ -382,7 +383,7 @@ def conditions(sizes: Sizes, num_ranks: int, commit: str) -> dict[str, object]:
         **asdict(sizes),
     }
     if sizes.on_gpu:
-        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["NCCL"] = _nccl()
     return found
 
 
@@ -397,6 +398,13 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def _nccl() -> str:
+    """The version that is loaded, which need not be the one that torch was compiled with."""
+    version = ctypes.c_int()
+    ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(version))
+    return f"{version.value // 10000}.{version.value // 100 % 100}.{version.value % 100}"
 
 
 def _resolution() -> int:

@@ -3,10 +3,23 @@
 import importlib.util
 import time
 
+import experts
 import numpy as np
-import oracle
 import pytest
 import torch
+from experts import (
+    FP8_TOLERANCE,
+    MOST_TOKENS,
+    NUM_EXPERTS,
+    TOLERANCE,
+    close,
+    compute,
+    place,
+    quotas,
+    subnormal,
+    use_gpu,
+    widen,
+)
 
 import lplb_ep
 from lplb_ep import Planner, RankError, check_plan
@@ -16,21 +29,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="no DeepEP"),
 ]
 
-HIDDEN, NUM_EXPERTS = 512, 64
-# A sum over ranks of products rounded to bfloat16, of 8 bits: each of at most 8 terms is off by
-# 2**-9 of itself, and each sum of two by as much again.
-TOLERANCE = 2**-6
-
-
-def place(num_ranks, seed=0):
-    """Another one for each seed: a channel lives as long as its group."""
-    rng = np.random.default_rng((num_ranks, seed))
-    return oracle.random_placement(rng, num_ranks, NUM_EXPERTS, 2)
-
-
-def use_gpu(group):
-    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
-    torch.manual_seed(group.rank())
+HIDDEN = 512
 
 
 def make_buffer(group, placement):
@@ -45,30 +44,8 @@ def make_buffer(group, placement):
     )
 
 
-def draw(rng, placement, empty):
-    """This rank's tokens, which its peers cannot know."""
-    tokens = 0 if empty else int(rng.integers(1, 400))
-    weights = rng.lognormal(0, 1.2, NUM_EXPERTS)
-    topk_idx = torch.from_numpy(oracle.random_topk(rng, tokens, 4, weights)).long().cuda()
-    x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
-    return x, topk_idx, torch.rand(tokens, 4, device="cuda")
-
-
-def scale(expert):
-    """What expert e multiplies its tokens by."""
-    return torch.where(expert < 0, 0.0, 1 + expert / NUM_EXPERTS)
-
-
-def compute(x, slots, weights, placement, rank):
-    """The experts of this rank's slots, on received tokens."""
-    first = rank * placement.num_local_slots
-    table = torch.tensor(placement.physical_to_logical.tolist(), device="cuda")
-    expert = torch.where(slots < 0, -1, table[(first + slots).clamp(min=0)])
-    return (x.float() * (scale(expert) * weights.masked_fill(slots < 0, 0)).sum(1, True)).bfloat16()
-
-
-def expected(x, topk_idx, weights):
-    return x.float() * (scale(topk_idx) * weights).sum(1, keepdim=True)
+def draw(rng, *, empty):
+    return experts.draw(rng, HIDDEN, 0 if empty else int(rng.integers(1, MOST_TOKENS)))
 
 
 def layer(buffer, group, placement, x, topk_idx, weights, *, asynchronous=False, **options):
@@ -103,20 +80,12 @@ def layer(buffer, group, placement, x, topk_idx, weights, *, asynchronous=False,
     if asynchronous:
         done.current_stream_wait()
     if isinstance(received, tuple):
-        values, scales = received
-        received = (values.float().view(len(values), -1, 128) * scales.unsqueeze(2)).flatten(1)
+        received = widen(received)
     out = compute(received, slots, received_weights, placement, group.rank())
     combined, _, done = buffer.combine(out, handle, async_finish=asynchronous)
     if asynchronous:
         done.current_stream_wait()
     return combined, slots, numbers, handle
-
-
-def close(out, x, topk_idx, weights, tolerance=TOLERANCE, smallest=1e-6):
-    """Within `tolerance` of each value; those below `smallest` are as good as 0."""
-    exact = expected(x, topk_idx, weights)
-    size = x.float().abs().clamp(min=smallest) * (scale(topk_idx) * weights).sum(1, keepdim=True)
-    assert ((out.float() - exact).abs() <= tolerance * size + 1e-6).all()
 
 
 def batches(group, num_batches, seed):
@@ -127,18 +96,14 @@ def batches(group, num_batches, seed):
     judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
     rng = np.random.default_rng(100 + group.rank())
     for batch in range(num_batches):
-        x, topk_idx, weights = draw(rng, placement, empty=rng.random() < 0.2)
+        x, topk_idx, weights = draw(rng, empty=rng.random() < 0.2)
         out, slots, numbers, _ = layer(
             buffer, group, placement, x, topk_idx, weights, asynchronous=batch % 2 == 1
         )
         close(out, x, topk_idx, weights)
         plan = judge(topk_idx)
         check_plan(plan, topk_idx, placement, group.rank())
-        first = group.rank() * placement.num_local_slots
-        quota = torch.zeros(placement.num_physical_experts, dtype=torch.int64)
-        column = torch.tensor(placement.logical_to_physical.tolist())
-        quota[column[column >= 0]] = plan.quota.cpu().long()[column >= 0]
-        assert numbers == quota[first : first + placement.num_local_slots].tolist()
+        assert numbers == quotas(plan, placement, group.rank())
         assert sum(numbers) == int(plan.rank_load[group.rank()]) == int((slots >= 0).sum())
     own = (lplb_ep.layer.layer_of(placement), 0)
     (channel,) = (p for key, p in lplb_ep.layer.channels[group].items() if key[:2] == own)
@@ -161,7 +126,7 @@ def at_home(group):
     rng = np.random.default_rng(100 + group.rank())
     homes = {int(h) for h in placement.home}
     for _ in range(20):
-        x, topk_idx, weights = draw(rng, placement, empty=False)
+        x, topk_idx, weights = draw(rng, empty=False)
         out, slots, _, _ = layer(buffer, group, placement, x, topk_idx, weights)
         close(out, x, topk_idx, weights)
         first = group.rank() * placement.num_local_slots
@@ -180,12 +145,10 @@ def options(group):
     judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
     rng = np.random.default_rng(7 + group.rank())
     for _ in range(10):
-        x, topk_idx, weights = draw(rng, placement, empty=False)
+        x, topk_idx, weights = draw(rng, empty=False)
         out, *_ = layer(buffer, group, placement, x, topk_idx, weights, fp8=True)
-        # e4m3 has 3 bits, and fewer below 2**-6 of a scale that makes 448 of a block's largest.
-        subnormal = 2**-6 * float(x.abs().max()) / 448
-        close(out, x, topk_idx, weights, tolerance=2**-3, smallest=subnormal)
-        most = 400 * group.size()
+        close(out, x, topk_idx, weights, FP8_TOLERANCE, smallest=subnormal(x))
+        most = MOST_TOKENS * group.size()
         out, slots, numbers, _ = layer(
             buffer, group, placement, x, topk_idx, weights, num_worst_tokens=most
         )
@@ -221,7 +184,7 @@ def stale(group):
     use_gpu(group)
     placement = place(group.size(), 22)
     buffer = make_buffer(group, placement)
-    x, topk_idx, weights = draw(np.random.default_rng(group.rank()), placement, empty=False)
+    x, topk_idx, weights = draw(np.random.default_rng(group.rank()), empty=False)
     out, slots, _, _ = layer(buffer, group, placement, x, topk_idx, weights)
     close(out, x, topk_idx, weights)
     first = group.rank() * placement.num_local_slots
@@ -239,7 +202,7 @@ def late(group):
     use_gpu(group)
     placement = place(group.size(), 23)
     buffer = make_buffer(group, placement)
-    x, topk_idx, weights = draw(np.random.default_rng(group.rank()), placement, empty=False)
+    x, topk_idx, weights = draw(np.random.default_rng(group.rank()), empty=False)
     layer(buffer, group, placement, x, topk_idx, weights)
     is_late = group.rank() == group.size() - 1
     if is_late:
