@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -72,6 +73,11 @@ class Sizes:
     @property
     def device(self) -> str:
         return "cuda" if self.on_gpu else "cpu"
+
+    @property
+    def module(self) -> str:
+        """Of the buffers that move the rows."""
+        return "deep_ep" if self.on_gpu else "lplb_ep.embedded"
 
 
 @dataclass(frozen=True)
@@ -148,7 +154,7 @@ class Layer:
         P = self.placement.num_physical_experts
         given = (tokens.slots, P) if self.sizes.physical else (tokens.logical, len(self.popularity))
         ways: Ways = {
-            "plain": functools.partial(pair, plain_of(buffer), tokens, tokens.slots, P),
+            "plain": functools.partial(pair, plain_of(buffer, self.sizes), tokens, tokens.slots, P),
             "balanced": functools.partial(pair, buffer, tokens, *given),
         }
         rows = {way: torch.as_tensor(call()).tolist() for way, call in ways.items()}
@@ -157,10 +163,10 @@ class Layer:
         return ways
 
 
-def plain_of(buffer: Any) -> Any:
+def plain_of(buffer: Any, sizes: Sizes) -> Any:
     """The buffer as DeepEP's own class has it: the same memory, without the drop-in's methods."""
-    classes = type(buffer).__mro__
-    own = next(c for c in classes if not c.__module__.startswith("lplb_ep.deepep"))
+    own = getattr(importlib.import_module(sizes.module), type(buffer).__name__)
+    assert own in type(buffer).__mro__[1:], f"{type(buffer)} is no drop-in of {own}"
     plain = object.__new__(own)
     plain.__dict__ = buffer.__dict__
     return plain
@@ -371,13 +377,12 @@ def markdown(rows: list[tuple[str, list[float]]]) -> str:
 
 def conditions(sizes: Sizes, num_ranks: int, commit: str) -> dict[str, object]:
     """Where this was measured, and of what."""
-    module = "lplb_ep.embedded" if not sizes.on_gpu else "deep_ep"
     found: dict[str, object] = {
         "commit": commit or _commit(),
         "package": str(Path(lplb_ep.__file__).parent),
         "device": torch.cuda.get_device_name() if sizes.on_gpu else "CPU",
         "ranks": num_ranks,
-        "buffers": f"{module} {_version('deep_ep') if sizes.on_gpu else ''}".strip(),
+        "buffers": f"{sizes.module} {_version('deep_ep') if sizes.on_gpu else ''}".strip(),
         **{name: _version(name) for name in ("torch", "cupy-cuda13x", "nvshmem4py-cu13")},
         "clock of the thread, ns": _resolution(),
         **asdict(sizes),
