@@ -14,11 +14,12 @@ from .layer import mark_valid as mark_valid
 from .placement.layer_files import load_placements as load_placements
 from .placement.layer_files import save_placements as save_placements
 from .placement.table import Placement as Placement
+from .planning.check import check_plan as check_plan
 from .planning.plan import Plan as Plan
-from .planning.plan import check_plan as check_plan
 from .planning.planner import Planner as Planner
 from .planning.solve import Solution as Solution
 from .planning.solve import solve as solve
+from .problem import Problem as Problem
 from .settings import Settings as Settings
 from .weights.refresh import Refresher as Refresher
 from .weights.replicas import Replicas as Replicas

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from .placement.table import Placement, check_placement
+from .problem import Problem
 
 
 class Planning(Protocol):
@@ -42,10 +43,16 @@ class Layer:
 
     Args:
         placement: the copies that are in force at first.
+        problem: what bounds the plans of every batch beside its counts: base loads, say. Planners
+            and buffers go by it.
 
     Raises:
         TypeError: `placement` is not a `Placement`.
+        ValueError, InfeasibleError: as `Problem.checked`, or the problem has a load.
     """
+
+    problem: Problem
+    """What bounds the plans of every batch beside its counts."""
 
     is_refreshable: bool
     """Whether a refresh may replace the placement. Planners then reserve capacity for that."""
@@ -54,8 +61,11 @@ class Layer:
     planners: WeakSet[Any]
     """The planners that were made for this layer, of whatever group."""
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: Placement, problem: Problem | None = None) -> None:
         check_placement(placement)
+        self.problem = Problem() if problem is None else problem.checked(placement)
+        if self.problem.load is not None:
+            raise ValueError("a layer's load comes with each batch; its problem must have none")
         self.replace(placement)
         self.is_refreshable = False
         self.observers = []

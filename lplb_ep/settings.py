@@ -12,6 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+SOLVERS = ("auto", "cpu", "flow", "cusolverdx")
+"""Requests for a solver; `planning.solvers` has a record of each that runs on the GPU."""
+
 _Range = tuple[str, Callable[[float], bool]]
 """In words, and whether a number lies in it."""
 _AT_LEAST_0: _Range = ("of at least 0", lambda number: 0 <= number < math.inf)
@@ -87,7 +90,7 @@ class Settings:
         "auto",
         "Which solver makes the quotas. `auto` takes `flow`, on the GPU, where there is one and it "
         "takes the placement.",
-        ("auto", "cpu", "flow", "cusolverdx"),
+        SOLVERS,
     )
     indices: str = _setting(
         "LPLB_EP_INDICES",

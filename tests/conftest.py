@@ -31,7 +31,7 @@ def each_kernel():
 
     Both solvers, the flow for one and for more arcs a thread, and both index types are among them.
     """
-    from lplb_ep.planning.device import programs
+    from lplb_ep.planning.kernels import programs
 
     kinds = {}
     for program in programs():

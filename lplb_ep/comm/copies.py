@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from ..gpu.abi import Signature
-from ..gpu.device import launch, load
-from ..gpu.jit import Kernel, Program
+from ..gpu.jit import Program
+from ..gpu.launch import Kernel, load
 
 BARRIER = Signature(
     "barrier",
@@ -85,18 +85,12 @@ class Peers:
         """
         self._stream()
         num_ranks = len(self.missing)
-        launch(
-            self._kernel,
-            (1, 1),
-            -(-num_ranks // 32) * 32,
-            0,
-            self._device,
-            *BARRIER.arrange(
-                flags=self._flags.data_ptr(),
-                num_ranks=num_ranks,
-                rank=self._rank,
-                number=number,
-                limit_ns=self._limit_ns,
-                missing=self._missing.data_ptr(),
-            ),
+        arguments = BARRIER.arrange(
+            flags=self._flags.data_ptr(),
+            num_ranks=num_ranks,
+            rank=self._rank,
+            number=number,
+            limit_ns=self._limit_ns,
+            missing=self._missing.data_ptr(),
         )
+        self._kernel((1, 1), -(-num_ranks // 32) * 32, 0, self._device, arguments)

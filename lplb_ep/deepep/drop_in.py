@@ -23,7 +23,7 @@ from ..comm.nvshmem import has_started_nvshmem
 from ..errors import ContractError, MissingPackageError
 from ..layer import Layer
 from ..placement.table import Placement
-from ..planning.solve import solver_fact
+from ..planning.solvers import solver_fact
 from ..settings import Settings
 from .calls import Call, Original
 from .channels import BufferState, LayerUse, layer_of_file, layer_use, register, state_of

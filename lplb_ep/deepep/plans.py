@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import numbers
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
-from ..planning.plan import check_topk_idx
+from ..planning.inputs import check_topk_idx
 from ..planning.planner import Planner
 from .calls import Call
 from .channels import BufferState, LayerUse, channel
@@ -145,25 +143,22 @@ def plan(
         call.check()
         topk_idx = call["topk_idx"]
         _check_num_experts(call["num_experts"], placement, settings.indices)
-        check_topk_idx(topk_idx, placement.num_experts, values=False)
+        check_topk_idx(topk_idx)
         check(topk_idx)
         # Unlike DeepEP's kernels, planning runs on the current stream: it must wait as they would.
         event = call.event("previous_event")
         if event is not None:
             event.current_stream_wait()
-        experts = topk_idx
-        if settings.indices == "physical":
-            experts = _experts_of_slots(topk_idx, placement)
     except Exception as error:  # whatever it is, the others must not wait for this rank's counts
         if balances:
             planner.refuse(error)
         raise
-    distinct = state.contract.distinct_picks
+    indices, distinct = settings.indices, state.contract.distinct_picks
     if balances:
-        is_trusted = settings.replicas == "valid" or layer.is_valid
-        physical = planner(experts, stale=not is_trusted, distinct=distinct).topk_idx
+        stale = not (settings.replicas == "valid" or layer.is_valid)
+        physical = planner.route(topk_idx, stale=stale, indices=indices, distinct=distinct)
     else:
-        physical = planner.home(experts, distinct=distinct)
+        physical = planner.home(topk_idx, indices=indices, distinct=distinct)
     if event is not None:
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
@@ -186,26 +181,3 @@ def _check_num_experts(num_experts: Any, placement: Placement, indices: str) -> 
         f"num_experts must be {expected} with {indices} indices on this placement "
         f"({E} experts in {P} slots); got {shown}{hint}"
     )
-
-
-def _experts_of_slots(topk_idx: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """The experts that an engine's own choice of slots names."""
-    E, P = placement.num_experts, placement.num_physical_experts
-    on_cpu = topk_idx.device.type == "cpu"
-    check_topk_idx(topk_idx, P, values=on_cpu)
-    # What is wrong becomes E, which is no expert: the planner refuses it without a synchronisation.
-    known = (topk_idx >= -1) & (topk_idx < P)
-    experts = _expert_table(placement, topk_idx.device)[torch.where(known, topk_idx, P).long()]
-    if on_cpu:
-        empty = topk_idx[experts == E]
-        if len(empty):
-            raise ValueError(f"topk_idx names slot {int(empty[0])}, which holds no expert")
-    return experts.to(topk_idx.dtype)
-
-
-@functools.lru_cache(maxsize=1024)
-def _expert_table(placement: Placement, device: torch.device) -> torch.Tensor:
-    """[P + 2]: the expert of each slot, E for an unused one and for P, and -1 at the end."""
-    table = np.append(placement.physical_to_logical, [-1, -1])
-    table[:-1][table[:-1] < 0] = placement.num_experts
-    return torch.from_numpy(table).to(device)

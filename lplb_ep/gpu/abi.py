@@ -168,6 +168,39 @@ class Signature:
         """
         return tuple(_in_order(self.name, self._names, values))
 
+    def span(self, *paths: str) -> tuple[int, int, str]:
+        """Where neighbouring fields lie, as `Launch.writer` takes it.
+
+        Args:
+            paths: an argument's name, or "argument.field.inner" for a field of a struct; each
+                behind the one before, without a gap.
+
+        Returns:
+            The number of the argument, the offset of the first field in it, and the formats.
+
+        Raises:
+            ValueError: there is a gap, or an argument between two fields.
+        """
+        places = [self._place(path) for path in paths]
+        argument, start, _, _ = places[0]
+        end, formats = start, ""
+        for path, (of, offset, format, size) in zip(paths, places, strict=True):
+            if (of, offset) != (argument, end):
+                raise ValueError(f"{path} is not behind the field before it")
+            end, formats = offset + size, formats + format
+        return argument, start, formats
+
+    def _place(self, path: str) -> tuple[int, int, str, int]:
+        """The number of the argument, and the offset, format and size of a field in it."""
+        name, *inner = path.split(".")
+        index = self._names.index(name)
+        field, offset = self.arguments[index], 0
+        for step in inner:
+            assert isinstance(field.type, Struct), f"{path}: {field.name} is no struct"
+            offset += field.type.offsets[step]
+            field = next(one for one in field.type.fields if one.name == step)
+        return index, offset, field.format, field.size
+
 
 def _in_order(
     what: str, names: Sequence[str], values: Mapping[str, int | bytes]

@@ -15,12 +15,9 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import itertools
 import logging
 import os
 import re
-import struct
-import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,13 +31,12 @@ from ..errors import CompileError, MissingPackageError
 from ..settings import cache_directory, cuda_home
 
 log = logging.getLogger(__name__)
-_thread = threading.local()
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 MAX_THREADS = 8
 """That compile at a time, at most."""
 
-_INSTALL = "pip install '.[cuda]' in a checkout of lplb_ep"
+INSTALL = "pip install '.[cuda]' in a checkout of lplb_ep"
 # Part of every key; raised when a change here would make old entries wrong.
 _SCHEMA = 1
 _COMPILE_OPTIONS = ("-std=c++17", "-lineinfo", "-no-source-include")
@@ -65,7 +61,6 @@ _FUNCTIONS = {"potrf": 2, "potrs": 3}
 _LTOIR, _FATBIN = 3, 4  # of nvJitLink.h
 # Of cuda.h and driver_types.h: bytes of shared memory that a kernel has and may ask for, and that a
 # block of a device may have.
-_STATIC_BYTES, _MAX_DYNAMIC_BYTES, _MAX_BYTES_OF_BLOCK = 1, 8, 97
 
 
 @dataclass(frozen=True)
@@ -143,101 +138,6 @@ class Cubin:
     data: bytes = field(repr=False)
     path: Path
     cached: bool
-
-
-class Kernels:
-    """The kernels of a cubin, loaded on the current CUDA device.
-
-    Raises:
-        MissingPackageError: CuPy is not installed.
-    """
-
-    def __init__(self, cubin: Cubin):
-        cupy = _cupy()
-        self._driver, self._runtime = cupy.cuda.driver, cupy.cuda.runtime
-        self._max_shared_bytes = max_shared_bytes(self._runtime.getDevice())
-        self._module = cupy.cuda.Module()
-        self._module.load(cubin.data)
-
-    def kernel(self, name: str, arguments: Sequence[str]) -> Kernel:
-        """A kernel, ready to be launched on the device.
-
-        It may be launched with all the shared memory that a block can have. A launch's own need
-        would not do as the limit, which all that hold the kernel share.
-
-        Args:
-            name: its name in the source, where it is `extern "C"`.
-            arguments: the format of each of its arguments, as of module `struct`: "Q" is a pointer,
-                "i" an int, "40s" a struct of 40 bytes.
-        """
-        function = self._module.get_function(name)
-        static = self._driver.funcGetAttribute(_STATIC_BYTES, function.ptr)
-        self._driver.funcSetAttribute(
-            function.ptr, _MAX_DYNAMIC_BYTES, self._max_shared_bytes - static
-        )
-        return Kernel(function, self._driver, self._runtime, arguments)
-
-
-class Kernel:
-    """A kernel, and a place for its arguments.
-
-    Launches go by CuPy's driver interface (`cupy.cuda.driver`, which is not among its documents),
-    since the call of a `cupy.cuda.Function` keeps the CPU twice as long. From several threads they
-    go one after the other.
-    """
-
-    def __init__(self, function: Any, driver: Any, runtime: Any, arguments: Sequence[str]) -> None:
-        self._function = function  # which keeps its module loaded
-        self._launch, self._runtime = driver.launchKernel, runtime
-        sizes = [struct.calcsize(f"={argument}") for argument in arguments]
-        self._struct = struct.Struct(
-            "=" + "".join(f"{a}{-size % 16}x" for a, size in zip(arguments, sizes, strict=True))
-        )
-        self._place = ctypes.create_string_buffer(self._struct.size)
-        start = ctypes.addressof(self._place)
-        starts = itertools.accumulate((size + -size % 16 for size in sizes[:-1]), initial=start)
-        self._pointers = (c_void_p * len(sizes))(*starts)
-        self._lock = threading.Lock()
-
-    def __call__(
-        self,
-        grid: tuple[int, int],
-        num_threads: int,
-        num_shared_bytes: int,
-        stream: int,
-        arguments: Sequence[int | bytes],
-    ) -> None:
-        """On a stream of the current device, given by its pointer; the driver copies the arguments.
-
-        Raises:
-            struct.error: arguments that are not of their formats.
-        """
-        if not getattr(_thread, "has_context", False):
-            # The driver wants a context, which only the runtime gives to a new thread.
-            self._runtime.setDevice(self._runtime.getDevice())
-            _thread.has_context = True
-        with self._lock:
-            self._struct.pack_into(self._place, 0, *arguments)
-            size = (*grid, 1, num_threads, 1, 1)
-            pointers = ctypes.addressof(self._pointers)
-            self._launch(self._function.ptr, *size, num_shared_bytes, stream, pointers, 0)
-
-
-def max_shared_bytes(device: int) -> int:
-    """The shared memory of a block on a device, static and dynamic.
-
-    Raises:
-        MissingPackageError: CuPy is not installed.
-    """
-    return int(_cupy().cuda.runtime.deviceGetAttribute(_MAX_BYTES_OF_BLOCK, device))
-
-
-def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise MissingPackageError(f"CuPy launches kernels: {_INSTALL}") from error
-    return cupy
 
 
 def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin]:
@@ -411,12 +311,12 @@ def _library(name: str) -> tuple[ctypes.CDLL, str]:
                 ctypes.CDLL(str(builtins))
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise MissingPackageError(f"{wheel} compiles kernels: {_INSTALL} ({error})") from error
+        raise MissingPackageError(f"{wheel} compiles kernels: {INSTALL} ({error})") from error
     parts = [c_int() for _ in range(num_parts)]
     getattr(library, get_version)(*map(byref, parts))
     version = ".".join(str(part.value) for part in parts)
     if name == "mathdx" and not version.startswith(_MATHDX_VERSION):
-        raise MissingPackageError(f"{path} is {version}, not {_MATHDX_VERSION}x: {_INSTALL}")
+        raise MissingPackageError(f"{path} is {version}, not {_MATHDX_VERSION}x: {INSTALL}")
     return library, f"{name} {version} {release}"
 
 

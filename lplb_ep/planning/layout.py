@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,47 +19,14 @@ MAX_RANKS, MAX_EXPERTS = 64, 512
 """Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
 
 
-class Variant(NamedTuple):
-    """Of a solver's kernel: what it is compiled for."""
-
-    size: int
-    """The most ranks of a component."""
-    parts: int
-    """Threads that share the edges of a rank."""
-    turns: int
-    """Edges that each of them keeps in registers."""
-    more: bool
-    """Whether a rank may have still more."""
-
-
 SIZES = (8, 16, 32, 64)
-MAX_PUSHING = 256
-"""Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
-SHARES = {
-    "flow": ((2, 1, 0), (2, 2, 0), (4, 1, 0), (2, 3, 0), (4, 2, 0), (4, 3, 0), (4, 3, 1)),
-    "cusolverdx": ((4, 1, 1),),
-}
-"""By solver, parts, turns and more. The first that take all edges of a rank are taken."""
+"""The numbers of ranks of a component that kernels are compiled for."""
 
 NO_EDGE = np.array((-1, -1, 0, 0, 0), EDGE.dtype)
 
 
-def variants(solver: str) -> list[Variant]:
-    """Those with whole warps of threads, and no more than hide each other's latencies; of each size
-    by the number of edges that they take."""
-    out: list[Variant] = []
-    for size in SIZES:
-        most = 0
-        for parts, turns, more in SHARES[solver]:
-            fits = size * parts % 32 == 0 and size * parts <= MAX_PUSHING
-            if fits and (more or parts * turns > most):
-                out.append(Variant(size, parts, turns, bool(more)))
-                most = parts * turns
-    return out
-
-
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """How large the tables of a placement are laid out, and of those that replace it."""
 
     num_components: int
@@ -77,18 +44,18 @@ class Room:
     num_copies: int
     """N, copies of those."""
 
-    def hold(self, needed: Room) -> None:
+    def check_holds(self, needed: Capacity) -> None:
         """Raises ValueError unless tables that need `needed` fit in; names what does not."""
         for f in fields(self):
             if getattr(needed, f.name) > getattr(self, f.name):
                 raise ValueError(
-                    f"the kernels' tables have room for {f.name} {getattr(self, f.name)}, and the "
+                    f"the kernels' tables have space for {f.name} {getattr(self, f.name)}, and the "
                     f"placement needs {getattr(needed, f.name)}"
                 )
 
 
 @functools.lru_cache(maxsize=1024)
-def needed(placement: Placement) -> Room:
+def own_capacity(placement: Placement) -> Capacity:
     """What the placement's own tables need.
 
     Raises:
@@ -110,7 +77,7 @@ def needed(placement: Placement) -> Room:
     number = np.broadcast_to(useful.sum(1, keepdims=True), useful.shape)
     several = useful & (number > 1)
     num_arcs = np.bincount(component[placement.copy_rank[several]], minlength=1)
-    return Room(
+    return Capacity(
         num_components=num_ranks.size,
         size=next(size for size in SIZES if size >= num_ranks.max()),
         max_arcs=_four(int(num_arcs.max())),
@@ -125,19 +92,23 @@ def _four(number: int) -> int:
     return -(-max(1, number) // 4) * 4
 
 
-def room(placement: Placement, refreshable: bool = False) -> Room:
-    """What the placement's tables need; where it is `refreshable`, what they would with any
-    other replicas, but that they may not fall into more components.
+def capacity_for(placement: Placement, refreshable: bool = False) -> Capacity:
+    """How large the tables of a placement are laid out.
+
+    Args:
+        placement: the copies.
+        refreshable: whether any other replicas must fit, too, as long as they do not fall into more
+            components.
 
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
-    own, p = needed(placement), placement
+    own, p = own_capacity(placement), placement
     if not refreshable:
         return own
     num_replicas = p.num_physical_experts - p.num_experts
     num_several = min(p.num_experts, num_replicas)
-    return Room(
+    return Capacity(
         num_components=own.num_components,
         size=next(size for size in SIZES if size >= min(p.num_ranks, MAX_RANKS)),
         max_arcs=_four(num_replicas + num_several),
@@ -146,17 +117,6 @@ def room(placement: Placement, refreshable: bool = False) -> Room:
         num_several=num_several,
         num_copies=num_replicas + num_several,
     )
-
-
-def variant(placement: Placement, solver: str, refreshable: bool = False) -> Variant:
-    """Which of the solver's takes the placement in its `room`.
-
-    Raises:
-        ValueError: a component is too large for one block; names its size.
-    """
-    laid_out = room(placement, refreshable)
-    able = [variant for variant in variants(solver) if variant.size == laid_out.size]
-    return next(v for v in able if v.more or v.parts * v.turns >= laid_out.max_edges)
 
 
 @dataclass(frozen=True)
@@ -182,29 +142,29 @@ class Tables:
 
 
 @functools.lru_cache(maxsize=1024)
-def tables(placement: Placement, variant: Variant, room: Room) -> Tables:
-    """Its tables, laid out in `room`, for a variant of that size.
+def tables(placement: Placement, capacity: Capacity) -> Tables:
+    """The tables of a placement, laid out in a capacity.
 
     Raises:
         ValueError: a component is too large for one block, or they do not fit in; names the size.
     """
-    room.hold(needed(placement))
-    size, component, home = variant.size, placement.component, placement.home_rank
+    capacity.check_holds(own_capacity(placement))
+    size, component, home = capacity.size, placement.component, placement.home_rank
     several = (placement.copy_rank >= 0).sum(1) > 1
     expert, column = np.nonzero((placement.copy_rank >= 0) & several[:, None])
     rank = placement.copy_rank[expert, column]
-    num_components, max_arcs = room.num_components, room.max_arcs
+    num_components, max_arcs = capacity.num_components, capacity.max_arcs
     out = Tables(
         shape=np.zeros((num_components, 4), np.int32),
         arcs=np.zeros((num_components, max_arcs), ARC.dtype),
         copies=np.zeros((num_components, max_arcs), np.int16),
         first_arc=np.zeros((num_components, size + 1), np.int16),
-        edges=np.full((num_components, size, max(1, room.max_edges)), NO_EDGE),
-        experts=np.full((num_components, room.max_experts), -1, np.int32),
+        edges=np.full((num_components, size, max(1, capacity.max_edges)), NO_EDGE),
+        experts=np.full((num_components, capacity.max_experts), -1, np.int32),
         ranks=np.zeros((num_components, size), np.int32),
     )
     local = np.zeros(placement.num_ranks, np.int64)
-    for g in range(needed(placement).num_components):
+    for g in range(own_capacity(placement).num_components):
         members = np.flatnonzero(component == g)
         local[members] = np.arange(members.size)
         mine = np.flatnonzero(component[rank] == g)
@@ -261,13 +221,13 @@ class Routes:
 
 
 @functools.lru_cache(maxsize=1024)
-def routes(placement: Placement, room: Room) -> Routes:
-    """Its tables, laid out in `room`, which must hold them."""
+def routes(placement: Placement, capacity: Capacity) -> Routes:
+    """The tables of a placement, laid out in a capacity that holds them."""
     useful = placement.copy_rank >= 0
     several = useful.sum(1) > 1
     lookup = np.where(several, -np.cumsum(several), placement.home)
     expert, column = np.nonzero(useful & several[:, None])
-    copies = np.zeros(room.num_copies, COPY.dtype)
+    copies = np.zeros(capacity.num_copies, COPY.dtype)
     used = copies[: expert.size]
     used["rank"] = placement.copy_rank[expert, column]
     used["node"] = placement.node[used["rank"]]
@@ -275,11 +235,11 @@ def routes(placement: Placement, room: Room) -> Routes:
     used["expert"] = expert
     used["quota"] = expert * placement.max_replicas + column
     experts = np.flatnonzero(several)
-    first = np.full(room.num_several + 1, expert.size)
+    first = np.full(capacity.num_several + 1, expert.size)
     first[: experts.size] = np.searchsorted(expert, experts)
     return Routes(
         lookup.astype(np.int32),
-        np.pad(experts, (0, room.num_several - experts.size)).astype(np.int32),
+        np.pad(experts, (0, capacity.num_several - experts.size)).astype(np.int32),
         first.astype(np.int32),
         copies,
         placement.home_rank,

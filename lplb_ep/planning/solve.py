@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
 
-from ..errors import InfeasibleError, MissingPackageError
 from ..placement.table import Placement, check_placement
-from . import device as cuda
-from . import reference as cpu
-from .structs import MAX_TOTAL
+from ..problem import MAX_TOTAL, Problem
+from . import reference
+from .device_tables import solve_on_device
+from .solvers import choose_solver
 
 log = logging.getLogger(__name__)
-
-SOLVERS = ("auto", "cpu", "flow", "cusolverdx")
-MAX_TOTAL_SPEED = 2**15 - 1
 
 
 @dataclass(frozen=True)
@@ -40,49 +36,6 @@ class Solution:
     """The solver that ran."""
     num_unfinished: int
     """Loads that it ran out of rounds on, and that the CPU solved in its place."""
-
-
-def choose_solver(
-    solver: str, placement: Placement | None = None, refreshable: bool = False
-) -> tuple[str, str]:
-    """The solver that runs for a request, and why.
-
-    A function of the request, the placement and what is installed, never of a measurement: ranks
-    that chose differently would plan differently.
-
-    Args:
-        solver: one of `SOLVERS`.
-        placement: the copies; None: any that fits.
-        refreshable: whether other replicas will replace these.
-
-    Raises:
-        ValueError: `solver` is not one of `SOLVERS`, or the placement is too large for it.
-        MissingPackageError: `solver` needs a device or a package that is not there.
-    """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
-    if solver == "cpu":
-        return solver, "asked for"
-    try:
-        cuda.check(placement, "flow" if solver == "auto" else solver, refreshable)
-    except (MissingPackageError, ValueError) as error:
-        if solver != "auto":
-            raise
-        return "cpu", str(error)
-    return ("flow", "a CUDA device is there") if solver == "auto" else (solver, "asked for")
-
-
-def solver_fact(solver: str, placement: Placement | None = None, refreshable: bool = False) -> str:
-    """What ranks must agree on: the solver of a request, and the GPU that it runs on.
-
-    Raises:
-        ValueError, MissingPackageError: as `choose_solver`.
-    """
-    name, _ = choose_solver(solver, placement, refreshable)
-    if name == "cpu":
-        return name
-    major, minor = torch.cuda.get_device_capability()
-    return f"{name} on sm_{major}{minor}"
 
 
 def solve(
@@ -125,23 +78,17 @@ def solve(
     """
     check_placement(placement)
     name, _ = choose_solver(solver, placement)
-    R, E = placement.num_ranks, placement.num_experts
-    C = placement.max_replicas
-    _check_tensor("load", load)
-    if load.ndim not in (1, 2) or load.shape[-1] != E:
-        raise ValueError(f"load must have shape [{E}] or [B, {E}]; got {list(load.shape)}")
-    loads = _whole("load", load, load.shape).reshape(-1, E)
-    options = {
-        "base_load": None if base_load is None else _whole("base_load", base_load, (R,)),
-        "speed": None if speed is None else _whole("speed", speed, (R,), at_least=1),
-        "max_quota": None if max_quota is None else _whole("max_quota", max_quota, (E, C)),
-    }
-    _check_totals(loads, placement, **options)
+    R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
+    if not isinstance(load, torch.Tensor):
+        raise TypeError(f"load must be a tensor; got a {type(load).__name__}")
+    problem = Problem(load, base_load, speed, max_quota).checked(placement)
+    loads = problem.load
+    assert loads is not None, "a load that is None is refused"
     if solver == "auto" and load.device.type == "cpu":
         name = "cpu"
     quotas: list[torch.Tensor | None] = [None] * len(loads)
     if name != "cpu" and len(loads):
-        quotas = _solve_on_gpu(loads, placement, name, options)
+        quotas = solve_on_device(loads, placement, name, problem)
     num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
     if num_unfinished:
         log.warning(
@@ -152,7 +99,7 @@ def solve(
             len(loads),
         )
     optima = [
-        _prove(name, row, quota, placement, options)
+        _prove(name, row, quota, placement, problem)
         for row, quota in zip(loads, quotas, strict=True)
     ]
     all_quotas = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
@@ -169,56 +116,48 @@ def solve(
     )
 
 
-def _solve_on_gpu(
-    loads: torch.Tensor,
-    placement: Placement,
-    solver: str,
-    options: Mapping[str, torch.Tensor | None],
-) -> list[torch.Tensor | None]:
-    """[B] of [E, C] int32 on the CPU, None where the solver ran out of rounds."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    solve_batch = cuda.Solver(placement, device, solver)
-    quotas: list[torch.Tensor | None] = []
-    for part in loads.split(cuda.MAX_BATCH):
-        quota, _, status = solve_batch(part.to(device, torch.int32), **options)
-        ended = (status == 0).all(1).tolist()
-        quotas += [q if ok else None for q, ok in zip(quota.cpu(), ended, strict=True)]
-    return quotas
-
-
 def _prove(
     solver: str,
     load: torch.Tensor,
     quota: torch.Tensor | None,
     placement: Placement,
-    options: Mapping[str, torch.Tensor | None],
-) -> cpu.Optimum:
+    problem: Problem,
+) -> reference.Optimum:
     """The proof of a solver's quotas, with these quotas; None: with those that the CPU finds.
 
     Raises:
         AssertionError: they are no optimum.
     """
     if quota is not None:
-        most = options["max_quota"]
-        room = torch.tensor(placement.copy_rank >= 0) * (MAX_TOTAL if most is None else most)
-        legal = ((quota >= 0) & (quota <= room)).all() and (quota.sum(1) == load).all()
+        most = MAX_TOTAL if problem.max_quota is None else problem.max_quota
+        capacity = torch.tensor(placement.copy_rank >= 0) * most
+        legal = ((quota >= 0) & (quota <= capacity)).all() and (quota.sum(1) == load).all()
         assert legal, f"the {solver} solver made quotas beyond their limits, or of another load"
-    optimum = cpu.solve(load, placement, start=quota, **options)
-    best: Fraction | int = math.ceil(optimum.bound)
-    if options["speed"] is not None:
-        best = _slowest(optimum.quota, placement, options)
+    optimum = reference.solve(load, placement, start=quota, **problem.bounds)
+    best = _best_time(optimum, placement, problem)
     if quota is not None:
         optimum = replace(optimum, quota=quota)
-    reached = _slowest(optimum.quota, placement, options)
+    reached = slowest_time(optimum.quota, placement, problem)
     assert reached == best, f"the {solver} solver reached {reached}; the optimum is {best}"
     return optimum
 
 
-def _slowest(
-    quota: torch.Tensor, placement: Placement, options: Mapping[str, torch.Tensor | None]
-) -> Fraction:
-    """The time of the slowest rank."""
-    base, speed = options["base_load"], options["speed"]
+def best_time(load: torch.Tensor, placement: Placement, problem: Problem) -> Fraction | int:
+    """The least time of the slowest rank that whole quotas of a load [E] reach."""
+    return _best_time(reference.solve(load, placement, **problem.bounds), placement, problem)
+
+
+def _best_time(
+    optimum: reference.Optimum, placement: Placement, problem: Problem
+) -> Fraction | int:
+    if problem.speed is None:
+        return math.ceil(optimum.bound)
+    return slowest_time(optimum.quota, placement, problem)
+
+
+def slowest_time(quota: torch.Tensor, placement: Placement, problem: Problem) -> Fraction:
+    """The time of the slowest rank, by quotas [E, C] on the CPU."""
+    base, speed = problem.base_load, problem.speed
     load = rank_load(quota, placement) + (0 if base is None else base)
     paces = [1] * len(load) if speed is None else speed.tolist()
     return max(Fraction(n, s) for n, s in zip(load.tolist(), paces, strict=True))
@@ -260,52 +199,7 @@ def rank_set_bound(
     """
     inside = ranks.numpy()
     outside = torch.tensor((placement.copy_rank >= 0) & ~inside[placement.copy_rank])
-    room = outside.long() * (MAX_TOTAL if max_quota is None else max_quota.long())
-    kept = int((load.long() - room.sum(1)).clamp(min=0).sum())
+    capacity = outside.long() * (MAX_TOTAL if max_quota is None else max_quota.long())
+    kept = int((load.long() - capacity.sum(1)).clamp(min=0).sum())
     kept += 0 if base_load is None else int(base_load[ranks].sum())
     return Fraction(kept, int(ranks.sum()) if speed is None else int(speed[ranks].sum()))
-
-
-def _check_totals(
-    loads: torch.Tensor,
-    placement: Placement,
-    base_load: torch.Tensor | None,
-    speed: torch.Tensor | None,
-    max_quota: torch.Tensor | None,
-) -> None:
-    total = max(loads.sum(1).tolist(), default=0)
-    total += 0 if base_load is None else int(base_load.sum())
-    if total > MAX_TOTAL:
-        raise ValueError(f"load must total at most {MAX_TOTAL} with base_load; got {total}")
-    if speed is not None and int(speed.sum()) > MAX_TOTAL_SPEED:
-        raise ValueError(f"speed must sum to at most {MAX_TOTAL_SPEED}; got {int(speed.sum())}")
-    if max_quota is not None:
-        room = (max_quota * torch.tensor(placement.copy_rank >= 0)).sum(1)
-        short = torch.nonzero(room < loads)
-        if len(short):
-            b, e = short[0].tolist()
-            raise InfeasibleError(
-                f"expert {e} has {loads[b, e]} tokens, and its copies' max_quota sum to only "
-                f"{int(room[e])}"
-            )
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}")
-
-
-def _whole(
-    name: str, value: torch.Tensor, shape: tuple[int, ...], at_least: int = 0
-) -> torch.Tensor:
-    """`value` as int64 on the CPU, checked."""
-    _check_tensor(name, value)
-    if value.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64; got {value.dtype}")
-    if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name} must have shape {list(shape)}; got {list(value.shape)}")
-    out = value.detach().cpu().long()
-    wrong = out[(out < at_least) | (out > MAX_TOTAL)]
-    if len(wrong):
-        raise ValueError(f"{name} must be in [{at_least}, {MAX_TOTAL}]; got {int(wrong[0])}")
-    return out

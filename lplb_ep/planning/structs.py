@@ -9,6 +9,7 @@ import enum
 
 from ..gpu.abi import Signature, Struct, constant_text, enum_text, header
 from ..gpu.jit import KERNELS
+from ..problem import MAX_TOTAL
 
 
 class Status(enum.IntEnum):
@@ -62,8 +63,6 @@ class ErrorFlag(enum.IntEnum):
 HEAD = len(Head)
 """Integers before the counts of an exchanged row."""
 NUM_ERROR_FLAGS = len(Status) + len(ErrorFlag)
-MAX_TOTAL = 2**31 - 1
-"""Tokens of a batch, at most; also the largest number of a batch."""
 
 ENDING = Struct(
     "Ending",

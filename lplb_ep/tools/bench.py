@@ -14,11 +14,15 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..gpu.launch import current_stream
 from ..placement.table import Placement
-from ..planning import device as cuda
-from ..planning import reference as cpu
-from ..planning.plan import Status
+from ..planning import reference
+from ..planning.device import DeviceBackend
+from ..planning.device_tables import LoadSolver
+from ..planning.launches import Launches
 from ..planning.planner import Planner
+from ..planning.structs import HEAD, Head, Status
+from ..problem import Problem
 from .tables import text_table
 
 NUM_BATCHES, NUM_WARM, NUM_REPLAYS, NUM_EAGER = 32, 3, 20, 128
@@ -88,7 +92,7 @@ def make_batches(num_ranks: int, num_experts: int, num_tokens: int, num_topk: in
         )
         weight = np.exp(ranks)
         of_ranks = rng.multinomial(num_tokens * num_topk, weight / weight.sum(1, keepdims=True))
-        of_ranks[num_ranks // 2] = cpu.count(topk, num_experts).numpy()
+        of_ranks[num_ranks // 2] = reference.count(topk, num_experts).numpy()
         topks.append(topk)
         counts.append(torch.from_numpy(of_ranks.astype(np.int32)))
     return Batches(torch.from_numpy(np.exp(history)), topks, torch.stack(counts))
@@ -146,11 +150,11 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
     """
     topks = [topk.cuda() for topk in batches.topk_idx]
     rows = torch.zeros(
-        len(topks), placement.num_ranks, cuda.NUM_HEAD + placement.num_experts, dtype=torch.int32
+        len(topks), placement.num_ranks, HEAD + placement.num_experts, dtype=torch.int32
     )
-    rows[:, :, 1] = 1
-    rows[:, :, 4] = torch.arange(1, len(topks) + 1)[:, None]
-    rows[:, :, cuda.NUM_HEAD :] = batches.counts
+    rows[:, :, Head.PLACEMENT] = 1
+    rows[:, :, Head.BATCH] = torch.arange(1, len(topks) + 1)[:, None]
+    rows[:, :, HEAD:] = batches.counts
     return {
         **_measure_plan(placement, topks, rows, solver),
         **_measure_steps(placement, topks, rows.cuda(), solver),
@@ -158,43 +162,81 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
     }
 
 
-def _make_steps(placement: Placement, solver: str) -> cuda.Steps:
-    device = torch.device("cuda", torch.cuda.current_device())
-    row_size = cuda.NUM_HEAD + placement.num_experts
-    rank = placement.num_ranks // 2
-    return cuda.Steps(placement, rank, device, [1, 0, 0], len(Status), row_size, solver)
+def _make_backend(placement: Placement, solver: str) -> DeviceBackend:
+    rank, row_size = placement.num_ranks // 2, HEAD + placement.num_experts
+    return DeviceBackend(placement, Problem(), rank, [1, 0, 0], row_size, solver=solver)
+
+
+class _Steps:
+    """The launches of one batch, with results of their own."""
+
+    def __init__(
+        self,
+        backend: DeviceBackend,
+        topk_idx: torch.Tensor,
+        rows: torch.Tensor,
+        own: torch.Tensor,
+    ) -> None:
+        """`rows`: [R, HEAD + E] exchanged rows; `own`: the row that this rank counts into."""
+        workspace = self._workspace = backend.workspace
+        workspace.row = own
+        self._launches = Launches(workspace, topk_idx.dtype, "logical", False, True)
+        self._launches.set_rows(rows)
+        self._topk_idx, self.physical = topk_idx, torch.empty_like(topk_idx)
+        self.results = torch.empty(workspace.num_results, dtype=torch.int32, device="cuda")
+        self._index = self.results.get_device()
+
+    def count(self) -> None:
+        self._launches.count(self._topk_idx, Status.OPTIMAL, current_stream(self._index))
+
+    def solve(self) -> None:
+        self._launches.solve(self.results.data_ptr(), current_stream(self._index))
+
+    def route(self) -> None:
+        self._launches.route(
+            self.results.data_ptr(), self.physical.data_ptr(), current_stream(self._index)
+        )
+
+    @property
+    def ended(self) -> tuple[Status, int]:
+        """How the batch ended, and the largest rank load."""
+        *_, rank_load, status = self.results.split(self._workspace.result_sizes)
+        return Status(int(status)), int(rank_load.max())
 
 
 def _measure_plan(
     placement: Placement, topks: list[torch.Tensor], full: torch.Tensor, solver: str
 ) -> dict[str, float]:
     """Of `measure`: plan, count, above and workspace."""
-    steps, rows = _make_steps(placement, solver), full.cuda()
-    rows[:, steps.rank] = 0  # counted anew by every replay, and zero again after it
+    backend, rows = _make_backend(placement, solver), full.cuda()
+    rows[:, backend.workspace.rank] = 0  # counted anew by every replay, and zero again after it
+    of_batch = [
+        _Steps(backend, topk, of_all, of_all[backend.workspace.rank])
+        for topk, of_all in zip(topks, rows, strict=True)
+    ]
 
-    def count(i: int) -> cuda.Picks:
-        steps.row = rows[i, steps.rank]
+    def count(i: int) -> None:
         if i == 0:
-            steps.num_exchanges.zero_()
-        return steps.count(topks[i], Status.OPTIMAL, exchanged=True)
+            backend.workspace.head[-1:].zero_()  # the number of the batch
+        of_batch[i].count()
 
-    def plan(i: int) -> tuple[torch.Tensor, ...]:
-        picks = count(i)
-        solved = steps.solve(picks, rows[i], Status.OPTIMAL, exchanged=True)
-        return (*steps.route(picks, solved, exchanged=True), solved.rank_load)
+    def plan(i: int) -> None:
+        count(i)
+        of_batch[i].solve()
+        of_batch[i].route()
 
     taken, above = time_graph(plan), 0
-    for i, load in enumerate(full[:, :, cuda.NUM_HEAD :].long().sum(1)):
-        _, status, rank_load = plan(i)
-        assert int(status) == Status.OPTIMAL, f"batch {i} ended with status {int(status)}"
-        best = math.ceil(cpu.solve(load, placement).bound)
-        above = max(above, int(rank_load.max()) - best)
-    _check_told(steps)
+    for i, load in enumerate(full[:, :, HEAD:].long().sum(1)):
+        plan(i)
+        status, most = of_batch[i].ended
+        assert status is Status.OPTIMAL, f"batch {i} ended with {status!r}"
+        above = max(above, most - math.ceil(reference.solve(load, placement).bound))
+    _check_error_flags(backend)
     return {
         "plan": taken,
         "count": time_graph(count),
         "above": above,
-        "workspace": steps.num_bytes,
+        "workspace": backend.num_bytes,
     }
 
 
@@ -202,25 +244,22 @@ def _measure_steps(
     placement: Placement, topks: list[torch.Tensor], rows: torch.Tensor, solver: str
 ) -> dict[str, float]:
     """Of `measure`: solve, solve + number and route."""
-    loads = rows[:, :, cuda.NUM_HEAD :].sum(1, dtype=torch.int32)
-    # Of each batch its own: what one counts lies in their memory until the next is counted.
-    of_batch = [_make_steps(placement, solver) for _ in topks]
-    picks = [
-        steps.count(topk, Status.OPTIMAL, exchanged=False)
-        for steps, topk in zip(of_batch, topks, strict=True)
+    loads = rows[:, :, HEAD:].sum(1, dtype=torch.int32)
+    # A backend for each batch: the next count would overwrite the notes on the picks of the last.
+    backends = [_make_backend(placement, solver) for _ in topks]
+    of_batch = [
+        _Steps(backend, topk, of_all, backend.workspace.row)
+        for backend, topk, of_all in zip(backends, topks, rows, strict=True)
     ]
-
-    def solve(i: int) -> cuda.Solved:
-        return of_batch[i].solve(picks[i], rows[i], Status.OPTIMAL, exchanged=True)
-
-    solved = [solve(i) for i in range(len(topks))]
-    alone = of_batch[0].solver
+    for steps in of_batch:
+        steps.count()
+    alone = LoadSolver(placement, torch.device("cuda", torch.cuda.current_device()), solver)
     times = {
         "solve": time_graph(lambda i: alone(loads[i : i + 1])),
-        "solve + number": time_graph(solve),
-        "route": time_graph(lambda i: of_batch[i].route(picks[i], solved[i], exchanged=False)),
+        "solve + number": time_graph(lambda i: of_batch[i].solve()),
+        "route": time_graph(lambda i: of_batch[i].route()),
     }
-    _check_told(*of_batch)
+    _check_error_flags(*backends)
     return times
 
 
@@ -239,10 +278,11 @@ def _measure_eager(
     return statistics.median(taken)
 
 
-def _check_told(*of_batch: cuda.Steps) -> None:
-    torch.cuda.synchronize()
-    for i, steps in enumerate(of_batch):
-        assert not steps.told.any(), f"steps {i} set error flags {steps.told.nonzero()[0].tolist()}"
+def _check_error_flags(*backends: DeviceBackend) -> None:
+    for backend in backends:
+        backend.synchronize()
+        found = backend.error_flags.flags.nonzero()[0].tolist()
+        assert not found, f"kernels set error flags {found}"
 
 
 def conditions() -> dict[str, object]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..planning.solve import MAX_TOTAL
+from ..problem import MAX_TOTAL
 
 LAYOUTS = {
     "counts": "[layers, experts] or [batches, layers, experts]",

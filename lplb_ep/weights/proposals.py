@@ -11,7 +11,8 @@ import numpy.typing as npt
 import torch
 
 from ..placement.table import Placement
-from ..planning.solve import MAX_TOTAL, solve
+from ..planning.solve import solve
+from ..problem import MAX_TOTAL
 from ..settings import Settings
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lplb_ep.planning import device as cuda
 from lplb_ep.planning import reference as cpu
+from lplb_ep.planning import solvers
 from lplb_ep.planning.planner import Planner
 from lplb_ep.tools import bench, calls
 from lplb_ep.tools.cli import main
@@ -53,7 +53,7 @@ def test_measurements_are_a_table():
     ],
 )
 def test_what_cannot_be_measured_is_said_in_one_line(options, says, fails, monkeypatch):
-    monkeypatch.setattr(cuda, "check", lambda **_: None)
+    monkeypatch.setattr(solvers, "check_device", lambda *_: None)
     assert says in fails("bench", *options)
 
 
@@ -66,7 +66,7 @@ def test_without_a_gpu_the_command_says_so(fails):
 def test_calls_are_timed_in_every_mode(capsys, monkeypatch, tmp_path):
     """With no GPU; the buffers in force are told apart by what they call."""
     homes, plans = [], []
-    for name, seen in (("home", homes), ("__call__", plans)):
+    for name, seen in (("home", homes), ("_route", plans)):
         monkeypatch.setattr(Planner, name, counting(getattr(Planner, name), seen))
     monkeypatch.setattr(calls, "NUM_CALLS", 3)
     path = tmp_path / "out.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lplb_ep import Placement
-from lplb_ep.planning import device as cuda
+from lplb_ep.planning import kernels
 from lplb_ep.tools import cli
 from lplb_ep.tools.commands import doctor, run
 
@@ -314,7 +314,7 @@ def test_compile_builds_every_kernel_and_says_so(
     each_kernel, kernel_cache, monkeypatch, caplog, fails
 ):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(kernel_cache))
-    monkeypatch.setattr(cuda, "programs", lambda: each_kernel)
+    monkeypatch.setattr(kernels, "programs", lambda: each_kernel)
     with caplog.at_level(logging.INFO):
         assert cli.main(["compile", "--arch", "sm_90"]) == 0
     number = len(each_kernel)
@@ -337,7 +337,7 @@ def test_compile_builds_every_variant(kernel_cache):
 
     built = compile_for("sm_90")
     assert built.returncode == 0
-    number = len(cuda.programs())
+    number = len(kernels.programs())
     assert f"[1/{number}] flow.cu (SIZE=8, PARTS=4, TURNS=1, " in built.stderr
     assert f"[{number}/{number}] barrier.cu" in built.stderr
     refused = compile_for("sm_1")

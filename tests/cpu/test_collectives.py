@@ -95,11 +95,11 @@ def makes(group, what):
     module, name, make = {
         "solver": (planner, "choose_solver", lambda: Planner(PLACEMENT, short)),
         "tag": (planner, "solver_fact", lambda: Planner(PLACEMENT, short)),
-        "steps": (planner.Planner, "_make_steps", lambda: Planner(PLACEMENT, short)),
+        "steps": (planner.Planner, "_make_backend", lambda: Planner(PLACEMENT, short)),
         "channel": (planner, "choose_solver", lambda: lplb_ep.Buffer(short).view(PLACEMENT)),
         "channel's steps": (
             planner.Planner,
-            "_make_steps",
+            "_make_backend",
             lambda: lplb_ep.Buffer(short).view(PLACEMENT),
         ),
         "transport": (

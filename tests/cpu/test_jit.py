@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lplb_ep import CompileError, MissingPackageError
-from lplb_ep.gpu import jit
+from lplb_ep.gpu import jit, launch
 from lplb_ep.settings import cache_directory
 
 DOUBLE = """\
@@ -310,7 +310,7 @@ except MissingPackageError as error:
 def test_loading_needs_cupy(scale, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(MissingPackageError, match=r"CuPy launches kernels: pip install '\.\[cuda"):
-        jit.Kernels(jit.compile_cubin(scale))
+        launch.Kernels(jit.compile_cubin(scale))
 
 
 def test_kernels_may_have_all_of_a_blocks_shared_memory(scale, monkeypatch):
@@ -332,15 +332,15 @@ def test_kernels_may_have_all_of_a_blocks_shared_memory(scale, monkeypatch):
         cuda=SimpleNamespace(driver=driver, Module=lambda: module, runtime=runtime)
     )
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    jit.Kernels(jit.compile_cubin(scale)).kernel("scale", "Qi")
+    launch.Kernels(jit.compile_cubin(scale)).kernel("scale", "Qi")
     assert allowed == {"scale": (8, 1000 - 16)}
-    assert jit.max_shared_bytes(3) == 1000
+    assert launch.max_shared_bytes(3) == 1000
 
 
 def test_a_launch_has_its_arguments_where_the_driver_looks():
     launched = []
 
-    def launch(function, *rest):
+    def record(function, *rest):
         launched.append((function, *rest[:-2]))
         *_, pointers, extra = rest
         assert extra == 0
@@ -354,41 +354,48 @@ def test_a_launch_has_its_arguments_where_the_driver_looks():
             )
         )
 
-    driver, context = SimpleNamespace(launchKernel=launch), []
+    driver, context = SimpleNamespace(launchKernel=record), []
     runtime = SimpleNamespace(getDevice=lambda: 5, setDevice=context.append)
-    kernel = jit.Kernel(SimpleNamespace(ptr=7), driver, runtime, ("Q", "12s", "i", "q"))
+    kernel = launch.Kernel(SimpleNamespace(ptr=7), driver, runtime, ("Q", "12s", "i", "q"))
     for arguments in ((2**63, b"twelve bytes", -1, 5), (1, b"and another.", 2, -(2**40))):
         seen = []
-        kernel((3, 4), 128, 1000, 99, arguments)
+        prepared = kernel.prepare(arguments, 128, 1000)
+        prepared((3, 4), 99)
         assert tuple(seen) == arguments
     assert launched == 2 * [(7, 3, 4, 1, 128, 1, 1, 1000, 99)]
+    # What is written later is launched, and the rest as it was.
+    seen = []
+    prepared.writer(1, 4, "4s")(b"new.")
+    prepared.writer(3, 0, "q")(7)
+    prepared((3, 4), 99)
+    assert tuple(seen) == (1, b"and new.her.", 2, 7)
     # A thread's first launch makes sure that it has a context.
     context.clear()
     for _ in range(2):
-        thread = threading.Thread(target=lambda: [kernel((1, 1), 1, 0, 0, arguments)] * 2)
+        thread = threading.Thread(target=lambda: [prepared((1, 1), 0) for _ in range(2)])
         thread.start()
         thread.join()
     assert context == [5, 5]
     with pytest.raises(struct.error):
-        kernel((1, 1), 1, 0, 0, (2**64, b"", 0, 0))
+        kernel.prepare((2**64, b"", 0, 0), 1)
 
 
 def test_launches_from_several_threads_do_not_mix_their_arguments():
     seen = []
 
-    def launch(function, *rest):
+    def record(function, *rest):
         at = (ctypes.c_void_p * 2).from_address(rest[-2])
         first = ctypes.c_int32.from_address(at[0]).value
         time.sleep(1e-4)
         seen.append((first, ctypes.c_int32.from_address(at[1]).value))
 
     runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
-    driver = SimpleNamespace(launchKernel=launch)
-    kernel = jit.Kernel(SimpleNamespace(ptr=0), driver, runtime, ("i", "i"))
+    driver = SimpleNamespace(launchKernel=record)
+    kernel = launch.Kernel(SimpleNamespace(ptr=0), driver, runtime, ("i", "i"))
 
     def many(number):
         for i in range(50):
-            kernel((1, 1), 1, 0, 0, (number, number + i))
+            kernel.prepare((number, number + i), 1)((1, 1), 0)
 
     threads = [threading.Thread(target=many, args=(1000 * n,)) for n in range(4)]
     for thread in threads:

@@ -1,5 +1,4 @@
 import os
-import types
 
 import numpy as np
 import oracle
@@ -10,7 +9,7 @@ import torch
 import lplb_ep
 from lplb_ep import Placement, Planner, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
-from lplb_ep.planning import planner
+from lplb_ep.planning import error_flags, planner
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.structs import NUM_ERROR_FLAGS
@@ -208,7 +207,7 @@ def failing_to_make_steps(group, make):
 
     with pytest.MonkeyPatch.context() as patch:
         if group.rank() == 1:
-            patch.setattr(planner, "_CpuSteps", fail)
+            patch.setattr(planner, "HostBackend", fail)
         make(group)
 
 
@@ -231,19 +230,20 @@ def test_a_rank_that_cannot_make_its_steps_says_so_to_all(make):
     assert own == ("RuntimeError", "out of memory")
 
 
-def told(*seen):
-    """The steps of a planner whose GPU has told of `seen`."""
-    steps = types.SimpleNamespace(
-        told=np.isin(np.arange(NUM_ERROR_FLAGS), seen).astype(np.int32),
-        missing=np.zeros(2, np.int32),
-        timeout_s=9,
-        placement=TWO,
-        device=torch.device("cpu"),
-    )
-    return planner._GpuSteps(steps, abort_on_timeout=False)
+@pytest.fixture
+def flags_of(monkeypatch):
+    """The error flags of a planner whose GPU has set those that are `seen`."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+
+    def make(*seen):
+        flags = error_flags.ErrorFlags(TWO, timeout_s=9, abort_on_timeout=False)
+        flags.flags[list(seen)] = 1
+        return flags
+
+    return make
 
 
-def test_what_the_gpu_told_late_is_told_to_the_others_too():
+def test_what_the_gpu_finds_late_is_told_to_the_others_too(flags_of):
     """Their GPUs may lag behind: they plan one more batch, and wait for this rank's row."""
     rows = []
 
@@ -254,21 +254,21 @@ def test_what_the_gpu_told_late_is_told_to_the_others_too():
 
     refusing = Planner(TWO, rank=0, counts="given")
     refusing.exchange = Recorder()
-    refusing._steps.raise_told = told(Status.OUT_OF_STEP).raise_told
+    refusing._backend.raise_errors = flags_of(Status.OUT_OF_STEP).raise_errors
     with pytest.raises(RankError, match="planned different batches"):
         refusing(torch.tensor([[0, 1]]))
     assert [int(row[0]) for row in rows] == [Status.REFUSED]
 
 
-def test_of_several_faults_the_first_is_raised_and_all_are_logged(caplog):
-    steps = told(*range(NUM_ERROR_FLAGS))
+def test_of_several_faults_the_first_is_raised_and_all_are_logged(flags_of, caplog):
+    flags = flags_of(*range(NUM_ERROR_FLAGS))
     with pytest.raises(ValueError, match=r"neither -1 nor an expert in \[0, 3\)"):
-        steps.raise_told()
+        flags.raise_errors()
     for message in (
         "STALE, the replicas",
         "NOT_CONVERGED",
         "BAD_COUNTS",
-        "INFEASIBLE, an expert",
+        "INFEASIBLE, an expert's load",
         "picked an expert twice",
         "counts were not those of its topk_idx",
         "ranks [] sent no counts within 9 s",
@@ -276,13 +276,13 @@ def test_of_several_faults_the_first_is_raised_and_all_are_logged(caplog):
         "a rank refused",
     ):
         assert caplog.text.count(message) == 1, message
-    steps.raise_told()  # once
+    flags.raise_errors()  # once
 
 
 def out_of_step(group):
     planner = Planner(Placement([0, 1, 2, 0], 2), group)
     planner(torch.tensor([[0, 1]]))
-    planner._steps._num_exchanges += (
+    planner._backend._num_exchanges += (
         group.rank()
     )  # as if rank 1 had planned a batch that rank 0 did not
     planner(torch.tensor([[0, 1]]))
@@ -298,12 +298,12 @@ def test_every_batch_has_a_number():
     planner = Planner(Placement([0, 1, 2, 0], 1))
     for number in (1, 2, 3):
         planner(torch.tensor([[0, 1]]))
-        assert planner._steps._num_exchanges == number
+        assert planner._backend._num_exchanges == number
 
 
 def refusing_out_of_step(group):
     planner = Planner(Placement([0, 1, 2, 0], 2), group)
-    planner._steps._num_exchanges += group.rank()
+    planner._backend._num_exchanges += group.rank()
     planner(torch.tensor([[0, 9 if group.rank() else 1]]))
 
 

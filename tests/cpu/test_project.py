@@ -21,9 +21,6 @@ from lplb_ep.settings import Settings, settings_table
 # What a newcomer reads in one go; a longer module is here with its reason.
 LONG = dict.fromkeys(
     [
-        "gpu.jit",
-        "planning.device",
-        "planning.planner",
         "embedded.legacy",
         "embedded.elastic",
     ],

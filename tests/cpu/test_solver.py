@@ -222,7 +222,7 @@ def test_a_proof_starts_from_any_quotas():
 def answering(monkeypatch, quotas):
     """As if a GPU's solver answered with `quotas`."""
     monkeypatch.setattr(solver, "choose_solver", lambda *_: ("flow", "asked for"))
-    monkeypatch.setattr(solver, "_solve_on_gpu", lambda *_: quotas)
+    monkeypatch.setattr(solver, "solve_on_device", lambda *_: quotas)
 
 
 PAIR = Placement([0, 1, 2, 0], 2)

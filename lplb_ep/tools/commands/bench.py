@@ -57,12 +57,12 @@ def _measure_calls(args: argparse.Namespace) -> int:
 
 
 def _measure_plans(args: argparse.Namespace) -> int:
-    from ...planning import device as cuda
+    from ...planning.solvers import choose_solver
     from .. import bench
 
     args.tokens = 8192 if args.tokens is None else args.tokens
     solver = args.solver or "flow"
-    cuda.check(solver=solver)
+    choose_solver(solver)
     rows, used = [], []
     for shape in bench.USUAL if args.ranks is None else [_chosen(args, args.ranks)]:
         plan = _prepare(args, *shape)

@@ -24,7 +24,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_line_errors():
         from ...gpu.jit import compile_all
-        from ...planning.device import programs
+        from ...planning.kernels import programs
 
         compile_all(programs(), args.arch or ["sm_90", "sm_100"])
     return 0

@@ -104,7 +104,7 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     """What the settings lead to on this machine: a choice and its reason, by part."""
     from ...deepep.drop_in import choose_backend
     from ...placement.table import Placement
-    from ...planning.solve import choose_solver
+    from ...planning.solvers import choose_solver
 
     choices: dict[str, Callable[[], tuple[str, str]]] = {
         "buffer": lambda: choose_backend(settings.backend),
@@ -123,7 +123,7 @@ def _choose_counts(settings: Settings) -> tuple[str, str]:
     """For ranks on machines like this one."""
     from ...comm.connect import choose_counts
     from ...comm.reachability import Reachability, reachability
-    from ...planning.solve import choose_solver
+    from ...planning.solvers import choose_solver
 
     on_gpu = choose_solver(settings.solver)[0] != "cpu"
     found = reachability(None) if on_gpu else Reachability()

@@ -14,16 +14,15 @@ import torch
 from lplb_ep import MissingPackageError, Placement
 from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu import jit
-from lplb_ep.gpu.device import launch
-from lplb_ep.planning import device as cuda
-from lplb_ep.planning import layout as network
-from lplb_ep.planning import structs
-from lplb_ep.planning.solve import choose_solver
+from lplb_ep.gpu.launch import Kernel
+from lplb_ep.planning import device_tables, layout, solvers, structs
+from lplb_ep.planning.kernels import programs
+from lplb_ep.planning.solvers import DEVICE_SOLVERS, STATIC_SHARED_BYTES, check_fit, choose_solver
+from lplb_ep.settings import SOLVERS
 
 
-def tables_of(placement, solver="flow"):
-    variant = network.variant(placement, solver)
-    return network.tables(placement, variant, network.room(placement))
+def tables_of(placement):
+    return layout.tables(placement, layout.capacity_for(placement))
 
 
 @pytest.mark.parametrize("R", [1, 5, 16, 33, 64])
@@ -85,18 +84,21 @@ def test_tables_hold_every_copy_once(R):
 def test_tables_of_any_placement_can_be_sent_to_a_device():
     for table in ([0, 1, 2, 3], [0, 1, 1, 0], [0, 1, 2, 0, 1, 2]):
         placement = Placement(table, 2)
-        for built in (tables_of(placement), network.routes(placement, network.room(placement))):
-            sent = cuda._upload(built, torch.device("cpu"))
-            assert [t.numel() for t in sent] == [
-                getattr(built, field.name).nbytes for field in dataclasses.fields(built)
-            ]
+        for built in (
+            tables_of(placement),
+            layout.routes(placement, layout.capacity_for(placement)),
+        ):
+            sent = device_tables._upload(built, torch.device("cpu"))
+            assert {name: table.numel() for name, table in sent.items()} == {
+                field.name: getattr(built, field.name).nbytes for field in dataclasses.fields(built)
+            }
 
 
 def test_routes_hold_every_useful_copy_once():
     rng = np.random.default_rng(0)
     for _ in range(20):
         placement = oracle.random_placement(rng, 8, 40, 2, num_ranks_per_node=4)
-        routes, found = network.routes(placement, network.room(placement)), set()
+        routes, found = layout.routes(placement, layout.capacity_for(placement)), set()
         for e, slot in enumerate(routes.lookup):
             if slot >= 0:
                 assert slot == placement.home[e]
@@ -124,21 +126,22 @@ def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
     rng = np.random.default_rng(R)
     for _ in range(4):
         first, fitted = random_layer(rng, R), 0
-        room, variant = network.room(first, True), network.variant(first, "flow", True)
-        assert variant.size == next(size for size in network.SIZES if size >= R)
-        assert variant.more or variant.parts * variant.turns >= room.max_edges
+        capacity = layout.capacity_for(first, refreshable=True)
+        variant = DEVICE_SOLVERS["flow"].variant(capacity)
+        assert variant.size == next(size for size in layout.SIZES if size >= R)
+        assert variant.more or variant.parts * variant.turns >= capacity.max_edges
         for _ in range(10):
             other = oracle.random_copies(rng, first)
-            tight = dataclasses.replace(network.needed(other), size=room.size)
-            if tight.num_components > room.num_components:
-                with pytest.raises(ValueError, match="have room for num_components"):
-                    network.tables(other, variant, room)
+            tight = dataclasses.replace(layout.own_capacity(other), size=capacity.size)
+            if tight.num_components > capacity.num_components:
+                with pytest.raises(ValueError, match="have space for num_components"):
+                    layout.tables(other, capacity)
                 continue
             fitted += 1
             # As laid out alone, and nothing beyond.
             for wide, exact in (
-                (network.tables(other, variant, room), network.tables(other, variant, tight)),
-                (network.routes(other, room), network.routes(other, tight)),
+                (layout.tables(other, capacity), layout.tables(other, tight)),
+                (layout.routes(other, capacity), layout.routes(other, tight)),
             ):
                 for field in dataclasses.fields(exact):
                     padded, own = getattr(wide, field.name), getattr(exact, field.name)
@@ -146,7 +149,7 @@ def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
                     assert (padded[inside] == own).all(), field.name
                     beyond = padded.copy()
                     beyond[inside] = empty = {
-                        "edges": network.NO_EDGE,
+                        "edges": layout.NO_EDGE,
                         "experts": -1 if own.ndim == 2 else 0,
                         "first": tight.num_copies,
                     }.get(field.name, np.zeros((), own.dtype))
@@ -159,7 +162,7 @@ def test_components_beyond_one_block_are_refused_by_size():
     with pytest.raises(
         ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
     ):
-        network.variant(ring, "flow")
+        layout.capacity_for(ring)
     # Many independent groups are no matter.
     many = Placement(np.arange(600), 100)
     assert len(tables_of(many).shape) == 100
@@ -172,24 +175,24 @@ TWICE = np.append(np.arange(512), np.arange(512))
 def test_placements_must_fit_a_block_of_the_device():
     everywhere = Placement(np.tile(np.arange(70), 64), 64)
     with pytest.raises(ValueError, match=r"flow takes 1\d{5} for 70 experts, 4480 copies of"):
-        cuda.check_fit(everywhere, "flow", SM_86)
-    cuda.check_fit(everywhere, "flow", SM_80)
+        check_fit(everywhere, "flow", SM_86)
+    check_fit(everywhere, "flow", SM_80)
     half = Placement(np.tile(np.arange(40), 32), 32)  # the interior-point method keeps more
-    cuda.check_fit(half, "flow", SM_86)
+    check_fit(half, "flow", SM_86)
     with pytest.raises(ValueError, match=r"cusolverdx takes 1\d{5} for .* 1280 copies"):
-        cuda.check_fit(half, "cusolverdx", SM_86)
+        check_fit(half, "cusolverdx", SM_86)
     nodes = Placement(TWICE, 64, num_ranks_per_node=1)
     with pytest.raises(ValueError, match=r"rewriting takes 1\d{5} for .* and 64 nodes"):
-        cuda.check_fit(nodes, "flow", SM_86)
+        check_fit(nodes, "flow", SM_86)
 
 
-@pytest.mark.parametrize("solver", network.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 def test_64_ranks_and_512_experts_of_two_copies_fit_a_large_gpu(solver):
-    cuda.check_fit(Placement(TWICE, 64), solver, SM_90)
+    check_fit(Placement(TWICE, 64), solver, SM_90)
 
 
 def test_512_experts_of_eight_copies_fit_the_flow():
-    cuda.check_fit(Placement(np.tile(np.arange(512), 8), 64), "flow", SM_90)
+    check_fit(Placement(np.tile(np.arange(512), 8), 64), "flow", SM_90)
 
 
 @pytest.fixture
@@ -199,7 +202,7 @@ def device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: facts["capability"])
-    monkeypatch.setattr(cuda, "max_shared_bytes", lambda _: facts["bytes"])
+    monkeypatch.setattr(solvers, "max_shared_bytes", lambda _: facts["bytes"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     return facts
 
@@ -257,7 +260,7 @@ def test_every_kernel_compiles(each_kernel, kernel_cache, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
 def test_every_variant_compiles(arch, kernel_cache, monkeypatch):
-    check_compiled(cuda.programs(), arch, kernel_cache, monkeypatch)
+    check_compiled(programs(), arch, kernel_cache, monkeypatch)
 
 
 def check_compiled(programs, arch, kernel_cache, monkeypatch):
@@ -267,7 +270,7 @@ def check_compiled(programs, arch, kernel_cache, monkeypatch):
         assert cubin.data[:4] == b"\x7fELF"
         assert cubin.path.parent == kernel_cache  # made in this session
         shared = [n for name, n, _ in sections(cubin.data) if name.startswith(".nv.shared.")]
-        assert max(shared, default=0) <= cuda.STATIC_SHARED_BYTES
+        assert max(shared, default=0) <= STATIC_SHARED_BYTES
         assert max(shared, default=0) > 0 or cubin.name == "barrier.cu"
         for name, _, data in sections(cubin.data):
             if name.startswith(".nv.info."):
@@ -278,12 +281,17 @@ def check_compiled(programs, arch, kernel_cache, monkeypatch):
     assert kernels == SIGNATURES.keys()
 
 
+def test_every_solver_that_can_be_asked_for_has_a_record():
+    assert ("auto", "cpu", *DEVICE_SOLVERS) == SOLVERS
+    assert all(record.name == name for name, record in DEVICE_SOLVERS.items())
+
+
 def test_a_launch_goes_to_the_stream_and_device_of_its_memory(monkeypatch):
     current, launched = [0], []
 
     @contextlib.contextmanager
     def enter(device):
-        before, current[0] = current[0], device.index
+        before, current[0] = current[0], device
         yield
         current[0] = before
 
@@ -294,11 +302,9 @@ def test_a_launch_goes_to_the_stream_and_device_of_its_memory(monkeypatch):
         "current_stream",
         lambda device: SimpleNamespace(cuda_stream=100 + device.index),
     )
-
-    def kernel(*launch):
-        launched.append((current[0], *launch))
-
+    driver = SimpleNamespace(launchKernel=lambda *call: launched.append((current[0], *call[:-2])))
+    runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
+    kernel = Kernel(SimpleNamespace(ptr=7), driver, runtime, ("Q", "8s"))
     for index in (0, 1):
-        launch(kernel, (2, 1), 64, 9, torch.device("cuda", index), 5, b"a struct")
-    assert launched == [(i, (2, 1), 64, 9, 100 + i, (5, b"a struct")) for i in (0, 1)]
-    assert current == [0]
+        kernel((2, 1), 64, 9, torch.device("cuda", index), (5, b"a struct"))
+    assert launched == [(i, 7, 2, 1, 1, 64, 1, 1, 9, 100 + i) for i in (0, 1)]

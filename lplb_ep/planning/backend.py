@@ -1,0 +1,95 @@
+"""What a planner asks of whatever makes its plans: the host, or a GPU."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..comm.exchange import Exchange
+from ..placement.table import Placement
+from .plan import Routed
+from .structs import Status
+
+REASONS = {
+    Status.STALE: "STALE, the replicas' weights are not known to equal their homes' on some rank. "
+    "Replicas.copy_weights() makes them so; LPLB_EP_REPLICAS=valid says that the program does",
+    Status.BAD_COUNTS: "BAD_COUNTS, the ranks' counts are negative or total more than 2**31 - 1",
+    Status.NOT_CONVERGED: "NOT_CONVERGED, the solver ran out of rounds; please report the load",
+    Status.INFEASIBLE: "INFEASIBLE, an expert's load is more than the max_quota of its copies",
+}
+"""Why a batch goes to the home slots, for the log."""
+
+
+class Batch(NamedTuple):
+    """What a rank brings to a plan beside its counts."""
+
+    topk_idx: torch.Tensor
+    """[T, K] int32 or int64, on any device."""
+    status: Status
+    """How this rank fares: OPTIMAL or STALE."""
+    indices: str = "logical"
+    """What `topk_idx` names: "logical" experts or "physical" ones; "logical" where the backend does
+    not check late."""
+    distinct: bool = False
+    """Whether a backend that checks late refuses a token that picks one expert twice."""
+
+
+class Backend(Protocol):
+    """Makes a planner's plans. The host's is the definition, and a GPU's equals it bit for bit."""
+
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph can capture a plan."""
+
+    @property
+    def checks_late(self) -> bool:
+        """Whether entries of `topk_idx` are checked after the call has returned."""
+
+    def route(self, batch: Batch, exchange: Exchange) -> Routed:
+        """Plans a batch by counts that are exchanged. Collective.
+
+        Raises:
+            RankError: a rank refused its input, or ranks plan different batches; a GPU raises it
+                from `raise_errors`.
+        """
+
+    def route_given(self, batch: Batch, counts: torch.Tensor) -> Routed:
+        """Plans a batch by given counts [R, E] int32 or int64.
+
+        Raises:
+            ValueError: counts out of range, or not those of `topk_idx`; a GPU raises it from
+                `raise_errors`.
+        """
+
+    def refuse(self, exchange: Exchange) -> None:
+        """Tells the other ranks, in the place of a batch, that this rank refuses its input."""
+
+    def mask(self, given: torch.Tensor, planned: torch.Tensor) -> torch.Tensor:
+        """Slots [T, K] of `planned`, but -1 where `given` [T, K] is negative."""
+
+    def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
+        """Makes ready for other replicas, and for another head of the exchanged row.
+
+        Returns:
+            A function that puts them in force and cannot fail.
+
+        Raises:
+            ValueError: their tables do not fit where those of the first placement lie.
+        """
+
+    def synchronize(self) -> None:
+        """Waits for all batches that were given to the backend."""
+
+    def raise_errors(self) -> None:
+        """Raises or logs what was found wrong with earlier batches, without waiting.
+
+        Raises:
+            ValueError: of a batch's `topk_idx` or given counts.
+            RankError: another rank's fault, or a rank that is missing.
+        """
+
+    def num_batches(self) -> collections.Counter[Status]:
+        """Batches planned so far, by status; waits for all of them."""

@@ -1,0 +1,89 @@
+"""What every plan must be: for tests, and for `LPLB_EP_CHECK=1`."""
+
+from __future__ import annotations
+
+import torch
+
+from ..placement.table import Placement
+from ..problem import Problem
+from . import reference
+from .plan import Plan
+from .solve import best_time, rank_load, slowest_time
+from .structs import Status
+
+
+def check_plan(
+    plan: Plan,
+    topk_idx: torch.Tensor,
+    placement: Placement,
+    rank: int,
+    problem: Problem | None = None,
+) -> None:
+    """Holds a plan against everything that a plan must be.
+
+    Args:
+        plan: the plan that rank `rank` got.
+        topk_idx: [T, K], the logical experts that it was made from.
+        placement: the copies.
+        rank: this rank.
+        problem: what bounds the plan beside its counts; by default nothing does.
+
+    Raises:
+        AssertionError: names the broken invariant.
+    """
+
+    def hold(condition: object, message: str) -> None:
+        if not bool(condition):
+            raise AssertionError(f"plan of rank {rank}: {message}")
+
+    R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
+    physical, logical = plan.topk_idx.cpu(), topk_idx.cpu()
+    counts, quota, shares = plan.counts.cpu(), plan.quota.cpu(), plan.split.cpu()
+    hold(plan.topk_idx.dtype == topk_idx.dtype, "topk_idx changed its dtype")
+    hold(plan.topk_idx.device == topk_idx.device, "topk_idx changed its device")
+    hold(physical.shape == logical.shape, "topk_idx changed its shape")
+    if int(plan.status) == Status.BAD_COUNTS:
+        # Invalid counts say nothing: there are no quotas, and every pick is at its home.
+        for name in ("counts", "quota", "split", "rank_load"):
+            hold((getattr(plan, name) == 0).all(), f"{name} is not 0, of invalid counts")
+        hold(
+            (physical == reference.rewrite_home(logical, placement)).all(),
+            "a pick is not at its home",
+        )
+        return
+    hold(counts.shape == (R, E), f"counts are {list(counts.shape)}")
+    hold(quota.shape == (E, C), f"quota is {list(quota.shape)}")
+    hold(shares.shape == (R, E, C), f"split is {list(shares.shape)}")
+
+    hold(((physical == -1) == (logical == -1)).all(), "-1 was not kept")
+    held = torch.tensor(placement.physical_to_logical)[physical.long().clamp(min=0)]
+    hold((held == logical)[logical >= 0].all(), "a pick went to a slot of another expert")
+    hold(
+        (counts[rank] == reference.count(logical, E)).all(), "counts do not count this rank's picks"
+    )
+
+    absent = torch.tensor(placement.copy_rank < 0)
+    hold((shares >= 0).all() and (quota >= 0).all(), "a negative quota")
+    hold((quota[absent] == 0).all(), "a quota where no copy can take tokens")
+    hold((quota.sum(1) == counts.sum(0)).all(), "quotas do not sum to the load")
+    hold((shares.sum(0) == quota).all(), "the split does not sum to the quotas")
+    hold((shares.sum(2) == counts).all(), "the split does not sum to the counts")
+    slots = torch.tensor(placement.logical_to_physical).long()
+    took = reference.count(physical, placement.num_physical_experts)
+    hold((took[slots] * ~absent == shares[rank]).all(), "slots got other picks than their share")
+    e, c = torch.nonzero(~absent, as_tuple=True)
+    own = torch.tensor(placement.copy_rank).long()[e, c]
+    stay = torch.minimum(counts[own, e], quota[e, c])
+    hold((shares[own, e, c] >= stay).all(), "a copy passed over tokens of its own rank")
+
+    load = rank_load(quota, placement)
+    hold((plan.rank_load.cpu() == load).all(), "rank_load is not the load of the quotas")
+    if int(plan.status) == Status.OPTIMAL:
+        problem = Problem() if problem is None else problem
+        reached, best = (
+            slowest_time(quota, placement, problem),
+            best_time(counts.sum(0), placement, problem),
+        )
+        hold(reached == best, f"the largest rank load is {reached}, not {best}")
+    else:
+        hold((quota[:, 1:] == 0).all(), "a plan that is not optimal must send every token home")

@@ -1,0 +1,83 @@
+"""Flags in the host's memory by which kernels say what they found wrong with a batch."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+from ..comm.watchdog import look, missing_ranks, watch
+from ..errors import RankError
+from ..placement.table import Placement
+from .backend import REASONS
+from .home import out_of_range
+from .host import log_home
+from .structs import NUM_ERROR_FLAGS, ErrorFlag, Status
+
+log = logging.getLogger(__name__)
+
+
+class ErrorFlags:
+    """The flags of one planner. Kernels set them, and the CPU reads them without waiting.
+
+    Args:
+        placement: names the planner in messages.
+        timeout_s: how long kernels wait for another rank's counts, in seconds.
+        abort_on_timeout: whether the process ends when a rank does not come in that time.
+    """
+
+    def __init__(self, placement: Placement, timeout_s: float, abort_on_timeout: bool) -> None:
+        self._placement, self._timeout_s = placement, timeout_s
+        self._name = placement.fingerprint()[:8]
+        self._memory = torch.zeros(placement.num_ranks + NUM_ERROR_FLAGS, dtype=torch.int32)
+        self._memory = self._memory.pin_memory()
+        words = self._memory.numpy()
+        self.missing, self.flags = words[: placement.num_ranks], words[placement.num_ranks :]
+        """[R] 1 where a rank's row did not come in time; and [NUM_ERROR_FLAGS] 1 where a batch
+        ended with that status, then for each `ErrorFlag`."""
+        self.missing_address = self._memory.data_ptr()
+        self.address = self.missing_address + 4 * placement.num_ranks
+        self._clear = self.flags.tobytes()
+        self._logged: set[Status] = set()
+        say = functools.partial(missing_ranks, self.missing, self._name, timeout_s)
+        watch(self, self.missing, say, abort=abort_on_timeout)
+
+    def raise_errors(self) -> None:
+        """Raises or logs what was found wrong with earlier batches, and clears the flags.
+
+        Raises:
+            ValueError: a batch's `topk_idx` or given counts were wrong.
+            RankError: another rank's fault, or a rank that is missing.
+        """
+        if self.flags.tobytes() == self._clear:
+            return
+        seen = self.flags.nonzero()[0].tolist()
+        self.flags[seen] = 0
+        for status in (REASONS.keys() & seen) - self._logged:
+            self._logged.add(status)
+            log_home(self._placement, status)
+        faults = {
+            ErrorFlag.OUT_OF_RANGE: out_of_range(self._placement),
+            ErrorFlag.REPEATED_PICK: ValueError(
+                "a token of an earlier batch's topk_idx picked an expert twice; "
+                "LPLB_EP_CHECK=1 names it at once"
+            ),
+            ErrorFlag.MISCOUNTED: ValueError(
+                "an earlier batch's counts were not those of its topk_idx"
+            ),
+            Status.TIMED_OUT: RankError(missing_ranks(self.missing, self._name, self._timeout_s)),
+            Status.OUT_OF_STEP: RankError(
+                "ranks planned different batches: another placement, another slot, or the same "
+                "ones in another order"
+            ),
+            Status.REFUSED: RankError("a rank refused an earlier batch's topk_idx; see its error"),
+        }
+        if Status.TIMED_OUT in seen:
+            look(self)  # so that it is logged
+            self.missing[:] = 0
+        errors = [error for index, error in faults.items() if index in seen]
+        for error in errors[1:]:
+            log.error("%s", error)
+        if errors:
+            raise errors[0]

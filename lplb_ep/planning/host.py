@@ -1,0 +1,161 @@
+"""Plans made on the CPU: the default without a GPU, and the definition of every plan."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+
+from ..comm.exchange import Exchange
+from ..errors import RankError
+from ..placement.table import Placement
+from ..problem import MAX_TOTAL, Problem
+from . import reference
+from .backend import REASONS, Batch
+from .plan import Plan, Routed
+from .solve import rank_load
+from .structs import HEAD, Head, Status
+
+log = logging.getLogger(__name__)
+
+
+class HostBackend:
+    """A `Backend` on the CPU. A call waits for its input and is done on return.
+
+    Args:
+        placement: the copies.
+        problem: what bounds a plan beside the counts, checked.
+        rank: this rank.
+        head: the integers that an exchanged row begins with, between its status and the number of
+            the batch.
+        row_size: integers of an exchanged row; those behind the counts stay 0.
+    """
+
+    capturable = False
+    checks_late = False
+
+    def __init__(
+        self, placement: Placement, problem: Problem, rank: int, head: list[int], row_size: int
+    ) -> None:
+        self._placement, self._problem, self._rank, self._head = placement, problem, rank, head
+        self._row_size, self._num_exchanges = row_size, 0
+        self._num_batches: collections.Counter[Status] = collections.Counter()
+
+    def num_batches(self) -> collections.Counter[Status]:
+        """As `Backend.num_batches`."""
+        return self._num_batches
+
+    def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
+        """As `Backend.prepare`."""
+
+        def commit() -> None:
+            self._placement, self._head = placement, head
+
+        return commit
+
+    def synchronize(self) -> None:
+        """Nothing is pending."""
+
+    def raise_errors(self) -> None:
+        """Nothing is found late."""
+
+    def mask(self, given: torch.Tensor, planned: torch.Tensor) -> torch.Tensor:
+        """As `Backend.mask`."""
+        return torch.where(given < 0, -1, planned)
+
+    def refuse(self, exchange: Exchange) -> None:
+        """As `Backend.refuse`."""
+        self._gather(exchange, torch.zeros(self._placement.num_experts).int(), Status.REFUSED)
+
+    def route(self, batch: Batch, exchange: Exchange) -> Routed:
+        """As `Backend.route`."""
+        picks = batch.topk_idx.cpu()
+        counts = reference.count(picks, self._placement.num_experts)
+        rows = self._gather(exchange, counts, batch.status)
+        refused_by = torch.nonzero(rows[:, Head.STATUS] == Status.REFUSED).flatten().tolist()
+        if refused_by:
+            raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
+        status = Status(int(rows[:, Head.STATUS].max()))
+        return self._route(batch.topk_idx, picks, rows[:, HEAD:].contiguous(), status)
+
+    def route_given(self, batch: Batch, counts: torch.Tensor) -> Routed:
+        """As `Backend.route_given`."""
+        picks, given = batch.topk_idx.cpu(), counts.cpu().long()
+        wrong = torch.nonzero((given < 0) | (given > MAX_TOTAL))
+        if len(wrong):
+            r, e = wrong[0].tolist()
+            raise ValueError(
+                f"counts[{r}, {e}] must be in [0, {MAX_TOTAL}]; got {int(given[r, e])}"
+            )
+        own = reference.count(picks, self._placement.num_experts)
+        wrong = torch.nonzero(given[self._rank] != own)
+        if len(wrong):
+            e = int(wrong[0])
+            raise ValueError(
+                f"counts[{self._rank}, {e}] is {int(given[self._rank, e])}, and topk_idx picks "
+                f"expert {e} {int(own[e])} times"
+            )
+        return self._route(batch.topk_idx, picks, given.int(), batch.status)
+
+    def _gather(self, exchange: Exchange, counts: torch.Tensor, status: Status) -> torch.Tensor:
+        """[R, HEAD + E] int32."""
+        size = HEAD + self._placement.num_experts
+        row = torch.zeros(self._row_size, dtype=torch.int32)
+        self._num_exchanges = (self._num_exchanges + 1) % 2**31
+        row[:HEAD] = torch.tensor([status, *self._head, self._num_exchanges])
+        row[HEAD:size] = counts
+        rows = exchange.gather(row)
+        others = (rows[:, 1:HEAD] != row[1:HEAD]).any(1)
+        if others.any() and status != Status.REFUSED:
+            raise RankError(
+                f"ranks {torch.nonzero(others).flatten().tolist()} plan another batch than this "
+                "rank: another placement, another slot, or the same ones in another order"
+            )
+        return rows[:, :size]
+
+    def _route(
+        self, topk_idx: torch.Tensor, picks: torch.Tensor, counts: torch.Tensor, status: Status
+    ) -> Routed:
+        load, base = counts.long().sum(0), self._problem.base_load
+        total = int(load.sum()) + (0 if base is None else int(base.sum()))
+        if bool((counts < 0).any()) or total > MAX_TOTAL:
+            counts, load, status = counts * 0, load * 0, max(status, Status.BAD_COUNTS)
+        elif not self._problem.is_feasible(load, self._placement):
+            status = max(status, Status.INFEASIBLE)
+        if status is Status.OPTIMAL:
+            quota = reference.solve(load, self._placement, **self._problem.bounds).quota
+            shares = reference.split(counts, quota, self._placement)
+            physical = reference.rewrite(picks, shares[self._rank], self._placement)
+        else:
+            quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
+            quota[:, 0] = load
+            physical = reference.rewrite_home(picks, self._placement)
+            if self._num_batches[status] == 0:
+                log_home(self._placement, status)
+        self._num_batches[status] += 1
+        plan = Plan(
+            topk_idx=physical.to(topk_idx.device),
+            counts=counts.to(topk_idx.device),
+            quota=quota.to(topk_idx.device),
+            rank_load=rank_load(quota, self._placement).int().to(topk_idx.device),
+            status=torch.tensor(int(status), dtype=torch.int32).to(topk_idx.device),
+            _split=functools.partial(split_on_host, self._placement),
+        )
+        return Routed(plan.topk_idx, lambda: plan)
+
+
+def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:
+    """`reference.split` for tensors on any device."""
+    return reference.split(counts.cpu(), quota.cpu(), placement).to(counts.device)
+
+
+def log_home(placement: Placement, status: Status) -> None:
+    """Says why a batch goes to the home slots."""
+    log.warning(
+        "a batch goes to the home slots (placement %s): %s",
+        placement.fingerprint()[:8],
+        REASONS[status],
+    )

@@ -1,0 +1,109 @@
+"""Checks of what a batch brings: indices and counts."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+
+from ..placement.table import Placement
+
+INDICES = ("logical", "physical")
+"""What `topk_idx` names: experts, or slots that an engine has chosen itself."""
+MAX_PICKS = 2**31 - 2**14
+"""Picks of a rank in a batch: kernels cut them into chunks, which end within 32 bits."""
+
+
+def num_ids(placement: Placement, indices: str) -> int:
+    """How many ids there are of a kind: E logical or P physical experts.
+
+    Raises:
+        ValueError: `indices` is not one of `INDICES`.
+    """
+    if indices not in INDICES:
+        raise ValueError(f"indices must be one of {', '.join(INDICES)}; got {indices!r}")
+    return placement.num_experts if indices == "logical" else placement.num_physical_experts
+
+
+def check_topk_idx(topk_idx: torch.Tensor) -> None:
+    """Checks what the CPU knows of `topk_idx` wherever it lies.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it is not [T, K] int32 or int64, or has more than `MAX_PICKS` entries.
+    """
+    if not isinstance(topk_idx, torch.Tensor):
+        raise TypeError(f"topk_idx must be a tensor [T, K]; got a {type(topk_idx).__name__}")
+    if topk_idx.ndim != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"topk_idx must be [T, K] of int32 or int64; "
+            f"got {list(topk_idx.shape)} of {topk_idx.dtype}"
+        )
+    if topk_idx.numel() > MAX_PICKS:
+        raise ValueError(f"topk_idx must have at most {MAX_PICKS} entries; got {topk_idx.numel()}")
+
+
+def logical_picks(
+    topk_idx: torch.Tensor, placement: Placement, indices: str = "logical", distinct: bool = False
+) -> torch.Tensor:
+    """Checks every entry of `topk_idx` and names the experts.
+
+    Args:
+        topk_idx: [T, K] int32 or int64; on a GPU the CPU waits for it.
+        placement: the copies.
+        indices: one of `INDICES`.
+        distinct: whether a token must pick K different experts.
+
+    Returns:
+        [T, K] of the same dtype and device: logical experts, -1 = no pick; `topk_idx` itself where
+        it names them.
+
+    Raises:
+        ValueError: an entry is out of range, names an empty slot, or repeats an expert.
+    """
+    count = num_ids(placement, indices)
+    wrong = torch.nonzero((topk_idx < -1) | (topk_idx >= count))
+    if len(wrong):
+        t, k = wrong[0].tolist()
+        what = "an expert" if indices == "logical" else "a slot"
+        raise ValueError(
+            f"topk_idx[{t}, {k}] is {int(topk_idx[t, k])}; expected -1 or {what} in [0, {count})"
+        )
+    logical = topk_idx
+    if indices == "physical":
+        logical = logical_table(placement, topk_idx.device)[topk_idx.long()].to(topk_idx.dtype)
+        wrong = torch.nonzero((logical < 0) & (topk_idx >= 0))
+        if len(wrong):
+            slot = int(topk_idx[tuple(wrong[0].tolist())])
+            raise ValueError(f"topk_idx names slot {slot}, which holds no expert")
+    if distinct:
+        ordered = logical.sort(1).values
+        wrong = torch.nonzero((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0))
+        if len(wrong):
+            t, k = wrong[0].tolist()
+            raise ValueError(f"topk_idx[{t}] picks expert {int(ordered[t, k])} twice")
+    return logical
+
+
+@functools.lru_cache(maxsize=1024)
+def logical_table(placement: Placement, device: torch.device) -> torch.Tensor:
+    """[P + 1] int32: the expert of each slot, -1 for an empty one, and -1 at the end."""
+    return torch.from_numpy(np.append(placement.physical_to_logical, np.int32(-1))).to(device)
+
+
+def check_counts(counts: torch.Tensor, placement: Placement) -> None:
+    """Checks given counts.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: they are not [R, E] int32 or int64.
+    """
+    shape = (placement.num_ranks, placement.num_experts)
+    if not isinstance(counts, torch.Tensor):
+        raise TypeError(f"counts must be a tensor; got a {type(counts).__name__}")
+    if tuple(counts.shape) != shape or counts.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"counts must be {list(shape)} of int32 or int64; "
+            f"got {list(counts.shape)} of {counts.dtype}"
+        )

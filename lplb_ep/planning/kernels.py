@@ -1,0 +1,61 @@
+"""The kernels of a plan: every variant, and those that are loaded on a device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..comm.copies import barrier_program
+from ..gpu.abi import Signature
+from ..gpu.jit import Program
+from ..gpu.launch import Kernel, Kernels, load
+from .solvers import DEVICE_SOLVERS, Variant
+
+NUM_THREADS = 1024
+"""Threads of a block that counts or rewrites."""
+MAX_CHUNKS = 64
+"""Blocks that a rank's picks are shared between."""
+
+
+def programs() -> list[Program]:
+    """Every variant of every kernel, for `lplb-ep compile`."""
+    return [
+        *(solver.program(v) for solver in DEVICE_SOLVERS.values() for v in solver.variants()),
+        *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),
+        barrier_program(),
+    ]
+
+
+def solver_kernel(solver: str, variant: Variant, device: int, signature: Signature) -> Kernel:
+    """A kernel of a solver, compiled now if it never was.
+
+    Raises:
+        MissingPackageError: a package that compiles or loads kernels is missing.
+        CompileError: the kernel does not compile.
+    """
+    return _solver_kernels(solver, variant, device).kernel(signature.name, signature.formats)
+
+
+def route_kernel(dtype: torch.dtype, device: int, signature: Signature) -> Kernel:
+    """A kernel of route.cu, for `topk_idx` of a dtype.
+
+    Raises:
+        MissingPackageError, CompileError: as `solver_kernel`.
+    """
+    return _route_kernels(dtype, device).kernel(signature.name, signature.formats)
+
+
+@functools.cache
+def _solver_kernels(solver: str, variant: Variant, device: int) -> Kernels:
+    return load(DEVICE_SOLVERS[solver].program(variant), device)
+
+
+@functools.cache
+def _route_kernels(dtype: torch.dtype, device: int) -> Kernels:
+    return load(_route_program(dtype), device)
+
+
+def _route_program(dtype: torch.dtype) -> Program:
+    index = "int" if dtype == torch.int32 else "long long"
+    return Program("route.cu", {"INDEX": index, "THREADS": NUM_THREADS})

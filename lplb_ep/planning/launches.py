@@ -1,0 +1,324 @@
+"""The launches of a plan on a GPU, prepared once: a batch writes what is new and launches."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..comm.exchange import Windows
+from ..gpu.abi import Signature
+from ..gpu.launch import Kernel, Launch
+from . import structs
+from .device_tables import DeviceTables, kernel_of, problem_of
+from .error_flags import ErrorFlags
+from .inputs import logical_table
+from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
+from .solvers import NUM_THREADS as NUM_SOLVER_THREADS
+from .structs import HEAD, Status
+
+_CHUNK_MULTIPLE = 128  # picks: whole cache lines of every kind of index
+_BYTES_OF_PICK = 6  # a position and an expert
+
+
+class Workspace:
+    """Device memory that all batches of a planner share, and what their launches have in common.
+
+    Args:
+        tables: the placement.
+        error_flags: where kernels say what they found wrong.
+        rank: this rank.
+        head: the integers that an exchanged row begins with, between its status and the number of
+            the batch.
+        row_size: integers of an exchanged row.
+        bounds: base loads [R], speeds [R] and limits [E, C], int32 on the GPU; None: none.
+        windows: where kernels exchange rows; None: rows travel by other means.
+        limit_ns: how long a batch waits for the rows.
+        max_rounds: of a solver.
+    """
+
+    def __init__(
+        self,
+        tables: DeviceTables,
+        error_flags: ErrorFlags,
+        rank: int,
+        head: Sequence[int],
+        row_size: int,
+        bounds: Sequence[torch.Tensor | None],
+        windows: Windows | None,
+        limit_ns: int,
+        max_rounds: int,
+    ) -> None:
+        p, device = tables.placement, tables.device
+        zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        self.tables, self.error_flags, self.rank = tables, error_flags, rank
+        self.bounds, self.max_rounds = bounds, max_rounds
+        self.row = zeros(row_size)
+        """[row_size] this rank's row of an exchange, between `count` and `route`."""
+        self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
+        """[HEAD - 1] what a row begins with behind its status; the last is the number of the batch,
+        which `count` raises, so that a graph's replay does, too."""
+        self.num_by_status = zeros(len(Status))
+        """[number of statuses] batches planned so far that ended so."""
+        self.histograms = zeros(MAX_CHUNKS, p.num_experts)
+        self.logical = logical_table(p, device).clone()
+        """[P + 1] the expert of each slot, rewritten in place when replicas move."""
+        self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
+        self._outgrown: list[torch.Tensor] = []  # which captured graphs may use
+        self.rows = zeros(p.num_ranks if windows else 0, HEAD + p.num_experts)
+        """[R, HEAD + E] rows of all ranks, where windows exchange them."""
+        self._addresses = torch.tensor(
+            windows.addresses if windows else [], dtype=torch.int64, device=device
+        )
+        self._state = zeros(4)
+        self.relay = windows.relay if windows else None
+        self.window = bytes(structs.WINDOW.size)
+        """The struct `Window`."""
+        if windows is not None:
+            self.window = structs.WINDOW.pack(
+                peers=self._addresses.data_ptr(),
+                state=self._state.data_ptr(),
+                rows=self.rows.data_ptr(),
+                missing=error_flags.missing_address,
+                limit_ns=limit_ns,
+                num_ranks=p.num_ranks,
+                rank=rank,
+                waits=self.relay is None,
+            )
+        R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
+        self.result_sizes = [2 * G, R * E, E * C, R, 1]
+        """Integers of what a plan consists of: endings, counts, quotas, rank loads, status."""
+        self.num_results = sum(self.result_sizes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory that it takes."""
+        held = (self.row, self.histograms, self.logical, self.rows, self.scratch, *self._outgrown)
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def reserve(self, num_picks: int) -> None:
+        """Makes `scratch` large enough for a batch."""
+        if self.scratch.numel() < _BYTES_OF_PICK * num_picks:
+            self._outgrown.append(self.scratch)
+            self.scratch = torch.empty(
+                _BYTES_OF_PICK * num_picks, dtype=torch.uint8, device=self.tables.device
+            )
+
+
+class Launches:
+    """The launches of the batches of one kind.
+
+    Args:
+        workspace: of the planner.
+        dtype: of `topk_idx`.
+        indices: what `topk_idx` names, "logical" experts or "physical" ones.
+        distinct: whether a token that picks one expert twice is refused.
+        exchanged: whether rows are exchanged; else counts are given.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        dtype: torch.dtype,
+        indices: str,
+        distinct: bool,
+        exchanged: bool,
+    ) -> None:
+        self._workspace, self._distinct, self._exchanged = workspace, distinct, exchanged
+        tables, flags = workspace.tables, workspace.error_flags.address
+        p, no_picks = tables.placement, bytes(structs.PICKS.size)
+        kernel = functools.partial(route_kernel, dtype, tables.device.index)
+        physical = indices == "physical"
+        self._count = kernel(structs.COUNT).prepare(
+            structs.COUNT.arrange(
+                topk_idx=0,
+                picks=no_picks,
+                logical=workspace.logical.data_ptr() if physical else 0,
+                num_ids=p.num_physical_experts if physical else p.num_experts,
+                num_topk=0,
+                row=workspace.row.data_ptr() if exchanged else 0,
+                head=workspace.head.data_ptr(),
+                error_flags=flags,
+                window=workspace.window if exchanged else bytes(structs.WINDOW.size),
+                status=Status.OPTIMAL,
+            ),
+            NUM_THREADS,
+            4 * (HEAD + p.num_experts),
+        )
+        problem = problem_of(tables, workspace.bounds, workspace.max_rounds, error_flags=flags)
+        self._solve = kernel_of(tables, workspace.bounds).prepare(
+            [problem], NUM_SOLVER_THREADS, tables.num_solver_bytes
+        )
+        self._route = kernel(structs.ROUTE).prepare(
+            structs.ROUTE.arrange(
+                picks=no_picks,
+                table=tables.table,
+                batch=structs.BATCH.pack(
+                    counts=0,
+                    quota=0,
+                    rank_load=0,
+                    endings=0,
+                    status=0,
+                    num_by_status=workspace.num_by_status.data_ptr(),
+                    error_flags=flags,
+                    row=workspace.row.data_ptr() if exchanged else 0,
+                    num_components=tables.num_components,
+                    rank=workspace.rank,
+                ),
+                physical=0,
+            ),
+            NUM_THREADS,
+            tables.num_route_bytes,
+        )
+        self._relayed = self._relay_launches(kernel) if workspace.relay and exchanged else []
+        self._make_writers()
+        self._shape = (-1, -1)
+        self._scratch = workspace.scratch
+        self._status = Status.OPTIMAL
+        if exchanged and workspace.window.strip(b"\0"):
+            self.set_rows(workspace.rows)
+
+    def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:
+        """What takes rows to other nodes and back; a launch of `put` comes between the two."""
+        relay, window = self._workspace.relay, self._workspace.window
+        assert relay is not None, "there are other nodes"
+        packed = structs.RELAY.pack(
+            sent=relay.sent,
+            received=relay.received,
+            signals=relay.signals,
+            node=relay.node,
+            node_size=relay.num_ranks_per_node,
+        )
+        return [
+            kernel(signature).prepare(
+                signature.arrange(
+                    window=window,
+                    relay=packed,
+                    num_batches=self._workspace.head[-1:].data_ptr(),
+                    size=HEAD + self._workspace.tables.placement.num_experts,
+                ),
+                NUM_THREADS,
+            )
+            for signature in (structs.GATHER, structs.BROADCAST)
+        ]
+
+    def _make_writers(self) -> None:
+        """Finds the fields that a batch overwrites."""
+
+        def count(*fields: str) -> Callable[..., None]:
+            return self._count.writer(*structs.COUNT.span(*fields))
+
+        def solve(*fields: str) -> Callable[..., None]:
+            paths = (f"problem.{field}" for field in fields)
+            return self._solve.writer(*structs.SOLVE.span(*paths))
+
+        def route(*fields: str) -> Callable[..., None]:
+            return self._route.writer(*structs.ROUTE.span(*fields))
+
+        def fields_of(name: str) -> list[str]:
+            return [f"{name}.{field.name}" for field in structs.PICKS.fields]
+
+        self._write_topk_idx, self._write_num_topk = count("topk_idx"), count("num_topk")
+        self._write_status, self._write_waits = count("status"), count("window.waits")
+        self._write_picks = [write(*fields_of("picks")) for write in (count, solve, route)]
+        self._write_counts = solve(*(f"counts.{field.name}" for field in structs.COUNTS.fields))
+        self._write_solver_status = solve("status")
+        self._write_solution = solve("quota", "rank_load", "endings", "counted")
+        batch = ("counts", "quota", "rank_load", "endings", "status")
+        self._write_batch = route(*(f"batch.{field}" for field in batch))
+        self._write_physical = route("physical")
+
+    def _set_shape(self, num_picks: int, num_topk: int) -> None:
+        """Cuts the picks into chunks, and finds memory for what is noted of each."""
+        workspace = self._workspace
+        workspace.reserve(num_picks)
+        E = workspace.tables.placement.num_experts
+        chunk = -(-max(1, num_picks) // MAX_CHUNKS)
+        chunk = -(-chunk // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+        num_chunks = max(1, -(-num_picks // chunk))
+        positions = workspace.scratch.data_ptr()
+        experts = positions + 4 * num_picks
+        for write in self._write_picks:
+            write(
+                experts, positions, workspace.histograms.data_ptr(), num_picks, num_chunks, chunk, E
+            )
+        self._write_num_topk(num_topk if self._distinct else 0)
+        self._shape, self._scratch = (num_picks, num_topk), workspace.scratch
+        self._grid = (num_chunks, 1)
+        self._solver_grid = (workspace.tables.num_components + num_chunks, 1)
+
+    def count(
+        self, topk_idx: torch.Tensor, status: Status, stream: int, *, waits: bool = True
+    ) -> None:
+        """Counts picks, into the row if it is exchanged; with windows, exchanges it.
+
+        Args:
+            topk_idx: [T, K] on the GPU, contiguous.
+            status: how this rank fares, for the head of the row.
+            stream: the current one's address.
+            waits: whether to wait, on the GPU, for the rows that all ranks send. Those that do not
+                come in time end the batch as TIMED_OUT. If not, the next batch waits for them
+                before it sends: they say that the others have read those of the batch before, in
+                whose place its own go.
+        """
+        shape = (topk_idx.numel(), topk_idx.shape[1])
+        if shape != self._shape or self._scratch is not self._workspace.scratch:
+            self._set_shape(*shape)
+        self._write_topk_idx(topk_idx.data_ptr())
+        if status is not self._status:
+            self._write_status(status)
+            self._status = status
+        if not waits:
+            self._write_waits(0)
+        self._count(self._grid, stream)
+        if not waits:
+            self._write_waits(self._workspace.relay is None)
+        if self._relayed:
+            relay = self._workspace.relay
+            assert relay is not None, "there are other nodes"
+            # For the other ranks' sake, whether or not this one waits.
+            self._relayed[0]((1, 1), stream)
+            relay.put(stream)
+            self._relayed[1]((1, 1), stream)
+
+    def set_rows(self, rows: torch.Tensor, status: Status = Status.OPTIMAL) -> None:
+        """Names the rows that `solve` adds up.
+
+        Args:
+            rows: [R, at least HEAD + E] exchanged rows, or [R, E] given counts; int32 on the GPU.
+            status: how the batch fares, by what the rows do not say.
+        """
+        head = HEAD if self._exchanged else 0
+        self._write_counts(
+            rows.data_ptr(), rows.shape[0], rows.stride(0), 0, head, self._workspace.rank
+        )
+        self._write_solver_status(status)
+
+    def solve(self, results: int, stream: int) -> None:
+        """Solves, and meanwhile numbers the picks.
+
+        Args:
+            results: address of the integers of `Workspace.result_sizes`.
+            stream: the current one's address.
+        """
+        endings, counts, quota, rank_load, _ = self._places(results)
+        self._write_solution(quota, rank_load, endings, counts)
+        self._solve(self._solver_grid, stream)
+
+    def route(self, results: int, physical: int, stream: int) -> None:
+        """Splits the quotas and rewrites the picks to the slots [T, K] at the address `physical`.
+
+        Where the batch is not optimal, the results become the plan with every token at home.
+        """
+        endings, counts, quota, rank_load, status = self._places(results)
+        self._write_batch(counts, quota, rank_load, endings, status)
+        self._write_physical(physical)
+        self._route(self._grid, stream)
+
+    def _places(self, results: int) -> tuple[int, int, int, int, int]:
+        endings, counts, quota, rank_load, _ = self._workspace.result_sizes
+        first = results + 4 * endings
+        second = first + 4 * counts
+        third = second + 4 * quota
+        return results, first, second, third, third + 4 * rank_load

@@ -1,0 +1,199 @@
+"""The solvers: a record of each, and which one runs for a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ..errors import MissingPackageError
+from ..gpu.device import check_device
+from ..gpu.jit import CuSolverDx, Program
+from ..gpu.launch import max_shared_bytes
+from ..placement.table import Placement
+from ..settings import SOLVERS
+from .layout import SIZES, Capacity, capacity_for, routes
+from .structs import ARC
+
+NUM_THREADS = 256
+"""Threads of a block that solves; fewer would take long to add up the counts."""
+MAX_PUSHING_THREADS = 256
+"""Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
+STATIC_SHARED_BYTES = 3 * 1024
+"""The most shared memory that a kernel has beside its dynamic one, some of it CUDA's."""
+
+
+class Variant(NamedTuple):
+    """What a solver's kernel is compiled for."""
+
+    size: int
+    """The most ranks of a component."""
+    parts: int
+    """Threads that share the edges of a rank."""
+    turns: int
+    """Edges that each of them keeps in registers."""
+    more: bool
+    """Whether a rank may have still more."""
+
+
+@dataclass(frozen=True)
+class DeviceSolver:
+    """A solver on the GPU."""
+
+    name: str
+    source: str
+    """Its file in `kernels/`, with the kernels `solve` and `solve_general`."""
+    shares: tuple[tuple[int, int, int], ...]
+    """`parts`, `turns` and `more` of its variants. The first that take all edges of a rank run."""
+    libraries: tuple[str, ...]
+    """NVIDIA libraries that its compilation needs beside NVRTC."""
+    functions: Callable[[Variant], tuple[CuSolverDx, ...]]
+    """The functions of cuSolverDx that are linked to a variant."""
+    num_own_bytes: Callable[[Capacity], int]
+    """Shared memory of a block, in bytes, that the solver needs beside the flow's."""
+
+    def variants(self) -> list[Variant]:
+        """All variants: whole warps of threads, and no more than hide each other's latencies."""
+        out: list[Variant] = []
+        for size in SIZES:
+            most = 0
+            for parts, turns, more in self.shares:
+                fits = size * parts % 32 == 0 and size * parts <= MAX_PUSHING_THREADS
+                if fits and (more or parts * turns > most):
+                    out.append(Variant(size, parts, turns, bool(more)))
+                    most = parts * turns
+        return out
+
+    def variant(self, capacity: Capacity) -> Variant:
+        """The variant for tables of a capacity."""
+        able = [variant for variant in self.variants() if variant.size == capacity.size]
+        return next(v for v in able if v.more or v.parts * v.turns >= capacity.max_edges)
+
+    def program(self, variant: Variant) -> Program:
+        """What is compiled for a variant."""
+        defines = {name.upper(): value for name, value in variant._asdict().items()}
+        return Program(self.source, {**defines, "THREADS": NUM_THREADS}, self.functions(variant))
+
+    def num_shared_bytes(self, capacity: Capacity, num_experts: int) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        flow = capacity.max_arcs * (4 + ARC.size + 4 + 2)
+        numbering = 4 * (1 + NUM_THREADS // 32) * num_experts  # by blocks that do not solve
+        return max(flow, numbering) + self.num_own_bytes(capacity)
+
+
+def _factorisation(variant: Variant) -> tuple[CuSolverDx, ...]:
+    return (
+        CuSolverDx("potrf", variant.size, NUM_THREADS),
+        CuSolverDx("potrs", variant.size, NUM_THREADS, num_right_hand_sides=2),
+    )
+
+
+DEVICE_SOLVERS = {
+    one.name: one
+    for one in (
+        DeviceSolver(
+            "flow",
+            "flow.cu",
+            ((2, 1, 0), (2, 2, 0), (4, 1, 0), (2, 3, 0), (4, 2, 0), (4, 3, 0), (4, 3, 1)),
+            libraries=(),
+            functions=lambda variant: (),
+            num_own_bytes=lambda capacity: 0,
+        ),
+        DeviceSolver(
+            "cusolverdx",
+            "interior.cu",
+            ((4, 1, 1),),
+            libraries=("mathdx", "nvJitLink"),
+            functions=_factorisation,
+            # A matrix, two right-hand sides, two words, and six numbers an arc.
+            num_own_bytes=lambda c: 8 * (c.size * (c.size + 2) + 2 + 6 * c.max_arcs),
+        ),
+    )
+}
+"""The solvers on the GPU, by name; the CPU's is `reference.solve`."""
+
+
+def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
+    """Dynamic shared memory, in bytes, of a block that splits and rewrites."""
+    built = routes(placement, capacity_for(placement, refreshable))
+    num_nodes = placement.num_ranks // placement.num_ranks_per_node
+    several, copies = len(built.experts), len(built.copies)
+    return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
+
+
+def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bool = False) -> None:
+    """Checks whether the kernels take a placement.
+
+    Args:
+        placement: the copies.
+        solver: one of `DEVICE_SOLVERS`.
+        max_bytes: shared memory of a block.
+        refreshable: whether any other replicas must fit, too.
+
+    Raises:
+        ValueError: a component is too large for one block, or a block has not enough shared memory;
+            names the sizes.
+    """
+    capacity = capacity_for(placement, refreshable)
+    of_solver = DEVICE_SOLVERS[solver].num_shared_bytes(capacity, placement.num_experts)
+    copies = (placement.copy_rank >= 0).sum(1)
+    for what, num_bytes in (
+        (f"the solver {solver}", of_solver),
+        ("rewriting", num_route_bytes(placement, refreshable)),
+    ):
+        if num_bytes + STATIC_SHARED_BYTES > max_bytes:
+            raise ValueError(
+                f"a block has {max_bytes} bytes of shared memory, and {what} takes "
+                f"{num_bytes + STATIC_SHARED_BYTES} for {placement.num_experts} experts, "
+                f"{copies[copies > 1].sum()} copies of those with several, and "
+                f"{placement.num_ranks // placement.num_ranks_per_node} nodes"
+            )
+
+
+def choose_solver(
+    solver: str, placement: Placement | None = None, refreshable: bool = False
+) -> tuple[str, str]:
+    """The solver that runs for a request, and why.
+
+    A function of the request, the placement and the installed packages, never of a measurement:
+    ranks that chose differently would plan differently.
+
+    Args:
+        solver: one of `SOLVERS`.
+        placement: the copies; None: any that fits.
+        refreshable: whether any other replicas must fit, too.
+
+    Raises:
+        ValueError: `solver` is not one of `SOLVERS`, or the placement is too large for it.
+        MissingPackageError: `solver` needs a device or a package that is not there.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {solver!r}")
+    if solver == "cpu":
+        return solver, "asked for"
+    name = "flow" if solver == "auto" else solver
+    try:
+        check_device(*DEVICE_SOLVERS[name].libraries)
+        if placement is not None:
+            most = max_shared_bytes(torch.cuda.current_device())
+            check_fit(placement, name, most, refreshable)
+    except (MissingPackageError, ValueError) as error:
+        if solver != "auto":
+            raise
+        return "cpu", str(error)
+    return name, "a CUDA device is there" if solver == "auto" else "asked for"
+
+
+def solver_fact(solver: str, placement: Placement | None = None, refreshable: bool = False) -> str:
+    """What ranks must agree on: the solver of a request, and the GPU that it runs on.
+
+    Raises:
+        ValueError, MissingPackageError: as `choose_solver`.
+    """
+    name, _ = choose_solver(solver, placement, refreshable)
+    if name == "cpu":
+        return name
+    major, minor = torch.cuda.get_device_capability()
+    return f"{name} on sm_{major}{minor}"
