@@ -25,8 +25,8 @@ import torch
 
 import lplb_ep
 from lplb_ep import Placement
-from lplb_ep.planning import device as cuda
 from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.device_tables import LoadSolver
 from lplb_ep.planning.solve import rank_load, rank_set_bound
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.tables import text_table
@@ -67,7 +67,7 @@ def quotas(instance: Instance, solver: str) -> torch.Tensor:
     device = torch.device("cuda", 0)
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device)
     options = {} if base is None else {"base_load": torch.from_numpy(base)}
-    quota, _, status = cuda.Solver(placement, device, solver)(load, **options)
+    quota, _, status = LoadSolver(placement, device, solver)(load, **options)
     assert not status.any(), f"status {status.tolist()}"
     return quota.cpu()
 

@@ -5,13 +5,13 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import ContractError, Placement, Planner, RankError, check_plan
+from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
 from lplb_ep.deepep import drop_in as buffer
-from lplb_ep.planning import device as cuda
-from lplb_ep.planning import layout as network
+from lplb_ep.planning import device, launches
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
+from lplb_ep.planning.solvers import DEVICE_SOLVERS
 
 pytestmark = pytest.mark.gpu
 
@@ -59,7 +59,7 @@ def compare(plan, topk, counts, placement, rank):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("R", [1, 2, 8, 16, 24, 48, 64])
-@pytest.mark.parametrize("solver", network.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 def test_every_step_is_the_cpus(R, dtype, solver):
     rng = np.random.default_rng(R)
     for _ in range(6):
@@ -109,7 +109,7 @@ def test_a_slice_of_a_larger_tensor_and_host_tensors_are_taken():
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-@pytest.mark.parametrize("solver", network.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 def test_graphs_replay_with_new_indices(dtype, solver):
     rng = np.random.default_rng(1)
     placement = oracle.random_placement(rng, 8, 64, 2)
@@ -149,7 +149,7 @@ def test_nothing_waits_and_nothing_is_allocated_from_the_device():
 CYCLES = 200_000_000  # of a kernel that sleeps: a tenth of a second
 
 
-@pytest.mark.parametrize("solver", network.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 def test_planners_on_streams_of_their_own(solver):
     """Together: none waits for one whose stream has stopped, and all come out right."""
     rng = np.random.default_rng(3)
@@ -275,27 +275,29 @@ def test_totals_are_summed_over_components():
         home(plan, topk, APART, 0, Status.BAD_COUNTS)
 
 
-def test_counts_that_cannot_be_outweigh_a_solver_that_does_not_finish():
+def test_invalid_counts_outweigh_a_solver_that_does_not_finish(monkeypatch):
     topk = torch.empty(0, 1, dtype=torch.int64, device="cuda")
     counts = torch.zeros(4, 4, dtype=torch.int32, device="cuda")
     counts[1, 0], counts[2, 2] = 10**6, -1
+    monkeypatch.setattr(device, "MAX_ROUNDS", 0)
     planner = Planner(APART, rank=0, counts="given", solver="flow")
-    planner._steps._steps.solver.max_rounds = 0
     home(planner(topk, counts=counts), topk, APART, 0, Status.BAD_COUNTS)
     counts[2, 2] = 1
     home(planner(topk, counts=counts), topk, APART, 0, Status.NOT_CONVERGED)
 
 
-def test_a_solver_that_does_not_finish_sends_the_batch_home(caplog):
+def test_a_solver_that_does_not_finish_sends_the_batch_home(caplog, monkeypatch):
     rng = np.random.default_rng(4)
     placement = oracle.random_placement(rng, 16, 128, 2)
     topks, counts = batch(rng, placement, [300] * 16, 8)
+    able = Planner(placement, rank=0, counts="given", solver="flow")
+    monkeypatch.setattr(device, "MAX_ROUNDS", 1)
     planner = Planner(placement, rank=0, counts="given", solver="flow")
-    planner._steps._steps.solver.max_rounds = 1
-    home(planner(topks[0], counts=counts), topks[0], placement, 0, Status.NOT_CONVERGED)
-    planner._steps._steps.solver.max_rounds = cuda.MAX_ROUNDS
-    torch.cuda.synchronize()
-    compare(planner(topks[0], counts=counts), topks[0], counts, placement, 0)
+    for _ in range(2):
+        home(planner(topks[0], counts=counts), topks[0], placement, 0, Status.NOT_CONVERGED)
+        torch.cuda.synchronize()
+    compare(able(topks[0], counts=counts), topks[0], counts, placement, 0)
+    planner.raise_errors()
     assert caplog.text.count("NOT_CONVERGED") == 1
 
 
@@ -365,7 +367,7 @@ def test_a_batch_that_fails_leaves_nothing_for_the_next(step, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(planner._steps._steps, step, fail)
+        patch.setattr(launches.Launches, step, fail)
         with pytest.raises(KeyboardInterrupt):
             planner(topk)
     compare(planner(topk), topk, counts, TWO, 0)
@@ -451,3 +453,98 @@ def test_engines_slots_are_mapped_without_waiting():
         torch.cuda.synchronize()
         with pytest.raises(ValueError, match="neither -1 nor an expert"):
             planner(chosen)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("exchanged", [True, False])
+def test_physical_ids_are_mapped_on_the_way(dtype, exchanged):
+    """Of any copy, an empty slot and ids out of range among them."""
+    rng = np.random.default_rng(21)
+    table = oracle.random_placement(rng, 8, 60, 2).physical_to_logical.reshape(8, -1)
+    placement = Placement(np.pad(table, ((0, 0), (0, 1)), constant_values=-1).ravel(), 8)
+    topks, counts = batch(rng, placement, [300] * 8, 4, dtype)
+    slots = topks[3].clone()
+    for t, k in np.ndindex(*slots.shape):
+        if slots[t, k] >= 0:
+            held = np.flatnonzero(placement.physical_to_logical == int(slots[t, k]))
+            slots[t, k] = int(rng.choice(held))
+    planner = Planner(placement, rank=3, counts="given", solver="flow")
+    given = {} if exchanged else {"counts": counts}
+    if exchanged:
+        planner.exchange = Rows(counts, 3)
+    compare(planner(slots, indices="physical", **given), topks[3], counts, placement, 3)
+    assert torch.equal(planner.home(slots, indices="physical"), planner.home(topks[3]))
+    empty = int(np.flatnonzero(placement.physical_to_logical < 0)[0])
+    for wrong in (empty, placement.num_physical_experts, -2):
+        bad = slots.clone()
+        bad[5, 1] = wrong
+        planner(bad, indices="physical", **given)
+        with pytest.raises(ValueError, match="neither -1 nor an expert"):
+            planner.raise_errors()
+        planner.home(bad, indices="physical")
+        with pytest.raises(ValueError, match="neither -1 nor an expert"):
+            planner.raise_errors()
+
+
+@pytest.mark.parametrize("num_topk", [1, 2, 3, 8])
+def test_repeated_picks_are_refused_where_they_must_be_distinct(num_topk):
+    rng = np.random.default_rng(num_topk)
+    topks, counts = batch(rng, APART, [2000, 10, 10, 10], min(num_topk, 4))
+    planner = Planner(APART, rank=0, counts="given", solver="flow")
+    planner.exchange = Rows(counts, 0)
+    compare(planner(topks[0], distinct=True), topks[0], counts, APART, 0)
+    planner.raise_errors()
+    bad = topks[0].clone()
+    bad[1500] = bad[1500, 0].clamp(min=0)
+    plan = planner(bad, distinct=True)
+    if bad.shape[1] == 1:
+        planner.raise_errors()
+        return
+    assert int(plan.status) == Status.REFUSED
+    with pytest.raises(ValueError, match="picked an expert twice"):
+        planner.raise_errors()
+    counts[0] = cpu.count(bad.cpu(), APART.num_experts)
+    compare(planner(bad), bad, counts, APART, 0)  # legal where they need not be
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_masked_picks_stay_masked(dtype):
+    planner = Planner(TWO, rank=0, counts="given", solver="flow")
+    for shape in ((0, 2), (1, 1), (3000, 8)):
+        given = torch.randint(-1, 3, shape, device="cuda").to(dtype)
+        planned = torch.randint(-1, 4, shape, device="cuda").to(dtype)
+        expected = torch.where(given < 0, -1, planned)
+        assert torch.equal(planner.mask(given, planned), expected)
+        assert torch.equal(planner.mask(given.t().contiguous().t(), planned), expected)
+
+
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
+@pytest.mark.parametrize("bounds", ["base_load", "speed", "max_quota", "all"])
+def test_what_bounds_a_layer_bounds_its_plans(solver, bounds):
+    rng = np.random.default_rng(17)
+    for _ in range(4):
+        placement = oracle.random_placement(rng, 8, 60, 2)
+        topks, counts = batch(rng, placement, [300] * 8, 4)
+        load = counts.sum(0).cpu()
+        values = {
+            "base_load": torch.from_numpy(rng.integers(0, 800, 8)),
+            "speed": torch.from_numpy(rng.integers(1, 6, 8)),
+            "max_quota": load[:, None].expand(60, placement.max_replicas) * 3 // 4 + 1,
+        }
+        layer = Layer(
+            placement, Problem(**{k: v for k, v in values.items() if bounds in (k, "all")})
+        )
+        given = Planner(layer, rank=2, counts="given", solver=solver)
+        plan = given(topks[2], counts=counts)
+        check_plan(plan, topks[2], placement, 2, layer.problem)
+        on_host = Planner(layer, rank=2, counts="given", solver="cpu")
+        assert int(plan.status) == int(on_host(topks[2].cpu(), counts=counts.cpu()).status)
+
+
+def test_base_loads_count_towards_the_total():
+    topk = torch.tensor([[0]], device="cuda")
+    counts = torch.tensor([[1, 0, 0], [2**30, 0, 0]], device="cuda").int()
+    for base, status in ((2**30 - 3, Status.OPTIMAL), (2**30 - 1, Status.BAD_COUNTS)):
+        layer = Layer(TWO, Problem(base_load=torch.tensor([base, 0])))
+        plan = Planner(layer, rank=0, counts="given", solver="flow")(topk, counts=counts)
+        assert int(plan.status) == status

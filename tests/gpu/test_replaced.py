@@ -8,9 +8,9 @@ from test_plan import Rows, batch, compare
 
 from lplb_ep import Placement, Planner
 from lplb_ep.layer import layer_of
-from lplb_ep.planning import layout as network
 from lplb_ep.planning import reference as cpu
-from lplb_ep.planning.planner import _tag
+from lplb_ep.planning.planner import tag_of
+from lplb_ep.planning.solvers import DEVICE_SOLVERS
 from lplb_ep.weights.proposals import widened
 
 pytestmark = pytest.mark.gpu
@@ -31,7 +31,7 @@ def any_table():
     return oracle.random_placement(np.random.default_rng(4), 8, 60, 3, num_ranks_per_node=4)
 
 
-@pytest.mark.parametrize("solver", network.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 @pytest.mark.parametrize("make", [cube, any_table])
 @pytest.mark.parametrize("exchanged", [True, False])
 def test_captured_graphs_plan_with_what_is_in_force(solver, make, exchanged):
@@ -71,7 +71,7 @@ def test_captured_graphs_plan_with_what_is_in_force(solver, make, exchanged):
         compare(plan, topk, counts, placement, rank)
         assert torch.equal(seen - before, counts.sum(0))
         compare(planner(topk, **given), topk, counts, placement, rank)
-        assert int(planner._steps._steps.head[0]) == _tag(placement)
+        assert int(planner._backend.workspace.head[0]) == tag_of(placement)
 
 
 def test_a_plan_from_before_keeps_its_split():
@@ -88,10 +88,10 @@ def test_what_does_not_fit_is_refused():
     planner = Planner(placement, rank=3, counts="given")
     table = placement.physical_to_logical.reshape(16, -1).copy()
     table[0, -1] = table[8, 0]  # joins the two groups
-    with pytest.raises(ValueError, match="have room for size 8, and the placement needs 16"):
+    with pytest.raises(ValueError, match="have space for size 8, and the placement needs 16"):
         planner.prepare(placement.with_copies(table.ravel(), 3))
     placement = refreshed(cube())
     planner = Planner(placement, rank=3, counts="given")
     table = np.tile(placement.physical_to_logical.reshape(16, -1)[:, :4], 2)[:, :6]
-    with pytest.raises(ValueError, match="room for num_components 2, and the placement needs 16"):
+    with pytest.raises(ValueError, match="space for num_components 2, and the placement needs 16"):
         planner.prepare(placement.with_copies(table.ravel()))

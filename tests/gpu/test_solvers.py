@@ -11,11 +11,13 @@ import torch
 
 import lplb_ep
 from lplb_ep import Placement
-from lplb_ep.planning import device as cuda
-from lplb_ep.planning import layout as network
+from lplb_ep.planning import device_tables
 from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.device_tables import LoadSolver
+from lplb_ep.planning.layout import capacity_for
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.solve import rank_load
+from lplb_ep.planning.solvers import DEVICE_SOLVERS
 
 pytestmark = pytest.mark.gpu
 
@@ -24,7 +26,7 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture(params=network.SHARES)
+@pytest.fixture(params=DEVICE_SOLVERS)
 def solver(request):
     return request.param
 
@@ -32,7 +34,7 @@ def solver(request):
 def check(placement, loads, solver):
     """Every row: legal quotas, and each component's largest load its own optimum."""
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    quota, held, status = cuda.Solver(placement, device(), solver)(load)
+    quota, held, status = LoadSolver(placement, device(), solver)(load)
     assert not status.any()
     expert, column = np.nonzero(placement.copy_rank >= 0)
     rank = placement.copy_rank[expert, column]
@@ -68,7 +70,7 @@ def test_experts_with_a_copy_on_every_rank_are_exact(R, solver):
         more = rng.choice(once, num_redundant * R + (-once.size) % R)
         table = np.concatenate([x.reshape(-1, R) for x in (everywhere, np.append(once, more))])
         placement = Placement(table.T.ravel(), R)
-        assert network.needed(placement).max_edges >= num_everywhere * (R - 1)
+        assert capacity_for(placement).max_edges >= num_everywhere * (R - 1)
         loads = [oracle.random_load(rng, E, scale) for scale in (3.0, 100.0, 3000.0) * 3]
         for load in loads:
             load[everywhere[0]] += int(rng.integers(0, 1 + load.sum()))
@@ -89,24 +91,25 @@ def circulant(rng, R, num_edges):
     return Placement(np.stack(table, 1).ravel(), R)
 
 
-@pytest.mark.parametrize("variant", network.variants("flow"), ids=str)
+@pytest.mark.parametrize("variant", DEVICE_SOLVERS["flow"].variants(), ids=str)
 def test_every_variant_is_exact(variant):
     rng = np.random.default_rng(variant.size)
     num_edges = variant.parts * variant.turns + 2 * variant.more
     for _ in range(6):
         R = variant.size - int(rng.integers(2))
         placement = circulant(rng, R, num_edges)
-        if network.needed(placement).num_components > 1:  # of fewer ranks each
+        capacity = capacity_for(placement)
+        if capacity.num_components > 1:  # of fewer ranks each
             continue
-        assert network.needed(placement).max_edges == num_edges
-        assert network.variant(placement, "flow") == variant
+        assert capacity.max_edges == num_edges
+        assert DEVICE_SOLVERS["flow"].variant(capacity) == variant
         loads = [oracle.random_load(rng, placement.num_experts, 300.0) for _ in range(16)]
         check(placement, loads, "flow")
 
 
 def test_a_new_thread_can_launch():
     placement = Placement([0, 1, 2, 0], 2)
-    solve = cuda.Solver(placement, device())
+    solve = LoadSolver(placement, device())
     load = torch.tensor([[10, 1, 2]], dtype=torch.int32, device=device())
     expected, found = solve(load)[0], []
     torch.cuda.synchronize()
@@ -134,7 +137,7 @@ def test_each_component_reaches_its_own_optimum(solver):
     )
     loads = [oracle.random_load(rng, 64, 90.0) for _ in range(8)]
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    _, held, _ = cuda.Solver(placement, device(), solver)(load)
+    _, held, _ = LoadSolver(placement, device(), solver)(load)
     part = Placement.from_topology("cube", num_experts=32, num_ranks=8, num_redundant_per_rank=2)
     for row, loaded in zip(loads, held.cpu().numpy(), strict=True):
         for g in range(2):
@@ -145,7 +148,7 @@ def test_each_component_reaches_its_own_optimum(solver):
 def test_the_same_bits_on_every_run_and_in_graphs_with_new_loads(solver):
     rng = np.random.default_rng(2)
     placement = oracle.random_placement(rng, 16, 128, 2)
-    solve = cuda.Solver(placement, device(), solver)
+    solve = LoadSolver(placement, device(), solver)
     loads = [oracle.random_load(rng, 128, 500.0) for _ in range(6)]
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
     eager = [[t.clone() for t in solve(load[i : i + 1])] for i in range(6)]
@@ -167,7 +170,7 @@ def test_two_streams_at_once():
     """Together: one does not wait for the other, which has stopped, and all come out right."""
     rng = np.random.default_rng(3)
     placements = [oracle.random_placement(rng, 8, 64, 2) for _ in range(2)]
-    solvers = [cuda.Solver(p, device()) for p in placements]
+    solvers = [LoadSolver(p, device()) for p in placements]
     loads = [
         torch.tensor(
             np.stack([oracle.random_load(rng, 64, 500.0) for _ in range(64)]),
@@ -198,7 +201,7 @@ def test_running_out_of_rounds_is_told_and_loses_no_token():
     rng = np.random.default_rng(4)
     placement = oracle.random_placement(rng, 16, 128, 2)
     load = torch.from_numpy(rng.integers(1, 900, (1, 128), np.int32)).to(device())
-    solve = cuda.Solver(placement, device())
+    solve = LoadSolver(placement, device())
     solve.max_rounds = 1
     quota, held, status = solve(load)
     assert status.tolist() == [[Status.NOT_CONVERGED]]
@@ -210,16 +213,17 @@ def test_a_smaller_solver_of_the_same_kernel_leaves_the_larger_its_memory(solver
     """Both take more shared memory than a kernel has unasked, 48 KiB."""
     rng = np.random.default_rng(6)
     large, small = (Placement(np.tile(np.arange(64), n), 64) for n in (40, 36))
-    assert network.variant(large, solver) == network.variant(small, solver)
-    assert cuda.num_solver_bytes(small, solver) > 48 * 1024
-    first = cuda.Solver(large, device(), solver)
-    cuda.Solver(small, device(), solver)
+    record, capacities = DEVICE_SOLVERS[solver], [capacity_for(p) for p in (large, small)]
+    assert record.variant(capacities[0]) == record.variant(capacities[1])
+    assert record.num_shared_bytes(capacities[1], 64) > 48 * 1024
+    first = LoadSolver(large, device(), solver)
+    LoadSolver(small, device(), solver)
     load = torch.from_numpy(oracle.random_load(rng, 64, 300.0)[None]).int().to(device())
     assert not first(load)[2].any()
 
 
 def test_loads_that_do_not_fit_are_named():
-    solve = cuda.Solver(Placement([0, 1, 2, 0], 2), device())
+    solve = LoadSolver(Placement([0, 1, 2, 0], 2), device())
     for load, message in (
         (torch.ones(3).int().cuda(), r"load must be \[B, 3\] int32; got \[3\]"),
         (torch.ones(2, 4).int().cuda(), r"got \[2, 4\]"),
@@ -261,7 +265,7 @@ def test_more_loads_than_a_launch_takes(monkeypatch):
     rng = np.random.default_rng(8)
     placement = oracle.random_placement(rng, 4, 20, 2)
     loads = torch.from_numpy(np.stack([oracle.random_load(rng, 20, 30.0) for _ in range(8)]))
-    monkeypatch.setattr(cuda, "MAX_BATCH", 3)
+    monkeypatch.setattr(device_tables, "MAX_BATCH", 3)
     got = lplb_ep.solve(loads.to(device()), placement, "flow")
     assert torch.equal(got.quota.cpu().sum(2), loads)
     assert got.num_unfinished == 0
@@ -271,7 +275,7 @@ def test_what_the_gpu_does_not_finish_the_cpu_does(monkeypatch, caplog):
     rng = np.random.default_rng(4)
     placement = oracle.random_placement(rng, 16, 128, 2)
     load = torch.from_numpy(rng.integers(1, 900, (2, 128), np.int32)).to(device())
-    monkeypatch.setattr(cuda, "MAX_ROUNDS", 1)
+    monkeypatch.setattr(device_tables, "MAX_ROUNDS", 1)
     assert lplb_ep.solve(load, placement, "flow").num_unfinished == 2
     assert "ran out of rounds on 2 of 2 loads" in caplog.text
 
@@ -304,7 +308,7 @@ def times(rank_load, options):
 def check_general(placement, loads, solver, options):
     """Every row by the kernel itself, in as little time as the CPU's."""
     load = torch.from_numpy(loads).to(device(), torch.int32)
-    quota, held, status = cuda.Solver(placement, device(), solver)(load, **options)
+    quota, held, status = LoadSolver(placement, device(), solver)(load, **options)
     assert not status.any()
     expected = lplb_ep.solve(torch.from_numpy(loads), placement, "cpu", **options)
     assert times(held, options) == times(expected.rank_load, options)
@@ -342,7 +346,7 @@ def test_speeds_and_capacities_of_two_to_the_31_tokens(R, solver):
 
 def test_no_loads_at_all():
     placement = Placement([0, 1, 2, 0], 2)
-    quota, held, status = cuda.Solver(placement, device())(
+    quota, held, status = LoadSolver(placement, device())(
         torch.empty(0, 3, dtype=torch.int32, device=device())
     )
     assert (len(quota), len(held), len(status)) == (0, 0, 0)
