@@ -17,6 +17,7 @@ LAYERS = [
     "settings",
     "gpu",
     "gpu.abi",
+    "gpu.toolchain",
     "gpu.jit",
     "gpu.device",
     "gpu.launch",

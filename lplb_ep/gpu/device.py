@@ -7,7 +7,7 @@ import importlib.util
 import torch
 
 from ..errors import MissingPackageError
-from .jit import require
+from .toolchain import require
 
 MIN_CAPABILITY = (8, 0)
 """Of a device: warps add up in one instruction from sm_80 on."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import MissingPackageError
-from .jit import INSTALL, Cubin, Program, compile_cubin
+from .jit import Cubin, Program, compile_cubin
+from .toolchain import INSTALL
 
 # Of CUDA's `cuda.h`: attributes of a kernel, and of a device.
 _STATIC_BYTES, _MAX_DYNAMIC_BYTES, _MAX_BYTES_OF_BLOCK = 1, 8, 97

@@ -10,8 +10,9 @@ import torch
 
 from ..errors import MissingPackageError
 from ..gpu.device import check_device
-from ..gpu.jit import CuSolverDx, Program
+from ..gpu.jit import Program
 from ..gpu.launch import max_shared_bytes
+from ..gpu.toolchain import CuSolverDx
 from ..placement.table import Placement
 from ..settings import SOLVERS
 from .layout import SIZES, Capacity, capacity_for, routes

@@ -14,6 +14,7 @@ import pytest
 
 from lplb_ep import CompileError, MissingPackageError
 from lplb_ep.gpu import jit, launch
+from lplb_ep.gpu.toolchain import CuSolverDx
 from lplb_ep.settings import cache_directory
 
 DOUBLE = """\
@@ -41,7 +42,7 @@ solve(const double* A, double* B, int* info) {
 """
 
 
-CHOLESKY = (jit.CuSolverDx("potrf", 8, 32), jit.CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
+CHOLESKY = (CuSolverDx("potrf", 8, 32), CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
 
 
 @pytest.fixture
@@ -88,7 +89,8 @@ def is_kernel(symbol):
 RACER = """
 import hashlib, sys
 from lplb_ep.gpu import jit
-cholesky = (jit.CuSolverDx("potrf", 8, 32), jit.CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
+from lplb_ep.gpu.toolchain import CuSolverDx
+cholesky = (CuSolverDx("potrf", 8, 32), CuSolverDx("potrs", 8, 32, num_right_hand_sides=2))
 program = jit.Program(sys.argv[1], {"N": 8, "THREADS": 32}, cholesky)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -121,7 +123,9 @@ def test_of_two_processes_on_a_cold_cache_one_compiles(solve):
     assert [path.suffix for path in cache.iterdir()] == [".cubin"]
 
 
-@pytest.mark.parametrize(("arch", "number"), [("sm_90", 90), ("sm_100", 100)])
+@pytest.mark.parametrize(
+    ("arch", "number"), [("sm_90", 90), pytest.param("sm_100", 100, marks=pytest.mark.long)]
+)
 def test_cusolverdx_is_linked_in(solve, monkeypatch, arch, number):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(solve.source.parent / "cache"))
     cubin = jit.compile_cubin(solve, arch)
@@ -137,7 +141,7 @@ def test_cusolverdx_is_linked_in(solve, monkeypatch, arch, number):
 
 def test_a_shape_that_cusolverdx_refuses(solve, monkeypatch, tmp_path):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path))
-    potrf = jit.CuSolverDx("potrf", size=8, num_threads=5000)
+    potrf = CuSolverDx("potrf", size=8, num_threads=5000)
     with pytest.raises(CompileError, match="libmathdx: ") as error:
         jit.compile_cubin(jit.Program(solve.source, solve.defines, [potrf]))
     assert "BlockDim" in error.value.log
@@ -292,8 +296,9 @@ def refuse(name, *args):
 ctypes.CDLL = refuse
 from lplb_ep import MissingPackageError
 from lplb_ep.gpu import jit
+from lplb_ep.gpu.toolchain import CuSolverDx
 try:
-    jit.compile_cubin(jit.Program(sys.argv[1], solvers=[jit.CuSolverDx("potrf", 8, 32)]))
+    jit.compile_cubin(jit.Program(sys.argv[1], solvers=[CuSolverDx("potrf", 8, 32)]))
 except MissingPackageError as error:
     print(error)
 """
@@ -416,7 +421,7 @@ def test_launches_from_several_threads_do_not_mix_their_arguments():
 )
 def test_wrong_solvers_name_themselves(change, message):
     with pytest.raises(ValueError, match=message):
-        jit.CuSolverDx(**{"function": "potrf", "size": 8, "num_threads": 32, **change})
+        CuSolverDx(**{"function": "potrf", "size": 8, "num_threads": 32, **change})
 
 
 @pytest.mark.parametrize("arch", ["90", "sm90", "compute_90", "sm_9.0", "sm_90 "])
