@@ -35,7 +35,7 @@ class Weights(Protocol):
 
 
 class Layer:
-    """An MoE layer, told apart from every other by its object and never by a value.
+    """An MoE layer, which its object identifies and never a value.
 
     Two layers may have equal placements and different weights. So planners, replica weights and
     the placement in force belong to a layer. A `Placement` object that is passed in the place of a

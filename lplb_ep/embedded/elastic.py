@@ -2,92 +2,42 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import ContractError
-from .rows import (
+from .checks import (
     FLOATS,
     WEIGHTS,
-    Bias,
-    EventHandle,
-    EventOverlap,
-    OptionalTensor,
-    Rows,
-    align,
     check_alignment,
     check_limit,
     check_rows,
     check_statistics,
     check_tensor,
     check_topk_idx,
+    unpack_bias,
+)
+from .events import EventHandle, EventOverlap, finished_event
+from .handles import EPHandle, assume_worst, last_pick_of_rank, lay_out, new_handle
+from .rows import (
+    Bias,
+    OptionalTensor,
+    Rows,
+    align,
     differences,
     exchange_rows,
     exchange_tokens,
-    finished_event,
     local_experts,
-    pad_rows,
-    place_rows,
     reduce_rows,
     send_positions,
     token_indices,
     tokens_in_ranks,
-    unpack_bias,
-    unwritten,
 )
 
 _BUFFER_ALIGNMENT = 2 << 20
 _NUM_SMS = 4
-
-
-@dataclass(eq=False)
-class EPHandle:
-    """What `ElasticBuffer.dispatch` did; for `combine`, and for dispatching along the same routes.
-
-    Attributes:
-        do_expand: one row per (token, local expert) instead of one per token.
-        num_experts: E.
-        expert_alignment: received tokens of each local expert are counted up to a multiple of it.
-        num_max_tokens_per_rank: at least T of every rank, the same on all ranks.
-        num_sms: recorded, no meaning here.
-        topk_idx: [T, K], the dispatch's.
-        num_recv_tokens: N, or the worst case R * num_max_tokens_per_rank without CPU sync.
-        num_expanded_tokens: rows of the expanded layout, alignment included; or the worst case.
-        num_recv_tokens_per_expert_list: E / R aligned counts; empty without CPU sync.
-        psum_num_recv_tokens_per_scaleup_rank: [R] int32, inclusive prefix sum over source ranks
-            of received tokens, each counted once; its last entry is N.
-        psum_num_recv_tokens_per_expert: [E / R] int32. Without expand the inclusive prefix sum of
-            the aligned counts; with expand the aligned counts of the experts before, plus the
-            expert's own unaligned count: where its rows end.
-        num_unaligned_recv_tokens_per_expert: [E / R] int32, tokens of each local expert.
-        recv_src_metadata: [num_recv_tokens, 2 + K] int32 for each received token: source rank *
-            num_max_tokens_per_rank + its index there; source rank * K + its last pick on this
-            rank; with expand, the row of each pick, -1 = not on this rank. Unwritten after N.
-        dst_buffer_slot_idx: [T, K] int32 on a token's last pick for each rank: own rank *
-            num_max_tokens_per_rank + its place among the tokens for that rank; else -1.
-        token_metadata_at_forward: None: there is no forwarding between nodes.
-        channel_linked_list: None, likewise.
-    """
-
-    do_expand: bool
-    num_experts: int
-    expert_alignment: int
-    num_max_tokens_per_rank: int
-    num_sms: int
-    topk_idx: torch.Tensor
-    num_recv_tokens: int
-    num_expanded_tokens: int
-    num_recv_tokens_per_expert_list: list[int]
-    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
-    psum_num_recv_tokens_per_expert: torch.Tensor
-    num_unaligned_recv_tokens_per_expert: torch.Tensor
-    recv_src_metadata: torch.Tensor
-    dst_buffer_slot_idx: torch.Tensor
-    token_metadata_at_forward: OptionalTensor
-    channel_linked_list: OptionalTensor
 
 
 class ElasticBuffer:
@@ -96,9 +46,9 @@ class ElasticBuffer:
     Engram, pipeline-parallel send/receive and all-gather sessions of DeepEP's class are left out:
     they do not move tokens to experts.
 
-    Args: as DeepEP's. `group` and `num_max_tokens_per_rank` (a default for `dispatch`) matter;
-        `allow_multiple_reduction` chooses where expanded rows are rounded, as in DeepEP; results
-        are always deterministic; the others are recorded. No memory is reserved.
+    Args: as DeepEP's. `group` and `num_max_tokens_per_rank` (a default for `dispatch`) matter.
+        `allow_multiple_reduction` chooses where expanded rows are rounded, as in DeepEP. Results
+        are always deterministic. The others are recorded, and no memory is reserved.
 
     Raises:
         ValueError: neither `num_bytes` nor both `num_max_tokens_per_rank` and `hidden` are given,
@@ -155,7 +105,7 @@ class ElasticBuffer:
         self._destroyed = False
 
     def destroy(self) -> None:
-        """Ends the buffer; again is no error.
+        """Ends the buffer. A second call is no error.
 
         Raises:
             ContractError: the buffer was not made with `explicitly_destroy=True`.
@@ -306,7 +256,7 @@ class ElasticBuffer:
             Rows that DeepEP leaves uninitialised (padding, worst-case tails) are `unwritten`.
 
         Raises:
-            ValueError: an argument does not fit (its name, what was expected, what came).
+            ValueError: an argument does not fit; names it, the expected and the given value.
             ContractError: the buffer was destroyed.
         """
         self._check_call(previous_event, allocate_on_comm_stream, num_qps)
@@ -336,11 +286,12 @@ class ElasticBuffer:
         )
         local = local_experts(rows[1], self.rank_idx, num_local_experts)
         if handle is None:
-            handle = self._new_handle(
+            handle = new_handle(
                 topk_idx.clone() if do_handle_copy else topk_idx,
                 local,
                 rows[0],
                 received,
+                rank=self.rank_idx,
                 num_experts=num_local_experts * self.num_ranks,
                 num_max_tokens_per_rank=limit,
                 expert_alignment=alignment,
@@ -348,13 +299,13 @@ class ElasticBuffer:
                 do_expand=do_expand,
             )
             if do_cpu_sync is False:
-                _assume_worst(handle, self.num_ranks)
+                assume_worst(handle, self.num_ranks)
             if statistics is not None:
                 statistics.add_(handle.num_unaligned_recv_tokens_per_expert)
         recv_scales = None if scales is None else rows[3]
         recv_weights = None if topk_weights is None else rows[-1]
         received_rows = (local, rows[2], recv_scales, recv_weights)
-        outputs = _lay_out(handle, *received_rows, do_zero_padding, use_tma_aligned_col_major_sf)
+        outputs = lay_out(handle, *received_rows, do_zero_padding, use_tma_aligned_col_major_sf)
         return *outputs, handle, finished_event(async_with_compute_stream)
 
     def combine(
@@ -445,7 +396,7 @@ class ElasticBuffer:
             token, pick = (rank >= 0).nonzero(as_tuple=True)
             combined_topk_weights[token, pick] = rows[1][index[token, pick], pick]
         if not separately:
-            index = index.masked_fill(~_last_pick_of_rank(rank), -1)
+            index = index.masked_fill(~last_pick_of_rank(rank), -1)
         combined_x = reduce_rows(rows[0], index, biases)
         return combined_x, combined_topk_weights, finished_event(async_with_compute_stream)
 
@@ -489,68 +440,6 @@ class ElasticBuffer:
                 raise ValueError(f"{name} must be the handle's, {expected}; got {value}")
         return handle.num_experts, handle.num_max_tokens_per_rank, handle.expert_alignment
 
-    def _new_handle(
-        self,
-        topk_idx: torch.Tensor,
-        local: torch.Tensor,
-        source: torch.Tensor,
-        received: list[int],
-        *,
-        num_experts: int,
-        num_max_tokens_per_rank: int,
-        expert_alignment: int,
-        num_sms: int,
-        do_expand: bool,
-    ) -> EPHandle:
-        """Of picks [T, K] here, and of received tokens: their local experts [N, K], their origin
-        (rank * num_max_tokens_per_rank + index) [N], and how many came from each rank."""
-        device, num_picks = local.device, local.shape[1]
-        num_local_experts = num_experts // self.num_ranks
-        # What was sent: by its last pick for a rank.
-        rank = topk_idx.long().div(num_local_experts, rounding_mode="floor")
-        sent = send_positions(tokens_in_ranks(topk_idx, num_local_experts, self.num_ranks))
-        slot = sent.gather(1, rank.clamp(min=0)) + self.rank_idx * num_max_tokens_per_rank
-
-        # What arrived, by expert.
-        token, pick = (local >= 0).nonzero(as_tuple=True)
-        expert, order = local[token, pick].sort(stable=True)
-        counts = torch.bincount(expert, minlength=num_local_experts)
-        aligned = (counts + expert_alignment - 1).div(expert_alignment, rounding_mode="floor")
-        aligned *= expert_alignment
-        first = aligned.cumsum(0) - aligned
-        per_rank = torch.tensor(received, device=device)
-        lane = torch.arange(num_picks, device=device).where(local >= 0, -1)
-        metadata = torch.full((len(local), 2 + num_picks), -1, dtype=torch.int32, device=device)
-        metadata[:, 0] = source
-        metadata[:, 1] = source // num_max_tokens_per_rank * num_picks + lane.amax(1)
-        if do_expand:
-            place = torch.arange(len(expert), device=device) - (counts.cumsum(0) - counts)[expert]
-            metadata[token[order], 2 + pick[order]] = (first[expert] + place).int()
-        return EPHandle(
-            do_expand=do_expand,
-            num_experts=num_experts,
-            expert_alignment=expert_alignment,
-            num_max_tokens_per_rank=num_max_tokens_per_rank,
-            num_sms=num_sms,
-            topk_idx=topk_idx,
-            num_recv_tokens=len(local),
-            num_expanded_tokens=int(aligned.sum()),
-            num_recv_tokens_per_expert_list=aligned.tolist(),
-            psum_num_recv_tokens_per_scaleup_rank=per_rank.cumsum(0).int(),
-            psum_num_recv_tokens_per_expert=(first + (counts if do_expand else aligned)).int(),
-            num_unaligned_recv_tokens_per_expert=counts.int(),
-            recv_src_metadata=metadata,
-            dst_buffer_slot_idx=slot.masked_fill(~_last_pick_of_rank(rank), -1).int(),
-            token_metadata_at_forward=None,
-            channel_linked_list=None,
-        )
-
-
-def _last_pick_of_rank(rank: torch.Tensor) -> torch.Tensor:
-    """[T, K] bool: the picks by which DeepEP sends a token, for each of its ranks the last one."""
-    again = (rank.unsqueeze(2) == rank.unsqueeze(1)).triu(1).any(2)
-    return (rank >= 0) & ~again
-
 
 def _check_free(topk_idx: Any, statistics: Any, do_cpu_sync: bool | None) -> None:
     if topk_idx is not None or statistics is not None or do_cpu_sync:
@@ -572,49 +461,3 @@ def _check_picks(topk_idx: torch.Tensor, topk_weights: Any, limit: int) -> None:
             f"topk_idx must not name an expert twice in a token; got {int(ordered[token, pick])} "
             f"twice for token {token}"
         )
-
-
-def _assume_worst(handle: EPHandle, num_ranks: int) -> None:
-    """Sizes known without hearing from other ranks: DeepEP's without CPU sync."""
-    num_local_experts = handle.num_experts // num_ranks
-    alignment = handle.expert_alignment
-    handle.num_recv_tokens = handle.num_max_tokens_per_rank * num_ranks
-    picks = handle.num_recv_tokens * min(handle.topk_idx.shape[1], num_local_experts)
-    handle.num_expanded_tokens = align(picks + (alignment - 1) * num_local_experts, alignment)
-    handle.num_recv_tokens_per_expert_list = []
-    handle.recv_src_metadata = pad_rows(handle.recv_src_metadata, handle.num_recv_tokens)
-
-
-def _lay_out(
-    handle: EPHandle,
-    local: torch.Tensor,
-    data: torch.Tensor,
-    scales: OptionalTensor,
-    weights: OptionalTensor,
-    do_zero_padding: bool,
-    column_major: bool,
-) -> tuple[Rows, OptionalTensor, OptionalTensor]:
-    """What a dispatch returns first: received rows in the layout of the handle."""
-    if handle.do_expand:
-        slots = handle.recv_src_metadata[: len(local), 2:].long()
-        row, pick = (slots >= 0).nonzero(as_tuple=True)
-        position, size = slots[row, pick], handle.num_expanded_tokens
-        weights = None if weights is None else weights[row, pick]
-    else:
-        row = position = torch.arange(len(local), device=local.device)
-        size = handle.num_recv_tokens
-    recv_x = place_rows(data, position, size, row)
-    recv_scales = None if scales is None else place_rows(scales, position, size, row)
-    recv_topk_idx = None if handle.do_expand else place_rows(local, position, size)
-    recv_topk_weights = None if weights is None else place_rows(weights, position, size)
-    if do_zero_padding:
-        for end in handle.psum_num_recv_tokens_per_expert.tolist():
-            for rows in (recv_x, recv_scales, recv_topk_weights):
-                if rows is not None:
-                    rows[end : align(end, handle.expert_alignment)].zero_()
-    if recv_scales is None:
-        return recv_x, recv_topk_idx, recv_topk_weights
-    if column_major:  # columns start at multiples of four elements, for TMA
-        columns = unwritten(recv_scales.new_empty(recv_scales.shape[1], align(size, 4)))
-        recv_scales = columns[:, :size].t().copy_(recv_scales)
-    return (recv_x, recv_scales), recv_topk_idx, recv_topk_weights

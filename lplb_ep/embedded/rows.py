@@ -1,19 +1,21 @@
-"""What both embedded buffers stand on: events, checks, and rows moved and summed.
+"""Rows of tokens: the ranks they go to, their exchange, placement and sums.
 
-R, E, L     ranks; experts, as DeepEP numbers them: E / R on each rank; L = E / R
-T, K, H, S  tokens of this rank, picks of a token, elements of a row, scales of a row
-N           tokens received by this rank
+R   ranks
+E   experts
+L   experts of a rank: E / R
+T   tokens of this rank
+K   picks of a token
+H   elements of a row
+S   scales of a row
+N   tokens received by this rank
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
-
-from ..errors import ContractError
 
 OptionalTensor = torch.Tensor | None
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -23,159 +25,10 @@ Handle = tuple[torch.Tensor, ...]
 LowLatencyHandle = tuple[torch.Tensor, torch.Tensor, int, int, int]
 Hook = Callable[[], None]
 
-INT32 = (torch.int32,)
-INDICES = (torch.int32, torch.int64)
-WEIGHTS = (torch.float32, torch.float64)
-FLOATS = (*WEIGHTS, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
-
-
-class EventHandle:
-    """Stands for a recorded CUDA event. The embedded buffers finish every call before they return,
-    so there is never anything to wait for."""
-
-    def current_stream_wait(self) -> None:
-        """Returns at once."""
-
-
-class EventOverlap:
-    """DeepEP's wrapper of an event, for both versions.
-
-    Attributes:
-        event: the `EventHandle`, or None for a call that was not asynchronous.
-        extra_tensors: kept alive with the event, as in DeepEP.
-    """
-
-    def __init__(
-        self,
-        event: EventHandle | None = None,
-        extra_tensors: tuple[torch.Tensor, ...] | None = None,
-    ) -> None:
-        self.event = event
-        self.extra_tensors = extra_tensors
-        self._release_handle = False
-
-    def current_stream_wait(self, release_handle: bool = False) -> None:
-        """Waits for the event; with `release_handle` drops it afterwards.
-
-        Raises:
-            ContractError: there is no event: the call that returned this was synchronous.
-        """
-        if self.event is None:
-            raise ContractError(
-                "there is no event to wait for; the call that returned it was not asynchronous"
-            )
-        self.event.current_stream_wait()
-        if release_handle:
-            self.event = None
-
-    def __call__(self, release_handle: bool = False) -> EventOverlap:
-        self._release_handle = release_handle
-        return self
-
-    def __enter__(self) -> EventOverlap:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.event is not None:
-            self.current_stream_wait(self._release_handle)
-        self._release_handle = False
-
-
-def finished_event(asynchronous: bool) -> EventOverlap:
-    """What a call returns: an event only if it was asked to be asynchronous."""
-    return EventOverlap(EventHandle() if asynchronous else None)
-
 
 def align(count: int, multiple: int) -> int:
     """`count` rounded up to a multiple."""
     return (count + multiple - 1) // multiple * multiple
-
-
-def check_tensor(
-    name: str,
-    tensor: Any,
-    shape: Sequence[int | None],
-    dtypes: Sequence[torch.dtype] = (),
-    contiguous: bool = True,
-) -> None:
-    """Refuses what DeepEP's host code asserts against.
-
-    Args:
-        name: the argument, for the message.
-        tensor: what the caller passed.
-        shape: the expected sizes, None = any.
-        dtypes: the accepted ones; none named: any.
-        contiguous: whether it must be.
-
-    Raises:
-        ValueError: names the argument, what was expected and what came.
-    """
-    if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{name} must be a tensor; got {type(tensor).__name__}")
-    fits = tensor.dim() == len(shape) and all(
-        wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
-    )
-    if not fits or (dtypes and tensor.dtype not in dtypes):
-        sizes = ", ".join("any" if size is None else str(size) for size in shape)
-        kind = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"{name} must have shape [{sizes}]{f' and dtype {kind}' if kind else ''}; got shape "
-            f"{list(tensor.shape)}, dtype {str(tensor.dtype).removeprefix('torch.')}"
-        )
-    if contiguous and not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous; got strides {tensor.stride()}")
-
-
-def check_rows(x: Any) -> tuple[torch.Tensor, OptionalTensor]:
-    """`x` of a dispatch as (data [T, H], scales [T, S] or None)."""
-    data, scales = x if isinstance(x, tuple) else (x, None)
-    check_tensor("x", data, (None, None))
-    if scales is not None:
-        check_tensor("the scales of x", scales, (len(data), None), contiguous=False)
-    return data, scales
-
-
-def check_topk_idx(
-    topk_idx: Any, num_tokens: int | None, num_experts: int | None, num_ranks: int
-) -> tuple[torch.Tensor, int]:
-    """The checked expert indices, and how many experts a rank has, E / R.
-
-    Raises:
-        ValueError: R does not divide E, or `topk_idx` is no [T, K] of integers in [-1, E).
-    """
-    if not num_experts or num_experts < 1 or num_experts % num_ranks:
-        raise ValueError(
-            f"num_experts must be a positive multiple of the {num_ranks} ranks; got {num_experts}"
-        )
-    check_tensor("topk_idx", topk_idx, (num_tokens, None), INDICES)
-    wrong = ((topk_idx < -1) | (topk_idx >= num_experts)).nonzero()
-    if len(wrong):
-        token, pick = wrong[0].tolist()
-        raise ValueError(
-            f"topk_idx must be -1 or in [0, {num_experts}); got {int(topk_idx[token, pick])} for "
-            f"token {token}, pick {pick}"
-        )
-    return topk_idx, num_experts // num_ranks
-
-
-def check_alignment(expert_alignment: int) -> None:
-    """Refuses an alignment that is not positive."""
-    if expert_alignment < 1:
-        raise ValueError(f"expert_alignment must be positive; got {expert_alignment}")
-
-
-def check_limit(name: str, limit: int, num_tokens: int) -> None:
-    """Refuses more tokens than the ranks agreed on."""
-    if num_tokens > limit:
-        raise ValueError(f"{name} must be at least the {num_tokens} tokens of x; got {limit}")
-
-
-def check_statistics(
-    name: str, statistics: Any, size: int, dtype: torch.dtype = torch.int32
-) -> None:
-    """Checks a tensor of counters that the caller may have passed."""
-    if statistics is not None:
-        check_tensor(name, statistics, (size,), (dtype,))
 
 
 def token_indices(x: torch.Tensor) -> torch.Tensor:
@@ -202,8 +55,10 @@ def send_positions(in_rank: torch.Tensor) -> torch.Tensor:
 
 
 def unwritten(fresh: torch.Tensor) -> torch.Tensor:
-    """Memory that DeepEP leaves uninitialised: here every bit is set, which is NaN in any floating
-    dtype and -1 in signed integers, so that code that reads such rows shows it."""
+    """Memory that DeepEP leaves uninitialised, with every bit set.
+
+    That is NaN in any floating dtype and -1 in signed integers: code that reads such rows shows it.
+    """
     fresh.untyped_storage().fill_(255)  # type: ignore[attr-defined]
     return fresh
 
@@ -217,8 +72,17 @@ def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 def place_rows(
     rows: torch.Tensor, position: torch.Tensor, size: int, row: OptionalTensor = None
 ) -> torch.Tensor:
-    """[size, ...]: `rows` (or, in this order, those named by `row`) at `position`; the others are
-    unwritten. Any dtype."""
+    """Rows of any dtype at other positions; the others are unwritten.
+
+    Args:
+        rows: [N, ...].
+        position: [M] int64, where to put each row.
+        size: of the result.
+        row: [M] int64, which rows to put; None = all, in order.
+
+    Returns:
+        [size, ...].
+    """
     placed = unwritten(rows.new_empty(size, *rows.shape[1:]))
     source = _as_bytes(rows)
     _as_bytes(placed)[position] = source if row is None else source[row]
@@ -315,18 +179,3 @@ def reduce_rows(
             term = term * weights[token, column].to(dtype).unsqueeze(1)
         total[token] += term
     return total.to(rows.dtype)
-
-
-def unpack_bias(bias: Any, num_tokens: int, x: torch.Tensor) -> list[torch.Tensor]:
-    """The bias tensors of a combine: none, one, or a tuple of two (either may be None).
-
-    Raises:
-        ValueError: a tuple of another length, or a bias whose shape or dtype is not the output's.
-    """
-    biases = bias if isinstance(bias, tuple) else (bias, None)
-    if len(biases) != 2:
-        raise ValueError(f"bias must be a tensor or a tuple of two; got a tuple of {len(biases)}")
-    given = [b for b in biases if b is not None]
-    for b in given:
-        check_tensor("bias", b, (num_tokens, x.shape[1]), (x.dtype,))
-    return given

@@ -1,5 +1,5 @@
 """The names that programs import from `deep_ep.utils`."""
 
-from .rows import EventHandle, EventOverlap
+from .events import EventHandle, EventOverlap
 
 __all__ = ["EventHandle", "EventOverlap"]

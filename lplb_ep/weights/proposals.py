@@ -59,9 +59,9 @@ class Proposal:
 def propose(job: Job) -> Proposal | None:
     """Examines the loads of a layer, and chooses other replicas where that is worth it.
 
-    Two conditions must hold. T* / mean was above the threshold in three of four steps. And replicas
-    chosen by every other step remove a quarter of the excess over 1 in the steps between, and more
-    than the standard error of that gain.
+    Two conditions must hold. T* / mean was above the threshold in three of four steps. Replicas are
+    chosen by every other step, and judged by their gain in the steps between. It must be a quarter
+    of the excess over 1, and more than its standard error.
 
     Raises:
         PlacementError: the chosen placement has other homes.

@@ -161,11 +161,11 @@ class Replicas:
         be watched. So the replicas are stale from here until `copy_weights`.
 
         The gradient is `parameter.main_grad` where that is set (Megatron-Core), else
-        `parameter.grad`. A replica's gradient travels in its own dtype. The home's gradient keeps
-        its dtype and adds the replicas one by one, by column of `logical_to_physical`: the result
-        is the same bits in every run. None counts as zero, and the home's gradient stays None
-        where that of every copy is None. The ranks exchange which gradients are None in a small
-        message that the CPU waits for.
+        `parameter.grad`. A replica's gradient travels in its own dtype, and the home's keeps its
+        own. Replicas are added one by one, by column of `logical_to_physical`: the result is the
+        same bits in every run. None counts as zero, and the home's gradient stays None where that
+        of every copy is None. The ranks exchange which gradients are None in a small message that
+        the CPU waits for.
 
         Args:
             async_op: overlap it with what the current stream does next. That work must leave these
@@ -219,11 +219,12 @@ class Replicas:
         this rank of an expert that has several copies. With `async_op`, true from when the
         transfer is waited for.
 
-        Changes are noticed by in-place operations that autograd counts (`load_state_dict`, most
-        optimizers), by the step of any `torch.optim.Optimizer` that holds the parameter, and by
-        its being replaced. Other changes must be followed by `mark_stale` or `copy_weights`:
-        collectives of `torch.distributed` on a weight, writes through `.data` or through a buffer
-        that the parameter is a view of, and replays of a CUDA graph.
+        Noticed are in-place operations that autograd counts (`load_state_dict`, most optimizers),
+        a step of any `torch.optim.Optimizer` that holds the parameter, and replaced parameters.
+
+        Other changes must be followed by `mark_stale` or `copy_weights`. Collectives of
+        `torch.distributed` on a weight are such, and replays of a CUDA graph, and writes through
+        `.data` or a flat buffer behind the parameter.
 
         While FSDP2 has gathered the parameters for a forward pass, the sharded ones count.
 
@@ -254,9 +255,9 @@ class Replicas:
         the optimizer's state, without touching a home's row. That is harmless: nothing reads a
         replica's row before `copy_weights` writes the home's values over it.
 
-        It holds for optimizers that treat elements one by one (SGD, Adam, AdamW). One that takes
-        a norm over a whole tensor (LAMB, Adafactor, Muon) mixes the rows of a stack, replicas'
-        among them: give it a list of modules.
+        It holds for optimizers that treat elements one by one (SGD, Adam, AdamW). Others take a
+        norm over a whole tensor (LAMB, Adafactor, Muon), which mixes the rows of a stack, replicas'
+        among them. Give those a list of modules.
         """
         slots = self._slots()
         parameters = (

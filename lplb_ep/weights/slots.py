@@ -105,8 +105,8 @@ def refuse_state_outside_parameters(experts: nn.Module) -> None:
     for name, _ in experts.named_buffers():
         if name in persistent:
             raise ValueError(
-                f"experts must have no persistent buffers, got {name}: make it a parameter with "
-                "requires_grad=False if it is a weight, or non-persistent if it is a constant"
+                f"experts must have no persistent buffers, got {name}. Make a weight a parameter "
+                "with requires_grad=False, and a constant a buffer with persistent=False"
             )
     for name, parameter in experts.named_parameters():
         if parameter.is_inference():

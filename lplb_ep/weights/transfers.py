@@ -186,7 +186,7 @@ class Mover:
 
         Returns:
             Slot and tensor of each move to this rank, in order. A tensor from a slot of this rank
-            is no copy: it shows what is written to that slot later.
+            is no copy: later writes to that slot show in it.
         """
         for received, sent, table, _ in payload.messages:
             self._transport.all_to_all(received, sent, table)

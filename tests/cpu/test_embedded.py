@@ -18,7 +18,7 @@ from lplb_ep.embedded import (
     EventHandle,
     EventOverlap,
 )
-from lplb_ep.embedded.legacy import cast_to_fp8
+from lplb_ep.embedded.fp8 import cast_to_fp8
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 FP8 = torch.float8_e4m3fn
