@@ -24,7 +24,7 @@ from .collectives import everyone, together
 from .copies import Peers
 from .peers import peer_memory
 from .reachability import reachability
-from .watchdog import watch
+from .watchdog import newly_missing, watch
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ def _make_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | st
     stream = _side_stream(group, device)
     wire = PeerWire(group.rank(), device, windows, HALF_BYTES, peers, stream)
     say = functools.partial(_missing_ranks, peers.missing, settings.timeout_s)
-    watch(wire, peers.missing, say, abort=settings.on_timeout == "abort")
+    watch(wire, newly_missing(peers.missing, say), abort=settings.on_timeout == "abort")
     return wire
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -29,7 +29,9 @@ def everyone(group: dist.ProcessGroup, value: _T) -> list[_T]:
     return values
 
 
-def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def gather_rows(
+    row: torch.Tensor, group: dist.ProcessGroup, wait: Callable[[dist.Work], None] | None = None
+) -> torch.Tensor:
     """Gathers a tensor from each rank. Collective.
 
     One all-to-all has all messages under way at once. gloo's all-gather passes them round a ring:
@@ -39,13 +41,16 @@ def gather_rows(row: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         row: of this rank, where the group can send from (`memory_of`). All ranks bring the same
             shape and dtype.
         group: the ranks.
+        wait: waits for the collective, in another way than `torch.distributed` does.
 
     Returns:
         [R, ...] on the device of `row`, in rank order, the same on every rank.
     """
     copies = row.expand(group.size(), *row.shape).contiguous()
     rows = torch.empty_like(copies)
-    dist.all_to_all_single(rows, copies, group=group)
+    work = dist.all_to_all_single(rows, copies, group=group, async_op=wait is not None)
+    if wait is not None:
+        wait(work)
     return rows
 
 

@@ -7,9 +7,10 @@ import logging
 import torch.distributed as dist
 
 from ..errors import ContractError, MissingPackageError, RankError
-from .exchange import Exchange, LocalExchange, TorchExchange, WindowExchange
+from .exchange import Exchange, Limit, LocalExchange, WindowExchange
 from .peers import peer_memory
 from .reachability import Reachability, reachability, rule_out
+from .torch_exchange import TorchExchange
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,13 @@ COUNTS = ("auto", "nvshmem", "ipc", "torch", "given")
 
 
 def connect(
-    counts: str, group: dist.ProcessGroup | None, num_ranks: int, row_size: int, *, on_gpu: bool
+    counts: str,
+    group: dist.ProcessGroup | None,
+    num_ranks: int,
+    row_size: int,
+    limit: Limit,
+    *,
+    on_gpu: bool,
 ) -> Exchange | None:
     """Makes an exchange; with "auto", the first that works on all ranks. Collective.
 
@@ -26,6 +33,8 @@ def connect(
         group: the ranks; None for a single one, or where counts are given.
         num_ranks: R.
         row_size: integers of a row that kernels exchange.
+        limit: how long a collective of `torch.distributed` may take. Kernels that exchange rows
+            themselves have a limit of their own.
         on_gpu: whether plans are made there, on the current device.
 
     Returns:
@@ -42,7 +51,7 @@ def connect(
         found = reachability(group) if asks else Reachability()
         kind, reason = choose_counts(counts, num_ranks, group is not None, on_gpu, found)
         try:
-            exchange = _make(kind, group, row_size)
+            exchange = _make(kind, group, row_size, limit)
         except (ContractError, MissingPackageError, RankError) as error:  # on every rank
             if counts != "auto" or group is None:
                 raise
@@ -52,14 +61,16 @@ def connect(
         return exchange
 
 
-def _make(kind: str, group: dist.ProcessGroup | None, row_size: int) -> Exchange | None:
+def _make(
+    kind: str, group: dist.ProcessGroup | None, row_size: int, limit: Limit
+) -> Exchange | None:
     if kind == "given":
         return None
     if kind == "local":
         return LocalExchange()
     assert group is not None, "choose_counts takes the others only with a group"
     if kind == "torch":
-        return TorchExchange(group)
+        return TorchExchange(group, limit)
     return WindowExchange(kind, peer_memory(group, kind).windows(row_size))
 
 

@@ -6,16 +6,13 @@ ranks for a plan. `connect.py` makes the exchange that a request and the machine
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from ..errors import ContractError
-from .collectives import gather_rows, memory_of
 
 
 class Exchange(Protocol):
@@ -46,6 +43,17 @@ class Exchange(Protocol):
         Returns:
             [R, W] int32 on the device of `row`, in rank order, the same on every rank.
         """
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long ranks wait for one another's rows, and what happens then."""
+
+    name: str
+    """What the rows are for, in messages."""
+    timeout_s: float = 60
+    abort: bool = False
+    """End the process then, instead of raising."""
 
 
 @dataclass(frozen=True)
@@ -116,30 +124,3 @@ class LocalExchange:
     def gather(self, row: torch.Tensor) -> torch.Tensor:
         """As `Exchange.gather`."""
         return row[None]
-
-
-class TorchExchange:
-    """A collective of `torch.distributed`; NCCL's moves device memory only.
-
-    The group is held weakly: one that is still held when the interpreter ends can abort it.
-    """
-
-    kind = "torch"
-    windows = None
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = weakref.ref(group)
-        self._device = memory_of(group)
-        self.waits_on_host = self._device.type == "cpu"
-        self.capturable = not self.waits_on_host
-
-    def gather(self, row: torch.Tensor) -> torch.Tensor:
-        """As `Exchange.gather`.
-
-        Raises:
-            ContractError: the group is destroyed.
-        """
-        group = self._group()
-        if group is None:
-            raise ContractError("the group that this exchange was made for is destroyed")
-        return gather_rows(row.to(self._device), group).to(row.device)

@@ -1,8 +1,11 @@
-"""Whether the kernels run on the current CUDA device."""
+"""Whether the kernels run on the current CUDA device, and questions to it during captures."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -11,6 +14,8 @@ from .toolchain import require
 
 MIN_CAPABILITY = (8, 0)
 """Of a device: warps add up in one instruction from sm_80 on."""
+
+_CAPTURE_MODE_RELAXED = 2  # of CUDA's `cuda.h`
 
 
 def check_device(*tools: str) -> None:
@@ -33,3 +38,18 @@ def check_device(*tools: str) -> None:
     if importlib.util.find_spec("cupy") is None:
         raise MissingPackageError("cupy is not installed: pip install '.[cuda]' in a checkout")
     require("nvrtc", *tools)
+
+
+@contextlib.contextmanager
+def captures_go_on() -> Iterator[None]:
+    """Lets this thread ask a GPU inside, while another thread captures a CUDA graph.
+
+    Without it the question may end the capture in an error.
+    """
+    exchange = ctypes.CDLL("libcuda.so.1").cuThreadExchangeStreamCaptureMode
+    mode = ctypes.c_int(_CAPTURE_MODE_RELAXED)
+    exchange(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        exchange(ctypes.byref(mode))

@@ -7,7 +7,7 @@ import logging
 
 import torch
 
-from ..comm.watchdog import look, missing_ranks, watch
+from ..comm.watchdog import look, missing_ranks, newly_missing, watch
 from ..errors import RankError
 from ..placement.table import Placement
 from .backend import REASONS
@@ -41,7 +41,7 @@ class ErrorFlags:
         self._clear = self.flags.tobytes()
         self._logged: set[Status] = set()
         say = functools.partial(missing_ranks, self.missing, self._name, timeout_s)
-        watch(self, self.missing, say, abort=abort_on_timeout)
+        watch(self, newly_missing(self.missing, say), abort=abort_on_timeout)
 
     def raise_errors(self) -> None:
         """Raises or logs what was found wrong with earlier batches, and clears the flags.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from .. import __version__
 from ..comm.collectives import together
 from ..comm.connect import connect
-from ..comm.exchange import Exchange
+from ..comm.exchange import Exchange, Limit
 from ..errors import ContractError, RankError
 from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
@@ -121,7 +121,12 @@ class Planner:
             facts["lplb_ep version"] = __version__
         on_gpu = self.solver != "cpu"
         self.exchange = connect(
-            counts, group, placement.num_ranks, HEAD + placement.num_experts, on_gpu=on_gpu
+            counts,
+            group,
+            placement.num_ranks,
+            HEAD + placement.num_experts,
+            Limit(f"placement {placement.fingerprint()[:8]}", timeout_s, abort_on_timeout),
+            on_gpu=on_gpu,
         )
         self.counts = "given" if self.exchange is None else self.exchange.kind
         self._check = check

@@ -17,7 +17,7 @@ import torch
 from lplb_ep import Placement, Planner, RankError
 from lplb_ep.comm import nvshmem, peers, reachability, watchdog
 from lplb_ep.comm.connect import choose_counts, connect
-from lplb_ep.comm.exchange import Windows
+from lplb_ep.comm.exchange import Limit, Windows
 from lplb_ep.comm.reachability import Reachability
 
 FACT = reachability._Fact(node="a", device="0", nvshmem="", world=None, has_part_of_gpu=False)
@@ -142,7 +142,7 @@ def connected(group, full_on, no_id_on):
         patch.object(nvshmem, "_started", []),
         patch.dict("os.environ"),
     ):
-        kind = connect("auto", group, 2, 8, on_gpu=True).kind
+        kind = connect("auto", group, 2, 8, Limit("a test"), on_gpu=True).kind
     return kind, reachability.reachability(group).nvshmem
 
 
@@ -213,7 +213,7 @@ def test_the_watchdog_names_missing_ranks_once(caplog):
     """Looked at by hand; the watchdog's own thread may look in between, and changes nothing."""
     owner, missing = Owner(), np.zeros(4, np.int32)
     say = partial(watchdog.missing_ranks, missing, "abc", 1.5)
-    watchdog.watch(owner, missing, say, abort=False)
+    watchdog.watch(owner, watchdog.newly_missing(missing, say), abort=False)
 
     def named():
         watchdog.look(owner)
@@ -242,18 +242,18 @@ def test_the_watchdog_looks_by_itself(caplog):
         return "rank 1 is missing"
 
     with caplog.at_level(logging.ERROR, logger="lplb_ep.comm.watchdog"):
-        watchdog.watch(owner, missing, say, abort=False)
+        watchdog.watch(owner, watchdog.newly_missing(missing, say), abort=False)
         missing[1] = 1
         assert said.wait(60)
 
 
 def test_the_watchdog_ends_the_process_if_asked():
     program = """
-import numpy as np, time
+import time
 from lplb_ep.comm import watchdog
 class Owner: pass
-owner, missing = Owner(), np.ones(2, np.int32)
-watchdog.watch(owner, missing, lambda: "ranks [0, 1] are not there", abort=True)
+owner = Owner()
+watchdog.watch(owner, lambda _: "ranks [0, 1] are not there", abort=True)
 time.sleep(60)
 """
     done = subprocess.run(
