@@ -73,16 +73,17 @@ class Settings:
     timeout_s: int = _setting(
         "LPLB_EP_TIMEOUT_S",
         60,
-        "How many seconds a kernel waits for a rank's counts before it gives up: that batch goes "
-        "to the home slots and the next call raises. For replica weights and gradients it goes on "
-        "waiting; either way the missing ranks are logged.",
+        "How many seconds a rank waits for another's counts; then the missing ranks are named. "
+        "Kernels that wait give up: that batch goes to the home slots, and the next call raises. "
+        "A collective of gloo raises at once. One of NCCL goes on waiting, as do transfers of "
+        "replica weights and gradients.",
         within=("of at least 1, below 2**31", lambda seconds: 1 <= seconds < 2**31),
     )
     on_timeout: str = _setting(
         "LPLB_EP_ON_TIMEOUT",
         "raise",
-        "`abort`: end the process when a rank does not come in that time, instead of raising at "
-        "the next call, which DeepEP may never let the program reach, or of waiting on.",
+        "`abort`: end the process when a rank does not come in that time. Else DeepEP may never "
+        "let the program reach the call that raises, and a wait may go on for ever.",
         ("raise", "abort"),
     )
     solver: str = _setting(
