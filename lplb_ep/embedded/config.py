@@ -56,6 +56,7 @@ class Config:
 
 
 def low_latency_bytes(slots: int, hidden: int, num_experts: int) -> int:
+    """Bytes that low latency needs for `slots` tokens of a rank: csrc/config.hpp."""
     scales = hidden // 128
     dispatched = 16 + max(2 * hidden, hidden + 4 * scales)
     combined = 4 * scales + 2 * hidden
