@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class PlacementError(ValueError):
-    """A placement that cannot be: the message names the expert, slot or rank at fault."""
+    """An invalid placement: the message names the expert, slot or rank at fault."""
 
 
 class InfeasibleError(ValueError):

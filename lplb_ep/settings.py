@@ -64,8 +64,8 @@ class Settings:
     counts: str = _setting(
         "LPLB_EP_COUNTS",
         "auto",
-        "How the ranks' counts are exchanged: by the kernels themselves, in NVSHMEM's symmetric "
-        "memory (`nvshmem`) or in memory that CUDA IPC shares within a node (`ipc`), or by a "
+        "How the ranks' counts are exchanged. Kernels do it themselves in NVSHMEM's symmetric "
+        "memory (`nvshmem`), or in memory that CUDA IPC shares within a node (`ipc`). `torch` is a "
         "collective of `torch.distributed`. `auto` takes the first that works on all ranks, "
         "between nodes the last; the first two go with a solver on the GPU.",
         ("auto", "nvshmem", "ipc", "torch"),
@@ -116,8 +116,8 @@ class Settings:
     refresh: int = _setting(
         "LPLB_EP_REFRESH",
         0,
-        "A `Refresher` looks every so many steps, at least 2, at the loads of the last so many, "
-        "and moves replicas where that mends an imbalance; 0: never.",
+        "Every so many steps, at least 2, a `Refresher` looks at their loads. It moves replicas "
+        "where that mends an imbalance; 0: never.",
         # Replicas are chosen by some of the steps, and judged on others.
         within=("that is 0 or at least 2", lambda steps: steps == 0 or steps >= 2),
     )
@@ -136,8 +136,8 @@ class Settings:
     refresh_seconds: float = _setting(
         "LPLB_EP_REFRESH_SECONDS",
         2.0,
-        "How long a process in the background may look for the new replicas of a layer, more than "
-        "0; `inf`: until its search ends of itself.",
+        "How many seconds a process in the background may look for the new replicas of a layer, "
+        "more than 0; `inf`: until its search ends.",
         within=("more than 0", lambda seconds: seconds > 0),
     )
     num_physical_experts: int = _setting(
@@ -176,8 +176,8 @@ class Settings:
         """Reads the environment (or `environ`); empty values count as unset.
 
         Raises:
-            ValueError: names the variable, the value and what it may be; also for an unknown
-                variable that begins with `LPLB_EP`, which is most often a misspelt one.
+            ValueError: names the variable, the value and what it may be. An unknown variable that
+                begins with `LPLB_EP` is refused too: most often it is a misspelt one.
         """
         environ = os.environ if environ is None else environ
         known = {f.metadata["variable"]: f for f in fields(cls)}
@@ -230,8 +230,10 @@ def has_part_of_gpu() -> bool:
 
 
 def save_for_nvshmem() -> None:
-    """What NVSHMEM need not take where it is started for counts within a node: a thread that polls,
-    on every rank, and memory by half a gigabyte."""
+    """Has NVSHMEM take less where it is started for counts within a node.
+
+    It needs no thread that polls, on any rank, and no memory by half a gigabyte.
+    """
     os.environ.setdefault("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1")
     os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(2 << 20))
 

@@ -1,7 +1,6 @@
-"""Bytes from every rank to every rank: by copies into the other GPUs' memory, or by a collective of
-`torch.distributed`.
+"""Bytes from every rank to every rank: by copies between GPUs, or by a collective.
 
-It knows nothing of what the bytes are.
+It knows nothing of what the bytes are. The collective is `torch.distributed`'s.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from ..errors import ContractError, MissingPackageError, RankError
 from ..gpu.device import check_device
 from ..settings import Settings
 from .collectives import everyone, together
-from .copies import Peers
+from .copies import PeerCopies
 from .peers import peer_memory
 from .reachability import reachability
 from .watchdog import newly_missing, watch
@@ -29,27 +28,33 @@ from .watchdog import newly_missing, watch
 log = logging.getLogger(__name__)
 
 TRANSPORTS = ("auto", "peers", "torch")
-HALF_BYTES = 64 << 20
-"""Of a rank's window for what others send it, of which there are two."""
+BUFFER_BYTES = 64 << 20
+"""Size of a receive buffer, of which a rank's window has two."""
 
 Table = Sequence[Sequence[int]]
 """[R][R] bytes from each rank to each, the same on every rank."""
 
 
-class Wire(Protocol):
-    """Collective calls, on the current stream."""
+class Transport(Protocol):
+    """Moves bytes between ranks. Its calls are collective, on the current stream."""
 
     device: torch.device
-    """Where what is sent and received must lie."""
+    """Where tensors that are sent and received must lie."""
     stream: torch.cuda.Stream | None
-    """One for calls that are to overlap with other work; None on the CPU."""
+    """For calls that are to overlap with other work; None on the CPU."""
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
-        """As `torch.distributed.all_to_all_single`, of uint8."""
+        """Sends bytes to every rank, as `torch.distributed.all_to_all_single`.
+
+        Args:
+            received: uint8 on `device`, of this rank's column of the table: from each rank in turn.
+            sent: uint8 on `device`, of this rank's row of the table: to each rank in turn.
+            table: how many bytes go from each rank to each.
+        """
 
 
-class TorchWire:
-    """By a collective of `torch.distributed`; gloo moves host memory only."""
+class TorchTransport:
+    """A collective of `torch.distributed`; gloo moves host memory only."""
 
     def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
         self._group = group
@@ -58,14 +63,14 @@ class TorchWire:
         self.stream = _side_stream(group, self.device)
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
-        """As `Wire.all_to_all`."""
+        """As `Transport.all_to_all`."""
         rank = dist.get_rank(self._group)
         sizes, split = [row[rank] for row in table], list(table[rank])
         dist.all_to_all_single(received, sent, sizes, split, group=self._group)
 
 
 class Copies(Protocol):
-    """`copies.Peers`; a test has others."""
+    """`copies.PeerCopies`; a test has others."""
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         """Copies bytes from an address to another, on the current stream."""
@@ -74,22 +79,23 @@ class Copies(Protocol):
         """Waits, on the current stream, until all ranks have come to barrier `number`: 1, 2, …"""
 
 
-class PeerWire:
-    """By copies into windows of the other ranks' memory. Copy engines make them, so no SM is taken
-    but for a block that waits.
+class PeerTransport:
+    """Copies into windows of the other ranks' memory.
 
-    What a rank receives is cut into rounds. In a round every rank copies what belongs there into
-    the others' windows, waits until all have done so, and takes its own out. Windows have two
-    halves, for even and odd rounds, and that suffices: what a rank writes in round n + 2 comes
-    behind the barrier of n + 1, to which each rank comes when it has taken out round n.
+    Copy engines make them, so no SM is taken but for a block that waits.
+
+    What a rank receives is cut into rounds. In a round every rank copies its part into the others'
+    windows, waits until all have done so, and takes its own out. A window has two buffers, for even
+    and odd rounds. That suffices: a rank writes in round n + 2 behind the barrier of round n + 1.
+    Each rank comes to that barrier when it has taken out round n.
 
     Args:
         rank: this rank.
         device: this rank's GPU.
-        windows: [R] addresses of each rank's window, of two halves.
-        half_bytes: the size of a half.
-        copies: what moves bytes, and makes ranks wait for one another.
-        stream: one for calls that are to overlap with other work.
+        windows: [R] addresses here of each rank's window, of two buffers.
+        buffer_bytes: the size of a buffer.
+        copies: moves bytes, and makes ranks wait for one another.
+        stream: for calls that are to overlap with other work.
     """
 
     def __init__(
@@ -97,17 +103,17 @@ class PeerWire:
         rank: int,
         device: torch.device,
         windows: Sequence[int],
-        half_bytes: int,
+        buffer_bytes: int,
         copies: Copies,
         stream: torch.cuda.Stream | None = None,
     ) -> None:
         self.device, self._rank, self._windows = device, rank, windows
-        self._half_bytes, self._copies = half_bytes, copies
+        self._buffer_bytes, self._copies = buffer_bytes, copies
         self.stream = stream
         self._num_rounds = 0
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
-        """As `Wire.all_to_all`.
+        """As `Transport.all_to_all`.
 
         Raises:
             ContractError: a CUDA graph is being captured.
@@ -116,39 +122,41 @@ class PeerWire:
             # Its replays would not wait: rounds are numbered by the CPU.
             raise ContractError("replica weights and gradients cannot be sent from a CUDA graph")
         own = self._windows[self._rank]
-        for first, parts in _rounds(table, self._rank, self._half_bytes):
+        for first, parts in _rounds(table, self._rank, self._buffer_bytes):
             self._num_rounds += 1
-            half = self._num_rounds % 2 * self._half_bytes
+            buffer = self._num_rounds % 2 * self._buffer_bytes
             for part in parts:
-                target = self._windows[part.target] + half + part.place
+                target = self._windows[part.target] + buffer + part.place
                 self._copies.copy(target, sent.data_ptr() + part.source, part.num_bytes)
             self._copies.barrier(self._num_rounds)
-            size = min(self._half_bytes, received.numel() - first)
+            size = min(self._buffer_bytes, received.numel() - first)
             if size > 0:
-                self._copies.copy(received.data_ptr() + first, own + half, size)
+                self._copies.copy(received.data_ptr() + first, own + buffer, size)
 
 
 class _Part(NamedTuple):
-    """What a rank sends another in a round."""
+    """Bytes that a rank sends another in a round."""
 
     target: int
-    source: int  # its first byte in what is sent
-    place: int  # in the half of the target's window
+    source: int  # its first byte in the sender's tensor
+    place: int  # in the target's buffer
     num_bytes: int
 
 
-def _rounds(table: Table, rank: int, half_bytes: int) -> Iterator[tuple[int, list[_Part]]]:
-    """Of as many rounds as the rank that receives most needs: which byte of what a rank receives
-    is the round's first, and what this rank sends."""
+def _rounds(table: Table, rank: int, buffer_bytes: int) -> Iterator[tuple[int, list[_Part]]]:
+    """For each round: its first byte in what a rank receives, and what this rank sends.
+
+    There are as many rounds as the rank needs that receives most.
+    """
     num_ranks = len(table)
     most = max(sum(row[target] for row in table) for target in range(num_ranks))
-    for first in range(0, most, half_bytes):
+    for first in range(0, most, buffer_bytes):
         parts = []
         for step in range(1, num_ranks + 1):
             target = (rank + step) % num_ranks  # not all to the same one at once
             begin = sum(row[target] for row in table[:rank])
             low = max(begin, first)
-            high = min(begin + table[rank][target], first + half_bytes)
+            high = min(begin + table[rank][target], first + buffer_bytes)
             if low < high:
                 source = sum(table[rank][:target]) + low - begin
                 parts.append(_Part(target, source, low - first, high - low))
@@ -161,8 +169,11 @@ _streams: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, torch.cuda.Str
 
 
 def _side_stream(group: dist.ProcessGroup | None, device: torch.device) -> torch.cuda.Stream | None:
-    """One for all that a group sends: each stream has memory of its own from torch's allocator, and
-    on one of several groups they would wait for one another."""
+    """One for all that a group sends.
+
+    Each stream has memory of its own from torch's allocator. Groups have streams of their own, for
+    on one they would wait for one another.
+    """
     if group is None or device.type != "cuda":
         return None
     of_group = _streams.setdefault(group, {})
@@ -172,39 +183,35 @@ def _side_stream(group: dist.ProcessGroup | None, device: torch.device) -> torch
     return of_group[device]
 
 
-# Or why there is none.
-_peer_wires: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, PeerWire | str]] = (
-    WeakKeyDictionary()
-)
-
-
-def connect(group: dist.ProcessGroup | None, device: torch.device, transport: str = "auto") -> Wire:
-    """The way from each rank to each. Collective.
+def make_transport(
+    group: dist.ProcessGroup | None, device: torch.device, transport: str = "auto"
+) -> Transport:
+    """Makes the transport from each rank to each. Collective.
 
     Args:
         group: the ranks; None for a single one, which has nothing to send.
         device: where this rank's tensors lie.
-        transport: "peers", "torch", or "auto": the first of them that can be.
+        transport: "peers", "torch", or "auto": the first of them that is possible.
 
     Raises:
-        ValueError: "peers" is asked for and cannot be; says why.
+        ValueError: "peers" is asked for and not possible; says why.
     """
     if group is None or group.size() == 1:
-        return TorchWire(group, device)
-    found: PeerWire | str = "not asked for"
+        return TorchTransport(group, device)
+    found: PeerTransport | str = "not asked for"
     if transport != "torch":
         with together(group, "replica weights"):
             obstacle = _obstacle(device)
         of_ranks = everyone(group, obstacle)
         obstacle = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
-        found = obstacle or _connect_peers(group, device)
-    if isinstance(found, PeerWire):
+        found = obstacle or _peer_transport(group, device)
+    if isinstance(found, PeerTransport):
         log.info("replica weights travel by copies into the other GPUs' memory")
         return found
     if transport == "peers":
-        raise ValueError(f"transport='peers' cannot be: {found}")
+        raise ValueError(f"transport='peers' is not possible: {found}")
     log.info("replica weights travel by torch.distributed (%s)", found)
-    return TorchWire(group, device)
+    return TorchTransport(group, device)
 
 
 def _obstacle(device: torch.device) -> str:
@@ -219,29 +226,35 @@ def _obstacle(device: torch.device) -> str:
     return ""
 
 
-def _connect_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | str:
+# Or why there is none.
+_peer_transports: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, PeerTransport | str]] = (
+    WeakKeyDictionary()
+)
+
+
+def _peer_transport(group: dist.ProcessGroup, device: torch.device) -> PeerTransport | str:
     """The group's, or why it has none; what was found once holds."""
-    of_group = _peer_wires.setdefault(group, {})
+    of_group = _peer_transports.setdefault(group, {})
     if device not in of_group:
         with torch.cuda.device(device):
-            of_group[device] = reachability(group).ipc or _make_peers(group, device)
+            of_group[device] = reachability(group).ipc or _make_peer_transport(group, device)
     return of_group[device]
 
 
-def _make_peers(group: dist.ProcessGroup, device: torch.device) -> PeerWire | str:
+def _make_peer_transport(group: dist.ProcessGroup, device: torch.device) -> PeerTransport | str:
     try:
         memory = peer_memory(group, "ipc")
-        flags, windows = memory.window(8 * group.size()), memory.window(2 * HALF_BYTES)
+        flags, windows = memory.window(8 * group.size()), memory.window(2 * BUFFER_BYTES)
     except (ContractError, RankError) as error:  # on all ranks
         return str(error)
     with together(group, "replica weights"):
         settings = Settings.from_env()
-        peers = Peers(group.rank(), device, flags, settings.timeout_s)
+        copies = PeerCopies(group.rank(), device, flags, settings.timeout_s)
     stream = _side_stream(group, device)
-    wire = PeerWire(group.rank(), device, windows, HALF_BYTES, peers, stream)
-    say = functools.partial(_missing_ranks, peers.missing, settings.timeout_s)
-    watch(wire, newly_missing(peers.missing, say), abort=settings.on_timeout == "abort")
-    return wire
+    transport = PeerTransport(group.rank(), device, windows, BUFFER_BYTES, copies, stream)
+    say = functools.partial(_missing_ranks, copies.missing, settings.timeout_s)
+    watch(transport, newly_missing(copies.missing, say), abort=settings.on_timeout == "abort")
+    return transport
 
 
 def _missing_ranks(missing: npt.NDArray[np.int32], timeout_s: float) -> str:

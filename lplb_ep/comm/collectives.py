@@ -34,8 +34,8 @@ def gather_rows(
 ) -> torch.Tensor:
     """Gathers a tensor from each rank. Collective.
 
-    One all-to-all has all messages under way at once. gloo's all-gather passes them round a ring:
-    R - 1 steps that wait for one another, three times slower with 8 ranks on 2 cores.
+    One all-to-all has all messages under way at once. All-gather of gloo passes them round a ring.
+    Its R - 1 steps wait for one another: three times slower with 8 ranks on 2 cores.
 
     Args:
         row: of this rank, where the group can send from (`memory_of`). All ranks bring the same

@@ -35,7 +35,7 @@ def _barrier(device: int) -> Kernel:
     return load(barrier_program(), device).kernel(BARRIER.name, BARRIER.formats)
 
 
-class Peers:
+class PeerCopies:
     """Copies between GPUs, and a barrier of all ranks, both on the current stream.
 
     Calls on another stream than the last one's run after it. The CPU waits for nothing.

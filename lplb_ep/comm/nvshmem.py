@@ -69,8 +69,8 @@ def world_obstacle(worlds: list[World | None], num_nodes: int) -> str:
     rank = next(r for r, world in enumerate(worlds) if world != (num_ranks, r))
     size, pe = worlds[rank] or (0, 0)
     return (
-        f"NVSHMEM runs already with {size} PEs, of which rank {rank} of {num_ranks} is {pe}: "
-        "neither one for each rank nor, across nodes, one for each node"
+        f"NVSHMEM runs already with {size} PEs, of which rank {rank} of {num_ranks} is {pe}. "
+        "It must have one for each rank or, across nodes, one for each node"
     )
 
 

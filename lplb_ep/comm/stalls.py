@@ -39,7 +39,7 @@ def grace_s(timeout_s: float) -> float:
 
 
 class Stall:
-    """A wait of this rank, made known to the others, and what is known of theirs.
+    """A wait that this rank makes known to the others, while it looks for theirs.
 
     A thread of its own talks with the store, which may hang with the rank that keeps it.
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.alltoall import TRANSPORTS, connect
+from ..comm.alltoall import TRANSPORTS, make_transport
 from ..comm.collectives import together
 from ..errors import ContractError
 from ..layer import Layer, layer_of
@@ -73,7 +73,7 @@ class Replicas:
         self.group = group
         self._rank = 0 if group is None else dist.get_rank(group)
         self._mover = Mover(
-            connect(group, next(experts.parameters()).device, transport),
+            make_transport(group, next(experts.parameters()).device, transport),
             self._rank,
             placement.num_ranks,
             placement.num_local_slots,

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..comm.alltoall import Table, Wire
+from ..comm.alltoall import Table, Transport
 from .slots import Slot
 
 What = Literal["weight", "gradient"]
@@ -75,7 +75,9 @@ class Mover:
     num_bytes_sent: int
     """Bytes of weights and gradients from this rank to others so far."""
 
-    def __init__(self, transport: Wire, rank: int, num_ranks: int, num_local_slots: int) -> None:
+    def __init__(
+        self, transport: Transport, rank: int, num_ranks: int, num_local_slots: int
+    ) -> None:
         self._transport, self._rank = transport, rank
         self._num_ranks, self._num_local_slots = num_ranks, num_local_slots
         self.pending = None

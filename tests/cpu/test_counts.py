@@ -1,4 +1,4 @@
-"""Which way counts travel, and what is said when they do not come."""
+"""Which way counts travel, and how ranks that do not come are named."""
 
 import dataclasses
 import logging
@@ -55,7 +55,7 @@ def test_the_choice_comes_with_its_reason(asked, reach, chosen, because):
     assert because in reason
 
 
-def test_what_cannot_be_is_refused_and_not_replaced():
+def test_what_is_not_possible_is_refused_and_not_replaced():
     with pytest.raises(ValueError, match="counts='nvshmem' is not possible: no package"):
         choose_counts("nvshmem", 8, True, True, Reachability(nvshmem="no package"))
     with pytest.raises(ValueError, match="counts='ipc' is not possible: plans are made on the CPU"):

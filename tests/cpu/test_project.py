@@ -28,6 +28,10 @@ NAMES_DEEP_EP = {
 # Files and folders whose every sentence is short and free of private words.
 PLAIN = [
     "lplb_ep/__init__.py",
+    "lplb_ep/errors.py",
+    "lplb_ep/settings.py",
+    "lplb_ep/gpu/device.py",
+    "lplb_ep/comm",
     "lplb_ep/layer.py",
     "lplb_ep/placement",
     "lplb_ep/weights",

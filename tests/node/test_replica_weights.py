@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lplb_ep import ContractError, Placement, Replicas
-from lplb_ep.comm import alltoall as wire
+from lplb_ep.comm import alltoall
 
 pytestmark = pytest.mark.gpu
 
@@ -78,9 +78,9 @@ def place(num_ranks, seed):
     return oracle.random_placement(np.random.default_rng(seed), num_ranks, 3 * num_ranks, 2)
 
 
-def start(group, half_bytes):
+def start(group, buffer_bytes):
     torch.cuda.set_device(group.rank() % torch.cuda.device_count())
-    wire.HALF_BYTES = half_bytes  # of a wire that is made for the first time
+    alltoall.BUFFER_BYTES = buffer_bytes  # of a transport that is made for the first time
 
 
 def be_late(stream):
@@ -88,11 +88,11 @@ def be_late(stream):
         torch.cuda._sleep(LATE)
 
 
-def both(group, transport, half_bytes, num_steps):
+def both(group, transport, buffer_bytes, num_steps):
     """Steps on the GPU and on the CPU. On the GPU now the program's stream is late and now the one
     beside it, so that whatever does not wait for the other uses what was there before; and what
     was sent or received is written over at once."""
-    start(group, half_bytes)
+    start(group, buffer_bytes)
     for number, (dtype, accumulate) in enumerate(
         [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)]
     ):
@@ -229,7 +229,7 @@ def late(group):
 
 
 def test_a_rank_that_comes_late_is_named(service):
-    ranks.close()  # a wire has its limit from when it was made
+    ranks.close()  # a transport has its limit from when it was made
     environ = {**service(2), "LPLB_EP_TIMEOUT_S": "1"}
     said, _ = ranks.run(2, late, environ=environ)
     ranks.close()
