@@ -28,9 +28,13 @@ _CODES = {
 _ASSERTS = """\
 #define LPLB_SIZE(type, bytes) \\
     static_assert(sizeof(type) == bytes, #type " has another size than the host gives it")
+#if __has_builtin(__builtin_offsetof)
 #define LPLB_PLACE(type, field, bytes) \\
     static_assert(__builtin_offsetof(type, field) == bytes, \\
-                  #type "::" #field " is not where the host puts it")"""
+                  #type "::" #field " is not where the host puts it")
+#else  // in NVRTC 13.0; newer ones and host compilers check the places
+#define LPLB_PLACE(type, field, bytes)
+#endif"""
 
 
 class Field(NamedTuple):
