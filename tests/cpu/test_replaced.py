@@ -1,0 +1,81 @@
+"""The tables of a placement that replaces another."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from refreshing import (
+    E,
+    R,
+    moved,
+    ring,
+    traffic,
+)
+
+import lplb_ep
+from lplb_ep import (
+    Placement,
+    PlacementError,
+    Planner,
+    Replicas,
+    check_plan,
+)
+from lplb_ep.planning import reference
+
+
+def test_copies_are_replaced_at_the_same_homes_and_width():
+    old = Placement([3, 0, 1, 2, 0, -1], 2, home=[4, 2, 3, 0], num_ranks_per_node=1)
+    new = old.with_copies([3, -1, 1, 2, 0, 1])
+    assert new.home.tolist() == old.home.tolist()
+    assert (new.num_ranks_per_node, new.max_replicas) == (1, 2)
+    assert new != old
+    assert new.may_replace(old)
+    moved = Placement(new.physical_to_logical, 2, home=[4, 5, 3, 0], num_ranks_per_node=1)
+    assert not moved.may_replace(old)
+    with pytest.raises(PlacementError, match="home of expert 3 is slot 0, which holds expert 1"):
+        old.with_copies([1, 0, 1, 2, 0, 3])
+    with pytest.raises(PlacementError, match="expert 1 has 3 copies, more than max_replicas = 2"):
+        old.with_copies([3, 1, 1, 2, 0, 1])
+    with pytest.raises(PlacementError, match="must have the 6 slots"):
+        old.with_copies([3, 0, 1, 2, 0, -1, -1, -1])
+
+
+def test_columns_for_copies_are_part_of_a_placement(tmp_path):
+    old = Placement([0, 1, 0, 2], 2)
+    wide = Placement([0, 1, 0, 2], 2, max_replicas=4)
+    assert wide.logical_to_physical.tolist() == [[0, 2, -1, -1], [1, -1, -1, -1], [3, -1, -1, -1]]
+    assert wide != old
+    assert wide == old.with_copies(old.physical_to_logical, 4)
+    wide.save(tmp_path / "wide.json")
+    assert Placement.load(tmp_path / "wide.json") == wide == pickle.loads(pickle.dumps(wide))
+    load = torch.tensor([7, 1, 2])
+    solved = [lplb_ep.solve(load, p) for p in (old, wide)]
+    assert torch.equal(solved[0].quota, solved[1].quota[:, :2])
+    assert (solved[1].quota[:, 2:] == 0).all()
+
+
+def test_a_prepared_planner_plans_as_one_that_is_made_anew():
+    placement = ring()
+    planner = Planner(placement, rank=1, counts="given", check=True)
+    topk = traffic("new", 1, 0)
+    counts = torch.stack([reference.count(traffic("new", r, 0), E) for r in range(R)])
+    before = planner(topk, counts=counts)
+    new = placement.with_copies(moved())
+    planner.prepare(new)  # is not in force before the call
+    assert torch.equal(planner(topk, counts=counts).topk_idx, before.topk_idx)
+    planner.prepare(new)()
+    planner.layer.replace(new)
+    after = planner(topk, counts=counts)
+    expected = Planner(Placement(moved(), R), rank=1, counts="given")(topk, counts=counts)
+    assert torch.equal(after.topk_idx, expected.topk_idx)
+    assert not torch.equal(after.topk_idx, before.topk_idx)
+    check_plan(
+        before, topk, placement, 1
+    )  # its split is still by the placement that it was made on
+    with pytest.raises(ValueError, match="not one of this planner's layer"):
+        planner.prepare(Placement(ring().physical_to_logical[::-1], R))
+    experts = torch.nn.Linear(1, 3, bias=False)
+    with pytest.raises(ValueError, match="not one of these replicas' layer"):
+        Replicas(experts, Placement([0, 1, 0], 1)).prepare(Placement([0, 1, 0], 1, home=[2, 1]))
