@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+# Parts of the tests run at the same time. Threads of NumPy's BLAS on every core would spin.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # The ranks' processes import by name: `ranks` and `oracle` from here, the test files from cpu/.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "cpu")]
 
