@@ -165,7 +165,10 @@ class DeviceBackend:
         try:
             launches.count(topk_idx, batch.status, stream)
             if self._windows is None:
-                launches.set_rows(exchange.gather(self.workspace.row))
+                # Held until they are solved: torch hands the memory of a tensor that is dropped to
+                # the next, and `solve` would read results in their place.
+                rows = exchange.gather(self.workspace.row)
+                launches.set_rows(rows)
             return self._solve_and_route(launches, batch.topk_idx, topk_idx, stream)
         except BaseException:
             self.workspace.row.zero_()  # or its counts would be added to the next batch's
