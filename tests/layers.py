@@ -98,6 +98,7 @@ LAYERS = [
     "deepep.contract",
     "deepep.channels",
     "deepep.context",
+    "deepep.checks",
     "deepep.plans",
     "deepep.hooks",
     "deepep.drop_in",

@@ -1,4 +1,4 @@
-"""What the drop-in keeps on a buffer, and the channels by which its calls plan.
+"""The drop-in's state of a buffer, and the channels by which its calls plan.
 
 A channel is the planner of a layer and micro-batch slot in a group, with the buffer's settings.
 """
@@ -77,7 +77,7 @@ class PlannerSettings(NamedTuple):
 
 @dataclass(eq=False)
 class BufferState:
-    """What the drop-in keeps on a buffer."""
+    """The drop-in's state of a buffer and its views."""
 
     settings: Settings
     group: Any
@@ -91,8 +91,10 @@ class BufferState:
     size_hint: Callable[..., int] | None = None
     """DeepEP's own `get_low_latency_rdma_size_hint`, which counts the slots it is given."""
     default: LayerUse | None = None
-    """What the buffer was made with, while no other placement has been in force on it: a call that
-    strayed out of its layer (a recompute) must not plan with another layer's copies."""
+    """The layer that the buffer was made with, while no other has been in force on it.
+
+    A call that strayed out of its layer (a recompute) must not plan with another layer's copies.
+    """
     warned: bool = False
     destroyed: bool = False
     low_latency_slots: int | None = None
@@ -136,10 +138,10 @@ class BufferState:
 
 
 def state_of(buffer: Any) -> BufferState:
-    """What the drop-in keeps on a buffer.
+    """The drop-in's state of a buffer.
 
     Raises:
-        ContractError: the buffer was made before `patch`, so nothing is kept.
+        ContractError: the buffer was made before `patch`, and has none.
     """
     state: BufferState | None = getattr(buffer, "_lplb_state", None)
     if state is None:
@@ -164,11 +166,11 @@ def register(
         state: of the buffer.
         target: the layer, or the placement object that stands for one.
         slot: which of the micro-batches in flight.
-        check: raises what is wrong with the layer on this rank; the other ranks then raise, too.
+        check: raises where this rank cannot use the layer; the other ranks then raise, too.
 
     Raises:
         RankError: names the ranks that bring another placement or slot, or failed.
-        Exception: what failed on this rank.
+        Exception: this rank failed.
     """
     group = state.group if isinstance(state.group, dist.ProcessGroup) else None
     with together(group, "placement") as facts:

@@ -38,7 +38,7 @@ _entered: ContextVar[tuple[_Entered, ...]] = ContextVar("lplb_ep.use", default=(
 
 
 def used() -> LayerUse | None:
-    """What `use` or an attached layer put in force."""
+    """The layer that `use` or an attached module put in force."""
     entered = _entered.get()
     return entered[-1].use if entered else None
 
@@ -78,7 +78,7 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
     use = layer_in_force(buffer, state)
     if use is None and state.is_registered:
         raise ContractError(
-            "no placement is in force for this call, and these ranks have planned with some: call "
+            "no placement is in force for this call, and these ranks have planned with some. Call "
             "the buffer through buffer.view(placement), within lplb_ep.use(placement), or from a "
             "module that was attached. A checkpoint inside an attached module recomputes outside "
             "of it, and needs a view"
@@ -137,9 +137,9 @@ def attach(
         target: its `Layer`, or the placement object that stands for one.
         num_local_slots: P / R, the expert slots that the layer has on each rank.
         buffer: the buffer it will call; its channel is made now, not at the first batch.
-        experts: the layer's slots, for a check of their weights: a ModuleList of P / R modules,
-            or a module whose parameters all have P / R as leading dimension. Default:
-            `module.experts` if there is one. False: no check, for weights laid out otherwise.
+        experts: the layer's slots, whose weights are checked: a ModuleList of P / R modules,
+            or a module of parameters whose leading dimension is P / R. Default: `module.experts`
+            if there is one. False: no check, for weights laid out otherwise.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Returns:

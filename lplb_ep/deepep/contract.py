@@ -1,4 +1,4 @@
-"""What the drop-ins rely on in DeepEP's classes, in one table, held against the classes themselves.
+"""One table of all that the drop-ins rely on in DeepEP's classes, held against the classes.
 
 A method or an argument that DeepEP renames would let experts pass for slots without a word.
 """
@@ -33,7 +33,7 @@ class Method:
     key: tuple[int, ...] = ()
     """Where in the result the object lies by which a later call names this one's plan."""
     key_name: str = ""
-    """What DeepEP calls that object."""
+    """The object in DeepEP's words."""
     is_key: Callable[[Any], bool] = lambda key: key is not None
     """Whether an object can be it."""
     group: str = ""
@@ -42,7 +42,7 @@ class Method:
 
 @dataclass(frozen=True)
 class Contract:
-    """What is relied on in one of DeepEP's classes."""
+    """All that is relied on in one of DeepEP's classes."""
 
     class_name: str
     methods: Mapping[str, Method]
@@ -159,7 +159,7 @@ def contract_of(base: type) -> Contract:
     if base.__name__ == ELASTIC_BUFFER.class_name:
         contract = ELASTIC_BUFFER
     elif base.__name__ == BUFFER_1_2_1.class_name:
-        # What DeepEP's main has since 1.2.1 calls itself 1.2.1 as well, up to V2.
+        # Commits between 1.2.1 and V2 call themselves 1.2.1 as well.
         later = "enable_shrink" in _arguments(base.__init__)  # type: ignore[misc]
         contract = BUFFER_2 if later else BUFFER_1_2_1
     else:

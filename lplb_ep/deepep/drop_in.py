@@ -65,7 +65,7 @@ def chosen_module() -> ModuleType:
     try:
         backend = Settings.from_env().backend
     except ValueError:
-        backend = "auto"  # raised where a buffer is made, where the other ranks can be told
+        backend = "auto"  # a buffer raises it, when it is made, on all ranks
     return importlib.import_module(choose_backend(backend)[0])
 
 
@@ -100,7 +100,7 @@ def drop_in_of(base: type) -> type:
 
 
 patched: dict[type, dict[str, Any]] = {}
-"""Of each class that was patched, what was there: None where there was nothing."""
+"""The methods that a patched class had before, None where it had none of its own."""
 
 
 def __getattr__(name: str) -> Any:
@@ -129,8 +129,8 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
     ) -> None:
         call = Call(original, [self, *args], kwargs)
         group, use = call["group"], None
-        # Before DeepEP's own exchange, in which other ranks could wait for one that raises here;
-        # with LPLB_EP=0 too, or one rank that misses the variable would leave the others waiting.
+        # Before DeepEP's own exchange, in which other ranks could wait for one that raises here.
+        # With LPLB_EP=0 too: else a rank that misses the variable would leave the others waiting.
         with together(group if isinstance(group, dist.ProcessGroup) else None, "settings") as facts:
             call.check()
             settings = Settings.from_env()
@@ -180,7 +180,7 @@ def _own_layer(
 def _state(
     buffer: Any, base: type, contract: Contract, settings: Settings, call: Call
 ) -> BufferState:
-    """What is kept on a buffer that was made just now."""
+    """The state of a buffer that was made just now."""
     for attribute in contract.attributes:
         if not hasattr(buffer, attribute):
             raise ContractError(

@@ -1,6 +1,6 @@
-"""The overriding methods: what the drop-ins do in place of DeepEP's, and around them.
+"""The methods that the drop-ins have in the place of DeepEP's.
 
-An override that has nothing to do passes the caller's arguments on untouched.
+One that has nothing to do passes the caller's arguments on untouched.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from ..errors import ContractError
@@ -18,7 +17,8 @@ from ..layer import channels
 from ..placement.table import Placement
 from ..settings import Settings
 from .calls import Call, Original, is_inside
-from .channels import BufferState, LayerUse, state_of
+from .channels import BufferState, state_of
+from .checks import check_elastic, check_layout, check_low_latency
 from .context import layer_in_force, planned_by, refuse_when_off, used
 from .plans import PlannedCall, plan
 
@@ -69,14 +69,7 @@ def _get_dispatch_layout(self: Any, state: BufferState, call: Call) -> Any:
     use = planned_by(self, state)
     if use is None:
         return call.forward()
-
-    def check(topk_idx: torch.Tensor) -> None:
-        limits = state.contract.limits
-        limits.check_picks(topk_idx, limits.topk)
-        if state.low_latency_mode:  # else this was checked with the placement
-            state.check_slots(use.layer.placement)
-
-    planned = plan(self, state, use, call, check)
+    planned = plan(self, state, use, call, check_layout)
     layout = call.forward()
     state.planned[state.contract.key_of("get_dispatch_layout", layout)] = planned
     return layout
@@ -124,67 +117,10 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: Call) -> Any:
     use = planned_by(self, state)
     if use is None:
         return call.forward()
-
-    def check(topk_idx: torch.Tensor) -> None:
-        _check_low_latency(self, state, use, call, topk_idx)
-
-    planned = plan(self, state, use, call, check)
+    planned = plan(self, state, use, call, check_low_latency)
     out = planned.forward(call)
     state.planned[state.contract.key_of("low_latency_dispatch", out)] = planned
     return out
-
-
-def _check_low_latency(
-    buffer: Any, state: BufferState, use: LayerUse, call: Call, topk_idx: torch.Tensor
-) -> None:
-    """Raises ContractError unless the call fits into the buffer and DeepEP's limits."""
-    x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
-    _check_rows(x, topk_idx)
-    if not isinstance(tokens, int):
-        raise ContractError(
-            f"num_max_dispatch_tokens_per_rank must be a whole number; got {tokens!r}"
-        )
-    if len(topk_idx) > tokens:
-        raise ContractError(
-            f"x must have at most num_max_dispatch_tokens_per_rank={tokens} tokens; "
-            f"got {len(topk_idx)}"
-        )
-    placement = use.layer.placement
-    E, P = placement.num_experts, placement.num_physical_experts
-    sizes = (tokens, x.shape[1], P, topk_idx.shape[1])
-    if sizes in state.low_latency_calls:
-        return
-    limits = state.contract.limits
-    limits.check_low_latency_rows(x)
-    limits.check_picks(topk_idx, limits.low_latency_topk)
-    limits.check_low_latency(placement, state.num_qps)
-    needed, of_experts = (_num_rdma_bytes(state, sizes, placement, slots) for slots in (P, E))
-    if buffer.num_rdma_bytes < needed:
-        raise ContractError(
-            f"num_rdma_bytes is {buffer.num_rdma_bytes}, and {P} slots need {needed} "
-            f"({E} experts: {of_experts}); make the placement, "
-            "or set LPLB_EP_NUM_PHYSICAL_EXPERTS, before get_low_latency_rdma_size_hint"
-        )
-    if state.low_latency_slots not in (None, P):
-        # DeepEP lays the buffer out by the number of experts, and cleans only what it knows of.
-        raise ContractError(
-            f"this buffer's low-latency calls have had placements of {state.low_latency_slots} "
-            f"slots, and this one has {P}: make a buffer for each number of slots"
-        )
-    state.low_latency_slots = P
-    state.low_latency_calls.add(sizes)
-
-
-def _num_rdma_bytes(
-    state: BufferState, sizes: tuple[int, ...], placement: Placement, num_slots: int
-) -> int:
-    assert state.size_hint is not None, "a buffer with low_latency_dispatch has a size hint"
-    return state.size_hint(
-        num_max_dispatch_tokens_per_rank=sizes[0],
-        hidden=sizes[1],
-        num_ranks=placement.num_ranks,
-        num_experts=num_slots,
-    )
 
 
 def _low_latency_combine(self: Any, state: BufferState, call: Call) -> Any:
@@ -213,48 +149,10 @@ def _elastic_dispatch(self: Any, state: BufferState, call: Call) -> Any:
     use = planned_by(self, state)
     if use is None:
         return call.forward()
-
-    def check(topk_idx: torch.Tensor) -> None:
-        _check_elastic(self, state, call, topk_idx)
-
-    planned = plan(self, state, use, call, check)
+    planned = plan(self, state, use, call, check_elastic)
     out = planned.forward(call)
     state.planned[state.contract.key_of("dispatch", out)] = planned
     return out
-
-
-def _check_elastic(buffer: Any, state: BufferState, call: Call, topk_idx: torch.Tensor) -> None:
-    """Raises ContractError unless the call fits together and into DeepEP's limits."""
-    x, limits = call["x"], state.contract.limits
-    rows = x[0] if isinstance(x, tuple) and x else x
-    _check_rows(rows, topk_idx)
-    most = call.get("num_max_tokens_per_rank")
-    if most is None:
-        most = getattr(buffer, "num_max_tokens_per_rank", None)
-    if most is not None and len(topk_idx) > most:
-        raise ContractError(
-            f"x must have at most num_max_tokens_per_rank={most} tokens; got {len(topk_idx)}"
-        )
-    weights = call.get("topk_weights")
-    if weights is not None and getattr(weights, "shape", None) != topk_idx.shape:
-        shown = getattr(weights, "shape", type(weights).__name__)
-        raise ContractError(
-            f"topk_weights must be as topk_idx, {list(topk_idx.shape)}; got {shown}"
-        )
-    limits.check_rows(rows)
-    limits.check_picks(topk_idx, limits.topk)
-
-
-def _check_rows(x: Any, topk_idx: torch.Tensor) -> None:
-    """Raises ContractError unless there is a row for the picks of each token."""
-    if not isinstance(x, torch.Tensor) or x.ndim != 2:
-        raise ContractError(
-            f"x must be a tensor [tokens, hidden]; got {getattr(x, 'shape', type(x).__name__)}"
-        )
-    if len(x) != len(topk_idx):
-        raise ContractError(
-            f"x must have a row for each token of topk_idx, {len(topk_idx)}; got {len(x)}"
-        )
 
 
 # --- numbers of experts, and the end --------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What DeepEP's kernels take of slots, ranks, rows and picks, checked before ranks exchange counts.
+"""The limits of DeepEP's kernels: slots, rows and picks.
 
 Read from the sources of DeepEP 1.2.1 and 2.1.0. A later version asserts for itself.
 """
@@ -30,7 +30,7 @@ class Limits:
     topk: int | None = None
     """Picks of a token."""
     row_bytes: int | None = None
-    """What divides the bytes of a dispatched row."""
+    """The bytes of a dispatched row are a multiple of it."""
     low_latency_topk: int | None = None
     low_latency_hidden: tuple[int, ...] | None = None
     """Elements of a row, one of these."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..planning.inputs import check_topk_idx
 from ..planning.planner import Planner
 from .calls import Call
 from .channels import BufferState, LayerUse, channel
+from .checks import Check
 
 
 class Picks:
@@ -24,53 +24,56 @@ class Picks:
 
     Args:
         topk_idx: [T, K] of the caller, who may write to it before the later call.
-        keep_values: whether to keep a copy. Comparing values of CUDA tensors synchronises.
+        keep_values: whether to keep a copy and compare values, which waits for a GPU. Else a
+            tensor's version tells whether it was written to, which NumPy and `.data` do not count.
     """
 
     __slots__ = ("_like", "_tensor", "_values", "_version")
 
     def __init__(self, topk_idx: torch.Tensor, *, keep_values: bool) -> None:
         self._tensor = weakref.ref(topk_idx)
-        # Inference tensors do not count what is written to them.
-        self._version = None if topk_idx.is_inference() else topk_idx._version
+        # Inference tensors have no version.
+        counts = not (keep_values or topk_idx.is_inference())
+        self._version = topk_idx._version if counts else None
         self._like = topk_idx.shape, topk_idx.dtype, topk_idx.device
         self._values = topk_idx.clone() if keep_values else None
 
-    def are(self, given: torch.Tensor) -> bool:
-        """Whether `given` is the very tensor that was planned, and was not written to since."""
-        if self._version is None or given is not self._tensor():
-            return False
-        return self._version == given._version
-
-    def check(self, given: Any, *, may_be_masked: bool) -> None:
+    def may_be_masked(self, given: Any, *, allowed: bool) -> bool:
         """Holds the picks of a later call against these, as far as they are known.
 
         Args:
             given: of the later call.
-            may_be_masked: whether some picks may have become -1.
+            allowed: whether some of the picks may have become -1 since.
+
+        Returns:
+            Whether some may have.
 
         Raises:
-            ContractError: they are others.
+            ContractError: the call brings other picks.
         """
-        shape, dtype, device = self._like
+        shown, values = type(given).__name__, self._values
         if isinstance(given, torch.Tensor):
+            same = self._version is not None and given is self._tensor()
+            if same and given._version == self._version:
+                return False
+            if (given.shape, given.dtype, given.device) == self._like:
+                if values is None:
+                    return allowed
+                if torch.equal(given, values):
+                    return False
+                if allowed and bool(((given == values) | (given == -1)).all()):
+                    return True
             shown = f"{list(given.shape)} of {given.dtype} on {given.device}"
-            same = (given.shape, given.dtype, given.device) == self._like
-        else:
-            shown, same = type(given).__name__, False
-        if same and self._values is not None:
-            masked = (given == -1) & may_be_masked
-            same = bool(((given == self._values) | masked).all())
-        if not same:
-            raise ContractError(
-                f"topk_idx ({shown}) is not the one that was planned "
-                f"({list(shape)} of {dtype} on {device})"
-            )
+        shape, dtype, device = self._like
+        raise ContractError(
+            f"topk_idx ({shown}) is not the one that was planned "
+            f"({list(shape)} of {dtype} on {device})"
+        )
 
 
 @dataclass(eq=False)
 class PlannedCall:
-    """What a call that planned leaves for the calls that follow it."""
+    """The plan of a call, for the calls that follow it."""
 
     planner: Planner
     layer: Layer
@@ -109,10 +112,8 @@ class PlannedCall:
             ContractError: the call brings other picks than those that were planned.
         """
         given, slots = call["topk_idx"], self.physical
-        if not self.picks.are(given):
-            self.picks.check(given, may_be_masked=may_be_masked)
-            if may_be_masked:
-                slots = self.planner.mask(given, slots)
+        if self.picks.may_be_masked(given, allowed=may_be_masked):
+            slots = self.planner.mask(given, slots)
         call["topk_idx"] = slots
 
 
@@ -121,7 +122,7 @@ def plan(
     state: BufferState,
     use: LayerUse,
     call: Call,
-    check: Callable[[torch.Tensor], None] = lambda topk_idx: None,
+    check: Check,
 ) -> PlannedCall:
     """Makes the plan of a call, and puts slots and P in place of its experts and E.
 
@@ -130,11 +131,11 @@ def plan(
         state: of the buffer.
         use: the layer that the call goes by.
         call: a call with `topk_idx`, `num_experts` and `previous_event`.
-        check: raises what else is wrong with the call, given its `topk_idx`.
+        check: of the method.
 
     Raises:
-        Exception: what is wrong with the call. Where the ranks exchange counts the others raise a
-            RankError, since they wait for this rank's.
+        Exception: the call is wrong. Where ranks exchange counts, the others wait for this rank's,
+            and raise a RankError.
     """
     settings, layer = state.settings, use.layer
     placement, planner = layer.placement, channel(state, use)
@@ -144,7 +145,7 @@ def plan(
         topk_idx = call["topk_idx"]
         _check_num_experts(call["num_experts"], placement, settings.indices)
         check_topk_idx(topk_idx)
-        check(topk_idx)
+        check(buffer, state, placement, call, topk_idx)
         # Unlike DeepEP's kernels, planning runs on the current stream: it must wait as they would.
         event = call.event("previous_event")
         if event is not None:

@@ -40,7 +40,9 @@ PLAIN = [
     "lplb_ep/placement",
     "lplb_ep/weights",
     "lplb_ep/embedded",
+    "lplb_ep/deepep",
     "lplb_ep/tools",
+    "tests/cpu/deepep",
     "tests/layers.py",
 ]
 

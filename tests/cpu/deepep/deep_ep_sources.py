@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import types
+import warnings
 
 FOLDERS = [folder for folder in os.environ.get("LPLB_TEST_DEEP_EP", "").split(os.pathsep) if folder]
 # The version that a module belongs to, and its class.
@@ -19,7 +20,11 @@ CLASSES = {
 
 
 class Extension(types.ModuleType):
-    """Stands for the compiled extension: every name in it is an empty class."""
+    """Stands for the compiled extension: every other name in it is an empty class."""
+
+    @staticmethod
+    def get_low_latency_rdma_size_hint(num_tokens, hidden, num_ranks, num_experts):
+        return num_tokens * hidden * num_experts
 
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -41,7 +46,9 @@ def load(folder):
         path = os.path.join(folder, *name.split(".")) + ".py"
         if os.path.exists(path):
             package.__version__ = version
-            found[version, class_name] = getattr(importlib.import_module(name), class_name)
+            with warnings.catch_warnings():  # of the parts of torch that it imports
+                warnings.simplefilter("ignore")
+                found[version, class_name] = getattr(importlib.import_module(name), class_name)
     return found
 
 

@@ -123,7 +123,16 @@ def recorder():
             return 4
 
         @recorded
-        def dispatch(self, x, topk_idx=None, num_experts=None, previous_event=None, handle=None):
+        def dispatch(
+            self,
+            x,
+            topk_idx=None,
+            num_experts=None,
+            previous_event=None,
+            handle=None,
+            topk_weights=None,
+            num_max_tokens_per_rank=None,
+        ):
             return x, topk_idx, None, handle or EPHandle(), None
 
         @recorded

@@ -1,4 +1,4 @@
-"""The table of what is relied on in DeepEP's classes, and what happens when they differ from it."""
+"""The table of the drop-ins' contract, and classes that differ from it."""
 
 import inspect
 import pickle
@@ -108,7 +108,7 @@ def test_the_documents_have_the_table():
             assert f"| `{table.class_name}` | `{name}` | {arguments} |" in text
 
 
-# --- what is missing or new -----------------------------------------------------------------------
+# --- methods and arguments that are missing or new ------------------------------------------------
 
 
 @pytest.mark.parametrize(("version", "class_name", "name", "argument"), ENTRIES)

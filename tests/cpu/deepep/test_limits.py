@@ -22,7 +22,7 @@ def even(num_ranks, num_local_slots, num_experts):
     return Placement([slot % num_experts for slot in range(slots)], num_ranks)
 
 
-def deep_eps(version, class_name):
+def deep_eps(patch, version, class_name):
     """A recording class that passes for DeepEP's of that version."""
     base = getattr(recorder(), class_name)
     signature = made(version, class_name)
@@ -45,7 +45,7 @@ def deep_eps(version, class_name):
     Made.__name__, Made.__module__ = class_name, "deep_ep.buffer"
     package = types.ModuleType("deep_ep")
     package.__version__ = version
-    sys.modules["deep_ep"] = package
+    patch.setitem(sys.modules, "deep_ep", package)
     return drop_in.drop_in_of(Made)
 
 
@@ -53,10 +53,9 @@ def deep_eps(version, class_name):
 def deep_ep_of(monkeypatch, group, mode):
     """Makes a buffer of a version of DeepEP on one rank."""
     mode("1")
-    monkeypatch.setitem(sys.modules, "deep_ep", types.ModuleType("deep_ep"))
 
     def make(version, class_name="Buffer", **options):
-        return deep_eps(version, class_name)(group, **options)
+        return deep_eps(monkeypatch, version, class_name)(group, **options)
 
     return make
 
@@ -142,7 +141,8 @@ def too_many_slots(group):
     import os
 
     os.environ.update(LPLB_EP="1", LPLB_EP_REPLICAS="valid")
-    buffer = deep_eps("1.2.1", "Buffer")(group, num_nvl_bytes=1 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        buffer = deep_eps(patch, "1.2.1", "Buffer")(group, num_nvl_bytes=1 << 20)
     buffer.view(even(2, 128, 256))
     buffer.view(even(2, 130, 256))
 

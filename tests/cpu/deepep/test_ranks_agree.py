@@ -1,4 +1,4 @@
-"""What is wrong or different on one rank is raised, named, on all."""
+"""Ranks that bring different things are named on all ranks, as is a rank that fails."""
 
 import pytest
 import ranks
