@@ -96,8 +96,13 @@ class Stall:
             waited_s: how many seconds this rank waited.
         """
         if not self._answers:
-            keeper = sorted(self._others & {self._keeper})
-            return f"{late(keeper, name, waited_s)}. The group's store does not answer either"
+            if self._keeper not in self._others:
+                return (
+                    f"counts did not arrive within {waited_s:g} s ({name}), and the group's store "
+                    "does not answer: nobody knows whose"
+                )
+            late_keeper = late([self._keeper], name, waited_s)
+            return f"{late_keeper}. The group's store does not answer either"
         if unheard := self._unheard():
             return late(sorted(unheard), name, waited_s)
         if self._gone:

@@ -223,8 +223,11 @@ class _DeviceEvent:
 
     def query(self) -> bool:
         # Without a device set, a thread's first call would take memory of the first GPU.
-        with torch.cuda.device(self._device), captures_go_on():
-            return self._event.query()
+        try:
+            with torch.cuda.device(self._device), captures_go_on():
+                return self._event.query()
+        except RuntimeError:
+            return True  # the GPU has failed, and the program's next call says so
 
 
 _watches: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[float, bool], GpuWatch]] = (

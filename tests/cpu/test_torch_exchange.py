@@ -237,6 +237,7 @@ def watched(group):
     watch = GpuWatch(group, 1, make_event)
     watchdog.watch(watch, GpuWatch.find, abort=False)
     found = []
+    dist.barrier(group)
     # The last rank does not come.
     if group.rank() != 2:
         watch.record("layer 1")

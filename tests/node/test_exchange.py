@@ -430,3 +430,47 @@ def by_nccl(group, num_batches):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
 def test_counts_over_nccl(node):
     node(2, by_nccl, 50)
+
+
+def missed_over_nccl(group):
+    """The last rank comes when the others have named it; they capture a graph meanwhile."""
+    use_gpu(group)
+    said, is_last = ranks.Said(), group.rank() == group.size() - 1
+    nccl = dist.new_group(backend="nccl")
+    planner = Planner(place(group.size()), nccl, counts="torch", solver="flow", timeout_s=1)
+    topk = torch.arange(8, device="cuda").reshape(2, 4)
+    planner(topk)
+    torch.cuda.synchronize()
+    if is_last:
+        dist.barrier(group)
+        plan = planner(topk)
+    else:
+        plan, graph, captured = planner(topk), torch.cuda.CUDAGraph(), torch.ones(4, device="cuda")
+        with torch.cuda.stream(torch.cuda.Stream()):
+            graph.capture_begin()  # unlike `torch.cuda.graph`, it does not wait for the GPU
+            doubled = captured * 2
+            time.sleep(1)  # the watchdog looks at the GPU several times
+            graph.capture_end()
+        until = time.monotonic() + 60
+        while not said.lines and time.monotonic() < until:
+            time.sleep(0.1)
+        dist.barrier(group)
+        torch.cuda.synchronize()
+        graph.replay()
+        assert doubled.tolist() == [2] * 4
+    # Nothing is lost, and the next batches are planned.
+    assert int(plan.status) == Status.OPTIMAL
+    assert int(planner(topk).status) == Status.OPTIMAL
+    torch.cuda.synchronize()
+    dist.destroy_process_group(nccl)
+    return said.lines
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+def test_a_rank_that_does_not_come_is_named_over_nccl(node):
+    *others, last = node(2, missed_over_nccl)
+    assert last == []
+    for lines in others:
+        assert len(lines) == 1
+        assert "ranks [1] sent no counts within 1 s" in lines[0]
+        assert lines[0].endswith("The GPU goes on waiting")
