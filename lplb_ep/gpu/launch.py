@@ -158,6 +158,8 @@ class Launch:
         self._pointers = (ctypes.c_void_p * len(kernel.offsets))(
             *(start + offset for offset in kernel.offsets)
         )
+        self.words = memoryview(self._memory).cast("B").cast("Q")
+        """The arguments as words of 8 bytes, to overwrite pointers at the places of `word`."""
         self._launch, self._function = kernel.driver.launchKernel, kernel.function.ptr
         self._rest = (1, num_threads, 1, 1, num_shared_bytes)
         self._address = ctypes.addressof(self._pointers)
@@ -178,6 +180,17 @@ class Launch:
 
         return write
 
+    def word(self, argument: int, offset: int, format: str = "Q") -> int:
+        """The place of a pointer in `words`; arguments as for `writer`.
+
+        Raises:
+            ValueError: it is no pointer, or several.
+        """
+        at = self._kernel.offsets[argument] + offset
+        if format != "Q" or at % 8:
+            raise ValueError(f"a field of format {format!r} at byte {at} is no pointer")
+        return at // 8
+
     def __call__(self, grid: tuple[int, int], stream: int) -> None:
         """Launches on a stream of the current device, given by its pointer."""
         if not getattr(_thread, "has_context", False):
@@ -186,11 +199,6 @@ class Launch:
             runtime.setDevice(runtime.getDevice())
             _thread.has_context = True
         self._launch(self._function, *grid, *self._rest, stream, self._address, 0)
-
-
-def current_stream(device: int) -> int:
-    """The address of torch's current stream of a device, without an object for it."""
-    return int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def on_device(device: int) -> contextlib.AbstractContextManager[Any]:

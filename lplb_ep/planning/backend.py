@@ -35,6 +35,10 @@ class Batch(NamedTuple):
     not check late."""
     distinct: bool = False
     """Whether a backend that checks late refuses a token that picks one expert twice."""
+    is_captured: bool = False
+    """Whether a CUDA graph is being captured."""
+    wants_plan: bool = True
+    """Whether the caller may ask for the plan, and not for the slots alone."""
 
 
 class Backend(Protocol):

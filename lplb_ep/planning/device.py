@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..comm.exchange import Exchange, Windows
-from ..gpu.launch import current_stream, on_device
+from ..gpu.launch import on_device
 from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import structs
@@ -85,8 +85,8 @@ class DeviceBackend:
             MAX_ROUNDS,
         )
         self._windows = windows
+        self._current_stream = torch._C._cuda_getCurrentRawStream  # makes no object of it
         self._launches: dict[tuple[torch.dtype, str, bool, bool], Launches] = {}
-        self._sizes = self.workspace.result_sizes
         self._stream = torch.cuda.current_stream(self._device)
         self._stream_address: int = self._stream.cuda_stream
         self._stream.synchronize()  # the first batch may run on any
@@ -169,7 +169,7 @@ class DeviceBackend:
                 # the next, and `solve` would read results in their place.
                 rows = exchange.gather(self.workspace.row)
                 launches.set_rows(rows)
-            return self._solve_and_route(launches, batch.topk_idx, topk_idx, stream)
+            return self._solve_and_route(launches, batch, topk_idx, stream)
         except BaseException:
             self.workspace.row.zero_()  # or its counts would be added to the next batch's
             raise
@@ -185,26 +185,28 @@ class DeviceBackend:
             stream = self._enter_stream()
             launches.count(topk_idx, Status.OPTIMAL, stream)
             launches.set_rows(counts, batch.status)
-            return self._solve_and_route(launches, batch.topk_idx, topk_idx, stream)
+            return self._solve_and_route(launches, batch, topk_idx, stream)
 
     def _solve_and_route(
-        self, launches: Launches, given: torch.Tensor, topk_idx: torch.Tensor, stream: int
+        self, launches: Launches, batch: Batch, topk_idx: torch.Tensor, stream: int
     ) -> Routed:
-        results = torch.empty(self.workspace.num_results, dtype=torch.int32, device=self._device)
+        results = self.workspace.results
+        if batch.wants_plan:
+            results = torch.empty_like(results)
         physical = torch.empty_like(topk_idx)
         launches.solve(results.data_ptr(), stream)
-        launches.route(results.data_ptr(), physical.data_ptr(), stream)
+        launches.route(physical.data_ptr(), stream)
         # A captured plan's numbers are those of the last replay, by the placement in force then.
-        made_on = None if torch.cuda.is_current_stream_capturing() else self.tables.placement
-        if given.get_device() != self._index:
-            physical = physical.to(given.device)
+        made_on = None if batch.is_captured else self.tables.placement
+        if batch.topk_idx.get_device() != self._index:
+            physical = physical.to(batch.topk_idx.device)
         return Routed(physical, functools.partial(self._plan, made_on, physical, results))
 
     def _plan(
         self, made_on: Placement | None, physical: torch.Tensor, results: torch.Tensor
     ) -> Plan:
         p = self.tables.placement
-        _, counts, quota, rank_load, status = results.split(self._sizes)
+        _, counts, quota, rank_load, status = results.split(self.workspace.result_sizes)
         plan = Plan(
             topk_idx=physical,
             counts=counts.view(p.num_ranks, p.num_experts),
@@ -254,7 +256,7 @@ class DeviceBackend:
 
     def _enter_stream(self) -> int:
         """The current stream's address, behind the last batch's."""
-        address = current_stream(self._index)
+        address: int = self._current_stream(self._index)
         if address != self._stream_address and not torch.cuda.is_current_stream_capturing():
             stream = torch.cuda.current_stream(self._device)
             stream.wait_stream(self._stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -89,12 +90,14 @@ class Workspace:
         R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
         self.result_sizes = [2 * G, R * E, E * C, R, 1]
         """Integers of what a plan consists of: endings, counts, quotas, rank loads, status."""
-        self.num_results = sum(self.result_sizes)
+        self.results = zeros(sum(self.result_sizes))
+        """[sum of `result_sizes`] those of a batch that nobody asks for."""
 
     @property
     def num_bytes(self) -> int:
         """Device memory that it takes."""
-        held = (self.row, self.histograms, self.logical, self.rows, self.scratch, *self._outgrown)
+        held = [self.row, self.histograms, self.logical, self.rows, self.results]
+        held += [self.scratch, *self._outgrown]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def reserve(self, num_picks: int) -> None:
@@ -175,7 +178,7 @@ class Launches:
         self._make_writers()
         self._shape = (-1, -1)
         self._scratch = workspace.scratch
-        self._status = Status.OPTIMAL
+        self._status, self._results = Status.OPTIMAL, 0
         if exchanged and workspace.window.strip(b"\0"):
             self.set_rows(workspace.rows)
 
@@ -219,7 +222,7 @@ class Launches:
         def fields_of(name: str) -> list[str]:
             return [f"{name}.{field.name}" for field in structs.PICKS.fields]
 
-        self._write_topk_idx, self._write_num_topk = count("topk_idx"), count("num_topk")
+        self._write_num_topk = count("num_topk")
         self._write_status, self._write_waits = count("status"), count("window.waits")
         self._write_picks = [write(*fields_of("picks")) for write in (count, solve, route)]
         self._write_counts = solve(*(f"counts.{field.name}" for field in structs.COUNTS.fields))
@@ -227,7 +230,8 @@ class Launches:
         self._write_solution = solve("quota", "rank_load", "endings", "counted")
         batch = ("counts", "quota", "rank_load", "endings", "status")
         self._write_batch = route(*(f"batch.{field}" for field in batch))
-        self._write_physical = route("physical")
+        self._topk_idx = self._count.word(*structs.COUNT.span("topk_idx"))
+        self._physical = self._route.word(*structs.ROUTE.span("physical"))
 
     def _set_shape(self, num_picks: int, num_topk: int) -> None:
         """Cuts the picks into chunks, and finds memory for what is noted of each."""
@@ -265,7 +269,7 @@ class Launches:
         shape = (topk_idx.numel(), topk_idx.shape[1])
         if shape != self._shape or self._scratch is not self._workspace.scratch:
             self._set_shape(*shape)
-        self._write_topk_idx(topk_idx.data_ptr())
+        self._count.words[self._topk_idx] = topk_idx.data_ptr()
         if status is not self._status:
             self._write_status(status)
             self._status = status
@@ -302,23 +306,22 @@ class Launches:
             results: address of the integers of `Workspace.result_sizes`.
             stream: the current one's address.
         """
-        endings, counts, quota, rank_load, _ = self._places(results)
-        self._write_solution(quota, rank_load, endings, counts)
+        if results != self._results:
+            self._set_results(results)
         self._solve(self._solver_grid, stream)
 
-    def route(self, results: int, physical: int, stream: int) -> None:
+    def route(self, physical: int, stream: int) -> None:
         """Splits the quotas and rewrites the picks to the slots [T, K] at the address `physical`.
 
         Where the batch is not optimal, the results become the plan with every token at home.
         """
-        endings, counts, quota, rank_load, status = self._places(results)
-        self._write_batch(counts, quota, rank_load, endings, status)
-        self._write_physical(physical)
+        self._route.words[self._physical] = physical
         self._route(self._grid, stream)
 
-    def _places(self, results: int) -> tuple[int, int, int, int, int]:
-        endings, counts, quota, rank_load, _ = self._workspace.result_sizes
-        first = results + 4 * endings
-        second = first + 4 * counts
-        third = second + 4 * quota
-        return results, first, second, third, third + 4 * rank_load
+    def _set_results(self, results: int) -> None:
+        endings, *sizes = self._workspace.result_sizes
+        places = itertools.accumulate((4 * size for size in sizes), initial=results + 4 * endings)
+        counts, quota, rank_load, status, _ = places
+        self._write_solution(quota, rank_load, results, counts)
+        self._write_batch(counts, quota, rank_load, results, status)
+        self._results = results

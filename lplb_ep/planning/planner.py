@@ -216,7 +216,7 @@ class Planner:
             ContractError: a CUDA graph is being captured, and this call does not go into one; or
                 another placement is in force in the layer, and this planner was made before.
         """
-        return self._route(topk_idx, counts, stale, indices, distinct).plan()
+        return self._route(topk_idx, counts, stale, indices, distinct, True).plan()
 
     def route(
         self,
@@ -227,7 +227,7 @@ class Planner:
         distinct: bool = False,
     ) -> torch.Tensor:
         """As a call, for those who need the slots [T, K] and nothing else of the plan."""
-        return self._route(topk_idx, None, stale, indices, distinct).topk_idx
+        return self._route(topk_idx, None, stale, indices, distinct, False).topk_idx
 
     def _route(
         self,
@@ -236,6 +236,7 @@ class Planner:
         stale: bool,
         indices: str,
         distinct: bool,
+        wants_plan: bool,
     ) -> Routed:
         backend, exchange = self._backend, self.exchange
         if self.placement is not self.layer.placement:
@@ -248,11 +249,13 @@ class Planner:
                 f"this planner's counts are {self.counts!r}: "
                 + ("pass counts=" if counts is None else "counts= must not be passed")
             )
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if captured:
             self._check_capturable(topk_idx)
         self._raise_errors_on_all()
-        status = Status.STALE if stale else Status.OPTIMAL
-        batch, logical = Batch(topk_idx, status, indices, distinct), topk_idx
+        status, logical = Status.STALE if stale else Status.OPTIMAL, topk_idx
+        wants_plan = wants_plan or self._check or bool(self.layer.observers)
+        batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan)
         try:
             check_topk_idx(topk_idx)
             if counts is not None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from .. import __version__
-from ..gpu.launch import current_stream
 from ..placement.table import Placement
 from ..planning import reference
 from ..planning.device import DeviceBackend
@@ -183,19 +182,19 @@ class _Steps:
         self._launches = Launches(workspace, topk_idx.dtype, "logical", False, True)
         self._launches.set_rows(rows)
         self._topk_idx, self.physical = topk_idx, torch.empty_like(topk_idx)
-        self.results = torch.empty(workspace.num_results, dtype=torch.int32, device="cuda")
-        self._index = self.results.get_device()
+        self.results = torch.empty_like(workspace.results)
+
+    def _stream(self) -> int:
+        return torch.cuda.current_stream().cuda_stream
 
     def count(self) -> None:
-        self._launches.count(self._topk_idx, Status.OPTIMAL, current_stream(self._index))
+        self._launches.count(self._topk_idx, Status.OPTIMAL, self._stream())
 
     def solve(self) -> None:
-        self._launches.solve(self.results.data_ptr(), current_stream(self._index))
+        self._launches.solve(self.results.data_ptr(), self._stream())
 
     def route(self) -> None:
-        self._launches.route(
-            self.results.data_ptr(), self.physical.data_ptr(), current_stream(self._index)
-        )
+        self._launches.route(self.physical.data_ptr(), self._stream())
 
     @property
     def ended(self) -> tuple[Status, int]:

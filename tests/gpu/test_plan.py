@@ -7,7 +7,6 @@ import torch
 
 from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
-from lplb_ep.deepep import drop_in as buffer
 from lplb_ep.planning import device, launches
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
@@ -442,17 +441,40 @@ def test_what_cannot_be_captured_is_refused():
 
 
 def test_engines_slots_are_mapped_without_waiting():
-    """Physical indices of the drop-in: a slot that holds no expert raises at the next call."""
+    """Physical indices: a slot that holds no expert raises at the next call."""
     placement = Placement([0, 1, -1, 0], 1)
     chosen = torch.tensor([[3, 1], [0, -1]], device="cuda")
     for bad in (2, 4, -2):
-        assert buffer._logical(chosen, 4, placement, "physical").tolist() == [[0, 1], [0, -1]]
-        wrong = buffer._logical(torch.tensor([[bad]], device="cuda"), 4, placement, "physical")
         planner = Planner(placement, solver="flow")
-        planner(wrong)
+        plan = planner(chosen, indices="physical")
+        compare(plan, torch.tensor([[0, 1], [0, -1]], device="cuda"), plan.counts, placement, 0)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            planner.route(
+                torch.tensor([[bad]]).pin_memory().to("cuda", non_blocking=True), indices="physical"
+            )
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         with pytest.raises(ValueError, match="neither -1 nor an expert"):
-            planner(chosen)
+            planner(chosen, indices="physical")
+
+
+def test_slots_alone_are_those_of_the_plan():
+    """`route` writes results into memory of its own, which no later plan may see."""
+    rng = np.random.default_rng(23)
+    placement = oracle.random_placement(rng, 8, 60, 2)
+    batches = [batch(rng, placement, [300] * 8, 4) for _ in range(6)]
+    planner = Planner(placement, rank=3, counts="given", solver="flow")
+    exchange = planner.exchange = Rows(batches[0][1], 3)
+    plans = []
+    for topks, counts in batches:
+        exchange.counts = counts
+        plans.append(planner(topks[3]))
+        slots = planner.route(topks[3])
+        assert torch.equal(slots, plans[-1].topk_idx)
+    for plan, (topks, counts) in zip(plans, batches, strict=True):
+        compare(plan, topks[3], counts, placement, 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
