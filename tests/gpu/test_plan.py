@@ -440,6 +440,7 @@ def test_what_cannot_be_captured_is_refused():
             planner(host)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_engines_slots_are_mapped_without_waiting():
     """Physical indices: a slot that holds no expert raises at the next call."""
     placement = Placement([0, 1, -1, 0], 1)
@@ -448,6 +449,7 @@ def test_engines_slots_are_mapped_without_waiting():
         planner = Planner(placement, solver="flow")
         plan = planner(chosen, indices="physical")
         compare(plan, torch.tensor([[0, 1], [0, -1]], device="cuda"), plan.counts, placement, 0)
+        wrong = torch.tensor([[bad]], device="cuda")
         torch.cuda.set_sync_debug_mode("error")
         try:
             planner.route(
