@@ -10,7 +10,7 @@ import torch
 
 from ..comm.exchange import Exchange
 from ..placement.table import Placement
-from .plan import Routed
+from .plan import Plan
 from .structs import Status
 
 REASONS = {
@@ -52,7 +52,7 @@ class Backend(Protocol):
     def checks_late(self) -> bool:
         """Whether entries of `topk_idx` are checked after the call has returned."""
 
-    def route(self, batch: Batch, exchange: Exchange) -> Routed:
+    def route(self, batch: Batch, exchange: Exchange) -> Plan:
         """Plans a batch by counts that are exchanged. Collective.
 
         Raises:
@@ -60,7 +60,7 @@ class Backend(Protocol):
                 from `raise_errors`.
         """
 
-    def route_given(self, batch: Batch, counts: torch.Tensor) -> Routed:
+    def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """Plans a batch by given counts [R, E] int32 or int64.
 
         Raises:

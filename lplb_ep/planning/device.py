@@ -20,7 +20,7 @@ from .host import split_on_host
 from .inputs import logical_table
 from .kernels import NUM_THREADS, route_kernel
 from .launches import Launches, Workspace
-from .plan import Plan, Routed
+from .plan import Plan, Results
 from .structs import Status
 
 NUM_SPLIT_THREADS = 64
@@ -154,7 +154,7 @@ class DeviceBackend:
             kernel((num_blocks, 1), NUM_THREADS, 0, self._device, arguments)
         return out
 
-    def route(self, batch: Batch, exchange: Exchange) -> Routed:
+    def route(self, batch: Batch, exchange: Exchange) -> Plan:
         """As `Backend.route`."""
         topk_idx = self._on_device(batch.topk_idx)
         launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, True)
@@ -174,7 +174,7 @@ class DeviceBackend:
             self.workspace.row.zero_()  # or its counts would be added to the next batch's
             raise
 
-    def route_given(self, batch: Batch, counts: torch.Tensor) -> Routed:
+    def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
         topk_idx = self._on_device(batch.topk_idx)
         launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, False)
@@ -189,7 +189,7 @@ class DeviceBackend:
 
     def _solve_and_route(
         self, launches: Launches, batch: Batch, topk_idx: torch.Tensor, stream: int
-    ) -> Routed:
+    ) -> Plan:
         results = self.workspace.results
         if batch.wants_plan:
             results = torch.empty_like(results)
@@ -200,22 +200,21 @@ class DeviceBackend:
         made_on = None if batch.is_captured else self.tables.placement
         if batch.topk_idx.get_device() != self._index:
             physical = physical.to(batch.topk_idx.device)
-        return Routed(physical, functools.partial(self._plan, made_on, physical, results))
+        return Plan(
+            physical,
+            functools.partial(self._results, results),
+            functools.partial(self._split, made_on),
+        )
 
-    def _plan(
-        self, made_on: Placement | None, physical: torch.Tensor, results: torch.Tensor
-    ) -> Plan:
+    def _results(self, results: torch.Tensor) -> Results:
         p = self.tables.placement
         _, counts, quota, rank_load, status = results.split(self.workspace.result_sizes)
-        plan = Plan(
-            topk_idx=physical,
-            counts=counts.view(p.num_ranks, p.num_experts),
-            quota=quota.view(p.num_experts, p.max_replicas),
-            rank_load=rank_load,
-            status=status[0],
-            _split=functools.partial(self._split, made_on),
+        return Results(
+            counts.view(p.num_ranks, p.num_experts),
+            quota.view(p.num_experts, p.max_replicas),
+            rank_load,
+            status[0],
         )
-        return plan if physical.get_device() == self._index else plan.to(physical.device)
 
     def _split(
         self, made_on: Placement | None, counts: torch.Tensor, quota: torch.Tensor

@@ -15,7 +15,7 @@ from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch
-from .plan import Plan, Routed
+from .plan import Plan, Results
 from .solve import rank_load
 from .structs import HEAD, Head, Status
 
@@ -70,7 +70,7 @@ class HostBackend:
         """As `Backend.refuse`."""
         self._gather(exchange, torch.zeros(self._placement.num_experts).int(), Status.REFUSED)
 
-    def route(self, batch: Batch, exchange: Exchange) -> Routed:
+    def route(self, batch: Batch, exchange: Exchange) -> Plan:
         """As `Backend.route`."""
         picks = batch.topk_idx.cpu()
         counts = reference.count(picks, self._placement.num_experts)
@@ -81,7 +81,7 @@ class HostBackend:
         status = Status(int(rows[:, Head.STATUS].max()))
         return self._route(batch.topk_idx, picks, rows[:, HEAD:].contiguous(), status)
 
-    def route_given(self, batch: Batch, counts: torch.Tensor) -> Routed:
+    def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
         picks, given = batch.topk_idx.cpu(), counts.cpu().long()
         wrong = torch.nonzero((given < 0) | (given > MAX_TOTAL))
@@ -118,7 +118,7 @@ class HostBackend:
 
     def _route(
         self, topk_idx: torch.Tensor, picks: torch.Tensor, counts: torch.Tensor, status: Status
-    ) -> Routed:
+    ) -> Plan:
         load, base = counts.long().sum(0), self._problem.base_load
         total = int(load.sum()) + (0 if base is None else int(base.sum()))
         if bool((counts < 0).any()) or total > MAX_TOTAL:
@@ -136,15 +136,15 @@ class HostBackend:
             if self._num_batches[status] == 0:
                 log_home(self._placement, status)
         self._num_batches[status] += 1
-        plan = Plan(
-            topk_idx=physical.to(topk_idx.device),
-            counts=counts.to(topk_idx.device),
-            quota=quota.to(topk_idx.device),
-            rank_load=rank_load(quota, self._placement).int().to(topk_idx.device),
-            status=torch.tensor(int(status), dtype=torch.int32).to(topk_idx.device),
-            _split=functools.partial(split_on_host, self._placement),
+        results = functools.partial(
+            Results,
+            counts,
+            quota,
+            rank_load(quota, self._placement).int(),
+            torch.tensor(int(status), dtype=torch.int32),
         )
-        return Routed(plan.topk_idx, lambda: plan)
+        split = functools.partial(split_on_host, self._placement)
+        return Plan(physical.to(topk_idx.device), results, split)
 
 
 def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

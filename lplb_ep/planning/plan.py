@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,21 +11,60 @@ import torch
 from .structs import Status as Status
 
 
-@dataclass(frozen=True)
+class Results(NamedTuple):
+    """What a solver comes to, as fields of a `Plan`."""
+
+    counts: torch.Tensor
+    quota: torch.Tensor
+    rank_load: torch.Tensor
+    status: torch.Tensor
+
+
 class Plan:
-    """The routing of one batch on one rank; all but `topk_idx` is the same on every rank."""
+    """The routing of one batch on one rank; all but `topk_idx` is the same on every rank.
+
+    Args:
+        topk_idx: the slots of the picks.
+        results: makes the results when they are first asked for. Most callers ask for none.
+        split: makes the split [R, E, C] of counts [R, E] and quotas [E, C].
+    """
 
     topk_idx: torch.Tensor
     """[T, K] of the input's dtype and device: slots in [0, P), -1 where the input has -1."""
-    counts: torch.Tensor
-    """[R, E] int32: tokens on each source rank that picked each expert."""
-    quota: torch.Tensor
-    """[E, C] int32: tokens that each copy computes."""
-    rank_load: torch.Tensor
-    """[R] int32: tokens that each rank computes, base loads not included."""
-    status: torch.Tensor
-    """[] int32, a `Status`."""
-    _split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+    def __init__(
+        self,
+        topk_idx: torch.Tensor,
+        results: Callable[[], Results],
+        split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self.topk_idx = topk_idx
+        self._make_results, self._split = results, split
+
+    @functools.cached_property
+    def _results(self) -> Results:
+        device = self.topk_idx.device
+        return Results(*(tensor.to(device) for tensor in self._make_results()))
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """[R, E] int32: tokens on each source rank that picked each expert."""
+        return self._results.counts
+
+    @property
+    def quota(self) -> torch.Tensor:
+        """[E, C] int32: tokens that each copy computes."""
+        return self._results.quota
+
+    @property
+    def rank_load(self) -> torch.Tensor:
+        """[R] int32: tokens that each rank computes, base loads not included."""
+        return self._results.rank_load
+
+    @property
+    def status(self) -> torch.Tensor:
+        """[] int32, a `Status`."""
+        return self._results.status
 
     @property
     def split(self) -> torch.Tensor:
@@ -35,16 +73,3 @@ class Plan:
         It is made when it is asked for: routing a rank's picks takes its own shares only.
         """
         return self._split(self.counts, self.quota)
-
-    def to(self, device: torch.device) -> Plan:
-        """The same plan on another device."""
-        tensors = (f.name for f in dataclasses.fields(self) if f.name != "_split")
-        return dataclasses.replace(self, **{t: getattr(self, t).to(device) for t in tensors})
-
-
-class Routed(NamedTuple):
-    """A batch that was routed, whose `Plan` is made only for those who ask."""
-
-    topk_idx: torch.Tensor
-    """As `Plan.topk_idx`."""
-    plan: Callable[[], Plan]

@@ -26,7 +26,7 @@ from .device import DeviceBackend
 from .home import HomeRoutes
 from .host import HostBackend
 from .inputs import check_counts, check_topk_idx, logical_picks
-from .plan import Plan, Routed
+from .plan import Plan
 from .solvers import choose_solver, solver_fact
 from .structs import HEAD, Status
 
@@ -216,7 +216,7 @@ class Planner:
             ContractError: a CUDA graph is being captured, and this call does not go into one; or
                 another placement is in force in the layer, and this planner was made before.
         """
-        return self._route(topk_idx, counts, stale, indices, distinct, True).plan()
+        return self._route(topk_idx, counts, stale, indices, distinct, True)
 
     def route(
         self,
@@ -237,7 +237,7 @@ class Planner:
         indices: str,
         distinct: bool,
         wants_plan: bool,
-    ) -> Routed:
+    ) -> Plan:
         backend, exchange = self._backend, self.exchange
         if self.placement is not self.layer.placement:
             raise ContractError(
@@ -269,17 +269,17 @@ class Planner:
                 raise
             self.refuse(error)
         if counts is not None:
-            routed = backend.route_given(batch, counts)
+            plan = backend.route_given(batch, counts)
         else:
             assert exchange is not None, "one of the two is there"
-            routed = backend.route(batch, exchange)
+            plan = backend.route(batch, exchange)
         if self._check:
             backend.synchronize()
             backend.raise_errors()
-            check_plan(routed.plan(), logical, self.placement, self.rank, self._problem)
+            check_plan(plan, logical, self.placement, self.rank, self._problem)
         for observe in self.layer.observers:
-            observe(routed.plan().counts)
-        return routed
+            observe(plan.counts)
+        return plan
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes ready for other copies in its layer (`Placement.with_copies`). Local.

@@ -11,7 +11,7 @@ from lplb_ep import Placement, Planner, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
 from lplb_ep.planning import error_flags, planner
 from lplb_ep.planning import reference as cpu
-from lplb_ep.planning.plan import Status
+from lplb_ep.planning.plan import Plan, Status
 from lplb_ep.planning.structs import NUM_ERROR_FLAGS
 
 
@@ -416,7 +416,10 @@ def test_counts_are_passed_when_and_only_when_given():
 
 
 def test_check_plan_can_fail():
-    import dataclasses
+    def changed(topk_idx=None, split=None, **results):
+        whole = plan._results._replace(**results)
+        topk_idx = plan.topk_idx if topk_idx is None else topk_idx
+        return Plan(topk_idx, lambda: whole, split or plan._split)
 
     topk = torch.tensor([[0, 1], [0, 2]])
     counts = torch.tensor([[2, 1, 1], [3, 0, 0]])
@@ -431,13 +434,12 @@ def test_check_plan_can_fail():
     for change, message in [
         ({"topk_idx": lost}, "-1 was not kept"),
         ({"topk_idx": misrouted}, "slot of another expert"),
-        ({"_split": lambda *_: plan.split * 2}, "split does not sum to the quotas"),
+        ({"split": lambda *_: plan.split * 2}, "split does not sum to the quotas"),
         ({"rank_load": plan.rank_load + 1}, "rank_load"),
     ]:
         with pytest.raises(AssertionError, match=message):
-            check_plan(dataclasses.replace(plan, **change), topk, TWO, 0)
-    home = dataclasses.replace(
-        plan,
+            check_plan(changed(**change), topk, TWO, 0)
+    home = changed(
         quota=uneven,
         rank_load=torch.tensor([6, 1]).int(),
         topk_idx=torch.tensor([[0, 1], [0, 2]]),

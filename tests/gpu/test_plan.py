@@ -452,9 +452,7 @@ def test_engines_slots_are_mapped_without_waiting():
         wrong = torch.tensor([[bad]], device="cuda")
         torch.cuda.set_sync_debug_mode("error")
         try:
-            planner.route(
-                torch.tensor([[bad]]).pin_memory().to("cuda", non_blocking=True), indices="physical"
-            )
+            planner.route(wrong, indices="physical")
         finally:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
