@@ -39,10 +39,10 @@ def check_low_latency(
         raise ContractError(
             f"num_max_dispatch_tokens_per_rank must be a whole number; got {tokens!r}"
         )
-    if len(topk_idx) > tokens:
+    if topk_idx.shape[0] > tokens:
         raise ContractError(
             f"x must have at most num_max_dispatch_tokens_per_rank={tokens} tokens; "
-            f"got {len(topk_idx)}"
+            f"got {topk_idx.shape[0]}"
         )
     E, P = placement.num_experts, placement.num_physical_experts
     sizes = (tokens, x.shape[1], P, topk_idx.shape[1])
@@ -79,9 +79,9 @@ def check_elastic(
     most = call.get("num_max_tokens_per_rank")
     if most is None:
         most = getattr(buffer, "num_max_tokens_per_rank", None)
-    if most is not None and len(topk_idx) > most:
+    if most is not None and topk_idx.shape[0] > most:
         raise ContractError(
-            f"x must have at most num_max_tokens_per_rank={most} tokens; got {len(topk_idx)}"
+            f"x must have at most num_max_tokens_per_rank={most} tokens; got {topk_idx.shape[0]}"
         )
     weights = call.get("topk_weights")
     if weights is not None and getattr(weights, "shape", None) != topk_idx.shape:
@@ -99,9 +99,9 @@ def _check_rows(x: Any, topk_idx: torch.Tensor) -> None:
         raise ContractError(
             f"x must be a tensor [tokens, hidden]; got {getattr(x, 'shape', type(x).__name__)}"
         )
-    if len(x) != len(topk_idx):
+    if x.shape[0] != topk_idx.shape[0]:
         raise ContractError(
-            f"x must have a row for each token of topk_idx, {len(topk_idx)}; got {len(x)}"
+            f"x must have a row for each token of topk_idx, {topk_idx.shape[0]}; got {x.shape[0]}"
         )
 
 

@@ -170,8 +170,8 @@ def plan(
 def _check_num_experts(num_experts: Any, placement: Placement, indices: str) -> None:
     E, P = placement.num_experts, placement.num_physical_experts
     expected, other = (E, P) if indices == "logical" else (P, E)
-    # A tensor would compare, and a CUDA tensor synchronise.
-    is_whole = isinstance(num_experts, numbers.Integral)
+    # A tensor would compare, and a CUDA tensor synchronise. The first test is the faster one.
+    is_whole = type(num_experts) is int or isinstance(num_experts, numbers.Integral)
     if is_whole and num_experts == expected:
         return
     shown = num_experts if is_whole or num_experts is None else type(num_experts).__name__
