@@ -45,9 +45,9 @@ sanitize:
 bench:
 	$(PYTHON) -m lplb_ep.tools.cli bench
 
-# The table of modules in docs/architecture.md.
+# The tables of modules (docs/architecture.md) and of settings (README.md).
 docs:
-	$(PYTHON) tests/layers.py
+	$(PYTHON) tests/written.py
 
 # The kernels' side of what is declared in lplb_ep/planning/structs.py; a test compares the two.
 abi: $(VENV)/installed

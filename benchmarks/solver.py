@@ -28,6 +28,7 @@ from lplb_ep import Placement
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.device_tables import LoadSolver
 from lplb_ep.planning.solve import rank_load, rank_set_bound
+from lplb_ep.settings import GPU_SOLVERS
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.tables import text_table
 
@@ -135,7 +136,7 @@ def times() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=int, default=5000)
-    parser.add_argument("--solver", choices=("cpu", "flow", "cusolverdx"), default="cpu")
+    parser.add_argument("--solver", choices=("cpu", *GPU_SOLVERS), default="cpu")
     parser.add_argument("--highs-every", type=int, metavar="N", help="1 on the CPU, 50 on the GPU")
     parser.add_argument(
         "--recording", nargs=2, action="append", default=[], metavar=("FILE", "KEY")

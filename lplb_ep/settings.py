@@ -12,8 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-SOLVERS = ("auto", "cpu", "flow", "cusolverdx")
-"""Requests for a solver; `planning.solvers` has a record of each that runs on the GPU."""
+GPU_SOLVERS = ("flow", "cusolverdx")
+"""Solvers on the GPU; `planning.solvers` has a record of each."""
+SOLVERS = ("auto", "cpu", *GPU_SOLVERS)
+"""Requests for a solver."""
+COUNTS = ("auto", "nvshmem", "ipc", "torch")
+"""Requests for an exchange of counts; `comm.connect` makes each."""
 
 _Range = tuple[str, Callable[[float], bool]]
 """In words, and whether a number lies in it."""
@@ -68,7 +72,7 @@ class Settings:
         "memory (`nvshmem`), or in memory that CUDA IPC shares within a node (`ipc`). `torch` is a "
         "collective of `torch.distributed`. `auto` takes the first that works on all ranks, "
         "between nodes the last; the first two go with a solver on the GPU.",
-        ("auto", "nvshmem", "ipc", "torch"),
+        COUNTS,
     )
     timeout_s: int = _setting(
         "LPLB_EP_TIMEOUT_S",

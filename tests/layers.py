@@ -1,14 +1,10 @@
-"""The order of the package's modules: `test_project.py` holds it, docs/architecture.md shows it.
-
-`python tests/layers.py` writes the table of modules into that file (`make docs`).
-"""
+"""The order of the package's modules: `test_project.py` holds it, docs/architecture.md shows it."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lplb_ep"
-ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 # A module imports only from those above it; a folder's modules stand together.
 LAYERS = [
@@ -124,8 +120,6 @@ LAYERS = [
     "tools.cli",
 ]
 
-START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules -->\n"
-
 
 def path_of(name):
     """The file of a module of LAYERS."""
@@ -142,13 +136,3 @@ def modules_table():
         job = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0].replace("\n", " ")
         rows.append(f"| `{shown}` | {job} |")
     return "\n".join(rows) + "\n"
-
-
-def with_modules_table(text):
-    """The text of docs/architecture.md with the table as it should be."""
-    before, rest = text.split(START)
-    return before + START + modules_table() + END + rest.split(END)[1]
-
-
-if __name__ == "__main__":
-    ARCHITECTURE.write_text(with_modules_table(ARCHITECTURE.read_text()))

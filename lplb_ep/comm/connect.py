@@ -6,6 +6,7 @@ import logging
 
 import torch.distributed as dist
 
+from .. import settings
 from ..errors import ContractError, MissingPackageError, RankError
 from .exchange import Exchange, Limit, LocalExchange, WindowExchange
 from .peers import peer_memory
@@ -14,7 +15,7 @@ from .torch_exchange import TorchExchange
 
 log = logging.getLogger(__name__)
 
-COUNTS = ("auto", "nvshmem", "ipc", "torch", "given")
+COUNTS = (*settings.COUNTS, "given")
 
 
 def connect(

@@ -11,12 +11,13 @@ import sys
 import zipfile
 
 import pytest
-from layers import ARCHITECTURE, LAYERS, PACKAGE, ROOT, path_of, with_modules_table
+from layers import LAYERS, PACKAGE, ROOT, path_of
 from prose import faults, num_words, sentences_of_cuda, sentences_of_python
+from written import ARCHITECTURE, with_modules, with_settings
 
 import lplb_ep
 from lplb_ep.gpu.jit import KERNELS
-from lplb_ep.settings import Settings, settings_table
+from lplb_ep.settings import COUNTS, SOLVERS, Settings, settings_table
 
 # A newcomer reads a module in one go. A longer one is here with its reason.
 LONG = {}
@@ -84,7 +85,7 @@ def test_the_modules_of_a_folder_stand_together():
 
 def test_the_architecture_has_the_modules_as_they_are():
     text = ARCHITECTURE.read_text()
-    assert text == with_modules_table(text), "run `make docs`"
+    assert text == with_modules(text), "run `make docs`"
 
 
 def test_modules_stay_readable():
@@ -208,12 +209,12 @@ def test_unknown_names_are_attribute_errors():
         (
             "LPLB_EP_COUNTS",
             "given",
-            "LPLB_EP_COUNTS must be one of auto, nvshmem, ipc, torch; got 'given'",
+            f"LPLB_EP_COUNTS must be one of {', '.join(COUNTS)}; got 'given'",
         ),
         (
             "LPLB_EP_SOLVER",
             "lp",
-            "LPLB_EP_SOLVER must be one of auto, cpu, flow, cusolverdx; got 'lp'",
+            f"LPLB_EP_SOLVER must be one of {', '.join(SOLVERS)}; got 'lp'",
         ),
         ("LPLB_EP_INDICES", "both", "LPLB_EP_INDICES must be one of logical, physical; got 'both'"),
         ("LPLB_EP_REPLICAS", "1", "LPLB_EP_REPLICAS must be one of tracked, valid; got '1'"),
@@ -271,6 +272,7 @@ README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else 
 
 def test_readme_has_the_settings_as_they_are():
     assert settings_table() in README
+    assert with_settings(README) == README, "run `make docs`"
 
 
 def test_readme_names_only_files_that_exist():

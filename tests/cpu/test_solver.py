@@ -13,6 +13,7 @@ from lplb_ep import InfeasibleError, Placement
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning import solve as solver
 from lplb_ep.planning.solve import rank_set_bound
+from lplb_ep.settings import SOLVERS
 
 
 def tensor(values):
@@ -171,7 +172,7 @@ def test_known_optima():
         ("speed", torch.tensor([1, 0]), r"speed must be in \[1, "),
         ("speed", torch.tensor([1, 40000]), "speed must sum to at most 32767"),
         ("max_quota", torch.tensor([[1, 2]]), r"max_quota must have shape \[4, 2\]"),
-        ("solver", "gpu", "solver must be one of auto, cpu, flow, cusolverdx; got 'gpu'"),
+        ("solver", "gpu", f"solver must be one of {', '.join(SOLVERS)}; got 'gpu'"),
     ],
 )
 def test_bad_input_is_named(name, value, message):

@@ -2,12 +2,13 @@
 
 import pytest
 
+from lplb_ep.settings import GPU_SOLVERS
 from lplb_ep.tools import bench
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("solver", ["flow", "cusolverdx"])
+@pytest.mark.parametrize("solver", GPU_SOLVERS)
 def test_every_step_is_measured_on_its_own_batch(solver):
     """`measure` itself asserts that no batch ended badly, or was counted wrong."""
     batches = bench.make_batches(8, 64, 100, 8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from ...settings import GPU_SOLVERS
 from .options import OPTIONS, as_typed, check_outputs, one_line_errors, write_json
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add(commands: Any) -> None:
     bench.add_argument("--tokens", type=int, metavar="T", help="of a rank; 8192, with --calls 64")
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
     bench.add_argument("--placement", metavar="KIND", help="a topology or eplb, the default")
-    bench.add_argument("--solver", choices=("flow", "cusolverdx"), help="on the GPU; flow")
+    bench.add_argument("--solver", choices=GPU_SOLVERS, help="on the GPU; flow")
     bench.add_argument("--json", metavar="PATH", help="write all numbers")
 
 
