@@ -1,4 +1,4 @@
-"""What is to be solved: the loads of the experts, and what bounds a plan for them."""
+"""The problem to solve: the loads of the experts, and what bounds a plan for them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ COSTS = ("tokens",)
 class Problem:
     """The linear program of a layer's batches, but for the placement.
 
-    minimise T subject to sum_c quota[e, c] = load[e] and, for each rank r,
-    (sum of quotas on r + base_load[r]) / speed[r] <= T, over whole non-negative quotas, each at
-    most `max_quota`.
+    minimise T subject to sum_c quota[e, c] = load[e] and
+    (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
+
+    Quotas are whole, not negative, and at most `max_quota`.
 
     All tensors hold integers, int32 or int64, on any device. `solve` checks them, and so does a
     `Planner` when it is made.

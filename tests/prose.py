@@ -4,6 +4,7 @@
 """
 
 import ast
+import functools
 import io
 import re
 import sys
@@ -52,7 +53,10 @@ def sentences_of_python(text):
             yield from _sentences(node.lineno, "".join(parts))
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in inner:
-            yield from _sentences(node.lineno, node.value)
+            is_cuda = node.value.startswith("#define")
+            found = sentences_of_cuda if is_cuda else functools.partial(_sentences, 0)
+            for line, sentence in found(node.value):
+                yield node.lineno + line, sentence
     for line, comment in _comments_of_python(text):
         yield from _sentences(line, comment)
 

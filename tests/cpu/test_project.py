@@ -31,12 +31,9 @@ PLAIN = [
     "lplb_ep/__init__.py",
     "lplb_ep/errors.py",
     "lplb_ep/settings.py",
-    "lplb_ep/gpu/__init__.py",
-    "lplb_ep/gpu/device.py",
-    "lplb_ep/gpu/jit.py",
-    "lplb_ep/gpu/launch.py",
-    "lplb_ep/gpu/toolchain.py",
+    "lplb_ep/gpu",
     "lplb_ep/comm",
+    "lplb_ep/problem.py",
     "lplb_ep/layer.py",
     "lplb_ep/placement",
     "lplb_ep/weights",
@@ -45,6 +42,8 @@ PLAIN = [
     "lplb_ep/tools",
     "tests/cpu/deepep",
     "tests/layers.py",
+    "tests/path.py",
+    "tests/written.py",
 ]
 
 
@@ -107,6 +106,8 @@ f(f"fourteen {x + 1} fif" "teen")
 '''
     found = [num_words(sentence) for _, sentence in sentences_of_python(python)]
     assert sorted(found) == sorted([2, 4, 1, 5, 3, 1, 1, 3])
+    (found,) = sentences_of_python('x = "#define A 1  // One two"')
+    assert found[1] == "One two"
     cuda = "/* One\n * two. */\nint x; // three\n// Four\n// five.\n"
     assert [sentence for _, sentence in sentences_of_cuda(cuda)] == [
         "One two.",
@@ -281,6 +282,22 @@ def test_readme_names_only_files_that_exist():
     assert links
     for path in links + tree:
         assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_documents_name_only_files_and_targets_that_exist(document):
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"`([\w./]+/[\w.]*|[\w./]+\.(?:py|toml|txt|cuh?|md))`", text))
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
+    assert named
+    assert linked
+    for path in named:
+        # The table of modules names them within the package.
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+    for path in linked:
+        assert ((ROOT / document).parent / path).exists(), path
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"`make ([\w-]+)", text)) <= set(targets)
 
 
 def test_readme_is_in_order():
