@@ -18,7 +18,7 @@ from .watchdog import late
 log = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.1  # between two looks at the store
-_LEAVE_S = 1.0  # for the store to take the last word
+_LEAVE_S = 1.0  # for the last write to the store
 _PROBE_TAG = 0x6C706C62  # of a message that no one receives
 
 # The last stall's thread, which may not be done with the store.
@@ -33,7 +33,7 @@ def patience_s(timeout_s: float) -> float:
 def grace_s(timeout_s: float) -> float:
     """How many seconds a rank looks for others that wait, when its own time is over.
 
-    Those that came just before it need their patience first.
+    A rank that came just before the limit says only `patience_s` later that it waits.
     """
     return patience_s(timeout_s) + 1.0
 
@@ -99,7 +99,7 @@ class Stall:
             if self._keeper not in self._others:
                 return (
                     f"counts did not arrive within {waited_s:g} s ({name}), and the group's store "
-                    "does not answer: nobody knows whose"
+                    "does not answer, so the missing ranks are unknown"
                 )
             late_keeper = late([self._keeper], name, waited_s)
             return f"{late_keeper}. The group's store does not answer either"

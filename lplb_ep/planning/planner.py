@@ -112,11 +112,12 @@ class Planner:
                     "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
                     f"got {timeout_s!r}"
                 )
-            self.solver, _ = choose_solver(solver, placement, self.layer.is_refreshable)
+            asked = solver, placement, self.layer.is_refreshable, self._problem.cost
+            self.solver, _ = choose_solver(*asked)
             facts["placement"] = placement.fingerprint()
             facts["problem"] = self._problem.fingerprint()
             facts["slot"] = slot
-            facts["solver"] = solver_fact(solver, placement, self.layer.is_refreshable)
+            facts["solver"] = solver_fact(*asked)
             facts["counts"] = counts
             facts["lplb_ep version"] = __version__
         on_gpu = self.solver != "cpu"

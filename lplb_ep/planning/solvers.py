@@ -54,6 +54,8 @@ class DeviceSolver:
     """The functions of cuSolverDx that are linked to a variant."""
     num_own_bytes: Callable[[Capacity], int]
     """Shared memory of a block, in bytes, that the solver needs beside the flow's."""
+    costs: tuple[str, ...] = ("tokens",)
+    """The costs of `problem.COSTS` that its kernels minimise."""
 
     def variants(self) -> list[Variant]:
         """All variants: whole warps of threads, and no more than hide each other's latencies."""
@@ -73,7 +75,7 @@ class DeviceSolver:
         return next(v for v in able if v.more or v.parts * v.turns >= capacity.max_edges)
 
     def program(self, variant: Variant) -> Program:
-        """What is compiled for a variant."""
+        """The program of a variant."""
         defines = {name.upper(): value for name, value in variant._asdict().items()}
         return Program(self.source, {**defines, "THREADS": NUM_THREADS}, self.functions(variant))
 
@@ -154,7 +156,10 @@ def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bo
 
 
 def choose_solver(
-    solver: str, placement: Placement | None = None, refreshable: bool = False
+    solver: str,
+    placement: Placement | None = None,
+    refreshable: bool = False,
+    cost: str = "tokens",
 ) -> tuple[str, str]:
     """The solver that runs for a request, and why.
 
@@ -165,9 +170,11 @@ def choose_solver(
         solver: one of `SOLVERS`.
         placement: the copies; None: any that fits.
         refreshable: whether any other replicas must fit, too.
+        cost: one of `problem.COSTS`.
 
     Raises:
-        ValueError: `solver` is not one of `SOLVERS`, or the placement is too large for it.
+        ValueError: `solver` is not one of `SOLVERS`, does not minimise that cost, or the placement
+            is too large for it.
         MissingPackageError: `solver` needs a device or a package that is not there.
     """
     if solver not in SOLVERS:
@@ -180,6 +187,9 @@ def choose_solver(
         if placement is not None:
             most = max_shared_bytes(torch.cuda.current_device())
             check_fit(placement, name, most, refreshable)
+        costs = DEVICE_SOLVERS[name].costs
+        if cost not in costs:
+            raise ValueError(f"the solver {name} minimises {' or '.join(costs)}, not {cost}")
     except (MissingPackageError, ValueError) as error:
         if solver != "auto":
             raise
@@ -187,13 +197,18 @@ def choose_solver(
     return name, "a CUDA device is there" if solver == "auto" else "asked for"
 
 
-def solver_fact(solver: str, placement: Placement | None = None, refreshable: bool = False) -> str:
+def solver_fact(
+    solver: str,
+    placement: Placement | None = None,
+    refreshable: bool = False,
+    cost: str = "tokens",
+) -> str:
     """What ranks must agree on: the solver of a request, and the GPU that it runs on.
 
     Raises:
         ValueError, MissingPackageError: as `choose_solver`.
     """
-    name, _ = choose_solver(solver, placement, refreshable)
+    name, _ = choose_solver(solver, placement, refreshable, cost)
     if name == "cpu":
         return name
     major, minor = torch.cuda.get_device_capability()

@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import MissingPackageError, Placement
+from lplb_ep import Layer, MissingPackageError, Placement, Planner, Problem, problem
 from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu import jit
 from lplb_ep.gpu.launch import Kernel
@@ -224,6 +224,18 @@ def test_what_the_kernels_do_not_take_is_planned_on_the_cpu(device):
     )
     with pytest.raises(MissingPackageError, match="need sm_80 or newer"):
         choose_solver("flow")
+
+
+def test_a_cost_that_the_kernels_do_not_minimise_is_planned_on_the_cpu(device, monkeypatch):
+    monkeypatch.setattr(problem, "COSTS", ("tokens", "tiles"))
+    placement = Placement([0, 1, 2, 0], 2)
+    assert choose_solver("auto", placement, cost="tokens")[0] == "flow"
+    why = "the solver flow minimises tokens, not tiles"
+    assert choose_solver("auto", placement, cost="tiles") == ("cpu", why)
+    layer = Layer(placement, Problem(cost="tiles"))
+    assert Planner(layer, rank=0, counts="given").solver == "cpu"
+    with pytest.raises(ValueError, match=why):
+        Planner(layer, rank=0, counts="given", solver="flow")
 
 
 def sections(image):
