@@ -59,12 +59,16 @@ __device__ void receive(const Window& window, int batch, int size, long long dea
                  any_late |= !came || (int(word) == TIMED_OUT && i % size == HEAD_STATUS);
              });
     if (!__syncthreads_or(any_late)) return;
-    for (int i = threadIdx.x; i < number; i += THREADS) {
-        int source = i / size;
-        bool begins = i == source * size;
-        if (window.rows[i] != LATE && !(begins && window.rows[i] == TIMED_OUT)) continue;
-        if (!begins) window.rows[i] = 0;
-        window.rows[source * size] = TIMED_OUT;
+    for (int source = threadIdx.x; source < window.num_ranks; source += THREADS) {
+        int* row = window.rows + source * size;
+        bool is_late = row[HEAD_STATUS] == TIMED_OUT;
+        for (int i = 0; i < size; ++i)
+            if (row[i] == LATE) {
+                row[i] = 0;
+                is_late = true;
+            }
+        if (!is_late) continue;
+        row[HEAD_STATUS] = TIMED_OUT;
         window.missing[source] = 1;
     }
 }
@@ -117,11 +121,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather(
                  words[i] = is_of(word, batch) ? word : word_of(batch, LATE);
              });
     if (!__syncthreads_or(any_late)) return;
-    for (int i = threadIdx.x; i < count * size; i += THREADS)
-        if (int(words[i]) == LATE) {
-            if (i % size != 0) words[i] = word_of(batch, 0);
-            words[i / size * size] = word_of(batch, TIMED_OUT);
-        }
+    for (int source = threadIdx.x; source < count; source += THREADS) {
+        Word* row = words + source * size;
+        bool is_late = false;
+        for (int i = 0; i < size; ++i)
+            if (int(row[i]) == LATE) {
+                row[i] = word_of(batch, 0);
+                is_late = true;
+            }
+        if (is_late) row[HEAD_STATUS] = word_of(batch, TIMED_OUT);
+    }
 }
 
 // Hands the rows of the other nodes to the ranks of this one, and waits for all; one block.

@@ -465,9 +465,11 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     Ending ending;
     Component c = begin<GENERAL>(p, shared, edges, quota, ending);
     if (ending.status == OPTIMAL && c.shape.ranks > 0) {
-        start(c);
-        if (balances && !balance<GENERAL>(c, ways, p.max_rounds)) ending.status = NOT_CONVERGED;
-        __syncthreads();
+        if (c.shape.arcs > 0) {  // else nothing can move
+            start(c);
+            if (balances && !balance<GENERAL>(c, ways, p.max_rounds)) ending.status = NOT_CONVERGED;
+            __syncthreads();
+        }
         for (int a = threadIdx.x; a < c.shape.arcs; a += THREADS) quota[c.arcs[a].quota] = c.tokens[a];
         if (threadIdx.x < c.shape.ranks)
             rank_load[rank] = c.held[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);

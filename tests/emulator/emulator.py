@@ -1,0 +1,296 @@
+"""Kernels on the host: unmodified sources, built as C++, with every access to memory checked.
+
+`cuda.h` is the language, `ptx.cuh` stands in for the kernels' own, and `runtime.cpp` runs the threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lplb_ep.comm.copies import BARRIER
+from lplb_ep.gpu.jit import KERNELS, Program
+from lplb_ep.planning.structs import SIGNATURES
+
+HERE = Path(__file__).parent
+ORDERS = (0, 1, 2)
+"""Of threads, blocks and ranks: as they are numbered, backwards, and by a random seed."""
+MAX_SHARED_BYTES = 227 * 1024
+ALIGNMENT = 256  # of an array, as of an allocation on a GPU
+
+_SIGNATURES = {**SIGNATURES, BARRIER.name: BARRIER}
+# No symbols that libraries of other variants share.
+_OPTIONS = "-std=c++17 -O1 -g -fPIC -fvisibility=hidden -fno-gnu-unique -fno-exceptions".split()
+_CHECKED = "-fsanitize=thread --param=tsan-distinguish-volatile=1 -fno-extern-tls-init".split()
+_WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-sign-compare".split()
+_KERNEL = r'extern "C" __global__[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
+_DYNAMIC = r"extern __shared__ [^;]*?(\w+)\[\]"
+
+
+class EmulationError(Exception):
+    """What a kernel does wrong, and in which line."""
+
+
+class _Module(ctypes.Structure):
+    _fields_ = (
+        ("tls", ctypes.c_void_p),
+        ("image", ctypes.c_void_p),
+        ("image_end", ctypes.c_void_p),
+        ("tls_size", ctypes.c_size_t),
+        ("dynamic", ctypes.c_void_p * 2),
+        ("dynamic_size", ctypes.c_size_t),
+    )
+
+
+class _Operation(ctypes.Structure):
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("module", ctypes.POINTER(_Module)),
+        ("arguments", ctypes.c_void_p),
+        ("grid", ctypes.c_int * 2),
+        ("num_threads", ctypes.c_int),
+        ("num_shared_bytes", ctypes.c_int),
+        ("target", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("number", ctypes.c_size_t),
+    )
+
+
+class _Stream(ctypes.Structure):
+    _fields_ = (("operations", ctypes.POINTER(_Operation)), ("num_operations", ctypes.c_int))
+
+
+def _compile(*arguments: str | Path, cwd: Path) -> None:
+    # Without a compiler this raises: the tests are not skipped, or no one would notice.
+    command = ["g++", *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise EmulationError(f"{' '.join(command)}:\n{result.stderr[-4000:]}")
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """What runs the threads, built once in a session."""
+    path = Path(tempfile.mkdtemp(prefix="lplb_emulator_")) / "runtime.so"
+    options = "-std=c++17 -O2 -g -fPIC -shared -Wall -Wextra -Werror".split()
+    _compile(*options, HERE / "runtime.cpp", "-o", path, cwd=path.parent)
+    library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # the kernels find it
+    library.emulator_run.restype = ctypes.c_char_p
+    return library
+
+
+def _calls(program: Program, kernels: Sequence[str], dynamic: Sequence[str]) -> str:
+    """C++: for each kernel a function that takes its arguments as a launch does."""
+    lines = ['#include "cuda.h"', '#include "abi.cuh"', '#include "module.h"']
+    if "INDEX" in program.defines:
+        lines.append("typedef INDEX Index;")
+    lines += [f"alignas(16) thread_local char {name}[{MAX_SHARED_BYTES}];" for name in dynamic]
+    addresses = "".join(
+        f"    if (number == {i}) return {name};\n" for i, name in enumerate(dynamic)
+    )
+    lines.append(f"char* dynamic_shared(int number) {{\n{addresses}    return nullptr;\n}}")
+    for kernel in kernels:
+        types = [argument.type_name for argument in _SIGNATURES[kernel].arguments]
+        lines += [f"typedef {name} {kernel}_{i};" for i, name in enumerate(types)]
+        names = [f"{kernel}_{i}" for i in range(len(types))]
+        values = [f"*static_cast<{name}*>(arguments[{i}])" for i, name in enumerate(names)]
+        lines.append(f'extern "C" void {kernel}({", ".join(names)});')
+        lines.append('extern "C" __attribute__((visibility("default")))')
+        lines.append(f"void call_{kernel}(void** arguments) {{ {kernel}({', '.join(values)}); }}")
+    return "\n".join(lines) + "\n"
+
+
+def _texts(source: str, directory: Path) -> dict[str, str]:
+    """A source and the headers that it includes, by name."""
+    texts, names = {}, [source]
+    for name in names:
+        texts[name] = (directory / name).read_text("utf-8")
+        names += set(re.findall(r'#include "(\w+\.cuh)"', texts[name])) - {*names}
+    return texts
+
+
+def build(program: Program, directory: Path, kernels: Path = KERNELS) -> Path:
+    """Compiles a program for the host.
+
+    Args:
+        program: as for the GPU, with the same macros.
+        directory: where the library goes.
+        kernels: the sources.
+
+    Returns:
+        The library.
+    """
+    work = directory / hashlib.sha256(str(program).encode()).hexdigest()[:16]
+    shutil.copytree(kernels, work)
+    for name in ("cuda.h", "module.h", "ptx.cuh", "solvers.cpp"):
+        shutil.copy(HERE / name, work / name)
+    text = "".join(_texts(str(program.source), work).values())
+    names, dynamic = (sorted({*re.findall(pattern, text)}) for pattern in (_KERNEL, _DYNAMIC))
+    (work / "calls.cpp").write_text(_calls(program, names, dynamic))
+    (work / "kernels.cpp").write_text(f'#include "cuda.h"\n#include "{program.source}"\n')
+    defines = [
+        f"-D{key}={value if isinstance(value, str) else int(value)}"
+        for key, value in program.defines.items()
+    ]
+    parts = {"kernels": [*_CHECKED, *_WARNINGS], "calls": []}
+    if program.solvers:
+        parts["solvers"] = _CHECKED
+        defines.append(f"-DNUM_RIGHT_HAND_SIDES={program.solvers[-1].num_right_hand_sides}")
+    for part, options in parts.items():
+        _compile(*_OPTIONS, *options, *defines, "-c", f"{part}.cpp", cwd=work)
+    _compile("-shared", *(f"{part}.o" for part in parts), "-o", "kernels.so", cwd=work)
+    return work / "kernels.so"
+
+
+class Library:
+    """A program's kernels, loaded."""
+
+    def __init__(self, path: Path) -> None:
+        runtime()
+        self.path, self._library = path, ctypes.CDLL(str(path))
+        self.module = _Module()
+        self._library.describe(ctypes.byref(self.module), ctypes.c_size_t(MAX_SHARED_BYTES))
+
+    def kernel(self, name: str) -> Kernel:
+        """A kernel by its name."""
+        entry = ctypes.cast(getattr(self._library, f"call_{name}"), ctypes.c_void_p).value
+        return Kernel(self, name, entry)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that can be launched."""
+
+    library: Library
+    name: str
+    entry: int | None
+
+    def __call__(
+        self, grid: tuple[int, int], num_threads: int, num_shared_bytes: int, **arguments: Any
+    ) -> Operation:
+        """A launch, for a stream of `Memory.run`; arguments by their names, arrays as they are."""
+        signature = _SIGNATURES[self.name]
+        values = {
+            name: value.ctypes.data if isinstance(value, np.ndarray) else value
+            for name, value in arguments.items()
+        }
+        packed = [
+            ctypes.create_string_buffer(
+                struct.pack(f"={one}", value), max(16, struct.calcsize(one))
+            )
+            for one, value in zip(signature.formats, signature.arrange(**values), strict=True)
+        ]
+        pointers = (ctypes.c_void_p * len(packed))(*map(ctypes.addressof, packed))
+        made = _Operation(
+            self.entry,
+            ctypes.pointer(self.library.module),
+            ctypes.addressof(pointers),
+            grid,
+            num_threads,
+            num_shared_bytes,
+        )
+        return Operation(made, (self.library, packed, pointers))
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a stream does next."""
+
+    made: _Operation
+    keeps: Any
+    """What must live until it is done."""
+
+
+def copy(target: np.ndarray, source: np.ndarray) -> Operation:
+    """A copy, on a stream."""
+    assert target.nbytes == source.nbytes, "a copy between arrays of two sizes"
+    made = _Operation(target=target.ctypes.data, source=source.ctypes.data, number=target.nbytes)
+    return Operation(made, (target, source))
+
+
+def add(target: np.ndarray, number: int) -> Operation:
+    """An addition to a word of 8 bytes, on a stream."""
+    assert target.nbytes == 8, "a signal is a word"
+    return Operation(_Operation(target=target.ctypes.data, number=number), target)
+
+
+class Memory:
+    """What kernels may access, and the streams of ranks that launch them."""
+
+    def __init__(self) -> None:
+        self._arrays: list[np.ndarray] = []
+        runtime().emulator_forget_all()
+
+    def array(self, values: Any, dtype: Any = None) -> np.ndarray:
+        """A copy of the values in an allocation of its own."""
+        values = np.ascontiguousarray(values, dtype)
+        out = self._allocate(values.shape, values.dtype, initialised=True)
+        out[...] = values
+        return out
+
+    def empty(self, shape: Any, dtype: Any = np.int32) -> np.ndarray:
+        """An array that must be written before it is read; its values are arbitrary."""
+        return self._allocate(shape, np.dtype(dtype), initialised=False)
+
+    def zeros(self, shape: Any, dtype: Any = np.int32) -> np.ndarray:
+        """An array of zeros."""
+        return self.array(np.zeros(shape, dtype))
+
+    def _allocate(self, shape: Any, dtype: np.dtype, initialised: bool) -> np.ndarray:
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        # One that is empty has an address of its own, too.
+        raw = np.full(size + 2 * ALIGNMENT, 0xA5, np.uint8)
+        begin = -raw.ctypes.data % ALIGNMENT
+        self._arrays.append(raw)
+        address = ctypes.c_void_p(raw.ctypes.data + begin)
+        runtime().emulator_register(address, ctypes.c_size_t(size), int(initialised))
+        return raw[begin : begin + size].view(dtype).reshape(shape)
+
+    def run(self, *streams: Sequence[Operation], order: int = 0) -> None:
+        """Runs the streams of several ranks to their ends.
+
+        Args:
+            streams: each rank's operations.
+            order: one of `ORDERS`, or another number from 2 on, which is a seed.
+
+        Raises:
+            EmulationError: an access or a barrier is wrong.
+        """
+        made = [(_Operation * len(stream))(*(one.made for one in stream)) for stream in streams]
+        all_ = (_Stream * len(made))(*(_Stream(one, len(one)) for one in made))
+        at = ctypes.c_void_p()
+        message = runtime().emulator_run(all_, len(made), order, ctypes.byref(at))
+        if message is not None:
+            libraries = {one.keeps[0] for stream in streams for one in stream if one.made.entry}
+            raise EmulationError(_with_lines(message.decode(), at.value, libraries))
+
+
+def _with_lines(message: str, at: int | None, libraries: set[Library]) -> str:
+    """The message with lines of the source for addresses."""
+    for library in libraries:
+        image, end = library.module.image, library.module.image_end
+        if at is None or not image <= at < end:
+            continue
+        message = re.sub(r"\+0x(\w+)", lambda m: _line(library.path, int(m[1], 16)), message)
+        return f"{_line(library.path, at - image)}: {message}"
+    return message
+
+
+def _line(path: Path, offset: int) -> str:
+    """The lines of the kernels' sources, innermost first, that a call came from."""
+    command = ["addr2line", "--inlines", "--exe", str(path), hex(offset - 1)]
+    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    lines = [Path(line).name for line in found if ".cu" in line]
+    return " in ".join(lines) or hex(offset)

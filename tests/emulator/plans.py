@@ -1,0 +1,350 @@
+"""A rank's launches of a plan in the emulator: what the host does on a GPU, laid out by the same structs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import emulator
+import numpy as np
+
+from lplb_ep.comm.copies import barrier_program
+from lplb_ep.gpu.jit import Program
+from lplb_ep.placement.table import Placement
+from lplb_ep.planning import device, layout, structs
+from lplb_ep.planning.structs import HEAD, Status
+
+FOREVER = 10**15  # ns
+INDEX = {np.dtype(np.int32): "int", np.dtype(np.int64): "long long"}
+VARIANTS = [
+    layout.Variant(size, parts, turns, more)
+    for size, parts, turns, more in (
+        (8, 4, 1, False),
+        (8, 4, 3, True),
+        (16, 2, 1, False),
+        (16, 4, 2, False),
+        (32, 2, 2, False),
+        (32, 4, 3, False),
+        (64, 2, 3, False),
+        (64, 4, 3, True),
+    )
+]
+"""Of the flow: each number of edges once and each size twice. The others are `long`."""
+
+
+def route_program(dtype: Any) -> Program:
+    """The program of route.cu for indices of a dtype."""
+    return Program("route.cu", {"INDEX": INDEX[np.dtype(dtype)], "THREADS": device.NUM_THREADS})
+
+
+PROGRAMS = [
+    *(device._solver("flow", variant) for variant in VARIANTS),
+    *(device._solver("cusolverdx", variant) for variant in layout.variants("cusolverdx")),
+    *(route_program(dtype) for dtype in INDEX),
+    barrier_program(),
+]
+"""What every run of the tests builds: each kernel at least once."""
+
+
+def variant_for(placement: Placement, solver: str = "flow") -> layout.Variant:
+    """A variant of `PROGRAMS` that takes a placement, where possible of its own size."""
+    needed = layout.needed(placement)
+    variants = VARIANTS if solver == "flow" else layout.variants(solver)
+    return next(
+        v
+        for v in variants
+        if v.size >= needed.size and (v.more or v.parts * v.turns >= needed.max_edges)
+    )
+
+
+@dataclass
+class Plan:
+    """What a batch leaves behind, in the emulator's memory."""
+
+    experts: np.ndarray
+    positions: np.ndarray
+    histograms: np.ndarray
+    rows: np.ndarray
+    counts: np.ndarray
+    quota: np.ndarray
+    rank_load: np.ndarray
+    endings: np.ndarray
+    physical: np.ndarray
+    status: np.ndarray
+
+
+@dataclass(frozen=True)
+class Picks:
+    """A rank's picks, on their way through the kernels."""
+
+    given: np.ndarray
+    struct: bytes
+    num_chunks: int
+
+
+class Rank:
+    """One rank of a group that plans on a placement.
+
+    Args:
+        memory: where all lies.
+        placement: the copies.
+        rank: this one.
+        library: gives a program's library.
+        solver: "flow" or "cusolverdx".
+        variant: of the solver; None: one of `PROGRAMS`.
+        dtype: of indices.
+        chunk: picks of a block, a multiple of 32.
+        tag: of the placement, for the head of a row.
+    """
+
+    def __init__(
+        self,
+        memory: emulator.Memory,
+        placement: Placement,
+        rank: int,
+        library: Any,
+        *,
+        solver: str = "flow",
+        variant: layout.Variant | None = None,
+        dtype: Any = np.int64,
+        chunk: int = 128,
+        tag: int = 77,
+    ) -> None:
+        self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
+        self._dtype = np.dtype(dtype)
+        room, variant = layout.needed(placement), variant or variant_for(placement, solver)
+        self.route_library = library(route_program(dtype))
+        self.solve_library = library(device._solver(solver, variant))
+        self._num_solver_bytes = device.num_solver_bytes(placement, solver)
+        if solver == "cusolverdx":  # its matrix is of the variant's size
+            self._num_solver_bytes += (
+                8 * (variant.size - room.size) * (variant.size + room.size + 2)
+            )
+        self._num_route_bytes = device.num_route_bytes(placement)
+        tables, routes = layout.tables(placement, variant, room), layout.routes(placement, room)
+        self.num_components = len(tables.shape)
+        self._network = structs.NETWORK.pack(
+            **self._put(tables),
+            max_arcs=tables.arcs.shape[1],
+            max_edges=tables.edges.shape[2],
+            max_experts=tables.experts.shape[1],
+        )
+        p = placement
+        self.table = structs.TABLE.pack(
+            **self._put(routes),
+            num_several=len(routes.experts),
+            num_copies=len(routes.copies),
+            num_ranks=p.num_ranks,
+            num_ranks_per_node=p.num_ranks_per_node,
+            num_experts=p.num_experts,
+            max_replicas=p.max_replicas,
+        )
+        self.row = memory.zeros(HEAD + p.num_experts)
+        self.head = memory.array([tag, 2, 3, 0], np.int32)
+        self.error_flags = memory.zeros(structs.NUM_ERROR_FLAGS)
+        self.num_by_status = memory.zeros(len(Status))
+        self.missing = memory.zeros(p.num_ranks)
+        self.state = memory.zeros(4)
+        self.peers = memory.zeros(p.num_ranks, np.int64)
+        self.window = memory.zeros((2, p.num_ranks, HEAD + p.num_experts), np.uint64)
+
+    def _put(self, tables: Any) -> dict[str, int]:
+        named = {f.name: getattr(tables, f.name) for f in fields(tables)}
+        return {name: self.memory.array(values).ctypes.data for name, values in named.items()}
+
+    def plan(self, topk_idx: np.ndarray) -> Plan:
+        """Memory for a batch's results."""
+        p, empty = self.placement, self.memory.empty
+        num_chunks = max(1, -(-topk_idx.size // self.chunk))
+        return Plan(
+            experts=empty(topk_idx.size, np.int16),
+            positions=empty(topk_idx.size),
+            histograms=empty((num_chunks, p.num_experts)),
+            rows=empty((p.num_ranks, HEAD + p.num_experts)),
+            counts=empty((p.num_ranks, p.num_experts)),
+            quota=empty((p.num_experts, p.max_replicas)),
+            rank_load=empty(p.num_ranks),
+            endings=empty((self.num_components, 2)),
+            physical=empty(topk_idx.shape, self._dtype),
+            status=empty(1),
+        )
+
+    def picks(self, topk_idx: np.ndarray, plan: Plan) -> Picks:
+        """The picks of a batch, laid out for the kernels."""
+        num_chunks = len(plan.histograms)
+        packed = structs.PICKS.pack(
+            experts=plan.experts.ctypes.data,
+            positions=plan.positions.ctypes.data,
+            histograms=plan.histograms.ctypes.data,
+            num_picks=topk_idx.size,
+            num_chunks=num_chunks,
+            chunk=self.chunk,
+            num_experts=self.placement.num_experts,
+        )
+        return Picks(self.memory.array(topk_idx, self._dtype), packed, num_chunks)
+
+    def window_struct(self, plan: Plan, *, waits: bool = True, limit_ns: int = FOREVER) -> bytes:
+        """Where this rank's rows are exchanged; `peers` must be filled in."""
+        return structs.WINDOW.pack(
+            peers=self.peers.ctypes.data,
+            state=self.state.ctypes.data,
+            rows=plan.rows.ctypes.data,
+            missing=self.missing.ctypes.data,
+            limit_ns=limit_ns,
+            num_ranks=self.placement.num_ranks,
+            rank=self.rank,
+            waits=waits,
+        )
+
+    def count(
+        self,
+        picks: Picks,
+        *,
+        exchanged: bool = True,
+        window: bytes = bytes(structs.WINDOW.size),
+        status: int = 0,
+        logical: np.ndarray | None = None,
+        num_topk: int = 0,
+    ) -> emulator.Operation:
+        """The launch of `count`."""
+        return self.route_library.kernel("count")(
+            (picks.num_chunks, 1),
+            device.NUM_THREADS,
+            4 * (HEAD + self.placement.num_experts),
+            topk_idx=picks.given,
+            picks=picks.struct,
+            logical=0 if logical is None else logical,
+            num_ids=self.placement.num_experts if logical is None else len(logical),
+            num_topk=num_topk,
+            row=self.row if exchanged else 0,
+            head=self.head,
+            error_flags=self.error_flags,
+            window=window,
+            status=status,
+        )
+
+    def solve(
+        self,
+        picks: Picks,
+        plan: Plan,
+        rows: np.ndarray,
+        *,
+        head: int = HEAD,
+        status: int = 0,
+        max_rounds: int = device.MAX_ROUNDS,
+        **bounds: np.ndarray,
+    ) -> emulator.Operation:
+        """The launch of `solve`, or with speeds or capacities of `solve_general`."""
+        p = self.placement
+        problem = structs.PROBLEM.pack(
+            counts=structs.COUNTS.pack(
+                rows=rows.ctypes.data,
+                num_rows=p.num_ranks,
+                stride=rows.shape[1],
+                batch_stride=0,
+                head=head,
+                rank=self.rank,
+            ),
+            net=self._network,
+            picks=picks.struct,
+            quota=plan.quota.ctypes.data,
+            rank_load=plan.rank_load.ctypes.data,
+            endings=plan.endings.ctypes.data,
+            counted=plan.counts.ctypes.data,
+            error_flags=self.error_flags.ctypes.data,
+            **self._rest_of_problem(bounds, max_rounds, status),
+        )
+        return self._solve((self.num_components + picks.num_chunks, 1), problem, bounds)
+
+    def solve_loads(self, loads: np.ndarray, **bounds: np.ndarray) -> tuple[Any, ...]:
+        """The launch of a solver for a batch of loads [B, E], its quotas, rank loads and endings."""
+        p, empty = self.placement, self.memory.empty
+        loads = self.memory.array(loads, np.int32)
+        quota = empty((len(loads), p.num_experts, p.max_replicas))
+        rank_load = empty((len(loads), p.num_ranks))
+        endings = empty((len(loads), self.num_components, 2))
+        problem = structs.PROBLEM.pack(
+            counts=structs.COUNTS.pack(
+                rows=loads.ctypes.data,
+                num_rows=1,
+                stride=0,
+                batch_stride=p.num_experts,
+                head=0,
+                rank=0,
+            ),
+            net=self._network,
+            picks=bytes(structs.PICKS.size),
+            quota=quota.ctypes.data,
+            rank_load=rank_load.ctypes.data,
+            endings=endings.ctypes.data,
+            counted=0,
+            error_flags=0,
+            **self._rest_of_problem(bounds, device.MAX_ROUNDS, 0),
+        )
+        launch = self._solve((self.num_components, len(loads)), problem, bounds)
+        return launch, quota, rank_load, endings
+
+    def _rest_of_problem(
+        self, bounds: Mapping[str, np.ndarray], max_rounds: int, status: int
+    ) -> dict[str, int]:
+        p, names = self.placement, ("base", "speed", "cap")
+        assert bounds.keys() <= set(names), "a bound of another name"
+        return {
+            **{name: bounds[name].ctypes.data if name in bounds else 0 for name in names},
+            "num_components": self.num_components,
+            "num_ranks": p.num_ranks,
+            "num_experts": p.num_experts,
+            "max_replicas": p.max_replicas,
+            "max_rounds": max_rounds,
+            "status": status,
+        }
+
+    def _solve(
+        self, grid: tuple[int, int], problem: bytes, bounds: Mapping[str, np.ndarray]
+    ) -> emulator.Operation:
+        name = "solve_general" if {"speed", "cap"} & bounds.keys() else "solve"
+        return self.solve_library.kernel(name)(
+            grid, device.NUM_SOLVER_THREADS, self._num_solver_bytes, problem=problem
+        )
+
+    def route(self, picks: Picks, plan: Plan, *, exchanged: bool = True) -> emulator.Operation:
+        """The launch of `route`."""
+        batch = structs.BATCH.pack(
+            counts=plan.counts.ctypes.data,
+            quota=plan.quota.ctypes.data,
+            rank_load=plan.rank_load.ctypes.data,
+            endings=plan.endings.ctypes.data,
+            status=plan.status.ctypes.data,
+            num_by_status=self.num_by_status.ctypes.data,
+            error_flags=self.error_flags.ctypes.data,
+            row=self.row.ctypes.data if exchanged else 0,
+            num_components=self.num_components,
+            rank=self.rank,
+        )
+        return self.route_library.kernel("route")(
+            (picks.num_chunks, 1),
+            device.NUM_THREADS,
+            self._num_route_bytes,
+            picks=picks.struct,
+            table=self.table,
+            batch=batch,
+            physical=plan.physical,
+        )
+
+    def split(self, counts: np.ndarray, quota: np.ndarray) -> tuple[emulator.Operation, np.ndarray]:
+        """The launch of `split`, and the shares."""
+        p, num_threads = self.placement, 64
+        shares = self.memory.zeros((p.num_ranks, *quota.shape))
+        num_nodes = p.num_ranks // p.num_ranks_per_node
+        most = int((p.copy_rank >= 0).sum(1).max())
+        launch = self.route_library.kernel("split")(
+            (p.num_experts, 1),
+            num_threads,
+            4 * ((4 + num_threads) * most + num_nodes),
+            table=self.table,
+            counts=counts,
+            quota=quota,
+            shares=shares,
+        )
+        return launch, shares

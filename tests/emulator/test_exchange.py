@@ -1,0 +1,306 @@
+"""Kernels of several ranks at once, emulated: rows that they write to each other, and their barrier."""
+
+import emulator
+import numpy as np
+import oracle
+import plans
+import pytest
+import torch
+from emulator import ORDERS, EmulationError
+
+from lplb_ep.comm.copies import barrier_program
+from lplb_ep.planning import reference as cpu
+from lplb_ep.planning import structs
+from lplb_ep.planning.structs import HEAD, MAX_TOTAL, Status
+
+SEEDS = (*ORDERS, 3, 4)
+
+
+class Group:
+    """Ranks with windows of each other's on their node, and relays between nodes."""
+
+    def __init__(self, memory, placement, library, **arguments):
+        R, size = placement.num_ranks, HEAD + placement.num_experts
+        self.memory, self.placement, self.node_size = (
+            memory,
+            placement,
+            placement.num_ranks_per_node,
+        )
+        self.num_nodes = R // self.node_size
+        self.ranks = [plans.Rank(memory, placement, r, library, **arguments) for r in range(R)]
+        for rank in self.ranks:
+            node = rank.rank // self.node_size
+            for other in self.ranks[node * self.node_size : (node + 1) * self.node_size]:
+                rank.peers[other.rank] = other.window.ctypes.data
+        zeros = memory.zeros
+        self.sent = [zeros((2, self.node_size, size), np.uint64) for _ in range(self.num_nodes)]
+        self.received = [
+            zeros((self.num_nodes, 2, self.node_size, size), np.uint64) for _ in self.sent
+        ]
+        self.signals = [zeros(self.num_nodes, np.uint64) for _ in self.sent]
+
+    def relays(self, rank):
+        return self.num_nodes > 1 and rank.rank % self.node_size == 0
+
+    def count(self, rank, picks, plan, *, waits=True, limit_ns=plans.FOREVER, **arguments):
+        """The operations that exchange a batch's rows."""
+        window = rank.window_struct(plan, waits=waits and not self.relays(rank), limit_ns=limit_ns)
+        counted = rank.count(picks, window=window, **arguments)
+        return [counted, *(self._relay(rank, window) if self.relays(rank) else [])]
+
+    def _relay(self, rank, window):
+        node = rank.rank // self.node_size
+        relay = structs.RELAY.pack(
+            sent=self.sent[node].ctypes.data,
+            received=self.received[node].ctypes.data,
+            signals=self.signals[node].ctypes.data,
+            node=node,
+            node_size=self.node_size,
+        )
+        arguments = {"window": window, "relay": relay, "num_batches": rank.head[-1:]}
+        arguments["size"] = HEAD + self.placement.num_experts
+        gather, broadcast = (
+            rank.route_library.kernel(name)((1, 1), 1024, 0, **arguments)
+            for name in ("gather", "broadcast")
+        )
+        puts = []
+        for other in set(range(self.num_nodes)) - {node}:
+            puts.append(emulator.copy(self.received[other][node], self.sent[node]))
+            puts.append(emulator.add(self.signals[other][node : node + 1], 1))
+        return [gather, *puts, broadcast]
+
+    def batch(self, topks, statuses=None):
+        """The operations of each rank for a batch, and its plans."""
+        streams, made = [], []
+        for rank, topk in zip(self.ranks, topks, strict=True):
+            plan = rank.plan(topk)
+            picks = rank.picks(topk, plan)
+            status = 0 if statuses is None else statuses[rank.rank]
+            stream = self.count(rank, picks, plan, status=status)
+            streams.append([*stream, rank.solve(picks, plan, plan.rows), rank.route(picks, plan)])
+            made.append(plan)
+        return streams, made
+
+
+def random_group(rng, memory, library, R, node=None, **arguments):
+    placement = oracle.random_placement(rng, R, 24, 2, num_ranks_per_node=node or R)
+    return Group(memory, placement, library, **arguments)
+
+
+def random_topks(rng, group):
+    num_tokens = rng.integers(0, 60, len(group.ranks))
+    weight = rng.lognormal(0, 1.2, 24)
+    return [oracle.random_topk(rng, n, 3, weight) for n in num_tokens]
+
+
+def check_batch(group, topks, made, number):
+    """The plan of each rank, as the CPU's steps make it of the same quotas."""
+    counts = torch.stack([cpu.count(torch.from_numpy(t), 24) for t in topks])
+    quota = torch.from_numpy(made[0].quota.copy())
+    shares = cpu.split(counts, quota, group.placement)
+    for rank, topk, plan in zip(group.ranks, topks, made, strict=True):
+        assert (plan.rows[:, :HEAD] == [0, 77, 2, 3, number]).all()
+        assert (plan.rows[:, HEAD:] == counts.numpy()).all()
+        assert (plan.counts == counts.numpy()).all()
+        assert plan.status.tolist() == [Status.OPTIMAL]
+        assert (plan.quota == made[0].quota).all()
+        expected = cpu.rewrite(torch.from_numpy(topk), shares[rank.rank], group.placement)
+        assert (plan.physical == expected.numpy()).all()
+
+
+def run_batches(group, rng, order, number, first=1):
+    """Batches one after the other on each rank, while other ranks are ahead or behind."""
+    streams, kept = [[] for _ in group.ranks], []
+    for _ in range(number):
+        topks = random_topks(rng, group)
+        added, made = group.batch(topks)
+        for stream, more in zip(streams, added, strict=True):
+            stream += more
+        kept.append((topks, made))
+    group.memory.run(*streams, order=order)
+    for n, (topks, made) in enumerate(kept, first):
+        check_batch(group, topks, made, n & MAX_TOTAL)
+    for rank in group.ranks:
+        assert not rank.row.any()
+        assert not rank.missing.any()
+        assert not rank.error_flags.any()
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize("R", [1, 2, 5])
+def test_ranks_of_a_node_exchange_their_rows(R, order, memory, library):
+    rng = np.random.default_rng(R)
+    group = random_group(rng, memory, library, R, chunk=64)
+    run_batches(group, rng, order, 5)
+    for rank in group.ranks:
+        assert rank.state.tolist()[:2] == [0, 0]
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize(("R", "node"), [(4, 2), (3, 1), (6, 3)])
+def test_first_ranks_relay_the_rows_of_their_nodes(R, node, order, memory, library):
+    rng = np.random.default_rng(R)
+    group = random_group(rng, memory, library, R, node)
+    run_batches(group, rng, order, 4)
+
+
+def test_the_number_of_a_batch_may_wrap_around(memory, library):
+    rng = np.random.default_rng(0)
+    group = random_group(rng, memory, library, 4, 2)
+    for rank in group.ranks:
+        rank.head[3] = MAX_TOTAL - 2
+    for signals in group.signals:
+        signals[:] = MAX_TOTAL - 2
+    run_batches(group, rng, 2, 4, first=MAX_TOTAL - 1)
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize("node", [4, 2])
+def test_a_rank_that_refuses_waits_for_no_one(node, order, memory, library):
+    """Its next batch first reads the rows that it did not wait for."""
+    rng = np.random.default_rng(1)
+    group = random_group(rng, memory, library, 4, node)
+    topks = [random_topks(rng, group) for _ in range(3)]
+    streams, first = group.batch(topks[0])
+    refusing, nothing = group.ranks[1], np.zeros((0, 1), np.int64)
+    plan = refusing.plan(nothing)
+    refused = group.count(
+        refusing, refusing.picks(nothing, plan), plan, waits=False, status=Status.REFUSED
+    )
+    clear = emulator.copy(refusing.row, memory.zeros(refusing.row.shape))
+    streams[1] = [*refused, clear]
+    kept = []
+    for later in topks[1:]:
+        more, made = group.batch(later)
+        streams = [[*stream, *add] for stream, add in zip(streams, more, strict=True)]
+        kept.append(made)
+    memory.run(*streams, order=order)
+    for rank, plan in zip(group.ranks, first, strict=True):
+        if rank is not refusing:
+            assert plan.status.tolist() == [Status.REFUSED]
+            assert plan.rows[:, 0].tolist() == [0, Status.REFUSED, 0, 0]
+    for number, (later, made) in enumerate(zip(topks[1:], kept, strict=True), 2):
+        check_batch(group, later, made, number)
+
+
+LIMIT_NS = 60_000_000  # of the emulator's clock, which each look at it advances
+
+
+def late_batch(group, topks, absent):
+    streams, made = [], []
+    for rank, topk in zip(group.ranks, topks, strict=True):
+        plan = rank.plan(topk)
+        picks = rank.picks(topk, plan)
+        operations = group.count(rank, picks, plan, limit_ns=LIMIT_NS)
+        operations += [rank.solve(picks, plan, plan.rows), rank.route(picks, plan)]
+        streams.append([] if rank.rank in absent else operations)
+        made.append(plan)
+    return streams, made
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("node", "absent", "missing"),
+    [(4, [2], [2]), (4, [0, 3], [0, 3]), (2, [3], [3]), (2, [2], [2, 3])],
+)
+def test_ranks_that_do_not_come_are_named(node, absent, missing, order, memory, library):
+    """Where the first rank of a node does not come, all of its node are missed on the others."""
+    rng = np.random.default_rng(2)
+    group = random_group(rng, memory, library, 4, node)
+    topks = random_topks(rng, group)
+    streams, made = late_batch(group, topks, absent)
+    memory.run(*streams, order=order)
+    for rank, topk, plan in zip(group.ranks, topks, made, strict=True):
+        if rank.rank in absent:
+            continue
+        missed = [r for r in missing if r // node != rank.rank // node or r in absent]
+        if rank.rank in missing:  # without its first rank it hears of no other node
+            missed = [r for r in range(4) if r // node != rank.rank // node or r in absent]
+        assert plan.status.tolist() == [Status.TIMED_OUT]
+        assert np.flatnonzero(rank.missing).tolist() == missed
+        assert np.flatnonzero(plan.rows[:, 0]).tolist() == missed
+        assert not plan.rows[missed, 1:].any()
+        assert (plan.rows[rank.rank, HEAD:] == cpu.count(torch.from_numpy(topk), 24).numpy()).all()
+        home = cpu.rewrite_home(torch.from_numpy(topk), group.placement)
+        assert (plan.physical == home.numpy()).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_late_rank_reads_what_it_missed(order, memory, library):
+    rng = np.random.default_rng(3)
+    group = random_group(rng, memory, library, 3)
+    topks = random_topks(rng, group)
+    late, _ = late_batch(group, topks, [1])
+    memory.run(*late, order=order)
+    for rank in group.ranks:
+        rank.missing[:] = rank.error_flags[:] = 0
+    # It plans the batch that the others gave up, then all plan the next.
+    (_, behind, _), (_, plan, _) = late_batch(group, topks, [])
+    later = random_topks(rng, group)
+    streams, made = group.batch(later)
+    streams[1] = [*behind, *streams[1]]
+    memory.run(*streams, order=order)
+    assert plan.status.tolist() == [Status.OPTIMAL]
+    check_batch(group, later, made, 2)
+
+
+def test_another_placement_is_out_of_step(memory, library):
+    rng = np.random.default_rng(4)
+    group = random_group(rng, memory, library, 3)
+    group.ranks[2].head[0] = 78
+    topks = random_topks(rng, group)
+    streams, made = group.batch(topks)
+    memory.run(*streams)
+    assert [plan.status.tolist() for plan in made] == [[Status.OUT_OF_STEP]] * 3
+
+
+class Barrier:
+    """Ranks that copy to each other around barriers."""
+
+    def __init__(self, memory, library, num_ranks):
+        self.num_ranks = num_ranks
+        self.kernel = library(barrier_program()).kernel("barrier")
+        self.flags = [memory.zeros(num_ranks, np.uint64) for _ in range(num_ranks)]
+        self.addresses = memory.array([f.ctypes.data for f in self.flags], np.int64)
+        self.missing = [memory.zeros(num_ranks) for _ in range(num_ranks)]
+
+    def __call__(self, rank, number):
+        return self.kernel(
+            (1, 1),
+            -(-self.num_ranks // 32) * 32,
+            0,
+            flags=self.addresses,
+            num_ranks=self.num_ranks,
+            rank=rank,
+            number=number,
+            limit_ns=5_000_000,
+            missing=self.missing[rank],
+        )
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize("R", [1, 2, 3, 40])
+def test_barriers_stand_between_copies(R, order, memory, library):
+    barrier, rng = Barrier(memory, library, R), np.random.default_rng(R)
+    values = memory.array(rng.integers(0, 99, (3, R)), np.int64)
+    shared = memory.empty(R, np.int64)
+    seen = memory.empty((3, R, R), np.int64)
+    streams = []
+    for r in range(R):
+        stream = []
+        for turn in range(3):
+            stream.append(emulator.copy(shared[r : r + 1], values[turn, r : r + 1]))
+            stream.append(barrier(r, 2 * turn + 1))
+            stream.append(emulator.copy(seen[turn, r], shared))
+            stream.append(barrier(r, 2 * turn + 2))
+        streams.append(stream)
+    memory.run(*streams, order=order)
+    assert (seen == values[:, None]).all()
+    assert not np.any(barrier.missing)
+
+
+def test_a_barrier_names_who_has_not_come_and_goes_on_waiting(memory, library):
+    barrier = Barrier(memory, library, 3)
+    with pytest.raises(EmulationError, match="wait for each other for ever"):
+        memory.run([barrier(0, 1)], [barrier(1, 1)], [], order=2)
+    assert [m.tolist() for m in barrier.missing] == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
