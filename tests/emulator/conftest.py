@@ -1,3 +1,4 @@
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -6,22 +7,30 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-import emulator
-import plans
+import emulator  # noqa: E402
+import plans  # noqa: E402
+
+from lplb_ep.gpu.jit import KERNELS  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    """Gives the library of a program; those of `plans.PROGRAMS` are built at once, two at a time."""
+    """Gives the library of a program; those of `plans.PROGRAMS` are built two at a time."""
     directory = tmp_path_factory.mktemp("emulated")
+    kernels = Path(os.environ.get("LPLB_TEST_KERNELS", KERNELS))  # as faults.py changes them
+
+    def build(program):
+        return emulator.build(program, directory, kernels)
+
     with ThreadPoolExecutor(2) as threads:
-        paths = threads.map(lambda program: emulator.build(program, directory), plans.PROGRAMS)
-        built = {str(p): emulator.Library(q) for p, q in zip(plans.PROGRAMS, paths, strict=True)}
+        paths = [*threads.map(build, plans.PROGRAMS)]
+    # Loaded by the thread that runs them, whose thread-local memory is shared memory.
+    libraries = {str(p): emulator.Library(q) for p, q in zip(plans.PROGRAMS, paths, strict=True)}
 
     def get(program):
-        if str(program) not in built:
-            built[str(program)] = emulator.Library(emulator.build(program, directory))
-        return built[str(program)]
+        if str(program) not in libraries:
+            libraries[str(program)] = emulator.Library(build(program))
+        return libraries[str(program)]
 
     return get
 

@@ -1,5 +1,5 @@
-// As much of CUDA C++ as the kernels use, for a host compiler. Threads are fibres of runtime.cpp, which also
-// sees every access to memory: the kernels are compiled with -fsanitize=thread, whose calls go there.
+// As much of CUDA C++ as the kernels use, for a host compiler. Threads are fibres of threads.cpp; memory.cpp
+// sees every access to memory, since the kernels are compiled with -fsanitize=thread, whose calls go there.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,7 @@
 """Kernels on the host: unmodified sources, built as C++, with every access to memory checked.
 
-`cuda.h` is the language, `ptx.cuh` stands in for the kernels' own, and `runtime.cpp` runs the threads.
+`cuda.h` is the language, and `ptx.cuh` stands in for the kernels' own. `threads.cpp` runs threads,
+blocks and ranks, `device.cpp` is what they call, and `memory.cpp` judges their accesses.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ ALIGNMENT = 256  # of an array, as of an allocation on a GPU
 
 _SIGNATURES = {**SIGNATURES, BARRIER.name: BARRIER}
 # No symbols that libraries of other variants share.
-_OPTIONS = "-std=c++17 -O1 -g -fPIC -fvisibility=hidden -fno-gnu-unique -fno-exceptions".split()
-_CHECKED = "-fsanitize=thread --param=tsan-distinguish-volatile=1 -fno-extern-tls-init".split()
-_WARNINGS = "-Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-sign-compare".split()
+_OPTIONS = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
+_CHECKED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-extern-tls-init")
+_WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-sign-compare")
 _KERNEL = r'extern "C" __global__[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
 _DYNAMIC = r"extern __shared__ [^;]*?(\w+)\[\]"
 
@@ -84,8 +85,9 @@ def _compile(*arguments: str | Path, cwd: Path) -> None:
 def runtime() -> ctypes.CDLL:
     """What runs the threads, built once in a session."""
     path = Path(tempfile.mkdtemp(prefix="lplb_emulator_")) / "runtime.so"
-    options = "-std=c++17 -O2 -g -fPIC -shared -Wall -Wextra -Werror".split()
-    _compile(*options, HERE / "runtime.cpp", "-o", path, cwd=path.parent)
+    sources = [HERE / f"{name}.cpp" for name in ("threads", "device", "memory")]
+    options = (*_OPTIONS, "-O2", *_WARNINGS, "-fvisibility=default", "-shared")
+    _compile(*options, *sources, "-o", path, cwd=path.parent)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # the kernels find it
     library.emulator_run.restype = ctypes.c_char_p
     return library
@@ -139,17 +141,18 @@ def build(program: Program, directory: Path, kernels: Path = KERNELS) -> Path:
     text = "".join(_texts(str(program.source), work).values())
     names, dynamic = (sorted({*re.findall(pattern, text)}) for pattern in (_KERNEL, _DYNAMIC))
     (work / "calls.cpp").write_text(_calls(program, names, dynamic))
-    (work / "kernels.cpp").write_text(f'#include "cuda.h"\n#include "{program.source}"\n')
     defines = [
         f"-D{key}={value if isinstance(value, str) else int(value)}"
         for key, value in program.defines.items()
     ]
-    parts = {"kernels": [*_CHECKED, *_WARNINGS], "calls": []}
+    language = ("-include", "cuda.h", "-x", "c++")
+    parts = {str(program.source): (*_CHECKED, *_WARNINGS, *language), "calls.cpp": ()}
     if program.solvers:
-        parts["solvers"] = _CHECKED
+        parts["solvers.cpp"] = _CHECKED
         defines.append(f"-DNUM_RIGHT_HAND_SIDES={program.solvers[-1].num_right_hand_sides}")
     for part, options in parts.items():
-        _compile(*_OPTIONS, *options, *defines, "-c", f"{part}.cpp", cwd=work)
+        flags = (*_OPTIONS, "-O1", "-fno-exceptions", *options)
+        _compile(*flags, *defines, "-c", part, "-o", f"{part}.o", cwd=work)
     _compile("-shared", *(f"{part}.o" for part in parts), "-o", "kernels.so", cwd=work)
     return work / "kernels.so"
 
@@ -283,7 +286,9 @@ def _with_lines(message: str, at: int | None, libraries: set[Library]) -> str:
         image, end = library.module.image, library.module.image_end
         if at is None or not image <= at < end:
             continue
-        message = re.sub(r"\+0x(\w+)", lambda m: _line(library.path, int(m[1], 16)), message)
+        offsets = re.findall(r"\+0x(\w+)", message)
+        for offset in offsets:
+            message = message.replace(f"+0x{offset}", _line(library.path, int(offset, 16)))
         return f"{_line(library.path, at - image)}: {message}"
     return message
 

@@ -10,7 +10,7 @@
 extern char* dynamic_shared(int number);  // null behind the last
 constexpr int MAX_DYNAMIC = 2;
 
-struct Module {  // as runtime.cpp has it
+struct Module {  // as runtime.h has it
     char *tls, *image, *image_end;
     size_t tls_size;
     char* dynamic[MAX_DYNAMIC];

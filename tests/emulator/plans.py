@@ -1,9 +1,9 @@
-"""A rank's launches of a plan in the emulator: what the host does on a GPU, laid out by the same structs."""
+"""A rank's launches of a plan in the emulator, as the host makes them on a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import emulator
@@ -12,13 +12,14 @@ import numpy as np
 from lplb_ep.comm.copies import barrier_program
 from lplb_ep.gpu.jit import Program
 from lplb_ep.placement.table import Placement
-from lplb_ep.planning import device, layout, structs
+from lplb_ep.planning import kernels, layout, solvers, structs
+from lplb_ep.planning.device_tables import MAX_ROUNDS
+from lplb_ep.planning.solvers import DEVICE_SOLVERS, Variant
 from lplb_ep.planning.structs import HEAD, Status
 
 FOREVER = 10**15  # ns
-INDEX = {np.dtype(np.int32): "int", np.dtype(np.int64): "long long"}
 VARIANTS = [
-    layout.Variant(size, parts, turns, more)
+    Variant(size, parts, turns, more)
     for size, parts, turns, more in (
         (8, 4, 1, False),
         (8, 4, 3, True),
@@ -35,26 +36,25 @@ VARIANTS = [
 
 def route_program(dtype: Any) -> Program:
     """The program of route.cu for indices of a dtype."""
-    return Program("route.cu", {"INDEX": INDEX[np.dtype(dtype)], "THREADS": device.NUM_THREADS})
+    index = {np.dtype(np.int32): "int", np.dtype(np.int64): "long long"}[np.dtype(dtype)]
+    return next(one for one in kernels.programs() if one.defines.get("INDEX") == index)
 
 
 PROGRAMS = [
-    *(device._solver("flow", variant) for variant in VARIANTS),
-    *(device._solver("cusolverdx", variant) for variant in layout.variants("cusolverdx")),
-    *(route_program(dtype) for dtype in INDEX),
+    *map(DEVICE_SOLVERS["flow"].program, VARIANTS),
+    *map(DEVICE_SOLVERS["cusolverdx"].program, DEVICE_SOLVERS["cusolverdx"].variants()),
+    *map(route_program, (np.int32, np.int64)),
     barrier_program(),
 ]
 """What every run of the tests builds: each kernel at least once."""
 
 
-def variant_for(placement: Placement, solver: str = "flow") -> layout.Variant:
+def variant_for(placement: Placement, solver: str) -> Variant:
     """A variant of `PROGRAMS` that takes a placement, where possible of its own size."""
-    needed = layout.needed(placement)
-    variants = VARIANTS if solver == "flow" else layout.variants(solver)
+    own = layout.own_capacity(placement)
+    variants = VARIANTS if solver == "flow" else DEVICE_SOLVERS[solver].variants()
     return next(
-        v
-        for v in variants
-        if v.size >= needed.size and (v.more or v.parts * v.turns >= needed.max_edges)
+        v for v in variants if v.size >= own.size and (v.more or v.parts * v.turns >= own.max_edges)
     )
 
 
@@ -106,23 +106,21 @@ class Rank:
         library: Any,
         *,
         solver: str = "flow",
-        variant: layout.Variant | None = None,
+        variant: Variant | None = None,
         dtype: Any = np.int64,
         chunk: int = 128,
         tag: int = 77,
     ) -> None:
         self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
         self._dtype = np.dtype(dtype)
-        room, variant = layout.needed(placement), variant or variant_for(placement, solver)
+        variant = variant or variant_for(placement, solver)
+        capacity = replace(layout.own_capacity(placement), size=variant.size)
+        record = DEVICE_SOLVERS[solver]
         self.route_library = library(route_program(dtype))
-        self.solve_library = library(device._solver(solver, variant))
-        self._num_solver_bytes = device.num_solver_bytes(placement, solver)
-        if solver == "cusolverdx":  # its matrix is of the variant's size
-            self._num_solver_bytes += (
-                8 * (variant.size - room.size) * (variant.size + room.size + 2)
-            )
-        self._num_route_bytes = device.num_route_bytes(placement)
-        tables, routes = layout.tables(placement, variant, room), layout.routes(placement, room)
+        self.solve_library = library(record.program(variant))
+        self._num_solver_bytes = record.num_shared_bytes(capacity, placement.num_experts)
+        self._num_route_bytes = solvers.num_route_bytes(placement)
+        tables, routes = layout.tables(placement, capacity), layout.routes(placement, capacity)
         self.num_components = len(tables.shape)
         self._network = structs.NETWORK.pack(
             **self._put(tables),
@@ -210,7 +208,7 @@ class Rank:
         """The launch of `count`."""
         return self.route_library.kernel("count")(
             (picks.num_chunks, 1),
-            device.NUM_THREADS,
+            kernels.NUM_THREADS,
             4 * (HEAD + self.placement.num_experts),
             topk_idx=picks.given,
             picks=picks.struct,
@@ -232,7 +230,7 @@ class Rank:
         *,
         head: int = HEAD,
         status: int = 0,
-        max_rounds: int = device.MAX_ROUNDS,
+        max_rounds: int = MAX_ROUNDS,
         **bounds: np.ndarray,
     ) -> emulator.Operation:
         """The launch of `solve`, or with speeds or capacities of `solve_general`."""
@@ -258,7 +256,7 @@ class Rank:
         return self._solve((self.num_components + picks.num_chunks, 1), problem, bounds)
 
     def solve_loads(self, loads: np.ndarray, **bounds: np.ndarray) -> tuple[Any, ...]:
-        """The launch of a solver for a batch of loads [B, E], its quotas, rank loads and endings."""
+        """The launch of a solver for loads [B, E], its quotas, rank loads and endings."""
         p, empty = self.placement, self.memory.empty
         loads = self.memory.array(loads, np.int32)
         quota = empty((len(loads), p.num_experts, p.max_replicas))
@@ -280,7 +278,7 @@ class Rank:
             endings=endings.ctypes.data,
             counted=0,
             error_flags=0,
-            **self._rest_of_problem(bounds, device.MAX_ROUNDS, 0),
+            **self._rest_of_problem(bounds, MAX_ROUNDS, 0),
         )
         launch = self._solve((self.num_components, len(loads)), problem, bounds)
         return launch, quota, rank_load, endings
@@ -305,7 +303,7 @@ class Rank:
     ) -> emulator.Operation:
         name = "solve_general" if {"speed", "cap"} & bounds.keys() else "solve"
         return self.solve_library.kernel(name)(
-            grid, device.NUM_SOLVER_THREADS, self._num_solver_bytes, problem=problem
+            grid, solvers.NUM_THREADS, self._num_solver_bytes, problem=problem
         )
 
     def route(self, picks: Picks, plan: Plan, *, exchanged: bool = True) -> emulator.Operation:
@@ -324,7 +322,7 @@ class Rank:
         )
         return self.route_library.kernel("route")(
             (picks.num_chunks, 1),
-            device.NUM_THREADS,
+            kernels.NUM_THREADS,
             self._num_route_bytes,
             picks=picks.struct,
             table=self.table,

@@ -1,4 +1,4 @@
-"""Kernels of several ranks at once, emulated: rows that they write to each other, and their barrier."""
+"""Kernels of several ranks at once, emulated: exchanged rows, and barriers."""
 
 import emulator
 import numpy as np

@@ -1,4 +1,4 @@
-"""The kernels of route.cu, emulated, against the CPU's steps: bit for bit, in every order of threads."""
+"""The kernels of route.cu, emulated: bit for bit the CPU's steps in every order of threads."""
 
 import numpy as np
 import oracle

@@ -14,9 +14,10 @@ import lplb_ep
 from lplb_ep import Placement
 from lplb_ep.planning import layout
 from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.solvers import DEVICE_SOLVERS
 from lplb_ep.planning.structs import HEAD, MAX_TOTAL, Status
 
-LONG = [v for v in layout.variants("flow") if v not in plans.VARIANTS]
+LONG = [v for v in DEVICE_SOLVERS["flow"].variants() if v not in plans.VARIANTS]
 
 
 def solve(memory, rank, loads, order, **bounds):
@@ -67,7 +68,7 @@ def random_loads(rng, num_experts, number=3):
 
 
 def circulant(rng, R, num_edges):
-    """Each rank has homes, and the next ranks at some distances their copies: so many edges a rank."""
+    """Each rank has homes, and the next ranks at some distances have their copies."""
     distances = rng.permutation(np.arange(1, R))[: num_edges // 2 - (num_edges >= 6)].tolist()
     groups = [distances[:2], *([d] for d in distances[2:])]
     if num_edges < 6:
@@ -97,13 +98,13 @@ def test_every_variant_of_the_flow_is_exact(variant, memory, library):
     num_edges = variant.parts * variant.turns + 2 * variant.more
     for ranks in (variant.size, variant.size - 1):
         placement = circulant(rng, ranks, num_edges)
-        assert variant.more or layout.needed(placement).max_edges == num_edges
+        assert variant.more or layout.own_capacity(placement).max_edges == num_edges
         rank = plans.Rank(memory, placement, 0, library, variant=variant)
         loads = random_loads(rng, placement.num_experts, 2)
         check(memory, rank, np.concatenate([loads, [hot(rng, placement)]]))
 
 
-@pytest.mark.parametrize("solver", layout.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 @pytest.mark.parametrize("R", [1, 2, 8, 13, 32, 33, 64])
 def test_any_placement_is_solved_exactly(R, solver, memory, library):
     rng = np.random.default_rng(R)
@@ -116,7 +117,7 @@ def test_any_placement_is_solved_exactly(R, solver, memory, library):
         check(memory, rank, np.stack([*random_loads(rng, E, 2), hot(rng, placement)]))
 
 
-@pytest.mark.parametrize("solver", layout.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 def test_experts_with_a_copy_on_every_rank(solver, memory, library):
     """Far more edges a rank than its threads take at once, and than a word has bits."""
     rng = np.random.default_rng(0)
@@ -130,7 +131,7 @@ def test_experts_with_a_copy_on_every_rank(solver, memory, library):
         check(memory, rank, loads)
 
 
-@pytest.mark.parametrize("solver", layout.SHARES)
+@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
 def test_a_batch_of_two_to_the_31_tokens(solver, memory, library):
     rng = np.random.default_rng(1)
     placement = oracle.random_placement(rng, 8, 40, 2)
@@ -222,7 +223,7 @@ def test_base_loads_count_towards_the_total(memory, library):
 
 
 def exchanged(memory, rank, counts, *, at=(), status=0, max_rounds=10_000, order=0):
-    """The ending of each component by rows of an exchange; `at`: words of these to be overwritten."""
+    """The ending of each component by exchanged rows; `at`: words that are overwritten."""
     counts = np.asarray(counts)
     rows = np.zeros((rank.placement.num_ranks, HEAD + rank.placement.num_experts), np.int64)
     rows[:, 1:HEAD] = 77, 2, 3, 1
