@@ -94,7 +94,7 @@ LPLB_PLACE(Picks, num_chunks, 28);
 LPLB_PLACE(Picks, chunk, 32);
 LPLB_PLACE(Picks, num_experts, 36);
 
-// What the exchange of a batch leaves for the next; all 0 before the first.
+// State of the exchange between one batch and the next; all 0 before the first.
 struct Exchange {
     int num_done;     // blocks of `count` that have counted
     int unread;       // 1 where the rows of the last batch were not waited for
@@ -225,7 +225,7 @@ struct Problem {
     int num_experts;            // E
     int max_replicas;           // C
     int max_rounds;             // of the flow
-    int status;                 // how the batch fares, by what the counts do not say
+    int status;                 // of the batch, as far as the counts do not say it
 };
 LPLB_SIZE(Problem, 232);
 LPLB_PLACE(Problem, counts, 0);

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     topk_idx: torch.Tensor
     """[T, K] int32 or int64, on any device."""
     status: Status
-    """How this rank fares: OPTIMAL or STALE."""
+    """Of this rank: OPTIMAL or STALE."""
     indices: str = "logical"
     """What `topk_idx` names: "logical" experts or "physical" ones; "logical" where the backend does
     not check late."""

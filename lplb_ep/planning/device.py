@@ -30,9 +30,9 @@ class DeviceBackend:
     """A `Backend` on the GPU that is current when it is made.
 
     All steps run on the current stream, so a CUDA graph may capture them. A batch on another stream
-    than the last one's runs after it, outside of graphs. What a batch needs while it runs lies in
-    memory that all batches share, and that lives as long as the backend: until its last batch, and
-    the last replay of a graph, is done. What a plan consists of is allocated for each batch.
+    than the last one's runs after it, outside of graphs. All batches share a workspace, so the
+    backend must live until its last batch, and the last replay of a graph, is done. Slots are
+    allocated for each batch, and so are the other results where the caller may ask for the plan.
 
     Args:
         placement: the copies.
@@ -165,8 +165,8 @@ class DeviceBackend:
         try:
             launches.count(topk_idx, batch.status, stream)
             if self._windows is None:
-                # Held until they are solved: torch hands the memory of a tensor that is dropped to
-                # the next, and `solve` would read results in their place.
+                # Held until `solve` is launched. The memory of a tensor that is dropped goes to the
+                # next one, and `solve` would read results in their place.
                 rows = exchange.gather(self.workspace.row)
                 launches.set_rows(rows)
             return self._solve_and_route(launches, batch, topk_idx, stream)

@@ -229,7 +229,7 @@ def problem_of(
     endings: int = 0,
     error_flags: int = 0,
 ) -> bytes:
-    """The struct `Problem`; what is left out is written before a launch, or not needed."""
+    """The struct `Problem`. Fields that are left out are written before a launch, or not needed."""
     p = tables.placement
     base, speed, cap = (0 if bound is None else bound.data_ptr() for bound in bounds)
     return structs.PROBLEM.pack(

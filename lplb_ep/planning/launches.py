@@ -1,4 +1,4 @@
-"""The launches of a plan on a GPU, prepared once: a batch writes what is new and launches."""
+"""The launches of a plan on a GPU, prepared once: a batch overwrites a few arguments."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ class Workspace:
         self.row = zeros(row_size)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
-        """[HEAD - 1] what a row begins with behind its status; the last is the number of the batch,
-        which `count` raises, so that a graph's replay does, too."""
+        """[HEAD - 1] integers of the head behind its status. The last is the number of the batch,
+        which `count` raises, in replays of a graph, too."""
         self.num_by_status = zeros(len(Status))
         """[number of statuses] batches planned so far that ended so."""
         self.histograms = zeros(MAX_CHUNKS, p.num_experts)
@@ -234,7 +234,7 @@ class Launches:
         self._physical = self._route.word(*structs.ROUTE.span("physical"))
 
     def _set_shape(self, num_picks: int, num_topk: int) -> None:
-        """Cuts the picks into chunks, and finds memory for what is noted of each."""
+        """Cuts the picks into chunks, and gives the kernels scratch memory for them."""
         workspace = self._workspace
         workspace.reserve(num_picks)
         E = workspace.tables.placement.num_experts
@@ -259,12 +259,11 @@ class Launches:
 
         Args:
             topk_idx: [T, K] on the GPU, contiguous.
-            status: how this rank fares, for the head of the row.
+            status: of this rank, for the head of the row.
             stream: the current one's address.
             waits: whether to wait, on the GPU, for the rows that all ranks send. Those that do not
                 come in time end the batch as TIMED_OUT. If not, the next batch waits for them
-                before it sends: they say that the others have read those of the batch before, in
-                whose place its own go.
+                before it sends. They say that all ranks have read the rows that it overwrites.
         """
         shape = (topk_idx.numel(), topk_idx.shape[1])
         if shape != self._shape or self._scratch is not self._workspace.scratch:
@@ -291,7 +290,7 @@ class Launches:
 
         Args:
             rows: [R, at least HEAD + E] exchanged rows, or [R, E] given counts; int32 on the GPU.
-            status: how the batch fares, by what the rows do not say.
+            status: of the batch, as far as the rows do not say it.
         """
         head = HEAD if self._exchanged else 0
         self._write_counts(

@@ -135,8 +135,8 @@ class Tables:
     edges: npt.NDArray[Any]
     """[G, size, max_edges] of `Edge`: of each local rank, -1 behind the last."""
     experts: npt.NDArray[np.int32]
-    """[G, max_experts] expert | local rank of its only copy << 16; of one with several, not the
-    rank but size + the place of its arcs in `copies`; -1 behind the last."""
+    """[G, max_experts] expert | local rank of its only copy << 16; -1 behind the last. An expert
+    with several copies has size + the place of its arcs in `copies` instead of a rank."""
     ranks: npt.NDArray[np.int32]
     """[G, size] local rank → rank."""
 

@@ -33,7 +33,7 @@ from .structs import HEAD, Status
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
 _ROW_MULTIPLE = 1024
 
-# How many planners were made for a group, so that two on one placement are told apart.
+# How many planners were made for a group, so that two on one placement have different numbers.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
@@ -45,7 +45,7 @@ class Planner:
     batches one after the other: micro-batches in flight together need a planner each.
 
     With the solver `cpu` a call waits for its input and is done on return. With the others all
-    steps run on the GPU, on the current stream, and the CPU waits for nothing, unless the exchange
+    steps run on the GPU, on the current stream. The CPU waits for nothing then, unless the exchange
     waits on the host. A CUDA graph may capture such a call. A call on another stream than the last
     one's runs after it; replays of graphs are the caller's to order. A planner must outlive its
     graphs and all that it has put on the GPU.
@@ -57,10 +57,9 @@ class Planner:
         target: the layer, or the placement object that stands for one.
         group: the expert-parallel group, of `placement.num_ranks` ranks in rank order.
         rank: this rank, where there is no group.
-        counts: "auto", "nvshmem", "ipc", "torch", or "given" (each call brings the counts of all
-            ranks).
-        solver: "auto", "cpu", "flow" or "cusolverdx". For the GPU, kernels are compiled now if they
-            never were.
+        counts: how counts travel, one of `comm.connect.COUNTS`. With "given" each call brings the
+            counts of all ranks.
+        solver: one of `settings.SOLVERS`. For the GPU, kernels are compiled now if they never were.
         slot: which of several planners of one layer and group this is.
         compare: whether the ranks compare placement and settings now, which makes this collective.
             Placements are compared with every exchange too, by a tag of 28 bits.
@@ -214,7 +213,7 @@ class Planner:
                 on the GPU, an earlier call's entries. The other ranks raise too.
             RankError: another rank refused its input, or plans with another placement (every rank
                 raises then, so none hangs); on the GPU, in an earlier call.
-            ContractError: a CUDA graph is being captured, and this call does not go into one; or
+            ContractError: a CUDA graph is being captured, and this call does not go into one. Or
                 another placement is in force in the layer, and this planner was made before.
         """
         return self._route(topk_idx, counts, stale, indices, distinct, True)
@@ -291,8 +290,8 @@ class Planner:
             this planner stay valid, and plan with the new copies.
 
         Raises:
-            ValueError: the placement is not of this layer, or on the GPU its tables do not fit
-                where those of the first one lie; says by what.
+            ValueError: the placement is not of this layer. Or on the GPU its tables do not fit
+                where those of the first one lie; the message says by what.
         """
         if not placement.may_replace(self.placement):
             raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")

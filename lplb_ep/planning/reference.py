@@ -83,7 +83,7 @@ def split(counts: torch.Tensor, quota: torch.Tensor, placement: Placement) -> to
     """Shares each copy's quota out to the source ranks.
 
     A copy takes tokens of its own rank first, then of ranks of its node, then of the rest, each in
-    rank order; where several copies stand at one stage, lower columns first.
+    rank order. Where several copies stand at one stage, lower columns come first.
 
     Args:
         counts: [R, E] int32, tokens on each source rank that picked each expert.

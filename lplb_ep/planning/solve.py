@@ -47,15 +47,17 @@ def solve(
     speed: torch.Tensor | None = None,
     max_quota: torch.Tensor | None = None,
 ) -> Solution:
-    """Spreads each expert's load over its copies so that the slowest rank is as fast as can be.
+    """Splits each expert's load over its copies so that the slowest rank is as fast as can be.
 
-    minimise T subject to sum_c quota[e, c] = load[e] and, for each rank r,
-    (sum of quotas on r + base_load[r]) / speed[r] <= T, over whole non-negative quotas. The
-    problem is a flow's, so at unit speed the whole-numbered optimum is T* rounded up, exactly.
+    minimise T subject to sum_c quota[e, c] = load[e] and
+    (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
 
-    The bound and its certificate are always found on the CPU, and quotas of the GPU held against
-    what the CPU makes of them; a planner on the GPU (`Planner`) does without. A load that the GPU's
-    solver runs out of rounds on is logged, counted and solved on the CPU.
+    Quotas are whole, not negative, and at most `max_quota`. The problem is a flow's, so at unit
+    speed the whole-numbered optimum is T* rounded up, exactly.
+
+    The CPU always finds the bound and its certificate, and proves a GPU's quotas by them. A
+    `Planner` on a GPU does without. A load on which the GPU's solver runs out of rounds is logged,
+    counted and solved on the CPU.
 
     Args:
         load: [E] or [B, E] int32 or int64, tokens of each logical expert; any device. A batch's

@@ -38,7 +38,7 @@ class Head(enum.IntEnum):
     """The integers that an exchanged row begins with; the counts follow."""
 
     STATUS = 0
-    """How the sender fares, a `Status`."""
+    """The sender's `Status`."""
     PLACEMENT = 1
     """A tag of the placement that it plans with."""
     SLOT = 2
@@ -94,7 +94,7 @@ PICKS = Struct(
 )
 EXCHANGE = Struct(
     "Exchange",
-    "What the exchange of a batch leaves for the next; all 0 before the first.",
+    "State of the exchange between one batch and the next; all 0 before the first.",
     ("int", "num_done", "blocks of `count` that have counted"),
     ("int", "unread", "1 where the rows of the last batch were not waited for"),
     ("long long", "start", "when this rank sent its row, in ns"),
@@ -185,7 +185,7 @@ PROBLEM = Struct(
     ("int", "num_experts", "E"),
     ("int", "max_replicas", "C"),
     ("int", "max_rounds", "of the flow"),
-    ("int", "status", "how the batch fares, by what the counts do not say"),
+    ("int", "status", "of the batch, as far as the counts do not say it"),
 )
 COPY = Struct(
     "Copy",
@@ -246,7 +246,7 @@ COUNT = Signature(
     ("int4*", "head", "what the row begins with behind its status"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
     (WINDOW, "window", "where rows are exchanged, if its peers are given"),
-    ("int", "status", "how this rank fares"),
+    ("int", "status", "of this rank"),
 )
 GATHER = Signature(
     "gather",

@@ -28,18 +28,7 @@ NAMES_DEEP_EP = {
 }
 # Files and folders whose every sentence is short and free of private words.
 PLAIN = [
-    "lplb_ep/__init__.py",
-    "lplb_ep/errors.py",
-    "lplb_ep/settings.py",
-    "lplb_ep/gpu",
-    "lplb_ep/comm",
-    "lplb_ep/problem.py",
-    "lplb_ep/layer.py",
-    "lplb_ep/placement",
-    "lplb_ep/weights",
-    "lplb_ep/embedded",
-    "lplb_ep/deepep",
-    "lplb_ep/tools",
+    "lplb_ep",
     "tests/cpu/deepep",
     "tests/layers.py",
     "tests/path.py",
