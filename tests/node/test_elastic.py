@@ -61,7 +61,7 @@ def batches(group, num_batches):
         combined, _, _ = buffer.combine(out, handle)
         close(combined, x, topk_idx, weights)
         # A backward pass: the tokens that were dispatched come back, by the same plan.
-        again, *_ = buffer.dispatch(x, handle=handle)
+        again, *_ = buffer.dispatch(x, handle=handle, num_experts=NUM_EXPERTS)
         back, *_ = buffer.combine(again, handle)
         first_slots = torch.arange(0, placement.num_physical_experts, placement.num_local_slots)
         ranks_of = torch.bucketize(handle.topk_idx.cpu(), first_slots, right=True)
