@@ -5,12 +5,12 @@ A channel is the planner of a layer and micro-batch slot in a group, with the bu
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..comm.collectives import everyone, together
 from ..errors import ContractError
@@ -75,6 +75,30 @@ class PlannerSettings(NamedTuple):
         )
 
 
+class WeakIdMap:
+    """Values by the identity of objects, which are held weakly.
+
+    torch's `WeakIdKeyDictionary` takes five times as long, and is asked twice in a pair of calls.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[Any], Any]] = {}
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Holds a value as long as the key lives."""
+        number, entries = id(key), self._entries
+        # The entry goes before another object can have the same number.
+        entries[number] = (weakref.ref(key, lambda _: entries.pop(number, None)), value)
+
+    def get(self, key: Any) -> Any:
+        """The value of a key, or None."""
+        entry = self._entries.get(id(key))
+        return entry[1] if entry is not None and entry[0]() is key else None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
 @dataclass(eq=False)
 class BufferState:
     """The drop-in's state of a buffer and its views."""
@@ -99,10 +123,10 @@ class BufferState:
     destroyed: bool = False
     low_latency_slots: int | None = None
     """P of the low-latency calls, which lay the buffer out by it."""
-    low_latency_calls: set[tuple[int, ...]] = field(default_factory=set)
-    """Sizes of low-latency calls that fit into the buffer and DeepEP's limits."""
-    planned: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
-    """From the tensor or handle by which a later call names the plan, weakly held."""
+    low_latency_calls: set[tuple[Any, ...]] = field(default_factory=set)
+    """Shapes of low-latency calls that fit into the buffer and DeepEP's limits."""
+    planned: WeakIdMap = field(default_factory=WeakIdMap)
+    """From the tensor or handle by which a later call names the plan."""
     planners: dict[LayerUse, Planner] = field(default_factory=dict)
     """Those that its calls have used. Their placements fit into DeepEP's limits."""
 

@@ -34,6 +34,10 @@ def check_low_latency(
 ) -> None:
     """Checks `low_latency_dispatch`: it must fit into the buffer, too."""
     x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
+    if isinstance(x, torch.Tensor) and type(tokens) is int:
+        shapes = (x.shape, x.dtype, topk_idx.shape, tokens, placement.num_physical_experts)
+        if shapes in state.low_latency_calls:
+            return
     _check_rows(x, topk_idx)
     if not isinstance(tokens, int):
         raise ContractError(
@@ -45,14 +49,13 @@ def check_low_latency(
             f"got {topk_idx.shape[0]}"
         )
     E, P = placement.num_experts, placement.num_physical_experts
-    sizes = (tokens, x.shape[1], P, topk_idx.shape[1])
-    if sizes in state.low_latency_calls:
-        return
     limits = state.contract.limits
     limits.check_low_latency_rows(x)
     limits.check_picks(topk_idx, limits.low_latency_topk)
     limits.check_low_latency(placement, state.num_qps)
-    needed, of_experts = (_num_rdma_bytes(state, sizes, placement, slots) for slots in (P, E))
+    needed, of_experts = (
+        _num_rdma_bytes(state, tokens, x.shape[1], placement, slots) for slots in (P, E)
+    )
     if buffer.num_rdma_bytes < needed:
         raise ContractError(
             f"num_rdma_bytes is {buffer.num_rdma_bytes}, and {P} slots need {needed} "
@@ -66,7 +69,7 @@ def check_low_latency(
             f"slots, and this one has {P}: make a buffer for each number of slots"
         )
     state.low_latency_slots = P
-    state.low_latency_calls.add(sizes)
+    state.low_latency_calls.add((x.shape, x.dtype, topk_idx.shape, tokens, P))
 
 
 def check_elastic(
@@ -106,12 +109,12 @@ def _check_rows(x: Any, topk_idx: torch.Tensor) -> None:
 
 
 def _num_rdma_bytes(
-    state: BufferState, sizes: tuple[int, ...], placement: Placement, num_slots: int
+    state: BufferState, num_tokens: int, hidden: int, placement: Placement, num_slots: int
 ) -> int:
     assert state.size_hint is not None, "a buffer with low_latency_dispatch has a size hint"
     return state.size_hint(
-        num_max_dispatch_tokens_per_rank=sizes[0],
-        hidden=sizes[1],
+        num_max_dispatch_tokens_per_rank=num_tokens,
+        hidden=hidden,
         num_ranks=placement.num_ranks,
         num_experts=num_slots,
     )
