@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from lplb_ep import Placement
+
 
 def history(seed, num_experts, power=1):
     """Loads below 2**20 from raw bits, which NumPy keeps the same in every version."""
@@ -11,3 +13,17 @@ def history(seed, num_experts, power=1):
 
 def ranks_of(placement, expert):
     return np.flatnonzero(placement.physical_to_logical == expert) // placement.num_local_slots
+
+
+def circulant(rng, R, num_edges):
+    """Each rank has a home, and the next ranks at some distances its copies: one expert with three,
+    if there is room for its six edges a rank, the others with two, and two edges."""
+    distances = rng.permutation(np.arange(1, R))[: num_edges // 2 - (num_edges >= 6)].tolist()
+    groups = [distances[:2], *([d] for d in distances[2:])]
+    if num_edges < 6:
+        groups = [[d] for d in distances]
+    ranks = np.arange(R)
+    table = [np.arange(g * R, (g + 1) * R) for g in range(len(groups))]
+    for g, group in enumerate(groups):
+        table += [g * R + (ranks - d) % R for d in group]
+    return Placement(np.stack(table, 1).ravel(), R)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from builders import circulant
 
 import lplb_ep
 from lplb_ep import Placement
@@ -75,20 +76,6 @@ def test_experts_with_a_copy_on_every_rank_are_exact(R, solver):
         for load in loads:
             load[everywhere[0]] += int(rng.integers(0, 1 + load.sum()))
         check(placement, loads, solver)
-
-
-def circulant(rng, R, num_edges):
-    """Each rank has a home, and the next ranks at some distances its copies: one expert with three,
-    if there is room for its six edges a rank, the others with two, and two edges."""
-    distances = rng.permutation(np.arange(1, R))[: num_edges // 2 - (num_edges >= 6)].tolist()
-    groups = [distances[:2], *([d] for d in distances[2:])]
-    if num_edges < 6:
-        groups = [[d] for d in distances]
-    ranks = np.arange(R)
-    table = [np.arange(g * R, (g + 1) * R) for g in range(len(groups))]
-    for g, group in enumerate(groups):
-        table += [g * R + (ranks - d) % R for d in group]
-    return Placement(np.stack(table, 1).ravel(), R)
 
 
 @pytest.mark.parametrize("variant", DEVICE_SOLVERS["flow"].variants(), ids=str)
