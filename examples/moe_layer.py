@@ -115,11 +115,16 @@ class MoE(nn.Module):
     """Top-k routed experts. The router knows E logical experts; the slots are the placement's."""
 
     def __init__(
-        self, hidden: int, num_experts: int, num_local_slots: int, num_topk: int, wire: torch.dtype
+        self,
+        hidden: int,
+        num_experts: int,
+        num_local_slots: int,
+        num_topk: int,
+        row_dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.num_experts, self.num_topk = num_experts, num_topk
-        self.wire = wire  # what tokens travel in
+        self.row_dtype = row_dtype  # of rows that are dispatched and combined
         self.router = nn.Linear(hidden, num_experts, bias=False)
         self.experts = Experts(num_local_slots, hidden)  # (2)
         self.replicas: Replicas | None = None
@@ -145,11 +150,11 @@ class MoE(nn.Module):
         weights = scores.gather(-1, topk_idx)
         weights = weights / weights.sum(-1, keepdim=True)
         recv_x, recv_weights, recv_slots, recv_counts, handle = Dispatch.apply(
-            x.to(self.wire), weights, topk_idx, self.num_experts, self.buffer
+            x.to(self.row_dtype), weights, topk_idx, self.num_experts, self.buffer
         )
         self.topk_idx, self.received = topk_idx, sum(recv_counts)  # this rank's, of this batch
         out = self.experts(recv_x.to(x.dtype), recv_slots, recv_weights)
-        return Combine.apply(out.to(self.wire), handle, self.buffer).to(x.dtype)
+        return Combine.apply(out.to(self.row_dtype), handle, self.buffer).to(x.dtype)
 
     def picks(self) -> torch.Tensor:
         """[E]: how many tokens of this rank's last batch picked each expert."""
@@ -210,7 +215,7 @@ class Trainer:
             num_experts=args.experts,
             num_local_slots=num_local_slots,
             num_topk=args.topk,
-            wire=args.dtype,
+            row_dtype=args.dtype,
         ).to(torch.float32 if args.dtype == torch.bfloat16 else args.dtype)
         generator = torch.Generator().manual_seed(1 + self.rank)  # ... the experts are not
         for block in self.model.blocks:
@@ -227,7 +232,7 @@ class Trainer:
         """One serves all layers; the environment is read when it is made. Collective."""
         kind, num_ranks = lplb_ep.Buffer, self.num_ranks  # (1)
         if self.args.shared:
-            kind.set_num_sms(4)  # what a rank's part of a GPU has room for, all at once
+            kind.set_num_sms(4)  # as many as run at once on a rank's part of a GPU
         configs = kind.get_dispatch_config(num_ranks), kind.get_combine_config(num_ranks)
         row_bytes = 2 * self.args.hidden
         sizes = [config.get_nvl_buffer_size_hint(row_bytes, num_ranks) for config in configs]
