@@ -324,3 +324,9 @@ def test_the_wheel_holds_the_package(tmp_path):
     sources |= {f"lplb_ep/kernels/{path.name}" for path in (ROOT / "kernels").iterdir()}
     assert sources | {"lplb_ep/py.typed", "lplb_ep/__init__.pyi"} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    """pytest imports them by their names alone, also from one folder after another."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
