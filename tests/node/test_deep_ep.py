@@ -3,11 +3,11 @@
 import importlib.util
 import time
 
-import experts
 import numpy as np
+import over_deep_ep
 import pytest
 import torch
-from experts import (
+from over_deep_ep import (
     FP8_TOLERANCE,
     MOST_TOKENS,
     NUM_EXPERTS,
@@ -45,7 +45,7 @@ def make_buffer(group, placement):
 
 
 def draw(rng, *, empty):
-    return experts.draw(rng, HIDDEN, 0 if empty else int(rng.integers(1, MOST_TOKENS)))
+    return over_deep_ep.draw(rng, HIDDEN, 0 if empty else int(rng.integers(1, MOST_TOKENS)))
 
 
 def layer(buffer, group, placement, x, topk_idx, weights, *, asynchronous=False, **options):

@@ -1,17 +1,26 @@
 """DeepEP V2's `ElasticBuffer`, balanced: every token arrives, where it was planned."""
 
-import experts
 import numpy as np
+import over_deep_ep
 import pytest
 import torch
-from experts import MOST_TOKENS, NUM_EXPERTS, NUM_TOPK, TOLERANCE, close, place, quotas, use_gpu
+from over_deep_ep import (
+    MOST_TOKENS,
+    NUM_EXPERTS,
+    NUM_TOPK,
+    TOLERANCE,
+    close,
+    place,
+    quotas,
+    use_gpu,
+)
 
 import lplb_ep
 from lplb_ep import Planner
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not hasattr(experts.deep_ep(), "ElasticBuffer"), reason="no DeepEP V2"),
+    pytest.mark.skipif(not hasattr(over_deep_ep.deep_ep(), "ElasticBuffer"), reason="no DeepEP V2"),
     # Ranks that share a GPU are refused by NCCL.
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no GPU for each rank"),
 ]
@@ -39,7 +48,7 @@ def batches(group, num_batches):
     judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
     rng = np.random.default_rng(100 + rank)
     for batch in range(num_batches):
-        x, topk_idx, weights = experts.draw(rng, HIDDEN, int(rng.integers(1, MOST_TOKENS)))
+        x, topk_idx, weights = over_deep_ep.draw(rng, HIDDEN, int(rng.integers(1, MOST_TOKENS)))
         do_cpu_sync = batch % 2 == 0
         received, slots, received_weights, handle, _ = buffer.dispatch(
             x,
@@ -55,7 +64,7 @@ def batches(group, num_batches):
             assert handle.num_recv_tokens_per_expert_list == planned
         number = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
         out = torch.zeros_like(received)  # rows behind the received ones are the worst case's
-        out[:number] = experts.compute(
+        out[:number] = over_deep_ep.compute(
             received[:number], slots[:number], received_weights[:number], placement, rank
         )
         combined, _, _ = buffer.combine(out, handle)

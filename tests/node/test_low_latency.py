@@ -2,12 +2,12 @@
 
 import importlib.util
 
-import experts
 import numpy as np
+import over_deep_ep
 import pytest
 import ranks
 import torch
-from experts import FP8_TOLERANCE, NUM_EXPERTS, TOLERANCE, close, place, quotas, use_gpu
+from over_deep_ep import FP8_TOLERANCE, NUM_EXPERTS, TOLERANCE, close, place, quotas, use_gpu
 
 import lplb_ep
 from lplb_ep import Planner
@@ -53,7 +53,7 @@ def layer(buffer, scales, x, topk_idx, weights, *, hook=False, fp8=False):
     )
     if hook:
         receive()
-    received = experts.widen(received) if fp8 else received.float()
+    received = over_deep_ep.widen(received) if fp8 else received.float()
     out = (received * scales[:, None, None]).bfloat16()
     combined, _, receive = buffer.low_latency_combine(
         out, topk_idx, weights, handle, return_recv_hook=hook
@@ -68,14 +68,14 @@ def batches(group, num_batches):
     placement = place(group.size(), 30)
     buffer = make_buffer(group, placement)
     judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
-    scales = experts.scale(experts.experts_of(placement, group.rank()))
+    scales = over_deep_ep.scale(over_deep_ep.experts_of(placement, group.rank()))
     rng = np.random.default_rng(100 + group.rank())
     for batch in range(num_batches):
         num_tokens = 0 if batch % 5 == 4 else int(rng.integers(1, MOST + 1))
-        x, topk_idx, weights = experts.draw(rng, HIDDEN, num_tokens)
+        x, topk_idx, weights = over_deep_ep.draw(rng, HIDDEN, num_tokens)
         fp8 = batch % 3 == 2
         out, numbers = layer(buffer, scales, x, topk_idx, weights, hook=batch % 2 == 1, fp8=fp8)
-        smallest = experts.subnormal(x) if fp8 and num_tokens else 1e-6
+        smallest = over_deep_ep.subnormal(x) if fp8 and num_tokens else 1e-6
         close(out, x, topk_idx, weights, FP8_TOLERANCE if fp8 else TOLERANCE, smallest)
         assert numbers.tolist() == quotas(judge(topk_idx), placement, group.rank())
     buffer.destroy()
@@ -91,16 +91,16 @@ def replays(group, num_replays):
     placement = place(group.size(), 31)
     buffer = make_buffer(group, placement)
     judge = Planner(placement, group, counts="torch", solver="flow", slot=1)
-    scales = experts.scale(experts.experts_of(placement, group.rank()))
+    scales = over_deep_ep.scale(over_deep_ep.experts_of(placement, group.rank()))
     rng = np.random.default_rng(7 + group.rank())
-    given = experts.draw(rng, HIDDEN, MOST)
+    given = over_deep_ep.draw(rng, HIDDEN, MOST)
     layer(buffer, scales, *given)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, numbers = layer(buffer, scales, *given)
     for _ in range(num_replays):
-        for static, new in zip(given, experts.draw(rng, HIDDEN, MOST), strict=True):
+        for static, new in zip(given, over_deep_ep.draw(rng, HIDDEN, MOST), strict=True):
             static.copy_(new)
         graph.replay()
         close(out, *given)
