@@ -2,14 +2,14 @@
 
 #include "ptx.cuh"
 
-// One block with a thread for each rank. What its stream did before is seen by all ranks behind
-// their barriers of this number. It never gives up, for what comes behind reads what should have
-// been copied; a rank that has not come within the limit is named in the host's memory.
+// One block with a thread for each rank. What its stream did before is seen by all ranks behind their barriers
+// of this number. It never gives up, for the next reads are of what others copied. A rank that has not come
+// within the limit is named in the host's memory.
 extern "C" __global__ void barrier(
-    unsigned long long* const* flags,  // [R] each rank's [R], by the rank that writes: the last number it came to
+    unsigned long long* const* flags,  // [R] each rank's [R]: the number that each rank came to last
     int num_ranks, int rank, unsigned long long number,
     long long limit_ns,
-    volatile int* missing) {   // [R] in the host's memory
+    volatile int* missing) {           // [R] in the host's memory
     int other = threadIdx.x;
     if (other >= num_ranks) return;
     fence_system();

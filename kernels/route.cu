@@ -1,9 +1,16 @@
-// Counting picks, splitting quotas by source rank, and rewriting picks to slots. INDEX is int or
-// long long, as the caller's topk_idx.
+// Counting picks, exchanging the counts, sharing out quotas by source rank, and rewriting picks to slots.
 
-#include "exchange.cuh"
+#include "counts.cuh"
+#include "number.cuh"
+#include "relay.cuh"
+#include "shares.cuh"
 
-typedef INDEX Index;
+using namespace lplb;
+
+typedef INDEX Index;              // int or long long, as the caller's topk_idx
+constexpr int threads = THREADS;  // of a block
+static_assert(threads % 32 == 0, "sums are made by whole warps");
+static_assert(HEAD == 5 && HEAD_BATCH == 4, "what a row begins with, behind its status, is an int4");
 
 // The logical expert of an id as callers give it; -1: none. `wrong`: the id is neither -1 nor an expert's.
 __device__ int expert_of(Index id, const int* __restrict__ logical, int num_ids, bool& wrong) {
@@ -12,7 +19,7 @@ __device__ int expert_of(Index id, const int* __restrict__ logical, int num_ids,
     return expert;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) count(
+extern "C" __global__ void __launch_bounds__(threads) count(
     const Index* __restrict__ topk_idx,  // [num_picks] ids in [0, num_ids), -1: none
     const Picks picks,
     const int* __restrict__ logical,     // [num_ids] the expert of each id, -1: none; or null, ids are experts
@@ -25,11 +32,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     const Window window,
     int status) {
     extern __shared__ int histogram[];  // [HEAD + E]
-    for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) histogram[e] = 0;
-    __syncthreads();
+    for (int e = threadIdx.x; e < picks.num_experts; e += threads) histogram[e] = 0;
+    __syncthreads();  // all is zero before any thread counts
     bool wrong = false, repeated = false;
     int end = first_pick(picks, blockIdx.x + 1);
-    for (int n = first_pick(picks, blockIdx.x) + threadIdx.x; n < end; n += THREADS) {
+    for (int n = first_pick(picks, blockIdx.x) + threadIdx.x; n < end; n += threads) {
         int expert = expert_of(topk_idx[n], logical, num_ids, wrong);
         picks.experts[n] = short(expert);
         if (expert < 0) continue;
@@ -42,8 +49,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
     if (wrong) error_flags[FLAG_OUT_OF_RANGE] = 1;
     if (repeated) error_flags[FLAG_REPEATED_PICK] = 1;
     if ((wrong || repeated) && row != nullptr) atomicMax(&row[HEAD_STATUS], REFUSED);
-    __syncthreads();
-    for (int e = threadIdx.x; e < picks.num_experts; e += THREADS) {
+    __syncthreads();  // all have counted before the numbers are read
+    for (int e = threadIdx.x; e < picks.num_experts; e += threads) {
         int number = histogram[e];
         picks.histograms[size_t(blockIdx.x) * picks.num_experts + e] = number;
         if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
@@ -58,68 +65,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) count(
         row[HEAD_PLANNER] = words.z;
         row[HEAD_BATCH] = words.w;
     }
-    if (window.peers != nullptr) exchange(window, row, HEAD + picks.num_experts, histogram);
+    if (window.peers != nullptr) exchange<threads>(window, row, HEAD + picks.num_experts, histogram);
 }
 
-// How many numbers lie in both [a, b) and [c, d).
-__device__ int overlap(int a, int b, int c, int d) { return max(0, min(b, d) - max(a, c)); }
+// Of the first rank of a node, one block each: they take the node's rows to other nodes, and theirs to it.
+extern "C" __global__ void __launch_bounds__(threads) gather(
+    const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
+    gather_rows<threads>(window, relay, *num_batches, size);
+}
 
-// One expert's copies, in shared memory, at a batch.
-struct Expert {
-    int num_copies;
-    const int* rank;    // [num_copies]
-    const int* node;    // of that rank
-    const int* stay;    // tokens of its own rank that a copy takes
-    const int* room;    // and how many more
-    const int* supply;  // [num_nodes] tokens on the ranks of each
-    int num_nodes;
-
-    // What is left of a node's tokens when its own copies have taken theirs; `demand`: all they take.
-    __device__ int left(int n, int& demand) const {
-        int tokens = supply[n];
-        demand = 0;
-        for (int c = 0; c < num_copies; ++c)
-            if (node[c] == n) {
-                tokens -= stay[c];
-                demand += room[c];
-            }
-        return tokens;
-    }
-
-    // The shares of a source rank with `mine` tokens, and `before` on earlier ranks of its node: its
-    // own copy's first, then those of its node, then the rest. At each stage tokens in rank order and
-    // rooms in column order are laid end to end.
-    __device__ void share_out(int source, int home, int mine, int before, int* shares) const {
-        int begin = before, end = before + mine, at = 0;
-        for (int c = 0; c < num_copies; ++c) {
-            shares[c] = rank[c] == source ? stay[c] : 0;
-            if (node[c] != home) continue;
-            if (rank[c] < source) begin -= stay[c];
-            if (rank[c] <= source) end -= stay[c];
-        }
-        for (int c = 0; c < num_copies; ++c) {
-            if (node[c] != home) continue;
-            shares[c] += overlap(begin, end, at, at + room[c]);
-            at += room[c];
-        }
-        begin = max(begin, at) - at;
-        end = max(end, at) - at;
-        if (num_nodes == 1 || begin == end) return;
-        int demand, first = at = 0;
-        for (int n = 0; n < home; ++n) {
-            int tokens = left(n, demand);
-            first += max(0, tokens - demand);
-        }
-        for (int c = 0; c < num_copies; ++c) {
-            int tokens = left(node[c], demand), filled = 0;
-            for (int k = 0; k < c; ++k)
-                if (node[k] == node[c]) filled += room[k];
-            int open = room[c] - overlap(filled, filled + room[c], 0, tokens);
-            shares[c] += overlap(first + begin, first + end, at, at + open);
-            at += open;
-        }
-    }
-};
+extern "C" __global__ void __launch_bounds__(threads) broadcast(
+    const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
+    broadcast_rows<threads>(window, relay, *num_batches, size);
+}
 
 extern "C" __global__ void split(
     const Table table,
@@ -136,21 +94,21 @@ extern "C" __global__ void split(
     }
     const Copy* copies = table.copies + table.first[m];
     int N = table.first[m + 1] - table.first[m];
-    int *rank = shared, *node = rank + N, *stay = node + N, *room = stay + N, *supply = room + N;
+    int *rank = shared, *node = rank + N, *local = node + N, *remote = local + N, *supply = remote + N;
     int* own = supply + nodes + threadIdx.x * N;  // [threads, N]
     for (int c = threadIdx.x; c < N; c += blockDim.x) {
         rank[c] = copies[c].rank;
         node[c] = copies[c].node;
-        stay[c] = min(counts[size_t(rank[c]) * E + e], quota[copies[c].quota]);
-        room[c] = quota[copies[c].quota] - stay[c];
+        local[c] = min(counts[size_t(rank[c]) * E + e], quota[copies[c].quota]);
+        remote[c] = quota[copies[c].quota] - local[c];
     }
     for (int n = threadIdx.x; n < nodes; n += blockDim.x) {
         supply[n] = 0;
         for (int r = n * table.num_ranks_per_node; r < (n + 1) * table.num_ranks_per_node; ++r)
             supply[n] += counts[size_t(r) * E + e];
     }
-    __syncthreads();
-    Expert expert{N, rank, node, stay, room, supply, nodes};
+    __syncthreads();  // the copies and the nodes' tokens are there before threads share them out
+    Expert expert{N, rank, node, local, remote, supply, nodes};
     for (int r = threadIdx.x; r < R; r += blockDim.x) {
         int before = 0, home = r / table.num_ranks_per_node;
         for (int k = home * table.num_ranks_per_node; k < r; ++k) before += counts[size_t(k) * E + e];
@@ -160,9 +118,9 @@ extern "C" __global__ void split(
     }
 }
 
-// All tokens at home; with counts that cannot be, none.
+// Sends all tokens home; with invalid counts, none.
 __device__ void send_home(const Table& table, const Batch& batch, bool counted) {
-    int first = blockIdx.x * THREADS + threadIdx.x, step = gridDim.x * THREADS, lane = threadIdx.x % 32;
+    int first = blockIdx.x * threads + threadIdx.x, step = gridDim.x * threads, lane = threadIdx.x % 32;
     int E = table.num_experts, C = table.max_replicas, R = table.num_ranks;
     for (int i = first; i < E * C; i += step) {
         int load = 0;
@@ -179,28 +137,28 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted) 
     for (int i = first; !counted && i < R * E; i += step) batch.counts[i] = 0;
 }
 
-// How the batch ends, by the worst status that each thread saw; the same to every thread of every block,
-// for no block writes what it goes by.
+// How the batch ends, by the worst status that each thread saw. The same to every thread of every block, for
+// no block writes what it goes by.
 __device__ int conclude(const Batch& batch, int worst) {
     __shared__ int status;
     __shared__ Total total;
-    bool fine = !__syncthreads_or(worst);
+    bool fine = !__syncthreads_or(worst);  // all endings are read; the tables of the caller are whole, too
     if (fine && batch.num_components == 1) return OPTIMAL;
     if (threadIdx.x == 0) {
         status = OPTIMAL;
         total = {0, 0};
     }
-    __syncthreads();
+    __syncthreads();  // both are there before any thread adds to them
     if (worst != OPTIMAL) atomicMax(&status, worst);
     // Components know their own totals only.
     #pragma unroll 1
-    for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += THREADS)
+    for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += threads)
         total.add(g < batch.num_components ? batch.endings[g].total : 0);
-    __syncthreads();
+    __syncthreads();  // all is added before it is read
     return total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) route(
+extern "C" __global__ void __launch_bounds__(threads) route(
     const Picks picks, const Table table, const Batch batch,
     Index* __restrict__ physical) {  // [num_picks] slots, -1: none
     extern __shared__ int shared[];
@@ -209,8 +167,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     int* lookup = shared;          // [E]
     int* first_copy = lookup + E;  // [M + 1]
     int* rank = first_copy + M + 1;
-    int *node = rank + N, *slot = node + N, *stay = slot + N, *room = stay + N;  // [N] each
-    int* ends = room + N;
+    int *node = rank + N, *slot = node + N, *local = slot + N, *remote = local + N;  // [N] each
+    int* ends = remote + N;
     int* supply = ends + N;        // [M, nodes] tokens of each node
     int *before = supply + M * nodes, *mine = before + M;  // [M] of earlier ranks of this node, of this
 
@@ -218,24 +176,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
     int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
     int worst = OPTIMAL;
     #pragma unroll 1
-    for (int g = threadIdx.x; g < batch.num_components; g += THREADS)
+    for (int g = threadIdx.x; g < batch.num_components; g += threads)
         worst = max(worst, batch.endings[g].status);
-    for (int e = threadIdx.x; e < E; e += THREADS) lookup[e] = table.lookup[e];
-    for (int m = threadIdx.x; m <= M; m += THREADS) first_copy[m] = table.first[m];
-    for (int i = threadIdx.x; i < N; i += THREADS) {
+    for (int e = threadIdx.x; e < E; e += threads) lookup[e] = table.lookup[e];
+    for (int m = threadIdx.x; m <= M; m += threads) first_copy[m] = table.first[m];
+    for (int i = threadIdx.x; i < N; i += threads) {
         Copy copy = table.copies[i];
         int quota = batch.quota[copy.quota];
         int number = min(batch.counts[copy.rank * E + copy.expert], quota);
         rank[i] = copy.rank;
         node[i] = copy.node;
         slot[i] = copy.slot;
-        stay[i] = number;
-        room[i] = quota - number;
+        local[i] = number;
+        remote[i] = quota - number;
     }
     // By the last threads, while the first wait for the copies' loads. With a single node its tokens
     // are not asked for.
     int home = batch.rank / node_size;
-    for (int i = THREADS - 1 - threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += THREADS) {
+    for (int i = threads - 1 - threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += threads) {
         int n = i / M, m = i - n * M, sum = 0;
         int begin = (n < nodes ? n : home) * node_size, last = n < nodes ? begin + node_size : batch.rank;
         const int* count = batch.counts + begin * E + table.experts[m];
@@ -244,18 +202,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
         if (n < nodes) supply[m * nodes + n] = sum;
         else before[m] = sum;
     }
-    int status = conclude(batch, worst);
-    for (int m = threadIdx.x; m < M; m += THREADS) {
+    int status = conclude(batch, worst);  // behind its barrier the tables above are whole
+    for (int m = threadIdx.x; m < M; m += threads) {
         int at = first_copy[m], number = first_copy[m + 1] - at;
         if (status == OPTIMAL) {
-            Expert one{number, rank + at, node + at, stay + at, room + at, supply + m * nodes, nodes};
+            Expert one{number, rank + at, node + at, local + at, remote + at, supply + m * nodes, nodes};
             one.share_out(batch.rank, home, mine[m], before[m], ends + at);
         }
         for (int c = 0; c < number; ++c)
             ends[at + c] = status != OPTIMAL ? int(MAX_TOTAL) : ends[at + c] + (c ? ends[at + c - 1] : 0);
     }
-    __syncthreads();
-    for (; n < end; n += THREADS) {
+    __syncthreads();  // the ends of all shares are there before picks look for theirs
+    for (; n < end; n += threads) {
         int at = expert < 0 ? -1 : lookup[expert];
         if (expert >= 0 && at < 0) {
             int c = first_copy[~at], last = first_copy[~at + 1] - 1;
@@ -264,14 +222,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) route(
             at = slot[c];
         }
         physical[n] = Index(at);
-        if (n + THREADS < end) {
-            expert = picks.experts[n + THREADS];
-            position = picks.positions[n + THREADS];
+        if (n + threads < end) {
+            expert = picks.experts[n + threads];
+            position = picks.positions[n + threads];
         }
     }
     if (status != OPTIMAL) send_home(table, batch, status < BAD_COUNTS);
     if (blockIdx.x != 0) return;
-    for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + E; i += THREADS) batch.row[i] = 0;
+    for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + E; i += threads) batch.row[i] = 0;
     if (threadIdx.x != 0) return;
     *batch.status = status;
     ++batch.num_by_status[status];

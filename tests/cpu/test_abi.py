@@ -85,7 +85,7 @@ def test_the_header_is_the_one_that_is_declared():
 
 @pytest.mark.parametrize("fault", [None, "size", "place"])
 def test_the_text_is_held_against_the_compilers_layout(fault, tmp_path):
-    """The host's C++ compiler accepts what is declared, and nothing else."""
+    """The host's C++ compiler accepts the declared layout, and no other."""
 
     class Color(enum.IntEnum):
         """Of a test."""

@@ -28,8 +28,10 @@ NAMES_DEEP_EP = {
 }
 # Files and folders whose every sentence is short and free of private words.
 PLAIN = [
+    "kernels",
     "lplb_ep",
     "tests/cpu/deepep",
+    "tests/emulator",
     "tests/layers.py",
     "tests/path.py",
     "tests/written.py",

@@ -93,9 +93,11 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
-def _calls(program: Program, kernels: Sequence[str], dynamic: Sequence[str]) -> str:
+def _calls(
+    program: Program, kernels: Sequence[str], dynamic: Sequence[str], headers: Sequence[str]
+) -> str:
     """C++: for each kernel a function that takes its arguments as a launch does."""
-    lines = ['#include "cuda.h"', '#include "abi.cuh"', '#include "module.h"']
+    lines = [f'#include "{name}"' for name in ("cuda.h", *headers, "module.h")]
     if "INDEX" in program.defines:
         lines.append("typedef INDEX Index;")
     lines += [f"alignas(16) thread_local char {name}[{MAX_SHARED_BYTES}];" for name in dynamic]
@@ -123,13 +125,19 @@ def _texts(source: str, directory: Path) -> dict[str, str]:
     return texts
 
 
-def build(program: Program, directory: Path, kernels: Path = KERNELS) -> Path:
+def build(
+    program: Program,
+    directory: Path,
+    kernels: Path = KERNELS,
+    headers: Sequence[str] = ("abi.cuh",),
+) -> Path:
     """Compiles a program for the host.
 
     Args:
         program: as for the GPU, with the same macros.
         directory: where the library goes.
         kernels: the sources.
+        headers: those that declare the kernels' arguments.
 
     Returns:
         The library.
@@ -140,7 +148,7 @@ def build(program: Program, directory: Path, kernels: Path = KERNELS) -> Path:
         shutil.copy(HERE / name, work / name)
     text = "".join(_texts(str(program.source), work).values())
     names, dynamic = (sorted({*re.findall(pattern, text)}) for pattern in (_KERNEL, _DYNAMIC))
-    (work / "calls.cpp").write_text(_calls(program, names, dynamic))
+    (work / "calls.cpp").write_text(_calls(program, names, dynamic, headers))
     defines = [
         f"-D{key}={value if isinstance(value, str) else int(value)}"
         for key, value in program.defines.items()

@@ -259,7 +259,7 @@ def test_the_head_of_a_row_says_how_its_batch_fares(order, memory, library):
     for word in range(1, HEAD):
         assert ends(at=[(2, word, 12)]) == [Status.OUT_OF_STEP] * 2
         assert ends(at=[(2, word, 12), (0, 0, Status.TIMED_OUT)]) == [Status.TIMED_OUT] * 2
-    # Of what is wrong in several ways, the larger status holds.
+    # Where several things are wrong, the larger status holds.
     bad = (0, HEAD + 2, -1)
     assert ends(at=[bad]) == [Status.OPTIMAL, Status.BAD_COUNTS]
     assert ends(at=[bad, (1, 0, Status.STALE)]) == [Status.STALE, Status.BAD_COUNTS]

@@ -1,5 +1,7 @@
 """The emulator finds what it is there to find: small kernels with a fault each."""
 
+import shutil
+
 import emulator
 import numpy as np
 import pytest
@@ -7,35 +9,8 @@ from emulator import ORDERS, EmulationError
 
 from lplb_ep.gpu.jit import Program
 
-# They take the place of `mask`, for its arguments.
-SOURCE = """
-#include "ptx.cuh"
-typedef INDEX Index;
-extern "C" __global__ void mask(
-    const Index* given, const Index* planned, Index* out, int num_picks) {
-    extern __shared__ int shared[];
-    __shared__ int one;
-    int t = threadIdx.x;
-    BODY
-    (void)given; (void)planned; (void)out; (void)num_picks; (void)shared; (void)t; (void)one;
-}
-"""
-
-GOOD = """
-    shared[t] = given[t];
-    __syncthreads();
-    int other = shared[t ^ 32];
-    int sum = __reduce_add_sync(~0u, other);
-    for (int i = 1; i < 32; i *= 2) other += __shfl_xor_sync(~0u, other, i);
-    unsigned odd = __ballot_sync(~0u, t % 2), same = __match_any_sync(~0u, t % 3);
-    if (t == 0) one = 0;
-    __syncthreads();
-    atomicAdd(&one, 1);
-    int any = __syncthreads_or(t == 40);
-    out[t] = sum == other && odd == 0xaaaaaaaau && any && (same >> t % 32 & 1) ? one : -1;
-"""
 FAULTS = {  # of two kinds where another order would show the other first
-    "out[t + 1] = 0;": "small.cu:9: memcheck: 4 bytes at 0x.*, which is in no array",
+    "out[t + 1] = 0;": "small.cu:12: memcheck: 4 bytes at 0x.*, which is in no array",
     "out[-1 - t] = 0;": "memcheck: 4 bytes at 0x.*, which is in no array",
     "shared[t + 1] = 0;": "memcheck: 4 bytes at 256 of 256 of shared memory",
     "out[t] = shared[t];": "initcheck: reads 4 bytes that nothing has written",
@@ -53,13 +28,13 @@ FAULTS = {  # of two kinds where another order would show the other first
 }
 
 
-def run(directory, body, order, number=64):
-    (directory / "kernels").mkdir()
-    (directory / "kernels" / "abi.cuh").write_text("#pragma once\n")
-    (directory / "kernels" / "small.cu").write_text(SOURCE.replace("BODY", body))
-    program = Program("small.cu", {"INDEX": "int"})
+def run(directory, order, number=64, **defines):
+    kernels = directory / "kernels"
+    kernels.mkdir()
+    shutil.copy(emulator.HERE / "small.cu", kernels)
+    program = Program("small.cu", {"INDEX": "int", **defines})
+    library = emulator.Library(emulator.build(program, directory, kernels, headers=()))
     memory = emulator.Memory()
-    library = emulator.Library(emulator.build(program, directory, directory / "kernels"))
     out = memory.empty(number, np.int32)
     launch = library.kernel("mask")(
         (1, 1),
@@ -76,10 +51,10 @@ def run(directory, body, order, number=64):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_good_kernel_runs(order, tmp_path):
-    assert (run(tmp_path, GOOD, order) == 64).all()
+    assert (run(tmp_path, order) == 64).all()
 
 
 @pytest.mark.parametrize("body", FAULTS, ids=range(len(FAULTS)))
 def test_faults_are_found(body, tmp_path):
     with pytest.raises(EmulationError, match=FAULTS[body]):
-        run(tmp_path, body, 0)
+        run(tmp_path, 0, BODY=body)

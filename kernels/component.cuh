@@ -1,0 +1,111 @@
+// One component of the replica graph in shared memory, and the split of its experts that the flow starts from.
+#pragma once
+
+#include "rows.cuh"
+#include "variant.cuh"
+
+namespace lplb {
+
+template <typename V>
+struct Component {              // the pointers lead to shared memory, but for the last four
+    const Arc* arcs;
+    const short* copies;
+    int* tokens;                // [arcs] of each copy
+    int *first_of_rank, *second_of_rank;  // [size] see below
+    typename V::Set* targets;   // [size] ranks that a rank's tokens could go to
+    typename V::Set* layers;    // [size] ranks by their distance from one below its limit
+    Shape shape;
+    const Edge* edges;          // [max_edges] of this thread's rank
+    const int* ranks;           // [size] local rank to rank
+    const int* speed;           // [R] of ranks, or null: all the same
+    const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
+
+    // Before the flow: what a rank has of experts with one copy, with its base load; and of the others.
+    __device__ int* staying() const { return first_of_rank; }
+    __device__ int* movable() const { return second_of_rank; }
+    // In the flow: load above the limit, negative below it; and what a rank could take when the round began.
+    __device__ int* excess() const { return first_of_rank; }
+    __device__ int* deficit() const { return second_of_rank; }
+    // Behind it: the load.
+    __device__ int* load() const { return first_of_rank; }
+
+    // How many more tokens a copy may get.
+    __device__ int capacity(int arc) const {
+        return cap == nullptr ? MAX_TOTAL : cap[arcs[arc].quota] - tokens[arc];
+    }
+};
+
+// Splits each expert evenly over its copies: half as many rounds of the flow as from the homes.
+template <typename V>
+__device__ void split_evenly(const Component<V>& c, const int* load) {
+    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+        Arc arc = c.arcs[a];
+        int total = load[arc.place], number = number_of<V>(arc.ranks);
+        int place = number_of<V>(arc.ranks & ((typename V::Set(1) << arc.rank) - 1));
+        c.tokens[a] = total / number + (place < total % number);
+        atomicAdd(&c.movable()[arc.rank], c.tokens[a]);
+    }
+}
+
+// Fills copy after copy of each expert. Whether all have what they need, the same to every thread.
+template <typename V>
+__device__ bool fill_copies(const Component<V>& c, const int* load) {
+    bool lacks = false;
+    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+        Arc arc = c.arcs[a];
+        if (c.copies[arc.place] != a) continue;
+        int total = load[arc.place];
+        for (int i = 0; i < number_of<V>(arc.ranks); ++i) {
+            int copy = c.copies[arc.place + i], most = min(total, c.cap[c.arcs[copy].quota]);
+            c.tokens[copy] = most;
+            atomicAdd(&c.movable()[c.arcs[copy].rank], most);
+            total -= most;
+        }
+        lacks |= total > 0;
+    }
+    return !__syncthreads_or(lacks);  // all experts are looked at before any thread decides
+}
+
+// Lays the component out in shared memory and makes the start of the flow.
+template <typename V, bool general>
+__device__ Component<V> begin(const Problem& p, char* shared, const Edge* edges, int* __restrict__ quota,
+                              Ending& ending) {
+    const Network& net = p.net;
+    int g = blockIdx.x;
+    // What the flow reads most lies where the compiler knows.
+    __shared__ typename V::Set targets[V::size], layers[V::size];
+    __shared__ int first_of_rank[V::size], second_of_rank[V::size];
+    int* tokens = reinterpret_cast<int*>(shared);
+    Arc* arcs = reinterpret_cast<Arc*>(tokens + net.max_arcs);
+    int* load = reinterpret_cast<int*>(arcs + net.max_arcs);  // [max_arcs] of experts, by place
+    short* copies = reinterpret_cast<short*>(load + net.max_arcs);
+
+    // Neighbouring threads share the rows of one expert where there are more threads than experts.
+    int sharing = 1;
+    while (sharing < 32 && 2 * sharing <= p.counts.num_rows && 2 * sharing * net.max_experts <= V::threads)
+        sharing *= 2;
+    int expert = threadIdx.x / sharing;
+    int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
+    Component<V> c{arcs, copies, tokens, first_of_rank, second_of_rank, targets, layers, net.shape[g],
+                   edges, net.ranks + g * V::size, p.speed, p.cap};
+    int base = p.base && threadIdx.x < c.shape.ranks ? p.base[c.ranks[threadIdx.x]] : 0;
+    if (threadIdx.x < V::size) {
+        c.staying()[threadIdx.x] = base;
+        c.movable()[threadIdx.x] = 0;
+    }
+    for (int a = threadIdx.x; a < net.max_arcs; a += V::threads) {
+        arcs[a] = net.arcs[g * net.max_arcs + a];
+        copies[a] = net.copies[g * net.max_arcs + a];
+    }
+    ending = add_up<V, general>(p, load, c.staying(), quota, sharing, packed, base);
+    ending.status = max(ending.status, p.status);
+    if (general && p.cap != nullptr) {
+        if (!fill_copies(c, load)) ending.status = max(ending.status, INFEASIBLE);
+    } else {
+        split_evenly(c, load);
+    }
+    __syncthreads();  // all copies have their tokens, and ranks their sums, before any thread reads them
+    return c;
+}
+
+}  // namespace lplb

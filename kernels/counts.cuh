@@ -1,0 +1,42 @@
+// The counts of all ranks, and sums of them.
+#pragma once
+
+#include "abi.cuh"
+
+namespace lplb {
+
+// A rank's counts in the batch that the block has.
+__device__ const int* counts_of(const Counts& counts, int rank) {
+    return counts.rows + size_t(blockIdx.y) * counts.batch_stride + size_t(rank) * counts.stride + counts.head;
+}
+
+// A total in shared memory that may exceed 32 bits: sums of the terms' low and high 16 bits.
+struct Total {
+    unsigned low, high;
+
+    __device__ void add(unsigned value) {  // by whole warps
+        unsigned low_sum = __reduce_add_sync(~0u, value & 0xffff);
+        unsigned high_sum = __reduce_add_sync(~0u, value >> 16);
+        if (threadIdx.x % 32 != 0) return;
+        atomicAdd(&low, low_sum);
+        atomicAdd(&high, high_sum);
+    }
+
+    __device__ unsigned long long value() const { return ((unsigned long long)high << 16) + low; }
+};
+
+// Takes every `by`-th of the numbers from `from` up to `to`, which lie `step` apart in memory. N loads at a
+// time are guarded and not rolled up, so all are under way at once. Zeros may come behind the last.
+template <int N, typename Take>
+__device__ void each(const int* at, int from, int to, int by, int step, Take take) {
+    #pragma unroll 1
+    for (int i = from; i < to; i += N * by, at += N * by * step) {
+        int several[N];
+        #pragma unroll
+        for (int j = 0; j < N; ++j) several[j] = i + j * by < to ? at[j * by * step] : 0;
+        #pragma unroll
+        for (int j = 0; j < N; ++j) take(several[j]);
+    }
+}
+
+}  // namespace lplb

@@ -1,0 +1,106 @@
+// Pushing excess along the edges from one layer of ranks to the next.
+#pragma once
+
+#include "component.cuh"
+
+namespace lplb {
+
+template <typename V>
+struct ResidualEdge {           // along which tokens may move, ready for use
+    typename V::Set target;     // a bit; none: no edge
+    int arc, to, rank;          // where `tokens` and `excess` have the two copies and the target
+    unsigned same;              // edges of the same copy, as bits of the chunk
+};
+
+// This thread's edges of the chunk that begins with a rank's edge number `chunk`.
+template <typename V>
+__device__ void make_ready(const Edge* edges, int number, int chunk, ResidualEdge<V> (&residual)[V::turns]) {
+    #pragma unroll
+    for (int i = 0; i < V::turns; ++i) {
+        int place = i * V::parts + threadIdx.x % V::parts;
+        Edge edge{-1, -1, 0, 0, 0};
+        if (chunk + place < number) edge = edges[chunk + place];
+        residual[i] = {typename V::Set(0), 0, 0, 0, 0};
+        if (edge.arc < 0) continue;
+        int begin = place - edge.nth;
+        unsigned long long all = (1ull << edge.number) - 1;
+        unsigned same(begin < 0 ? all >> -begin : all << begin);
+        residual[i] = {typename V::Set(1) << edge.target, edge.arc, edge.to, edge.target, same};
+    }
+}
+
+// One layer of a wave: a rank's excess goes to the ranks `down`, in the layer below. Those of the lowest layer
+// take no more than their deficit. Lanes of ranks that do not push come along.
+template <typename V, bool general>
+__device__ void push(const Component<V>& c, const ResidualEdge<V> (&first)[V::turns], bool pushes,
+                     typename V::Set down, bool lowest) {
+    int rank = threadIdx.x / V::parts, part = threadIdx.x % V::parts, lane = threadIdx.x % 32;
+    int excess = pushes ? early(c.excess() + rank) : 0;
+    ResidualEdge<V> edges[V::turns];
+    #pragma unroll
+    for (int i = 0; i < V::turns; ++i) edges[i] = first[i];
+    for (int chunk = 0;; chunk += V::chunk) {
+        int available[V::turns], limit[V::turns], offer[V::turns], total = 0;
+        bool usable[V::turns];
+        #pragma unroll
+        for (int i = 0; i < V::turns; ++i) {
+            usable[i] = pushes && (edges[i].target & down) != 0;
+            available[i] = usable[i] ? early(c.tokens + edges[i].arc) : 0;
+            limit[i] = usable[i] && lowest ? early(c.deficit() + edges[i].rank) : MAX_TOTAL;
+        }
+        if (!__any_sync(~0u, excess > 0)) return;
+        #pragma unroll
+        for (int i = 0; i < V::turns; ++i) {
+            if (general && usable[i]) limit[i] = min(limit[i], c.capacity(edges[i].to));
+            usable[i] = excess > 0 && available[i] > 0 && (!general || limit[i] > 0);
+            offer[i] = available[i];
+        }
+        if (c.shape.most_nth > 0) {
+            // The edges of one copy share what it has: each takes half of what the earlier ones left, the
+            // last all. Those of another chunk do so with what this one leaves.
+            unsigned usable_edges = 0;
+            #pragma unroll
+            for (int i = 0; i < V::turns; ++i) {
+                unsigned of_rank = __ballot_sync(~0u, usable[i]) >> (lane - part) & ((1ull << V::parts) - 1);
+                usable_edges |= of_rank << (i * V::parts);
+            }
+            #pragma unroll
+            for (int i = 0; i < V::turns; ++i) {
+                unsigned same = usable_edges & edges[i].same, lower = (1u << (i * V::parts + part)) - 1;
+                int rest = available[i] >> __popc(same & lower);
+                bool last = (same & (~lower << 1)) == 0;
+                offer[i] = last ? rest : rest - (rest >> 1);
+            }
+        }
+        #pragma unroll
+        for (int i = 0; i < V::turns; ++i) {
+            offer[i] = usable[i] ? min(offer[i], limit[i]) : 0;
+            total += offer[i];
+        }
+        int sum = total;
+        #pragma unroll
+        for (int i = 1; i < V::parts; i *= 2) {
+            int other = __shfl_up_sync(~0u, sum, i, V::parts);
+            if (i <= part) sum += other;
+        }
+        int remaining = excess - (sum - total);
+        #pragma unroll
+        for (int i = 0; i < V::turns; ++i) {
+            int tokens = min(offer[i], remaining);
+            remaining -= offer[i];
+            if (tokens <= 0) continue;
+            atomicAdd(&c.excess()[edges[i].rank], tokens);
+            atomicAdd(&c.tokens[edges[i].to], tokens);
+            atomicSub(&c.tokens[edges[i].arc], tokens);
+        }
+        if (V::parts > 1) __syncwarp();  // all threads of the rank have read its excess before the last writes it
+        // No one else adds to a rank while it pushes.
+        if (part == V::parts - 1 && excess > 0) c.excess()[rank] = max(0, excess - sum);
+        if (!V::more || chunk + V::chunk >= c.shape.most_edges) return;
+        excess = max(0, excess - __shfl_sync(~0u, sum, V::parts - 1, V::parts));
+        make_ready<V>(c.edges, c.shape.most_edges, chunk + V::chunk, edges);
+        __syncwarp();  // what this chunk took from a copy is gone before the next reads what it has
+    }
+}
+
+}  // namespace lplb

@@ -1,0 +1,62 @@
+// Rows of counts between nodes, by the first rank of each.
+//
+// `gather` collects its node's rows. NVSHMEM puts them into the memory of the first rank of every other node,
+// with a signal. `broadcast` writes what came from there into the windows of its own node. A row that is late
+// is given up a little earlier at each station, so that those who wait for it learn which it is.
+#pragma once
+
+#include "exchange.cuh"
+
+namespace lplb {
+
+// Collects the rows of a node to be sent; one block.
+template <int threads>
+__device__ void gather_rows(const Window& window, const Relay& relay, int batch, int size) {
+    int count = relay.node_size;
+    Word* words = relay.sent + (batch & 1) * count * size;
+    bool any_late = false;
+    wait_for<threads>(window.peers[window.rank] + place_of(window, batch, relay.node * count, size), count * size,
+                      batch, window.state->start + window.limit_ns / 2, [&](int i, Word word) {
+                          any_late |= !is_of(word, batch);
+                          words[i] = is_of(word, batch) ? word : word_of(batch, LATE);
+                      });
+    if (!__syncthreads_or(any_late)) return;  // all words are written before late rows are completed
+    for (int source = threadIdx.x; source < count; source += threads) {
+        Word* row = words + source * size;
+        bool is_late = false;
+        #pragma unroll 1
+        for (int i = 0; i < size; ++i)
+            if (int(row[i]) == LATE) {
+                row[i] = word_of(batch, 0);
+                is_late = true;
+            }
+        if (is_late) row[HEAD_STATUS] = word_of(batch, TIMED_OUT);
+    }
+}
+
+// Hands the rows of the other nodes to the ranks of this one, and waits for all; one block.
+template <int threads>
+__device__ void broadcast_rows(const Window& window, const Relay& relay, int batch, int size) {
+    int count = relay.node_size, number = count * size;
+    int nodes = window.num_ranks / count;
+    long long start = window.state->start, deadline = start + window.limit_ns / 4 * 3;
+    for (int node = threadIdx.x; node < nodes; node += threads) {
+        Word sent;
+        do sent = load_acquire(relay.signals + node);
+        while (node != relay.node && ((unsigned(sent) - unsigned(batch)) & MAX_TOTAL) > MAX_TOTAL / 2 &&
+               nanoseconds() <= deadline);
+    }
+    __syncthreads();  // all signals have come before any thread reads what they announce
+    for (int node = 0; node < nodes; ++node) {
+        const Word* words = relay.received + (2 * node + (batch & 1)) * number;
+        for (int i = threadIdx.x; node != relay.node && i < count * number; i += threads) {
+            Word word = load_relaxed(words + i % number);
+            Word* to = window.peers[relay.node * count + i / number];
+            if (is_of(word, batch)) store_relaxed(to + place_of(window, batch, node * count, size) + i % number, word);
+        }
+    }
+    receive<threads>(window, batch, size, start + window.limit_ns);
+    if (threadIdx.x == 0) window.state->unread = 0;
+}
+
+}  // namespace lplb
