@@ -80,6 +80,8 @@ def check_plan(
     hold((plan.rank_load.cpu() == load).all(), "rank_load is not the load of the quotas")
     if int(plan.status) == Status.OPTIMAL:
         problem = Problem() if problem is None else problem
+        if problem.max_quota is not None:
+            hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")
         reached, best = (
             slowest_time(quota, placement, problem),
             best_time(counts.sum(0), placement, problem),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from ..placement.table import Placement
-from .inputs import num_ids
+from .inputs import INDICES, num_ids
 
 
 class HomeRoutes:
@@ -21,8 +21,25 @@ class HomeRoutes:
 
     def __init__(self, placement: Placement, device: torch.device) -> None:
         self._placement, self.device = placement, device
+        self._tables = _home_tables(placement, device)
         self._wrong = torch.zeros((), dtype=torch.bool, device=device)
         self._seen = torch.zeros((), dtype=torch.bool).pin_memory()
+
+    def prepare(self, placement: Placement) -> Callable[[], None]:
+        """Makes ready for other replicas, for captured graphs, too.
+
+        Returns:
+            A function that puts them in force.
+        """
+        tables = _home_tables(placement, self.device)
+
+        def commit() -> None:
+            # In place: kernels that a graph has captured read them where they are.
+            for indices, table in self._tables.items():
+                table.copy_(tables[indices])
+            self._placement = placement
+
+        return commit
 
     def raise_errors(self) -> None:
         """Raises what was found wrong with earlier batches, without waiting.
@@ -39,26 +56,27 @@ class HomeRoutes:
         """[T, K] ids on this GPU → [T, K] slots of the same dtype, -1 where the input is wrong."""
         count = num_ids(self._placement, indices)
         known = (topk_idx >= -1) & (topk_idx < count)
-        slots = home_table(self._placement, indices, self.device)[
-            torch.where(known, topk_idx, -1).long()
-        ]
+        slots = self._tables[indices][torch.where(known, topk_idx, -1).long()]
         self._wrong.logical_or_(((slots < 0) & (topk_idx != -1)).any())
         self._seen.copy_(self._wrong, non_blocking=True)
         return slots.to(topk_idx.dtype)
 
 
-@functools.lru_cache(maxsize=1024)
-def home_table(placement: Placement, indices: str, device: torch.device) -> torch.Tensor:
-    """[E + 1] or [P + 1] int32: the home slot of each id, -1 for an empty slot and at the end."""
+def _home_tables(placement: Placement, device: torch.device) -> dict[str, torch.Tensor]:
+    """[E + 1] and [P + 1] int32, by `INDICES`: the home slot of each id.
+
+    It is -1 for an empty slot, and at the end.
+    """
     homes = np.append(placement.home, np.int32(-1))
-    if indices == "physical":
-        homes = homes[np.append(placement.physical_to_logical, -1)]
-    return torch.from_numpy(homes).to(device)
+    of_slots = homes[np.append(placement.physical_to_logical, -1)]
+    both = zip(INDICES, (homes, of_slots), strict=True)
+    return {indices: torch.from_numpy(table).to(device) for indices, table in both}
 
 
 def out_of_range(placement: Placement) -> ValueError:
     """The error of a batch whose `topk_idx` a GPU found wrong."""
     return ValueError(
         "an earlier batch's topk_idx had an entry that is neither -1 nor an expert in "
-        f"[0, {placement.num_experts}); LPLB_EP_CHECK=1 names it at once"
+        f"[0, {placement.num_experts}) or its slot; "
+        "LPLB_EP_CHECK=1 names it at once"
     )

@@ -46,7 +46,7 @@ class HostBackend:
 
     def num_batches(self) -> collections.Counter[Status]:
         """As `Backend.num_batches`."""
-        return self._num_batches
+        return self._num_batches.copy()
 
     def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
         """As `Backend.prepare`."""

@@ -104,9 +104,9 @@ class Workspace:
         """Makes `scratch` large enough for a batch."""
         if self.scratch.numel() < _BYTES_OF_PICK * num_picks:
             self._outgrown.append(self.scratch)
-            self.scratch = torch.empty(
-                _BYTES_OF_PICK * num_picks, dtype=torch.uint8, device=self.tables.device
-            )
+            # Twice as large at least: batches that grow by a token each would leave many behind.
+            size = max(_BYTES_OF_PICK * num_picks, 2 * self.scratch.numel())
+            self.scratch = torch.empty(size, dtype=torch.uint8, device=self.tables.device)
 
 
 class Launches:

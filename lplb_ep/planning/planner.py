@@ -290,16 +290,25 @@ class Planner:
             this planner stay valid, and plan with the new copies.
 
         Raises:
-            ValueError: the placement is not of this layer. Or on the GPU its tables do not fit
-                where those of the first one lie; the message says by what.
+            ValueError: the placement is not of this layer, or has another `max_replicas`. Or on the
+                GPU its tables do not fit where those of the first one lie; the message says by
+                what.
         """
         if not placement.may_replace(self.placement):
             raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")
         head = [tag_of(placement, self._problem), *self._head[1:]]
-        switch = self._backend.prepare(placement, head)
+        switches = [self._backend.prepare(placement, head)]
+        switches += [homes.prepare(placement) for homes in self._homes.values()]
+        columns = self.placement.max_replicas
+        if placement.max_replicas != columns:
+            raise ValueError(
+                f"max_replicas must stay {columns}, the columns of this planner's quotas; "
+                f"got {placement.max_replicas}"
+            )
 
         def commit() -> None:
-            switch()
+            for switch in switches:
+                switch()
             self.placement = placement
 
         return commit

@@ -68,8 +68,8 @@ class Refresher:
 
     Raises:
         ValueError: no layers, a layer twice or in another `Refresher` too, or layers on several
-            groups. Or a placement object that serves several layers, more slots on a rank than
-            experts, or a `choose` that another process cannot import.
+            groups. Or a placement object that serves several layers, or a problem with `max_quota`.
+            Or more slots on a rank than experts, or a `choose` that another process cannot import.
         RankError: ranks differ in settings or placements.
     """
 
@@ -230,6 +230,11 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
         if len(replicas.layer.replicas) > 1:
             raise ValueError(
                 f"the placement object of layer {number} serves several layers: give each its own"
+            )
+        if replicas.layer.problem.max_quota is not None:
+            raise ValueError(
+                f"the problem of layer {number} has max_quota, which limits copies where they are: "
+                "a Refresher would move them"
             )
         slots, ranks = replicas.placement.num_local_slots, replicas.placement.num_ranks
         if choose is None and slots > replicas.placement.num_experts and ranks > 1:

@@ -63,6 +63,15 @@ def test_limits_that_do_not_suffice_send_a_batch_home():
     assert plan.quota[0].tolist() == [5, 0]
 
 
+def test_check_plan_finds_quotas_above_their_limits():
+    topk, counts = torch.tensor([[0]] * 5 + [[1]]), torch.tensor([[5, 1, 0], [0, 0, 0]])
+    plan = Planner(PAIR, rank=0, counts="given")(topk, counts=counts)
+    assert plan.quota[0].tolist() == [2, 3]
+    tight = Problem(max_quota=torch.tensor([[5, 2], [9, 0], [9, 0]]))
+    with pytest.raises(AssertionError, match="a quota above its max_quota"):
+        check_plan(plan, topk, PAIR, 0, tight)
+
+
 @pytest.mark.parametrize(
     ("problem", "error", "message"),
     [

@@ -29,8 +29,10 @@ from refreshing import (
 import lplb_ep
 from lplb_ep import (
     ContractError,
+    Layer,
     Placement,
     Planner,
+    Problem,
     Refresher,
     Replicas,
     Settings,
@@ -206,6 +208,10 @@ def test_a_layer_has_one_refresher():
     Refresher([replicas], settings=SETTINGS, choose=hot)
     with pytest.raises(ValueError, match="layer 0 has a Refresher already"):
         Refresher([replicas], settings=SETTINGS, choose=hot)
+    limited = Layer(Placement([0, 1, 0], 1), Problem(max_quota=torch.full((2, 2), 9)))
+    experts = torch.nn.Linear(1, 3, bias=False)
+    with pytest.raises(ValueError, match="layer 0 has max_quota, which limits copies"):
+        Refresher([Replicas(experts, limited)], settings=SETTINGS, choose=hot)
 
 
 @pytest.mark.parametrize("module", ["__main__", "__mp_main__"])

@@ -23,6 +23,8 @@ from lplb_ep import (
     check_plan,
 )
 from lplb_ep.planning import reference
+from lplb_ep.planning.home import HomeRoutes
+from lplb_ep.planning.plan import Status
 
 
 def test_copies_are_replaced_at_the_same_homes_and_width():
@@ -62,9 +64,11 @@ def test_a_prepared_planner_plans_as_one_that_is_made_anew():
     topk = traffic("new", 1, 0)
     counts = torch.stack([reference.count(traffic("new", r, 0), E) for r in range(R)])
     before = planner(topk, counts=counts)
+    planned = planner.num_batches
     new = placement.with_copies(moved())
     planner.prepare(new)  # is not in force before the call
     assert torch.equal(planner(topk, counts=counts).topk_idx, before.topk_idx)
+    assert planner.num_batches - planned == {Status.OPTIMAL: 1}
     planner.prepare(new)()
     planner.layer.replace(new)
     after = planner(topk, counts=counts)
@@ -76,6 +80,25 @@ def test_a_prepared_planner_plans_as_one_that_is_made_anew():
     )  # its split is still by the placement that it was made on
     with pytest.raises(ValueError, match="not one of this planner's layer"):
         planner.prepare(Placement(ring().physical_to_logical[::-1], R))
+    with pytest.raises(ValueError, match="max_replicas must stay 2, the columns"):
+        planner.prepare(placement.with_copies(moved(), 3))
     experts = torch.nn.Linear(1, 3, bias=False)
     with pytest.raises(ValueError, match="not one of these replicas' layer"):
         Replicas(experts, Placement([0, 1, 0], 1)).prepare(Placement([0, 1, 0], 1, home=[2, 1]))
+
+
+def test_slots_go_home_by_the_copies_in_force(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    old = Placement([0, 1, 0, 2, 3, 1], 2, home=[0, 1, 3, 4])
+    new = old.with_copies([0, 1, 3, 2, 3, -1])
+    planner, device = Planner(old, rank=0, counts="given"), torch.device("cpu")
+    homes = planner._homes[device] = HomeRoutes(old, device)  # as of a GPU's tensors
+    slots = torch.tensor([[2, 4, -1]])
+    assert homes(slots, "physical").tolist() == [[0, 4, -1]]
+    planner.prepare(new)()
+    assert homes(slots, "physical").tolist() == [[4, 4, -1]]
+    assert homes(torch.tensor([[3, 0]])).tolist() == [[4, 0]]
+    homes.raise_errors()
+    homes(torch.tensor([[5]]), "physical")  # which holds nothing now
+    with pytest.raises(ValueError, match="or its slot"):
+        homes.raise_errors()

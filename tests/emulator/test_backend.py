@@ -1,0 +1,267 @@
+"""The host's side of a GPU's plans: `DeviceBackend` as it is, whose launches the emulator runs."""
+
+import contextlib
+import ctypes
+import functools
+import gc
+from types import SimpleNamespace
+
+import emulator
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from lplb_ep import Layer, Placement, Planner, Problem, RankError, check_plan
+from lplb_ep.comm.exchange import LocalExchange
+from lplb_ep.gpu import launch
+from lplb_ep.planning import device, device_tables, kernels, planner, reference
+from lplb_ep.planning.plan import Status
+from lplb_ep.planning.structs import HEAD, Head
+
+E, R = 4, 2
+TWO = Placement([0, 1, 2, 3, 2, 0], R, home=[0, 1, 4, 3])  # slots 2 and 5 are replicas
+RANK = 1
+FIELDS = ("topk_idx", "counts", "quota", "rank_load", "status", "split")
+
+
+class Driver:
+    """As much of CuPy's driver as launches need. A kernel is done when its launch returns.
+
+    It may access the tensors that live then: on a stream, a tensor that was dropped before is
+    another's memory.
+    """
+
+    def __init__(self, library):
+        self._library, self._kernels = library, []
+
+    def load(self, program, index):
+        """As `launch.load`."""
+        return SimpleNamespace(kernel=functools.partial(self._kernel, self._library(program)))
+
+    def _kernel(self, library, name, formats):
+        self._kernels.append(library.kernel(name))
+        function = SimpleNamespace(ptr=len(self._kernels) - 1)
+        runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
+        return launch.Kernel(function, self, runtime, formats)
+
+    def launchKernel(self, function, x, y, _z, threads, *rest):  # noqa: N802, CUDA's name
+        """Runs a kernel."""
+        *_, num_shared_bytes, stream, arguments, _extra = rest
+        assert stream == Torch.STREAM
+        kernel, memory = self._kernels[function], emulator.Memory()
+        storages = {
+            storage.data_ptr(): storage.nbytes()
+            for one in gc.get_objects()
+            if type(one) is torch.Tensor and (storage := one.untyped_storage()).nbytes()
+        }
+        for address, size in storages.items():
+            emulator.runtime().emulator_register(ctypes.c_void_p(address), ctypes.c_size_t(size), 1)
+        module = ctypes.pointer(kernel.library.module)
+        made = emulator._Operation(kernel.entry, module, arguments, (x, y), threads)
+        made.num_shared_bytes = num_shared_bytes
+        memory.run([emulator.Operation(made, (kernel.library,))])
+
+
+class Torch:
+    """Module torch for a backend whose GPU is the host."""
+
+    STREAM = 7
+
+    def __init__(self):
+        stream = SimpleNamespace(cuda_stream=self.STREAM, synchronize=lambda: None)
+        self.cuda = SimpleNamespace(
+            current_device=lambda: -1,  # as tensors of the host say
+            current_stream=lambda device: stream,
+            is_current_stream_capturing=lambda: False,
+            synchronize=lambda device: None,
+        )
+        self._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda index: self.STREAM)
+        self.device = lambda kind, index: torch.device("cpu")
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def make(library, monkeypatch):
+    """Makes the planner of a layer and exchange on such a GPU."""
+    driver, fake = Driver(library), Torch()
+    monkeypatch.setattr(kernels, "load", driver.load)
+    monkeypatch.setattr(device, "torch", fake)
+    for module in (device, launch):
+        monkeypatch.setattr(module, "on_device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", fake.cuda.current_stream)
+    monkeypatch.setattr(device_tables, "max_shared_bytes", lambda index: emulator.MAX_SHARED_BYTES)
+    monkeypatch.setattr(planner, "choose_solver", lambda solver, *asked: (solver, ""))
+    monkeypatch.setattr(planner, "solver_fact", lambda *asked: "flow")
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+
+    def make(target, exchange=None):
+        made = Planner(target, rank=RANK, counts="given", solver="flow")
+        made._backend._index = -1
+        made.exchange = exchange
+        return made
+
+    caches = (kernels._route_kernels, kernels._solver_kernels)
+    for cache in caches:
+        cache.cache_clear()
+    yield make
+    for cache in caches:
+        cache.cache_clear()
+
+
+class Rows(LocalExchange):
+    """Adds rows of ranks in step with this one."""
+
+    counts, status = torch.zeros(R, E), Status.OPTIMAL
+
+    def gather(self, row):
+        rows = row.expand(R, -1).clone()
+        rows[:, Head.STATUS] = self.status
+        rows[:, HEAD : HEAD + E] = self.counts
+        rows[RANK] = row
+        return rows
+
+
+def batch(rng, num_tokens, dtype=torch.int64):
+    """[T, K] of each rank and their counts."""
+    topks = [torch.from_numpy(oracle.random_topk(rng, T, 2, np.ones(E))) for T in num_tokens]
+    counts = torch.stack([reference.count(topk, E) for topk in topks])
+    return topks[RANK].to(dtype), counts
+
+
+def values(plan):
+    return [getattr(plan, field).clone() for field in FIELDS]
+
+
+def same(some, others):
+    return all(torch.equal(one, other) for one, other in zip(some, others, strict=True))
+
+
+def test_batches_of_every_kind_by_turns(make):
+    rng, rows = np.random.default_rng(1), Rows()
+    given, exchanging = make(TWO), make(TWO, rows)
+    slots = torch.tensor(TWO.logical_to_physical)
+    last = torch.where(slots[:, -1] < 0, slots[:, 0], slots[:, -1])
+    plans = []
+    for _ in range(10):
+        T, dtype = int(rng.choice([0, 1, 5, 64, 200])), rng.choice([torch.int32, torch.int64])
+        topk, rows.counts = batch(rng, [40, T], dtype)
+        physical = torch.where(topk < 0, -1, last[topk.long()].to(dtype))
+        calls = [
+            functools.partial(given, topk, counts=rows.counts.long()),
+            functools.partial(exchanging, topk, distinct=bool(rng.integers(2))),
+            functools.partial(exchanging, physical, indices="physical"),
+            functools.partial(exchanging.route, topk),
+        ]
+        made = {int(call): calls[call]() for call in rng.permutation(4)}
+        slots_alone = made.pop(3)
+        for plan in made.values():
+            check_plan(plan, topk, TWO, RANK)
+            assert same(values(plan), values(made[0]))
+            assert torch.equal(plan.topk_idx, slots_alone)
+            plans.append((plan, values(plan)))
+    assert all(same(values(plan), expected) for plan, expected in plans)
+    masked = exchanging.mask(torch.tensor([[-1, 5]]), torch.tensor([[3, 4]]))
+    assert masked.tolist() == [[-1, 4]]
+    for one in (given, exchanging):
+        one.raise_errors()
+
+
+def random_problem(rng):
+    """Bounds of which some leave few tokens below 2**31, and some do not suffice."""
+    bounds = {}
+    if rng.random() < 0.6:
+        most = rng.choice([100, 2**30])
+        bounds["base_load"] = torch.from_numpy(rng.integers(0, most, R))
+        if most > 100:
+            bounds["base_load"][0] = 2**31 - 1 - bounds["base_load"][1] - rng.integers(0, 200)
+    if rng.random() < 0.4:
+        bounds["speed"] = torch.from_numpy(rng.integers(1, 10, R))
+    if rng.random() < 0.5:
+        bounds["max_quota"] = torch.from_numpy(rng.integers(20, 120, (E, 2)))
+    return Problem(**bounds)
+
+
+def test_batches_end_as_on_the_cpu(make):
+    rng, seen = np.random.default_rng(3), set()
+    for _ in range(40):
+        layer, stale = Layer(TWO, random_problem(rng)), bool(rng.random() < 0.2)
+        topk, counts = batch(rng, rng.integers(0, 100, R))
+        counts = counts.long()
+        if rng.random() < 0.2:
+            counts[0, rng.integers(E)] = int(rng.choice([2**30, 2**31 - 1]))
+        plan = make(layer)(topk, counts=counts, stale=stale)
+        host = Planner(layer, rank=RANK, counts="given", solver="cpu")
+        expected = host(topk, counts=counts, stale=stale)
+        check_plan(plan, topk, TWO, RANK, layer.problem)
+        assert int(plan.status) == int(expected.status)
+        assert torch.equal(plan.counts, expected.counts)
+        if int(plan.status) != Status.OPTIMAL:  # else several are the best
+            assert same(values(plan), values(expected))
+        seen.add(Status(int(plan.status)))
+    assert seen == {Status.OPTIMAL, Status.STALE, Status.INFEASIBLE, Status.BAD_COUNTS}
+
+
+def test_replaced_copies_are_planned_with_in_every_kind_of_call(make):
+    rng, rows, layer = np.random.default_rng(2), Rows(), Layer(TWO)
+    layer.is_refreshable = True
+    exchanging = make(layer, rows)
+    topk, rows.counts = batch(rng, [40, 30])
+    physical = exchanging(topk).topk_idx
+    assert same(values(exchanging(physical, indices="physical")), values(exchanging(topk)))
+    before = exchanging(topk)
+    split = before.split.clone()
+    new = TWO.with_copies([0, 1, 3, 3, 2, 1])
+    exchanging.prepare(new)()
+    layer.replace(new)
+    after = exchanging(topk)
+    check_plan(after, topk, new, RANK)
+    assert not torch.equal(after.topk_idx, physical)
+    assert same(values(exchanging(after.topk_idx, indices="physical")), values(after))
+    assert torch.equal(before.split, split)  # by the placement that it was made on
+
+
+def test_refusals_and_faults_leave_nothing_behind(make):
+    rng, rows = np.random.default_rng(2), Rows()
+    exchanging = make(TWO, rows)
+    topk, rows.counts = batch(rng, [40, 30])
+    expected = values(exchanging(topk))
+
+    def goes_on():
+        return same(values(exchanging(topk)), expected)
+
+    with pytest.raises(ValueError, match="must be"):
+        exchanging(torch.zeros(3))
+    assert goes_on()
+    rows.status = Status.REFUSED
+    exchanging(topk)
+    rows.status = Status.OPTIMAL
+    with pytest.raises(RankError, match="refused"):
+        exchanging(topk)
+    assert goes_on()
+    for wrong, distinct, message in (([[E, 0]], False, "neither -1"), ([[2, 2]], True, "twice")):
+        plan = exchanging(torch.tensor(wrong), distinct=distinct)
+        assert int(plan.status) == Status.REFUSED
+        assert int(plan.quota.sum()) == 0
+        with pytest.raises((RankError, ValueError), match=message):
+            exchanging(topk)
+        assert goes_on()
+    assert int(exchanging(topk, stale=True).status) == Status.STALE
+    assert goes_on()
+    rows.counts[RANK] = torch.tensor([0, 0, 2, 0])
+    assert int(exchanging(torch.tensor([[2, 2]])).status) == Status.OPTIMAL
+    given = make(TWO)
+    given(topk, counts=rows.counts * 2)
+    with pytest.raises(ValueError, match="counts were not those"):
+        given(topk, counts=rows.counts)
+
+
+def test_batches_that_grow_leave_little_behind(make):
+    given = make(TWO)
+    for T in range(1, 41):
+        given(torch.zeros(T, 1, dtype=torch.int32), counts=torch.tensor([[0] * E, [T, 0, 0, 0]]))
+        if T == 1:
+            at_first = given._backend.workspace.num_bytes
+    assert given._backend.workspace.num_bytes - at_first <= 4 * 6 * 40
