@@ -152,14 +152,14 @@ def layer_of(target: Layer | Placement) -> Layer:
     return Layer(target) if layer is None else layer
 
 
-def mark_valid(target: Layer | Placement) -> None:
+def mark_valid(placement: Layer | Placement) -> None:
     """Declares that a layer's replicas equal their homes: `Layer.mark_valid`."""
-    layer_of(target).mark_valid()
+    layer_of(placement).mark_valid()
 
 
-def mark_stale(target: Layer | Placement) -> None:
+def mark_stale(placement: Layer | Placement) -> None:
     """Takes `mark_valid` back: `Layer.mark_stale`."""
-    layer_of(target).mark_stale()
+    layer_of(placement).mark_stale()
 
 
 def check_slot(slot: int) -> None:

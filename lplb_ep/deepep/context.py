@@ -44,20 +44,20 @@ def used() -> LayerUse | None:
 
 
 @contextlib.contextmanager
-def use(target: Layer | Placement, slot: int = 0) -> Iterator[None]:
+def use(placement: Layer | Placement, slot: int = 0) -> Iterator[None]:
     """Puts a placement in force on every buffer, for calls that cannot be given a view.
 
     A context variable, read only when a plan is made: a backward pass needs none. Free to enter.
 
     Args:
-        target: the layer that runs inside, or the placement object that stands for it.
+        placement: the layer that runs inside, or the placement object that stands for it.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Raises:
-        TypeError: `target` is neither a layer nor a placement.
+        TypeError: `placement` is neither a layer nor a placement.
         ValueError: `slot` is not a whole number in [0, 2**31).
     """
-    token = _entered.set((*_entered.get(), _Entered(None, layer_use(target, slot))))
+    token = _entered.set((*_entered.get(), _Entered(None, layer_use(placement, slot))))
     try:
         yield
     finally:
@@ -121,7 +121,7 @@ def check_local_slots(placement: Placement, num_local_slots: int | None) -> None
 
 def attach(
     module: torch.nn.Module,
-    target: Layer | Placement,
+    placement: Layer | Placement,
     *,
     num_local_slots: int,
     buffer: Any = None,
@@ -134,7 +134,7 @@ def attach(
 
     Args:
         module: the MoE layer, whose forward calls the buffer.
-        target: its `Layer`, or the placement object that stands for one.
+        placement: its `Layer`, or the placement object that stands for one.
         num_local_slots: P / R, the expert slots that the layer has on each rank.
         buffer: the buffer it will call; its channel is made now, not at the first batch.
         experts: the layer's slots, whose weights are checked: a ModuleList of P / R modules,
@@ -147,13 +147,15 @@ def attach(
 
     Raises:
         ContractError: LPLB_EP is 0, or the slots are not the placement's.
-        TypeError: `target` is neither a layer nor a placement.
+        TypeError: `placement` is neither a layer nor a placement.
         ValueError: the weights do not have that many slots; names the parameter.
         ValueError: `slot` is not a whole number in [0, 2**31).
     """
     state = None if buffer is None else state_of(buffer)
 
     def check(layer: Layer) -> None:
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"module must be a module; got a {type(module).__name__}")
         refuse_when_off(Settings.from_env() if state is None else state.settings, "attach()")
         check_local_slots(layer.placement, num_local_slots)
         weights = getattr(module, "experts", None) if experts is None else experts
@@ -161,10 +163,10 @@ def attach(
             slot_parameters(weights, num_local_slots)
 
     if state is None:
-        own = layer_use(target, slot)
+        own = layer_use(placement, slot)
         check(own.layer)
     else:
-        own = register(state, target, slot, check)
+        own = register(state, placement, slot, check)
     attachment = object()
 
     def enter(*_: Any) -> None:

@@ -221,13 +221,13 @@ def _refuse_late_nvshmem(call: Call) -> None:
 # --- views ----------------------------------------------------------------------------------------
 
 
-def _view(self: Any, target: Layer | Placement, slot: int = 0) -> Any:
+def _view(self: Any, placement: Layer | Placement, slot: int = 0) -> Any:
     """A facade over the same buffer with a placement of its own in force: one for each layer.
 
     Collective: every rank makes its views in the same order.
 
     Args:
-        target: the layer, or the placement object that stands for one.
+        placement: the layer, or the placement object that stands for one.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Returns:
@@ -235,13 +235,13 @@ def _view(self: Any, target: Layer | Placement, slot: int = 0) -> Any:
 
     Raises:
         ContractError: LPLB_EP is 0.
-        TypeError: `target` is neither a layer nor a placement.
+        TypeError: `placement` is neither a layer nor a placement.
         ValueError: `slot` is not a whole number in [0, 2**31).
         RankError: ranks bring different placements or slots.
     """
     state = state_of(self)
     refuse_when_off(state.settings, "view()")  # on every rank alike
-    use = register(state, target, slot)
+    use = register(state, placement, slot)
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_use = use

@@ -54,7 +54,7 @@ class Planner:
     come to it. Replays of a graph make no call: `raise_errors` waits and raises.
 
     Args:
-        target: the layer, or the placement object that stands for one.
+        placement: the layer, or the placement object that stands for one.
         group: the expert-parallel group, of `placement.num_ranks` ranks in rank order.
         rank: this rank, where there is no group.
         counts: how counts travel, one of `comm.connect.COUNTS`. With "given" each call brings the
@@ -68,7 +68,7 @@ class Planner:
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
 
     Raises:
-        TypeError: `target` is neither a layer nor a placement.
+        TypeError: `placement` is neither a layer nor a placement.
         ValueError: arguments that do not fit together; the message names them.
         MissingPackageError: the solver needs a GPU or a package that is not there.
         CompileError: a kernel does not compile.
@@ -87,7 +87,7 @@ class Planner:
 
     def __init__(
         self,
-        target: Layer | Placement,
+        placement: Layer | Placement,
         group: dist.ProcessGroup | None = None,
         rank: int | None = None,
         counts: str = "auto",
@@ -101,7 +101,7 @@ class Planner:
     ) -> None:
         ranks = group if compare else None
         with together(ranks, "Planner") as facts:
-            self.layer = layer_of(target)
+            self.layer = layer_of(placement)
             self.placement = placement = self.layer.placement
             self._problem = self.layer.problem.checked(placement)
             self.rank = _own_rank(placement, group, rank)
@@ -244,11 +244,8 @@ class Planner:
                 "this planner was made before its layer's placement was to be refreshed: make the "
                 "Refresher first, then the planner"
             )
-        if (counts is None) == (exchange is None):
-            raise ValueError(
-                f"this planner's counts are {self.counts!r}: "
-                + ("pass counts=" if counts is None else "counts= must not be passed")
-            )
+        if counts is None and exchange is None:
+            raise ValueError("this planner's counts are 'given': pass counts=")
         captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if captured:
             self._check_capturable(topk_idx)
@@ -258,6 +255,10 @@ class Planner:
         batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan)
         try:
             check_topk_idx(topk_idx)
+            if counts is not None and exchange is not None:
+                raise ValueError(
+                    f"this planner's counts are {self.counts!r}: counts= must not be passed"
+                )
             if counts is not None:
                 check_counts(counts, self.placement)
             if self._check or not backend.checks_late:

@@ -44,7 +44,7 @@ class Replicas:
             BatchNorm), and a copy after the optimizer's step does not keep them equal. A constant
             is a buffer with `persistent=False`, which is neither copied nor checkpointed. A weight
             that is not trained is a parameter with `requires_grad=False`.
-        target: the layer, or the placement object that stands for one.
+        placement: the layer, or the placement object that stands for one.
         group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r holds the
             placement's rank r. None only where the placement has one rank.
         transport: moves weights and gradients. "peers": copies into the other GPUs' memory (one
@@ -62,13 +62,12 @@ class Replicas:
     def __init__(
         self,
         experts: nn.Module,
-        target: Layer | Placement,
+        placement: Layer | Placement,
         group: dist.ProcessGroup | None = None,
         transport: str = "auto",
     ) -> None:
-        self.layer = layer_of(target)
+        self.layer = _agree(experts, placement, group, transport)
         placement = self.placement
-        _agree(experts, placement, group, transport)
         self.experts = experts
         self.group = group
         self._rank = 0 if group is None else dist.get_rank(group)
@@ -393,16 +392,25 @@ def _pairs(placement: Placement) -> tuple[list[tuple[int, int]], list[tuple[int,
 
 
 def _agree(
-    experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None, transport: str
-) -> None:
-    """Checks the arguments of `Replicas`, on this rank and between ranks. Collective."""
-    if group is None and placement.num_ranks > 1:
-        raise ValueError(
-            f"group must be given: the placement has {placement.num_ranks} ranks, and None stands "
-            "for a single one"
-        )
+    experts: nn.Module,
+    target: Layer | Placement,
+    group: dist.ProcessGroup | None,
+    transport: str,
+) -> Layer:
+    """Checks the arguments of `Replicas`, on this rank and between ranks. Collective.
+
+    Returns:
+        The layer.
+    """
     size = 1 if group is None else group.size()
     with together(group, "Replicas") as facts:
+        layer = layer_of(target)
+        placement = layer.placement
+        if group is None and placement.num_ranks > 1:
+            raise ValueError(
+                f"group must be given: the placement has {placement.num_ranks} ranks, and None "
+                "stands for a single one"
+            )
         facts.update(placement=placement.fingerprint(), transport=transport)
         if transport not in TRANSPORTS:
             raise ValueError(f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}")
@@ -410,6 +418,7 @@ def _agree(
             raise ValueError(
                 f"group must have the placement's {placement.num_ranks} ranks, got {size}"
             )
-        refuse_state_outside_parameters(experts)
         for name, copies in slots_of(experts, placement.num_local_slots).items():
             facts[f"parameter {name}"] = describe(copies[0].weight)
+        refuse_state_outside_parameters(experts)
+    return layer

@@ -333,3 +333,11 @@ def test_every_module_of_the_tests_has_a_name_of_its_own():
     modules = [path for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     names = [path.name for path in modules]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_a_layer_or_placement_is_passed_by_one_name():
+    """Programs pass it by name, too."""
+    view = lplb_ep.Buffer.view
+    takers = [lplb_ep.Planner, lplb_ep.Replicas, lplb_ep.use, lplb_ep.attach, view]
+    takers += [lplb_ep.mark_valid, lplb_ep.mark_stale, lplb_ep.Layer]
+    assert all("placement" in inspect.signature(taker).parameters for taker in takers)

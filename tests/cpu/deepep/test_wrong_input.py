@@ -202,3 +202,40 @@ def test_an_argument_that_deep_ep_does_not_take_is_named_on_all():
     assert (peer, own) == ("RankError", "TypeError")
     assert "num_sm" in its
     assert "ranks [1] refused; rank 1: " + its in theirs
+
+
+def with_what_only_one_rank_gets_wrong(group, what):
+    channels.clear()
+    odd, module = group.rank() == 1, torch.nn.Linear(3, 2, bias=False)
+    placement = Placement([0, 1, 2, 0], 2)
+    if what == "replicas":
+        lplb_ep.Replicas(module, "a table" if odd else placement, group)
+    elif what == "experts":
+        lplb_ep.Replicas("experts" if odd else module, placement, group)
+    elif what == "counts":
+        planner = lplb_ep.Planner(placement, group)
+        planner(TOPK % 3, torch.zeros(2, 3, dtype=torch.int64) if odd else None)
+    else:
+        buffer = drop_in.drop_in_of(recorder().Buffer)(group)
+        lplb_ep.attach(
+            None if odd else module, placement, num_local_slots=2, buffer=buffer, experts=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "message", "named"),
+    [
+        ("replicas", "TypeError", "must be an lplb_ep.Placement", "must be an lplb_ep.Placement"),
+        ("experts", "TypeError", "experts must be a module", "experts must be a module"),
+        ("counts", "ValueError", "counts= must not be passed", "refused their topk_idx"),
+        ("module", "TypeError", "module must be a module", "module must be a module"),
+    ],
+)
+def test_what_only_one_rank_gets_wrong_is_named_on_all(what, kind, message, named):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, with_what_only_one_rank_gets_wrong, what, environ=ENVIRON, timeout=30)
+    (peer, theirs), (own, said) = failure.value.errors
+    assert (peer, own) == ("RankError", kind)
+    assert message in said
+    assert "ranks [1]" in theirs
+    assert named in theirs
