@@ -156,11 +156,16 @@ class DeviceBackend:
 
     def route(self, batch: Batch, exchange: Exchange) -> Plan:
         """As `Backend.route`."""
-        topk_idx = self._on_device(batch.topk_idx)
-        launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, True)
         if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._device):
                 return self.route(batch, exchange)
+        try:  # what takes memory or a compiler, before this rank's counts are sent
+            topk_idx = self._on_device(batch.topk_idx)
+            launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, True)
+            physical, results = self._allocate(batch, topk_idx)
+        except Exception:
+            self.refuse(exchange)
+            raise
         stream = self._enter_stream()
         try:
             launches.count(topk_idx, batch.status, stream)
@@ -169,7 +174,7 @@ class DeviceBackend:
                 # next one, and `solve` would read results in their place.
                 rows = exchange.gather(self.workspace.row)
                 launches.set_rows(rows)
-            return self._solve_and_route(launches, batch, topk_idx, stream)
+            return self._solve_and_route(launches, batch, physical, results, stream)
         except BaseException:
             self.workspace.row.zero_()  # or its counts would be added to the next batch's
             raise
@@ -181,19 +186,30 @@ class DeviceBackend:
         if counts.dtype == torch.int64:  # or a number beyond int32 would wrap around
             counts = torch.where((counts < 0) | (counts > MAX_TOTAL), -1, counts)
         counts = counts.to(self._device, torch.int32).contiguous()
+        physical, results = self._allocate(batch, topk_idx)
         with on_device(self._index):
             stream = self._enter_stream()
             launches.count(topk_idx, Status.OPTIMAL, stream)
             launches.set_rows(counts, batch.status)
-            return self._solve_and_route(launches, batch, topk_idx, stream)
+            return self._solve_and_route(launches, batch, physical, results, stream)
+
+    def _allocate(self, batch: Batch, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for the slots [T, K] and the results, and scratch for the picks."""
+        self.workspace.reserve(topk_idx.numel())
+        results = self.workspace.results
+        return (
+            torch.empty_like(topk_idx),
+            torch.empty_like(results) if batch.wants_plan else results,
+        )
 
     def _solve_and_route(
-        self, launches: Launches, batch: Batch, topk_idx: torch.Tensor, stream: int
+        self,
+        launches: Launches,
+        batch: Batch,
+        physical: torch.Tensor,
+        results: torch.Tensor,
+        stream: int,
     ) -> Plan:
-        results = self.workspace.results
-        if batch.wants_plan:
-            results = torch.empty_like(results)
-        physical = torch.empty_like(topk_idx)
         launches.solve(results.data_ptr(), stream)
         launches.route(physical.data_ptr(), stream)
         # A captured plan's numbers are those of the last replay, by the placement in force then.

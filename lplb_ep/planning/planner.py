@@ -265,7 +265,7 @@ class Planner:
                 logical = logical_picks(topk_idx, self.placement, indices, distinct)
             if not backend.checks_late:
                 batch = Batch(logical, status)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # whatever it is, the others must not wait for this rank
             if exchange is None:
                 raise
             self.refuse(error)

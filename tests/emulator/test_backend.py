@@ -115,8 +115,10 @@ class Rows(LocalExchange):
     """Adds rows of ranks in step with this one."""
 
     counts, status = torch.zeros(R, E), Status.OPTIMAL
+    sent = None
 
     def gather(self, row):
+        self.sent = Status(int(row[Head.STATUS]))
         rows = row.expand(R, -1).clone()
         rows[:, Head.STATUS] = self.status
         rows[:, HEAD : HEAD + E] = self.counts
@@ -256,6 +258,26 @@ def test_refusals_and_faults_leave_nothing_behind(make):
     given(topk, counts=rows.counts * 2)
     with pytest.raises(ValueError, match="counts were not those"):
         given(topk, counts=rows.counts)
+
+
+@pytest.mark.parametrize("step", ["_on_device", "_launches_for", "_allocate"])
+def test_what_fails_before_a_batch_is_sent_is_told(step, make, monkeypatch):
+    rows = Rows()
+    exchanging = make(TWO, rows)
+    topk, rows.counts = batch(np.random.default_rng(2), [40, 30])
+    expected = values(exchanging(topk))
+    assert rows.sent == Status.OPTIMAL
+    backend, original = exchanging._backend, getattr(exchanging._backend, step)
+
+    def fail(*arguments):
+        monkeypatch.setattr(backend, step, original)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(backend, step, fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        exchanging(topk)
+    assert rows.sent == Status.REFUSED
+    assert same(values(exchanging(topk)), expected)
 
 
 def test_batches_that_grow_leave_little_behind(make):
