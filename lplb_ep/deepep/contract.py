@@ -76,7 +76,8 @@ class Contract:
 
 
 def _is_handle(key: Any) -> bool:
-    return not isinstance(key, (torch.Tensor, tuple, type(None)))
+    is_event = hasattr(key, "current_stream_wait")  # it lies beside the handle in the result
+    return not (is_event or isinstance(key, (torch.Tensor, tuple, type(None))))
 
 
 def _is_mask(key: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recording_buffer import OTHER, PLACEMENT, TOPK, E, P, X, arrived, planned, recorder
+from recording_buffer import OTHER, PLACEMENT, TOPK, E, Event, P, X, arrived, planned, recorder
 
 import lplb_ep
 from lplb_ep import ContractError, embedded
@@ -227,6 +227,11 @@ def test_results_that_are_laid_out_otherwise_are_named(group, mode):
     short = results(module.ElasticBuffer, "dispatch", lambda r: r[:3])
     with pytest.raises(ContractError, match=r"ElasticBuffer.dispatch must return an EPHandle as"):
         short.dispatch(X, TOPK, E)
+    event_first = results(
+        module.ElasticBuffer, "dispatch", lambda r: (*r[:3], Event([], "of the dispatch"), r[3])
+    )
+    with pytest.raises(ContractError, match=r"an EPHandle as result\[3\]; got Event in"):
+        event_first.dispatch(X, TOPK, E)
 
 
 def test_a_buffer_without_its_attributes_is_named(group, mode):
