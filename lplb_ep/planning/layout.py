@@ -1,6 +1,6 @@
 """What the kernels know of a placement: arrays laid out as the structs of `kernels/`.
 
-Pure functions of the placement; `device.py` sends them to a device.
+Pure functions of the placement; `device_tables.py` sends them to a device.
 """
 
 from __future__ import annotations

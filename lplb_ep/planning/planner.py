@@ -248,7 +248,7 @@ class Planner:
             raise ValueError("this planner's counts are 'given': pass counts=")
         captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if captured:
-            self._check_capturable(topk_idx)
+            self._check_capturable(topk_idx=topk_idx, counts=counts)
         self._raise_errors_on_all()
         status, logical = Status.STALE if stale else Status.OPTIMAL, topk_idx
         wants_plan = wants_plan or self._check or bool(self.layer.observers)
@@ -381,13 +381,15 @@ class Planner:
                 raise
             self.refuse(error)
 
-    def _check_capturable(self, topk_idx: torch.Tensor) -> None:
+    def _check_capturable(self, **tensors: torch.Tensor | None) -> None:
         if not self._backend.capturable:
             raise ContractError("plans are made on the CPU, which a CUDA graph cannot capture")
-        if not getattr(topk_idx, "is_cuda", True):
-            raise ContractError(
-                "topk_idx lies on the CPU, and a CUDA graph cannot capture a call that fetches it"
-            )
+        for name, tensor in tensors.items():
+            if not getattr(tensor, "is_cuda", True):
+                raise ContractError(
+                    f"{name} lies on the CPU, and a CUDA graph cannot capture a call that fetches "
+                    "it"
+                )
         if self._check:
             raise ContractError(
                 "LPLB_EP_CHECK waits for the GPU, which a CUDA graph cannot capture"

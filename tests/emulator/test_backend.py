@@ -12,7 +12,7 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import Layer, Placement, Planner, Problem, RankError, check_plan
+from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
 from lplb_ep.gpu import launch
 from lplb_ep.planning import device, device_tables, kernels, planner, reference
@@ -278,6 +278,17 @@ def test_what_fails_before_a_batch_is_sent_is_told(step, make, monkeypatch):
         exchanging(topk)
     assert rows.sent == Status.REFUSED
     assert same(values(exchanging(topk)), expected)
+
+
+def test_no_graph_captures_what_lies_on_the_cpu(make, monkeypatch):
+    given, on_gpu = make(TWO), SimpleNamespace(is_cuda=True)
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    counts = torch.zeros(R, E).int()
+    with pytest.raises(ContractError, match="counts lies on the CPU"):
+        given(on_gpu, counts=counts)
+    with pytest.raises(ContractError, match="topk_idx lies on the CPU"):
+        given(counts, counts=on_gpu)
 
 
 def test_batches_that_grow_leave_little_behind(make):
