@@ -87,6 +87,10 @@ class Layer:
     def __repr__(self) -> str:
         return f"Layer({self.placement!r})"
 
+    def __reduce__(self) -> tuple[type[Layer], tuple[Placement, Problem]]:
+        """Pickles and copies are layers of their own, of whose weights nothing is known."""
+        return Layer, (self.placement, self.problem)
+
     @property
     def is_valid(self) -> bool:
         """Whether tokens may go to replicas. Local, nothing is exchanged.

@@ -1,5 +1,6 @@
 """Which layer a call goes by: views, contexts, attached modules and the buffer's own."""
 
+import copy
 import gc
 import pickle
 import weakref
@@ -207,3 +208,19 @@ def test_what_is_no_placement_is_named(make, mode):
         make(num_local_slots=P)
     with pytest.raises(ValueError, match=r"LPLB_EP_INDICES must be one of .*; got .bogus."):
         make(indices="bogus")
+
+
+@pytest.mark.parametrize(
+    "again", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies_of_a_layer_are_layers_of_their_own(again):
+    layer = lplb_ep.Layer(PLACEMENT, lplb_ep.Problem(base_load=torch.tensor([1])))
+    layer.observers.append(print)
+    layer.mark_valid()
+    other = again(layer)
+    assert other.placement == PLACEMENT
+    assert other.problem.fingerprint() == layer.problem.fingerprint()
+    assert (other.is_valid, other.observers) == (False, [])
+    other.mark_valid()
+    layer.mark_stale()
+    assert other.is_valid
