@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint test-cpu test-others test-long test-gpu test-node sanitize bench docs abi clean
+.PHONY: demo test lint test-cpu test-others test-long test-gpu test-node sanitize faults bench docs abi clean
 
 demo: $(VENV)/installed
 	$(BIN)/lplb-ep demo
@@ -41,6 +41,10 @@ test-node:
 
 sanitize:
 	$(PYTHON) tests/sanitize.py
+
+# Faults planted in copies of the kernels: which of them the emulator's tests find.
+faults: $(VENV)/installed
+	$(BIN)/python tests/emulator/faults.py
 
 bench:
 	$(PYTHON) -m lplb_ep.tools.cli bench
