@@ -10,7 +10,6 @@ import ctypes
 import functools
 import hashlib
 import re
-import shutil
 import struct
 import subprocess
 import tempfile
@@ -93,11 +92,10 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
-def _calls(
-    program: Program, kernels: Sequence[str], dynamic: Sequence[str], headers: Sequence[str]
-) -> str:
+def _calls(program: Program, kernels: Sequence[str], dynamic: Sequence[str], declares: bool) -> str:
     """C++: for each kernel a function that takes its arguments as a launch does."""
-    lines = [f'#include "{name}"' for name in ("cuda.h", *headers, "module.h")]
+    headers = ("cuda.h", *(["abi.cuh"] if declares else []), "module.h")
+    lines = [f'#include "{name}"' for name in headers]
     if "INDEX" in program.defines:
         lines.append("typedef INDEX Index;")
     lines += [f"alignas(16) thread_local char {name}[{MAX_SHARED_BYTES}];" for name in dynamic]
@@ -117,44 +115,50 @@ def _calls(
 
 
 def _texts(source: str, directory: Path) -> dict[str, str]:
-    """A source and the headers that it includes, by name."""
+    """A source and the headers that it includes, by name; without ptx.cuh, which is replaced."""
     texts, names = {}, [source]
     for name in names:
         texts[name] = (directory / name).read_text("utf-8")
-        names += set(re.findall(r'#include "(\w+\.cuh)"', texts[name])) - {*names}
+        names += sorted({*re.findall(r'#include "(\w+\.cuh)"', texts[name])} - {*names, "ptx.cuh"})
     return texts
 
 
 def build(
-    program: Program,
-    directory: Path,
-    kernels: Path = KERNELS,
-    headers: Sequence[str] = ("abi.cuh",),
+    program: Program, directory: Path, kernels: Path = KERNELS, *, warns: bool = True
 ) -> Path:
     """Compiles a program for the host.
 
     Args:
         program: as for the GPU, with the same macros.
-        directory: where the library goes.
+        directory: where the library goes, or lies since an earlier call.
         kernels: the sources.
-        headers: those that declare the kernels' arguments.
+        warns: whether a warning is an error.
 
     Returns:
         The library.
     """
-    work = directory / hashlib.sha256(str(program).encode()).hexdigest()[:16]
-    shutil.copytree(kernels, work)
-    for name in ("cuda.h", "module.h", "ptx.cuh", "solvers.cpp"):
-        shutil.copy(HERE / name, work / name)
-    text = "".join(_texts(str(program.source), work).values())
+    own = {
+        name: (HERE / name).read_text() for name in ("cuda.h", "module.h", "ptx.cuh", "solvers.cpp")
+    }
+    texts = _texts(str(program.source), kernels)
+    work = directory / hashlib.sha256(repr((str(program), texts, own)).encode()).hexdigest()[:16]
+    if (work / "kernels.so").exists():
+        return work / "kernels.so"
+    work.mkdir(parents=True, exist_ok=True)
+    for name, text in {**texts, **own}.items():
+        (work / name).write_text(text)
+    text = "".join(texts.values())
     names, dynamic = (sorted({*re.findall(pattern, text)}) for pattern in (_KERNEL, _DYNAMIC))
-    (work / "calls.cpp").write_text(_calls(program, names, dynamic, headers))
+    (work / "calls.cpp").write_text(_calls(program, names, dynamic, "abi.cuh" in texts))
     defines = [
         f"-D{key}={value if isinstance(value, str) else int(value)}"
         for key, value in program.defines.items()
     ]
     language = ("-include", "cuda.h", "-x", "c++")
-    parts = {str(program.source): (*_CHECKED, *_WARNINGS, *language), "calls.cpp": ()}
+    parts = {
+        str(program.source): (*_CHECKED, *(_WARNINGS if warns else ()), *language),
+        "calls.cpp": (),
+    }
     if program.solvers:
         parts["solvers.cpp"] = _CHECKED
         defines.append(f"-DNUM_RIGHT_HAND_SIDES={program.solvers[-1].num_right_hand_sides}")

@@ -167,8 +167,7 @@ def test_a_rank_that_refuses_waits_for_no_one(node, order, memory, library):
     refused = group.count(
         refusing, refusing.picks(nothing, plan), plan, waits=False, status=Status.REFUSED
     )
-    clear = emulator.copy(refusing.row, memory.zeros(refusing.row.shape))
-    streams[1] = [*refused, clear]
+    streams[1] = refused
     kept = []
     for later in topks[1:]:
         more, made = group.batch(later)

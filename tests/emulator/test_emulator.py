@@ -33,7 +33,7 @@ def run(directory, order, number=64, **defines):
     kernels.mkdir()
     shutil.copy(emulator.HERE / "small.cu", kernels)
     program = Program("small.cu", {"INDEX": "int", **defines})
-    library = emulator.Library(emulator.build(program, directory, kernels, headers=()))
+    library = emulator.Library(emulator.build(program, directory, kernels))
     memory = emulator.Memory()
     out = memory.empty(number, np.int32)
     launch = library.kernel("mask")(

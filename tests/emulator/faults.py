@@ -1,0 +1,414 @@
+"""Plants faults in copies of the kernels, one after the other, and says which the tests find.
+
+    python tests/emulator/faults.py [PART-OF-A-NAME ...]
+
+By hand (`make faults`), since all of them take half an hour. docs/kernels.md has the result.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+class Fault(NamedTuple):
+    """A change of one place in a source."""
+
+    name: str
+    source: str
+    old: str
+    new: str
+    survives: str = ""
+    """Why no test finds it; empty: one must."""
+
+
+FAULTS = [
+    # What host and device share
+    Fault(
+        "two pointers swapped",
+        "abi.cuh",
+        "    const int* experts;      // [M] which that is\n"
+        "    const int* first;        // [M + 1] where its copies begin, home first\n",
+        "    const int* first;\n    const int* experts;\n",
+    ),
+    Fault("a head without its planner", "abi.cuh", "HEAD = 5;", "HEAD = 4;"),
+    # Counting
+    Fault("one id too many", "route.cu", "id >= num_ids ?", "id > num_ids ?"),
+    Fault("-1 is out of range", "route.cu", "expert < 0 && id != -1", "expert < 0"),
+    Fault("a last pick is not compared", "route.cu", "later > 0; --later", "later > 1; --later"),
+    Fault("picks of the next token are compared", "route.cu", "num_topk - 1 - n", "num_topk - n"),
+    Fault("the number of the batch stays", "route.cu", "(words.w + 1) &", "words.w &"),
+    Fault(
+        "a status lowers another",
+        "route.cu",
+        "atomicMax(&row[HEAD_STATUS], status);",
+        "row[HEAD_STATUS] = status;",
+    ),
+    Fault(
+        "a chunk behind the last pick",
+        "number.cuh",
+        "min(picks.num_picks, chunk * picks.chunk)",
+        "chunk * picks.chunk",
+    ),
+    # Numbering
+    Fault("a chunk counts itself as earlier", "number.cuh", "0, chunk, 1, E", "0, chunk + 1, 1, E"),
+    Fault(
+        "a pick counts itself as earlier", "number.cuh", "((1u << lane) - 1)", "((2u << lane) - 1)"
+    ),
+    Fault(
+        "tiles forget earlier ones",
+        "number.cuh",
+        "            before[e] = sum;\n        }\n        __syncthreads();",
+        "        }\n        __syncthreads();",
+    ),
+    Fault("no one compares given counts", "number.cuh", "before[e] != own_counts[e]", "false"),
+    # Exchange
+    Fault("one window for all batches", "exchange.cuh", "size_t(batch & 1)", "size_t(0)"),
+    Fault(
+        "words of any batch are taken",
+        "exchange.cuh",
+        "int(word >> 32) == batch",
+        "word >> 32 != 0",
+    ),
+    Fault("unread rows are overwritten", "exchange.cuh", "if (unread)", "if (false)"),
+    Fault(
+        "the row is not zeroed",
+        "exchange.cuh",
+        "        row[i] = 0;\n    }\n    long",
+        "    }\n    long",
+    ),
+    Fault("a block that is not the last sends", "exchange.cuh", "gridDim.x) - 1", "gridDim.x) - 2"),
+    Fault(
+        "no one waits", "exchange.cuh", "if (window.waits) receive", "if (!window.waits) receive"
+    ),
+    Fault(
+        "a late row keeps what came", "exchange.cuh", "        row[HEAD_STATUS] = TIMED_OUT;\n", ""
+    ),
+    Fault("a late rank is not named", "exchange.cuh", "        window.missing[source] = 1;\n", ""),
+    Fault(
+        "waits for ever",
+        "exchange.cuh",
+        "late = nanoseconds() > deadline",
+        "late = nanoseconds() > deadline && false",
+    ),
+    Fault(
+        "rows are sent at this rank's place of the first",
+        "exchange.cuh",
+        "place_of(window, batch, window.rank, size) + i",
+        "place_of(window, batch, 0, size) + i",
+    ),
+    Fault(
+        "no fence before the last block reads",
+        "exchange.cuh",
+        "    __threadfence();  // what the other",
+        "    // what the other",
+        "memory is seen in the order of execution",
+    ),
+    Fault(
+        "a late row of a node is sent as it is",
+        "relay.cuh",
+        "        if (is_late) row[HEAD_STATUS]",
+        "        if (false) row[HEAD_STATUS]",
+    ),
+    Fault("signals are not waited for", "relay.cuh", "> MAX_TOTAL / 2 &&", "> MAX_TOTAL &&"),
+    Fault(
+        "rows of a node go to the place of another",
+        "relay.cuh",
+        "place_of(window, batch, node * count, size)",
+        "place_of(window, batch, relay.node * count, size)",
+    ),
+    Fault(
+        "a barrier lets the number before pass",
+        "barrier.cu",
+        "} while (seen < number);",
+        "} while (seen + 1 < number);",
+    ),
+    Fault(
+        "a missing rank is waited for no longer",
+        "barrier.cu",
+        "limit_ns = 0x7fffffffffffffff;",
+        "return;",
+    ),
+    # Adding up
+    Fault("an unknown status is taken", "rows.cuh", ">= NUM_STATUSES", "> 1000"),
+    Fault(
+        "heads are not compared",
+        "rows.cuh",
+        "if (word > HEAD_STATUS && value",
+        "if (word > HEAD && value",
+    ),
+    Fault("signs are not looked at", "rows.cuh", "if (signs < 0 || ", "if ("),
+    Fault("sums of 32 bits", "rows.cuh", "long long sum = 0;", "int sum = 0;"),
+    Fault(
+        "totals lose their high part",
+        "counts.cuh",
+        "    atomicAdd(&high, high_sum);\n".replace("    ", "        ", 1),
+        "",
+    ),
+    Fault(
+        "base loads are not in the total",
+        "rows.cuh",
+        "    if (p.base != nullptr) total.add(base);\n",
+        "",
+    ),
+    Fault("an only copy has no limit", "rows.cuh", "sum > p.cap[", "false && sum > p.cap["),
+    Fault(
+        "the host's status is dropped",
+        "component.cuh",
+        "max(ending.status, p.status);",
+        "ending.status;",
+    ),
+    Fault("an even split loses its rest", "component.cuh", "(place < total % number)", "0"),
+    Fault("copies that lack are not told", "component.cuh", "lacks |= total > 0;", ""),
+    # The flow
+    Fault(
+        "K begins below the mean",
+        "flow.cuh",
+        "(total % c.shape.ranks != 0)), limits",
+        "0), limits",
+        "the bound of the first cut makes up for it",
+    ),
+    Fault(
+        "the cut's bound is rounded down",
+        "flow.cuh",
+        "(cut_load + size - 1) / size",
+        "cut_load / size",
+    ),
+    Fault(
+        "loads miss what K rose by",
+        "flow.cuh",
+        "c.load()[rank] += limit - rise;",
+        "c.load()[rank] += limit;",
+    ),
+    Fault(
+        "ranks of the first layer take more than their deficit",
+        "push.cuh",
+        "usable[i] && lowest ?",
+        "false ?",
+        "later rounds push it on",
+    ),
+    Fault(
+        "each edge may take all of a copy",
+        "push.cuh",
+        "last ? rest : rest - (rest >> 1)",
+        "available[i]",
+    ),
+    Fault(
+        "the last edge takes half",
+        "push.cuh",
+        "last ? rest :",
+        "false ? rest :",
+        "the next round pushes the rest",
+    ),
+    Fault("a rank's threads push alike", "push.cuh", "excess - (sum - total)", "excess"),
+    Fault(
+        "edges of another copy share",
+        "push.cuh",
+        "edges[i].same, lower",
+        "~0u, lower",
+        "less is pushed at a time, and the next round pushes the rest",
+    ),
+    Fault(
+        "the next chunk begins too late",
+        "push.cuh",
+        "chunk + V::chunk, edges",
+        "chunk + V::chunk + 1, edges",
+    ),
+    Fault(
+        "edges beyond the first chunk have no targets",
+        "flow.cuh",
+        "V::more && i < c.shape.most_edges",
+        "false",
+    ),
+    Fault(
+        "capacities do not limit a push",
+        "push.cuh",
+        "limit[i] = min(limit[i], c.capacity(edges[i].to));",
+        ";",
+    ),
+    Fault(
+        "two ranks fill one copy",
+        "flow.cuh",
+        "general && c.cap != nullptr ? c.shape.ranks : 1",
+        "1",
+    ),
+    Fault(
+        "what speeds round down is lost",
+        "speeds.cuh",
+        "for (; short_of > 0; --short_of)",
+        "for (; false;)",
+    ),
+    Fault("rounds do not end", "flow.cuh", "return rounds > 0;", "return true;"),
+    Fault("rank loads have base loads", "flow.cuh", "(p.base == nullptr ? 0 : p.base[rank])", "0"),
+    Fault(
+        "counts of the first rank only are copied",
+        "flow.cuh",
+        "counts_of(p.counts, i / p.num_experts)",
+        "counts_of(p.counts, 0)",
+    ),
+    # The interior-point method
+    Fault(
+        "rounding loses tokens",
+        "interior.cu",
+        "before), tokens) : tokens;",
+        "before), tokens) : min(__double2int_rn(sum), tokens);",
+    ),
+    Fault(
+        "steps out of the bounds",
+        "interior.cu",
+        "0.99 / ",
+        "1.3 / ",
+        "the flow makes any start exact",
+    ),
+    # Shares and slots
+    Fault(
+        "a copy's own rank is no earlier one",
+        "shares.cuh",
+        "if (rank[c] <= source) end",
+        "if (rank[c] < source) end",
+    ),
+    Fault(
+        "overlaps are one too long",
+        "shares.cuh",
+        "min(b, d) - max(a, c)",
+        "min(b, d) - max(a, c) + 1",
+    ),
+    Fault("nodes take all of their tokens", "shares.cuh", "max(0, tokens - demand)", "tokens"),
+    Fault(
+        "other nodes' copies are full",
+        "shares.cuh",
+        "remote[c] - overlap(filled",
+        "remote[c] - remote[c] - 0 * overlap(filled",
+    ),
+    Fault(
+        "the last pick of a share goes on", "route.cu", "position >= ends[c]", "position > ends[c]"
+    ),
+    Fault(
+        "only the worst component of a thread counts",
+        "route.cu",
+        "worst = max(worst, batch.endings[g].status)",
+        "worst = batch.endings[g].status",
+    ),
+    Fault(
+        "a total of 2**31 - 1 is too large",
+        "route.cu",
+        "total.value() > MAX_TOTAL ?",
+        "total.value() >= MAX_TOTAL ?",
+    ),
+    Fault(
+        "INFEASIBLE batches have no counts",
+        "route.cu",
+        "status < BAD_COUNTS",
+        "status < INFEASIBLE",
+    ),
+    Fault(
+        "the row is not zeroed behind a plan",
+        "route.cu",
+        "batch.row[i] = 0;",
+        "(void)batch.row[i];",
+    ),
+    Fault("a mask keeps all", "route.cu", "given[n] < 0 ? Index(-1)", "false ? Index(-1)"),
+]
+
+SURVIVING_BARRIERS = {}
+"""Of barriers that no test misses: the words behind them, and why."""
+
+TESTS = {
+    "abi.cuh": "route",
+    "barrier.cu": "exchange",
+    "component.cuh": "solvers",
+    "counts.cuh": "solvers",
+    "exchange.cuh": "exchange",
+    "flow.cuh": "solvers",
+    "interior.cu": "solvers",
+    "number.cuh": "route",
+    "push.cuh": "solvers",
+    "relay.cuh": "exchange",
+    "route.cu": "route",
+    "rows.cuh": "solvers",
+    "shares.cuh": "route",
+    "speeds.cuh": "solvers",
+}
+"""The file of tests for each source."""
+
+
+def barriers() -> Iterator[Fault]:
+    """A fault for each barrier: without it."""
+    pattern = r"(?:if \(V::parts > 1\) )?(?:__sync(?:threads|warp)|sync_pushing<V>)\(\);  // (.*)"
+    for path in sorted((ROOT / "kernels").glob("*.cu*")):
+        for found in re.finditer(pattern, path.read_text("utf-8")):
+            name = f"no barrier: {found[1]}"
+            yield Fault(name, path.name, found[0], "", SURVIVING_BARRIERS.get(found[1], ""))
+
+
+def run(fault: Fault, kept: Path) -> str:
+    """What the tests say; empty: they pass.
+
+    Args:
+        fault: the change.
+        kept: where libraries of unchanged sources are kept.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        kernels = Path(directory) / "kernels"
+        shutil.copytree(ROOT / "kernels", kernels)
+        source = kernels / fault.source
+        text = source.read_text("utf-8")
+        assert text.count(fault.old) == 1, f"{fault.name}: {text.count(fault.old)} places"
+        source.write_text(text.replace(fault.old, fault.new), "utf-8")
+        tests = HERE / f"test_emulated_{TESTS[fault.source]}.py"
+        environ = {"LPLB_TEST_KERNELS": str(kernels), "LPLB_TEST_EMULATED": str(kept)}
+        result = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-x",
+                "-q",
+                "--tb=short",
+                "-p",
+                "no:cacheprovider",
+                tests,
+            ],
+            env={**os.environ, **environ},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+    if result.returncode == 0:
+        return ""
+    errors = re.findall(r"^E +(.*)", result.stdout, re.MULTILINE)
+    compiler = re.findall(r"error: (?:static assertion failed: )?(.*)", result.stdout)
+    return (compiler or errors or [result.stdout[-300:] + result.stderr[-300:]])[0]
+
+
+def main(parts: list[str]) -> int:
+    """Runs the faults whose name has one of the parts; 1 if one does not fare as recorded."""
+    wrong = 0
+    with tempfile.TemporaryDirectory() as kept:
+        for fault in [*FAULTS, *barriers()]:
+            if parts and not any(part in f"{fault.source}: {fault.name}" for part in parts):
+                continue
+            found = run(fault, Path(kept))
+            as_recorded = bool(found) != bool(fault.survives)
+            wrong += not as_recorded
+            verdict = ("dies" if found else "survives") + (
+                "" if as_recorded else " AGAINST ITS RECORD"
+            )
+            print(f"{fault.source}: {fault.name}: {verdict}: {found or fault.survives}", flush=True)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
