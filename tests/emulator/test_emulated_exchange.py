@@ -160,26 +160,26 @@ def test_a_rank_that_refuses_waits_for_no_one(node, order, memory, library):
     """Its next batch first reads the rows that it did not wait for."""
     rng = np.random.default_rng(1)
     group = random_group(rng, memory, library, 4, node)
-    topks = [random_topks(rng, group) for _ in range(3)]
-    streams, first = group.batch(topks[0])
     refusing, nothing = group.ranks[1], np.zeros((0, 1), np.int64)
-    plan = refusing.plan(nothing)
-    refused = group.count(
-        refusing, refusing.picks(nothing, plan), plan, waits=False, status=Status.REFUSED
-    )
-    streams[1] = refused
-    kept = []
-    for later in topks[1:]:
-        more, made = group.batch(later)
-        streams = [[*stream, *add] for stream, add in zip(streams, more, strict=True)]
-        kept.append(made)
+    streams, kept = [[], [], [], []], []
+    for number in range(1, 7):
+        topks = random_topks(rng, group)
+        added, made = group.batch(topks)
+        if number in (2, 5):
+            plan = refusing.plan(nothing)
+            picks = refusing.picks(nothing, plan)
+            added[1] = group.count(refusing, picks, plan, waits=False, status=Status.REFUSED)
+            made[1] = None
+        streams = [[*stream, *more] for stream, more in zip(streams, added, strict=True)]
+        kept.append((number, topks, made))
     memory.run(*streams, order=order)
-    for rank, plan in zip(group.ranks, first, strict=True):
-        if rank is not refusing:
+    for number, topks, made in kept:
+        if made[1] is not None:
+            check_batch(group, topks, made, number)
+            continue
+        for plan in (made[0], made[2], made[3]):
             assert plan.status.tolist() == [Status.REFUSED]
             assert plan.rows[:, 0].tolist() == [0, Status.REFUSED, 0, 0]
-    for number, (later, made) in enumerate(zip(topks[1:], kept, strict=True), 2):
-        check_batch(group, later, made, number)
 
 
 LIMIT_NS = 60_000_000  # of the emulator's clock, which each look at it advances
@@ -256,8 +256,8 @@ def test_another_placement_is_out_of_step(memory, library):
 class Barrier:
     """Ranks that copy to each other around barriers."""
 
-    def __init__(self, memory, library, num_ranks):
-        self.num_ranks = num_ranks
+    def __init__(self, memory, library, num_ranks, limit_ns=plans.FOREVER):
+        self.num_ranks, self.limit_ns = num_ranks, limit_ns
         self.kernel = library(barrier_program()).kernel("barrier")
         self.flags = [memory.zeros(num_ranks, np.uint64) for _ in range(num_ranks)]
         self.addresses = memory.array([f.ctypes.data for f in self.flags], np.int64)
@@ -272,7 +272,7 @@ class Barrier:
             num_ranks=self.num_ranks,
             rank=rank,
             number=number,
-            limit_ns=5_000_000,
+            limit_ns=self.limit_ns,
             missing=self.missing[rank],
         )
 
@@ -299,7 +299,7 @@ def test_barriers_stand_between_copies(R, order, memory, library):
 
 
 def test_a_barrier_names_who_has_not_come_and_goes_on_waiting(memory, library):
-    barrier = Barrier(memory, library, 3)
+    barrier = Barrier(memory, library, 3, limit_ns=5_000_000)
     with pytest.raises(EmulationError, match="wait for each other for ever"):
         memory.run([barrier(0, 1)], [barrier(1, 1)], [], order=2)
     assert [m.tolist() for m in barrier.missing] == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]

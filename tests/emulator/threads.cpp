@@ -247,15 +247,23 @@ Running* advance(const Stream& stream, int& next) {
 void run(const Stream* streams, int num_streams) {
     std::vector<Running*> running(num_streams);
     std::vector<int> next(num_streams);
-    int idle = 0;
+    int idle = 0, burst = 0;
+    unsigned s = 0;
     for (int s = 0; s < num_streams; ++s) running[s] = advance(streams[s], next[s]);
     for (unsigned turn = 0;; ++turn) {
         int alive = 0;
         for (Running* one : running) alive += one != nullptr;
         if (alive == 0) return;
-        unsigned s = order > 1 ? random_below(num_streams) : turn % num_streams;
-        if (order == 1) s = num_streams - 1 - s;
-        if (running[s] == nullptr) continue;
+        if (order < 2) {
+            s = order == 0 ? turn % num_streams : num_streams - 1 - turn % num_streams;
+        } else if (--burst <= 0 || idle > 0) {  // in random orders others may stand still for long
+            s = random_below(num_streams);
+            burst = 1 << random_below(12);
+        }
+        if (running[s] == nullptr) {
+            burst = 0;
+            continue;
+        }
         Running& one = *running[s];
         while (one.resident.size() < MAX_RESIDENT && one.next < one.order.size())
             one.resident.push_back(new_block(*one.launch, one.order[one.next++]));
