@@ -51,9 +51,6 @@ class Layer:
         ValueError, InfeasibleError: as `Problem.checked`, or the problem has a load.
     """
 
-    problem: Problem
-    """What bounds the plans of every batch beside its counts."""
-
     is_refreshable: bool
     """Whether a refresh may replace the placement. Planners then reserve capacity for that."""
     observers: list[Callable[[torch.Tensor], None]]
@@ -63,8 +60,8 @@ class Layer:
 
     def __init__(self, placement: Placement, problem: Problem | None = None) -> None:
         check_placement(placement)
-        self.problem = Problem() if problem is None else problem.checked(placement)
-        if self.problem.load is not None:
+        self._problem = Problem() if problem is None else problem.checked(placement)
+        if self._problem.load is not None:
             raise ValueError("a layer's load comes with each batch; its problem must have none")
         self.replace(placement)
         self.is_refreshable = False
@@ -77,6 +74,11 @@ class Layer:
     def placement(self) -> Placement:
         """The placement in force."""
         return self._placement
+
+    @property
+    def problem(self) -> Problem:
+        """What bounds the plans of every batch beside its counts; planners are made for it."""
+        return self._problem
 
     def replace(self, placement: Placement) -> None:
         """Puts another placement in force, with which all planners of the layer must plan."""

@@ -272,11 +272,14 @@ class Launches:
         if status is not self._status:
             self._write_status(status)
             self._status = status
-        if not waits:
+        if waits:
+            self._count(self._grid, stream)
+        else:
             self._write_waits(0)
-        self._count(self._grid, stream)
-        if not waits:
-            self._write_waits(self._workspace.relay is None)
+            try:
+                self._count(self._grid, stream)
+            finally:
+                self._write_waits(self._workspace.relay is None)
         if self._relayed:
             relay = self._workspace.relay
             assert relay is not None, "there are other nodes"

@@ -245,7 +245,7 @@ class Planner:
                 "Refresher first, then the planner"
             )
         if counts is None and exchange is None:
-            raise ValueError("this planner's counts are 'given': pass counts=")
+            raise ValueError("this planner's counts are 'given': pass counts= to its call")
         captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if captured:
             self._check_capturable(topk_idx=topk_idx, counts=counts)

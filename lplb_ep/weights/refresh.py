@@ -61,7 +61,8 @@ class Refresher:
 
     Args:
         layers: the replicas of each layer, all on one group, each with a placement object of its
-            own.
+            own. Placements are chosen and judged by counts of tokens alone: the base loads and
+            speeds of a layer's problem count in its plans, not here.
         settings: those named `refresh…` count; by default the environment's.
         choose: chooses replicas, see `Choose`; by default `Placement.for_lp`. Another process calls
             it, so it must be a function that can be imported there.

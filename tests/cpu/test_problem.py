@@ -126,3 +126,9 @@ def balanced_with_base_loads(group):
 def test_base_loads_reach_the_buffers():
     environ = {"LPLB_EP": "1", "LPLB_EP_BACKEND": "embedded"}
     assert ranks.run(2, balanced_with_base_loads, environ=environ) == [[4, 0, 0, 4], [0, 0, 0, 8]]
+
+
+def test_a_layers_problem_is_fixed_since_planners_are_made_for_it():
+    layer = Layer(PAIR)
+    with pytest.raises(AttributeError):
+        layer.problem = Problem(base_load=torch.tensor([8, 0]))

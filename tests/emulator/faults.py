@@ -169,7 +169,7 @@ FAULTS = [
         "ending.status;",
     ),
     Fault("an even split loses its rest", "component.cuh", "(place < total % number)", "0"),
-    Fault("copies that lack are not told", "component.cuh", "lacks |= total > 0;", ""),
+    Fault("missing copies go unannounced", "component.cuh", "lacks |= total > 0;", ""),
     # The flow
     Fault(
         "K begins below the mean",

@@ -440,12 +440,15 @@ def missed_over_nccl(group):
     planner = Planner(place(group.size()), nccl, counts="torch", solver="flow", timeout_s=1)
     topk = torch.arange(8, device="cuda").reshape(2, 4)
     planner(topk)
+    # CUDA loads a kernel when it is first launched, and may wait for the GPU to do so.
+    captured = torch.ones(4, device="cuda")
+    _ = captured * 2
     torch.cuda.synchronize()
     if is_last:
         dist.barrier(group)
         plan = planner(topk)
     else:
-        plan, graph, captured = planner(topk), torch.cuda.CUDAGraph(), torch.ones(4, device="cuda")
+        plan, graph = planner(topk), torch.cuda.CUDAGraph()
         with torch.cuda.stream(torch.cuda.Stream()):
             graph.capture_begin()  # unlike `torch.cuda.graph`, it does not wait for the GPU
             doubled = captured * 2
