@@ -98,7 +98,7 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
     int batch = shared[HEAD_BATCH];
     // Unread rows say that the others have read those of the batch before, whose place this one's take.
     if (unread) receive<threads>(window, (batch - 1) & MAX_TOTAL, size, start + window.limit_ns);
-    __syncthreads();  // every thread has its words of that batch before any thread sends this one's
+    __syncthreads();  // late rows of that batch are completed before this one's take their place
     for (int i = threadIdx.x; i < window.num_ranks * size; i += threads) {
         Word* to = window.peers[i / size];
         if (to != nullptr)

@@ -13,7 +13,7 @@ from lplb_ep.planning import reference as cpu
 from lplb_ep.planning import structs
 from lplb_ep.planning.structs import HEAD, MAX_TOTAL, Status
 
-SEEDS = (*ORDERS, 3, 4)
+SEEDS = (*ORDERS, 3, 4, 5, 7, 9)
 
 
 class Group:
@@ -241,6 +241,24 @@ def test_a_late_rank_reads_what_it_missed(order, memory, library):
     memory.run(*streams, order=order)
     assert plan.status.tolist() == [Status.OPTIMAL]
     check_batch(group, later, made, 2)
+
+
+@pytest.mark.parametrize("order", SEEDS)
+def test_a_rank_that_refused_learns_later_who_is_missing(order, memory, library):
+    rng = np.random.default_rng(5)
+    group = random_group(rng, memory, library, 3)
+    refusing, nothing = group.ranks[1], np.zeros((0, 1), np.int64)
+    first, _ = late_batch(group, random_topks(rng, group), [2])
+    plan = refusing.plan(nothing)
+    picks = refusing.picks(nothing, plan)
+    first[1] = group.count(refusing, picks, plan, waits=False, status=Status.REFUSED)
+    topks = random_topks(rng, group)
+    second, made = late_batch(group, topks, [2])
+    memory.run(*([*one, *two] for one, two in zip(first, second, strict=True)), order=order)
+    for rank, plan in zip(group.ranks[:2], made, strict=False):
+        assert rank.missing[2] == 1
+        assert plan.status.tolist() == [Status.TIMED_OUT]
+        assert plan.rows[2].tolist() == [Status.TIMED_OUT, *[0] * (HEAD - 1 + 24)]
 
 
 def test_another_placement_is_out_of_step(memory, library):

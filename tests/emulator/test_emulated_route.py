@@ -284,6 +284,29 @@ def test_totals_are_summed_over_components(order, memory, library):
     assert (plan.physical == cpu.rewrite_home(torch.from_numpy(topk), apart).numpy()).all()
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_of_many_components_ends_the_batch(order, memory, library):
+    """More than a warp has threads, and each knows its own status and total only."""
+    placement = Placement(np.arange(80), 40)
+    rank = plans.Rank(memory, placement, 0, library)
+    assert rank.num_components == 40
+    topk, counts = np.array([[0, 1]]), np.zeros((40, 80), np.int64)
+    counts[0, :2] = 1
+
+    def status(**changed):
+        given = counts.copy()
+        for expert, number in changed.items():
+            given[7, int(expert[1:])] = number
+        rank.head[3] = 0
+        return run_plan(memory, rank, topk, given, order=order).status.tolist()
+
+    assert status() == [Status.OPTIMAL]
+    for expert in (0, 3, 71):
+        assert status(**{f"e{expert}": -1}) == [Status.BAD_COUNTS]
+    assert status(e3=2**30, e76=2**30 - 3) == [Status.OPTIMAL]
+    assert status(e3=2**30, e76=2**30 - 2) == [Status.BAD_COUNTS]
+
+
 def test_given_counts_of_other_picks_are_told(memory, library):
     rank = plans.Rank(memory, TWO, 0, library)
     topk, counts = np.array([[0, 1], [0, 2]]), np.array([[2, 1, 1], [3, 0, 0]])

@@ -287,7 +287,11 @@ def test_rounds_that_do_not_suffice_lose_no_token(memory, library):
     placement = oracle.random_placement(rng, 16, 48, 2)
     rank = plans.Rank(memory, placement, 0, library)
     counts = np.zeros((16, 48), np.int64)
-    counts[0] = rng.integers(0, 99, 48)
-    statuses, plan = exchanged(memory, rank, counts, max_rounds=1)
-    assert Status.NOT_CONVERGED in statuses
-    check_legal(placement, counts.sum(0)[None], plan.quota[None], plan.rank_load[None])
+    counts[0] = hot(rng, placement)
+    rounds, statuses = 0, [Status.NOT_CONVERGED]
+    while Status.NOT_CONVERGED in statuses:
+        statuses, plan = exchanged(memory, rank, counts, max_rounds=rounds)
+        check_legal(placement, counts.sum(0)[None], plan.quota[None], plan.rank_load[None])
+        rounds += 1
+    assert rounds > 3
+    assert plan.rank_load.max() == max(optima(placement, counts.sum(0)))

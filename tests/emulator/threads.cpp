@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 
 Fiber* self;
 bool moved;
@@ -33,15 +34,16 @@ struct Running {  // a launch
 std::vector<Fiber*> idle_fibers;
 std::vector<std::pair<Module*, Block*>> occupants;  // whose shared memory is in place
 jmp_buf scheduler;
-unsigned num_blocks, random_state;
+unsigned num_blocks;
+uint64_t random_state;
 int order, until_switch;
 long long now;  // ns
 char message[1024];
 const char* fault_at;
 
 unsigned random_below(unsigned limit) {
-    random_state = random_state * 1664525u + 1013904223u;
-    return (random_state >> 8) % limit;
+    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
+    return unsigned(random_state >> 33) % limit;
 }
 
 }  // namespace
@@ -220,6 +222,11 @@ void report_deadlock(Block& block) {
     throw Failed{};
 }
 
+template <typename T>
+void shuffle(std::vector<T>& values) {
+    for (size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[random_below(unsigned(i))]);
+}
+
 // Begins what the stream has next; null if there is nothing left to run.
 Running* advance(const Stream& stream, int& next) {
     while (next < stream.num_operations) {
@@ -237,8 +244,7 @@ Running* advance(const Stream& stream, int& next) {
         Running* running = new Running{&operation, {}, 0, {}};
         for (int i = 0; i < operation.grid_x * operation.grid_y; ++i) running->order.push_back(i);
         if (order == 1) std::reverse(running->order.begin(), running->order.end());
-        for (size_t i = running->order.size(); order > 1 && i > 1; --i)
-            std::swap(running->order[i - 1], running->order[random_below(unsigned(i))]);
+        if (order > 1) shuffle(running->order);
         return running;
     }
     return nullptr;
@@ -247,8 +253,11 @@ Running* advance(const Stream& stream, int& next) {
 void run(const Stream* streams, int num_streams) {
     std::vector<Running*> running(num_streams);
     std::vector<int> next(num_streams);
-    int idle = 0, burst = 0;
+    int idle = 0, burst = 0;  // idle: turns since a thread has moved
     unsigned s = 0;
+    std::vector<unsigned> ranking(num_streams);
+    std::iota(ranking.begin(), ranking.end(), 0);
+    shuffle(ranking);
     for (int s = 0; s < num_streams; ++s) running[s] = advance(streams[s], next[s]);
     for (unsigned turn = 0;; ++turn) {
         int alive = 0;
@@ -256,12 +265,15 @@ void run(const Stream* streams, int num_streams) {
         if (alive == 0) return;
         if (order < 2) {
             s = order == 0 ? turn % num_streams : num_streams - 1 - turn % num_streams;
-        } else if (--burst <= 0 || idle > 0) {  // in random orders others may stand still for long
-            s = random_below(num_streams);
-            burst = 1 << random_below(12);
+        } else if (order % 2 == 0) {  // one goes on while the others stand still, for any length of time
+            if (--burst <= 0 || idle > 0) s = random_below(num_streams);
+            if (burst <= 0) burst = 1 << random_below(12);
+        } else {  // the first goes on that can: to see what others wrote takes it a few turns
+            s = ranking[idle / 8 % num_streams];
         }
         if (running[s] == nullptr) {
             burst = 0;
+            ++idle;
             continue;
         }
         Running& one = *running[s];
@@ -294,7 +306,7 @@ void run(const Stream* streams, int num_streams) {
 // Null, or what went wrong; `at`: where in the code, or null.
 extern "C" const char* emulator_run(const Stream* streams, int num_streams, int how, const char** at) {
     order = how;
-    random_state = unsigned(how) * 2654435761u + 1;
+    random_state = how * 0x9e3779b97f4a7c15u;
     until_switch = 1;
     now = 0;
     message[0] = 0;
