@@ -179,7 +179,7 @@ class Launches:
         self._shape = (-1, -1)
         self._scratch = workspace.scratch
         self._status, self._results = Status.OPTIMAL, 0
-        if exchanged and workspace.window.strip(b"\0"):
+        if exchanged and workspace.rows.numel():
             self.set_rows(workspace.rows)
 
     def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:

@@ -297,15 +297,15 @@ class Planner:
         """
         if not placement.may_replace(self.placement):
             raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")
-        head = [tag_of(placement, self._problem), *self._head[1:]]
-        switches = [self._backend.prepare(placement, head)]
-        switches += [homes.prepare(placement) for homes in self._homes.values()]
         columns = self.placement.max_replicas
         if placement.max_replicas != columns:
             raise ValueError(
                 f"max_replicas must stay {columns}, the columns of this planner's quotas; "
                 f"got {placement.max_replicas}"
             )
+        head = [tag_of(placement, self._problem), *self._head[1:]]
+        switches = [self._backend.prepare(placement, head)]
+        switches += [homes.prepare(placement) for homes in self._homes.values()]
 
         def commit() -> None:
             for switch in switches:

@@ -21,9 +21,7 @@ from batches import (
     stack,
 )
 
-from lplb_ep.embedded import (
-    ElasticBuffer,
-)
+from lplb_ep.embedded import ElasticBuffer
 
 
 def elastic_round_trip(group, case, alignment=1, pair=False, sync=True, multiple=True):

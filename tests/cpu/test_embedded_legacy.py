@@ -22,9 +22,7 @@ from batches import (
     stack,
 )
 
-from lplb_ep.embedded import (
-    Buffer,
-)
+from lplb_ep.embedded import Buffer
 
 
 def legacy_round_trip(group, case):

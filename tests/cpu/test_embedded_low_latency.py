@@ -5,9 +5,7 @@ import ranks
 import torch
 from batches import BF16, F32, F64, FP8, SIZES, add, computed, make_batches, nothing, same, stack
 
-from lplb_ep.embedded import (
-    Buffer,
-)
+from lplb_ep.embedded import Buffer
 from lplb_ep.embedded.fp8 import cast_to_fp8
 
 FP8_VALUES = torch.arange(256, dtype=torch.uint8).view(FP8).float()

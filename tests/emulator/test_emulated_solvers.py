@@ -8,6 +8,7 @@ import oracle
 import plans
 import pytest
 import torch
+from builders import circulant
 from emulator import ORDERS
 
 import lplb_ep
@@ -65,19 +66,6 @@ def check(memory, rank, loads, orders=ORDERS):
 def random_loads(rng, num_experts, number=3):
     scales = [float(scale) for scale in rng.choice([3, 100, 3000], number)]
     return np.stack([oracle.random_load(rng, num_experts, scale) for scale in scales])
-
-
-def circulant(rng, R, num_edges):
-    """Each rank has homes, and the next ranks at some distances have their copies."""
-    distances = rng.permutation(np.arange(1, R))[: num_edges // 2 - (num_edges >= 6)].tolist()
-    groups = [distances[:2], *([d] for d in distances[2:])]
-    if num_edges < 6:
-        groups = [[d] for d in distances]
-    ranks = np.arange(R)
-    table = [np.arange(g * R, (g + 1) * R) for g in range(len(groups))]
-    for g, group in enumerate(groups):
-        table += [g * R + (ranks - d) % R for d in group]
-    return Placement(np.stack(table, 1).ravel(), R)
 
 
 def hot(rng, placement):
