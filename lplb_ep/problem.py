@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,21 @@ MAX_TOTAL = 2**31 - 1
 MAX_TOTAL_SPEED = 2**15 - 1
 COSTS = ("tokens",)
 """What a rank's cost can be counted in."""
+GUEST_TOLERANCE = 0.01
+"""The default of `Problem.guest_tolerance`."""
+GUEST_MIN_TOKENS = 32
+"""The default of `Problem.guest_min_tokens`."""
+GUEST_PARTS = 10_000
+"""The unit in which kernels and CPU count the tolerance: its parts of 1."""
+
+
+class GuestRule(NamedTuple):
+    """When a batch takes guests, in whole numbers."""
+
+    tolerance: int
+    """In `GUEST_PARTS` of the mean."""
+    min_tokens: int
+    """The least tokens that a guest must take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +56,53 @@ class Problem:
     """[E, C]: the most tokens of each copy; default: no limit."""
     cost: str = "tokens"
     """One of `COSTS`: what the ranks' largest cost counts."""
+    guest_tolerance: float | None = None
+    """A batch takes no guests where the residents' T* is at most 1 + this times the mean: the total
+    load over the total speed. In [0, 1], counted in 1/10000; None: `GUEST_TOLERANCE`, or what a
+    drop-in's setting says."""
+    guest_min_tokens: int | None = None
+    """The least tokens that a guest must take, from 1; None: `GUEST_MIN_TOKENS`, or what a
+    drop-in's setting says."""
 
     @property
     def bounds(self) -> dict[str, torch.Tensor | None]:
         """All but the load and the cost, by name."""
         return {"base_load": self.base_load, "speed": self.speed, "max_quota": self.max_quota}
 
+    @property
+    def guest_rule(self) -> GuestRule:
+        """When a batch takes guests, defaults filled in."""
+        tolerance, tokens = self.guest_tolerance, self.guest_min_tokens
+        return GuestRule(
+            round(GUEST_PARTS * (GUEST_TOLERANCE if tolerance is None else tolerance)),
+            GUEST_MIN_TOKENS if tokens is None else tokens,
+        )
+
+    def with_guest_defaults(self, tolerance: float, min_tokens: int) -> Problem:
+        """The same, with another rule for guests where this one says none."""
+        return replace(
+            self,
+            guest_tolerance=tolerance if self.guest_tolerance is None else self.guest_tolerance,
+            guest_min_tokens=min_tokens if self.guest_min_tokens is None else self.guest_min_tokens,
+        )
+
     def checked(self, placement: Placement) -> Problem:
         """The same, with int64 tensors on the CPU, and the load as [B, E].
 
         Raises:
             TypeError: a field is no tensor.
-            ValueError: a field's shape, dtype or range, or the cost; the message names it.
+            ValueError: a field's shape, dtype or range, or the cost; the message names it. Or
+                `max_quota` for a placement with guest slots.
             InfeasibleError: an expert whose copies' `max_quota` sum below its load.
         """
         if self.cost not in COSTS:
             raise ValueError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r}")
+        self._check_guest_rule()
+        if placement.num_guests_per_rank and self.max_quota is not None:
+            raise ValueError(
+                "max_quota limits copies by their columns, and a placement with guest slots has "
+                "others there in each batch: leave one of the two"
+            )
         R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
         load = None
         if self.load is not None:
@@ -66,12 +112,14 @@ class Problem:
                     f"load must have shape [{E}] or [B, {E}]; got {list(self.load.shape)}"
                 )
             load = _whole("load", self.load, self.load.shape).reshape(-1, E)
-        out = Problem(
-            load,
-            None if self.base_load is None else _whole("base_load", self.base_load, (R,)),
-            None if self.speed is None else _whole("speed", self.speed, (R,), at_least=1),
-            None if self.max_quota is None else _whole("max_quota", self.max_quota, (E, C)),
-            self.cost,
+        out = replace(
+            self,
+            load=load,
+            base_load=None if self.base_load is None else _whole("base_load", self.base_load, (R,)),
+            speed=None if self.speed is None else _whole("speed", self.speed, (R,), at_least=1),
+            max_quota=None
+            if self.max_quota is None
+            else _whole("max_quota", self.max_quota, (E, C)),
         )
         out._check_totals(placement)
         return out
@@ -83,19 +131,35 @@ class Problem:
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what bounds the plans of every batch; ranks compare it."""
         state: list[Any] = [self.cost]
+        if self.guest_rule != Problem().guest_rule:
+            state.append(tuple(self.guest_rule))
         for bound in self.bounds.values():
             state.append(None if bound is None else bound.tolist())
         return hashlib.sha256(repr(state).encode()).hexdigest()
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing bounds a plan beside the load."""
-        return all(bound is None for bound in self.bounds.values())
+        """Whether nothing decides a plan beside placement and load, but for defaults."""
+        return (
+            all(bound is None for bound in self.bounds.values())
+            and self.guest_rule == Problem().guest_rule
+        )
 
     def _capacity(self, placement: Placement) -> torch.Tensor:
         """[E] the most tokens of each expert, by `max_quota`."""
         assert self.max_quota is not None, "there is no capacity without a limit"
         return (self.max_quota * torch.tensor(placement.copy_rank >= 0)).sum(1)
+
+    def _check_guest_rule(self) -> None:
+        tolerance, tokens = self.guest_tolerance, self.guest_min_tokens
+        if tolerance is not None and not (
+            isinstance(tolerance, (int, float)) and 0 <= tolerance <= 1
+        ):
+            raise ValueError(f"guest_tolerance must be a number in [0, 1]; got {tolerance!r}")
+        if tokens is not None and not (isinstance(tokens, int) and 1 <= tokens <= MAX_TOTAL):
+            raise ValueError(
+                f"guest_min_tokens must be a whole number in [1, {MAX_TOTAL}]; got {tokens!r}"
+            )
 
     def _check_totals(self, placement: Placement) -> None:
         total = 0 if self.load is None else max(self.load.sum(1).tolist(), default=0)

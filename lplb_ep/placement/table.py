@@ -27,6 +27,14 @@ from ..errors import PlacementError
 from . import files
 from .copies import ranks_of_copies, slots_of_experts
 from .eplb import fill_from_history
+from .guests import (
+    add_guest_slots,
+    columns_with_guests,
+    drop_guest_slots,
+    fill_in_order,
+    slots_of_guests,
+    with_guests_in,
+)
 from .inputs import check_experts, engine_map, integers, ranks_per_node, whole
 from .optimize.build import fill_for_lp
 from .optimum import components
@@ -50,7 +58,9 @@ class Placement:
         home: [E] integers, the slot of each expert's home. By default its first slot by local
             slot number, then by rank, which is where LPLB and EPLB put the original.
         max_replicas: C, the columns of the tables by expert; by default no more than needed. More
-            columns allow more copies in placements that replace this one.
+            columns allow more copies in placements that replace this one. With guest slots: R.
+        num_guests_per_rank: G, the last slots of each rank, which must be -1. Each batch may fill
+            them with copies of experts from other ranks of the node (`with_guests`).
 
     Raises:
         PlacementError: an argument does not fit. An entry is out of range, an expert has no copy
@@ -67,6 +77,8 @@ class Placement:
     """P."""
     num_local_slots: int
     """P / R, slots on each rank."""
+    num_guests_per_rank: int
+    """G."""
     max_replicas: int
     """C."""
     physical_to_logical: IntArray
@@ -86,6 +98,7 @@ class Placement:
         num_ranks_per_node: int | None = None,
         home: npt.ArrayLike | None = None,
         max_replicas: int | None = None,
+        num_guests_per_rank: int = 0,
     ) -> None:
         table = integers("physical_to_logical", physical_to_logical)
         num_ranks = whole("num_ranks", num_ranks)
@@ -98,7 +111,9 @@ class Placement:
             experts = whole("num_experts", num_experts)
         check_experts(table, experts)
         node = ranks_per_node(num_ranks, num_ranks_per_node)
-        slots = slots_of_experts(table, num_ranks, experts, home, max_replicas)
+        guests = whole("num_guests_per_rank", num_guests_per_rank, least=0)
+        columns = columns_with_guests(table, num_ranks, experts, guests, max_replicas)
+        slots = slots_of_experts(table, num_ranks, experts, home, columns)
         num_local_slots = table.size // num_ranks
         vars(self).update(
             num_ranks=num_ranks,
@@ -106,6 +121,7 @@ class Placement:
             num_experts=experts,
             num_physical_experts=table.size,
             num_local_slots=num_local_slots,
+            num_guests_per_rank=guests,
             max_replicas=slots.shape[1],
             physical_to_logical=_frozen(table),
             logical_to_physical=_frozen(slots),
@@ -118,6 +134,23 @@ class Placement:
     __delattr__ = __setattr__
 
     @classmethod
+    def homes_only(
+        cls,
+        num_experts: int,
+        num_ranks: int,
+        num_guests_per_rank: int = 0,
+        *,
+        num_ranks_per_node: int | None = None,
+    ) -> Placement:
+        """Experts in order, E / R on each rank, and no replicas: nothing need be known of loads.
+
+        Raises:
+            PlacementError: R does not divide E, or another argument does not fit.
+        """
+        homes = fill_in_order(num_experts, num_ranks, num_ranks_per_node)
+        return cls(**add_guest_slots(homes, num_guests_per_rank))
+
+    @classmethod
     def from_topology(
         cls,
         topology: str | npt.ArrayLike,
@@ -127,6 +160,7 @@ class Placement:
         num_redundant_per_rank: int | None = None,
         load: npt.ArrayLike | None = None,
         num_ranks_per_node: int | None = None,
+        num_guests_per_rank: int = 0,
     ) -> Placement:
         """LPLB's placement: each rank's hottest experts get one replica each, on fixed ranks.
 
@@ -155,20 +189,20 @@ class Placement:
             num_redundant_per_rank: replicas on each rank, a multiple of D up to E / R. Default: D.
             load: [E] or [N, E] (summed) numbers of at least 0, in any unit.
             num_ranks_per_node: as for `Placement`.
+            num_guests_per_rank: empty guest slots behind those, as for `Placement`.
 
         Raises:
             PlacementError: names the argument that does not fit, or the rank and column of `r2o`.
         """
-        return cls(
-            **fill_by_topology(
-                topology,
-                num_experts=num_experts,
-                num_ranks=num_ranks,
-                num_redundant_per_rank=num_redundant_per_rank,
-                load=load,
-                num_ranks_per_node=num_ranks_per_node,
-            )
+        filled = fill_by_topology(
+            topology,
+            num_experts=num_experts,
+            num_ranks=num_ranks,
+            num_redundant_per_rank=num_redundant_per_rank,
+            load=load,
+            num_ranks_per_node=num_ranks_per_node,
         )
+        return cls(**add_guest_slots(filled, num_guests_per_rank))
 
     @classmethod
     def from_history(
@@ -179,6 +213,7 @@ class Placement:
         num_redundant_per_rank: int,
         num_ranks_per_node: int | None = None,
         num_groups: int | None = None,
+        num_guests_per_rank: int = 0,
     ) -> Placement:
         """EPLB's placement of one layer: the hottest experts get most copies, packed by load.
 
@@ -203,15 +238,15 @@ class Placement:
             num_groups: groups of consecutive experts that the router limits its picks to; must
                 divide E. With a multiple of the number of nodes the policy is hierarchical,
                 otherwise, as by default, global.
+            num_guests_per_rank: empty guest slots behind those, as for `Placement`.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
         """
-        return cls(
-            **fill_from_history(
-                load, num_ranks, num_redundant_per_rank, num_ranks_per_node, num_groups
-            )
+        filled = fill_from_history(
+            load, num_ranks, num_redundant_per_rank, num_ranks_per_node, num_groups
         )
+        return cls(**add_guest_slots(filled, num_guests_per_rank))
 
     @classmethod
     def for_lp(
@@ -232,6 +267,7 @@ class Placement:
         seed: int = 0,
         max_steps: int | None = None,
         time_budget_s: float | None = None,
+        num_guests_per_rank: int | None = None,
     ) -> Placement:
         """A placement on which the linear program does best on the loads that may come.
 
@@ -269,32 +305,36 @@ class Placement:
                 placement is searched for from a few starts. Default: 400, with `start` 300.
             time_budget_s: seconds, at least 0, after which the search ends with the best so far. A
                 step that is under way and an exact judgement come on top.
+            num_guests_per_rank: empty guest slots behind those, as for `Placement`; the search
+                knows nothing of guests. Default: none; with `start` its own.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
             TypeError: `start` is not a `Placement`.
         """
+        guests = 0 if num_guests_per_rank is None else num_guests_per_rank
         if start is not None:
             check_placement(start)
-        return cls(
-            **fill_for_lp(
-                samples,
-                num_ranks=num_ranks,
-                num_redundant_per_rank=num_redundant_per_rank,
-                num_ranks_per_node=num_ranks_per_node,
-                num_groups=num_groups,
-                within_node=within_node,
-                start=start,
-                fixed_homes=fixed_homes,
-                max_changes=max_changes,
-                max_copies=max_copies,
-                percentile=percentile,
-                drift=drift,
-                seed=seed,
-                max_steps=max_steps,
-                time_budget_s=time_budget_s,
-            )
+            guests = start.num_guests_per_rank if num_guests_per_rank is None else guests
+            start = start.residents
+        filled = fill_for_lp(
+            samples,
+            num_ranks=num_ranks,
+            num_redundant_per_rank=num_redundant_per_rank,
+            num_ranks_per_node=num_ranks_per_node,
+            num_groups=num_groups,
+            within_node=within_node,
+            start=start,
+            fixed_homes=fixed_homes,
+            max_changes=max_changes,
+            max_copies=max_copies,
+            percentile=percentile,
+            drift=drift,
+            seed=seed,
+            max_steps=max_steps,
+            time_budget_s=time_budget_s,
         )
+        return cls(**add_guest_slots(filled, guests))
 
     @classmethod
     def from_physical_to_logical(
@@ -304,6 +344,7 @@ class Placement:
         *,
         num_experts: int | None = None,
         num_ranks_per_node: int | None = None,
+        num_guests_per_rank: int = 0,
     ) -> Placement | list[Placement]:
         """A serving engine's own placement, its `physical_to_logical_map`.
 
@@ -318,6 +359,7 @@ class Placement:
             num_ranks: R; must divide P.
             num_experts: E; by default one more than the largest entry of all layers.
             num_ranks_per_node: as for `Placement`.
+            num_guests_per_rank: empty guest slots behind the engine's, as for `Placement`.
 
         Returns:
             A placement for [P]; for [layers, P] a list of them, one per layer.
@@ -328,12 +370,14 @@ class Placement:
         layers = engine_map(table)
         if num_experts is None and layers.size:
             num_experts = max(int(layers.max()) + 1, 1)
-        make = partial(
-            cls,
-            num_ranks=num_ranks,
-            num_experts=num_experts,
-            num_ranks_per_node=num_ranks_per_node,
-        )
+
+        def make(slots: npt.NDArray[np.int64]) -> Placement:
+            # Checked on its own first, so that messages name the engine's slots.
+            resident = cls(
+                slots, num_ranks, num_experts=num_experts, num_ranks_per_node=num_ranks_per_node
+            )
+            return cls(**add_guest_slots(resident._state, num_guests_per_rank))
+
         if layers.ndim == 1:
             return make(layers)
         placements = []
@@ -364,6 +408,7 @@ class Placement:
             num_ranks_per_node=self.num_ranks_per_node,
             home=self.home,
             max_replicas=self.max_replicas if max_replicas is None else max_replicas,
+            num_guests_per_rank=self.num_guests_per_rank,
         )
         if out.num_physical_experts != self.num_physical_experts:
             raise PlacementError(
@@ -374,11 +419,51 @@ class Placement:
 
     def may_replace(self, other: Placement) -> bool:
         """Whether this placement differs from another in replicas and their number alone."""
-        return (
-            (self.num_ranks, self.num_ranks_per_node) == (other.num_ranks, other.num_ranks_per_node)
-            and self.num_physical_experts == other.num_physical_experts
-            and np.array_equal(self.home, other.home)
+        same = ("num_ranks", "num_ranks_per_node", "num_physical_experts", "num_guests_per_rank")
+        return all(getattr(self, name) == getattr(other, name) for name in same) and np.array_equal(
+            self.home, other.home
         )
+
+    def with_guests(self, guests: npt.ArrayLike) -> Placement:
+        """The placement of one batch, whose guest slots hold copies like any other.
+
+        Residents keep their columns. Guests take the columns behind them, by local slot and then
+        by rank. C stays.
+
+        Args:
+            guests: [R, G] integers, the expert in each guest slot, -1 = empty.
+
+        Raises:
+            PlacementError: another shape, or an entry that is no expert. Or the rank holds it
+                already, or its home is on another node.
+        """
+        shape = self.num_ranks, self.num_ranks_per_node, self.num_guests_per_rank
+        return Placement(
+            with_guests_in(self.physical_to_logical, self.home_rank, *shape, guests),
+            self.num_ranks,
+            num_experts=self.num_experts,
+            num_ranks_per_node=self.num_ranks_per_node,
+            home=self.home,
+            max_replicas=self.max_replicas,
+        )
+
+    @cached_property
+    def residents(self) -> Placement:
+        """The same without guest slots, in the slots of engines that know of none."""
+        if not self.num_guests_per_rank:
+            return self
+        shape = self.num_ranks, self.num_guests_per_rank
+        table, home = drop_guest_slots(self.physical_to_logical, self.home, *shape)
+        node, experts = self.num_ranks_per_node, self.num_experts
+        return Placement(
+            table, self.num_ranks, num_experts=experts, num_ranks_per_node=node, home=home
+        )
+
+    @cached_property
+    def guest_slots(self) -> IntArray:
+        """[R, G] int32: the guest slots of each rank."""
+        shape = self.num_ranks, self.num_local_slots, self.num_guests_per_rank
+        return _frozen(slots_of_guests(*shape))
 
     @property
     def home(self) -> IntArray:
@@ -416,6 +501,8 @@ class Placement:
         }
         if (self.logical_to_physical[:, -1] < 0).all():
             state["max_replicas"] = self.max_replicas
+        if self.num_guests_per_rank:
+            state["num_guests_per_rank"] = self.num_guests_per_rank
         return state
 
     @cached_property
@@ -438,9 +525,12 @@ class Placement:
         return partial(Placement, **self._state), ()
 
     def __repr__(self) -> str:
+        guests = self.num_guests_per_rank
         return (
             f"Placement({self.num_experts} experts in {self.num_physical_experts} slots on "
-            f"{self.num_ranks} ranks, up to {self.max_replicas} copies, {self._fingerprint[:8]})"
+            f"{self.num_ranks} ranks, up to {self.max_replicas} copies, "
+            + (f"{guests} guest slots a rank, " if guests else "")
+            + f"{self._fingerprint[:8]})"
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ import torch
 from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
+from .guests import guests_of
 from .plan import Plan
 from .solve import best_time, rank_load, slowest_time
 from .structs import Status
@@ -36,13 +37,18 @@ def check_plan(
         if not bool(condition):
             raise AssertionError(f"plan of rank {rank}: {message}")
 
+    problem = Problem() if problem is None else problem
+    status, guests = Status(int(plan.status)), plan.guests.cpu()
+    chosen = guests_of(status, plan.counts.cpu().long().sum(0).numpy(), placement, problem)
+    hold(guests.equal(torch.from_numpy(chosen)), "guests are not those of the definition")
+    placement = placement.with_guests(guests)
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
     physical, logical = plan.topk_idx.cpu(), topk_idx.cpu()
     counts, quota, shares = plan.counts.cpu(), plan.quota.cpu(), plan.split.cpu()
     hold(plan.topk_idx.dtype == topk_idx.dtype, "topk_idx changed its dtype")
     hold(plan.topk_idx.device == topk_idx.device, "topk_idx changed its device")
     hold(physical.shape == logical.shape, "topk_idx changed its shape")
-    if int(plan.status) == Status.BAD_COUNTS:
+    if status is Status.BAD_COUNTS:
         # Invalid counts say nothing: there are no quotas, and every pick is at its home.
         for name in ("counts", "quota", "split", "rank_load"):
             hold((getattr(plan, name) == 0).all(), f"{name} is not 0, of invalid counts")
@@ -78,8 +84,7 @@ def check_plan(
 
     load = rank_load(quota, placement)
     hold((plan.rank_load.cpu() == load).all(), "rank_load is not the load of the quotas")
-    if int(plan.status) == Status.OPTIMAL:
-        problem = Problem() if problem is None else problem
+    if status is Status.OPTIMAL:
         if problem.max_quota is not None:
             hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")
         reached, best = (

@@ -230,6 +230,7 @@ class DeviceBackend:
             quota.view(p.num_experts, p.max_replicas),
             rank_load,
             status[0],
+            status.new_empty(p.num_ranks, 0),
         )
 
     def _split(

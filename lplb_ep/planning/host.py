@@ -15,6 +15,7 @@ from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch
+from .guests import guests_of
 from .plan import Plan, Results
 from .solve import rank_load
 from .structs import HEAD, Head, Status
@@ -125,10 +126,14 @@ class HostBackend:
             counts, load, status = counts * 0, load * 0, max(status, Status.BAD_COUNTS)
         elif not self._problem.is_feasible(load, self._placement):
             status = max(status, Status.INFEASIBLE)
+        guests = guests_of(status, load.numpy(), self._placement, self._problem)
+        filled = self._placement
         if status is Status.OPTIMAL:
-            quota = reference.solve(load, self._placement, **self._problem.bounds).quota
-            shares = reference.split(counts, quota, self._placement)
-            physical = reference.rewrite(picks, shares[self._rank], self._placement)
+            if guests.size:
+                filled = self._placement.with_guests(guests)
+            quota = reference.solve(load, filled, **self._problem.bounds).quota
+            shares = reference.split(counts, quota, filled)
+            physical = reference.rewrite(picks, shares[self._rank], filled)
         else:
             quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
             quota[:, 0] = load
@@ -140,10 +145,11 @@ class HostBackend:
             Results,
             counts,
             quota,
-            rank_load(quota, self._placement).int(),
+            rank_load(quota, filled).int(),
             torch.tensor(int(status), dtype=torch.int32),
+            torch.from_numpy(guests),
         )
-        split = functools.partial(split_on_host, self._placement)
+        split = functools.partial(split_on_host, filled)
         return Plan(physical.to(topk_idx.device), results, split)
 
 

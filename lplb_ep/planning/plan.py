@@ -18,6 +18,7 @@ class Results(NamedTuple):
     quota: torch.Tensor
     rank_load: torch.Tensor
     status: torch.Tensor
+    guests: torch.Tensor
 
 
 class Plan:
@@ -65,6 +66,14 @@ class Plan:
     def status(self) -> torch.Tensor:
         """[] int32, a `Status`."""
         return self._results.status
+
+    @property
+    def guests(self) -> torch.Tensor:
+        """[R, G] int32: the expert that each guest slot holds for this batch, -1 = none.
+
+        Quotas and split are by the columns of `placement.with_guests(guests)`.
+        """
+        return self._results.guests
 
     @property
     def split(self) -> torch.Tensor:

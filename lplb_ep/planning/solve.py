@@ -7,13 +7,16 @@ import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 from ..placement.table import Placement, check_placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .device_tables import solve_on_device
+from .guests import guests_of
 from .solvers import choose_solver
+from .structs import Status
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ class Solution:
     tight_ranks: torch.Tensor
     """[.., R] bool: the certificate. What these ranks must keep between them, whatever the plan
     (see `must_keep`), is T* times the sum of their speeds."""
+    guests: torch.Tensor
+    """[.., R, G] int32: the expert that each guest slot holds, -1 = none. Quotas, T* and its
+    certificate are those of `placement.with_guests(guests)`."""
     solver: str
     """The solver that ran."""
     num_unfinished: int
@@ -46,8 +52,12 @@ def solve(
     base_load: torch.Tensor | None = None,
     speed: torch.Tensor | None = None,
     max_quota: torch.Tensor | None = None,
+    guest_tolerance: float | None = None,
+    guest_min_tokens: int | None = None,
 ) -> Solution:
     """Splits each expert's load over its copies so that the slowest rank is as fast as can be.
+
+    Where the placement has guest slots, they are filled for each load first (`choose_guests`).
 
     minimise T subject to sum_c quota[e, c] = load[e] and
     (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
@@ -66,7 +76,9 @@ def solve(
         solver: who makes the quotas, one of `SOLVERS`. "auto" is the CPU for a load on the CPU.
         base_load: [R] integers, tokens that stay on each rank (a shared expert's, say); default 0.
         speed: [R] positive integers, relative speeds that sum to at most 32767; default 1.
-        max_quota: [E, C] integers, the most tokens for each copy; default: no limit.
+        max_quota: [E, C] integers, the most tokens for each copy; default: no limit. It does not
+            go with guest slots.
+        guest_tolerance, guest_min_tokens: when guests are taken, as in `Problem`.
 
     Returns:
         A `Solution` on the device of `load`, with a leading B where `load` has one.
@@ -79,15 +91,23 @@ def solve(
         AssertionError: the solver's quotas are not those of an optimum.
     """
     check_placement(placement)
+    if solver == "auto" and isinstance(load, torch.Tensor) and load.device.type == "cpu":
+        solver = "cpu"
     name, _ = choose_solver(solver, placement)
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
+    G = placement.num_guests_per_rank
     if not isinstance(load, torch.Tensor):
         raise TypeError(f"load must be a tensor; got a {type(load).__name__}")
-    problem = Problem(load, base_load, speed, max_quota).checked(placement)
+    problem = Problem(
+        load,
+        base_load,
+        speed,
+        max_quota,
+        guest_tolerance=guest_tolerance,
+        guest_min_tokens=guest_min_tokens,
+    ).checked(placement)
     loads = problem.load
     assert loads is not None, "a load that is None is refused"
-    if solver == "auto" and load.device.type == "cpu":
-        name = "cpu"
     quotas: list[torch.Tensor | None] = [None] * len(loads)
     if name != "cpu" and len(loads):
         quotas = solve_on_device(loads, placement, name, problem)
@@ -100,19 +120,24 @@ def solve(
             num_unfinished,
             len(loads),
         )
+    guests = [guests_of(Status.OPTIMAL, row.numpy(), placement, problem) for row in loads]
+    filled = [placement.with_guests(chosen) if chosen.size else placement for chosen in guests]
     optima = [
-        _prove(name, row, quota, placement, problem)
-        for row, quota in zip(loads, quotas, strict=True)
+        _prove(name, row, quota, one, problem)
+        for row, quota, one in zip(loads, quotas, filled, strict=True)
     ]
+    rank_loads = [rank_load(o.quota, one) for o, one in zip(optima, filled, strict=True)]
+    all_loads = torch.stack(rank_loads) if optima else torch.zeros(0, R)
     all_quotas = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
     bounds = torch.tensor([float(o.bound) for o in optima], dtype=torch.float64)
     tight = torch.stack([o.tight_ranks for o in optima]) if optima else torch.zeros(0, R).bool()
     shape, device = load.shape[:-1], load.device
     return Solution(
         all_quotas.reshape(*shape, E, C).to(device),
-        rank_load(all_quotas, placement).reshape(*shape, R).int().to(device),
+        all_loads.int().reshape(*shape, R).to(device),
         bounds.reshape(shape).to(device),
         tight.reshape(*shape, R).to(device),
+        torch.from_numpy(np.array(guests, np.int32)).reshape(*shape, R, G).to(device),
         name,
         num_unfinished,
     )

@@ -194,6 +194,11 @@ def choose_solver(
         if solver != "auto":
             raise
         return "cpu", str(error)
+    if placement is not None and placement.num_guests_per_rank:
+        raise ValueError(
+            "guests are chosen on the CPU alone as yet: a placement with guest slots takes "
+            f"solver='cpu' (LPLB_EP_SOLVER=cpu); got {solver!r}"
+        )
     return name, "a CUDA device is there" if solver == "auto" else "asked for"
 
 

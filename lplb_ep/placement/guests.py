@@ -1,0 +1,174 @@
+"""Guest slots: the last slots of each rank, which batches fill with experts of other ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import PlacementError
+from .inputs import integers, whole
+
+Array = npt.NDArray[Any]
+
+
+def slots_of_guests(num_ranks: int, num_local_slots: int, num_guests_per_rank: int) -> Array:
+    """[R, G]: the guest slots of each rank, its last ones."""
+    first = num_local_slots * np.arange(1, num_ranks + 1) - num_guests_per_rank
+    return first[:, None] + np.arange(num_guests_per_rank)
+
+
+def columns_with_guests(
+    table: Array,
+    num_ranks: int,
+    num_experts: int,
+    num_guests_per_rank: int,
+    max_replicas: int | None,
+) -> int | None:
+    """The columns of the tables by expert: any expert may get a guest on every other rank.
+
+    Args:
+        table: [P] integers, the expert in each slot, -1 = unused.
+        num_ranks: R, which divides P.
+        num_experts: E.
+        num_guests_per_rank: G.
+        max_replicas: C as it was asked for; None: as many as are needed.
+
+    Returns:
+        C; without guest slots as it was asked for.
+
+    Raises:
+        PlacementError: a guest slot is not empty, or all slots are guest slots, or C is too small.
+    """
+    if not num_guests_per_rank:
+        return max_replicas
+    num_local_slots = table.size // num_ranks
+    if num_guests_per_rank >= num_local_slots:
+        raise PlacementError(
+            f"num_guests_per_rank must be less than the {num_local_slots} slots of a rank; got "
+            f"{num_guests_per_rank}"
+        )
+    guests = slots_of_guests(num_ranks, num_local_slots, num_guests_per_rank).ravel()
+    wrong = guests[table[guests] >= 0]
+    if wrong.size:
+        raise PlacementError(
+            f"slot {wrong[0]} is a guest slot, which a batch fills: it must be -1; it holds expert "
+            f"{table[wrong[0]]}"
+        )
+    slots = np.flatnonzero(table >= 0)
+    is_on_rank = np.zeros((num_experts, num_ranks), bool)
+    is_on_rank[table[slots], slots // num_local_slots] = True
+    twice = np.bincount(table[slots], minlength=num_experts) - is_on_rank.sum(axis=1)
+    least = num_ranks + int(twice.max())
+    if max_replicas is not None and whole("max_replicas", max_replicas) < least:
+        raise PlacementError(
+            f"max_replicas must be at least {least} with guest slots: any expert may get a guest "
+            f"on every rank; got {max_replicas}"
+        )
+    return least if max_replicas is None else max_replicas
+
+
+def add_guest_slots(arguments: dict[str, Any], num_guests_per_rank: int) -> dict[str, Any]:
+    """The arguments of a placement with guest slots behind the slots of each rank.
+
+    Args:
+        arguments: those of a placement without guest slots.
+        num_guests_per_rank: G.
+
+    Raises:
+        PlacementError: G is no whole number of at least 0.
+    """
+    added = whole("num_guests_per_rank", num_guests_per_rank, least=0)
+    if not added:
+        return arguments
+    table = np.asarray(arguments["physical_to_logical"])
+    ranks = arguments["num_ranks"]
+    rows = table.reshape(ranks, -1)
+    rows = np.concatenate([rows, np.full((ranks, added), -1)], axis=1)
+    out = {**arguments, "physical_to_logical": rows.ravel(), "num_guests_per_rank": added}
+    if (home := arguments.get("home")) is not None:
+        home = np.asarray(home)
+        out["home"] = home + added * (home // (table.size // ranks))
+    return out
+
+
+def drop_guest_slots(
+    table: Array, home: Array, num_ranks: int, num_guests_per_rank: int
+) -> tuple[Array, Array]:
+    """A table [P] and the slots of homes [E] as they are without guest slots."""
+    num_local_slots = table.size // num_ranks
+    rows = table.reshape(num_ranks, -1)[:, : num_local_slots - num_guests_per_rank]
+    return rows.ravel(), home - num_guests_per_rank * (home // num_local_slots)
+
+
+def with_guests_in(
+    table: Array,
+    home_rank: Array,
+    num_ranks: int,
+    num_ranks_per_node: int,
+    num_guests_per_rank: int,
+    guests: npt.ArrayLike,
+) -> Array:
+    """A table whose guest slots hold guests.
+
+    Args:
+        table: [P] integers, the expert in each slot, -1 = unused.
+        home_rank: [E] the rank of each expert's home.
+        num_ranks: R.
+        num_ranks_per_node: ranks that reach each other's guest slots.
+        num_guests_per_rank: G.
+        guests: [R, G] integers, the expert in each guest slot, -1 = empty.
+
+    Returns:
+        [P].
+
+    Raises:
+        PlacementError: `guests` has another shape, names no expert or one that the rank holds, or
+            one whose home is on another node.
+    """
+    chosen = integers("guests", guests, dims=(2,))
+    if chosen.shape != (num_ranks, num_guests_per_rank):
+        raise PlacementError(
+            f"guests must be [{num_ranks}, {num_guests_per_rank}], the guest slots of each rank; "
+            f"got {list(chosen.shape)}"
+        )
+    rows = table.reshape(num_ranks, -1).copy()
+    residents = rows[:, : rows.shape[1] - num_guests_per_rank]
+    for rank, slot in np.argwhere(chosen != -1):
+        expert = chosen[rank, slot]
+        where = f"guests[{rank}, {slot}]"
+        if not 0 <= expert < home_rank.size:
+            raise PlacementError(
+                f"{where} must be -1 or an expert in [0, {home_rank.size}); got {expert}"
+            )
+        if expert in residents[rank] or expert in chosen[rank, :slot]:
+            raise PlacementError(f"{where} is expert {expert}, which rank {rank} holds already")
+        if home_rank[expert] // num_ranks_per_node != rank // num_ranks_per_node:
+            raise PlacementError(
+                f"{where} is expert {expert}, whose home is on rank {home_rank[expert]}: a guest's "
+                f"home must be on its rank's node of {num_ranks_per_node} ranks"
+            )
+    rows[:, rows.shape[1] - num_guests_per_rank :] = chosen
+    return rows.ravel()
+
+
+def fill_in_order(
+    num_experts: int, num_ranks: int, num_ranks_per_node: int | None
+) -> dict[str, Any]:
+    """The arguments of the placement that has experts in order and no replicas.
+
+    Raises:
+        PlacementError: R does not divide E, or an argument is no whole number.
+    """
+    experts, ranks = whole("num_experts", num_experts), whole("num_ranks", num_ranks)
+    if experts % ranks:
+        raise PlacementError(
+            f"num_ranks must divide num_experts: {ranks} does not divide {experts}"
+        )
+    return {
+        "physical_to_logical": np.arange(experts),
+        "num_ranks": ranks,
+        "num_experts": experts,
+        "num_ranks_per_node": num_ranks_per_node,
+    }
