@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -132,17 +134,21 @@ class Kernel:
             struct.error: an argument is not of its format.
         """
         with on_device(device.index):
-            stream = torch.cuda.current_stream(device).cuda_stream
-            self.prepare(arguments, num_threads, num_shared_bytes)(grid, stream)
+            launch = self.prepare(arguments, num_threads, num_shared_bytes)
+            launch.resize(*grid)
+            launch(torch.cuda.current_stream(device).cuda_stream)
 
 
 class Launch:
     """A launch of a kernel, its arguments in memory of its own.
 
     Few things change from one launch to the next, and packing all arguments anew keeps the CPU
-    longer than the launch. So what changes is written in place, by `writer`. The driver copies the
-    arguments while it launches. One thread at a time may write and launch.
+    longer than the launch. So what changes is written in place, by `writer` and `point`. The driver
+    copies the arguments while it launches. One thread at a time may write and launch.
     """
+
+    is_changed: bool
+    """Whether something was written since a `LaunchGraph` last looked."""
 
     def __init__(
         self,
@@ -151,18 +157,26 @@ class Launch:
         num_threads: int,
         num_shared_bytes: int,
     ) -> None:
-        self._kernel = kernel
+        self.kernel = kernel
         self._memory = ctypes.create_string_buffer(kernel.layout.size)
         kernel.layout.pack_into(self._memory, 0, *arguments)
         start = ctypes.addressof(self._memory)
         self._pointers = (ctypes.c_void_p * len(kernel.offsets))(
             *(start + offset for offset in kernel.offsets)
         )
-        self.words = memoryview(self._memory).cast("B").cast("Q")
-        """The arguments as words of 8 bytes, to overwrite pointers at the places of `word`."""
-        self._launch, self._function = kernel.driver.launchKernel, kernel.function.ptr
-        self._rest = (1, num_threads, 1, 1, num_shared_bytes)
-        self._address = ctypes.addressof(self._pointers)
+        self._words = memoryview(self._memory).cast("B").cast("Q")
+        self._launch = kernel.driver.launchKernel
+        self.function: int = kernel.function.ptr
+        self.num_threads, self.num_shared_bytes = num_threads, num_shared_bytes
+        self.address = ctypes.addressof(self._pointers)
+        """Of the pointers to the arguments, as the driver takes them."""
+        self.resize(1)
+
+    def resize(self, num_blocks: int, num_rows: int = 1) -> None:
+        """Sets the grid of the launches that follow."""
+        self.grid = (num_blocks, num_rows, 1)
+        self._form = (self.function, *self.grid, self.num_threads, 1, 1, self.num_shared_bytes)
+        self.is_changed = True
 
     def writer(self, argument: int, offset: int, format: str) -> Callable[..., None]:
         """A function that overwrites neighbouring fields of an argument.
@@ -173,32 +187,154 @@ class Launch:
             format: of the fields, as of module `struct`.
         """
         fields, memory = struct.Struct(f"={format}"), self._memory
-        at = self._kernel.offsets[argument] + offset
+        at = self.kernel.offsets[argument] + offset
 
         def write(*values: int) -> None:
             fields.pack_into(memory, at, *values)
+            self.is_changed = True
 
         return write
 
     def word(self, argument: int, offset: int, format: str = "Q") -> int:
-        """The place of a pointer in `words`; arguments as for `writer`.
+        """The place of a pointer, as `point` takes it; arguments as for `writer`.
 
         Raises:
             ValueError: it is no pointer, or several.
         """
-        at = self._kernel.offsets[argument] + offset
+        at = self.kernel.offsets[argument] + offset
         if format != "Q" or at % 8:
             raise ValueError(f"a field of format {format!r} at byte {at} is no pointer")
         return at // 8
 
-    def __call__(self, grid: tuple[int, int], stream: int) -> None:
+    def point(self, word: int, address: int) -> None:
+        """Overwrites a pointer, in half the time of a `writer`.
+
+        Args:
+            word: where it is, from `word`.
+            address: what it points to.
+        """
+        if self._words[word] != address:
+            self._words[word] = address
+            self.is_changed = True
+
+    def __call__(self, stream: int) -> None:
         """Launches on a stream of the current device, given by its pointer."""
-        if not getattr(_thread, "has_context", False):
-            # The driver wants a context, which only the runtime gives to a new thread.
-            runtime = self._kernel.runtime
-            runtime.setDevice(runtime.getDevice())
-            _thread.has_context = True
-        self._launch(self._function, *grid, *self._rest, stream, self._address, 0)
+        enter_context(self.kernel.runtime)
+        self._launch(*self._form, stream, self.address, 0)
+
+
+def enter_context(runtime: Any) -> None:
+    """Gives this thread the current device's context, which the driver wants.
+
+    Only the runtime does that for a new thread.
+
+    Args:
+        runtime: `cupy.cuda.runtime`.
+    """
+    if not getattr(_thread, "has_context", False):
+        runtime.setDevice(runtime.getDevice())
+        _thread.has_context = True
+
+
+class _Node(ctypes.Structure):
+    """`CUDA_KERNEL_NODE_PARAMS_v2` of CUDA's `cuda.h`."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("num_shared_bytes", ctypes.c_uint),
+        ("arguments", ctypes.c_void_p),
+        ("extra", ctypes.c_void_p),
+        ("kernel", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    ]
+
+
+class LaunchGraph:
+    """Launches in order, as one. A stream that is being captured does not take it.
+
+    It keeps the CPU for a third of the time of three launches. What was written to a launch since
+    the last time goes into the graph first; batches on the GPU keep what they were launched with.
+
+    Args:
+        launches: of kernels of the current device. Nobody else makes a graph of them.
+
+    Raises:
+        RuntimeError: the driver refuses; names its function and error.
+    """
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        self._driver = driver = _cuda_driver()
+        self._runtime = launches[0].kernel.runtime
+        enter_context(self._runtime)
+        graph, graph_exec = ctypes.c_void_p(), ctypes.c_void_p()
+        _check(driver.cuGraphCreate(ctypes.byref(graph), 0), "cuGraphCreate")
+        handles: list[ctypes.c_void_p] = []
+        self._nodes: list[tuple[Launch, int | None, _Node, int]] = []
+        for launch in launches:
+            before = (ctypes.c_void_p * 1)(*(one.value for one in handles[-1:]))
+            handle, node = ctypes.c_void_p(), _Node()
+            _describe(node, launch)
+            error = driver.cuGraphAddKernelNode_v2(
+                ctypes.byref(handle), graph, before, min(1, len(handles)), ctypes.byref(node)
+            )
+            _check(error, "cuGraphAddKernelNode")
+            handles.append(handle)
+            self._nodes.append((launch, handle.value, node, ctypes.addressof(node)))
+        error = driver.cuGraphInstantiateWithFlags(ctypes.byref(graph_exec), graph, 0)
+        _check(error, "cuGraphInstantiate")
+        self._exec = graph_exec.value or 0
+        self._set, self._launch = driver.cuGraphExecKernelNodeSetParams_v2, driver.cuGraphLaunch
+        # Not when the process ends: the driver may be gone before.
+        weakref.finalize(self, _destroy, driver, graph.value or 0, self._exec).atexit = False
+
+    def __call__(self, stream: int) -> None:
+        """Launches all on a stream of the current device, given by its pointer.
+
+        Raises:
+            RuntimeError: as the constructor.
+        """
+        enter_context(self._runtime)
+        for launch, handle, node, address in self._nodes:
+            if launch.is_changed:
+                node.grid[:] = launch.grid
+                if error := self._set(self._exec, handle, address):
+                    _check(error, "cuGraphExecKernelNodeSetParams")
+                launch.is_changed = False
+        if error := self._launch(self._exec, stream):
+            _check(error, "cuGraphLaunch")
+
+
+def _describe(node: _Node, launch: Launch) -> None:
+    node.function, node.arguments = launch.function, launch.address
+    node.grid[:], node.block[:] = launch.grid, (launch.num_threads, 1, 1)
+    node.num_shared_bytes = launch.num_shared_bytes
+    launch.is_changed = False
+
+
+def _check(error: int, function: str) -> None:
+    if error:
+        raise RuntimeError(f"{function}: CUDA error {error}")
+
+
+def _destroy(driver: Any, graph: int, graph_exec: int) -> None:
+    driver.cuGraphExecDestroy(graph_exec)
+    driver.cuGraphDestroy(graph)
+
+
+@functools.cache
+def _cuda_driver() -> Any:
+    """CUDA's driver, of whose functions CuPy has none that changes a node."""
+    driver = ctypes.CDLL("libcuda.so.1")
+    pointer, size, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_ulonglong
+    driver.cuGraphCreate.argtypes = [pointer, ctypes.c_uint]
+    driver.cuGraphAddKernelNode_v2.argtypes = [pointer, pointer, pointer, size, pointer]
+    driver.cuGraphInstantiateWithFlags.argtypes = [pointer, pointer, flags]
+    driver.cuGraphExecKernelNodeSetParams_v2.argtypes = [pointer, pointer, pointer]
+    driver.cuGraphLaunch.argtypes = [pointer, pointer]
+    driver.cuGraphExecDestroy.argtypes = driver.cuGraphDestroy.argtypes = [pointer]
+    return driver
 
 
 def on_device(device: int) -> contextlib.AbstractContextManager[Any]:

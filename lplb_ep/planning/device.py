@@ -130,7 +130,8 @@ class DeviceBackend:
         launches = self._launches_for(nothing.dtype, "logical", False, True)
         try:
             with on_device(self._index):
-                launches.count(nothing, Status.REFUSED, self._enter_stream(), waits=False)
+                launches.set_picks(nothing, Status.REFUSED)
+                launches.count(self._enter_stream(), waits=False)
                 if self._windows is None:
                     exchange.gather(self.workspace.row)
         finally:
@@ -159,25 +160,35 @@ class DeviceBackend:
         if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._device):
                 return self.route(batch, exchange)
+        # Kernels make all steps then.
+        at_once = self._windows is not None and self._windows.relay is None
         try:  # what takes memory or a compiler, before this rank's counts are sent
             topk_idx = self._on_device(batch.topk_idx)
             launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, True)
+            launches.set_picks(topk_idx, batch.status)
+            graph = launches.graph if at_once and not batch.is_captured else None
             physical, results = self._allocate(batch, topk_idx)
         except Exception:
             self.refuse(exchange)
             raise
         stream = self._enter_stream()
         try:
-            launches.count(topk_idx, batch.status, stream)
-            if self._windows is None:
-                # Held until `solve` is launched. The memory of a tensor that is dropped goes to the
-                # next one, and `solve` would read results in their place.
-                rows = exchange.gather(self.workspace.row)
-                launches.set_rows(rows)
-            return self._solve_and_route(launches, batch, physical, results, stream)
+            launches.set_results(results.data_ptr(), physical.data_ptr())
+            if graph is not None:
+                graph(stream)
+            else:
+                launches.count(stream)
+                if self._windows is None:
+                    # Held until `solve` is launched. The memory of a tensor that is dropped goes to
+                    # the next one, and `solve` would read results in their place.
+                    rows = exchange.gather(self.workspace.row)
+                    launches.set_rows(rows)
+                launches.solve(stream)
+                launches.route(stream)
         except BaseException:
             self.workspace.row.zero_()  # or its counts would be added to the next batch's
             raise
+        return self._plan(batch, physical, results)
 
     def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
@@ -189,29 +200,27 @@ class DeviceBackend:
         physical, results = self._allocate(batch, topk_idx)
         with on_device(self._index):
             stream = self._enter_stream()
-            launches.count(topk_idx, Status.OPTIMAL, stream)
+            launches.set_picks(topk_idx, Status.OPTIMAL)
             launches.set_rows(counts, batch.status)
-            return self._solve_and_route(launches, batch, physical, results, stream)
+            launches.set_results(results.data_ptr(), physical.data_ptr())
+            if batch.is_captured:
+                launches.count(stream)
+                launches.solve(stream)
+                launches.route(stream)
+            else:
+                launches.graph(stream)
+        return self._plan(batch, physical, results)
 
     def _allocate(self, batch: Batch, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the slots [T, K] and the results, and scratch for the picks."""
-        self.workspace.reserve(topk_idx.numel())
+        """Memory for the slots [T, K] and the results."""
         results = self.workspace.results
         return (
             torch.empty_like(topk_idx),
             torch.empty_like(results) if batch.wants_plan else results,
         )
 
-    def _solve_and_route(
-        self,
-        launches: Launches,
-        batch: Batch,
-        physical: torch.Tensor,
-        results: torch.Tensor,
-        stream: int,
-    ) -> Plan:
-        launches.solve(results.data_ptr(), stream)
-        launches.route(physical.data_ptr(), stream)
+    def _plan(self, batch: Batch, physical: torch.Tensor, results: torch.Tensor) -> Plan:
+        """The plan of a batch that was launched."""
         # A captured plan's numbers are those of the last replay, by the placement in force then.
         made_on = None if batch.is_captured else self.tables.placement
         if batch.topk_idx.get_device() != self._index:

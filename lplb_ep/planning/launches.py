@@ -10,7 +10,7 @@ import torch
 
 from ..comm.exchange import Windows
 from ..gpu.abi import Signature
-from ..gpu.launch import Kernel, Launch
+from ..gpu.launch import Kernel, Launch, LaunchGraph
 from . import structs
 from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
@@ -176,7 +176,7 @@ class Launches:
         )
         self._relayed = self._relay_launches(kernel) if workspace.relay and exchanged else []
         self._make_writers()
-        self._shape = (-1, -1)
+        self._shape: Sequence[int] = ()
         self._scratch = workspace.scratch
         self._status, self._results = Status.OPTIMAL, 0
         if exchanged and workspace.rows.numel():
@@ -233,9 +233,10 @@ class Launches:
         self._topk_idx = self._count.word(*structs.COUNT.span("topk_idx"))
         self._physical = self._route.word(*structs.ROUTE.span("physical"))
 
-    def _set_shape(self, num_picks: int, num_topk: int) -> None:
+    def _set_shape(self, shape: Sequence[int]) -> None:
         """Cuts the picks into chunks, and gives the kernels scratch memory for them."""
-        workspace = self._workspace
+        workspace, (num_tokens, num_topk) = self._workspace, shape
+        num_picks = num_tokens * num_topk
         workspace.reserve(num_picks)
         E = workspace.tables.placement.num_experts
         chunk = -(-max(1, num_picks) // MAX_CHUNKS)
@@ -248,45 +249,58 @@ class Launches:
                 experts, positions, workspace.histograms.data_ptr(), num_picks, num_chunks, chunk, E
             )
         self._write_num_topk(num_topk if self._distinct else 0)
-        self._shape, self._scratch = (num_picks, num_topk), workspace.scratch
-        self._grid = (num_chunks, 1)
-        self._solver_grid = (workspace.tables.num_components + num_chunks, 1)
+        self._shape, self._scratch = shape, workspace.scratch
+        self._count.resize(num_chunks)
+        self._solve.resize(workspace.tables.num_components + num_chunks)
+        self._route.resize(num_chunks)
 
-    def count(
-        self, topk_idx: torch.Tensor, status: Status, stream: int, *, waits: bool = True
-    ) -> None:
-        """Counts picks, into the row if it is exchanged; with windows, exchanges it.
+    def set_picks(self, topk_idx: torch.Tensor, status: Status) -> None:
+        """Names the picks of the launches that follow, and reserves memory for them.
 
         Args:
             topk_idx: [T, K] on the GPU, contiguous.
             status: of this rank, for the head of the row.
+        """
+        shape = topk_idx.shape
+        if shape != self._shape or self._scratch is not self._workspace.scratch:
+            self._set_shape(shape)
+        self._count.point(self._topk_idx, topk_idx.data_ptr())
+        if status is not self._status:
+            self._write_status(status)
+            self._status = status
+
+    @functools.cached_property
+    def graph(self) -> LaunchGraph:
+        """`count`, `solve` and `route` as one, where kernels exchange the rows or counts are given.
+
+        No stream that is being captured takes it, and rows that a node relays need more launches.
+        """
+        return LaunchGraph([self._count, self._solve, self._route])
+
+    def count(self, stream: int, *, waits: bool = True) -> None:
+        """Counts picks, into the row if it is exchanged; with windows, exchanges it.
+
+        Args:
             stream: the current one's address.
             waits: whether to wait, on the GPU, for the rows that all ranks send. Those that do not
                 come in time end the batch as TIMED_OUT. If not, the next batch waits for them
                 before it sends. They say that all ranks have read the rows that it overwrites.
         """
-        shape = (topk_idx.numel(), topk_idx.shape[1])
-        if shape != self._shape or self._scratch is not self._workspace.scratch:
-            self._set_shape(*shape)
-        self._count.words[self._topk_idx] = topk_idx.data_ptr()
-        if status is not self._status:
-            self._write_status(status)
-            self._status = status
         if waits:
-            self._count(self._grid, stream)
+            self._count(stream)
         else:
             self._write_waits(0)
             try:
-                self._count(self._grid, stream)
+                self._count(stream)
             finally:
                 self._write_waits(self._workspace.relay is None)
         if self._relayed:
             relay = self._workspace.relay
             assert relay is not None, "there are other nodes"
             # For the other ranks' sake, whether or not this one waits.
-            self._relayed[0]((1, 1), stream)
+            self._relayed[0](stream)
             relay.put(stream)
-            self._relayed[1]((1, 1), stream)
+            self._relayed[1](stream)
 
     def set_rows(self, rows: torch.Tensor, status: Status = Status.OPTIMAL) -> None:
         """Names the rows that `solve` adds up.
@@ -301,26 +315,29 @@ class Launches:
         )
         self._write_solver_status(status)
 
-    def solve(self, results: int, stream: int) -> None:
-        """Solves, and meanwhile numbers the picks.
+    def set_results(self, results: int, physical: int) -> None:
+        """Says where the solution and the slots go.
 
         Args:
             results: address of the integers of `Workspace.result_sizes`.
-            stream: the current one's address.
+            physical: address of the slots [T, K].
         """
         if results != self._results:
-            self._set_results(results)
-        self._solve(self._solver_grid, stream)
+            self._write_results(results)
+        self._route.point(self._physical, physical)
 
-    def route(self, physical: int, stream: int) -> None:
-        """Splits the quotas and rewrites the picks to the slots [T, K] at the address `physical`.
+    def solve(self, stream: int) -> None:
+        """Solves, and meanwhile numbers the picks."""
+        self._solve(stream)
+
+    def route(self, stream: int) -> None:
+        """Splits the quotas for this rank's tokens and rewrites the picks to slots.
 
         Where the batch is not optimal, the results become the plan with every token at home.
         """
-        self._route.words[self._physical] = physical
-        self._route(self._grid, stream)
+        self._route(stream)
 
-    def _set_results(self, results: int) -> None:
+    def _write_results(self, results: int) -> None:
         endings, *sizes = self._workspace.result_sizes
         places = itertools.accumulate((4 * size for size in sizes), initial=results + 4 * endings)
         counts, quota, rank_load, status, _ = places

@@ -180,21 +180,22 @@ class _Steps:
         workspace = self._workspace = backend.workspace
         workspace.row = own
         self._launches = Launches(workspace, topk_idx.dtype, "logical", False, True)
+        self.physical, self.results = map(torch.empty_like, (topk_idx, workspace.results))
+        self._launches.set_picks(topk_idx, Status.OPTIMAL)
         self._launches.set_rows(rows)
-        self._topk_idx, self.physical = topk_idx, torch.empty_like(topk_idx)
-        self.results = torch.empty_like(workspace.results)
+        self._launches.set_results(self.results.data_ptr(), self.physical.data_ptr())
 
     def _stream(self) -> int:
         return torch.cuda.current_stream().cuda_stream
 
     def count(self) -> None:
-        self._launches.count(self._topk_idx, Status.OPTIMAL, self._stream())
+        self._launches.count(self._stream())
 
     def solve(self) -> None:
-        self._launches.solve(self.results.data_ptr(), self._stream())
+        self._launches.solve(self._stream())
 
     def route(self) -> None:
-        self._launches.route(self.physical.data_ptr(), self._stream())
+        self._launches.route(self._stream())
 
     @property
     def ended(self) -> tuple[Status, int]:

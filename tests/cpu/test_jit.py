@@ -365,24 +365,61 @@ def test_a_launch_has_its_arguments_where_the_driver_looks():
     for arguments in ((2**63, b"twelve bytes", -1, 5), (1, b"and another.", 2, -(2**40))):
         seen = []
         prepared = kernel.prepare(arguments, 128, 1000)
-        prepared((3, 4), 99)
+        prepared.resize(3, 4)
+        prepared(99)
         assert tuple(seen) == arguments
     assert launched == 2 * [(7, 3, 4, 1, 128, 1, 1, 1000, 99)]
     # What is written later is launched, and the rest as it was.
     seen = []
     prepared.writer(1, 4, "4s")(b"new.")
     prepared.writer(3, 0, "q")(7)
-    prepared((3, 4), 99)
-    assert tuple(seen) == (1, b"and new.her.", 2, 7)
+    prepared.point(prepared.word(0, 0), 2**62)
+    prepared(99)
+    assert tuple(seen) == (2**62, b"and new.her.", 2, 7)
     # A thread's first launch makes sure that it has a context.
     context.clear()
     for _ in range(2):
-        thread = threading.Thread(target=lambda: [prepared((1, 1), 0) for _ in range(2)])
+        thread = threading.Thread(target=lambda: [prepared(0) for _ in range(2)])
         thread.start()
         thread.join()
     assert context == [5, 5]
     with pytest.raises(struct.error):
         kernel.prepare((2**64, b"", 0, 0), 1)
+
+
+def test_a_graph_says_what_the_driver_refuses(monkeypatch):
+    refused = set()
+
+    def answer(name):
+        def function(*arguments):
+            if name in refused:
+                return 700
+            if name in ("cuGraphCreate", "cuGraphAddKernelNode_v2", "cuGraphInstantiateWithFlags"):
+                arguments[0]._obj.value = 5
+            return 0
+
+        return function
+
+    names = ("Create", "AddKernelNode_v2", "InstantiateWithFlags", "ExecKernelNodeSetParams_v2")
+    names += ("Launch", "ExecDestroy", "Destroy")
+    driver = SimpleNamespace(**{f"cuGraph{name}": answer(f"cuGraph{name}") for name in names})
+    monkeypatch.setattr(launch, "_cuda_driver", lambda: driver)
+    runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda device: None)
+    of_driver = SimpleNamespace(launchKernel=None)
+    kernel = launch.Kernel(SimpleNamespace(ptr=1), of_driver, runtime, ("Q",))
+    launches = [kernel.prepare((0,), 32) for _ in range(2)]
+    for name in ("cuGraphCreate", "cuGraphAddKernelNode", "cuGraphInstantiate"):
+        refused = {one for one in vars(driver) if one.startswith(name)}
+        with pytest.raises(RuntimeError, match=f"{name}: CUDA error 700"):
+            launch.LaunchGraph(launches)
+    refused = set()
+    made = launch.LaunchGraph(launches)
+    for name in ("cuGraphExecKernelNodeSetParams", "cuGraphLaunch"):
+        refused = {one for one in vars(driver) if one.startswith(name)}
+        launches[1].point(0, 8)
+        with pytest.raises(RuntimeError, match=f"{name}: CUDA error 700"):
+            made(0)
+        assert launches[1].is_changed == (name != "cuGraphLaunch")
 
 
 def test_launches_from_several_threads_do_not_mix_their_arguments():
@@ -400,7 +437,7 @@ def test_launches_from_several_threads_do_not_mix_their_arguments():
 
     def many(number):
         for i in range(50):
-            kernel.prepare((number, number + i), 1)((1, 1), 0)
+            kernel.prepare((number, number + i), 1)(0)
 
     threads = [threading.Thread(target=many, args=(1000 * n,)) for n in range(4)]
     for thread in threads:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
-from lplb_ep.comm.exchange import LocalExchange
+from lplb_ep.comm.exchange import LocalExchange, WindowExchange, Windows
 from lplb_ep.gpu import launch
 from lplb_ep.planning import device, device_tables, kernels, planner, reference
 from lplb_ep.planning.plan import Status
@@ -34,6 +34,7 @@ class Driver:
 
     def __init__(self, library):
         self._library, self._kernels = library, []
+        self.layouts = {}  # of the arguments, by function
 
     def load(self, program, index):
         """As `launch.load`."""
@@ -41,15 +42,18 @@ class Driver:
 
     def _kernel(self, library, name, formats):
         self._kernels.append(library.kernel(name))
-        function = SimpleNamespace(ptr=len(self._kernels) - 1)
+        function = SimpleNamespace(ptr=len(self._kernels))
         runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
-        return launch.Kernel(function, self, runtime, formats)
+        made = launch.Kernel(function, self, runtime, formats)
+        layout = SimpleNamespace(size=made.layout.size, offsets=made.offsets)
+        self.layouts[function.ptr] = layout
+        return made
 
     def launchKernel(self, function, x, y, _z, threads, *rest):  # noqa: N802, CUDA's name
         """Runs a kernel."""
         *_, num_shared_bytes, stream, arguments, _extra = rest
         assert stream == Torch.STREAM
-        kernel, memory = self._kernels[function], emulator.Memory()
+        kernel, memory = self._kernels[function - 1], emulator.Memory()
         storages = {
             storage.data_ptr(): storage.nbytes()
             for one in gc.get_objects()
@@ -61,6 +65,63 @@ class Driver:
         made = emulator._Operation(kernel.entry, module, arguments, (x, y), threads)
         made.num_shared_bytes = num_shared_bytes
         memory.run([emulator.Operation(made, (kernel.library,))])
+
+
+class Graphs:
+    """As much of CUDA's driver as graphs of launches need: a graph is done when its launch returns.
+
+    Its arguments are those that were set last, and not what the launches hold by now.
+    """
+
+    def __init__(self, driver):
+        self._driver, self._nodes = driver, []
+        self.num_set = 0
+
+    def cuGraphCreate(self, made, flags):  # noqa: N802, CUDA's names here and below
+        made._obj.value, self._nodes = 1 + len(self._nodes), [*self._nodes, []]
+        return 0
+
+    def cuGraphAddKernelNode_v2(self, made, graph, before, num_before, node):  # noqa: N802
+        nodes = self._nodes[graph.value - 1]
+        assert num_before == min(1, len(nodes))
+        assert not nodes or before[0] == 100 * graph.value + len(nodes) - 1
+        made._obj.value = 100 * graph.value + len(nodes)
+        nodes.append(self._copy(node._obj))
+        return 0
+
+    def cuGraphInstantiateWithFlags(self, made, graph, flags):  # noqa: N802
+        made._obj.value = graph.value
+        return 0
+
+    def cuGraphExecKernelNodeSetParams_v2(self, graph, handle, address):  # noqa: N802
+        node = launch._Node.from_address(address)
+        self._nodes[graph - 1][handle - 100 * graph] = self._copy(node)
+        self.num_set += 1
+        return 0
+
+    def cuGraphLaunch(self, graph, stream):  # noqa: N802
+        for function, grid, block, num_shared_bytes, arguments, _ in self._nodes[graph - 1]:
+            address = ctypes.addressof(arguments)
+            form = function, *grid, *block, num_shared_bytes
+            self._driver.launchKernel(*form, stream, address, 0)
+        return 0
+
+    def cuGraphExecDestroy(self, graph):  # noqa: N802
+        self._nodes[graph - 1].clear()
+        return 0
+
+    def cuGraphDestroy(self, graph):  # noqa: N802
+        return 0
+
+    def _copy(self, node):
+        layout = self._driver.layouts[node.function]
+        memory = ctypes.create_string_buffer(layout.size)
+        start = (ctypes.c_void_p * len(layout.offsets)).from_address(node.arguments)[0]
+        ctypes.memmove(memory, start, layout.size)
+        at = (ctypes.addressof(memory) + offset for offset in layout.offsets)
+        arguments = (ctypes.c_void_p * len(layout.offsets))(*at)
+        form = node.function or 0, tuple(node.grid), tuple(node.block), node.num_shared_bytes
+        return *form, arguments, memory
 
 
 class Torch:
@@ -87,7 +148,9 @@ class Torch:
 def make(library, monkeypatch):
     """Makes the planner of a layer and exchange on such a GPU."""
     driver, fake = Driver(library), Torch()
+    graphs = Graphs(driver)
     monkeypatch.setattr(kernels, "load", driver.load)
+    monkeypatch.setattr(launch, "_cuda_driver", lambda: graphs)
     monkeypatch.setattr(device, "torch", fake)
     for module in (device, launch):
         monkeypatch.setattr(module, "on_device", lambda index: contextlib.nullcontext())
@@ -106,6 +169,7 @@ def make(library, monkeypatch):
     caches = (kernels._route_kernels, kernels._solver_kernels)
     for cache in caches:
         cache.cache_clear()
+    make.graphs = graphs
     yield make
     for cache in caches:
         cache.cache_clear()
@@ -278,6 +342,44 @@ def test_what_fails_before_a_batch_is_sent_is_told(step, make, monkeypatch):
         exchanging(topk)
     assert rows.sent == Status.REFUSED
     assert same(values(exchanging(topk)), expected)
+
+
+def test_a_batch_sets_what_changed_in_its_graph(make, monkeypatch):
+    window = torch.zeros(Windows.num_bytes(1, HEAD + E), dtype=torch.uint8)
+    exchange = WindowExchange("ipc", Windows([window.data_ptr()]))
+    monkeypatch.setattr(planner, "connect", lambda *_, **__: exchange)
+    alone = Placement([0, 1, 2, 3, 0], 1)
+    windowed = Planner(alone, counts="ipc", solver="flow")
+    windowed._backend._index = -1
+    topk, counts = torch.tensor([[0, 1], [2, -1]]), torch.tensor([[1, 1, 1, 0]])
+    kept, num_set = [windowed.route(topk)], make.graphs.num_set
+    for _ in range(3):
+        kept.append(windowed.route(topk))  # slots have an address of their own
+    assert make.graphs.num_set - num_set == 3
+    assert all(torch.equal(slots, kept[0]) for slots in kept)
+    for stale, T in ((True, 2), (False, 1), (False, 2)):
+        plan = windowed(topk[:T], stale=stale)
+        assert int(plan.status) == (Status.STALE if stale else Status.OPTIMAL)
+        check_plan(plan, topk[:T], alone, 0)
+    assert torch.equal(plan.counts, counts)
+    with pytest.raises(ValueError, match="must be"):
+        windowed(torch.zeros(3))
+    assert torch.equal(windowed.route(topk), kept[0])
+
+
+def test_a_captured_batch_is_no_graph_in_a_graph(make, monkeypatch):
+    given, counts = make(TWO), torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]])
+    topk = torch.tensor([[0, 1]])
+    expected = values(given(topk, counts=counts))
+
+    def refuse(*_):
+        raise AssertionError("a stream that is being captured takes no graph")
+
+    for name in ("is_initialized", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(given, "_check_capturable", lambda **_: None)
+    monkeypatch.setattr(make.graphs, "cuGraphLaunch", refuse)
+    assert same(values(given(topk, counts=counts)), expected)
 
 
 def test_no_graph_captures_what_lies_on_the_cpu(make, monkeypatch):
