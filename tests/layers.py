@@ -34,6 +34,7 @@ LAYERS = [
     "placement.homes",
     "placement.optimum",
     "placement.guests",
+    "placement.value",
     "placement.files",
     "placement.eplb",
     "placement.topology",

@@ -20,7 +20,7 @@ from lplb_ep.gpu.jit import KERNELS
 from lplb_ep.settings import COUNTS, SOLVERS, Settings, settings_table
 
 # A newcomer reads a module in one go. A longer one is here with its reason.
-LONG = {"placement.table": "the value and its builders: to be two modules"}
+LONG = {}
 # Modules outside deepep/ and embedded/ that name `deep_ep`, and what for.
 NAMES_DEEP_EP = {
     "settings": "the choice of a backend",
