@@ -1,4 +1,4 @@
-"""`Placement`: which logical expert each physical slot holds, and back; its builders and files."""
+"""`Placement`: which logical expert each physical slot holds, and back; its builders and files.
 
 Shape letters of the whole package:
 
