@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -85,6 +84,7 @@ class DeviceBackend:
             MAX_ROUNDS,
         )
         self._windows = windows
+        self._is_one_graph = windows is not None and windows.relay is None
         self._current_stream = torch._C._cuda_getCurrentRawStream  # makes no object of it
         self._launches: dict[tuple[torch.dtype, str, bool, bool], Launches] = {}
         self._stream = torch.cuda.current_stream(self._device)
@@ -130,7 +130,7 @@ class DeviceBackend:
         launches = self._launches_for(nothing.dtype, "logical", False, True)
         try:
             with on_device(self._index):
-                launches.set_picks(nothing, Status.REFUSED)
+                launches.set_batch(nothing, Status.REFUSED, 0, self.workspace.results.data_ptr())
                 launches.count(self._enter_stream(), waits=False)
                 if self._windows is None:
                     exchange.gather(self.workspace.row)
@@ -160,20 +160,15 @@ class DeviceBackend:
         if torch.cuda.current_device() != self._index:
             with torch.cuda.device(self._device):
                 return self.route(batch, exchange)
-        # Kernels make all steps then.
-        at_once = self._windows is not None and self._windows.relay is None
         try:  # what takes memory or a compiler, before this rank's counts are sent
-            topk_idx = self._on_device(batch.topk_idx)
-            launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, True)
-            launches.set_picks(topk_idx, batch.status)
-            graph = launches.graph if at_once and not batch.is_captured else None
-            physical, results = self._allocate(batch, topk_idx)
+            topk_idx = self._on_device(batch.topk_idx)  # held until it is counted
+            launches, physical, results = self._arrange(batch, topk_idx, batch.status, True)
+            graph = launches.graph if self._is_one_graph and not batch.is_captured else None
         except Exception:
             self.refuse(exchange)
             raise
         stream = self._enter_stream()
         try:
-            launches.set_results(results.data_ptr(), physical.data_ptr())
             if graph is not None:
                 graph(stream)
             else:
@@ -192,17 +187,14 @@ class DeviceBackend:
 
     def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
-        topk_idx = self._on_device(batch.topk_idx)
-        launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, False)
         if counts.dtype == torch.int64:  # or a number beyond int32 would wrap around
             counts = torch.where((counts < 0) | (counts > MAX_TOTAL), -1, counts)
         counts = counts.to(self._device, torch.int32).contiguous()
-        physical, results = self._allocate(batch, topk_idx)
         with on_device(self._index):
-            stream = self._enter_stream()
-            launches.set_picks(topk_idx, Status.OPTIMAL)
+            topk_idx = self._on_device(batch.topk_idx)  # held until it is counted
+            launches, physical, results = self._arrange(batch, topk_idx, Status.OPTIMAL, False)
             launches.set_rows(counts, batch.status)
-            launches.set_results(results.data_ptr(), physical.data_ptr())
+            stream = self._enter_stream()
             if batch.is_captured:
                 launches.count(stream)
                 launches.solve(stream)
@@ -211,13 +203,29 @@ class DeviceBackend:
                 launches.graph(stream)
         return self._plan(batch, physical, results)
 
-    def _allocate(self, batch: Batch, topk_idx: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Memory for the slots [T, K] and the results."""
-        results = self.workspace.results
-        return (
-            torch.empty_like(topk_idx),
-            torch.empty_like(results) if batch.wants_plan else results,
-        )
+    def _on_device(self, topk_idx: torch.Tensor) -> torch.Tensor:
+        """`topk_idx` itself where it lies as kernels read it, else a copy."""
+        if topk_idx.get_device() == self._index and topk_idx.is_contiguous():
+            return topk_idx
+        return topk_idx.to(self._device).contiguous()
+
+    def _arrange(
+        self, batch: Batch, topk_idx: torch.Tensor, status: Status, exchanged: bool
+    ) -> tuple[Launches, torch.Tensor, torch.Tensor]:
+        """The launches of a batch, and memory for its slots [T, K] and results.
+
+        Args:
+            batch: what this rank brings.
+            topk_idx: its picks on this GPU, contiguous.
+            status: for the head of the row.
+            exchanged: whether rows are exchanged; else counts are given.
+        """
+        launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, exchanged)
+        physical, results = torch.empty_like(topk_idx), self.workspace.results
+        if batch.wants_plan:
+            results = torch.empty_like(results)
+        launches.set_batch(topk_idx, status, physical.data_ptr(), results.data_ptr())
+        return launches, physical, results
 
     def _plan(self, batch: Batch, physical: torch.Tensor, results: torch.Tensor) -> Plan:
         """The plan of a batch that was launched."""
@@ -226,9 +234,7 @@ class DeviceBackend:
         if batch.topk_idx.get_device() != self._index:
             physical = physical.to(batch.topk_idx.device)
         return Plan(
-            physical,
-            functools.partial(self._results, results),
-            functools.partial(self._split, made_on),
+            physical, lambda: self._results(results), lambda *solved: self._split(made_on, *solved)
         )
 
     def _results(self, results: torch.Tensor) -> Results:
@@ -264,11 +270,6 @@ class DeviceBackend:
             ),
         )
         return shares.to(counts.device)
-
-    def _on_device(self, topk_idx: torch.Tensor) -> torch.Tensor:
-        if topk_idx.get_device() != self._index:
-            topk_idx = topk_idx.to(self._device)
-        return topk_idx if topk_idx.is_contiguous() else topk_idx.contiguous()
 
     def _launches_for(
         self, dtype: torch.dtype, indices: str, distinct: bool, exchanged: bool

@@ -11,6 +11,7 @@ from ..placement.table import Placement
 
 INDICES = ("logical", "physical")
 """What `topk_idx` names: experts, or slots that an engine has chosen itself."""
+_DTYPES = frozenset((torch.int32, torch.int64))
 MAX_PICKS = 2**31 - 2**14
 """Picks of a rank in a batch: kernels cut them into chunks, which end within 32 bits."""
 
@@ -35,7 +36,7 @@ def check_topk_idx(topk_idx: torch.Tensor) -> None:
     """
     if not isinstance(topk_idx, torch.Tensor):
         raise TypeError(f"topk_idx must be a tensor [T, K]; got a {type(topk_idx).__name__}")
-    if topk_idx.ndim != 2 or topk_idx.dtype not in (torch.int32, torch.int64):
+    if topk_idx.ndim != 2 or topk_idx.dtype not in _DTYPES:
         raise ValueError(
             f"topk_idx must be [T, K] of int32 or int64; "
             f"got {list(topk_idx.shape)} of {topk_idx.dtype}"

@@ -254,20 +254,27 @@ class Launches:
         self._solve.resize(workspace.tables.num_components + num_chunks)
         self._route.resize(num_chunks)
 
-    def set_picks(self, topk_idx: torch.Tensor, status: Status) -> None:
-        """Names the picks of the launches that follow, and reserves memory for them.
+    def set_batch(
+        self, topk_idx: torch.Tensor, status: Status, physical: int, results: int
+    ) -> None:
+        """Names the batch of the launches that follow, and reserves scratch memory for it.
 
         Args:
             topk_idx: [T, K] on the GPU, contiguous.
             status: of this rank, for the head of the row.
+            physical: address of the slots [T, K], where picks are rewritten.
+            results: address of the integers of `Workspace.result_sizes`.
         """
         shape = topk_idx.shape
         if shape != self._shape or self._scratch is not self._workspace.scratch:
             self._set_shape(shape)
-        self._count.point(self._topk_idx, topk_idx.data_ptr())
         if status is not self._status:
             self._write_status(status)
             self._status = status
+        if results != self._results:
+            self._set_results(results)
+        self._count.point(self._topk_idx, topk_idx.data_ptr())
+        self._route.point(self._physical, physical)
 
     @functools.cached_property
     def graph(self) -> LaunchGraph:
@@ -315,17 +322,6 @@ class Launches:
         )
         self._write_solver_status(status)
 
-    def set_results(self, results: int, physical: int) -> None:
-        """Says where the solution and the slots go.
-
-        Args:
-            results: address of the integers of `Workspace.result_sizes`.
-            physical: address of the slots [T, K].
-        """
-        if results != self._results:
-            self._write_results(results)
-        self._route.point(self._physical, physical)
-
     def solve(self, stream: int) -> None:
         """Solves, and meanwhile numbers the picks."""
         self._solve(stream)
@@ -337,7 +333,7 @@ class Launches:
         """
         self._route(stream)
 
-    def _write_results(self, results: int) -> None:
+    def _set_results(self, results: int) -> None:
         endings, *sizes = self._workspace.result_sizes
         places = itertools.accumulate((4 * size for size in sizes), initial=results + 4 * endings)
         counts, quota, rank_load, status, _ = places

@@ -119,14 +119,14 @@ class Planner:
             facts["solver"] = solver_fact(*asked)
             facts["counts"] = counts
             facts["lplb_ep version"] = __version__
-        on_gpu = self.solver != "cpu"
+        self._is_on_gpu = self.solver != "cpu"
         self.exchange = connect(
             counts,
             group,
             placement.num_ranks,
             HEAD + placement.num_experts,
             Limit(f"placement {placement.fingerprint()[:8]}", timeout_s, abort_on_timeout),
-            on_gpu=on_gpu,
+            on_gpu=self._is_on_gpu,
         )
         self.counts = "given" if self.exchange is None else self.exchange.kind
         self._check = check
@@ -246,7 +246,8 @@ class Planner:
             )
         if counts is None and exchange is None:
             raise ValueError("this planner's counts are 'given': pass counts= to its call")
-        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        has_cuda = self._is_on_gpu or torch.cuda.is_initialized()
+        captured = has_cuda and torch.cuda.is_current_stream_capturing()
         if captured:
             self._check_capturable(topk_idx=topk_idx, counts=counts)
         self._raise_errors_on_all()

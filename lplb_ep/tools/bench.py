@@ -181,9 +181,9 @@ class _Steps:
         workspace.row = own
         self._launches = Launches(workspace, topk_idx.dtype, "logical", False, True)
         self.physical, self.results = map(torch.empty_like, (topk_idx, workspace.results))
-        self._launches.set_picks(topk_idx, Status.OPTIMAL)
         self._launches.set_rows(rows)
-        self._launches.set_results(self.results.data_ptr(), self.physical.data_ptr())
+        addresses = (self.physical.data_ptr(), self.results.data_ptr())
+        self._launches.set_batch(topk_idx, Status.OPTIMAL, *addresses)
 
     def _stream(self) -> int:
         return torch.cuda.current_stream().cuda_stream

@@ -154,7 +154,8 @@ def make(library, monkeypatch):
     monkeypatch.setattr(device, "torch", fake)
     for module in (device, launch):
         monkeypatch.setattr(module, "on_device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", fake.cuda.current_stream)
+    for name in ("current_stream", "is_current_stream_capturing"):
+        monkeypatch.setattr(torch.cuda, name, getattr(fake.cuda, name))
     monkeypatch.setattr(device_tables, "max_shared_bytes", lambda index: emulator.MAX_SHARED_BYTES)
     monkeypatch.setattr(planner, "choose_solver", lambda solver, *asked: (solver, ""))
     monkeypatch.setattr(planner, "solver_fact", lambda *asked: "flow")
@@ -324,7 +325,7 @@ def test_refusals_and_faults_leave_nothing_behind(make):
         given(topk, counts=rows.counts)
 
 
-@pytest.mark.parametrize("step", ["_on_device", "_launches_for", "_allocate"])
+@pytest.mark.parametrize("step", ["_on_device", "_launches_for", "_arrange"])
 def test_what_fails_before_a_batch_is_sent_is_told(step, make, monkeypatch):
     rows = Rows()
     exchanging = make(TWO, rows)
