@@ -59,6 +59,7 @@ def stand_in_for_cuda() -> None:
     cuda.get_device_properties = lambda device: types.SimpleNamespace(multi_processor_count=132)
     cuda.device = lambda device: contextlib.nullcontext()
     torch._C._cuda_getCurrentRawStream = lambda index: 1234
+    vars(torch._C)["_cuda_getDevice"] = lambda: -1
     on_host = types.SimpleNamespace(**vars(torch))
     on_host.device = lambda kind, index: torch.device("cpu")
     vars(device)["torch"] = on_host
@@ -104,7 +105,7 @@ def stand_in_for_cuda() -> None:
         None if counts == "given" else WindowExchange("ipc", Windows([4096]))
     )
     picks = plans.Picks
-    vars(plans)["Picks"] = lambda topk_idx, keep_values: picks(topk_idx, keep_values=False)
+    vars(plans)["Picks"] = lambda topk_idx, slots, keep_values: picks(topk_idx, slots, False)
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign, assignment]
 
 

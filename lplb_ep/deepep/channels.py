@@ -123,8 +123,8 @@ class BufferState:
     destroyed: bool = False
     low_latency_slots: int | None = None
     """P of the low-latency calls, which lay the buffer out by it."""
-    low_latency_calls: set[tuple[Any, ...]] = field(default_factory=set)
-    """Shapes of low-latency calls that fit into the buffer and DeepEP's limits."""
+    checked: set[tuple[Any, ...] | None] = field(default_factory=set)
+    """Forms of calls that fit into the buffer and DeepEP's limits, as `checks` has them."""
     planned: WeakIdMap = field(default_factory=WeakIdMap)
     """From the tensor or handle by which a later call names the plan."""
     planners: dict[LayerUse, Planner] = field(default_factory=dict)

@@ -1,17 +1,20 @@
 """Checks of calls that plan, made before ranks exchange counts.
 
-They hold arguments against each other and against DeepEP's limits. Each raises ContractError.
+They hold arguments against each other and against DeepEP's limits. Each raises ContractError, and
+TypeError or ValueError where `topk_idx` is wrong by itself. Calls that differ from one that was
+checked in nothing but values are known by their shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
 from ..errors import ContractError
 from ..placement.table import Placement
+from ..planning.inputs import check_topk_idx
 from .calls import Call
 from .channels import BufferState
 
@@ -24,6 +27,7 @@ def check_layout(
 ) -> None:
     """Checks `get_dispatch_layout`."""
     limits = state.contract.limits
+    check_topk_idx(topk_idx)
     limits.check_picks(topk_idx, limits.topk)
     if state.low_latency_mode:  # else this was checked with the placement
         state.check_slots(placement)
@@ -34,10 +38,11 @@ def check_low_latency(
 ) -> None:
     """Checks `low_latency_dispatch`: it must fit into the buffer, too."""
     x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
-    if isinstance(x, torch.Tensor) and type(tokens) is int:
-        shapes = (x.shape, x.dtype, topk_idx.shape, tokens, placement.num_physical_experts)
-        if shapes in state.low_latency_calls:
-            return
+    E, P = placement.num_experts, placement.num_physical_experts
+    form = _form(x, topk_idx, tokens, P)
+    if type(tokens) is int and form in state.checked:
+        return
+    check_topk_idx(topk_idx)
     _check_rows(x, topk_idx)
     if not isinstance(tokens, int):
         raise ContractError(
@@ -48,7 +53,6 @@ def check_low_latency(
             f"x must have at most num_max_dispatch_tokens_per_rank={tokens} tokens; "
             f"got {topk_idx.shape[0]}"
         )
-    E, P = placement.num_experts, placement.num_physical_experts
     limits = state.contract.limits
     limits.check_low_latency_rows(x)
     limits.check_picks(topk_idx, limits.low_latency_topk)
@@ -69,31 +73,42 @@ def check_low_latency(
             f"slots, and this one has {P}: make a buffer for each number of slots"
         )
     state.low_latency_slots = P
-    state.low_latency_calls.add((x.shape, x.dtype, topk_idx.shape, tokens, P))
+    state.checked.add(form)
 
 
 def check_elastic(
     buffer: Any, state: BufferState, placement: Placement, call: Call, topk_idx: torch.Tensor
 ) -> None:
     """Checks `ElasticBuffer.dispatch`."""
-    x, limits = call["x"], state.contract.limits
+    x, most, weights = call["x"], call.get("num_max_tokens_per_rank"), call.get("topk_weights")
     rows = x[0] if isinstance(x, tuple) and x else x
+    form = _form(rows, topk_idx, getattr(weights, "shape", type(weights)), most)
+    if form in state.checked:
+        return
+    check_topk_idx(topk_idx)
     _check_rows(rows, topk_idx)
-    most = call.get("num_max_tokens_per_rank")
     if most is None:
         most = getattr(buffer, "num_max_tokens_per_rank", None)
     if most is not None and topk_idx.shape[0] > most:
         raise ContractError(
             f"x must have at most num_max_tokens_per_rank={most} tokens; got {topk_idx.shape[0]}"
         )
-    weights = call.get("topk_weights")
     if weights is not None and getattr(weights, "shape", None) != topk_idx.shape:
         shown = getattr(weights, "shape", type(weights).__name__)
         raise ContractError(
             f"topk_weights must be as topk_idx, {list(topk_idx.shape)}; got {shown}"
         )
+    limits = state.contract.limits
     limits.check_rows(rows)
     limits.check_picks(topk_idx, limits.topk)
+    state.checked.add(form)
+
+
+def _form(x: Any, topk_idx: Any, *rest: Hashable) -> tuple[Hashable, ...] | None:
+    """What the checks of a call depend on, beside the buffer; None: they will fail."""
+    if isinstance(x, torch.Tensor) and isinstance(topk_idx, torch.Tensor):
+        return x.shape, x.dtype, topk_idx.shape, topk_idx.dtype, *rest
+    return None
 
 
 def _check_rows(x: Any, topk_idx: torch.Tensor) -> None:

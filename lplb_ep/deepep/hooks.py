@@ -104,8 +104,6 @@ def _dispatch(self: Any, state: BufferState, call: Call) -> Any:
 
 def _plan_of(state: BufferState, key: Any) -> PlannedCall | None:
     """The plan that a later call names by a tensor or handle, if it is one of this buffer's."""
-    if key is None or isinstance(key, (int, tuple, list)):  # these take no weak references
-        return None
     planned: PlannedCall | None = state.planned.get(key)
     return planned
 

@@ -12,7 +12,6 @@ import torch
 from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
-from ..planning.inputs import check_topk_idx
 from ..planning.planner import Planner
 from .calls import Call
 from .channels import BufferState, LayerUse, channel
@@ -24,18 +23,18 @@ class Picks:
 
     Args:
         topk_idx: [T, K] of the caller, who may write to it before the later call.
+        slots: [T, K] of the same dtype and device, in its place.
         keep_values: whether to keep a copy and compare values, which waits for a GPU. Else a
             tensor's version tells whether it was written to, which NumPy and `.data` do not count.
     """
 
-    __slots__ = ("_like", "_tensor", "_values", "_version")
+    __slots__ = ("_slots", "_tensor", "_values", "_version")
 
-    def __init__(self, topk_idx: torch.Tensor, *, keep_values: bool) -> None:
-        self._tensor = weakref.ref(topk_idx)
+    def __init__(self, topk_idx: torch.Tensor, slots: torch.Tensor, keep_values: bool) -> None:
+        self._tensor, self._slots = weakref.ref(topk_idx), slots
         # Inference tensors have no version.
         counts = not (keep_values or topk_idx.is_inference())
         self._version = topk_idx._version if counts else None
-        self._like = topk_idx.shape, topk_idx.dtype, topk_idx.device
         self._values = topk_idx.clone() if keep_values else None
 
     def may_be_masked(self, given: Any, *, allowed: bool) -> bool:
@@ -51,12 +50,13 @@ class Picks:
         Raises:
             ContractError: the call brings other picks.
         """
-        shown, values = type(given).__name__, self._values
+        shown, values, slots = type(given).__name__, self._values, self._slots
         if isinstance(given, torch.Tensor):
             same = self._version is not None and given is self._tensor()
             if same and given._version == self._version:
                 return False
-            if (given.shape, given.dtype, given.device) == self._like:
+            like = slots.shape, slots.dtype, slots.device
+            if (given.shape, given.dtype, given.device) == like:
                 if values is None:
                     return allowed
                 if torch.equal(given, values):
@@ -64,10 +64,9 @@ class Picks:
                 if allowed and bool(((given == values) | (given == -1)).all()):
                     return True
             shown = f"{list(given.shape)} of {given.dtype} on {given.device}"
-        shape, dtype, device = self._like
         raise ContractError(
             f"topk_idx ({shown}) is not the one that was planned "
-            f"({list(shape)} of {dtype} on {device})"
+            f"({list(slots.shape)} of {slots.dtype} on {slots.device})"
         )
 
 
@@ -144,7 +143,6 @@ def plan(
         call.check()
         topk_idx = call["topk_idx"]
         _check_num_experts(call["num_experts"], placement, settings.indices)
-        check_topk_idx(topk_idx)
         check(buffer, state, placement, call, topk_idx)
         # Unlike DeepEP's kernels, planning runs on the current stream: it must wait as they would.
         event = call.event("previous_event")
@@ -163,7 +161,7 @@ def plan(
     if event is not None:
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
-    picks = Picks(topk_idx, keep_values=settings.check or not topk_idx.is_cuda)
+    picks = Picks(topk_idx, physical, settings.check or not topk_idx.is_cuda)
     return PlannedCall(planner, layer, placement, picks, physical)
 
 

@@ -85,7 +85,9 @@ class DeviceBackend:
         )
         self._windows = windows
         self._is_one_graph = windows is not None and windows.relay is None
-        self._current_stream = torch._C._cuda_getCurrentRawStream  # makes no object of it
+        # As functions of `torch.cuda`, without their objects and checks.
+        self._current_device = torch._C._cuda_getDevice
+        self._current_stream = torch._C._cuda_getCurrentRawStream
         self._launches: dict[tuple[torch.dtype, str, bool, bool], Launches] = {}
         self._stream = torch.cuda.current_stream(self._device)
         self._stream_address: int = self._stream.cuda_stream
@@ -157,7 +159,7 @@ class DeviceBackend:
 
     def route(self, batch: Batch, exchange: Exchange) -> Plan:
         """As `Backend.route`."""
-        if torch.cuda.current_device() != self._index:
+        if self._current_device() != self._index:
             with torch.cuda.device(self._device):
                 return self.route(batch, exchange)
         try:  # what takes memory or a compiler, before this rank's counts are sent

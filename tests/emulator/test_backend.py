@@ -137,7 +137,9 @@ class Torch:
             is_current_stream_capturing=lambda: False,
             synchronize=lambda device: None,
         )
-        self._C = SimpleNamespace(_cuda_getCurrentRawStream=lambda index: self.STREAM)
+        self._C = SimpleNamespace(
+            _cuda_getCurrentRawStream=lambda index: self.STREAM, _cuda_getDevice=lambda: -1
+        )
         self.device = lambda kind, index: torch.device("cpu")
 
     def __getattr__(self, name):

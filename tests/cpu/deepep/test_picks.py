@@ -31,13 +31,13 @@ def write_through_a_view(topk_idx):
 @pytest.mark.parametrize("keep_values", [True, False])
 def test_masked_picks_are_known_as_such(keep_values, later, masked):
     topk_idx = TOPK.clone()
-    picks = Picks(topk_idx, keep_values=keep_values)
+    picks = Picks(topk_idx, topk_idx, keep_values)
     assert picks.may_be_masked(later(topk_idx), allowed=True) == masked
 
 
 def test_equal_picks_in_another_tensor_are_known_by_their_values_only():
     for keep_values in (True, False):
-        picks = Picks(TOPK, keep_values=keep_values)
+        picks = Picks(TOPK, TOPK, keep_values)
         assert picks.may_be_masked(TOPK.clone(), allowed=True) != keep_values
         assert not picks.may_be_masked(TOPK.clone(), allowed=False)
 
@@ -45,8 +45,8 @@ def test_equal_picks_in_another_tensor_are_known_by_their_values_only():
 def test_inference_tensors_do_not_say_whether_they_were_written_to():
     with torch.inference_mode():
         topk_idx = TOPK.clone()
-    assert Picks(topk_idx, keep_values=False).may_be_masked(topk_idx, allowed=True)
-    picks = Picks(topk_idx, keep_values=True)
+    assert Picks(topk_idx, topk_idx, False).may_be_masked(topk_idx, allowed=True)
+    picks = Picks(topk_idx, topk_idx, True)
     assert not picks.may_be_masked(topk_idx, allowed=True)
 
 
@@ -64,11 +64,11 @@ def test_inference_tensors_do_not_say_whether_they_were_written_to():
 def test_other_picks_are_refused(keep_values, other, shown):
     message = rf"topk_idx \({shown}\) is not the one that was planned \(\[4, 2\] of torch.int64 on"
     with pytest.raises(ContractError, match=message):
-        Picks(TOPK, keep_values=keep_values).may_be_masked(other, allowed=True)
+        Picks(TOPK, TOPK, keep_values).may_be_masked(other, allowed=True)
 
 
 def test_values_are_compared_where_they_are_kept():
-    picks = Picks(TOPK, keep_values=True)
+    picks = Picks(TOPK, TOPK, True)
     for other in (TOPK.flip(0), write(TOPK.clone())):
         with pytest.raises(ContractError, match="is not the one that was planned"):
             picks.may_be_masked(other, allowed=False)
@@ -78,7 +78,7 @@ def test_picks_that_were_not_written_to_take_the_planned_slots_as_they_are(make,
     """As on a GPU, where values are not compared."""
     mode("1")
     monkeypatch.setattr(
-        plans, "Picks", lambda topk_idx, keep_values: Picks(topk_idx, keep_values=False)
+        plans, "Picks", lambda topk_idx, slots, keep_values: Picks(topk_idx, slots, False)
     )
     buffer = make(placement=PLACEMENT, num_local_slots=P, num_rdma_bytes=1 << 20)
     topk_idx = TOPK.clone()
