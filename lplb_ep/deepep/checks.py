@@ -82,7 +82,7 @@ def check_elastic(
     """Checks `ElasticBuffer.dispatch`."""
     x, most, weights = call["x"], call.get("num_max_tokens_per_rank"), call.get("topk_weights")
     rows = x[0] if isinstance(x, tuple) and x else x
-    form = _form(rows, topk_idx, getattr(weights, "shape", type(weights)), most)
+    form = _form(rows, topk_idx, most, weights is None, getattr(weights, "shape", None))
     if form in state.checked:
         return
     check_topk_idx(topk_idx)
