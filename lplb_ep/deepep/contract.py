@@ -9,6 +9,7 @@ import importlib.metadata
 import inspect
 import re
 import sys
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from .limits import ELASTIC, LEGACY_1_2_1, LEGACY_2, NONE, Limits
 
 NAMES_EXPERTS = ("topk_idx", "num_experts")
 """Arguments by which callers name experts where DeepEP must see slots."""
+_METHODS = (types.FunctionType, staticmethod, classmethod)
 _KNOWN = (2, 1)
 """The last version of DeepEP whose limits were read."""
 
@@ -189,12 +191,15 @@ def version_of(base: type) -> str:
 
 
 def unknown_methods(base: type, contract: Contract) -> list[str]:
-    """Public methods that take experts and are not in the table: an API that came later."""
+    """Public methods that take experts and are not in the table: an API that came later.
+
+    Static and class methods are among them.
+    """
     return [
         name
         for name in dir(base)
         if not name.startswith("_") and name not in contract.methods
-        if inspect.isfunction(inspect.getattr_static(base, name))
+        if isinstance(inspect.getattr_static(base, name), _METHODS)
         if set(NAMES_EXPERTS) & set(_arguments(getattr(base, name)))
     ]
 

@@ -82,8 +82,7 @@ def overrides(base: type) -> dict[str, Any]:
         if hasattr(base, name)
     }
     for name in unknown_methods(base, contract):
-        hook = refuse_unknown(contract.class_name, name)
-        methods[name] = override(getattr(base, name), hook)
+        methods[name] = refuse_unknown(base, name)
     if hasattr(base, _SIZE_HINT):
         methods[_SIZE_HINT] = size_hint(getattr(base, _SIZE_HINT))
     return {**methods, "__init__": _init(base, contract), "view": _view}

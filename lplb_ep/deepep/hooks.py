@@ -6,6 +6,7 @@ One that has nothing to do passes the caller's arguments on untouched.
 from __future__ import annotations
 
 import functools
+import inspect
 import numbers
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -48,18 +49,32 @@ def override(function: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
     return method
 
 
-def refuse_unknown(class_name: str, method: str) -> Hook:
-    """The hook of a method that takes experts and is not in the contract."""
+def refuse_unknown(base: type, name: str) -> Any:
+    """The override of a method that takes experts and is not in the contract.
+
+    A static or class method belongs to no buffer: it is refused once these ranks have planned, too.
+    """
+    member = inspect.getattr_static(base, name)
+    message = (
+        f"{base.__name__}.{name} takes experts, and lplb_ep does not know what it does with "
+        "them: it cannot be called while a placement is in force"
+    )
 
     def refuse(self: Any, state: BufferState, call: Call) -> Any:
         if planned_by(self, state) is None:
             return call.forward()
-        raise ContractError(
-            f"{class_name}.{method} takes experts, and lplb_ep does not know what it does with "
-            "them: it cannot be called while a placement is in force"
-        )
+        raise ContractError(message)
 
-    return refuse
+    if not isinstance(member, (staticmethod, classmethod)):
+        return override(getattr(base, name), refuse)
+
+    @functools.wraps(member.__func__)
+    def function(*args: Any, **kwargs: Any) -> Any:
+        if not is_inside.get() and (used() is not None or any(channels.values())):
+            raise ContractError(message)
+        return member.__func__(*args, **kwargs)
+
+    return type(member)(function)
 
 
 # --- Buffer: high throughput ----------------------------------------------------------------------

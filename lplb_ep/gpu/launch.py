@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..errors import MissingPackageError
+from .device import captures_go_on
 from .jit import Cubin, Program, compile_cubin
 from .toolchain import INSTALL
 
@@ -46,7 +47,8 @@ def load(program: Program, device: int) -> Kernels:
         CompileError: the program does not compile.
     """
     major, minor = torch.cuda.get_device_capability(device)
-    with torch.cuda.device(device):
+    # The first batch of a kind may be captured.
+    with torch.cuda.device(device), captures_go_on():
         return Kernels(compile_cubin(program, f"sm_{major}{minor}"))
 
 
@@ -295,7 +297,8 @@ class LaunchGraph:
         Raises:
             RuntimeError: as the constructor.
         """
-        enter_context(self._runtime)
+        if not getattr(_thread, "has_context", False):
+            enter_context(self._runtime)
         for launch, handle, node, address in self._nodes:
             if launch.is_changed:
                 node.grid[:] = launch.grid

@@ -37,6 +37,7 @@ def solver_kernel(solver: str, variant: Variant, device: int, signature: Signatu
     return _solver_kernels(solver, variant, device).kernel(signature.name, signature.formats)
 
 
+@functools.cache
 def route_kernel(dtype: torch.dtype, device: int, signature: Signature) -> Kernel:
     """A kernel of route.cu, for `topk_idx` of a dtype.
 

@@ -96,8 +96,8 @@ class Workspace:
     @property
     def num_bytes(self) -> int:
         """Device memory that it takes."""
-        held = [self.row, self.histograms, self.logical, self.rows, self.results]
-        held += [self.scratch, *self._outgrown]
+        held = [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
+        held += [*self._outgrown, *(one for one in self.bounds if one is not None)]
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def reserve(self, num_picks: int) -> None:

@@ -49,6 +49,7 @@ def test_measurements_are_a_table():
         (["--placement", "cube"], "--placement and --redundant need --ranks"),
         (["--redundant", "2"], "--placement and --redundant need --ranks"),
         (["--calls", "--solver", "flow"], "--solver is for plans on the GPU"),
+        (["--calls", "--topk", "99"], "--topk must be at most 11 with --calls"),
         (["--calls", "--ranks", "0"], "--ranks must be at least 1; got 0"),
     ],
 )

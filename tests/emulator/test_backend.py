@@ -169,7 +169,7 @@ def make(library, monkeypatch):
         made.exchange = exchange
         return made
 
-    caches = (kernels._route_kernels, kernels._solver_kernels)
+    caches = (kernels.route_kernel, kernels._route_kernels, kernels._solver_kernels)
     for cache in caches:
         cache.cache_clear()
     make.graphs = graphs

@@ -45,10 +45,17 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _measure_calls(args: argparse.Namespace) -> int:
+    from ...deepep.limits import LEGACY_1_2_1
     from .. import calls
 
     if args.solver is not None:
         raise ValueError("--solver is for plans on the GPU, and --calls is for the CPU")
+    most = LEGACY_1_2_1.low_latency_topk
+    if most is not None and args.topk > most:
+        raise ValueError(
+            f"--topk must be at most {most} with --calls, as for DeepEP's low-latency "
+            f"calls; got {args.topk}"
+        )
     args.tokens = 64 if args.tokens is None else args.tokens
     shape = _chosen(args, 8 if args.ranks is None else args.ranks)
     measured = calls.measure_calls(*_prepare(args, *shape))

@@ -14,6 +14,7 @@ from recording_buffer import OTHER, PLACEMENT, TOPK, E, Event, P, X, arrived, pl
 import lplb_ep
 from lplb_ep import ContractError, embedded
 from lplb_ep.deepep import contract, drop_in, hooks, patch
+from lplb_ep.layer import channels
 
 TABLES = {
     ("1.2.1", "Buffer"): contract.BUFFER_1_2_1,
@@ -163,6 +164,14 @@ class Later(recorder().Buffer):
     def warm_up(self, num_experts):
         return num_experts
 
+    @staticmethod
+    def size_hint(num_experts):
+        return num_experts
+
+    @classmethod
+    def tune(cls, num_experts):
+        return cls.size_hint(num_experts)
+
     def get_dispatch_layout(
         self, topk_idx, num_experts, previous_event=None, async_finish=False, sm_margin=0
     ):
@@ -186,6 +195,14 @@ def test_a_method_that_takes_experts_and_is_unknown_is_refused_while_a_placement
             inside.warm_up(E)
     with pytest.raises(ContractError, match="no placement is in force"):
         buffer.warm_up(E)
+    # Static and class methods know no buffer: these ranks have planned.
+    for method in (buffer.size_hint, buffer.tune, type(buffer).size_hint, type(buffer).tune):
+        with pytest.raises(ContractError, match=r"Buffer.(size_hint|tune) takes experts"):
+            method(E)
+    channels.clear()
+    with lplb_ep.use(OTHER), pytest.raises(ContractError, match=r"Buffer.tune takes experts"):
+        buffer.tune(E)
+    assert buffer.size_hint(E) == buffer.tune(E) == E
     mode("0")
     assert drop_in.drop_in_of(Later)(group).low_latency_dispatch_v2(X, TOPK, E) == (TOPK, E)
 
