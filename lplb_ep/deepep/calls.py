@@ -34,17 +34,12 @@ class Original:
         self.defaults = {
             p.name: None if p.default is inspect.Parameter.empty else p.default for p in parameters
         }
-        self._forms: set[tuple[Any, ...]] = set()
+        self.known: set[tuple[Any, ...]] = set()
+        """Numbers of arguments, with names, that it takes."""
 
-    def check(self, args: list[Any], kwargs: dict[str, Any]) -> None:
-        """Raises TypeError where the method does not take such arguments, as a call of it does.
-
-        Binding takes as long as a plan, so a number of arguments with names is bound only once.
-        """
-        form = (len(args), *kwargs)
-        if form not in self._forms:
-            self._signature.bind(*args, **kwargs)
-            self._forms.add(form)
+    def bind(self, args: list[Any], kwargs: dict[str, Any]) -> None:
+        """Raises TypeError where the method does not take such arguments, as a call of it does."""
+        self._signature.bind(*args, **kwargs)
 
 
 class Call:
@@ -88,12 +83,18 @@ class Call:
 
     def event(self, name: str) -> Any:
         """An event argument. None where there is none or it carries none, as DeepEP reads it."""
-        event = self.get(name)
+        event = self[name] if name in self._original.positions else None
         return None if getattr(event, "event", event) is None else event
 
     def check(self) -> None:
-        """Raises TypeError where the method does not take these arguments."""
-        self._original.check(self._args, self._kwargs)
+        """Raises TypeError where the method does not take these arguments.
+
+        Binding takes as long as a plan, so a number of arguments with names is bound only once.
+        """
+        original, form = self._original, (len(self._args), *self._kwargs)
+        if form not in original.known:
+            original.bind(self._args, self._kwargs)
+            original.known.add(form)
 
     def forward(self) -> Any:
         """Makes the call."""

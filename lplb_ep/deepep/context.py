@@ -66,7 +66,11 @@ def use(placement: Layer | Placement, slot: int = 0) -> Iterator[None]:
 
 def layer_in_force(buffer: Any, state: BufferState) -> LayerUse | None:
     """The view's layer, else the context's, else the buffer's own."""
-    return getattr(buffer, "_lplb_use", None) or used() or state.default
+    own: LayerUse | None = getattr(buffer, "_lplb_use", None)
+    if own is not None:
+        return own
+    entered = _entered.get()
+    return entered[-1].use if entered else state.default
 
 
 def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:

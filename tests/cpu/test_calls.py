@@ -1,4 +1,4 @@
-"""The benchmark of DeepEP's calls runs with the embedded buffers, and says what it measured."""
+"""The benchmarks of DeepEP's calls run without a GPU, and say what they measured."""
 
 import json
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "calls.py"
 COLUMNS = "| us | CPU | wall | CPU, synchronised | wall, synchronised |"
+WAYS = ("plain", "balanced")
 PAIRS = [
     "low latency, 8 tokens a rank",
     "layout, dispatch and combine, 64 tokens a rank",
@@ -20,6 +21,17 @@ def run(*options, cwd):
     command = [sys.executable, "-W", "error", str(BENCHMARK), "--embedded", *options]
     short = ["--batches", "1", "--calls", "2", "--hidden", "128", "--commit", "abc"]
     return subprocess.run([*command, *short], capture_output=True, text=True, timeout=240, cwd=cwd)
+
+
+def test_time_on_the_host_is_measured_without_a_gpu(tmp_path):
+    script = BENCHMARK.with_name("host_time.py")
+    command = [sys.executable, "-W", "error", str(script), "--calls", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = dict(line.rsplit(maxsplit=1) for line in result.stdout.splitlines())
+    pairs = [f"{name}, {way}" for name in ("low latency", "legacy", "V2") for way in WAYS]
+    assert [*found] == [*pairs, "slots", "plan", "plan, counts given"]
+    assert all(float(us) > 0 for us in found.values())
 
 
 def test_every_case_is_measured(tmp_path):
