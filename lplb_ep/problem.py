@@ -10,16 +10,13 @@ import torch
 
 from .errors import InfeasibleError
 from .placement.table import Placement
+from .settings import Settings
 
 MAX_TOTAL = 2**31 - 1
 """Tokens of a batch on all ranks, base loads included."""
 MAX_TOTAL_SPEED = 2**15 - 1
 COSTS = ("tokens",)
 """What a rank's cost can be counted in."""
-GUEST_TOLERANCE = 0.01
-"""The default of `Problem.guest_tolerance`."""
-GUEST_MIN_TOKENS = 32
-"""The default of `Problem.guest_min_tokens`."""
 GUEST_PARTS = 10_000
 """The unit in which kernels and CPU count the tolerance: its parts of 1."""
 
@@ -58,11 +55,9 @@ class Problem:
     """One of `COSTS`: what the ranks' largest cost counts."""
     guest_tolerance: float | None = None
     """A batch takes no guests where the residents' T* is at most 1 + this times the mean: the total
-    load over the total speed. In [0, 1], counted in 1/10000; None: `GUEST_TOLERANCE`, or what a
-    drop-in's setting says."""
+    load over the total speed. In [0, 1], counted in 1/10000; None: the setting, or its default."""
     guest_min_tokens: int | None = None
-    """The least tokens that a guest must take, from 1; None: `GUEST_MIN_TOKENS`, or what a
-    drop-in's setting says."""
+    """The least tokens that a guest must take, from 1; None: the setting, or its default."""
 
     @property
     def bounds(self) -> dict[str, torch.Tensor | None]:
@@ -74,11 +69,11 @@ class Problem:
         """When a batch takes guests, defaults filled in."""
         tolerance, tokens = self.guest_tolerance, self.guest_min_tokens
         return GuestRule(
-            round(GUEST_PARTS * (GUEST_TOLERANCE if tolerance is None else tolerance)),
-            GUEST_MIN_TOKENS if tokens is None else tokens,
+            round(GUEST_PARTS * (Settings.guest_tolerance if tolerance is None else tolerance)),
+            Settings.guest_min_tokens if tokens is None else tokens,
         )
 
-    def with_guest_defaults(self, tolerance: float, min_tokens: int) -> Problem:
+    def with_guest_defaults(self, tolerance: float | None, min_tokens: int | None) -> Problem:
         """The same, with another rule for guests where this one says none."""
         return replace(
             self,

@@ -144,6 +144,19 @@ class Settings:
         "more than 0; `inf`: until its search ends.",
         within=("more than 0", lambda seconds: seconds > 0),
     )
+    guest_tolerance: float = _setting(
+        "LPLB_EP_GUEST_TOLERANCE",
+        0.01,
+        "A batch takes guests where T* of the other copies exceeds the mean rank load by more than "
+        "this part of it. It holds where a layer's `Problem` says no other.",
+        within=("in [0, 1]", lambda tolerance: 0 <= tolerance <= 1),
+    )
+    guest_min_tokens: int = _setting(
+        "LPLB_EP_GUEST_MIN_TOKENS",
+        32,
+        "The least tokens that a guest must take, at least 1; likewise.",
+        within=("of at least 1, below 2**31", lambda tokens: 1 <= tokens < 2**31),
+    )
     num_physical_experts: int = _setting(
         "LPLB_EP_NUM_PHYSICAL_EXPERTS",
         0,

@@ -60,6 +60,8 @@ class PlannerSettings(NamedTuple):
     check: bool
     timeout_s: int
     abort_on_timeout: bool
+    guest_tolerance: float
+    guest_min_tokens: int
 
     @classmethod
     def of(cls, settings: Settings) -> PlannerSettings:
@@ -72,6 +74,8 @@ class PlannerSettings(NamedTuple):
             check=settings.check,
             timeout_s=settings.timeout_s,
             abort_on_timeout=settings.on_timeout == "abort",
+            guest_tolerance=settings.guest_tolerance,
+            guest_min_tokens=settings.guest_min_tokens,
         )
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ..errors import ContractError
 from ..layer import channels
 from ..placement.table import Placement
+from ..planning.inputs import num_ids
 from ..settings import Settings
 from .calls import Call, Original, is_inside
 from .channels import BufferState, state_of
@@ -156,7 +157,7 @@ def _elastic_dispatch(self: Any, state: BufferState, call: Call) -> Any:
         planned = _plan_of(state, handle)
         if planned is not None:
             planned.check_current()
-            if call["num_experts"] == planned.placement.num_experts:
+            if call["num_experts"] in _ids(planned.placement):
                 call["num_experts"] = planned.placement.num_physical_experts
         return call.forward()
     use = planned_by(self, state)
@@ -225,8 +226,13 @@ def _num_slots(num_experts: int, placements: Iterable[Placement], at_least: int 
     """The slots of that many experts: of the largest placement of so many."""
     if not isinstance(num_experts, numbers.Integral):  # which DeepEP refuses
         return num_experts
-    slots = [p.num_physical_experts for p in placements if p.num_experts == num_experts]
+    slots = [p.num_physical_experts for p in placements if num_experts in _ids(p)]
     return max([num_experts, at_least, *slots])
+
+
+def _ids(placement: Placement) -> tuple[int, int]:
+    """By which numbers of experts a caller may mean a placement: logical, or an engine's slots."""
+    return num_ids(placement, "logical"), num_ids(placement, "physical")
 
 
 HOOKS: dict[str, dict[str, Hook]] = {

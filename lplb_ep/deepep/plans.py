@@ -12,6 +12,7 @@ import torch
 from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
+from ..planning.inputs import num_ids
 from ..planning.planner import Planner
 from .calls import Call
 from .channels import BufferState, LayerUse, channel
@@ -166,17 +167,19 @@ def plan(
 
 
 def _check_num_experts(num_experts: Any, placement: Placement, indices: str) -> None:
-    E, P = placement.num_experts, placement.num_physical_experts
-    expected, other = (E, P) if indices == "logical" else (P, E)
+    expected = num_ids(placement, indices)
     # A tensor would compare, and a CUDA tensor synchronise. The first test is the faster one.
     is_whole = type(num_experts) is int or isinstance(num_experts, numbers.Integral)
     if is_whole and num_experts == expected:
         return
+    E, P = num_ids(placement, "logical"), num_ids(placement, "physical")
     shown = num_experts if is_whole or num_experts is None else type(num_experts).__name__
+    guests = placement.num_physical_experts - P
+    beside = f", beside {guests} guest slots, which callers do not count" if guests else ""
     hint = ""
-    if is_whole and num_experts == other:
+    if is_whole and num_experts in (E, P):
         hint = " (LPLB_EP_INDICES says which of the two callers use)"
     raise ContractError(
         f"num_experts must be {expected} with {indices} indices on this placement "
-        f"({E} experts in {P} slots); got {shown}{hint}"
+        f"({E} experts in {P} slots{beside}); got {shown}{hint}"
     )

@@ -69,37 +69,25 @@ def columns_with_guests(
     return least if max_replicas is None else max_replicas
 
 
-def add_guest_slots(arguments: dict[str, Any], num_guests_per_rank: int) -> dict[str, Any]:
-    """The arguments of a placement with guest slots behind the slots of each rank.
+def resize_guest_slots(
+    table: Array, home: Array, num_ranks: int, before: int, after: int
+) -> tuple[Array, Array]:
+    """The same copies with another number of guest slots, all of them empty.
 
     Args:
-        arguments: those of a placement without guest slots.
-        num_guests_per_rank: G.
+        table: [P] integers, the expert in each slot, -1 = unused.
+        home: [E] the slot of each expert's home.
+        num_ranks: R, which divides P.
+        before: guest slots of each rank in `table`.
+        after: those of each rank in the result.
 
-    Raises:
-        PlacementError: G is no whole number of at least 0.
+    Returns:
+        The table and the homes' slots.
     """
-    added = whole("num_guests_per_rank", num_guests_per_rank, least=0)
-    if not added:
-        return arguments
-    table = np.asarray(arguments["physical_to_logical"])
-    ranks = arguments["num_ranks"]
-    rows = table.reshape(ranks, -1)
-    rows = np.concatenate([rows, np.full((ranks, added), -1)], axis=1)
-    out = {**arguments, "physical_to_logical": rows.ravel(), "num_guests_per_rank": added}
-    if (home := arguments.get("home")) is not None:
-        home = np.asarray(home)
-        out["home"] = home + added * (home // (table.size // ranks))
-    return out
-
-
-def drop_guest_slots(
-    table: Array, home: Array, num_ranks: int, num_guests_per_rank: int
-) -> tuple[Array, Array]:
-    """A table [P] and the slots of homes [E] as they are without guest slots."""
     num_local_slots = table.size // num_ranks
-    rows = table.reshape(num_ranks, -1)[:, : num_local_slots - num_guests_per_rank]
-    return rows.ravel(), home - num_guests_per_rank * (home // num_local_slots)
+    residents = table.reshape(num_ranks, -1)[:, : num_local_slots - before]
+    rows = np.concatenate([residents, np.full((num_ranks, after), -1)], axis=1)
+    return rows.ravel(), home + (after - before) * (home // num_local_slots)
 
 
 def with_guests_in(

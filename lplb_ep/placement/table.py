@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ..errors import PlacementError
 from . import files
 from .eplb import fill_from_history
-from .guests import add_guest_slots, fill_in_order
+from .guests import fill_in_order
 from .inputs import engine_map
 from .optimize.build import fill_for_lp
 from .topology import fill_by_topology
@@ -69,7 +69,7 @@ class Placement(Value):
             PlacementError: R does not divide E, or another argument does not fit.
         """
         homes = fill_in_order(num_experts, num_ranks, num_ranks_per_node)
-        return cls(**add_guest_slots(homes, num_guests_per_rank))
+        return cls(**homes).with_guest_slots(num_guests_per_rank)
 
     @classmethod
     def from_topology(
@@ -123,7 +123,7 @@ class Placement(Value):
             load=load,
             num_ranks_per_node=num_ranks_per_node,
         )
-        return cls(**add_guest_slots(filled, num_guests_per_rank))
+        return cls(**filled).with_guest_slots(num_guests_per_rank)
 
     @classmethod
     def from_history(
@@ -167,7 +167,7 @@ class Placement(Value):
         filled = fill_from_history(
             load, num_ranks, num_redundant_per_rank, num_ranks_per_node, num_groups
         )
-        return cls(**add_guest_slots(filled, num_guests_per_rank))
+        return cls(**filled).with_guest_slots(num_guests_per_rank)
 
     @classmethod
     def for_lp(
@@ -237,7 +237,7 @@ class Placement(Value):
         if start is not None:
             check_placement(start)
             guests = start.num_guests_per_rank if num_guests_per_rank is None else guests
-            start = start.residents
+            start = start.with_guest_slots(0)
         filled = fill_for_lp(
             samples,
             num_ranks=num_ranks,
@@ -255,7 +255,7 @@ class Placement(Value):
             max_steps=max_steps,
             time_budget_s=time_budget_s,
         )
-        return cls(**add_guest_slots(filled, guests))
+        return cls(**filled).with_guest_slots(guests)
 
     @classmethod
     def from_physical_to_logical(
@@ -293,11 +293,10 @@ class Placement(Value):
             num_experts = max(int(layers.max()) + 1, 1)
 
         def make(slots: npt.NDArray[np.int64]) -> Placement:
-            # Checked on its own first, so that messages name the engine's slots.
             resident = cls(
                 slots, num_ranks, num_experts=num_experts, num_ranks_per_node=num_ranks_per_node
             )
-            return cls(**add_guest_slots(resident._state, num_guests_per_rank))
+            return resident.with_guest_slots(num_guests_per_rank)
 
         if layers.ndim == 1:
             return make(layers)

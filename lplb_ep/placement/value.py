@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from ..errors import PlacementError
 from .copies import ranks_of_copies, slots_of_experts
-from .guests import columns_with_guests, drop_guest_slots, slots_of_guests, with_guests_in
+from .guests import columns_with_guests, resize_guest_slots, slots_of_guests, with_guests_in
 from .inputs import check_experts, integers, ranks_per_node, whole
 from .optimum import components
 
@@ -150,17 +150,30 @@ class Value:
             max_replicas=self.max_replicas,
         )
 
-    @property
-    def residents(self: Self) -> Self:
-        """The same without guest slots, in the slots of engines that know of none."""
-        if not self.num_guests_per_rank:
+    def with_guest_slots(self: Self, num_guests_per_rank: int) -> Self:
+        """The same residents with another number of guest slots behind them; C becomes as needed.
+
+        Raises:
+            PlacementError: it is no whole number of at least 0.
+        """
+        guests = whole("num_guests_per_rank", num_guests_per_rank, least=0)
+        if guests == self.num_guests_per_rank:
             return self
-        shape = self.num_ranks, self.num_guests_per_rank
-        table, home = drop_guest_slots(self.physical_to_logical, self.home, *shape)
-        node, experts = self.num_ranks_per_node, self.num_experts
+        shape = self.num_ranks, self.num_guests_per_rank, guests
+        table, home = resize_guest_slots(self.physical_to_logical, self.home, *shape)
         return type(self)(
-            table, self.num_ranks, num_experts=experts, num_ranks_per_node=node, home=home
+            table,
+            self.num_ranks,
+            num_experts=self.num_experts,
+            num_ranks_per_node=self.num_ranks_per_node,
+            home=home,
+            num_guests_per_rank=guests,
         )
+
+    @property
+    def num_resident_slots(self) -> int:
+        """P / R - G: the slots of each rank before its guest slots."""
+        return self.num_local_slots - self.num_guests_per_rank
 
     @cached_property
     def guest_slots(self) -> IntArray:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..placement.table import Placement
-from .inputs import INDICES, num_ids
+from .inputs import INDICES, logical_table, num_ids
 
 
 class HomeRoutes:
@@ -63,12 +63,12 @@ class HomeRoutes:
 
 
 def _home_tables(placement: Placement, device: torch.device) -> dict[str, torch.Tensor]:
-    """[E + 1] and [P + 1] int32, by `INDICES`: the home slot of each id.
+    """[E + 1] and [P - R G + 1] int32, by `INDICES`: the home slot of each id.
 
     It is -1 for an empty slot, and at the end.
     """
     homes = np.append(placement.home, np.int32(-1))
-    of_slots = homes[np.append(placement.physical_to_logical, -1)]
+    of_slots = homes[logical_table(placement, torch.device("cpu")).numpy()]
     both = zip(INDICES, (homes, of_slots), strict=True)
     return {indices: torch.from_numpy(table).to(device) for indices, table in both}
 

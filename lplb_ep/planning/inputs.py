@@ -10,21 +10,24 @@ import torch
 from ..placement.table import Placement
 
 INDICES = ("logical", "physical")
-"""What `topk_idx` names: experts, or slots that an engine has chosen itself."""
+"""What `topk_idx` names: experts, or slots that an engine has chosen itself. An engine knows of no
+guest slots, so its slots are numbered without them."""
 _DTYPES = frozenset((torch.int32, torch.int64))
 MAX_PICKS = 2**31 - 2**14
 """Picks of a rank in a batch: kernels cut them into chunks, which end within 32 bits."""
 
 
 def num_ids(placement: Placement, indices: str) -> int:
-    """How many ids there are of a kind: E logical or P physical experts.
+    """How many ids there are of a kind: E logical experts, or all slots but guest slots.
 
     Raises:
         ValueError: `indices` is not one of `INDICES`.
     """
     if indices not in INDICES:
         raise ValueError(f"indices must be one of {', '.join(INDICES)}; got {indices!r}")
-    return placement.num_experts if indices == "logical" else placement.num_physical_experts
+    if indices == "logical":
+        return placement.num_experts
+    return placement.num_ranks * placement.num_resident_slots
 
 
 def check_topk_idx(topk_idx: torch.Tensor) -> None:
@@ -89,8 +92,12 @@ def logical_picks(
 
 @functools.lru_cache(maxsize=1024)
 def logical_table(placement: Placement, device: torch.device) -> torch.Tensor:
-    """[P + 1] int32: the expert of each slot, -1 for an empty one, and -1 at the end."""
-    return torch.from_numpy(np.append(placement.physical_to_logical, np.int32(-1))).to(device)
+    """[P - R G + 1] int32: the expert of each slot by an engine's number, and -1 at the end.
+
+    It is -1 for an empty slot.
+    """
+    slots = np.delete(placement.physical_to_logical, placement.guest_slots)
+    return torch.from_numpy(np.append(slots, np.int32(-1))).to(device)
 
 
 def check_counts(counts: torch.Tensor, placement: Placement) -> None:

@@ -14,7 +14,7 @@ from ..gpu.launch import Kernel, Launch, LaunchGraph
 from . import structs
 from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
-from .inputs import logical_table
+from .inputs import logical_table, num_ids
 from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
 from .solvers import NUM_THREADS as NUM_SOLVER_THREADS
 from .structs import HEAD, Status
@@ -64,7 +64,7 @@ class Workspace:
         """[number of statuses] batches planned so far that ended so."""
         self.histograms = zeros(MAX_CHUNKS, p.num_experts)
         self.logical = logical_table(p, device).clone()
-        """[P + 1] the expert of each slot, rewritten in place when replicas move."""
+        """The expert of each slot of an engine, rewritten in place when replicas move."""
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._outgrown: list[torch.Tensor] = []  # which captured graphs may use
         self.rows = zeros(p.num_ranks if windows else 0, HEAD + p.num_experts)
@@ -138,7 +138,7 @@ class Launches:
                 topk_idx=0,
                 picks=no_picks,
                 logical=workspace.logical.data_ptr() if physical else 0,
-                num_ids=p.num_physical_experts if physical else p.num_experts,
+                num_ids=num_ids(p, indices),
                 num_topk=0,
                 row=workspace.row.data_ptr() if exchanged else 0,
                 head=workspace.head.data_ptr(),

@@ -66,6 +66,7 @@ class Planner:
         check: verify every batch and its plan at once, which waits for the GPU.
         timeout_s: how long a rank waits for another rank's counts, in seconds.
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
+        guest_tolerance, guest_min_tokens: as in `Problem`, where the layer's problem has none.
 
     Raises:
         TypeError: `placement` is neither a layer nor a placement.
@@ -98,12 +99,15 @@ class Planner:
         check: bool = False,
         timeout_s: float = 60,
         abort_on_timeout: bool = False,
+        guest_tolerance: float | None = None,
+        guest_min_tokens: int | None = None,
     ) -> None:
         ranks = group if compare else None
         with together(ranks, "Planner") as facts:
             self.layer = layer_of(placement)
             self.placement = placement = self.layer.placement
-            self._problem = self.layer.problem.checked(placement)
+            rule = guest_tolerance, guest_min_tokens
+            self._problem = self.layer.problem.with_guest_defaults(*rule).checked(placement)
             self.rank = _own_rank(placement, group, rank)
             check_slot(slot)
             if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
@@ -204,7 +208,7 @@ class Planner:
             counts: [R, E] integers, with counts="given" only; row `rank` must count `topk_idx`.
             stale: this rank's replica weights are out of date; one such rank sends all ranks'
                 tokens home. (A captured graph stays what it was captured with.)
-            indices: "physical" where `topk_idx` names slots in [0, P), of any copy.
+            indices: "physical" where `topk_idx` names slots, numbered without guest slots.
             distinct: whether a token that picks one expert twice is refused.
 
         Raises:
@@ -325,7 +329,7 @@ class Planner:
 
         Args:
             topk_idx: [T, K] int32 or int64, logical experts in [0, E), -1 = no pick.
-            indices: "physical" where `topk_idx` names slots in [0, P), of any copy.
+            indices: "physical" where `topk_idx` names slots, numbered without guest slots.
             distinct: whether a token that picks one expert twice is refused. Of CUDA tensors it is
                 not, without `check`: nothing depends on it at home.
 

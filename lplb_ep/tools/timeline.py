@@ -231,7 +231,7 @@ def _anew(placement: Placement, loads: Int64, num_groups: int | None) -> Placeme
     return Placement.from_history(
         loads,
         num_ranks=placement.num_ranks,
-        num_redundant_per_rank=placement.num_local_slots - base,
+        num_redundant_per_rank=placement.num_resident_slots - base,
         num_ranks_per_node=placement.num_ranks_per_node,
         num_groups=num_groups,
     )

@@ -75,7 +75,7 @@ def propose(job: Job) -> Proposal | None:
     chosen = job.choose(
         loads[::2],
         old.num_ranks,
-        old.num_local_slots - -(-old.num_experts // old.num_ranks),
+        old.num_resident_slots - -(-old.num_experts // old.num_ranks),
         start=old,
         fixed_homes=True,
         within_node=_stays_within_nodes(old),
@@ -100,10 +100,13 @@ def propose(job: Job) -> Proposal | None:
 
 
 def imbalance(loads: Int64, placement: Placement) -> npt.NDArray[np.float64]:
-    """[N] T* / mean rank load, the best that any plan makes of loads [N, E] that are not 0."""
+    """[N] T* / mean rank load, the best that any plan makes of loads [N, E] that are not 0.
+
+    Guests do not count: the better the residents are, the fewer guests a batch needs.
+    """
     scaled = torch.from_numpy(loads // (1 + loads.sum(1, keepdims=True) // MAX_TOTAL))
     mean = scaled.sum(1) / placement.num_ranks
-    return (solve(scaled, placement, "cpu").lower_bound / mean).numpy()
+    return (solve(scaled, placement.with_guest_slots(0), "cpu").lower_bound / mean).numpy()
 
 
 def widened(placement: Placement) -> Placement:
@@ -134,4 +137,4 @@ def _stays_within_nodes(placement: Placement) -> bool:
         return False
     node = np.where(placement.copy_rank < 0, -1, placement.node[placement.copy_rank])
     apart = (node >= 0) & (node != node[:, :1])
-    return not apart.any() and placement.num_local_slots * num_nodes <= placement.num_experts
+    return not apart.any() and placement.num_resident_slots * num_nodes <= placement.num_experts

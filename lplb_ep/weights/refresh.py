@@ -237,7 +237,7 @@ def _check(layers: Sequence[Replicas], choose: Any) -> None:
                 f"the problem of layer {number} has max_quota, which limits copies where they are: "
                 "a Refresher would move them"
             )
-        slots, ranks = replicas.placement.num_local_slots, replicas.placement.num_ranks
+        slots, ranks = replicas.placement.num_resident_slots, replicas.placement.num_ranks
         if choose is None and slots > replicas.placement.num_experts and ranks > 1:
             raise ValueError(
                 f"layer {number} has {slots} slots on a rank, more than there are experts: "

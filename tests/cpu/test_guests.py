@@ -15,17 +15,6 @@ from lplb_ep.planning.plan import Status
 from lplb_ep.problem import Problem
 
 
-def with_slots(placement, num_guests_per_rank):
-    """The same copies, with guest slots behind each rank's."""
-    return Placement.from_physical_to_logical(
-        placement.physical_to_logical,
-        placement.num_ranks,
-        num_experts=placement.num_experts,
-        num_ranks_per_node=placement.num_ranks_per_node,
-        num_guests_per_rank=num_guests_per_rank,
-    )
-
-
 def test_guest_slots_are_the_last_of_each_rank_and_empty():
     placement = Placement.homes_only(8, 4, 2, num_ranks_per_node=2)
     assert placement.num_physical_experts == 16
@@ -34,8 +23,8 @@ def test_guest_slots_are_the_last_of_each_rank_and_empty():
     assert (placement.physical_to_logical[placement.guest_slots] == -1).all()
     assert placement.home.tolist() == [0, 1, 4, 5, 8, 9, 12, 13]
     assert placement.max_replicas == 4  # any expert may get a guest on every other rank
-    assert placement.residents == Placement.homes_only(8, 4, num_ranks_per_node=2)
-    assert placement.residents.num_physical_experts == 8
+    assert placement.with_guest_slots(0) == Placement.homes_only(8, 4, num_ranks_per_node=2)
+    assert placement.with_guest_slots(0).num_physical_experts == 8
 
 
 def test_guest_slots_decide_equality_and_survive_copies(tmp_path):
@@ -141,7 +130,7 @@ def test_every_builder_makes_guest_slots():
     for plain, placement in made:
         assert placement.num_guests_per_rank == 2
         assert placement.num_physical_experts == plain.num_physical_experts + 8
-        assert placement.residents == plain
+        assert placement.with_guest_slots(0) == plain
         assert (placement.home_rank == plain.home_rank).all()
     with pytest.raises(PlacementError, match="num_ranks must divide num_experts"):
         Placement.homes_only(10, 4, 1)
@@ -156,7 +145,7 @@ def test_a_search_from_a_placement_keeps_its_guest_slots():
     assert found.num_guests_per_rank == 2
     assert found.may_replace(start)
     other = Placement.for_lp(load[::-1], start=start, max_steps=0, num_guests_per_rank=0)
-    assert other == start.residents
+    assert other == start.with_guest_slots(0)
 
 
 def test_replicas_are_replaced_beside_guest_slots():
@@ -180,7 +169,7 @@ def random_case(rng):
     residents = random_placement(
         rng, num_ranks, num_experts, int(rng.integers(3)), num_ranks_per_node=num_ranks // nodes
     )
-    placement = with_slots(residents, int(rng.integers(1, 4)))
+    placement = residents.with_guest_slots(int(rng.integers(1, 4)))
     load = torch.from_numpy(
         np.stack([random_load(rng, num_experts) for _ in range(rng.integers(1, 4))])
     )
@@ -318,3 +307,43 @@ def test_ranks_compare_the_rule():
         assert not other.is_plain
     filled = Problem(guest_min_tokens=9).with_guest_defaults(0.5, 7)
     assert filled.guest_rule == (5000, 9)
+
+
+def test_engines_number_slots_without_guest_slots():
+    rng = np.random.default_rng(3)
+    for _ in range(10):
+        placement, _, _ = random_case(rng)
+        resident = placement.with_guest_slots(0)
+        R, E = placement.num_ranks, placement.num_experts
+        topk = torch.from_numpy(random_topk(rng, 50, 2, np.ones(E)))
+        # Any copy may name its expert.
+        copies = (resident.logical_to_physical >= 0).sum(1)
+        column = rng.integers(copies[topk.clamp(min=0)])
+        slots = torch.from_numpy(resident.logical_to_physical[topk.clamp(min=0), column]).long()
+        slots = torch.where(topk < 0, -1, slots)
+        counts = torch.zeros(R, E, dtype=torch.int64)
+        counts[0] = torch.bincount(topk[topk >= 0], minlength=E)
+        planner = Planner(placement, rank=0, counts="given", solver="cpu", check=True)
+        by_slot = planner(slots, counts, indices="physical")
+        assert (by_slot.topk_idx == planner(topk, counts).topk_idx).all()
+        assert (planner.home(slots, indices="physical") == planner.home(topk)).all()
+        outside = torch.full((1, 1), R * resident.num_local_slots)
+        with pytest.raises(ValueError, match=f"a slot in .0, {R * resident.num_local_slots}"):
+            planner(outside, counts * 0, indices="physical")
+
+
+def test_settings_of_a_drop_in_fill_the_rule():
+    placement = Placement.homes_only(4, 2, 1)
+    topk = torch.zeros(100, 1, dtype=torch.int64)
+    counts = torch.tensor([[100, 0, 0, 0], [0, 0, 0, 0]])
+
+    def guests(problem=None, **rule):
+        planner = Planner(Layer(placement, problem), rank=0, counts="given", solver="cpu", **rule)
+        return planner(topk, counts).guests.tolist()
+
+    assert guests() == [[-1], [0]]
+    assert guests(guest_min_tokens=51) == [[-1], [-1]]
+    assert guests(guest_tolerance=1) == [[-1], [-1]]
+    assert guests(Problem(guest_min_tokens=50), guest_min_tokens=51) == [[-1], [0]]
+    with pytest.raises(ValueError, match="guest_min_tokens must be a whole number"):
+        guests(guest_min_tokens=0)
