@@ -145,6 +145,8 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
                 "replicas": settings.replicas,
                 "counts": settings.counts,
                 "LPLB_EP_SOLVER": settings.solver,
+                "LPLB_EP_GUEST_TOLERANCE": settings.guest_tolerance,
+                "LPLB_EP_GUEST_MIN_TOKENS": settings.guest_min_tokens,
                 # The solver that this comes to here: one rank may lack a package.
                 "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
                 "placement": "none" if use is None else use.layer.placement.fingerprint(),

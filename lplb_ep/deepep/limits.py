@@ -123,10 +123,14 @@ class Limits:
             )
 
     def _too_many_slots(self, placement: Placement, most: str) -> ContractError:
+        guests, fewer = placement.num_guests_per_rank, "fewer replicas"
+        if guests:
+            fewer += " or guests"
         return ContractError(
             f"{self.owner} takes at most {most}. The placement of {placement.num_experts} experts "
-            f"has {placement.num_local_slots} slots on each of {placement.num_ranks} ranks: take "
-            "fewer replicas a rank, or more ranks"
+            f"has {placement.num_local_slots} slots on each of {placement.num_ranks} ranks"
+            f"{f', {guests} of them for guests' if guests else ''}: take {fewer} a rank, or more "
+            "ranks"
         )
 
 

@@ -32,6 +32,8 @@ DIFFERENT = {
     "LPLB_EP_REPLICAS": ("tracked", "valid", "replicas: tracked on ranks [0]; valid on"),
     "LPLB_EP_COUNTS": ("auto", "torch", "counts: auto on ranks [0]; torch on"),
     "LPLB_EP_SOLVER": ("auto", "cpu", "LPLB_EP_SOLVER: auto on ranks [0]; cpu on"),
+    "LPLB_EP_GUEST_TOLERANCE": ("0.01", "0.02", "LPLB_EP_GUEST_TOLERANCE: 0.01 on ranks [0]; 0.02"),
+    "LPLB_EP_GUEST_MIN_TOKENS": ("8", "9", "LPLB_EP_GUEST_MIN_TOKENS: 8 on ranks [0]; 9 on"),
 }
 
 
