@@ -1,18 +1,72 @@
-"""Guests of a batch: which experts of other ranks the guest slots hold, by the batch's loads."""
+"""Guests of a batch: which experts of other ranks the guest slots hold, by the batch's loads.
+
+Sixteen greedy fills with different rules run side by side, and the best one counts. On a GPU a
+warp runs each. A fill moves tokens from ranks above a limit to ranks below it. It uses the copies
+that are there first, and places a guest where these do not help. All is done in whole numbers, and
+every tie is decided, so that CPU and GPU choose the same guests.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ..placement.table import Placement
-from ..problem import GUEST_PARTS, Problem
+from ..problem import GUEST_PARTS, MAX_TOTAL, Problem
 from . import reference
 from .structs import Status
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+
+class Rule(NamedTuple):
+    """How a fill chooses."""
+
+    by_excess: bool
+    """The source is the rank with the largest excess. Else ranks come in random order. Then the
+    excess of ranks that share experts gathers on the last of them, and one guest serves all."""
+    widest: bool
+    """A guest goes to the rank with most slack. Else to the one whose slack just suffices."""
+    largest: bool
+    """The guest is the expert with most tokens. Else the one whose tokens just suffice."""
+    shift: int
+    """A rank's last guest slot may take more than the source's excess. It does where more slack
+    would be left than there is to spare, over 2 to this."""
+    noise: int
+    """Slacks are compared up to random parts of this in 1024; 0 or a power of two."""
+
+
+RULES = (
+    Rule(True, False, True, 31, 64),
+    Rule(False, False, False, 31, 0),
+    Rule(False, False, True, 31, 64),
+    Rule(False, False, False, 31, 256),
+    Rule(False, False, False, 1, 256),
+    Rule(True, False, False, 31, 512),
+    Rule(False, True, False, 0, 0),
+    Rule(False, True, False, 31, 512),
+    Rule(False, False, False, 0, 512),
+    Rule(False, False, False, 1, 0),
+    Rule(False, False, True, 31, 0),
+    Rule(False, False, False, 31, 512),
+    Rule(False, False, True, 31, 256),
+    Rule(False, False, False, 1, 256),
+    Rule(True, False, False, 2, 0),
+    Rule(False, False, False, 2, 128),
+)
+"""Of the fills of a round."""
+NUM_ROUNDS = 3
+"""The first aims at the tolerance; the others, where none reaches that, between it and the best."""
+NUM_TARGETS = 8
+"""Different limits of the fills in a later round."""
+CLOSE = 9
+"""Largest loads within a part of 2 to the minus this count as equal; then fewer copies win."""
 
 
 def guests_of(status: Status, load: Int64, placement: Placement, problem: Problem) -> Int32:
@@ -25,11 +79,23 @@ def guests_of(status: Status, load: Int64, placement: Placement, problem: Proble
 def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     """Fills the guest slots for a batch; pure, deterministic, in whole numbers.
 
-    A greedy choice from the optimum of the residents. In each step the slowest rank gives tokens of
-    one expert until another rank takes as long. That is the fastest of its node with a free guest
-    slot. The expert is the one with most tokens there, among those that the other rank does not
-    hold. A rank is passed over where fewer than `guest_min_tokens` would move. The choice ends
-    where the slowest rank is within the tolerance of the mean.
+    Each node chooses by itself, from the experts whose homes it has. A *level* is a load over a
+    rank's speed, rounded up, in tokens of the node's fastest rank. At equal speeds it is the load.
+    The *target* is the largest mean level of a node, and the tolerance more. A node has no guests
+    where its residents' optimum is within the target. Nor has it where they would gain less than
+    `guest_min_tokens`.
+
+    Every expert starts split evenly over its residents, by rank, the rest to the first. `_fill`
+    says what a fill does. Of two fills that one is better which comes first by
+
+    1. whether all ranks reach the target; else the largest level, in steps of 1 / 2 ** `CLOSE`
+    2. its number of guests
+    3. the most guests that one rank is home to
+    4. its number in all rounds
+
+    In later rounds fill i aims at lo + ⌈(hi - lo) / 8⌉ (i mod 8). Here hi is the largest level of
+    the best fill. First lo is the target. In the last round it is the largest aim below all that
+    were reached.
 
     Args:
         load: [E] whole numbers, tokens of each expert in the batch.
@@ -39,58 +105,303 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     Returns:
         [R, G] int32: the expert of each guest slot, -1 = empty; empty ones come last.
     """
-    guests = np.full((placement.num_ranks, placement.num_guests_per_rank), -1, np.int32)
-    R, E = placement.num_ranks, placement.num_experts
+    R, node_size = placement.num_ranks, placement.num_ranks_per_node
+    guests = np.full((R, placement.num_guests_per_rank), -1, np.int32)
     base = np.zeros(R, np.int64) if problem.base_load is None else problem.base_load.numpy()
     speed = np.ones(R, np.int64) if problem.speed is None else problem.speed.numpy()
-    total = int(load.sum() + base.sum())
-    rule = problem.guest_rule
-    residents = reference.solve(torch.from_numpy(load), placement, **problem.bounds).quota.numpy()
-    tokens = np.zeros((R, E), np.int64)
-    expert, column = np.nonzero(placement.copy_rank >= 0)
-    rank = placement.copy_rank[expert, column]
-    np.add.at(tokens, (rank, expert), residents[expert, column])
-    holds = np.zeros((R, E), bool)
-    holds[rank, expert] = True
-    free = np.full(R, placement.num_guests_per_rank)
-    home_node = placement.node[placement.home_rank]
+    nodes = [slice(first, first + node_size) for first in range(0, R, node_size)]
+    tokens = _even_split(load, placement)
     rank_load = tokens.sum(axis=1) + base
-    is_open = np.ones(R, bool)
-    limit = (GUEST_PARTS + rule.tolerance) * total  # over the sum of speeds, in parts
-    while is_open.any():
-        giver = _extreme(rank_load, speed, is_open, slowest=True)
-        if GUEST_PARTS * int(rank_load[giver]) * int(speed.sum()) <= limit * int(speed[giver]):
-            break
-        able = (placement.node == placement.node[giver]) & (free > 0)
-        able[giver] = False
-        is_open[giver] = False
-        if not able.any():
+    mean = max(
+        -(-int(rank_load[ranks].sum() * speed[ranks].max()) // int(speed[ranks].sum()))
+        for ranks in nodes
+    )
+    rule = problem.guest_rule
+    target = min(mean + mean * rule.tolerance // GUEST_PARTS, MAX_TOTAL)
+    residents = reference.solve(torch.from_numpy(load), placement, **problem.bounds).quota.numpy()
+    expert, column = np.nonzero(residents)
+    reached = base.copy()
+    np.add.at(reached, placement.copy_rank[expert, column], residents[expert, column])
+    for ranks in nodes:
+        # Ranks that share an expert with the node's count as well, if there are any elsewhere.
+        joined = np.isin(placement.component, placement.component[ranks])
+        best = int(_levels(reached[joined], speed[joined], int(speed[ranks].max())).max())
+        if best <= target:
             continue
-        taker = _extreme(rank_load, speed, able, slowest=False)
-        gap = int(rank_load[giver] * speed[taker] - rank_load[taker] * speed[giver])
-        may = np.where(holds[taker] | (home_node != placement.node[giver]), 0, tokens[giver])
-        e = int(may.argmax())
-        moved = min(int(may[e]), gap // int(speed[giver] + speed[taker]))
-        if moved < rule.min_tokens:
-            continue
-        is_open[giver] = True
-        guests[taker, placement.num_guests_per_rank - free[taker]] = e
-        free[taker] -= 1
-        holds[taker, e] = True
-        tokens[giver, e] -= moved
-        tokens[taker, e] += moved
-        rank_load[giver] -= moved
-        rank_load[taker] += moved
+        domain = _Domain.of(placement, ranks, tokens, base, speed, rule.min_tokens)
+        found = domain.best_fill(target)
+        if found.level <= best - rule.min_tokens:
+            guests[ranks] = found.guests
     return guests
 
 
-def _extreme(rank_load: Int64, speed: Int64, among: npt.NDArray[np.bool_], slowest: bool) -> int:
-    """The slowest or the fastest of some ranks, the lowest of several."""
-    sign = 1 if slowest else -1
-    best = -1
-    for rank in np.flatnonzero(among).tolist():
-        if best < 0 or sign * int(rank_load[rank] * speed[best]) > sign * int(
-            rank_load[best] * speed[rank]
-        ):
-            best = rank
-    return best
+def _even_split(load: Int64, placement: Placement) -> Int64:
+    """[R, E]: the tokens of each rank, with each expert split evenly over its copies."""
+    tokens = np.zeros((placement.num_ranks, load.size), np.int64)
+    holds = _holders(placement)
+    number = holds.sum(axis=0)
+    nth = np.cumsum(holds, axis=0) - 1
+    tokens[holds] = (load // number + (nth < load % number))[holds]
+    return tokens
+
+
+def _holders(placement: Placement) -> Bool:
+    """[R, E]: whether a rank holds a copy of an expert."""
+    holds = np.zeros((placement.num_ranks, placement.num_experts), bool)
+    expert, column = np.nonzero(placement.copy_rank >= 0)
+    holds[placement.copy_rank[expert, column], expert] = True
+    return holds
+
+
+def _levels(load: Int64, speed: Int64, fastest: int) -> Int64:
+    return -(-load * fastest // speed)
+
+
+class _Fill(NamedTuple):
+    """What a fill found."""
+
+    key: tuple[int, int, int, int]
+    """Smaller is better."""
+    level: int
+    """The largest of a rank."""
+    does_reach: bool
+    """Whether all ranks are within what it aimed at."""
+    guests: Int64
+    """[R, G], -1 = empty."""
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """A node's ranks and experts, by local number, before a fill.
+
+    A rank's places are its residents by number of the expert, then its guest slots.
+    """
+
+    expert: Int64
+    """[R, S] in each place, -1 = none."""
+    tokens: Int64
+    """[R, S] of each place."""
+    load: Int64
+    """[R] base loads included."""
+    holds: Bool
+    """[R, E] whether a rank holds a copy."""
+    home: Int64
+    """[E] local rank, -1 = on another node, whose experts are no guests here."""
+    speed: Int64
+    """[R]."""
+    num_guests: int
+    """G."""
+    least: int
+    """The fewest tokens of a guest, and the least excess that counts."""
+
+    @classmethod
+    def of(
+        cls,
+        placement: Placement,
+        ranks: slice,
+        tokens: Int64,
+        base: Int64,
+        speed: Int64,
+        least: int,
+    ) -> _Domain:
+        holds = _holders(placement)[ranks]
+        R, G = len(holds), placement.num_guests_per_rank
+        number = holds.sum(axis=1)
+        expert = np.full((R, int(number.max()) + G), -1)
+        rank, held = np.nonzero(holds)
+        place = np.arange(rank.size) - (np.cumsum(number) - number)[rank]
+        expert[rank, place] = held
+        at_place = np.zeros_like(expert)
+        at_place[rank, place] = tokens[ranks][rank, held]
+        home = placement.home_rank.astype(np.int64) - ranks.start
+        home[(home < 0) | (home >= R)] = -1
+        load = tokens[ranks].sum(axis=1) + base[ranks]
+        return cls(expert, at_place, load, holds, home, speed[ranks], G, least)
+
+    def best_fill(self, target: int) -> _Fill:
+        """The best of all rounds, by the rules of `choose_guests`."""
+        number = len(RULES)
+        best = min((self._try(i, target, target) for i in range(number)), key=lambda f: f.key)
+        lowest = target
+        for first in range(number, NUM_ROUNDS * number, number):
+            if best.key[0] == 0:
+                break
+            step = -(-(best.level - lowest) // NUM_TARGETS)
+            aims = [lowest + step * (i % NUM_TARGETS) for i in range(number)]
+            fills = [self._try(first + i, aim, target) for i, aim in enumerate(aims)]
+            best = min([best, *fills], key=lambda f: f.key)
+            reached = [aim for aim, fill in zip(aims, fills, strict=True) if fill.does_reach]
+            end = min([best.level, *reached])
+            lowest = max([lowest, *(aim for aim in aims if aim < end)])
+        return best
+
+    def _limits(self, level: int) -> Int64:
+        """[R]: the most load of each rank at a level."""
+        return level * self.speed // int(self.speed.max())
+
+    def _try(self, number: int, aim: int, target: int) -> _Fill:
+        """Fill `number` of all rounds, which aims at a level, and what it is worth."""
+        filled = _fill(self, RULES[number % len(RULES)], number, self._limits(aim))
+        level = int(_levels(filled.load, self.speed, int(self.speed.max())).max())
+        guests = filled.expert[:, self.expert.shape[1] - self.num_guests :]
+        sent = np.bincount(self.home[guests[guests >= 0]], minlength=1)
+        bucket = 0
+        if self._is_over(filled.load, target):
+            bucket = -(-(level - target) // max(1, target >> CLOSE))
+        key = (bucket, int((guests >= 0).sum()), int(sent.max()), number)
+        return _Fill(key, level, not self._is_over(filled.load, aim), guests)
+
+    def _is_over(self, load: Int64, level: int) -> bool:
+        """Whether a rank's excess over a level counts."""
+        return bool((load - self._limits(level) >= self.least).any())
+
+
+@dataclass
+class _State:
+    """What a fill changes; shapes as in `_Domain`."""
+
+    expert: Int64
+    tokens: Int64
+    load: Int64
+    holds: Bool
+    used: Int64
+    """[R] guests of each rank."""
+
+    def move(self, moved: int, source: int, place: int, to: int, to_place: int) -> None:
+        """Moves tokens of a place of one rank to a place of another."""
+        self.tokens[source, place] -= moved
+        self.tokens[to, to_place] += moved
+        self.load[source] -= moved
+        self.load[to] += moved
+
+
+def _fill(domain: _Domain, rule: Rule, number: int, limit: Int64) -> _State:
+    """One fill, from the even split.
+
+    In each step, as long as a rank is above its limit by the least tokens of a guest:
+
+    1. The *source* is such a rank: with the largest excess, or with the highest random priority.
+    2. Tokens move along a copy that is there, to a rank below its limit. They are as many as the
+       copy has, the excess asks for and the other rank takes. The move of most tokens is made.
+    3. Where there is none, and ranks go by priority, the excess moves along a copy that is there.
+       It goes to the rank of least priority, if that is less than the source's.
+    4. Where there is none, a guest is placed (`_place_guest`). A source that cannot place one is
+       passed over until some guest is placed.
+
+    There are at most 8 R + R G steps. Ties go to the lowest place, then to the lowest rank.
+    """
+    R, G = len(domain.load), domain.num_guests
+    state = _State(
+        domain.expert.copy(),
+        domain.tokens.copy(),
+        domain.load.copy(),
+        domain.holds.copy(),
+        np.zeros(R, np.int64),
+    )
+    random = _random(number, R)
+    priority = random >> 1
+    noise = random & (rule.noise - 1) if rule.noise else np.zeros(R, np.int64)
+    is_stuck = np.zeros(R, bool)
+    for _ in range(8 * R + R * G):
+        excess = state.load - limit
+        may = (excess >= domain.least) & ~is_stuck
+        if not may.any():
+            break
+        source = int(np.where(may, excess if rule.by_excess else priority, -1).argmax())
+        if _use_copies(state, source, limit, None if rule.by_excess else priority):
+            continue
+        if _place_guest(domain, state, source, rule, limit, noise):
+            is_stuck[:] = False
+        else:
+            is_stuck[source] = True
+    return state
+
+
+def _random(number: int, num_ranks: int) -> Int64:
+    """[R] 32 bits for each rank, from the number of the fill: a multiplicative hash."""
+    bits = ((number * 64 + np.arange(num_ranks) + 1) * 0x9E3779B1) & 0xFFFFFFFF
+    bits ^= bits >> 15
+    bits = (bits * 0x85EBCA77) & 0xFFFFFFFF
+    return bits ^ bits >> 13
+
+
+def _use_copies(state: _State, source: int, limit: Int64, priority: Int64 | None) -> bool:
+    """Steps 2 and 3 of a fill; whether tokens moved."""
+    tokens, held = state.tokens[source], state.expert[source]
+    shared = (state.holds[:, held] & (tokens > 0)).T
+    shared[:, source] = False
+    if not shared.any():
+        return False
+    need, slack = int(state.load[source] - limit[source]), limit - state.load
+    may_move = np.minimum(tokens, need)[:, None]
+    moved = np.where(shared, np.minimum(may_move, slack), 0)
+    if moved.max() <= 0:
+        if priority is None:
+            return False
+        shared &= priority < priority[source]
+        if not shared.any():
+            return False
+        moved = np.broadcast_to(may_move, shared.shape)
+        best = np.where(shared, priority, MAX_TOTAL + 1).argmin()
+    else:
+        best = moved.argmax()
+    place, to = divmod(int(best), len(limit))
+    to_place = int((state.expert[to] == held[place]).argmax())
+    state.move(int(moved[place, to]), source, place, to, to_place)
+    return True
+
+
+def _place_guest(
+    domain: _Domain, state: _State, source: int, rule: Rule, limit: Int64, noise: Int64
+) -> bool:
+    """Step 4 of a fill; whether a guest was placed, which takes tokens from the source.
+
+    Its rank has a free slot and slack for the least tokens. Enough is what the source's largest
+    expert may bring, up to the excess. Of ranks with enough the narrowest is taken. Where there is
+    none, or by the rule, it is the widest of all. Widths are slacks with noise added.
+
+    The guest aims at the excess, as far as there is slack. It aims at all of the slack where the
+    rank's last slot would waste too much of it (`Rule.shift`). Then the source must have a free
+    slot: it goes below its limit, and takes another's tokens. Slack to spare is that of ranks with
+    a free slot, less all excess.
+
+    The expert is one that the rank does not hold, with the least tokens of a guest at the source.
+    The one with fewest tokens that suffice is taken. Where there is none, or by the rule, it is the
+    one with most. Where no expert may come, the next rank is tried.
+    """
+    G, least = domain.num_guests, domain.least
+    held = state.expert[source]
+    tokens = np.where(domain.home[held] >= 0, state.tokens[source], 0)
+    slack = limit - state.load
+    need = -int(slack[source])
+    want = min(need, int(tokens.max()))
+    may = (slack >= least) & (state.used < G)
+    if tokens.max() < least:
+        return False
+    width = slack + (slack * noise >> 10)
+    spare = int(slack[(slack < 0) | (state.used < G)].sum())
+    while may.any():
+        fits = may & (slack >= want)
+        if rule.widest or not fits.any():
+            to = int(np.where(may, width, -1).argmax())
+        else:
+            to = int(np.where(fits, width, 2 * MAX_TOTAL).argmin())
+        aim = min(need, int(slack[to]))
+        is_last = state.used[to] == G - 1 and state.used[source] < G
+        if slack[to] > need and is_last and slack[to] - need > spare >> rule.shift:
+            aim = int(slack[to])
+        able = (tokens >= least) & ~state.holds[to, held]
+        if able.any():
+            suffice = able & (tokens >= aim)
+            if rule.largest or not suffice.any():
+                place = int(np.where(able, tokens, -1).argmax())
+            else:
+                place = int(np.where(suffice, tokens, MAX_TOTAL + 1).argmin())
+            slot = state.expert.shape[1] - G + int(state.used[to])
+            state.expert[to, slot] = held[place]
+            state.move(min(aim, int(tokens[place])), source, place, to, slot)
+            state.holds[to, held[place]] = True
+            state.used[to] += 1
+            return True
+        may[to] = False
+    return False
