@@ -5,7 +5,8 @@
     python benchmarks/guests.py --simulate                 # EP128 to EP2048 by domains
 
 A key names an array of a .npz file: counts [layers, E], or picks [layers, T, K] of 128 experts.
-Live picks are cut into batches of `--batch` tokens; `KEY/first` and `KEY/second` are halves of all.
+Live picks are cut into batches of `--batch` tokens. `KEY/first` is the first half of them, and
+`KEY/second` the second.
 Homes are in order, or placed on the earlier load by `Placement.from_history`.
 
 T / mean is the exact optimum over residents and guests, over the mean of all ranks. UltraEP's rule
@@ -261,7 +262,7 @@ def on_recordings(args: argparse.Namespace) -> None:
 
 
 def drifted(seed: int, num_experts: int, correlation: float) -> tuple[np.ndarray, np.ndarray]:
-    """An earlier and a live load [E] with DeepSeek-V3's spread; live in 4096 tokens a 8 experts."""
+    """An earlier and a live load [E] as uneven as DeepSeek-V3's."""
     rng = np.random.default_rng([13, seed])
     first, change = (
         rng.normal(0, 0.6, num_experts) + np.repeat(rng.normal(0, 0.33, num_experts // 32), 32)

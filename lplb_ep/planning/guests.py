@@ -110,7 +110,8 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     base = np.zeros(R, np.int64) if problem.base_load is None else problem.base_load.numpy()
     speed = np.ones(R, np.int64) if problem.speed is None else problem.speed.numpy()
     nodes = [slice(first, first + node_size) for first in range(0, R, node_size)]
-    tokens = _even_split(load, placement)
+    holds = _holders(placement)
+    tokens = _even_split(load, holds)
     rank_load = tokens.sum(axis=1) + base
     mean = max(
         -(-int(rank_load[ranks].sum() * speed[ranks].max()) // int(speed[ranks].sum()))
@@ -128,17 +129,26 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
         best = int(_levels(reached[joined], speed[joined], int(speed[ranks].max())).max())
         if best <= target:
             continue
-        domain = _Domain.of(placement, ranks, tokens, base, speed, rule.min_tokens)
+        home = placement.home_rank.astype(np.int64) - ranks.start
+        home[(home < 0) | (home >= node_size)] = -1
+        domain = _Domain.of(
+            holds[ranks],
+            tokens[ranks],
+            home,
+            base[ranks],
+            speed[ranks],
+            guests.shape[1],
+            rule.min_tokens,
+        )
         found = domain.best_fill(target)
         if found.level <= best - rule.min_tokens:
             guests[ranks] = found.guests
     return guests
 
 
-def _even_split(load: Int64, placement: Placement) -> Int64:
-    """[R, E]: the tokens of each rank, with each expert split evenly over its copies."""
-    tokens = np.zeros((placement.num_ranks, load.size), np.int64)
-    holds = _holders(placement)
+def _even_split(load: Int64, holds: Bool) -> Int64:
+    """[R, E]: the tokens of each rank, each expert split evenly over the ranks that hold it."""
+    tokens = np.zeros(holds.shape, np.int64)
     number = holds.sum(axis=0)
     nth = np.cumsum(holds, axis=0) - 1
     tokens[holds] = (load // number + (nth < load % number))[holds]
@@ -197,26 +207,24 @@ class _Domain:
     @classmethod
     def of(
         cls,
-        placement: Placement,
-        ranks: slice,
+        holds: Bool,
         tokens: Int64,
+        home: Int64,
         base: Int64,
         speed: Int64,
+        num_guests: int,
         least: int,
     ) -> _Domain:
-        holds = _holders(placement)[ranks]
-        R, G = len(holds), placement.num_guests_per_rank
+        """From tables by rank and expert, [R, E]."""
         number = holds.sum(axis=1)
-        expert = np.full((R, int(number.max()) + G), -1)
+        expert = np.full((len(holds), int(number.max()) + num_guests), -1)
         rank, held = np.nonzero(holds)
         place = np.arange(rank.size) - (np.cumsum(number) - number)[rank]
         expert[rank, place] = held
         at_place = np.zeros_like(expert)
-        at_place[rank, place] = tokens[ranks][rank, held]
-        home = placement.home_rank.astype(np.int64) - ranks.start
-        home[(home < 0) | (home >= R)] = -1
-        load = tokens[ranks].sum(axis=1) + base[ranks]
-        return cls(expert, at_place, load, holds, home, speed[ranks], G, least)
+        at_place[rank, place] = tokens[rank, held]
+        load = tokens.sum(axis=1) + base
+        return cls(expert, at_place, load, holds, home, speed, num_guests, least)
 
     def best_fill(self, target: int) -> _Fill:
         """The best of all rounds, by the rules of `choose_guests`."""

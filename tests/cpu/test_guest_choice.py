@@ -39,7 +39,7 @@ def test_guests_are_nearly_the_best_and_the_fewest():
 
 
 def deepseek_like(num_layers, correlation, num_experts=256):
-    """Earlier and live loads [E] of layers with DeepSeek-V3's spread."""
+    """Earlier and live loads [E] of layers, as uneven as DeepSeek-V3's."""
     for layer in range(num_layers):
         rng = np.random.default_rng([13, layer])
         first, change = (
