@@ -29,6 +29,8 @@ _PUBLIC = {
     "Problem": "problem",
     "check_plan": "planning.check",
     "Replicas": "weights.replicas",
+    "Guests": "weights.guests",
+    "GuestPool": "weights.pool",
     "mark_stale": "layer",
     "mark_valid": "layer",
     "Refresher": "weights.refresh",

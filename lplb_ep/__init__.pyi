@@ -21,6 +21,8 @@ from .planning.solve import Solution as Solution
 from .planning.solve import solve as solve
 from .problem import Problem as Problem
 from .settings import Settings as Settings
+from .weights.guests import Guests as Guests
+from .weights.pool import GuestPool as GuestPool
 from .weights.refresh import Refresher as Refresher
 from .weights.replicas import Replicas as Replicas
 

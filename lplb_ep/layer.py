@@ -34,6 +34,29 @@ class Weights(Protocol):
         """Declares that home weights changed."""
 
 
+class GuestWeights(Protocol):
+    """What a layer, and a call that plans, know of the layer's `Guests`."""
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether guests can be had here."""
+
+    def prepare(self, slot: int) -> None:
+        """Has the current stream wait for all that uses the memory of guests: a plan comes."""
+
+    def push(self, guests: torch.Tensor, slot: int) -> Any:
+        """Begins to bring the guests [R, G] of a plan; returns what stands for the batch."""
+
+    def push_again(self, fill: Any, slot: int) -> None:
+        """Brings a batch's guests back where others took their place."""
+
+    def wait(self, slot: int) -> None:
+        """Has the current stream wait until they are there."""
+
+    def skip(self, slot: int) -> None:
+        """Says that a batch has no guests."""
+
+
 class Layer:
     """An MoE layer, which its object identifies and never a value.
 
@@ -68,6 +91,7 @@ class Layer:
         self.observers = []
         self.planners = WeakSet()
         self._replicas: list[ref[Weights]] = []  # asked at every batch: a WeakSet takes 1 µs
+        self._guests: ref[GuestWeights] | None = None
         self._is_trusted = False
 
     @property
@@ -83,6 +107,10 @@ class Layer:
     def replace(self, placement: Placement) -> None:
         """Puts another placement in force, with which all planners of the layer must plan."""
         self._placement = placement
+        columns = placement.logical_to_physical.shape[1]
+        if placement.num_guests_per_rank:  # columns are kept for guests
+            columns = int((placement.logical_to_physical >= 0).sum(1).max())
+        self._has_replicas = columns > 1
         # Kept on the object, which the layer refers to: a table beside them would keep both alive.
         vars(placement).setdefault("_layer", self)
 
@@ -100,7 +128,7 @@ class Layer:
         True where no expert has a second copy. With live `Replicas`: whether all of them are
         valid. Without any: whether `mark_valid` was called since the last ones were made.
         """
-        if self._placement.max_replicas == 1:
+        if not self._has_replicas:
             return True
         is_watched = False
         for weights in self._replicas:
@@ -137,6 +165,15 @@ class Layer:
     def replicas(self) -> list[Weights]:
         """The live `Replicas` that were made for this layer."""
         return [replicas for weights in self._replicas if (replicas := weights()) is not None]
+
+    def take_guests(self, guests: GuestWeights) -> None:
+        """Has the layer's batches bring their guests by these `Guests`, which it holds weakly."""
+        self._guests = ref(guests)
+
+    @property
+    def guests(self) -> GuestWeights | None:
+        """The live `Guests` that were made last for this layer, if any."""
+        return None if self._guests is None else self._guests()
 
     def current_planners(self) -> list[Any]:
         """The live planners that plan with the placement in force."""

@@ -21,8 +21,10 @@ from ..gpu.device import check_device
 from ..settings import Settings
 from .collectives import everyone, together
 from .copies import PeerCopies
+from .exchange import Limit
 from .peers import peer_memory
 from .reachability import reachability
+from .torch_exchange import check_unbroken, wait_on_host
 from .watchdog import newly_missing, watch
 
 log = logging.getLogger(__name__)
@@ -54,19 +56,35 @@ class Transport(Protocol):
 
 
 class TorchTransport:
-    """A collective of `torch.distributed`; gloo moves host memory only."""
+    """A collective of `torch.distributed`; gloo moves host memory only.
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
-        self._group = group
-        by_host = group is not None and dist.get_backend(group) == "gloo"
-        self.device = torch.device("cpu") if by_host else device
+    Args:
+        group: the ranks; None for a single one.
+        device: where this rank's tensors lie.
+        limit: how long gloo waits for the other ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device, limit: Limit) -> None:
+        self._group, self._limit = group, limit
+        self._by_host = group is not None and dist.get_backend(group) == "gloo"
+        self.device = torch.device("cpu") if self._by_host else device
         self.stream = _side_stream(group, self.device)
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, table: Table) -> None:
-        """As `Transport.all_to_all`."""
-        rank = dist.get_rank(self._group)
+        """As `Transport.all_to_all`.
+
+        Raises:
+            RankError: with gloo, a rank did not come in time, now or before; names it.
+        """
+        group = self._group
+        rank = dist.get_rank(group)
         sizes, split = [row[rank] for row in table], list(table[rank])
-        dist.all_to_all_single(received, sent, sizes, split, group=self._group)
+        if group is None or not self._by_host:
+            dist.all_to_all_single(received, sent, sizes, split, group=group)
+            return
+        check_unbroken(group)
+        work = dist.all_to_all_single(received, sent, sizes, split, group=group, async_op=True)
+        wait_on_host(group, work, self._limit, "weights or gradients")
 
 
 class Copies(Protocol):
@@ -196,8 +214,10 @@ def make_transport(
     Raises:
         ValueError: "peers" is asked for and not possible; says why.
     """
+    settings = Settings.from_env()
+    limit = Limit("experts", settings.timeout_s, settings.on_timeout == "abort")
     if group is None or group.size() == 1:
-        return TorchTransport(group, device)
+        return TorchTransport(group, device, limit)
     found: PeerTransport | str = "not asked for"
     if transport != "torch":
         with together(group, "replica weights"):
@@ -211,7 +231,7 @@ def make_transport(
     if transport == "peers":
         raise ValueError(f"transport='peers' is not possible: {found}")
     log.info("replica weights travel by torch.distributed (%s)", found)
-    return TorchTransport(group, device)
+    return TorchTransport(group, device, limit)
 
 
 def _obstacle(device: torch.device) -> str:

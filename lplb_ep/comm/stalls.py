@@ -45,9 +45,11 @@ class Stall:
 
     Args:
         group: the ranks.
+        what: what they send, for messages.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, what: str = "counts") -> None:
+        self._what = what
         self._store = dist.PrefixStore("lplb_ep", _store_of(group))
         self._rank, self._keeper = group.rank(), _keeper(group)
         self._others = set(range(group.size())) - {self._rank}
@@ -98,18 +100,18 @@ class Stall:
         if not self._answers:
             if self._keeper not in self._others:
                 return (
-                    f"counts did not arrive within {waited_s:g} s ({name}), and the group's store "
-                    "does not answer, so the missing ranks are unknown"
+                    f"{self._what} did not arrive within {waited_s:g} s ({name}), and the group's "
+                    "store does not answer, so the missing ranks are unknown"
                 )
-            late_keeper = late([self._keeper], name, waited_s)
+            late_keeper = late([self._keeper], name, waited_s, self._what)
             return f"{late_keeper}. The group's store does not answer either"
         if unheard := self._unheard():
-            return late(sorted(unheard), name, waited_s)
+            return late(sorted(unheard), name, waited_s, self._what)
         if self._gone:
             return self._came_late(name)
         return (
-            f"counts did not arrive within {waited_s:g} s ({name}), though all ranks wait for "
-            "them: a GPU or the network hangs, or is slow"
+            f"{self._what} did not arrive within {waited_s:g} s ({name}), though all ranks wait "
+            "for them: a GPU or the network hangs, or is slow"
         )
 
     def explain_failure(self, name: str, closed: set[int], *, has_waited: bool) -> str:
@@ -124,15 +126,15 @@ class Stall:
         if not ended and self._gone and not has_waited:
             return self._came_late(name)
         ended = ended or self._unheard() or closed
-        return f"ranks {sorted(ended)} ended before they sent their counts ({name})"
+        return f"ranks {sorted(ended)} ended before they sent their {self._what} ({name})"
 
     def _unheard(self) -> set[int]:
         return self._others - self._waiting - self._gone
 
     def _came_late(self, name: str) -> str:
         return (
-            f"this rank came late: ranks {sorted(self._gone)} had given up waiting for its counts "
-            f"({name})"
+            f"this rank came late: ranks {sorted(self._gone)} had given up waiting for its "
+            f"{self._what} ({name})"
         )
 
     def _talk(self) -> None:

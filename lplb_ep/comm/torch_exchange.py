@@ -60,61 +60,83 @@ class TorchExchange:
         if group is None:
             raise ContractError("the group that this exchange was made for is destroyed")
         if self._watch is None:
-            if group in _failed:
-                raise RankError(_failed[group])
-            return gather_rows(row.cpu(), group, lambda work: self._wait(group, work)).to(
-                row.device
-            )
+            check_unbroken(group)
+            rows = gather_rows(row.cpu(), group, lambda w: wait_on_host(group, w, self._limit))
+            return rows.to(row.device)
         rows = gather_rows(row.to(self._device), group)
         if not torch.cuda.is_current_stream_capturing():
             self._watch.record(self._limit.name)
         return rows.to(row.device)
 
-    def _wait(self, group: dist.ProcessGroup, work: dist.Work) -> None:
-        """Waits on the CPU for a collective of gloo."""
-        started, stall = time.monotonic(), None
-        message, cause = "", None
-        try:
-            if _ends(work, patience_s(self._limit.timeout_s)):
-                return
-            stall = Stall(group)
-            if not self._ends_late(work, stall):
-                message = stall.explain(self._limit.name, self._limit.timeout_s)
-        except RuntimeError as error:
-            cause = error
-            waited_s = 0.0 if stall is None else time.monotonic() - started
-            stall = stall or Stall(group)
-            message = self._explain(group, stall, waited_s, str(error))
-        stall.end(gives_up=bool(message))
-        if message:
-            message += ". The exchange is broken: every later plan on this group raises this"
-            _failed[group] = message
-            if self._limit.abort:
-                report(message, abort=True)
-            raise RankError(message) from cause
 
-    def _ends_late(self, work: dist.Work, stall: Stall) -> bool:
-        if _ends(work, self._limit.timeout_s - patience_s(self._limit.timeout_s)):
+def check_unbroken(group: dist.ProcessGroup) -> None:
+    """Raises the RankError again by which a collective of gloo failed: ranks are out of step."""
+    if group in _failed:
+        raise RankError(_failed[group])
+
+
+def wait_on_host(
+    group: dist.ProcessGroup, work: dist.Work, limit: Limit, what: str = "counts"
+) -> None:
+    """Waits on the CPU for a collective of gloo.
+
+    Args:
+        group: the ranks.
+        work: the collective.
+        limit: how long.
+        what: what the ranks send, for messages.
+
+    Raises:
+        RankError: a rank did not come in time; names it. Later collectives of the group raise it,
+            too.
+    """
+    started, stall = time.monotonic(), None
+    message, cause = "", None
+    try:
+        if _ends(work, patience_s(limit.timeout_s)):
+            return
+        stall = Stall(group, what)
+        if not _ends_late(work, stall, limit):
+            message = stall.explain(limit.name, limit.timeout_s)
+    except RuntimeError as error:
+        cause = error
+        waited_s = 0.0 if stall is None else time.monotonic() - started
+        stall = stall or Stall(group, what)
+        message = _explain(group, stall, limit, waited_s, str(error))
+    stall.end(gives_up=bool(message))
+    if message:
+        message += ". The exchange is broken: every later plan on this group raises this"
+        _failed[group] = message
+        if limit.abort:
+            report(message, abort=True)
+        raise RankError(message) from cause
+
+
+def _ends_late(work: dist.Work, stall: Stall, limit: Limit) -> bool:
+    if _ends(work, limit.timeout_s - patience_s(limit.timeout_s)):
+        return True
+    stall.ask()
+    until = time.monotonic() + grace_s(limit.timeout_s)
+    while time.monotonic() < until and not stall.is_settled(set()):
+        if _ends(work, 0.02):
             return True
-        stall.ask()
-        until = time.monotonic() + grace_s(self._limit.timeout_s)
-        while time.monotonic() < until and not stall.is_settled(set()):
-            if _ends(work, 0.02):
-                return True
-        return False
+    return False
 
-    def _explain(self, group: dist.ProcessGroup, stall: Stall, waited_s: float, error: str) -> str:
-        """Says why a collective of gloo has failed; most often since a rank ended."""
-        timed_out = "timed out" in error.lower()  # by the group's own limit
-        closed: set[int] = set()
-        stall.ask()
-        until = time.monotonic() + grace_s(self._limit.timeout_s)
-        while time.monotonic() < until and not stall.is_settled(closed):
-            time.sleep(0.1)
-            closed = set() if timed_out else closed_connections(group)
-        if timed_out:
-            return stall.explain(self._limit.name, round(waited_s, 1))
-        return stall.explain_failure(self._limit.name, closed, has_waited=waited_s > 0)
+
+def _explain(
+    group: dist.ProcessGroup, stall: Stall, limit: Limit, waited_s: float, error: str
+) -> str:
+    """Says why a collective of gloo has failed; most often since a rank ended."""
+    timed_out = "timed out" in error.lower()  # by the group's own limit
+    closed: set[int] = set()
+    stall.ask()
+    until = time.monotonic() + grace_s(limit.timeout_s)
+    while time.monotonic() < until and not stall.is_settled(closed):
+        time.sleep(0.1)
+        closed = set() if timed_out else closed_connections(group)
+    if timed_out:
+        return stall.explain(limit.name, round(waited_s, 1))
+    return stall.explain_failure(limit.name, closed, has_waited=waited_s > 0)
 
 
 def _ends(work: dist.Work, seconds: float) -> bool:

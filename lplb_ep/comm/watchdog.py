@@ -72,15 +72,16 @@ def missing_ranks(missing: npt.NDArray[np.int32], placement: str, timeout_s: flo
     return f"{late(ranks, f'placement {placement}', timeout_s)}. That batch went to the home slots"
 
 
-def late(ranks: list[int], name: str, timeout_s: float) -> str:
+def late(ranks: list[int], name: str, timeout_s: float, what: str = "counts") -> str:
     """Says which ranks' counts did not come.
 
     Args:
         ranks: these ranks.
         name: what the counts are for.
         timeout_s: how many seconds this rank waited.
+        what: what they should have sent, if not counts.
     """
-    return f"ranks {ranks} sent no counts within {timeout_s:g} s ({name}): ended, hung or slow"
+    return f"ranks {ranks} sent no {what} within {timeout_s:g} s ({name}): ended, hung or slow"
 
 
 def look(owner: object) -> None:

@@ -139,11 +139,12 @@ def attach(
     Args:
         module: the MoE layer, whose forward calls the buffer.
         placement: its `Layer`, or the placement object that stands for one.
-        num_local_slots: P / R, the expert slots that the layer has on each rank.
+        num_local_slots: P / R, the expert slots that the layer has on each rank, guest slots too.
         buffer: the buffer it will call; its channel is made now, not at the first batch.
         experts: the layer's slots, whose weights are checked: a ModuleList of P / R modules,
-            or a module of parameters whose leading dimension is P / R. Default: `module.experts`
-            if there is one. False: no check, for weights laid out otherwise.
+            or a module of parameters whose leading dimension is P / R. Guest slots do not count.
+            Default: `module.experts` if there is one. False: no check, for weights laid out
+            otherwise.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Returns:
@@ -164,7 +165,7 @@ def attach(
         check_local_slots(layer.placement, num_local_slots)
         weights = getattr(module, "experts", None) if experts is None else experts
         if weights is not None and weights is not False:
-            slot_parameters(weights, num_local_slots)
+            slot_parameters(weights, layer.placement.num_resident_slots)
 
     if state is None:
         own = layer_use(placement, slot)

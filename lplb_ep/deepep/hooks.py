@@ -97,7 +97,7 @@ def _dispatch(self: Any, state: BufferState, call: Call) -> Any:
     for part in handle if isinstance(handle, (tuple, list)) else ():
         planned = _plan_of(state, part)  # the layout that was planned is one of the parts
         if planned is not None:
-            planned.check_current()
+            return planned.forward_again(self, call)
     if handle is not None or layout is None:
         return call.forward()  # a cached dispatch; or an incomplete one, which DeepEP refuses
     planned = _plan_of(state, layout)
@@ -115,7 +115,7 @@ def _dispatch(self: Any, state: BufferState, call: Call) -> Any:
         # The caller's may be older than the rewrite, which the communication must not overtake.
         event.current_stream_wait()
         call["previous_event"] = self.capture()
-    return planned.forward(call)
+    return planned.forward(self, call)
 
 
 def _plan_of(state: BufferState, key: Any) -> PlannedCall | None:
@@ -132,7 +132,7 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: Call) -> Any:
     if use is None:
         return call.forward()
     planned = plan(self, state, use, call, check_low_latency)
-    out = planned.forward(call)
+    out = planned.forward(self, call)
     state.planned[state.contract.key_of("low_latency_dispatch", out)] = planned
     return out
 
@@ -155,16 +155,16 @@ def _elastic_dispatch(self: Any, state: BufferState, call: Call) -> Any:
     handle = call["handle"]
     if handle is not None:
         planned = _plan_of(state, handle)
-        if planned is not None:
-            planned.check_current()
-            if call["num_experts"] in _ids(planned.placement):
-                call["num_experts"] = planned.placement.num_physical_experts
-        return call.forward()
+        if planned is None:
+            return call.forward()
+        if call["num_experts"] in _ids(planned.placement):
+            call["num_experts"] = planned.placement.num_physical_experts
+        return planned.forward_again(self, call)
     use = planned_by(self, state)
     if use is None:
         return call.forward()
     planned = plan(self, state, use, call, check_elastic)
-    out = planned.forward(call)
+    out = planned.forward(self, call)
     state.planned[state.contract.key_of("dispatch", out)] = planned
     return out
 

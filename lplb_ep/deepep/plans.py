@@ -17,6 +17,7 @@ from ..planning.planner import Planner
 from .calls import Call
 from .channels import BufferState, LayerUse, channel
 from .checks import Check
+from .guest_calls import PushedGuests, plan_with_guests, without_guests
 
 
 class Picks:
@@ -80,18 +81,29 @@ class PlannedCall:
     placement: Placement
     picks: Picks
     physical: torch.Tensor
+    guests: PushedGuests | None = None
+    """None where the layer has none."""
 
-    def forward(self, call: Call) -> Any:
-        """Makes a call in which DeepEP waits for the other ranks.
+    def forward(self, buffer: Any, call: Call) -> Any:
+        """Makes a dispatch, in which DeepEP waits for the other ranks; with it guests arrive.
 
         It may wait for a rank whose counts did not come, until DeepEP gives up: that is raised
         then. If DeepEP goes on, so does this rank, since the others count on it in the combine.
         """
         try:
-            return call.forward()
+            out = call.forward()
         except Exception:
             self.planner.raise_errors(wait=False)
             raise
+        return out if self.guests is None else self.guests.arrive(buffer, out)
+
+    def forward_again(self, buffer: Any, call: Call) -> Any:
+        """Makes a dispatch by a cached handle: other rows, or gradients, for the same slots."""
+        self.check_current()
+        if self.guests is None:
+            return call.forward()
+        self.guests.bring_back()
+        return self.guests.arrive(buffer, call.forward())
 
     def check_current(self) -> None:
         """Raises ContractError where slots may hold other experts than those it was planned for."""
@@ -154,16 +166,22 @@ def plan(
             planner.refuse(error)
         raise
     indices, distinct = settings.indices, state.contract.distinct_picks
+    pushed = None
     if balances:
         stale = not (settings.replicas == "valid" or layer.is_valid)
-        physical = planner.route(topk_idx, stale=stale, indices=indices, distinct=distinct)
+        if placement.num_guests_per_rank:
+            kinds = {"indices": indices, "distinct": distinct}
+            physical, pushed = plan_with_guests(planner, use, topk_idx, stale, **kinds)
+        else:
+            physical = planner.route(topk_idx, stale=stale, indices=indices, distinct=distinct)
     else:
         physical = planner.home(topk_idx, indices=indices, distinct=distinct)
+        pushed = without_guests(use)
     if event is not None:
         call["previous_event"] = buffer.capture()
     call["topk_idx"], call["num_experts"] = physical, placement.num_physical_experts
     picks = Picks(topk_idx, physical, settings.check or not topk_idx.is_cuda)
-    return PlannedCall(planner, layer, placement, picks, physical)
+    return PlannedCall(planner, layer, placement, picks, physical, pushed)
 
 
 def _check_num_experts(num_experts: Any, placement: Placement, indices: str) -> None:

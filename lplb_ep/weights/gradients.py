@@ -29,7 +29,8 @@ def gradient_dtypes(
             are then None, and nothing reads them.
 
     Returns:
-        [P][number of parameters], None where a slot has no gradient.
+        [R * slots of a rank][number of parameters], None where a slot has no gradient. Guest slots
+        are none of them.
 
     Raises:
         ValueError: a gradient here has another dtype than `DTYPES`, or not its weight's shape.

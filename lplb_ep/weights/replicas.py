@@ -21,7 +21,7 @@ from ..layer import Layer, layer_of
 from ..placement.table import Placement
 from .gradients import gradient_dtypes
 from .slots import Slot, describe, modules_of, refuse_state_outside_parameters, slots_of
-from .transfers import Move, Mover, Payload, Transfer
+from .transfers import Movable, Move, Mover, Payload, Transfer
 from .validity import Watch
 
 
@@ -40,6 +40,7 @@ class Replicas:
 
     Args:
         experts: this rank's P / R slots, in one of the two forms that `slot_parameters` takes.
+            Guest slots do not count: their weights are no parameters.
             Persistent buffers are refused. A forward pass may change them (running statistics of
             BatchNorm), and a copy after the optimizer's step does not keep them equal. A constant
             is a buffer with `persistent=False`, which is neither copied nor checkpointed. A weight
@@ -185,15 +186,14 @@ class Replicas:
         dtypes = gradient_dtypes(
             slots, self._rank, self.placement.num_ranks, self.group if is_remote else None
         )
-        moves = [
-            Move(replica, home, copies, dtype)
-            for home, replica in self._replicas
-            for copies, dtype in zip(slots.values(), dtypes[replica], strict=True)
-            if dtype is not None
-        ]
-        for move in moves:
-            if mover.is_here(move.target):
-                move.slots[mover.local(move.target)].start_gradient()
+        moves, residents = [], self.placement.num_resident_slots
+        for home, replica in self._replicas:
+            row = mover.rank_of(replica) * residents + mover.local(replica)
+            for copies, dtype in zip(slots.values(), dtypes[row], strict=True):
+                if dtype is not None:
+                    moves.append(Move(replica, home, copies, dtype))
+                    if mover.is_here(home):
+                        copies[mover.local(home)].start_gradient()
 
         def reduce() -> None:
             for home, gradient in mover.send(mover.pack("gradient", moves)):
@@ -330,7 +330,7 @@ class Replicas:
 
     def _slots(self) -> dict[str, list[Slot]]:
         self._reshard()
-        return slots_of(self.experts, self.placement.num_local_slots)
+        return slots_of(self.experts, self.placement.num_resident_slots)
 
     def _all_slots(self) -> Iterable[Slot]:
         return (copy for copies in self._slots().values() for copy in copies)
@@ -349,7 +349,7 @@ class Change:
 
     def __init__(self, replicas: Replicas, placement: Placement, payload: Payload) -> None:
         self._replicas, self._placement, self._payload = replicas, placement, payload
-        self._fetched: list[tuple[Slot, Tensor]] | None = None
+        self._fetched: list[tuple[Movable, Tensor]] | None = None
         self.is_valid = replicas.is_valid
         """Whether the weights of all other replicas here equal their homes'."""
 
@@ -418,7 +418,7 @@ def _agree(
             raise ValueError(
                 f"group must have the placement's {placement.num_ranks} ranks, got {size}"
             )
-        for name, copies in slots_of(experts, placement.num_local_slots).items():
+        for name, copies in slots_of(experts, placement.num_resident_slots).items():
             facts[f"parameter {name}"] = describe(copies[0].weight)
         refuse_state_outside_parameters(experts)
     return layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from .slots import Slot
 What = Literal["weight", "gradient"]
 
 
+class Movable(Protocol):
+    """One parameter of a slot, and its gradient. Moves of a payload are between such."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The slot's weight."""
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The slot's gradient, of the weight's shape."""
+
+
 class Move(NamedTuple):
     """One parameter's weight or gradient, from one slot to another that holds the same expert."""
 
@@ -21,7 +33,7 @@ class Move(NamedTuple):
     """Slot among all ranks'."""
     target: int
     """Slot among all ranks'."""
-    slots: list[Slot]
+    slots: Sequence[Movable]
     """This rank's slots of that parameter."""
     dtype: torch.dtype
     """Of the tensor that is moved."""
@@ -183,7 +195,7 @@ class Mover:
         sent = torch.cat(flat).to(received.device) if flat else received.new_empty(0)
         return Message(received, sent, table, [index for of_rank in incoming for index in of_rank])
 
-    def send(self, payload: Payload) -> list[tuple[Slot, Tensor]]:
+    def send(self, payload: Payload) -> list[tuple[Movable, Tensor]]:
         """Sends and receives, with one all-to-all per dtype, on the current stream. Collective.
 
         Returns:

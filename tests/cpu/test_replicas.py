@@ -72,9 +72,9 @@ def count_messages(group):
     replicas = Replicas(experts, placement, group)
     sent = []
 
-    def record(output, message, output_sizes, input_sizes, group):
+    def record(output, message, output_sizes, input_sizes, **kwargs):
         sent.append(list(input_sizes))
-        return all_to_all(output, message, output_sizes, input_sizes, group=group)
+        return all_to_all(output, message, output_sizes, input_sizes, **kwargs)
 
     all_to_all = torch.distributed.all_to_all_single
     with unittest.mock.patch("torch.distributed.all_to_all_single", record):

@@ -1,0 +1,184 @@
+"""Gradients of guests, brought home within the backward pass of their layer's experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ContractError
+from .guest_transport import GuestLayout
+from .pool import Fill, GuestPool, graph_task
+from .slots import Slot, local_part
+
+Gradients = list[Tensor | None]
+
+
+class TrainedBatch(NamedTuple):
+    """A batch whose experts run, and what its backward pass will need."""
+
+    owner: object
+    """The layer's `Guests`."""
+    layout: GuestLayout
+    slots: list[list[Slot]]
+    """By parameter, the resident slots."""
+    is_list: bool
+    """Whether each slot has tensors of its own; else a parameter's slots are rows of one."""
+    pool: GuestPool
+    fill: Fill | None
+    """None where the batch goes home."""
+
+    def check_held(self) -> Fill:
+        """The batch that the pool holds, if it has the guests of this one.
+
+        Raises:
+            ContractError: the pool was used since, so that the experts had other weights.
+        """
+        held = self.pool.fill
+        if held is not None and held.owner is self.owner:
+            # A recompute within this very backward pass planned the same batch again.
+            again = held.graph_task >= 0 and held.graph_task == graph_task()
+            if held is self.fill or again:
+                return held
+        raise ContractError(
+            "the pool of guests holds another batch than the one whose backward pass runs, so its "
+            "gradients would be wrong. The backward pass of combine must dispatch by the handle, "
+            "through the buffer that planned"
+        )
+
+    def trained(self, number: int) -> bool:
+        """Whether a parameter has gradients."""
+        return self.slots[number][0].parameter.requires_grad
+
+    def arrives(self) -> set[int]:
+        """The local slots to whose gradients something is added; all, if only a GPU knows."""
+        layout = self.layout
+        assert self.fill is not None, "a batch that goes home has no guests"
+        guests = self.fill.guests
+        if guests.is_cuda:
+            return set(range(layout.num_residents))
+        group = self.pool.group
+        rank = 0 if group is None else group.rank()
+        return {
+            layout.home_slot[expert]
+            for expert in guests.flatten().tolist()
+            if expert >= 0 and layout.home_rank[expert] == rank
+        }
+
+    def totals(
+        self, number: int, own: Sequence[Tensor | None], arrives: set[int]
+    ) -> tuple[Gradients, Gradients]:
+        """Where guests' gradients of a parameter are added.
+
+        Args:
+            number: of the parameter.
+            own: what autograd has for the resident slots: a tensor for each, or one for all.
+            arrives: as `arrives`.
+
+        Returns:
+            What autograd goes on with, in the form of `own`. And by resident slot the tensor that
+            parts are added to, of `main_grad` where the parameter has one.
+        """
+        gradients: Gradients = [*own]
+        totals: Gradients = [None] * self.layout.num_residents
+        for index, gradient in enumerate(own):
+            here = {index} & arrives if self.is_list else arrives
+            if not here:
+                continue
+            parameter = self.slots[number][index].parameter
+            main = getattr(parameter, "main_grad", None)
+            dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
+            if gradient is None:
+                gradient = torch.zeros_like(parameter, dtype=dtype)
+            elif main is None:  # autograd may have given the same tensor to others
+                gradient = gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            gradients[index] = gradient
+            whole = gradient if main is None else local_part(main)
+            for slot in here:
+                totals[slot] = whole if self.is_list else whole[slot]
+        return gradients, totals
+
+    def parts(self, number: int, given: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients of a parameter's guest slots, zeros where autograd has none.
+
+        Args:
+            number: of the parameter.
+            given: what autograd has: a tensor for each guest slot, or one for all.
+        """
+        shape, dtype = self.layout.shapes[number], self.layout.dtypes[number]
+        lead = () if self.is_list else (self.layout.num_guests,)
+        found = [
+            torch.zeros((*lead, *shape), dtype=dtype, device=self.pool.device) if g is None else g
+            for g in given
+        ]
+        return found if self.is_list else [*found[0]]
+
+
+class Homeward(torch.autograd.Function):
+    """Passes a layer's weights on. Once all of their gradients are there, guests' go home.
+
+    The received rows pass through as well. So it runs on every rank, also where no row came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, batch: TrainedBatch, num_own: int, x: Tensor, *tensors: Tensor) -> Any:
+        """Returns what it is given: the rows, then `num_own` weights, then those of guests."""
+        ctx.set_materialize_grads(False)
+        ctx.batch = batch
+        per_own, per_guest = _sizes(batch)
+        fixed = [n for n in range(len(batch.slots)) if not batch.trained(n)]
+        own, guests = tensors[:num_own], tensors[num_own:]
+        for n in fixed:
+            ctx.mark_non_differentiable(
+                *own[n * per_own : (n + 1) * per_own],
+                *guests[n * per_guest : (n + 1) * per_guest],
+            )
+        return x, *tensors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, x: Tensor | None, *gradients: Tensor | None) -> Any:
+        """Gradients of the rows and of the parameters, guests' parts added."""
+        batch: TrainedBatch = ctx.batch
+        per_own, per_guest = _sizes(batch)
+        names = range(len(batch.slots))
+        own = [[*gradients[n * per_own : (n + 1) * per_own]] for n in names]
+        guests = gradients[len(names) * per_own :]
+        if batch.fill is not None:
+            own = _send_home(
+                batch, own, [guests[n * per_guest : (n + 1) * per_guest] for n in names]
+            )
+        return None, None, x, *(g for of_name in own for g in of_name), *(None for _ in guests)
+
+
+def _sizes(batch: TrainedBatch) -> tuple[int, int]:
+    """How many tensors a parameter has for resident slots, and for guest slots."""
+    return (batch.layout.num_residents, batch.layout.num_guests) if batch.is_list else (1, 1)
+
+
+@torch.no_grad()
+def _send_home(
+    batch: TrainedBatch, own: list[Gradients], guests: Sequence[Sequence[Tensor | None]]
+) -> list[Gradients]:
+    """Adds guests' gradients to their homes'. On all ranks alike."""
+    held = batch.check_held()
+    assert batch.fill is not None, "a batch that goes home sends nothing"
+    batch.pool.use()
+    arrives = batch.arrives()
+    returned: list[Gradients] = []
+    totals: list[Gradients] = []
+    parts: list[list[Tensor] | None] = []
+    for number, gradients in enumerate(own):
+        if batch.trained(number):
+            gradients, total = batch.totals(number, gradients, arrives)
+            parts.append(batch.parts(number, guests[number]))
+        else:
+            total = [None] * batch.layout.num_residents
+            parts.append(None)
+        returned.append(gradients)
+        totals.append(total)
+    batch.pool.transport.reduce(batch.layout, parts, totals, batch.fill.guests)
+    held.is_awaited = batch.fill.is_awaited = False
+    return returned

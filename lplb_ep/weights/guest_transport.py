@@ -1,0 +1,263 @@
+"""How weights travel to guest slots, and gradients of guests home.
+
+A transport serves one pool and owns its memory, since other ranks write there. Which rank waits for
+which follows from a batch's table of guests alone. So a table without guests exchanges nothing and
+waits for nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..comm.alltoall import make_transport
+from .transfers import Move, Mover
+
+_ALIGNMENT = 256
+"""Bytes. Blocks of parameters begin at multiples, as GEMMs and bulk copies like them."""
+
+
+@dataclass(frozen=True, eq=False)
+class GuestLayout:
+    """Where a layer's guests lie in the memory of a pool, and where their homes are.
+
+    It is the same on every rank. A transport may keep what it derives from it, by its identity.
+    """
+
+    names: tuple[str, ...]
+    """Of the parameters."""
+    shapes: tuple[torch.Size, ...]
+    """Of each parameter of one slot."""
+    dtypes: tuple[torch.dtype, ...]
+    offsets: tuple[int, ...]
+    """Bytes, where the block [G, ...] of each parameter begins."""
+    slot_bytes: tuple[int, ...]
+    """Of each parameter of one slot; a block's slots lie one behind the other."""
+    num_bytes: int
+    """Of all blocks."""
+    num_guests: int
+    """G, the guest slots of a rank."""
+    num_residents: int
+    """L, the other slots of a rank."""
+    home_rank: tuple[int, ...]
+    """[E] the rank of each expert's home. Homes never move."""
+    home_slot: tuple[int, ...]
+    """[E] its local slot there, in [0, L)."""
+
+    @classmethod
+    def of(
+        cls,
+        parameters: Mapping[str, tuple[torch.Size, torch.dtype]],
+        num_guests: int,
+        num_residents: int,
+        homes: Sequence[tuple[int, int]],
+    ) -> GuestLayout:
+        """Lays parameters out, in the order that they are given.
+
+        Args:
+            parameters: shape and dtype of each, of one slot.
+            num_guests: G.
+            num_residents: L.
+            homes: [E] rank and local slot of each expert's home.
+        """
+        offsets, sizes, end = [], [], 0
+        for shape, dtype in parameters.values():
+            size = shape.numel() * dtype.itemsize
+            offsets.append(end)
+            sizes.append(size)
+            end += -(-num_guests * size // _ALIGNMENT) * _ALIGNMENT
+        return cls(
+            tuple(parameters),
+            tuple(shape for shape, _ in parameters.values()),
+            tuple(dtype for _, dtype in parameters.values()),
+            tuple(offsets),
+            tuple(sizes),
+            end,
+            num_guests,
+            num_residents,
+            tuple(rank for rank, _ in homes),
+            tuple(slot for _, slot in homes),
+        )
+
+    def blocks(self, memory: Tensor) -> list[Tensor]:
+        """The block [G, ...] of each parameter, in the memory [num_bytes] uint8 of a pool."""
+        return [
+            memory[offset : offset + self.num_guests * size].view(dtype).view(-1, *shape)
+            if size
+            else memory.new_empty((self.num_guests, *shape), dtype=dtype)
+            for shape, dtype, offset, size in zip(
+                self.shapes, self.dtypes, self.offsets, self.slot_bytes, strict=True
+            )
+        ]
+
+
+class GuestTransport(Protocol):
+    """Moves weights to guest slots and their gradients home. Its calls are made on all ranks.
+
+    They come in the same order everywhere. Only where a table names no guest a rank may leave its
+    calls out.
+    """
+
+    @property
+    def memory(self) -> Tensor:
+        """[num_bytes] uint8: this rank's pool, on the device of the weights."""
+
+    def push(
+        self, layout: GuestLayout, weights: Sequence[Sequence[Tensor]], guests: Tensor
+    ) -> None:
+        """Begins to write home weights to guest slots, behind what the current stream has.
+
+        All ranks' slots are free. The weights stay as they are until `join`.
+
+        Args:
+            layout: of the layer.
+            weights: by parameter and local slot, of this rank's L resident slots.
+            guests: [R, G] int32: the expert in each guest slot, -1 for none. On the device of the
+                plan: the CPU must not wait for it where plans are made on a GPU.
+        """
+
+    def wait(self) -> None:
+        """Has the current stream wait until the last push has arrived here."""
+
+    def reduce(
+        self,
+        layout: GuestLayout,
+        parts: Sequence[Sequence[Tensor] | None],
+        totals: Sequence[Sequence[Tensor | None]],
+        guests: Tensor,
+    ) -> None:
+        """Adds gradients of guests to those of their homes, in the order of ranks, then slots.
+
+        The current stream waits for it.
+
+        Args:
+            layout: of the layer.
+            parts: by parameter, of this rank's G guest slots; None for a parameter without.
+            totals: by parameter and resident slot. Each sum is rounded to a total's dtype. None
+                where nothing arrives.
+            guests: [R, G] int32, as in the push.
+        """
+
+    def join(self) -> None:
+        """Has the current stream wait until this rank's pushes and reductions are done."""
+
+    def barrier(self) -> None:
+        """Has the ranks' current streams wait for one another, before a push without a plan."""
+
+
+class _Row(NamedTuple):
+    """One parameter of a slot, as a `Mover` takes it."""
+
+    weight: Tensor
+    gradient: Tensor | None = None
+
+
+class CollectiveGuests:
+    """A `GuestTransport` by all-to-alls, whose sizes the CPU reads from the table of guests.
+
+    Args:
+        group: the ranks; None for a single one.
+        device: where the weights lie.
+        num_bytes: of the pool.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, device: torch.device, num_bytes: int
+    ) -> None:
+        self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._rank = 0 if group is None else group.rank()
+        self._num_ranks = 1 if group is None else group.size()
+        self._transport = make_transport(group, device, "torch")
+
+    @torch.no_grad()
+    def push(
+        self, layout: GuestLayout, weights: Sequence[Sequence[Tensor]], guests: Tensor
+    ) -> None:
+        """As `GuestTransport.push`; it is done on return."""
+        moved = [
+            [_Row(tensor) for tensor in (*of_slots, *block)]
+            for of_slots, block in zip(weights, layout.blocks(self.memory), strict=True)
+        ]
+        moves = [
+            Move(home, guest, rows, dtype)
+            for guest, home in self._pairs(layout, guests)
+            for rows, dtype in zip(moved, layout.dtypes, strict=True)
+        ]
+        mover = self._mover(layout)
+        for row, weight in mover.send(mover.pack("weight", moves)):
+            row.weight.copy_(weight)
+
+    def wait(self) -> None:
+        """Nothing is pending."""
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        layout: GuestLayout,
+        parts: Sequence[Sequence[Tensor] | None],
+        totals: Sequence[Sequence[Tensor | None]],
+        guests: Tensor,
+    ) -> None:
+        """As `GuestTransport.reduce`; it is done on return."""
+        moved, blocks = {}, layout.blocks(self.memory)
+        for number, part in enumerate(parts):
+            if part is not None:
+                like = blocks[number][0]
+                rows = (*totals[number], *part)
+                moved[number] = [_Row(like, gradient) for gradient in rows]
+        moves = [
+            Move(guest, home, rows, layout.dtypes[number])
+            for guest, home in self._pairs(layout, guests)
+            for number, rows in moved.items()
+        ]
+        mover = self._mover(layout)
+        for row, gradient in mover.send(mover.pack("gradient", moves)):
+            assert row.gradient is not None, "a gradient arrives where no total was given"
+            row.gradient.add_(gradient)
+
+    def join(self) -> None:
+        """Nothing is pending."""
+
+    def barrier(self) -> None:
+        """A rank writes its slots itself, when it comes to the push."""
+
+    def _mover(self, layout: GuestLayout) -> Mover:
+        num_slots = layout.num_residents + layout.num_guests
+        return Mover(self._transport, self._rank, self._num_ranks, num_slots)
+
+    def _pairs(self, layout: GuestLayout, guests: Tensor) -> list[tuple[int, int]]:
+        """(guest, home) among all ranks' slots, in order of ranks and guest slots."""
+        num_slots = layout.num_residents + layout.num_guests
+        return [
+            (
+                rank * num_slots + layout.num_residents + slot,
+                layout.home_rank[expert] * num_slots + layout.home_slot[expert],
+            )
+            for rank, of_rank in enumerate(guests.tolist())
+            for slot, expert in enumerate(of_rank)
+            if expert >= 0
+        ]
+
+
+def make_guest_transport(
+    group: dist.ProcessGroup | None, device: torch.device, num_bytes: int, transport: str = "auto"
+) -> GuestTransport:
+    """Makes the transport of a pool, and the pool's memory. Collective.
+
+    Args:
+        group: the ranks; None for a single one.
+        device: where the weights lie.
+        num_bytes: of the pool on each rank, the same on all.
+        transport: "peers", "torch", or "auto": the first of them that is possible.
+
+    Raises:
+        ValueError: "peers" is asked for and not possible; says why.
+    """
+    if transport == "peers":
+        raise ValueError("transport='peers' is not possible: no kernel pushes guests yet")
+    return CollectiveGuests(group, device, num_bytes)

@@ -1,0 +1,362 @@
+"""Guests: copies of experts on other ranks, for one batch. Their weights come, their gradients go.
+
+A guest is a second place to compute the same expert, for one batch only. A run with guests is the
+run with everything at home, up to the order of summation, as long as two things hold. When the
+experts of a batch run, forward or backward, its guests' weights are in the pool. And the gradients
+of guests are added to their homes' before anything else sees these.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..comm.collectives import together
+from ..errors import ContractError
+from ..layer import Layer, layer_of
+from ..placement.table import Placement
+from .guest_gradients import Homeward, TrainedBatch
+from .guest_transport import GuestLayout
+from .pool import Fill, GuestPool, graph_task, shapes_of
+from .slots import describe, local_part, refuse_state_outside_parameters, slots_of
+from .validity import Watch
+
+log = logging.getLogger(__name__)
+
+Weights = dict[str, tuple[Any, Any]]
+
+
+class Guests:
+    """The guests of one layer's experts: their weights and gradients.
+
+    The layer's forward pass takes its experts' weights from `weights` or `modules`, between
+    dispatch and combine. All else goes by itself: the drop-in's calls push weights, and gradients
+    go home within the backward pass. Nothing of it is in the optimizer, in `state_dict` or in a
+    checkpoint: the experts hold logical experts as before.
+
+    Construction is collective. The layer refers to it weakly: without its `Guests`, or while
+    they are not valid on some rank, a batch has none and goes home.
+
+    Args:
+        experts: this rank's resident slots, those that are no guest slots, in one of the two forms
+            that `slot_parameters` takes. Persistent buffers are refused, as by `Replicas`.
+        placement: the layer, or the placement object that stands for one. It has guest slots.
+        group: the expert-parallel group, whose rank r holds the placement's rank r. None only
+            where the placement has one rank.
+        pool: the memory that it shares with other layers, or several with a `slot` each, for
+            micro-batches in flight together. By default one of its own.
+
+    Raises:
+        ValueError: the experts do not fit the placement, or the pool. Or they have persistent
+            buffers, or parameters made under `torch.inference_mode`. The message says by what.
+        RankError: ranks differ in placement, pool or parameters, or some refused theirs; names
+            the ranks.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        placement: Layer | Placement,
+        group: dist.ProcessGroup | None = None,
+        pool: GuestPool | Sequence[GuestPool] | None = None,
+    ) -> None:
+        with together(group, "Guests") as facts:
+            self.layer = layer_of(placement)
+            self.experts, self.group = experts, group
+            self._layout = _layout(experts, self.layer.placement, group)
+            pools = [pool] if isinstance(pool, GuestPool) else [*(pool or ())]
+            for number, given in enumerate(pools):
+                self._check_pool(given, [other.slot for other in pools[:number]])
+            facts["placement"] = self.layer.placement.fingerprint()
+            facts["pools"] = str([(given.slot, given.num_bytes) for given in pools])
+            self._slots = slots_of(experts, self._layout.num_residents)
+            for name, slots in self._slots.items():
+                parameter = slots[0].parameter
+                facts[f"parameter {name}"] = describe(slots[0].weight)
+                facts[f"parameter {name} is trained"] = parameter.requires_grad
+            refuse_state_outside_parameters(experts)
+            self._watch = Watch([experts])
+        if not pools:
+            pools = [GuestPool(group, self._layout.num_guests, experts)]
+        self._pools = {given.slot: given for given in pools}
+        self._blocks = {
+            slot: self._layout.blocks(given.transport.memory) for slot, given in self._pools.items()
+        }
+        self._rank = 0 if group is None else group.rank()
+        self._generation = 0
+        self._said = ""
+        self._scan()
+        self.layer.take_guests(self)
+
+    def __repr__(self) -> str:
+        return f"Guests({self.layer.placement!r})"
+
+    # --- what a plan asks -------------------------------------------------------------------------
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether guests can be had: the weights are here, as they were when this was made. Local.
+
+        Where they are not, that is logged once, and the batch goes home on all ranks.
+        """
+        obstacle = self._obstacle()
+        if obstacle and obstacle != self._said:
+            log.warning("batches have no guests: %s", obstacle)
+        self._said = obstacle
+        return not obstacle
+
+    def prepare(self, slot: int = 0) -> None:
+        """Has the current stream wait for all that uses the pool: a batch is to be planned. Local.
+
+        Args:
+            slot: which of the micro-batches in flight.
+
+        Raises:
+            ContractError: no pool is for this micro-batch, or its pool is in use by another one.
+        """
+        pool = self._pool(slot)
+        pool.check_free(self)
+        pool.join()
+
+    def push(self, guests: Tensor, slot: int = 0) -> Fill:
+        """Begins to write this batch's guests into the pools of all ranks, which are free.
+
+        Args:
+            guests: [R, G] int32, of the plan: the expert in each guest slot, -1 for none.
+            slot: which of the micro-batches in flight.
+
+        Returns:
+            What stands for the batch in `wait` and `push_again`.
+        """
+        fill = Fill(self, guests, self._current_generation(), graph_task())
+        self._push(fill, self._pool(slot))
+        return fill
+
+    def push_again(self, fill: Fill, slot: int = 0) -> None:
+        """Brings a batch's guests back where its pool was used since. On all ranks alike.
+
+        Raises:
+            ContractError: the home weights have changed since the batch was dispatched, or the pool
+                is in use by another batch.
+        """
+        pool = self._pool(slot)
+        if pool.fill is fill:
+            fill.is_awaited = True
+            return
+        obstacle = self._obstacle()
+        if obstacle or self._current_generation() != fill.generation:
+            raise ContractError(
+                "the home weights changed between a batch's dispatch and its backward pass, which "
+                f"would get other guests: {obstacle or 'they were written to (optimizer step?)'}"
+            )
+        pool.check_free(self)
+        pool.join()
+        pool.transport.barrier()
+        self._push(fill, pool)
+
+    def wait(self, slot: int = 0) -> None:
+        """Has the current stream wait for the arrival of what was pushed last."""
+        self._pool(slot).transport.wait()
+
+    def skip(self, slot: int = 0) -> None:
+        """Says that the batch at hand has no guests: its tokens go home."""
+        pool = self._pools.get(slot)
+        if pool is not None:
+            pool.put(None)
+
+    # --- what a layer asks ------------------------------------------------------------------------
+
+    def weights(self, x: Tensor, slot: int = 0) -> tuple[Tensor, Weights]:
+        """The weights of all local slots, for the batch that was dispatched last.
+
+        What the layer computes must come from these, not from the parameters: gradients of guests
+        go home by them. The node that sends them runs once `x` has its gradient, also where no
+        row came to this rank. So the layer's output must depend on the returned `x`.
+
+        Args:
+            x: the received rows, of a floating dtype.
+            slot: which of the micro-batches in flight.
+
+        Returns:
+            `x` to go on with, and for each parameter name the weights of resident slots and of
+            guest slots. Of stacked experts these are tensors [L, ...] and [G, ...], else lists of L
+            and G tensors. A guest slot without a guest holds anything, and no row goes there.
+
+        Raises:
+            ContractError: the pool holds another layer's batch, or one whose handle was dropped.
+        """
+        pool = self._pool(slot)
+        self._rescan()
+        fill = pool.fill_of(self)
+        # Tensors of their own versions: autograd must not notice later pushes.
+        parts = [part for block in self._blocks[slot] for part in self._split(block.data)]
+        pool.use()
+        if fill is not None:
+            fill.is_awaited = False
+        slots = [*self._slots.values()]
+        own = [
+            copy.parameter for copies in slots for copy in (copies if self._is_list else copies[:1])
+        ]
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
+            batch = TrainedBatch(self, self._layout, slots, self._is_list, pool, fill)
+            x, *tensors = Homeward.apply(batch, len(own), x, *own, *parts)
+        else:
+            tensors = [*own, *parts]
+        return x, self._named(tensors)
+
+    def modules(self, x: Tensor, slot: int = 0) -> tuple[Tensor, list[Callable[..., Any]]]:
+        """As `weights`, for a list of modules: what computes each of the L + G local slots.
+
+        Returns:
+            `x` to go on with, and a callable for each local slot. That of a guest slot is the first
+            module with the guest's weights in the place of its own.
+
+        Raises:
+            TypeError: the experts are stacked.
+            ContractError: as `weights`.
+        """
+        if not self._is_list:
+            raise TypeError("the experts are stacked and no list of modules: take their weights")
+        x, weights = self.weights(x, slot)
+        layout = self._layout
+        slots: list[Callable[..., Any]] = []
+        for number in range(layout.num_residents + layout.num_guests):
+            is_guest = number >= layout.num_residents
+            index = number - layout.num_residents if is_guest else number
+            module = self.experts[0 if is_guest else number]  # type: ignore[index]
+            own = {name: pair[is_guest][index] for name, pair in weights.items()}
+            slots.append(functools.partial(_run, module, own))
+        return x, slots
+
+    # --- inner ------------------------------------------------------------------------------------
+
+    @property
+    def _is_list(self) -> bool:
+        return isinstance(self.experts, nn.ModuleList)
+
+    def _pool(self, slot: int) -> GuestPool:
+        pool = self._pools.get(slot)
+        if pool is None:
+            raise ContractError(
+                f"there is no GuestPool for micro-batch slot {slot}; these Guests have pools for "
+                f"{[*self._pools]}"
+            )
+        return pool
+
+    def _check_pool(self, pool: GuestPool, others: list[int]) -> None:
+        layout = self._layout
+        if pool.group is not self.group:
+            raise ValueError("the pool is on another group than the layer")
+        if pool.slot in others:
+            raise ValueError(f"two pools are for micro-batch slot {pool.slot}")
+        if pool.num_guests_per_rank != layout.num_guests:
+            raise ValueError(
+                f"the pool has {pool.num_guests_per_rank} guests a rank, and the placement "
+                f"{layout.num_guests}"
+            )
+        if pool.num_bytes < layout.num_bytes:
+            raise ValueError(
+                f"the pool has {pool.num_bytes} bytes, and {layout.num_guests} guests of this "
+                f"layer take {layout.num_bytes}: give GuestPool the experts of every layer"
+            )
+
+    def _push(self, fill: Fill, pool: GuestPool) -> None:
+        fill.is_awaited = True
+        pool.put(fill)
+        self._rescan()
+        weights = [[slot.weight.detach() for slot in slots] for slots in self._slots.values()]
+        pool.transport.push(self._layout, weights, fill.guests)
+
+    def _scan(self) -> None:
+        """Finds the parameters that the experts have now."""
+        self._slots = slots_of(self.experts, self._layout.num_residents)
+        found = [
+            (module._parameters, name)
+            for module in self.experts.modules()
+            for name, _ in module.named_parameters(recurse=False)
+        ]
+        self._tables = [table for table, _ in found]
+        self._keys = [name for _, name in found]
+        self._parameters = [table[name] for table, name in found]
+
+    def _rescan(self) -> None:
+        if not all(map(is_, map(dict.get, self._tables, self._keys), self._parameters)):
+            self._scan()
+
+    def _obstacle(self) -> str:
+        """Why the weights cannot be pushed as they are; empty: they can."""
+        if self._watch.is_intact:
+            return ""
+        try:
+            self._rescan()
+        except ValueError as error:
+            return str(error)
+        device = next(iter(self._pools.values())).device
+        for number, (name, slots) in enumerate(self._slots.items()):
+            want = f"{list(self._layout.shapes[number])} {self._layout.dtypes[number]} on {device}"
+            for slot in {id(slot.parameter): slot for slot in slots}.values():
+                whole = local_part(slot.parameter)
+                if whole.untyped_storage().nbytes() < whole.numel() * whole.itemsize:
+                    return f"the memory of parameter {name} is freed"
+                weight = slot.weight
+                got = f"{list(weight.shape)} {weight.dtype} on {weight.device}"
+                if got != want:
+                    return f"parameter {name} is {got} now, and was {want} when Guests were made"
+        return ""
+
+    def _current_generation(self) -> int:
+        """A number that grows where home weights may have changed."""
+        if not self._watch.is_intact:
+            self._watch.mark()
+            self._generation += 1
+        return self._generation
+
+    def _split(self, block: Tensor) -> list[Tensor]:
+        """A parameter of all guest slots, in the form of the experts."""
+        return [*block] if self._is_list else [block]
+
+    def _named(self, tensors: Sequence[Tensor]) -> Weights:
+        """By name: resident slots and guest slots, from a flat list of the former, then these."""
+        names, layout = self._layout.names, self._layout
+        if not self._is_list:
+            return {name: (tensors[i], tensors[i + len(names)]) for i, name in enumerate(names)}
+        residents, guests = layout.num_residents, layout.num_guests
+        middle = residents * len(names)
+        return {
+            name: (
+                [*tensors[i * residents : (i + 1) * residents]],
+                [*tensors[middle + i * guests : middle + (i + 1) * guests]],
+            )
+            for i, name in enumerate(names)
+        }
+
+
+def _layout(
+    experts: nn.Module, placement: Placement, group: dist.ProcessGroup | None
+) -> GuestLayout:
+    if not placement.num_guests_per_rank:
+        raise ValueError(f"the placement has no guest slots: num_guests_per_rank=0 in {placement}")
+    size = 1 if group is None else group.size()
+    if size != placement.num_ranks:
+        raise ValueError(f"group must have the placement's {placement.num_ranks} ranks, got {size}")
+    num_slots = placement.num_local_slots
+    homes = [divmod(slot, num_slots) for slot in placement.home.tolist()]
+    return GuestLayout.of(
+        shapes_of(experts),
+        placement.num_guests_per_rank,
+        placement.num_resident_slots,
+        homes,
+    )
+
+
+def _run(module: nn.Module, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    """Calls a module with other weights than its own."""
+    return functional_call(module, weights, args, kwargs, tie_weights=False)

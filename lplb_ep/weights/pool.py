@@ -1,0 +1,210 @@
+"""Memory for guests: G expert slots on each rank, which all layers of a model share."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..comm.alltoall import TRANSPORTS
+from ..comm.collectives import together
+from ..errors import ContractError
+from ..layer import check_slot
+from .guest_transport import GuestLayout, GuestTransport, make_guest_transport
+from .slots import local_part
+
+
+@dataclass(eq=False)
+class Fill:
+    """What one batch of a layer has put into a pool.
+
+    The batch refers to it, and its plan does. The pool holds it weakly: a batch that was given up
+    is not in flight.
+    """
+
+    owner: object
+    """The layer's `Guests`."""
+    guests: Tensor
+    """[R, G] int32: the expert in each guest slot, -1 for none."""
+    generation: int
+    """Of the home weights that were pushed."""
+    graph_task: int
+    """The backward pass that it was made in, -1 outside of any."""
+    is_awaited: bool = True
+    """Whether its experts have still to run, forward or backward."""
+
+
+class GuestPool:
+    """Memory for the guests of every layer whose batches run one after the other.
+
+    A batch's guests are there from its dispatch until its experts have run. They are there again
+    from the backward pass of its combine until that of its experts. In between other layers use the
+    memory.
+    Micro-batches that are in flight together need a pool each.
+
+    Construction is collective. Guests are no parameters: a pool is in no `state_dict`.
+
+    Args:
+        group: the expert-parallel group. None stands for a single rank.
+        num_guests_per_rank: G, as in the placements.
+        experts: the experts of a layer, or of several layers in a list, as `Guests` take them. The
+            pool is large enough for each.
+        slot: which of the micro-batches in flight it is for.
+        transport: how weights and gradients travel. "peers": a kernel writes to the other GPUs'
+            memory. "torch": collectives of `torch.distributed`, whose sizes the CPU has to know.
+            "auto": the first of them that is available.
+
+    Raises:
+        TypeError: `experts` are no modules.
+        ValueError: G or `slot` is out of range, the experts have no parameters or are on several
+            devices, or the transport is not available.
+        RankError: ranks differ in one of these, or in the size of the pool; names the ranks.
+    """
+
+    num_bytes: int
+    """Of the memory on each rank."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        num_guests_per_rank: int,
+        experts: nn.Module | Sequence[nn.Module],
+        *,
+        slot: int = 0,
+        transport: str = "auto",
+    ) -> None:
+        with together(group, "GuestPool") as facts:
+            check_slot(slot)
+            if not (isinstance(num_guests_per_rank, int) and num_guests_per_rank >= 1):
+                raise ValueError(
+                    f"num_guests_per_rank must be a whole number from 1; got {num_guests_per_rank}"
+                )
+            if transport not in TRANSPORTS:
+                raise ValueError(
+                    f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}"
+                )
+            layers = [experts] if isinstance(experts, nn.Module) else [*experts]
+            devices = {p.device for layer in layers for p in _parameters(layer)}
+            if len(devices) != 1:
+                raise ValueError(
+                    f"the experts must be on one device; got {sorted(map(str, devices))}"
+                )
+            self.num_bytes = max(
+                GuestLayout.of(shapes_of(layer), num_guests_per_rank, 0, ()).num_bytes
+                for layer in layers
+            )
+            facts.update(num_guests_per_rank=num_guests_per_rank, slot=slot, transport=transport)
+            facts["bytes of the pool"] = self.num_bytes
+        self.group, self.slot = group, slot
+        self.num_guests_per_rank = num_guests_per_rank
+        self.device = devices.pop()
+        self.transport: GuestTransport = make_guest_transport(
+            group, self.device, self.num_bytes, transport
+        )
+        self._fill: weakref.ref[Fill] | None = None
+        self._streams: set[torch.cuda.Stream] = set()
+
+    @property
+    def fill(self) -> Fill | None:
+        """The batch whose guests are in the pool, while something refers to it."""
+        return None if self._fill is None else self._fill()
+
+    def fill_of(self, owner: object) -> Fill | None:
+        """The batch at hand of a layer; None where it goes home.
+
+        Raises:
+            ContractError: the pool holds the batch of another layer, or one that was given up.
+        """
+        fill = self.fill
+        if self._fill is None or (fill is not None and fill.owner is owner):
+            return fill
+        holder = "whose handle was dropped" if fill is None else f"of {fill.owner}"
+        raise ContractError(
+            f"the pool of guests (slot {self.slot}) holds a batch {holder}. Take a layer's weights "
+            "behind its own dispatch, before the next one, and keep the handle so long"
+        )
+
+    def join(self) -> None:
+        """Has the current stream wait for all that reads and writes the pool on this rank."""
+        self.transport.join()
+        if self.device.type != "cuda":
+            return
+        current = torch.cuda.current_stream(self.device)
+        for stream in self._streams:
+            if stream != current:
+                current.wait_stream(stream)
+        self._streams = {current}
+
+    def use(self) -> None:
+        """Notes that the current stream reads the pool from now on."""
+        if self.device.type == "cuda":
+            self._streams.add(torch.cuda.current_stream(self.device))
+
+    def check_free(self, owner: object) -> None:
+        """Refuses a batch while another one's experts have still to run.
+
+        A recompute is part of its batch. So in a backward pass the same layer may come again.
+
+        Raises:
+            ContractError: the batch of another layer, or another batch of this one, is in flight.
+        """
+        fill = self.fill
+        if fill is None or not fill.is_awaited:
+            return
+        if fill.owner is owner and graph_task() >= 0:
+            return
+        raise ContractError(
+            f"the pool of guests (slot {self.slot}) is shared by batches in flight: the "
+            f"experts of {fill.owner} have still to run on theirs. Give each micro-batch in flight "
+            "a slot= and a GuestPool of its own, or drop the handle of a batch that was given up"
+        )
+
+    def put(self, fill: Fill | None) -> None:
+        """Says whose guests are in the pool from now on."""
+        self._fill = None if fill is None else weakref.ref(fill)
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs, -1 outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return number
+
+
+def shapes_of(experts: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each parameter of one slot, in alphabetical order.
+
+    Raises:
+        TypeError: `experts` is no module.
+        ValueError: it has no parameters, or one without slots.
+    """
+    stacked = not isinstance(experts, nn.ModuleList)
+    parameters = {}
+    for name, parameter in sorted(_named(experts)):
+        shape = local_part(parameter).shape
+        if stacked and not (shape and shape[0]):
+            raise ValueError(
+                f"parameter {name} must have a row for each slot of this rank; got shape "
+                f"{list(shape)}"
+            )
+        parameters[name] = shape[1:] if stacked else shape, parameter.dtype
+    return parameters
+
+
+def _parameters(experts: nn.Module) -> Iterable[Tensor]:
+    return (parameter for _, parameter in _named(experts))
+
+
+def _named(experts: Any) -> Iterable[tuple[str, nn.Parameter]]:
+    """The parameters of a slot of a list of modules, or of a stacked module."""
+    if not isinstance(experts, nn.Module):
+        raise TypeError(f"experts must be a module; got a {type(experts).__name__}")
+    first = experts[0] if isinstance(experts, nn.ModuleList) and len(experts) else experts
+    named = [*first.named_parameters()]
+    if not named:
+        raise ValueError("experts must have parameters, got none")
+    return named

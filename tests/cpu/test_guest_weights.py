@@ -1,0 +1,470 @@
+"""Weights and gradients of guests on gloo ranks, moved by hand: nothing is planned."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from experts import FORMS, SHAPES, make_experts, same_bits, value
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lplb_ep import ContractError, GuestPool, Guests, Layer, Placement, RankError
+
+E_PER_RANK, G = 2, 2
+
+
+def placed(num_ranks: int) -> Layer:
+    """E / R homes and two guest slots a rank."""
+    num_experts = E_PER_RANK * num_ranks
+    return Layer(Placement.homes_only(num_experts, num_ranks, num_guests_per_rank=G))
+
+
+def table(num_ranks: int, seed: int) -> torch.Tensor:
+    """[R, G] guests of other ranks, some slots empty."""
+    rng, guests = np.random.default_rng(seed), np.full((num_ranks, G), -1)
+    for rank in range(num_ranks):
+        others = [e for e in range(E_PER_RANK * num_ranks) if e // E_PER_RANK != rank]
+        guests[rank] = rng.choice(others, G, replace=False)
+    guests[rng.random(guests.shape) < 0.2] = -1
+    return torch.tensor(guests, dtype=torch.int32)
+
+
+def slots_of_rank(rank: int, guests: torch.Tensor) -> list[int]:
+    """The expert in each local slot."""
+    return [*range(rank * E_PER_RANK, (rank + 1) * E_PER_RANK), *guests[rank].tolist()]
+
+
+def rows_of(expert: int, rank: int, batch: int, guests: torch.Tensor) -> torch.Tensor:
+    """The rows of an expert that a rank gets: its copies take turns, an odd expert's home none."""
+    home = expert // E_PER_RANK
+    copies = [r for r in range(len(guests)) if expert in guests[r]]
+    if expert % 2 == 0 or not copies:
+        copies = [home, *copies]
+    rows = value("tokens", 100 * batch + expert, "")
+    return rows[copies.index(rank) :: len(copies)] if rank in copies else rows[:0]
+
+
+def run_expert(weights: dict[str, torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(rows @ weights["up"]) @ weights["down.weight"] * weights["gain"]
+
+
+class Batch:
+    """What a rank computes of a batch."""
+
+    def __init__(self, layer_guests: Guests, number: int, seed: int, dtype=torch.float64):
+        self.of, self.number, self.rank = layer_guests, number, layer_guests.group.rank()
+        self.table = table(layer_guests.group.size(), seed)
+        experts = slots_of_rank(self.rank, self.table)
+        rows = [
+            rows_of(e, self.rank, number, self.table) if e >= 0 else torch.zeros(0, 3).double()
+            for e in experts
+        ]
+        self.sizes = [len(r) for r in rows]
+        self.x = torch.cat(rows).to(dtype).requires_grad_()
+
+    def dispatch(self, slot: int = 0) -> None:
+        """As the hooks do it."""
+        self.slot = slot
+        self.of.prepare(slot)
+        self.fill = self.of.push(self.table, slot)
+        self.of.wait(slot)
+
+    def dispatch_again(self) -> None:
+        self.of.push_again(self.fill, self.slot)
+        self.of.wait(self.slot)
+
+    def experts(self, x: torch.Tensor) -> torch.Tensor:
+        """Slots without rows are skipped, as many programs do."""
+        x, weights = self.of.weights(x, self.slot)
+        out = [x * 0]
+        for slot, rows in enumerate(x.split(self.sizes)):
+            if len(rows):
+                guest = slot - E_PER_RANK
+                own = {
+                    name: guests[guest] if guest >= 0 else residents[slot]
+                    for name, (residents, guests) in weights.items()
+                }
+                out.append(run_expert(own, rows))
+        return torch.cat(out).sum()
+
+
+def expected(expert: int, batches: list[int]) -> dict[str, torch.Tensor]:
+    """The gradients of an expert that has all of its rows."""
+    weights = {n: value("weight", expert, n).requires_grad_() for n in SHAPES}
+    for batch in batches:
+        run_expert(weights, value("tokens", 100 * batch + expert, "")).sum().backward()
+    return {name: weight.grad for name, weight in weights.items()}
+
+
+def gradients(experts: nn.Module, slot: int, name: str) -> torch.Tensor:
+    parameters, is_list = dict(experts.named_parameters()), isinstance(experts, nn.ModuleList)
+    parameter = parameters[f"{slot}.{name}" if is_list else name]
+    gradient = getattr(parameter, "main_grad", parameter.grad)
+    return gradient if is_list else gradient[slot]
+
+
+def check_gradients(guests: Guests, batches: list[int], tolerance: float = 1e-9) -> None:
+    rank = guests.group.rank()
+    for slot in range(E_PER_RANK):
+        for name, want in expected(rank * E_PER_RANK + slot, batches).items():
+            got = gradients(guests.experts, slot, name)
+            error = (got - want).abs().max() / want.abs().max()
+            assert error <= tolerance, (slot, name, error)
+
+
+def made(group, form, dtype=torch.float64, **kwargs) -> Guests:
+    layer = placed(group.size())
+    experts = make_experts(form, layer.placement.with_guest_slots(0), group.rank(), dtype)
+    return Guests(experts, layer, group, **kwargs)
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def push_everything(group):
+    pools = {}
+    for form in FORMS:
+        for dtype in (torch.float64, torch.bfloat16, torch.float8_e4m3fn):
+            layer = placed(group.size())
+            experts = make_experts(form, layer.placement.with_guest_slots(0), group.rank(), dtype)
+            if not pools:  # the largest first: all others share it
+                pools[0] = GuestPool(group, G, experts)
+            guests = Guests(experts, layer, group, pools[0])
+            for seed in range(3):
+                batch = Batch(guests, 0, seed, torch.float32)
+                batch.dispatch()
+                _, weights = guests.weights(batch.x.detach())
+                for name, (residents, arrived) in weights.items():
+                    assert [len(residents), len(arrived)] == [E_PER_RANK, G]
+                    here = slots_of_rank(group.rank(), batch.table)
+                    for expert, tensor in zip(here, [*residents, *arrived], strict=True):
+                        if expert >= 0:
+                            assert same_bits(tensor, value("weight", expert, name, dtype))
+            assert not any(key.startswith("guest") for key in experts.state_dict())
+            count = E_PER_RANK * len(SHAPES) if form == "list" else len(SHAPES)
+            assert len([*experts.parameters()]) == count
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_guests_equal_their_homes_bit_for_bit(num_ranks):
+    ranks.run(num_ranks, push_everything)
+
+
+def call_modules(group):
+    guests = made(group, "list")
+    batch = Batch(guests, 0, 1)
+    batch.dispatch()
+    first = guests.experts[0]
+    first.forward = lambda rows: run_expert(
+        {"up": first.up, "down.weight": first.down.weight, "gain": first.gain}, rows
+    )
+    _, modules = guests.modules(batch.x)
+    assert len(modules) == E_PER_RANK + G
+    here = slots_of_rank(group.rank(), batch.table)
+    rows = value("tokens", 7, "")
+    for expert, module in zip(here[E_PER_RANK:], modules[E_PER_RANK:], strict=True):
+        if expert >= 0:
+            own = {name: value("weight", expert, name) for name in SHAPES}
+            assert torch.equal(module(rows), run_expert(own, rows))
+
+
+def test_a_guest_of_a_list_is_a_module_with_other_weights():
+    ranks.run(2, call_modules)
+
+
+# --- gradients ------------------------------------------------------------------------------------
+
+
+def train_once(group, form):
+    for seed in range(3):
+        guests = made(group, form)
+        batch = Batch(guests, seed, seed)
+        batch.dispatch()
+        batch.experts(batch.x).backward()
+        check_gradients(guests, [seed])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_gradients_are_those_of_a_run_at_home(num_ranks, form):
+    ranks.run(num_ranks, train_once, form)
+
+
+def accumulate_interleaved(group, form):
+    """As a pipeline does: two batches forward, the first one's backward, the next one forward."""
+    guests, order = made(group, form), []
+    outs = {}
+
+    def forward(number):
+        batch = Batch(guests, number, number)
+        batch.dispatch()
+        outs[number] = batch, batch.experts(batch.x)
+
+    def backward(number):
+        batch, out = outs.pop(number)
+        batch.dispatch_again()
+        out.backward()
+        order.append(number)
+
+    forward(0), forward(1), backward(0), forward(2), backward(1), backward(2)
+    check_gradients(guests, order)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_micro_batches_may_be_interleaved(form):
+    ranks.run(2, accumulate_interleaved, form)
+
+
+def layers_share(group):
+    """Backward in reverse order: only the last layer's guests are still there."""
+    layers = [placed(2) for _ in range(3)]
+    experts = [
+        make_experts("stacked", layer.placement.with_guest_slots(0), group.rank())
+        for layer in layers
+    ]
+    pool = GuestPool(group, G, experts)
+    stack = [Guests(e, layer, group, pool) for e, layer in zip(experts, layers, strict=True)]
+    batches = [Batch(guests, number, number) for number, guests in enumerate(stack)]
+    outs = []
+    for batch in batches:
+        batch.dispatch()
+        outs.append(batch.experts(batch.x))
+    sent = []
+    push = pool.transport.push
+    pool.transport.push = lambda *args: (sent.append(0), push(*args))
+    for batch, out in reversed([*zip(batches, outs, strict=True)]):
+        batch.dispatch_again()
+        out.backward()
+    for number, guests in enumerate(stack):
+        check_gradients(guests, [number])
+    return len(sent)
+
+
+def test_layers_share_a_pool_and_push_again_where_it_was_used_since():
+    assert ranks.run(2, layers_share) == [2, 2]
+
+
+def recompute(group, form, reentrant, where):
+    guests = made(group, form)
+    batch = Batch(guests, 0, 0)
+
+    def whole(x):
+        batch.dispatch()
+        return batch.experts(x)
+
+    if where == "outside":
+        out = checkpoint(whole, batch.x, use_reentrant=reentrant)
+    else:
+        batch.dispatch()
+        out = checkpoint(batch.experts, batch.x, use_reentrant=reentrant)
+    other = Batch(guests, 1, 1)
+    other.dispatch()
+    other_out = other.experts(other.x)
+    batch.dispatch_again()
+    out.backward()
+    other.dispatch_again()
+    other_out.backward()
+    check_gradients(guests, [0, 1])
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_activations_may_be_recomputed(form, reentrant, where):
+    ranks.run(2, recompute, form, reentrant, where)
+
+
+def main_gradients(group, form):
+    """As Megatron-Core: bfloat16 weights, a hook adds gradients to float32 `main_grad`."""
+    guests = made(group, form, torch.bfloat16)
+    hooked = []
+    for parameter in guests.experts.parameters():
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
+
+        def hook(p):
+            hooked.append(p)
+            p.main_grad.add_(p.grad)
+            p.grad = None
+
+        parameter.register_post_accumulate_grad_hook(hook)
+    batches = [0, 1]
+    for number in batches:
+        batch = Batch(guests, number, number, torch.bfloat16)
+        batch.dispatch()
+        batch.experts(batch.x).backward()
+    # Each product is rounded to 8 bits, and so are the parts; no sum of parts is.
+    check_gradients(guests, batches, 2**-4)
+    return len(hooked)
+
+
+@pytest.mark.parametrize(("form", "parameters"), [("list", 6), ("stacked", 3)])
+def test_parts_are_added_to_the_main_gradient(form, parameters):
+    assert ranks.run(2, main_gradients, form) == [2 * parameters, 2 * parameters]
+
+
+def order_of_sums(group):
+    """Parts of bfloat16 that sum up otherwise in any other order."""
+    layer = placed(4)
+    experts = make_experts(
+        "stacked", layer.placement.with_guest_slots(0), group.rank(), torch.bfloat16
+    )
+    guests = Guests(experts, layer, group)
+    guests.prepare()
+    fill = guests.push(torch.tensor([[-1, -1], [0, -1], [-1, 0], [0, -1]], dtype=torch.int32))
+    assert fill is not None
+    _, weights = guests.weights(torch.ones(1, 3).bfloat16())
+    own, others = weights["up"]
+    terms = [1.0, 256.0, 1.0, -256.0]
+    term = terms[group.rank()]
+    tensor = own[0] if group.rank() == 0 else others[0] if group.rank() != 2 else others[1]
+    (tensor * term).sum().backward() if group.rank() else (own[0] * term).sum().backward()
+    total = torch.tensor(terms[0], dtype=torch.bfloat16)
+    for term in terms[1:]:
+        total = total + torch.tensor(term, dtype=torch.bfloat16)
+    if group.rank() == 0:
+        assert torch.equal(experts.up.grad[0], total.expand(3, 5)), experts.up.grad[0]
+    return float(total)
+
+
+def test_parts_are_added_in_the_order_of_ranks():
+    assert ranks.run(4, order_of_sums)[0] != 2.0
+
+
+def frozen(group, form):
+    guests = made(group, form)
+    for name, parameter in guests.experts.named_parameters():
+        parameter.requires_grad_("gain" not in name)
+    guests = Guests(guests.experts, guests.layer, group)
+    batch = Batch(guests, 0, 0)
+    batch.dispatch()
+    batch.experts(batch.x).backward()
+    for name, parameter in guests.experts.named_parameters():
+        if "gain" in name:
+            assert parameter.grad is None
+            parameter.grad = torch.zeros_like(parameter)
+    rank = group.rank()
+    for slot in range(E_PER_RANK):
+        want = expected(rank * E_PER_RANK + slot, [0])
+        for name in ("up", "down.weight"):
+            assert (gradients(guests.experts, slot, name) - want[name]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_that_are_not_trained_are_pushed_alone(form):
+    ranks.run(2, frozen, form)
+
+
+# --- refused --------------------------------------------------------------------------------------
+
+
+def raises(message, function, *args):
+    with pytest.raises((ContractError, RankError, ValueError), match=re.escape(message)):
+        function(*args)
+
+
+def in_flight(group):
+    guests = made(group, "stacked")
+    first, second = Batch(guests, 0, 0), Batch(guests, 1, 1)
+    first.dispatch()
+    raises("is shared by batches in flight", second.dispatch)
+    first.experts(first.x)
+    second.dispatch()  # the first one's experts have run
+    second.experts(second.x)
+    third = Batch(guests, 2, 2)
+    third.dispatch()
+    del third  # given up
+    second.dispatch_again()
+    raises("there is no GuestPool for micro-batch slot 1", Batch(guests, 3, 3).dispatch, 1)
+    pools = [GuestPool(group, G, guests.experts, slot=slot) for slot in (0, 1)]
+    guests = Guests(guests.experts, guests.layer, group, pools)
+    guests.experts.zero_grad()
+    first, second = Batch(guests, 0, 0), Batch(guests, 1, 1)
+    first.dispatch(0)
+    second.dispatch(1)
+    (first.experts(first.x) + second.experts(second.x)).backward()
+    check_gradients(guests, [0, 1])
+
+
+def test_batches_in_flight_need_a_pool_each():
+    ranks.run(2, in_flight)
+
+
+def not_pushed_again(group):
+    guests = made(group, "stacked")
+    first, second = Batch(guests, 0, 0), Batch(guests, 1, 1)
+    first.dispatch()
+    out = first.experts(first.x)
+    second.dispatch()
+    second.experts(second.x)
+    raises("holds another batch than the one whose backward pass runs", out.backward)
+
+
+def test_a_backward_pass_with_other_guests_in_the_pool_is_refused():
+    ranks.run(2, not_pushed_again)
+
+
+def stepped(group, form):
+    guests = made(group, form)
+    first = Batch(guests, 0, 0)
+    first.dispatch()
+    out = first.experts(first.x)
+    assert out.requires_grad
+    other = Batch(guests, 1, 1)
+    other.dispatch()
+    other.experts(other.x)
+    with torch.no_grad():
+        for parameter in guests.experts.parameters():
+            parameter.mul_(2.0)
+    raises("the home weights changed between a batch's dispatch and its", first.dispatch_again)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_step_between_forward_and_backward_is_refused(form):
+    ranks.run(2, stepped, form)
+
+
+def changed(group):
+    said = ranks.Said()
+    guests = made(group, "stacked")
+    assert guests.is_valid
+    batch = Batch(guests, 0, 0)
+    batch.dispatch()
+    guests.experts.half()
+    assert not guests.is_valid
+    assert not guests.layer.guests.is_valid
+    assert "parameter down.weight is [5, 3] torch.float16 on cpu now" in said.lines[-1]
+    guests.experts.double()
+    assert guests.is_valid
+    guests.experts.up.untyped_storage().resize_(0)
+    assert not guests.is_valid
+    assert "the memory of parameter up is freed" in said.lines[-1]
+    layer = guests.layer
+    del guests, batch
+    assert layer.guests is None
+
+
+def test_weights_that_were_cast_or_freed_are_not_pushed():
+    ranks.run(2, changed)
+
+
+def wrong_pools(group):
+    guests = made(group, "stacked")
+    small = nn.ParameterDict({"up": nn.Parameter(torch.zeros(E_PER_RANK, 3))})
+    make = (Guests, guests.experts, guests.layer, group)
+    raises("guests of this layer take 768: give GuestPool the", *make, GuestPool(group, G, small))
+    raises("pool has 1 guests a rank, and the placement 2", *make, GuestPool(group, 1, small))
+    pools = [GuestPool(group, G, guests.experts) for _ in range(2)]
+    raises("two pools are for micro-batch slot 0", *make, pools)
+    plain = Layer(Placement.homes_only(4, 2))
+    raises("the placement has no guest slots", Guests, guests.experts, plain, group)
+    experts = make_experts("stacked", guests.layer.placement.with_guest_slots(0), group.rank())
+    experts.up = nn.Parameter(torch.zeros(E_PER_RANK, 3, 5 + group.rank()))
+    raises("ranks differ in parameter up", Guests, experts, guests.layer, group)
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    ranks.run(2, wrong_pools)
