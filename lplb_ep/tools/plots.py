@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..errors import MissingPackageError
@@ -21,7 +22,13 @@ if TYPE_CHECKING:
     from .timeline import Timeline
 
 # Okabe and Ito's colours: distinct with every common colour blindness and in grey.
-_COLOURS = {"in_order": "#999999", "home": "#D55E00", "even": "#56B4E9", "lp": "#0072B2"}
+_COLOURS = {
+    "in_order": "#999999",
+    "home": "#D55E00",
+    "even": "#56B4E9",
+    "residents": "#E69F00",
+    "lp": "#0072B2",
+}
 _LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}
 
 
@@ -29,6 +36,8 @@ def plot_replay(
     path: str | os.PathLike[str], result: Replay, *, title: str = "", footnote: str = ""
 ) -> None:
     """Draws the imbalance of each layer: experts in order, home slots, even split, LP, ideal.
+
+    With guests, the LP without them as well, and the copies that they move.
 
     Args:
         path: the PNG to write.
@@ -42,39 +51,52 @@ def plot_replay(
     """
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
+        has_guests = result.guests is not None
+        rows = figure.subplots(2 if has_guests else 1, sharex=True, squeeze=False)[:, 0]
+        axes, last = rows[0], rows[-1]
         place = np.arange(len(result.layers))
+        names = {"in_order": "", "home": "o", "even": "s", "residents": "^", "lp": "o"}
         drawn = []
-        for name, marker in (("in_order", ""), ("home", "o"), ("even", "s"), ("lp", "o")):
-            values, colour = getattr(result, name).numpy(), _COLOURS[name]
-            label = f"{LABELS[name]} (median {np.median(values):.2f})"
-            drawn += axes.plot(
-                place, values.mean(0), marker=marker, ms=4, lw=1.4, color=colour, label=label
-            )
-            if len(values) > 1:
-                axes.fill_between(
-                    place, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0
-                )
+        for name, marker in names.items():
+            if getattr(result, name) is not None:
+                values = getattr(result, name).numpy()
+                label = f"{LABELS[name]} (median {np.median(values):.2f})"
+                look = {"color": _COLOURS[name], "marker": marker, "label": label}
+                drawn += _draw_range(axes, place, values, look)
+        if result.guests is not None:
+            _draw_range(last, place, result.guests.numpy(), {"color": _COLOURS["lp"]})
+            last.set_ylabel("copies moved a batch")
+            last.set_ylim(bottom=0)
+            _finish(last)
         axes.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
         axes.text(
             1.005, 1, "ideal", transform=axes.get_yaxis_transform(), va="center", color="0.35"
         )
         shown = place[:: max(1, len(place) // 16)]
-        axes.set_xticks(shown, [str(result.layers[i]) for i in shown])
-        axes.set_xlim(-0.8, len(place) - 0.2)
+        last.set_xticks(shown, [str(result.layers[i]) for i in shown])
+        last.set_xlim(-0.8, len(place) - 0.2)
         batches = len(result.home)
         note = f"   (mean and range of {batches} batches)" if batches > 1 else ""
-        axes.set_xlabel(f"MoE layer{note}")
+        last.set_xlabel(f"MoE layer{note}")
         axes.set_ylabel("imbalance: max / mean rank load")
         _finish(axes)
         # Above the axes, clear of the data.
-        axes.legend(
-            handles=drawn, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(drawn), **_LEGEND
-        )
+        axes.legend(handles=drawn, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **_LEGEND)
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
 
-    _save_picture(path, (9, 4.2), draw)
+    _save_picture(path, (9, 4.2 if result.guests is None else 6.4), draw)
+
+
+def _draw_range(
+    axes: Axes, place: npt.NDArray[Any], values: npt.NDArray[Any], look: Mapping[str, Any]
+) -> list[Any]:
+    """Draws means over the batches [N, L] as a line, and their range as a shade."""
+    drawn = axes.plot(place, values.mean(0), ms=4, lw=1.4, **look)
+    if len(values) > 1:
+        low, high = values.min(0), values.max(0)
+        axes.fill_between(place, low, high, color=look["color"], alpha=0.15, lw=0)
+    return drawn
 
 
 def plot_training(

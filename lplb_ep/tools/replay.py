@@ -12,7 +12,7 @@ import torch
 
 from ..placement.table import Placement
 from ..planning import reference as cpu
-from ..planning.solve import rank_load, solve
+from ..planning.solve import Solution, rank_load, solve
 from .recordings import Recording
 from .tables import text_table
 
@@ -31,7 +31,7 @@ class Replay:
     even: torch.Tensor
     """Each slot of an expert gets the same share, as serving engines with EPLB aim for."""
     lp: torch.Tensor
-    """The integer plan of `solve`."""
+    """The integer plan of `solve`, guests included."""
     bound: torch.Tensor
     """The lower bound T*, which no plan on these placements can beat."""
     layers: tuple[int, ...]
@@ -40,6 +40,12 @@ class Replay:
     """[2, L] float64: the share of picks that are computed on another node than their token's.
 
     The first row is at home, the second by the plan. None: there is one node."""
+    residents: torch.Tensor | None = None
+    """The integer plan without guests; None: no placement has guest slots, and `lp` is that."""
+    guests: torch.Tensor | None = None
+    """[N, L] int64: copies of experts that a batch moves, over all ranks."""
+    most_sent: torch.Tensor | None = None
+    """[N, L] int64: the most of these copies that one rank sends."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Median, mean and maximum over all batches and layers, by column."""
@@ -52,28 +58,56 @@ class Replay:
             for name, values in self._columns().items()
         }
 
-    def to_json(self) -> dict[str, Any]:
-        """All numbers, as plain lists [N][L] and the summary."""
+    def to_json(self, expert_bytes: int | None = None) -> dict[str, Any]:
+        """All numbers, as plain lists [N][L] and the summary.
+
+        Args:
+            expert_bytes: weights of an expert, to tell the bytes that guests move.
+        """
         values = {name: column.tolist() for name, column in self._columns().items()}
         found: dict[str, Any] = {"layers": list(self.layers), "imbalance": values}
         found["summary"] = self.summary()
         if self.leaves_node is not None:
             found["leaves_node"] = dict(zip(("home", "lp"), self.leaves_node.tolist(), strict=True))
+        if self.guests is not None and self.most_sent is not None:
+            found["guests"] = {
+                "copies": self.guests.tolist(),
+                "most_sent": self.most_sent.tolist(),
+                "bytes": None if expert_bytes is None else (self.guests * expert_bytes).tolist(),
+            }
         return found
 
-    def table(self) -> str:
-        """A line for each layer (means over the batches), then the summary."""
-        columns = self._columns()
-        rows = [
-            [str(layer), *(f"{c[:, i].mean():.3f}" for c in columns.values())]
-            for i, layer in enumerate(self.layers)
+    def table(self, expert_bytes: int | None = None, *, by_batch: bool = False) -> str:
+        """A line for each layer (means over the batches), then the summary.
+
+        Args:
+            expert_bytes: weights of an expert, to tell the bytes that guests move.
+            by_batch: a line for each batch instead (means over the layers).
+        """
+        columns = [(LABELS[name], "{:.3f}", values) for name, values in self._columns().items()]
+        if self.guests is not None and self.most_sent is not None:
+            columns += [("copies moved", "{:.1f}", self.guests)]
+            columns += [("most by a rank", "{:.1f}", self.most_sent)]
+            if expert_bytes is not None:
+                columns += [("GB moved", "{:.2f}", self.guests * (expert_bytes / 1e9))]
+        names = range(len(self.home)) if by_batch else self.layers
+        values = [column.double().numpy() for _, _, column in columns]
+        lines = [
+            (str(n), [c.mean(int(by_batch)).tolist()[i] for c in values])
+            for i, n in enumerate(names)
         ]
-        summary = self.summary()
-        rows.append([])
-        for line in ("median", "mean", "worst"):
-            rows.append([line, *(f"{summary[name][line]:.3f}" for name in columns)])
-        header = ["layer", *(LABELS[name] for name in columns)]
-        if self.leaves_node is not None:
+        lines += [
+            ("median", [float(np.median(c)) for c in values]),
+            ("mean", [float(c.mean()) for c in values]),
+            ("worst", [float(c.max()) for c in values]),
+        ]
+        rows = [
+            [name, *(form.format(x) for (_, form, _), x in zip(columns, line, strict=True))]
+            for name, line in lines
+        ]
+        rows.insert(-3, [])
+        header = ["batch" if by_batch else "layer", *(label for label, _, _ in columns)]
+        if self.leaves_node is not None and not by_batch:
             header += _LEAVES
             away = self.leaves_node.numpy()
             ends = [np.median(away, 1), away.mean(1), away.max(1)]
@@ -82,13 +116,15 @@ class Replay:
         return text_table(header, rows)
 
     def _columns(self) -> dict[str, torch.Tensor]:
-        return {name: getattr(self, name) for name in LABELS}
+        every = {name: getattr(self, name) for name in LABELS}
+        return {name: column for name, column in every.items() if column is not None}
 
 
 LABELS = {
     "in_order": "in order",
     "home": "home slots",
     "even": "even split",
+    "residents": "LP, no guests",
     "lp": "LP",
     "bound": "lower bound",
 }
@@ -96,17 +132,22 @@ _LEAVES = ["leave their node: at home", "LP"]
 
 
 def replay(
-    recording: Recording, placements: Sequence[Placement], *, solver: str = "auto"
+    recording: Recording,
+    placements: Sequence[Placement],
+    *,
+    solver: str = "auto",
+    guest_tolerance: float | None = None,
+    guest_min_tokens: int | None = None,
 ) -> Replay:
     """What a recording's batches would have been on these placements.
 
     Args:
         recording: the batches.
         placements: one for each of the L layers; E experts each.
-        solver: as for `solve`.
+        solver, guest_tolerance, guest_min_tokens: as for `solve`.
 
     Returns:
-        The imbalances.
+        The imbalances; and what guests move, where a placement has guest slots.
 
     Raises:
         ValueError: the number of placements or of their experts is not the recording's.
@@ -117,7 +158,12 @@ def replay(
             f"got {len(placements)}"
         )
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in LABELS}
+    moved: list[torch.Tensor] = []
     leaves: list[list[float]] = []
+    rule: dict[str, Any] = {
+        "guest_tolerance": guest_tolerance,
+        "guest_min_tokens": guest_min_tokens,
+    }
     for layer, placement in enumerate(placements):
         R, E = placement.num_ranks, placement.num_experts
         if recording.num_experts != E:
@@ -126,7 +172,10 @@ def replay(
             )
         load = recording.counts[:, layer]
         mean = (load.sum(1) / R).double()
-        solution = solve(load, placement, solver)
+        solution = solve(load, placement, solver, **rule)
+        residents = solution
+        if placement.num_guests_per_rank:
+            residents = solve(load, placement.with_guest_slots(0), solver)
         slots = np.flatnonzero(placement.physical_to_logical >= 0)
         rank_loads = {
             "in_order": _even_rank_load(load, np.arange(E), np.arange(E) * R // E, R),
@@ -134,17 +183,52 @@ def replay(
             "even": _even_rank_load(
                 load, placement.physical_to_logical[slots], slots // placement.num_local_slots, R
             ),
+            "residents": residents.rank_load,
             "lp": solution.rank_load,
             "bound": solution.lower_bound[:, None],
         }
         for name, held in rank_loads.items():
             columns[name].append(torch.where(mean > 0, held.amax(1) / mean, 1.0))
+        moved.append(_copies_moved(solution.guests, placement))
         if placement.num_ranks_per_node < R:
-            quota = solution.quota.sum(0)
-            leaves.append([leaves_node(q, placement) for q in (_at_home(quota), quota)])
+            leaves.append(_leave_node(solution, placement))
     stacked = {name: torch.stack(values, 1) for name, values in columns.items()}
     away = torch.tensor(leaves, dtype=torch.float64).T if leaves else None
-    return Replay(**stacked, layers=recording.layers, leaves_node=away)
+    if not any(placement.num_guests_per_rank for placement in placements):
+        del stacked["residents"]
+        return Replay(**stacked, layers=recording.layers, leaves_node=away)
+    guests, most_sent = torch.stack(moved, 2)
+    return Replay(
+        **stacked, layers=recording.layers, leaves_node=away, guests=guests, most_sent=most_sent
+    )
+
+
+def _copies_moved(guests: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """[2, N] int64: the copies that each batch moves, and the most of them that one rank sends.
+
+    Args:
+        guests: [N, R, G] integers, as `Solution.guests`.
+        placement: with these guest slots.
+    """
+    experts = guests.flatten(1).long()
+    sent = torch.zeros(len(guests), placement.num_ranks + 1, dtype=torch.int64)
+    homes = torch.tensor([*placement.home_rank.tolist(), placement.num_ranks])
+    sent.scatter_add_(1, homes[experts], torch.ones_like(experts))  # the last: of no expert
+    return torch.stack([sent[:, :-1].sum(1), sent[:, :-1].amax(1)])
+
+
+def _leave_node(solution: Solution, placement: Placement) -> list[float]:
+    """The shares of picks of all batches that leave their node: at home, and by the solution."""
+    picks = solution.quota.sum((1, 2)).double()
+    if not placement.num_guests_per_rank:  # all batches have the same copies
+        quota = solution.quota.sum(0)
+        return [leaves_node(q, placement) for q in (_at_home(quota), quota)]
+    at_home = leaves_node(_at_home(solution.quota.sum(0)), placement)
+    shares = [
+        leaves_node(quota, placement.with_guests(guests))
+        for quota, guests in zip(solution.quota, solution.guests, strict=True)
+    ]
+    return [at_home, float(torch.tensor(shares).double() @ picks / picks.sum())]
 
 
 def _even_rank_load(
@@ -178,6 +262,8 @@ def describe(
         A table, and the index of the layer with the highest imbalance at home slots.
     """
     header = ["layer", "home slots", "LP", "most copies"]
+    guests = any(placement.num_guests_per_rank for placement in placements)
+    header += ["with guests", "copies moved"] if guests else []
     nodes = placements[0].num_ranks > placements[0].num_ranks_per_node
     header += _LEAVES if nodes else []
     header += [] if start is None else ["slots changed"]
@@ -186,17 +272,23 @@ def describe(
         zip(recording.layers, recording.load, placements, strict=True)
     ):
         mean = float(load.sum()) / placement.num_ranks
+        filled, placement = placement, placement.with_guest_slots(0)
         solution = solve(load, placement)
         home = _at_home(solution.quota)
         at_home.append(float(rank_load(home, placement).max()) / mean)
         rows.append(
             [str(layer), f"{at_home[-1]:.3f}", f"{int(solution.rank_load.max()) / mean:.3f}"]
         )
-        rows[-1].append(str(placement.max_replicas))
+        rows[-1].append(str(int((placement.copy_rank >= 0).sum(1).max())))
+        if guests:
+            with_guests = solve(load, filled)
+            rows[-1].append(f"{int(with_guests.rank_load.max()) / mean:.3f}")
+            rows[-1].append(str(int((with_guests.guests >= 0).sum())))
         if nodes:
             rows[-1] += [f"{leaves_node(q, placement):.1%}" for q in (home, solution.quota)]
         if start is not None:
-            changed = placement.physical_to_logical != start[i].physical_to_logical
+            before = start[i].with_guest_slots(0)
+            changed = placement.physical_to_logical != before.physical_to_logical
             rows[-1].append(str(int(changed.sum())))
     return text_table(header, rows), int(np.argmax(at_home))
 

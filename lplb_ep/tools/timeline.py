@@ -68,6 +68,10 @@ class Timeline:
     """[N, L, R] int64, on placements that are kept fresh."""
     home: torch.Tensor
     """[N, L, R] int64, with every token at its home slot."""
+    guests_kept: torch.Tensor
+    """[N, L] int64: copies of experts that guests move, on the placements of the beginning."""
+    guests: torch.Tensor
+    """[N, L] int64, on placements that are kept fresh."""
     moves: tuple[Move, ...]
     """By batch, then layer."""
     workloads: tuple[tuple[str, int], ...]
@@ -116,6 +120,7 @@ class Timeline:
             "workloads": [{"name": name, "first_batch": start} for name, start in self.workloads],
             "imbalance": {name: v.tolist() for name, v in self.imbalance().items()},
             "moves": [vars(move) for move in self.moves],
+            "guests": {"kept": self.guests_kept.tolist(), "refreshed": self.guests.tolist()},
         }
 
 
@@ -134,7 +139,7 @@ def replay_over_time(
     Args:
         workloads: recordings of the same layers and experts, in the order in which they come.
         placements: one for each of the L layers, which the first batch meets.
-        settings: whose `refresh…` count; `refresh` batches lie between two looks.
+        settings: whose `refresh…` and `guest…` count; `refresh` batches lie between two looks.
         choose: as for `Refresher`.
         num_groups: the router's, by which EPLB places anew; see `Placement.from_history`.
         progress: is called with the number of layers done, and of all layers.
@@ -167,16 +172,20 @@ def replay_over_time(
             f"{len(counts)} batches are too few for a refresh, which looks at {interval} and is in "
             f"force {interval} later"
         )
-    columns: dict[str, list[torch.Tensor]] = {"kept": [], "refreshed": [], "home": []}
+    names = ("kept", "refreshed", "home", "guests_kept", "guests")
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     moves: list[Move] = []
     for place, (number, placement) in enumerate(zip(first.layers, placements, strict=True)):
         loads = counts[:, place]
-        columns["kept"].append(solve(loads, placement, "cpu").rank_load.long())
+        kept = _solved(loads, placement, settings)
+        for name, values in zip(("kept", "guests_kept"), kept, strict=True):
+            columns[name].append(values)
         at_home = torch.zeros(len(loads), placement.num_ranks, dtype=torch.int64)
         columns["home"].append(at_home.index_add_(1, torch.tensor(placement.home_rank), loads))
         job = Job(number, loads.numpy(), widened(placement), choose, settings)
-        refreshed, moved = _refresh(job, columns["kept"][-1], num_groups)
-        columns["refreshed"].append(refreshed)
+        refreshed, moved = _refresh(job, kept, num_groups)
+        for name, values in zip(("refreshed", "guests"), refreshed, strict=True):
+            columns[name].append(values)
         moves += moved
         progress(place + 1, len(placements))
     starts = np.cumsum([0, *(len(w.counts) for w in workloads)])[:-1].tolist()
@@ -201,13 +210,32 @@ def check_interval(refresh: int) -> None:
         )
 
 
+def _solved(
+    loads: torch.Tensor, placement: Placement, settings: Settings
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, R] rank loads of loads [N, E], and [N] the copies that guests move; int64."""
+    found = solve(
+        loads,
+        placement,
+        "cpu",
+        guest_tolerance=settings.guest_tolerance,
+        guest_min_tokens=settings.guest_min_tokens,
+    )
+    return found.rank_load.long(), (found.guests >= 0).sum((1, 2))
+
+
 def _refresh(
-    job: Job, kept: torch.Tensor, num_groups: int | None
-) -> tuple[torch.Tensor, list[Move]]:
-    """[N, R] rank loads of a layer whose loads [N, E] are `job.loads`, and on the placement that
-    is kept `kept` [N, R]; and its moves."""
+    job: Job, kept: tuple[torch.Tensor, torch.Tensor], num_groups: int | None
+) -> tuple[tuple[torch.Tensor, torch.Tensor], list[Move]]:
+    """What `_solved` says of a layer that is kept fresh, and the layer's moves.
+
+    Args:
+        job: the layer, with all its loads.
+        kept: what `_solved` says on the placement of the beginning.
+        num_groups: the router's.
+    """
     interval, placement = job.settings.refresh, job.placement
-    rank_loads = kept.clone()
+    rank_loads, guests = (values.clone() for values in kept)
     moves: list[Move] = []
     for start in range(interval, len(job.loads) - interval, interval):
         seen = job.loads[start - interval : start]
@@ -220,9 +248,9 @@ def _refresh(
             moves.append(Move(batches.start, job.layer, moved, anew))
             placement = new
         if moves:
-            solved = solve(torch.from_numpy(job.loads[batches]), placement, "cpu")
-            rank_loads[batches] = solved.rank_load
-    return rank_loads, moves
+            loads = torch.from_numpy(job.loads[batches])
+            rank_loads[batches], guests[batches] = _solved(loads, placement, job.settings)
+    return (rank_loads, guests), moves
 
 
 def _anew(placement: Placement, loads: Int64, num_groups: int | None) -> Placement:

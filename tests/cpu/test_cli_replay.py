@@ -257,7 +257,8 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
         (
             ["--key", "new", "--placement", "kube", "--ranks", "8"],
             "--placement must be cube, hypercube, torus, ring (or ring:SIZE, torus:ROWSxCOLUMNS), "
-            "eplb, lp, or a file written by place or Placement.save; got 'kube'",
+            "eplb, lp, homes (experts in order), or a file written by place or Placement.save; "
+            "got 'kube'",
         ),
         (
             ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],

@@ -191,7 +191,7 @@ def test_the_command(command, tmp_path):
     [
         (["--then", "new"], "--then needs --refresh"),
         (["--draw", 3], "--draw needs --refresh"),
-        (["--expert-bytes", 3], "--expert-bytes needs --refresh"),
+        (["--expert-bytes", 3], "--expert-bytes needs --guests or --refresh"),
         (["--threshold", 1.01], "--threshold needs --refresh"),
         (["--changes", 16], "--changes needs --refresh"),
         (["--seconds", 2], "--seconds needs --refresh"),

@@ -116,7 +116,26 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
             settings.placement,
             repr(Placement.load(settings.placement)),
         )
+        choices["guests"] = lambda: _describe_guests(settings)
     return choices
+
+
+def _describe_guests(settings: Settings) -> tuple[str, str]:
+    """Guest slots of the placement of `LPLB_EP_PLACEMENT`, and what they ask for."""
+    from ...placement.table import Placement
+    from ...planning.solvers import choose_solver
+
+    placement = Placement.load(settings.placement)
+    guests = placement.num_guests_per_rank
+    if not guests:
+        return "none", "the placement has no guest slots"
+    solver, _ = choose_solver(settings.solver, placement)
+    return (
+        f"{guests} a rank",
+        f"of {placement.num_local_slots} slots, which DeepEP counts; solver {solver}; taken where "
+        f"T* exceeds {1 + settings.guest_tolerance:g} x the mean, "
+        f"each for {settings.guest_min_tokens} tokens or more",
+    )
 
 
 def _choose_counts(settings: Settings) -> tuple[str, str]:

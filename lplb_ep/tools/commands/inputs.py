@@ -15,9 +15,14 @@ if TYPE_CHECKING:
     from ..recordings import Recording
 
 
-def add_recording(parser: argparse.ArgumentParser) -> None:
+def add_recording(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the file to read and how to read it."""
-    parser.add_argument("file", metavar="FILE", help="a recording: .npy, .npz, .pt or a directory")
+    parser.add_argument(
+        "file",
+        metavar="FILE",
+        nargs=None if required else "?",
+        help="a recording: .npy, .npz, .pt or a directory",
+    )
     parser.add_argument("--key", help="which array of an .npz that holds several")
     parser.add_argument(
         "--layout", help="what three dimensions are: counts, layer-token or token-layer"
@@ -40,6 +45,13 @@ def read_recording(args: argparse.Namespace) -> Recording:
             num_experts=args.experts,
             tokens_per_batch=args.tokens_per_batch,
         )
+
+
+def add_guests(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds the number of guest slots; `default` says what holds without it."""
+    parser.add_argument(
+        "--guests", type=int, metavar="G", help=f"guest slots on each rank; default: {default}"
+    )
 
 
 def read_another(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .inputs import add_recording, learn_for_lp, read_placements, read_recording
-from .options import check_least, check_outputs, one_line_errors
+from .inputs import add_guests, add_recording, learn_for_lp, read_placements, read_recording
+from .options import OPTIONS, as_typed, check_least, check_outputs, one_line_errors
 
 
 def add(commands: Any) -> None:
@@ -15,16 +15,18 @@ def add(commands: Any) -> None:
         "place",
         help="a placement for every layer of a recording, made for the linear program",
         description="Learns a placement of each layer on recorded routing (Placement.for_lp). "
-        "Writes them to a file for replay, and shows the imbalance on the same load.",
+        "Writes them to a file for replay, and shows the imbalance on the same load. "
+        "Without a recording: experts in order and guest slots, one placement for all layers.",
     )
     place.set_defaults(command=_run)
-    add_recording(place)
+    add_recording(place, required=False)
     place.add_argument("-o", "--output", required=True, metavar="PATH", help="the JSON to write")
     place.add_argument("--ranks", type=int, metavar="R", help="with --start its own")
     place.add_argument(
         "--redundant", type=int, metavar="D", help="on each rank; with --start its own"
     )
     place.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
+    add_guests(place, "none; with --start its own")
     place.add_argument("--groups", type=int, metavar="G", help="the router's expert groups")
     place.add_argument(
         "--drift", type=float, default=0.8, metavar="X", help="how far loads may move away; 0.8"
@@ -44,6 +46,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
         check_least(args, "seed", "seconds")
+        if args.file is None:
+            return _place_homes(args)
         from ...placement.layer_files import save_placements
         from ..replay import describe
 
@@ -64,6 +68,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             drift=args.drift,
             seed=args.seed,
             time_budget_s=args.seconds,
+            num_guests_per_rank=args.guests,
         )
         save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
         print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
@@ -76,4 +81,23 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             layer = recording.layers[worst]
             title = f"{recording.source}, layer {layer}"
             plot_placement(args.png, placements[worst], recording.load[worst], title=title)
+    return 0
+
+
+def _place_homes(args: argparse.Namespace) -> int:
+    """Writes the placement of a model whose loads are not known yet."""
+    from ...placement.table import Placement
+
+    learning = ("key", "layout", "tokens_per_batch", "redundant", "groups", "percentile", "seconds")
+    for name in (*learning, "start", "fixed_homes", "max_changes", "png"):
+        if getattr(args, name) not in (None, False):
+            raise ValueError(f"--{name.replace('_', '-')} needs a recording")
+    if None in (args.experts, args.ranks, args.guests):
+        raise ValueError("place needs a recording, or --experts, --ranks and --guests")
+    with as_typed(OPTIONS):
+        placement = Placement.homes_only(
+            args.experts, args.ranks, args.guests, num_ranks_per_node=args.ranks_per_node
+        )
+    placement.save(args.output)
+    print(placement)
     return 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...settings import Settings
 from .inputs import (
+    add_guests,
     add_recording,
     learn_for_lp,
     read_another,
@@ -24,8 +26,8 @@ if TYPE_CHECKING:
 
 _TOPOLOGIES = ("cube", "hypercube", "torus", "ring")
 _KINDS = (
-    f"{', '.join(_TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, lp, or a file "
-    "written by place or Placement.save"
+    f"{', '.join(_TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, lp, homes (experts in "
+    "order), or a file written by place or Placement.save"
 )
 
 
@@ -38,7 +40,9 @@ def add(commands: Any) -> None:
     )
     replay.set_defaults(command=_run)
     add_recording(replay)
-    replay.add_argument("--placement", required=True, metavar="KIND", help=_KINDS)
+    replay.add_argument(
+        "--placement", metavar="KIND", help=f"{_KINDS}; default with --guests: homes"
+    )
     replay.add_argument("--ranks", type=int, metavar="R", help="ranks; not with a placement file")
     replay.add_argument(
         "--redundant",
@@ -57,6 +61,28 @@ def add(commands: Any) -> None:
     )
     replay.add_argument(
         "--learn-layout", metavar="LAYOUT", help="of --learn-from; default: as --layout"
+    )
+    add_guests(replay, "those of a placement file")
+    replay.add_argument(
+        "--guest-tolerance",
+        type=float,
+        metavar="X",
+        help="no guests where T* is within this part of the mean; default: the setting",
+    )
+    replay.add_argument(
+        "--guest-min-tokens",
+        type=int,
+        metavar="N",
+        help="the least tokens that a guest must take; default: the setting",
+    )
+    replay.add_argument(
+        "--expert-bytes",
+        type=int,
+        metavar="B",
+        help="weights of an expert, to tell bytes moved by guests or refreshes",
+    )
+    replay.add_argument(
+        "--by-batch", action="store_true", help="a line for each batch, not for each layer"
     )
     replay.add_argument("--json", metavar="PATH", help="write all numbers")
     replay.add_argument("--png", metavar="PATH", help="draw the layers' imbalance")
@@ -83,51 +109,91 @@ def add(commands: Any) -> None:
     ):
         text += f"; {getattr(Settings(), f'refresh_{name}')}"
         over_time.add_argument(f"--{name}", type=kind, metavar=metavar, help=text)
-    over_time.add_argument(
-        "--expert-bytes", type=int, metavar="B", help="weights of an expert, to tell bytes moved"
-    )
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
         _check_over_time(args)
+        check_least(args, "expert_bytes")
+        rule = _guest_rule(args)
         from ..replay import replay
 
         recording, learned = _recordings(args)
         placements = _placements(args, recording, learned)
+        _check_guest_options(args, placements)
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
-        result = replay(recording, placements)
+        result = replay(recording, placements, **rule)
 
-        num_batches, num_layers, num_experts = recording.counts.shape
-        num_ranks, num_slots = placements[0].num_ranks, placements[0].num_physical_experts
-        where = f"{args.placement}, {num_ranks} ranks, {num_slots} slots for {num_experts} experts"
+        num_batches, num_layers, _ = recording.counts.shape
+        about = _about(args, learned, placements)
+        where = _where(args, about, recording)
         if args.learn_from is not None:
             where += f", learned from {learned.source}"
-        about = {
-            "recording": recording.source,
-            "learned_from": learned.source,
-            "placement": args.placement,
-            "num_ranks": num_ranks,
-            "num_physical_experts": num_slots,
-        }
-        write_json(args.json, {**about, **result.to_json()})
+        told = {"recording": recording.source, **about, **result.to_json(args.expert_bytes)}
+        write_json(args.json, told)
         if args.png:
             from ..plots import plot_replay
 
             plot_replay(args.png, result, title=recording.source, footnote=where)
         print(f"recording  {recording.source}: {num_batches} batch(es), {num_layers} layers")
         print(f"placement  {where}")
-        print("imbalance  max rank load / mean rank load; 1.000 is ideal\n")
-        print(result.table())
+        print("imbalance  max rank load / mean rank load; 1.000 is ideal")
+        if result.guests is not None:
+            print("moved      copies of experts that a batch moves in a layer, over all ranks")
+        print()
+        print(result.table(args.expert_bytes, by_batch=args.by_batch))
     return 0
+
+
+def _about(
+    args: argparse.Namespace, learned: Recording, placements: Sequence[Placement]
+) -> dict[str, Any]:
+    """What was replayed, for JSON."""
+    return {
+        "learned_from": learned.source,
+        "placement": args.placement,
+        "num_ranks": placements[0].num_ranks,
+        "num_physical_experts": placements[0].num_physical_experts,
+        "num_guests_per_rank": placements[0].num_guests_per_rank,
+    }
+
+
+def _where(args: argparse.Namespace, about: dict[str, Any], recording: Recording) -> str:
+    """The same in words."""
+    guests = about["num_guests_per_rank"]
+    return (
+        f"{args.placement}, {about['num_ranks']} ranks, {about['num_physical_experts']} slots for "
+        f"{recording.num_experts} experts{f', {guests} a rank for guests' if guests else ''}"
+    )
+
+
+def _guest_rule(args: argparse.Namespace) -> dict[str, Any]:
+    """The rule that the options say, else the settings."""
+    options = {name: getattr(args, name) for name in ("guest_tolerance", "guest_min_tokens")}
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = Settings.from_env()
+    with as_typed(OPTIONS):
+        settings = dataclasses.replace(settings, **given)
+    return {name: getattr(settings, name) for name in options}
+
+
+def _check_guest_options(args: argparse.Namespace, placements: Sequence[Placement]) -> None:
+    """Refuses options that say something of guests where there are none."""
+    if any(placement.num_guests_per_rank for placement in placements):
+        return
+    for name in ("guest_tolerance", "guest_min_tokens"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} needs --guests")
+    if args.expert_bytes is not None and args.refresh is None:
+        raise ValueError("--expert-bytes needs --guests or --refresh")
 
 
 def _check_over_time(args: argparse.Namespace) -> None:
     """Refuses what could not be replayed over time, before the work is done."""
     if args.refresh is None:
-        for name in ("then", "draw", "threshold", "changes", "seconds", "expert_bytes"):
+        for name in ("then", "draw", "threshold", "changes", "seconds"):
             if getattr(args, name) not in (None, []):
                 raise ValueError(f"--{name.replace('_', '-')} needs --refresh")
         return
@@ -136,7 +202,8 @@ def _check_over_time(args: argparse.Namespace) -> None:
     with as_typed(OPTIONS):
         check_interval(args.refresh)
     _refresh_settings(args)
-    check_least(args, "expert_bytes")
+    if args.by_batch:
+        raise ValueError("--by-batch does not go with --refresh")
 
 
 def _refresh_settings(args: argparse.Namespace) -> Settings:
@@ -144,7 +211,7 @@ def _refresh_settings(args: argparse.Namespace) -> Settings:
     options = {f"refresh_{n}": getattr(args, n) for n in ("threshold", "changes", "seconds")}
     given = {name: value for name, value in options.items() if value is not None}
     with as_typed(OPTIONS):
-        return Settings(refresh=args.refresh, **given)
+        return Settings(refresh=args.refresh, **given, **_guest_rule(args))
 
 
 def _replay_over_time(
@@ -168,18 +235,12 @@ def _replay_over_time(
         )
     moved = sum(move.num_copies for move in result.moves)
     about: dict[str, Any] = {
-        "placement": args.placement,
-        "learned_from": learned.source,
-        "num_ranks": placements[0].num_ranks,
-        "num_physical_experts": placements[0].num_physical_experts,
+        **_about(args, learned, placements),
         "num_moved": moved,
         "num_anew": sum(move.num_anew for move in result.moves),
         "bytes_moved": None if args.expert_bytes is None else moved * args.expert_bytes,
     }
-    where = (
-        f"{args.placement}, {about['num_ranks']} ranks, {about['num_physical_experts']} slots for "
-        f"{recording.num_experts} experts, learned from {learned.source}"
-    )
+    where = f"{_where(args, about, recording)}, learned from {learned.source}"
     write_json(args.json, {**about, **result.to_json()})
     if args.png:
         from ..plots import plot_timeline
@@ -195,6 +256,9 @@ def _replay_over_time(
         f"(EPLB anew each time: {about['num_anew']} copies)"
         + (f", {about['bytes_moved'] / 1e9:.2f} GB out" if args.expert_bytes is not None else "")
     )
+    if about["num_guests_per_rank"]:
+        kept, fresh = (int(copies.sum()) for copies in (result.guests_kept, result.guests))
+        print(f"guests     {kept} copies moved on placements kept, {fresh} on refreshed ones")
     return 0
 
 
@@ -216,8 +280,15 @@ def _placements(
     """One for each layer, made from the learned load or read from the file."""
     from ...placement.table import Placement
 
+    if args.placement is None:
+        if args.guests is None:
+            raise ValueError(f"replay needs --placement or --guests; a placement is {_KINDS}")
+        args.placement = "homes"
     kind, num_layers = args.placement, len(recording.layers)
+    guests = 0 if args.guests is None else args.guests
     topology = kind.split(":")[0] in _TOPOLOGIES
+    if kind == "homes":
+        return [_homes_in_order(args, recording.num_experts, guests)] * num_layers
     if not topology and kind not in ("eplb", "lp"):
         if not Path(kind).exists():
             raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
@@ -227,7 +298,7 @@ def _placements(
         given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{given[0]} does not go with a placement file ({kind})")
-        return read_placements(kind, recording.layers)
+        return _with_guests(read_placements(kind, recording.layers), args.guests)
     if args.ranks is None or (args.redundant is None and not topology):
         raise ValueError(
             f"--placement {kind} needs --ranks{'' if topology else ' and --redundant'}"
@@ -243,6 +314,7 @@ def _placements(
         "num_ranks": args.ranks,
         "num_redundant_per_rank": args.redundant,
         "num_ranks_per_node": args.ranks_per_node,
+        "num_guests_per_rank": guests,
     }
     if kind == "lp":
         return learn_for_lp(learned, num_groups=args.groups, **shape)
@@ -258,3 +330,25 @@ def _placements(
         return [
             Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load
         ]
+
+
+def _homes_in_order(args: argparse.Namespace, num_experts: int, guests: int) -> Placement:
+    from ...placement.table import Placement
+
+    for name in ("redundant", "groups", "learn_from"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --placement homes")
+    if args.ranks is None:
+        raise ValueError("--placement homes needs --ranks")
+    with as_typed({**OPTIONS, "num_experts": "the number of experts"}):
+        return Placement.homes_only(
+            num_experts, args.ranks, guests, num_ranks_per_node=args.ranks_per_node
+        )
+
+
+def _with_guests(placements: Sequence[Placement], guests: int | None) -> list[Placement]:
+    """Those of a file, with as many guest slots as are asked for, else with their own."""
+    if guests is None:
+        return list(placements)
+    with as_typed(OPTIONS):
+        return [placement.with_guest_slots(guests) for placement in placements]
