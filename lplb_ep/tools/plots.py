@@ -33,7 +33,12 @@ _LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength"
 
 
 def plot_replay(
-    path: str | os.PathLike[str], result: Replay, *, title: str = "", footnote: str = ""
+    path: str | os.PathLike[str],
+    result: Replay,
+    *,
+    by_batch: bool = False,
+    title: str = "",
+    footnote: str = "",
 ) -> None:
     """Draws the imbalance of each layer: experts in order, home slots, even split, LP, ideal.
 
@@ -42,6 +47,7 @@ def plot_replay(
     Args:
         path: the PNG to write.
         result: what to draw; means over batches as lines, their range as a shade.
+        by_batch: whether to draw each batch instead; means and ranges are over the layers.
         title: headline.
         footnote: a small line at the foot: where the numbers come from.
 
@@ -54,18 +60,23 @@ def plot_replay(
         has_guests = result.guests is not None
         rows = figure.subplots(2 if has_guests else 1, sharex=True, squeeze=False)[:, 0]
         axes, last = rows[0], rows[-1]
-        place = np.arange(len(result.layers))
+        numbers = range(len(result.home)) if by_batch else result.layers
+        place = np.arange(len(numbers))
+
+        def values_of(column: torch.Tensor) -> npt.NDArray[Any]:
+            return column.T.numpy() if by_batch else column.numpy()
+
         names = {"in_order": "", "home": "o", "even": "s", "residents": "^", "lp": "o"}
         drawn = []
         for name, marker in names.items():
             if getattr(result, name) is not None:
-                values = getattr(result, name).numpy()
+                values = values_of(getattr(result, name))
                 label = f"{LABELS[name]} (median {np.median(values):.2f})"
                 look = {"color": _COLOURS[name], "marker": marker, "label": label}
                 drawn += _draw_range(axes, place, values, look)
         if result.guests is not None:
-            _draw_range(last, place, result.guests.numpy(), {"color": _COLOURS["lp"]})
-            last.set_ylabel("copies moved a batch")
+            _draw_range(last, place, values_of(result.guests), {"color": _COLOURS["lp"]})
+            last.set_ylabel("copies moved in a layer")
             last.set_ylim(bottom=0)
             _finish(last)
         axes.axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
@@ -73,15 +84,21 @@ def plot_replay(
             1.005, 1, "ideal", transform=axes.get_yaxis_transform(), va="center", color="0.35"
         )
         shown = place[:: max(1, len(place) // 16)]
-        last.set_xticks(shown, [str(result.layers[i]) for i in shown])
+        last.set_xticks(shown, [str(numbers[i]) for i in shown])
         last.set_xlim(-0.8, len(place) - 0.2)
-        batches = len(result.home)
-        note = f"   (mean and range of {batches} batches)" if batches > 1 else ""
-        last.set_xlabel(f"MoE layer{note}")
+        what, others = ("batch", "layers") if by_batch else ("MoE layer", "batches")
+        note = f"   (mean and range of {len(values)} {others})" if len(values) > 1 else ""
+        last.set_xlabel(f"{what}{note}")
         axes.set_ylabel("imbalance: max / mean rank load")
         _finish(axes)
         # Above the axes, clear of the data.
-        axes.legend(handles=drawn, loc="lower left", bbox_to_anchor=(0, 1), ncols=4, **_LEGEND)
+        axes.legend(
+            handles=drawn,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=3 if has_guests else 4,
+            **_LEGEND,
+        )
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=7.5, color="0.45")
 
@@ -91,7 +108,7 @@ def plot_replay(
 def _draw_range(
     axes: Axes, place: npt.NDArray[Any], values: npt.NDArray[Any], look: Mapping[str, Any]
 ) -> list[Any]:
-    """Draws means over the batches [N, L] as a line, and their range as a shade."""
+    """Draws means over the first dimension as a line, and the range as a shade."""
     drawn = axes.plot(place, values.mean(0), ms=4, lw=1.4, **look)
     if len(values) > 1:
         low, high = values.min(0), values.max(0)

@@ -136,7 +136,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         if args.png:
             from ..plots import plot_replay
 
-            plot_replay(args.png, result, title=recording.source, footnote=where)
+            about_picture = {"title": recording.source, "footnote": where}
+            plot_replay(args.png, result, by_batch=args.by_batch, **about_picture)
         print(f"recording  {recording.source}: {num_batches} batch(es), {num_layers} layers")
         print(f"placement  {where}")
         print("imbalance  max rank load / mean rank load; 1.000 is ideal")
