@@ -86,6 +86,10 @@ def add(commands: Any) -> None:
     )
     replay.add_argument("--json", metavar="PATH", help="write all numbers")
     replay.add_argument("--png", metavar="PATH", help="draw the layers' imbalance")
+    _add_over_time(replay)
+
+
+def _add_over_time(replay: argparse.ArgumentParser) -> None:
     over_time = replay.add_argument_group(
         "over time", "with --refresh: one workload after another, and replicas that follow them"
     )
