@@ -74,7 +74,7 @@ def solve(
     return Optimum(torch.from_numpy(quota.astype(np.int32)), bound, torch.from_numpy(ranks))
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)  # layers of a model; placements of batches with guests pass by
 def _network(placement: Placement) -> optimum.Network:
     return optimum.Network(placement.copy_rank, placement.num_ranks)
 
