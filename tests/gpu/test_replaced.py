@@ -87,9 +87,9 @@ def test_what_does_not_fit_is_refused():
     placement = cube()  # without room
     planner = Planner(placement, rank=3, counts="given")
     table = placement.physical_to_logical.reshape(16, -1).copy()
-    table[0, -1] = table[8, 0]  # joins the two groups
+    table[0, -1] = table[8, 3]  # a second copy joins the two groups
     with pytest.raises(ValueError, match="have space for size 8, and the placement needs 16"):
-        planner.prepare(placement.with_copies(table.ravel(), 3))
+        planner.prepare(placement.with_copies(table.ravel()))
     placement = refreshed(cube())
     planner = Planner(placement, rank=3, counts="given")
     table = np.tile(placement.physical_to_logical.reshape(16, -1)[:, :4], 2)[:, :6]
