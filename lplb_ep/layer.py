@@ -44,7 +44,7 @@ class GuestWeights(Protocol):
     def prepare(self, slot: int) -> None:
         """Has the current stream wait for all that uses the memory of guests: a plan comes."""
 
-    def push(self, guests: torch.Tensor, slot: int) -> Any:
+    def push(self, guests: torch.Tensor, slot: int, status: torch.Tensor) -> Any:
         """Begins to bring the guests [R, G] of a plan; returns what stands for the batch."""
 
     def push_again(self, fill: Any, slot: int) -> None:

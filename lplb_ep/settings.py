@@ -157,6 +157,12 @@ class Settings:
         "The least tokens that a guest must take, at least 1; likewise.",
         within=("of at least 1, below 2**31", lambda tokens: 1 <= tokens < 2**31),
     )
+    push_sms: int = _setting(
+        "LPLB_EP_PUSH_SMS",
+        16,
+        "How many SMs push guests' weights to other GPUs, and fetch their gradients.",
+        within=("of at least 1, at most 1024", lambda number: 1 <= number <= 1024),
+    )
     num_physical_experts: int = _setting(
         "LPLB_EP_NUM_PHYSICAL_EXPERTS",
         0,

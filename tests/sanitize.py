@@ -47,6 +47,7 @@ OWN_KERNELS = [
     for signature in (
         *(structs.COUNT, structs.SOLVE, structs.SOLVE_GENERAL, structs.ROUTE, structs.SPLIT),
         *(structs.MASK, structs.GATHER, structs.BROADCAST, BARRIER),
+        *(structs.PUSH_GUESTS, structs.AWAIT_GUESTS, structs.MEET, structs.ADD_GRADIENTS),
     )
     for option in ("--kernel-name", f"kernel_name={signature.name}")
 ]

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a script's folder alone is there
 
+import guest_ranks  # noqa: E402
 import numpy as np  # noqa: E402
 import oracle  # noqa: E402
 import torch  # noqa: E402
@@ -36,7 +37,14 @@ from lplb_ep.planning.device import DeviceBackend  # noqa: E402
 from lplb_ep.planning.layout import capacity_for  # noqa: E402
 from lplb_ep.planning.plan import Plan  # noqa: E402
 from lplb_ep.planning.solvers import DEVICE_SOLVERS, Variant  # noqa: E402
-from lplb_ep.planning.structs import HEAD, Status  # noqa: E402
+from lplb_ep.planning.structs import HEAD, Status, Sum  # noqa: E402
+from lplb_ep.weights.guest_launches import (  # noqa: E402
+    Batch,
+    GuestLaunches,
+    Traveller,
+    memory_at,
+    rows_of,
+)
 from lplb_ep.weights.proposals import widened  # noqa: E402
 
 
@@ -61,6 +69,7 @@ def cases() -> list[Case]:
         for name, solver in DEVICE_SOLVERS.items()
         for v in solver.variants()
     ]
+    out.append(Case("guests", run_guests, kernels.weights_program()))
     others = [p for p in kernels.programs() if p.source in ("route.cu", "barrier.cu")]
     for program in others:
         index = program.defines.get("INDEX")
@@ -356,6 +365,57 @@ def run_barrier() -> None:
         torch.cuda.synchronize()
         assert flags[:, rank].tolist() == [number] * R
     assert not peers.missing.any()
+
+
+def run_guests() -> None:
+    """Weights of guests and their gradients between ranks of this process, one after the other.
+
+    No kernel waits for one that is launched behind it, as the tools may let them run one by one.
+    """
+    R, rng = 3, np.random.default_rng(7)
+    device = torch.device("cuda", torch.cuda.current_device())
+    layout = guest_ranks.layout_of(R, 3, 2)
+    num_bytes = 2 * layout.num_bytes
+    addresses, held = guest_ranks.local_addresses(R, num_bytes, device)
+    missing = torch.zeros(R, dtype=torch.int32).pin_memory()
+    limit_ns = 10**11
+    made = [
+        GuestLaunches(rank, device, addresses, node, missing.data_ptr(), limit_ns)
+        for rank in range(R)
+        for node in (R, 1)  # the second kind meets none but itself
+    ]
+    calls, stream = [one.of_layer(layout) for one in made], torch.cuda.current_stream().cuda_stream
+    experts = guest_ranks.draw_experts(layout, 0, device)
+    grads = [torch.randn(9, *shape, device=device) for shape in layout.shapes]
+    guests = torch.from_numpy(guest_ranks.draw_table(rng, layout, 0.8)).to(device)
+    batch, tables = Batch(guests.data_ptr(), 0, 0), []
+    for rank in range(R):
+        own = slice(3 * rank, 3 * rank + 3)
+        weights = [
+            Traveller(offset, size, tensor[own])
+            for offset, size, tensor in zip(layout.offsets, layout.slot_bytes, experts, strict=True)
+        ]
+        sums, end = [], 0
+        for tensor, kind in zip(grads, 2 * [Sum.FLOATS, Sum.BFLOATS, Sum.FLOATS], strict=True):
+            homes = tensor[own].bfloat16() if kind == Sum.BFLOATS else tensor[own]
+            held.append(homes)
+            sums.append(Traveller(end, homes[0].numel() * homes.element_size(), homes, kind))
+            end += 2 * sums[-1].num_bytes + 256 & -256
+        tables.append(
+            [made[0].make_table(of, [rows_of(one, 3) for one in of]) for of in (weights, sums)]
+        )
+    for rank in range(R):
+        calls[2 * rank].push(stream, batch, 0, tables[rank][0], num_blocks=4)
+    for rank, addressed in enumerate(addresses.memory):
+        calls[2 * rank].wait(stream, batch, 0, tables[rank][0])
+        memory = memory_at(addressed, num_bytes, device)
+        assert not guest_ranks.num_wrong(layout, memory, experts, guests[rank])
+        memory.zero_()
+    for rank in range(R):
+        calls[2 * rank + 1].meet(stream, batch, 0, tables[rank][1])
+        calls[2 * rank].add(stream, batch, 0, tables[rank][1], num_blocks=4)
+    torch.cuda.synchronize()
+    assert not missing.any()
 
 
 def run_cases(names: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ContractError
+from ..errors import ContractError, RankError
 from ..layer import GuestWeights
 from ..planning.planner import Planner
 from .channels import LayerUse
@@ -100,10 +100,10 @@ def plan_with_guests(
         return planner.route(topk_idx, stale=True, **kinds), without_guests(use)
     try:
         weights.prepare(use.slot)
-    except ContractError as error:  # the other ranks wait for this rank's counts
+    except (ContractError, RankError) as error:  # the other ranks wait for this rank's counts
         planner.refuse(error)
     plan = planner(topk_idx, stale=stale, **kinds)
-    fill = weights.push(plan.guests, use.slot)
+    fill = weights.push(plan.guests, use.slot, plan.status)
     return plan.topk_idx, PushedGuests(weights, use.slot, fill)
 
 

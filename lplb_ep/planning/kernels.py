@@ -17,14 +17,30 @@ NUM_THREADS = 1024
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are shared between."""
 
+NUM_COPY_THREADS, CHUNK, NUM_STAGES = 256, 32768, 4
+"""Of the kernels that move weights: threads of a block, bytes of a chunk, and chunks in a block's
+shared memory."""
+
 
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
     return [
         *(solver.program(v) for solver in DEVICE_SOLVERS.values() for v in solver.variants()),
         *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),
+        weights_program(),
         barrier_program(),
     ]
+
+
+def weights_program(chunk: int = CHUNK, num_stages: int = NUM_STAGES) -> Program:
+    """The kernels that move guests' weights and gradients.
+
+    Args:
+        chunk: bytes that one bulk copy takes.
+        num_stages: chunks in a block's shared memory.
+    """
+    defines = {"THREADS": NUM_COPY_THREADS, "CHUNK": chunk, "STAGES": num_stages}
+    return Program("weights.cu", defines)
 
 
 def solver_kernel(solver: str, variant: Variant, device: int, signature: Signature) -> Kernel:
@@ -45,6 +61,21 @@ def route_kernel(dtype: torch.dtype, device: int, signature: Signature) -> Kerne
         MissingPackageError, CompileError: as `solver_kernel`.
     """
     return _route_kernels(dtype, device).kernel(signature.name, signature.formats)
+
+
+def weights_kernel(device: int, chunk: int, num_stages: int, signature: Signature) -> Kernel:
+    """A kernel of weights.cu; arguments as of `weights_program`.
+
+    Raises:
+        MissingPackageError, CompileError: as `solver_kernel`.
+    """
+    kernels = _weights_kernels(device, chunk, num_stages)
+    return kernels.kernel(signature.name, signature.formats)
+
+
+@functools.cache
+def _weights_kernels(device: int, chunk: int, num_stages: int) -> Kernels:
+    return load(weights_program(chunk, num_stages), device)
 
 
 @functools.cache

@@ -60,6 +60,17 @@ class ErrorFlag(enum.IntEnum):
     """Given counts were not those of the picks."""
 
 
+class Sum(enum.IntEnum):
+    """How a guest's gradient is added to its home's: the types of the home's and the guest's."""
+
+    FLOATS = 0
+    """Of 32 bits both."""
+    BFLOATS = 1
+    """bfloat16 both; each sum is rounded."""
+    BFLOATS_TO_FLOATS = 2
+    """The guest's is bfloat16, its home's of 32 bits."""
+
+
 HEAD = len(Head)
 """Integers before the counts of an exchanged row."""
 NUM_ERROR_FLAGS = len(Status) + len(ErrorFlag)
@@ -230,6 +241,45 @@ BATCH = Struct(
     ("int", "num_components", "G"),
     ("int", "rank", "this rank"),
 )
+MAX_GUESTS = 512
+"""Guest slots of the ranks of a node."""
+PARAMETER = Struct(
+    "Parameter",
+    "A parameter of every expert that guests travel with, or its gradient.",
+    ("const Word*", "homes", "[num_local_slots] where those of this rank lie"),
+    ("long long", "offset", "where guest slot 0 has it in a rank's guest memory, in bytes"),
+    ("long long", "bytes", "of a home; the guest slots' follow one another"),
+    ("int", "first_chunk", "its first among the chunks of an expert"),
+    ("int", "sum", "a Sum; of weights FLOATS"),
+)
+TRAVEL = Struct(
+    "Travel",
+    "A batch's guests, and the memory of the ranks that they travel between.",
+    ("const int*", "guests", "[R, num_guests] the expert of each guest slot, -1: none; or null"),
+    ("const int*", "status", "[1] how the batch ends, or null: OPTIMAL"),
+    ("const Word*", "batch", "[1] a number that no other batch has, or null: `num_used` counts"),
+    ("Word*", "num_used", "[1] tables with guests that travelled without a number"),
+    ("int*", "met", "[1] whether the last meeting was complete"),
+    ("const int*", "homes", "[E] the slot of each home"),
+    ("const Parameter*", "parameters", "[num_parameters]"),
+    ("char* const*", "memory", "[R] each rank's guest memory, null on other nodes"),
+    ("Word* const*", "arrived", "[R] each rank's [R]: the ticket of the last push from each rank"),
+    ("Word* const*", "present", "[R] each rank's [2, R]: where each came last, and what it left"),
+    ("Word*", "last", "[R] the last meeting, if that rank came to it, or 0"),
+    ("int*", "num_done", "[1] blocks that have pushed, 0 between launches"),
+    ("volatile int*", "missing", "[R] in the host's memory: 1 where a rank did not come in time"),
+    ("long long", "limit_ns", "how long to wait for it"),
+    ("int", "use", "uses of the batch's number that came before"),
+    ("int", "has_met", "1: the ranks met instead of exchanging rows"),
+    ("int", "num_parameters", "of an expert"),
+    ("int", "num_chunks", "of an expert's parameters"),
+    ("int", "num_guests", "guest slots of a rank"),
+    ("int", "num_local_slots", "of a rank, guest slots included"),
+    ("int", "num_ranks", "R"),
+    ("int", "first_rank", "of this rank's node"),
+    ("int", "node_size", "ranks of a node"),
+    ("int", "rank", "this rank"),
+)
 
 COUNT = Signature(
     "count",
@@ -279,16 +329,24 @@ MASK = Signature(
     ("Index*", "out", "[num_picks] may be either of them"),
     ("int", "num_picks", "T times K"),
 )
+PUSH_GUESTS = Signature("push_guests", (TRAVEL, "travel", "of the weights"))
+AWAIT_GUESTS = Signature("await_guests", *PUSH_GUESTS.arguments)
+MEET = Signature("meet", *PUSH_GUESTS.arguments)
+ADD_GRADIENTS = Signature("add_gradients", (TRAVEL, "travel", "of the gradients"))
 SIGNATURES = {
-    one.name: one for one in (COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SPLIT, ROUTE, MASK)
+    one.name: one
+    for one in (
+        *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SPLIT, ROUTE, MASK),
+        *(PUSH_GUESTS, AWAIT_GUESTS, MEET, ADD_GRADIENTS),
+    )
 }
-"""Of every kernel of a plan, by name."""
+"""Of every kernel of a plan, and of its guests' weights, by name."""
 
 
 def abi_header() -> str:
     """The text of `kernels/abi.cuh`."""
     structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY]
-    structs += [ARC, EDGE, SHAPE, NETWORK, PROBLEM, COPY, TABLE, BATCH]
+    structs += [ARC, EDGE, SHAPE, NETWORK, PROBLEM, COPY, TABLE, BATCH, PARAMETER, TRAVEL]
     parts = [
         "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
         enum_text(Status),
@@ -298,6 +356,8 @@ def abi_header() -> str:
         enum_text(ErrorFlag, "FLAG_"),
         constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
         constant_text("unsigned", "MAX_TOTAL", MAX_TOTAL, "tokens of a batch; and its number"),
+        constant_text("int", "MAX_GUESTS", MAX_GUESTS, "guest slots of the ranks of a node"),
+        enum_text(Sum, "SUM_"),
         *(one.text for one in structs),
     ]
     return header("python -m lplb_ep.planning.structs", parts)

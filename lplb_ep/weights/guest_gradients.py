@@ -180,5 +180,6 @@ def _send_home(
         returned.append(gradients)
         totals.append(total)
     batch.pool.transport.reduce(batch.layout, parts, totals, batch.fill.guests)
+    batch.pool.put(None)  # which has gradients in the place of weights, by some transports
     held.is_awaited = batch.fill.is_awaited = False
     return returned

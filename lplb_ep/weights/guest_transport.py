@@ -96,6 +96,23 @@ class GuestLayout:
         ]
 
 
+class BatchNumber:
+    """A number of a batch on the device, the same on all ranks and of no other batch.
+
+    Args:
+        tensor: 8 bytes, aligned; their bits 24 to 31 are 0. Replays of a graph may change it.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._num_uses = 0
+
+    def use(self) -> int:
+        """Counts a use. Ranks use a number for the same things, in the same order."""
+        self._num_uses += 1
+        return self._num_uses - 1
+
+
 class GuestTransport(Protocol):
     """Moves weights to guest slots and their gradients home. Its calls are made on all ranks.
 
@@ -108,7 +125,12 @@ class GuestTransport(Protocol):
         """[num_bytes] uint8: this rank's pool, on the device of the weights."""
 
     def push(
-        self, layout: GuestLayout, weights: Sequence[Sequence[Tensor]], guests: Tensor
+        self,
+        layout: GuestLayout,
+        weights: Sequence[Sequence[Tensor]],
+        guests: Tensor,
+        status: Tensor | None = None,
+        number: BatchNumber | None = None,
     ) -> None:
         """Begins to write home weights to guest slots, behind what the current stream has.
 
@@ -119,6 +141,9 @@ class GuestTransport(Protocol):
             weights: by parameter and local slot, of this rank's L resident slots.
             guests: [R, G] int32: the expert in each guest slot, -1 for none. On the device of the
                 plan: the CPU must not wait for it where plans are made on a GPU.
+            status: [] int32, of the plan. With it a rank that alone plans without guests has NaN in
+                its slots, and not the weights of an earlier batch.
+            number: of the batch, where a transport could go by it.
         """
 
     def wait(self) -> None:
@@ -130,6 +155,7 @@ class GuestTransport(Protocol):
         parts: Sequence[Sequence[Tensor] | None],
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
+        number: BatchNumber | None = None,
     ) -> None:
         """Adds gradients of guests to those of their homes, in the order of ranks, then slots.
 
@@ -141,10 +167,18 @@ class GuestTransport(Protocol):
             totals: by parameter and resident slot. Each sum is rounded to a total's dtype. None
                 where nothing arrives.
             guests: [R, G] int32, as in the push.
+            number: of the batch, as in the push.
         """
 
     def join(self) -> None:
         """Has the current stream wait until this rank's pushes and reductions are done."""
+
+    def raise_errors(self) -> None:
+        """Raises what was found wrong with earlier batches; waits for nothing.
+
+        Raises:
+            RankError: a rank did not come in time; names it.
+        """
 
     def barrier(self) -> None:
         """Has the ranks' current streams wait for one another, before a push without a plan."""
@@ -176,7 +210,12 @@ class CollectiveGuests:
 
     @torch.no_grad()
     def push(
-        self, layout: GuestLayout, weights: Sequence[Sequence[Tensor]], guests: Tensor
+        self,
+        layout: GuestLayout,
+        weights: Sequence[Sequence[Tensor]],
+        guests: Tensor,
+        status: Tensor | None = None,
+        number: BatchNumber | None = None,
     ) -> None:
         """As `GuestTransport.push`; it is done on return."""
         moved = [
@@ -202,18 +241,19 @@ class CollectiveGuests:
         parts: Sequence[Sequence[Tensor] | None],
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
+        number: BatchNumber | None = None,
     ) -> None:
         """As `GuestTransport.reduce`; it is done on return."""
         moved, blocks = {}, layout.blocks(self.memory)
-        for number, part in enumerate(parts):
+        for p, part in enumerate(parts):
             if part is not None:
-                like = blocks[number][0]
-                rows = (*totals[number], *part)
-                moved[number] = [_Row(like, gradient) for gradient in rows]
+                like = blocks[p][0]
+                rows = (*totals[p], *part)
+                moved[p] = [_Row(like, gradient) for gradient in rows]
         moves = [
-            Move(guest, home, rows, layout.dtypes[number])
+            Move(guest, home, rows, layout.dtypes[p])
             for guest, home in self._pairs(layout, guests)
-            for number, rows in moved.items()
+            for p, rows in moved.items()
         ]
         mover = self._mover(layout)
         for row, gradient in mover.send(mover.pack("gradient", moves)):
@@ -222,6 +262,9 @@ class CollectiveGuests:
 
     def join(self) -> None:
         """Nothing is pending."""
+
+    def raise_errors(self) -> None:
+        """Collectives raise at once."""
 
     def barrier(self) -> None:
         """A rank writes its slots itself, when it comes to the push."""
@@ -242,22 +285,3 @@ class CollectiveGuests:
             for slot, expert in enumerate(of_rank)
             if expert >= 0
         ]
-
-
-def make_guest_transport(
-    group: dist.ProcessGroup | None, device: torch.device, num_bytes: int, transport: str = "auto"
-) -> GuestTransport:
-    """Makes the transport of a pool, and the pool's memory. Collective.
-
-    Args:
-        group: the ranks; None for a single one.
-        device: where the weights lie.
-        num_bytes: of the pool on each rank, the same on all.
-        transport: "peers", "torch", or "auto": the first of them that is possible.
-
-    Raises:
-        ValueError: "peers" is asked for and not possible; says why.
-    """
-    if transport == "peers":
-        raise ValueError("transport='peers' is not possible: no kernel pushes guests yet")
-    return CollectiveGuests(group, device, num_bytes)

@@ -121,23 +121,26 @@ class Guests:
 
         Raises:
             ContractError: no pool is for this micro-batch, or its pool is in use by another one.
+            RankError: a rank's guests did not come in time for an earlier batch.
         """
         pool = self._pool(slot)
         pool.check_free(self)
+        pool.transport.raise_errors()
         pool.join()
 
-    def push(self, guests: Tensor, slot: int = 0) -> Fill:
+    def push(self, guests: Tensor, slot: int = 0, status: Tensor | None = None) -> Fill:
         """Begins to write this batch's guests into the pools of all ranks, which are free.
 
         Args:
             guests: [R, G] int32, of the plan: the expert in each guest slot, -1 for none.
             slot: which of the micro-batches in flight.
+            status: [] int32, of the plan.
 
         Returns:
             What stands for the batch in `wait` and `push_again`.
         """
         fill = Fill(self, guests, self._current_generation(), graph_task())
-        self._push(fill, self._pool(slot))
+        self._push(fill, self._pool(slot), status)
         return fill
 
     def push_again(self, fill: Fill, slot: int = 0) -> None:
@@ -268,12 +271,17 @@ class Guests:
                 f"layer take {layout.num_bytes}: give GuestPool the experts of every layer"
             )
 
-    def _push(self, fill: Fill, pool: GuestPool) -> None:
+    def _push(self, fill: Fill, pool: GuestPool, status: Tensor | None = None) -> None:
         fill.is_awaited = True
         pool.put(fill)
         self._rescan()
-        weights = [[slot.weight.detach() for slot in slots] for slots in self._slots.values()]
-        pool.transport.push(self._layout, weights, fill.guests)
+        weights: list[Sequence[Tensor]] = []
+        for slots in self._slots.values():
+            if self._is_list:
+                weights.append([slot.weight.detach() for slot in slots])
+            else:  # a tensor with a row for each
+                weights.append(local_part(slots[0].parameter).detach())  # type: ignore[arg-type]
+        pool.transport.push(self._layout, weights, fill.guests, status)
 
     def _scan(self) -> None:
         """Finds the parameters that the experts have now."""

@@ -15,7 +15,8 @@ from ..comm.alltoall import TRANSPORTS
 from ..comm.collectives import together
 from ..errors import ContractError
 from ..layer import check_slot
-from .guest_transport import GuestLayout, GuestTransport, make_guest_transport
+from .guest_transport import GuestLayout, GuestTransport
+from .guest_transports import make_guest_transport
 from .slots import local_part
 
 

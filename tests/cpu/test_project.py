@@ -214,6 +214,7 @@ def test_unknown_names_are_attribute_errors():
         ("LPLB_EP_CHECK", "yes", "LPLB_EP_CHECK must be one of 0, 1; got 'yes'"),
         ("LPLB_EP_TIMEOUT_S", "0", "LPLB_EP_TIMEOUT_S must be a whole number of at least 1, below"),
         ("LPLB_EP_TIMEOUT_S", "99999999999", "of at least 1, below 2**31; got 99999999999"),
+        ("LPLB_EP_PUSH_SMS", "0", "LPLB_EP_PUSH_SMS must be a whole number of at least 1, at most"),
         ("LPLB_EP_REFRESH", "1", "_REFRESH must be a whole number that is 0 or at least 2; got 1"),
         ("LPLB_EP_REFRESH_CHANGES", "0", "_CHANGES must be a whole number of at least 1; got 0"),
         ("LPLB_EP_REFRESH", "often", "LPLB_EP_REFRESH must be a whole number; got 'often'"),

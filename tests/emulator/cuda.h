@@ -51,6 +51,14 @@ unsigned emulated_max_at_unsigned(unsigned* to, unsigned value);
 long long emulated_clock();
 unsigned long long emulated_load(const unsigned long long* from);
 void emulated_store(unsigned long long* to, unsigned long long word);
+
+void emulated_arrivals_init(unsigned long long* arrivals);
+void emulated_arrivals_expect(unsigned long long* arrivals, int bytes);
+void emulated_arrivals_wait(unsigned long long* arrivals, int parity);
+void emulated_bulk_load(void* shared, const void* from, int bytes, unsigned long long* arrivals);
+void emulated_bulk_store(void* to, const void* shared, int bytes);
+void emulated_bulk_end_group();
+void emulated_bulk_wait(int number, int comes);
 }
 
 #define threadIdx emulated_thread()

@@ -1,7 +1,8 @@
 """Kernels on the host: unmodified sources, built as C++, with every access to memory checked.
 
 `cuda.h` is the language, and `ptx.cuh` stands in for the kernels' own. `threads.cpp` runs threads,
-blocks and ranks, `device.cpp` is what they call, and `memory.cpp` judges their accesses.
+blocks and ranks. `device.cpp` is what they call, `copies.cpp` has their bulk copies, and
+`memory.cpp` judges their accesses.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _compile(*arguments: str | Path, cwd: Path) -> None:
 def runtime() -> ctypes.CDLL:
     """What runs the threads, built once in a session."""
     path = Path(tempfile.mkdtemp(prefix="lplb_emulator_")) / "runtime.so"
-    sources = [HERE / f"{name}.cpp" for name in ("threads", "device", "memory")]
+    sources = [HERE / f"{name}.cpp" for name in ("threads", "device", "memory", "copies")]
     options = (*_OPTIONS, "-O2", *_WARNINGS, "-fvisibility=default", "-shared")
     _compile(*options, *sources, "-o", path, cwd=path.parent)
     library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # the kernels find it

@@ -318,6 +318,65 @@ FAULTS = [
         "batch.row[i] = 0;",
         "(void)batch.row[i];",
     ),
+    # Guests' weights and gradients
+    Fault(
+        "a stage is loaded before it is stored",
+        "weights.cu",
+        "bulk_wait_read<STAGES - AHEAD - 1>()",
+        "bulk_wait_read<STAGES - AHEAD>()",
+    ),
+    Fault("pushes are not waited for", "weights.cu", "    bulk_wait();\n}", "}"),
+    Fault(
+        "a stage is stored before it is loaded",
+        "weights.cu",
+        "(i - AHEAD) / STAGES % 2",
+        "((i - AHEAD) / STAGES + 1) % 2",
+    ),
+    Fault(
+        "ends of rows are not copied", "weights.cu", "i = done; i < bytes", "i = bytes; i < bytes"
+    ),
+    Fault(
+        "a chunk's sums begin in two blocks",
+        "weights.cu",
+        "return place == 0 ? item : item + same - place;",
+        "return place == 0 ? item : item;",
+    ),
+    Fault("slots in place of their ranks", "weights.cu", "entry / t.num_guests", "entry % 2"),
+    Fault("visits in any order", "weights.cu", "&& j < i;", "&& j > i;"),
+    Fault(
+        "each block sends the tickets",
+        "weights.cu",
+        "!= int(gridDim.x) - 1) return;",
+        "< 0) return;",
+    ),
+    Fault("blocks are not counted anew", "weights.cu", "    *travel.num_done = 0;\n", ""),
+    Fault("a ticket does not count uses", "weights.cu", "*t.batch ^ Word(t.use) << 24", "*t.batch"),
+    Fault(
+        "tables are not counted",
+        "weights.cu",
+        "if (threadIdx.x == 0 && counts)",
+        "if (false && counts)",
+    ),
+    Fault("empty tables are counted", "weights.cu", "(alone || has_guests(travel))", "true"),
+    Fault("late guests are old weights", "weights.cu", "if (is_void[slot])\n", "if (false)\n"),
+    Fault("a rank that is alone is as all", "weights.cu", "== TIMED_OUT;", "== NUM_STATUSES;"),
+    Fault(
+        "a meeting overwrites the last", "weights.cu", "if (travel.last[other] != 0)", "if (false)"
+    ),
+    Fault("a meeting is always complete", "weights.cu", "*travel.met = !late;", "*travel.met = 1;"),
+    Fault("sums are not rounded to the even", "weights.cu", " + (bits >> 16 & 1)", " + 1"),
+    Fault(
+        "gradients are not void without a meeting",
+        "weights.cu",
+        "    if (!has_met(travel)) {",
+        "    if (false) {",
+    ),
+    Fault(
+        "a guest's offset is its home's",
+        "weights.cu",
+        "((visit.slot * one.bytes + begin) >> narrower)",
+        "(visit.slot * one.bytes + begin)",
+    ),
     Fault("a mask keeps all", "route.cu", "given[n] < 0 ? Index(-1)", "false ? Index(-1)"),
 ]
 
@@ -343,6 +402,7 @@ TESTS = {
     "rows.cuh": "solvers",
     "shares.cuh": "route",
     "speeds.cuh": "solvers",
+    "weights.cu": "weights",
 }
 """The file of tests for each source."""
 

@@ -140,6 +140,12 @@ void mark_written(char* at, size_t size) {
         region->cells[i] = {HOST, 0, 0, 0, 0};
 }
 
+void mark_arrived(char* shared, size_t size) {
+    bool initialised;
+    Cell* cell = cells_of(shared, size, WRITE, initialised, nullptr);
+    for (Cell* end = cell + (size + 1) / 2; cell < end; ++cell) *cell = {HOST, 0, 0, 0, 0};
+}
+
 void forget_accesses() {
     first_id += unsigned(accesses.size());
     accesses.clear();

@@ -10,6 +10,23 @@ inline unsigned long long load_acquire(const unsigned long long* from) { return 
 inline void store_release(unsigned long long* to, unsigned long long word) { emulated_store(to, word); }
 inline void fence_system() {}
 
+// Bulk copies are late: a load comes when it is waited for, a store reads and writes then.
+inline void arrivals_init(unsigned long long* arrivals) { emulated_arrivals_init(arrivals); }
+inline void arrivals_are_ready() {}
+inline void fence_bulk() {}
+inline void arrivals_expect(unsigned long long* arrivals, int bytes) { emulated_arrivals_expect(arrivals, bytes); }
+inline void arrivals_wait(unsigned long long* arrivals, int parity) { emulated_arrivals_wait(arrivals, parity); }
+inline void bulk_load(void* shared, const void* from, int bytes, unsigned long long* arrivals) {
+    emulated_bulk_load(shared, from, bytes, arrivals);
+}
+inline void bulk_store(void* to, const void* shared, int bytes) { emulated_bulk_store(to, shared, bytes); }
+inline void bulk_end_group() { emulated_bulk_end_group(); }
+template <int number>
+void bulk_wait_read() {
+    emulated_bulk_wait(number, 0);
+}
+inline void bulk_wait() { emulated_bulk_wait(0, 1); }
+
 template <int threads>
 void barrier_of_first() {
     emulated_barrier_of_first(threads);

@@ -85,3 +85,7 @@ enum How { READ = 1, WRITE = 2, AT_ONCE = 4, IN_PLACE = 8 };  // atomic; volatil
 void judge(const void* address, size_t size, int how, const char* pc);
 void mark_written(char* at, size_t size);
 void forget_accesses();  // those of a run that has ended
+void mark_arrived(char* shared, size_t size);  // by a copy that has been waited for
+
+// copies.cpp
+void forget_copies();  // those of a run that has ended

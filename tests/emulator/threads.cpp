@@ -326,6 +326,7 @@ extern "C" const char* emulator_run(const Stream* streams, int num_streams, int 
     }
     self = nullptr;
     forget_accesses();
+    forget_copies();
     *at = fault_at;
     return message[0] == 0 ? nullptr : message;
 }

@@ -1,0 +1,297 @@
+"""The launches of the kernels that move guests, and the tables of addresses that they go by."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..gpu.abi import Signature
+from ..gpu.device import captures_go_on
+from ..gpu.launch import Launch
+from ..planning import structs
+from ..planning.kernels import CHUNK, NUM_COPY_THREADS, NUM_STAGES, weights_kernel
+from ..planning.structs import Sum
+from .guest_transport import GuestLayout
+
+
+class PeerAddresses(NamedTuple):
+    """Addresses here of each rank's memory, 0 on other nodes; all of it zeroed at first."""
+
+    memory: Sequence[int]
+    """[R] of the pools."""
+    arrived: Sequence[int]
+    """[R] of words [R]."""
+    present: Sequence[int]
+    """[R] of words [2, R]."""
+
+    @staticmethod
+    def sizes(num_ranks: int, num_bytes: int) -> tuple[int, int, int]:
+        """Bytes of a rank's, for each kind."""
+        return num_bytes, 8 * num_ranks, 16 * num_ranks
+
+
+class Traveller(NamedTuple):
+    """A parameter that travels, or its gradient."""
+
+    offset: int
+    """Where guest slots have it in the pool, in bytes."""
+    num_bytes: int
+    """Of one home."""
+    homes: Sequence[Tensor]
+    """Of this rank's resident slots, each in one piece: a list, or rows of one tensor."""
+    sum: Sum = Sum.FLOATS
+    """How it is added."""
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a table has of it."""
+        homes = self.homes
+        if isinstance(homes, Tensor):
+            return self.offset, self.num_bytes, self.sum, homes.data_ptr(), homes.stride(0)
+        return self.offset, self.num_bytes, self.sum, *[home.data_ptr() for home in homes]
+
+
+class Table(NamedTuple):
+    """Where the parameters of a layer, or their gradients, lie on this rank."""
+
+    memory: Tensor
+    """On the GPU."""
+    source: Tensor
+    """Pinned; a graph copies it at each replay."""
+    num_parameters: int
+    num_chunks: int
+
+
+class Batch(NamedTuple):
+    """What the launches of a batch have in common."""
+
+    guests: int
+    """Address of the table of guests, on the device."""
+    status: int
+    """Address of the plan's status, or 0."""
+    number: int
+    """Address of the batch's number, or 0."""
+
+
+class Call:
+    """A launch whose struct `Travel` changes in part."""
+
+    def __init__(self, launch: Launch) -> None:
+        span = structs.PUSH_GUESTS.span
+        self._launch = launch
+        self._write_batch = launch.writer(*span(*(f"travel.{f}" for f in _OF_BATCH)))
+        self._parameters = launch.word(*span("travel.parameters"))
+        self._write_sizes = launch.writer(*span(*(f"travel.{f}" for f in _SIZES)))
+
+    def __call__(
+        self,
+        stream: int,
+        batch: Batch,
+        use: int,
+        table: Table,
+        *,
+        has_met: bool = False,
+        num_blocks: int = 1,
+    ) -> None:
+        """Launches on a stream of the current device, given by its pointer.
+
+        Args:
+            stream: where.
+            batch: the batch.
+            use: uses of its number that came before.
+            table: of the parameters that travel.
+            has_met: whether ranks met instead of exchanging rows.
+            num_blocks: of the launch.
+        """
+        self._write_batch(*batch)
+        self._write_sizes(use, has_met, table.num_parameters, table.num_chunks)
+        self._launch.point(self._parameters, table.memory.data_ptr())
+        self._launch.resize(num_blocks)
+        self._launch(stream)
+
+
+_OF_BATCH = ("guests", "status", "batch")
+_SIZES = ("use", "has_met", "num_parameters", "num_chunks")
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """The launches for the guests of a layer."""
+
+    homes: Tensor
+    """[E] slots, on the GPU."""
+    push: Call
+    wait: Call
+    meet: Call
+    add: Call
+
+
+class GuestLaunches:
+    """Makes launches and tables for the guests of a group of ranks.
+
+    Args:
+        rank: this rank.
+        device: its GPU, which is current.
+        addresses: of the ranks' memory.
+        node_size: ranks of a node.
+        missing: address of [R] words of 4 bytes in the host's memory.
+        limit_ns: how long ranks wait for one another.
+        chunk: bytes that one bulk copy takes.
+        num_stages: chunks in a block's shared memory.
+
+    Raises:
+        MissingPackageError, CompileError: as `gpu.launch.load`.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        device: torch.device,
+        addresses: PeerAddresses,
+        node_size: int,
+        missing: int,
+        limit_ns: int,
+        chunk: int = CHUNK,
+        num_stages: int = NUM_STAGES,
+    ) -> None:
+        self._rank, self._device, self._num_ranks = rank, device, len(addresses.memory)
+        self._node_size, self._missing, self._limit_ns = node_size, missing, limit_ns
+        self._chunk, self._num_shared_bytes = chunk, chunk * num_stages
+        self._kernel = functools.partial(weights_kernel, device.index, chunk, num_stages)
+        words = [address for kind in addresses for address in kind]
+        self._addresses = torch.tensor(words, dtype=torch.int64).to(device)
+        # `num_used`, `met` and `num_done` in a word each, then `last`.
+        self._state = torch.zeros(3 + self._num_ranks, dtype=torch.int64, device=device)
+        self.barrier = self._prepare(structs.MEET, 0, 0, 0)
+        """A meeting without a batch."""
+
+    def of_layer(self, layout: GuestLayout) -> LayerCalls:
+        """The launches for a layer.
+
+        Raises:
+            ValueError: the kernels do not take it; says why.
+        """
+        if self._node_size * layout.num_guests > structs.MAX_GUESTS:
+            raise ValueError(
+                f"{self._node_size} ranks of a node with {layout.num_guests} guest slots each are "
+                f"more than the {structs.MAX_GUESTS} slots that the kernels take"
+            )
+        if not layout.names or min(layout.slot_bytes) <= 0:
+            raise ValueError("experts with guests have parameters, and none of them is empty")
+        slots = layout.num_residents + layout.num_guests
+        pairs = zip(layout.home_rank, layout.home_slot, strict=True)
+        homes = torch.tensor([rank * slots + slot for rank, slot in pairs], dtype=torch.int32)
+        homes = homes.to(self._device)
+        made = (
+            Call(self._prepare(one, homes.data_ptr(), layout.num_guests, slots))
+            for one in (
+                structs.PUSH_GUESTS,
+                structs.AWAIT_GUESTS,
+                structs.MEET,
+                structs.ADD_GRADIENTS,
+            )
+        )
+        return LayerCalls(homes, *made)
+
+    def make_table(self, travellers: Sequence[Traveller], rows: Sequence[Sequence[int]]) -> Table:
+        """The table of what travels, copied to the GPU on the current stream.
+
+        Args:
+            travellers: the parameters.
+            rows: by parameter, the addresses of its homes.
+        """
+        number, size = len(travellers), structs.PARAMETER.size
+        num_bytes = number * size + 8 * sum(len(of_slots) for of_slots in rows)
+        memory = torch.empty(num_bytes, dtype=torch.uint8, device=self._device)
+        packed, end, num_chunks = b"", memory.data_ptr() + number * size, 0
+        for one, of_slots in zip(travellers, rows, strict=True):
+            packed += structs.PARAMETER.pack(
+                homes=end,
+                offset=one.offset,
+                bytes=one.num_bytes,
+                first_chunk=num_chunks,
+                sum=one.sum,
+            )
+            end += 8 * len(of_slots)
+            num_chunks += -(-one.num_bytes // self._chunk)
+        packed += b"".join(np.array(of_slots, np.uint64).tobytes() for of_slots in rows)
+        with captures_go_on():  # memory of the host may be allocated
+            source = torch.frombuffer(bytearray(packed), dtype=torch.uint8).pin_memory()
+        memory.copy_(source, non_blocking=True)
+        return Table(memory, source, number, num_chunks)
+
+    def _prepare(self, signature: Signature, homes: int, num_guests: int, num_slots: int) -> Launch:
+        state, words, R = self._state.data_ptr(), self._addresses.data_ptr(), self._num_ranks
+        travel = structs.TRAVEL.pack(
+            guests=0,
+            status=0,
+            batch=0,
+            num_used=state,
+            met=state + 8,
+            homes=homes,
+            parameters=0,
+            memory=words,
+            arrived=words + 8 * R,
+            present=words + 16 * R,
+            last=state + 24,
+            num_done=state + 16,
+            missing=self._missing,
+            limit_ns=self._limit_ns,
+            use=0,
+            has_met=0,
+            num_parameters=0,
+            num_chunks=0,
+            num_guests=num_guests,
+            num_local_slots=num_slots,
+            num_ranks=R,
+            first_rank=self._rank // self._node_size * self._node_size,
+            node_size=self._node_size,
+            rank=self._rank,
+        )
+        copies = signature in (structs.PUSH_GUESTS, structs.ADD_GRADIENTS)
+        return self._kernel(signature).prepare(
+            [travel], NUM_COPY_THREADS, self._num_shared_bytes if copies else 0
+        )
+
+
+def rows_of(traveller: Traveller, number: int) -> Sequence[int]:
+    """Addresses of the homes, each of which lies in one piece.
+
+    Args:
+        traveller: the parameter.
+        number: how many there must be.
+
+    Raises:
+        ValueError: there are others.
+    """
+    homes, num_bytes = traveller.homes, traveller.num_bytes
+    rows: Sequence[int]
+    if isinstance(homes, Tensor):
+        step = homes.stride(0) * homes.element_size()
+        rows = range(homes.data_ptr(), homes.data_ptr() + number * step, step)
+        shown, whole = homes[:1], len(homes) == number
+    else:
+        rows = [home.data_ptr() for home in homes]
+        shown, whole = homes, len(homes) == number
+    if not whole or any(
+        not home.is_contiguous() or home.numel() * home.element_size() != num_bytes
+        for home in shown
+    ):
+        raise ValueError(
+            f"{number} resident slots with {num_bytes} bytes each, in one piece, are needed; got "
+            f"{[list(home.shape) for home in homes]}"
+        )
+    return rows
+
+
+def memory_at(address: int, num_bytes: int, device: torch.device) -> Tensor:
+    """The memory [num_bytes] uint8 of a GPU at an address; it must outlive the tensor."""
+    interface = {"shape": (num_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
+    found = type("_Memory", (), {"__cuda_array_interface__": interface})()
+    return torch.as_tensor(found, device=device)

@@ -1,0 +1,105 @@
+"""Makes the transport of guests that a request and the machine allow."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from ..comm.collectives import everyone, together
+from ..comm.peers import peer_memory
+from ..comm.reachability import reachability
+from ..errors import ContractError, MissingPackageError, RankError
+from ..gpu.device import check_device
+from ..settings import Settings
+from .guest_launches import PeerAddresses
+from .guest_transport import CollectiveGuests, GuestTransport
+from .peer_guests import PeerGuests
+
+log = logging.getLogger(__name__)
+
+_MIN_CAPABILITY = (9, 0)  # which has bulk copies
+
+
+def make_guest_transport(
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+    num_bytes: int,
+    transport: str = "auto",
+    num_gradient_bytes: int | None = None,
+) -> GuestTransport:
+    """Makes the transport of a pool, and the pool's memory. Collective.
+
+    Args:
+        group: the ranks; None for a single one.
+        device: where the weights lie.
+        num_bytes: of the pool on each rank, the same on all.
+        transport: "peers", "torch", or "auto": the first of them that is possible.
+        num_gradient_bytes: the most that gradients of a layer's guests take, which lie in the
+            pool's memory, too. Without it twice as many as weights: those of bfloat16 in float32.
+
+    Raises:
+        ValueError: "peers" is asked for and not possible; says why.
+    """
+    if group is None or group.size() == 1:
+        return CollectiveGuests(group, device, num_bytes)
+    found: PeerGuests | str = "not asked for"
+    if transport != "torch":
+        with together(group, "guests"):
+            obstacle = _obstacle(device)
+        of_ranks = everyone(group, obstacle)
+        obstacle = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
+        most = max(num_bytes, 2 * num_bytes if num_gradient_bytes is None else num_gradient_bytes)
+        found = obstacle or _make_peer_guests(group, device, num_bytes, most)
+    if isinstance(found, PeerGuests):
+        log.info("guests travel by kernels that write the other GPUs' memory")
+        return found
+    if transport == "peers":
+        raise ValueError(f"transport='peers' is not possible: {found}")
+    log.info("guests travel by torch.distributed (%s)", found)
+    return CollectiveGuests(group, device, num_bytes)
+
+
+def _obstacle(device: torch.device) -> str:
+    """Why this rank cannot take part; empty: it can."""
+    if device.type != "cuda":
+        return f"its weights are on the {device.type.upper()}"
+    try:
+        with torch.cuda.device(device):
+            check_device()
+            major, minor = torch.cuda.get_device_capability()
+    except MissingPackageError as error:
+        return str(error)
+    if (major, minor) < _MIN_CAPABILITY:
+        return f"bulk copies need sm_90 or newer, and its GPU is sm_{major}{minor}"
+    return ""
+
+
+def _make_peer_guests(
+    group: dist.ProcessGroup, device: torch.device, num_bytes: int, num_memory_bytes: int
+) -> PeerGuests | str:
+    """The transport, or why there is none: the same on all ranks."""
+    with torch.cuda.device(device):
+        found = reachability(group)
+        if found.ipc:
+            return found.ipc
+        try:
+            memory = peer_memory(group, "ipc")
+            sizes = PeerAddresses.sizes(group.size(), num_memory_bytes)
+            addresses = PeerAddresses(*(memory.window(size) for size in sizes))
+        except (ContractError, RankError) as error:  # on all ranks
+            return str(error)
+        with together(group, "guests"):
+            settings = Settings.from_env()
+            return PeerGuests(
+                group.rank(),
+                device,
+                addresses,
+                num_bytes,
+                num_memory_bytes,
+                found.num_ranks_per_node or group.size(),
+                num_blocks=settings.push_sms,
+                timeout_s=settings.timeout_s,
+                abort_on_timeout=settings.on_timeout == "abort",
+            )
