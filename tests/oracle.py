@@ -6,6 +6,7 @@ Nothing here may import a solver of `lplb_ep` (a test holds this).
 from __future__ import annotations
 
 import math
+import types
 from fractions import Fraction
 
 import networkx
@@ -61,6 +62,37 @@ def fits(time, placement, load, base_load=None, speed=None, max_quota=None) -> b
                 edge = {} if max_quota is None else {"capacity": int(max_quota[expert, column])}
                 graph.add_edge(("expert", expert), ("rank", rank), **edge)
     return networkx.maximum_flow_value(graph, "source", "sink") == int(np.sum(load))
+
+
+def with_guests(placement, guests):
+    """Residents and guests [R, G] of one batch, as `linear_program` and `fits` take them.
+
+    They are found slot by slot, and guests that may not be are refused by assertions.
+    """
+    R, G = placement.num_ranks, placement.num_guests_per_rank
+    assert guests.shape == (R, G)
+    rows = placement.physical_to_logical.reshape(R, -1)
+    held = [[int(e) for e in row[: rows.shape[1] - G] if e >= 0] for row in rows]
+    ranks = [[] for _ in range(placement.num_experts)]
+    for expert, slot in enumerate(placement.home.tolist()):
+        ranks[expert].append(slot // rows.shape[1])
+    for rank in range(R):
+        assert (rows[rank, rows.shape[1] - G :] == -1).all(), "a guest slot is not empty"
+        for expert in guests[rank].tolist():
+            if expert == -1:
+                continue
+            assert 0 <= expert < placement.num_experts, f"{expert} is no expert"
+            assert expert not in held[rank], f"rank {rank} holds {expert} already"
+            home, node = ranks[expert][0], placement.num_ranks_per_node
+            assert home // node == rank // node, f"{expert} is at home on another node"
+            held[rank].append(expert)
+    for rank, experts in enumerate(held):
+        for expert in experts:
+            if rank not in ranks[expert]:
+                ranks[expert].append(rank)
+    most = max(map(len, ranks))
+    table = np.array([row + [-1] * (most - len(row)) for row in ranks])
+    return types.SimpleNamespace(num_ranks=R, num_experts=len(ranks), copy_rank=table)
 
 
 def random_placement(

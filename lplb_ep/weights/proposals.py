@@ -21,7 +21,7 @@ Int64 = npt.NDArray[np.int64]
 Choose = Callable[..., Placement]
 """As `Placement.for_lp`: (samples [N, E], num_ranks, num_redundant_per_rank, start=,
 fixed_homes=True, within_node=, max_changes=, max_copies=, seed=, time_budget_s=) → a placement with
-the homes and slots of `start`."""
+the homes and slots of `start`. Both are without guest slots."""
 
 MAX_COPIES = 8
 """Copies of an expert that a refresh may reach, unless the first placement has more. They are the
@@ -76,7 +76,7 @@ def propose(job: Job) -> Proposal | None:
         loads[::2],
         old.num_ranks,
         old.num_resident_slots - -(-old.num_experts // old.num_ranks),
-        start=old,
+        start=_residents(old),
         fixed_homes=True,
         within_node=_stays_within_nodes(old),
         max_changes=settings.refresh_changes,
@@ -84,6 +84,7 @@ def propose(job: Job) -> Proposal | None:
         seed=job.layer,
         time_budget_s=settings.refresh_seconds,
     )
+    chosen = chosen.with_guest_slots(old.num_guests_per_rank)
     if chosen.max_replicas > old.max_replicas:
         log.warning(
             "layer %d: %d copies of an expert were chosen, and the capacity is %d",
@@ -125,6 +126,12 @@ def num_moved(old: Placement, new: Placement) -> int:
         return out
 
     return int((held(new) & ~held(old)).sum())
+
+
+def _residents(placement: Placement) -> Placement:
+    """The same copies and columns without guest slots."""
+    residents = placement.with_guest_slots(0)
+    return residents.with_copies(residents.physical_to_logical, placement.max_replicas)
 
 
 def _stays_within_nodes(placement: Placement) -> bool:

@@ -3,15 +3,19 @@
 import pickle
 
 import numpy as np
+import oracle
 import pytest
+import ranks
 import torch
 from oracle import fits, linear_program, random_load, random_placement, random_topk
 
 from lplb_ep import Placement, PlacementError, Planner, solve
 from lplb_ep.layer import Layer
+from lplb_ep.planning import solvers
 from lplb_ep.planning.check import check_plan
 from lplb_ep.planning.guests import choose_guests
 from lplb_ep.planning.plan import Status
+from lplb_ep.planning.planner import tag_of
 from lplb_ep.problem import Problem
 
 
@@ -196,13 +200,14 @@ def test_solutions_are_optimal_on_residents_and_guests():
             quota = solution.quota[b]
             assert (quota.sum(1) == load[b]).all()
             assert (quota[torch.tensor(filled.copy_rank < 0)] == 0).all()
-            bound = linear_program(filled, load[b].numpy(), **bounds)
+            judged = oracle.with_guests(placement, guests.numpy())
+            bound = linear_program(judged, load[b].numpy(), **bounds)
             assert abs(bound - float(solution.lower_bound[b])) < 1e-6 * max(1, bound)
             if "speed" not in bounds:
                 base = bounds.get("base_load", torch.zeros(R, dtype=torch.int64))
                 reached = int((solution.rank_load[b] + base).max())
-                assert fits(reached, filled, load[b].numpy(), **bounds)
-                assert reached == 0 or not fits(reached - 1, filled, load[b].numpy(), **bounds)
+                assert fits(reached, judged, load[b].numpy(), **bounds)
+                assert reached == 0 or not fits(reached - 1, judged, load[b].numpy(), **bounds)
     assert num_guests > 60
 
 
@@ -255,6 +260,11 @@ def test_plans_fill_guest_slots_alike_on_every_rank():
             plans.append(planner(picks[rank], counts))
             check_plan(plans[-1], picks[rank], placement, rank, layer.problem)
         filled = placement.with_guests(plans[0].guests)
+        load = counts.sum(0).numpy()
+        judged = oracle.with_guests(placement, plans[0].guests.numpy())
+        if not bounds:
+            best = linear_program(judged, load)
+            assert int(plans[0].rank_load.max()) == np.ceil(best - 1e-6)
         took = torch.zeros(placement.num_physical_experts, dtype=torch.int64)
         for plan, topk in zip(plans, picks, strict=True):
             assert (plan.guests == plans[0].guests).all()
@@ -347,3 +357,39 @@ def test_settings_of_a_drop_in_fill_the_rule():
     assert guests(Problem(guest_min_tokens=50), guest_min_tokens=51) == [[-1], [0]]
     with pytest.raises(ValueError, match="guest_min_tokens must be a whole number"):
         guests(guest_min_tokens=0)
+
+
+def another_rule(group):
+    placement = Placement.homes_only(4, 2, 1)
+    Planner(placement, group, solver="cpu", guest_min_tokens=9 + group.rank())
+
+
+def test_ranks_with_other_rules_are_named():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, another_rule)
+    for kind, message in failure.value.errors:
+        assert kind == "RankError"
+        assert "ranks differ in problem" in message
+
+
+def test_another_rule_is_another_tag():
+    placement = Placement.homes_only(4, 2, 1)
+    tags = {
+        tag_of(placement, problem) for problem in (None, Problem(), Problem(guest_min_tokens=9))
+    }
+    assert len(tags) == 2
+    assert tag_of(placement) != tag_of(placement.with_guest_slots(0))
+
+
+def test_gpu_solvers_refuse_guest_slots_by_name(monkeypatch):
+    monkeypatch.setattr(solvers, "check_device", lambda *libraries: None)
+    monkeypatch.setattr(solvers, "check_fit", lambda *request: None)
+    monkeypatch.setattr(solvers, "max_shared_bytes", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    placement = Placement.homes_only(4, 2, 1)
+    for solver in ("auto", "flow"):
+        with pytest.raises(ValueError, match="guests are chosen on the CPU alone as yet"):
+            solvers.choose_solver(solver, placement)
+        assert solvers.choose_solver(solver, placement.with_guest_slots(0))[0] == "flow"
+    assert solvers.choose_solver("cpu", placement)[0] == "cpu"
+    assert solve(torch.arange(4), placement).solver == "cpu"  # a load on the CPU
