@@ -99,13 +99,15 @@ class GuestPool:
                 GuestLayout.of(shapes_of(layer), num_guests_per_rank, 0, ()).num_bytes
                 for layer in layers
             )
+            trained = any(p.requires_grad for layer in layers for p in _parameters(layer))
+            facts["trained"] = trained
             facts.update(num_guests_per_rank=num_guests_per_rank, slot=slot, transport=transport)
             facts["bytes of the pool"] = self.num_bytes
         self.group, self.slot = group, slot
         self.num_guests_per_rank = num_guests_per_rank
         self.device = devices.pop()
         self.transport: GuestTransport = make_guest_transport(
-            group, self.device, self.num_bytes, transport
+            group, self.device, self.num_bytes, transport, None if trained else 0
         )
         self._fill: weakref.ref[Fill] | None = None
         self._streams: set[torch.cuda.Stream] = set()

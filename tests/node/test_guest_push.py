@@ -129,6 +129,7 @@ def late(group):
     table[0, 0], table[last, 0] = L * last, 0
     experts, guests = guest_ranks.draw_experts(layout, 0, device), table.to(device)
     raised = ""
+    dist.barrier(group)
     for step in range(2):
         one.barrier()
         torch.cuda.synchronize()
