@@ -55,7 +55,8 @@ class Problem:
     """One of `COSTS`: what the ranks' largest cost counts."""
     guest_tolerance: float | None = None
     """A batch takes no guests where the residents' T* is at most 1 + this times the mean: the total
-    load over the total speed. In [0, 1], counted in 1/10000; None: the setting, or its default."""
+    load over the total speed. Of several nodes it is the largest mean of one. In [0, 1], counted
+    in 1/10000; None: the setting, or its default."""
     guest_min_tokens: int | None = None
     """The least tokens that a guest must take, from 1; None: the setting, or its default."""
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..placement.optimum import components
 from ..placement.table import Placement
 from ..problem import GUEST_PARTS, MAX_TOTAL, Problem
 from . import reference
@@ -79,11 +80,11 @@ def guests_of(status: Status, load: Int64, placement: Placement, problem: Proble
 def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     """Fills the guest slots for a batch; pure, deterministic, in whole numbers.
 
-    Each node chooses by itself, from the experts whose homes it has. A *level* is a load over a
-    rank's speed, rounded up, in tokens of the node's fastest rank. At equal speeds it is the load.
-    The *target* is the largest mean level of a node, and the tolerance more. A node has no guests
-    where its residents' optimum is within the target. Nor has it where they would gain less than
-    `guest_min_tokens`.
+    Guests stay on their home's node. So each *domain* chooses by itself: a node, or all nodes that
+    replicas join. A *level* is a load over a rank's speed, rounded up, in tokens of the fastest
+    rank. At equal speeds it is the load. The *target* is the largest mean level of a domain, and
+    the tolerance more. A domain has no guests where its residents' optimum is within the target.
+    Nor has it where they would gain less than `guest_min_tokens`.
 
     Every expert starts split evenly over its residents, by rank, the rest to the first. `_fill`
     says what a fill does. Of two fills that one is better which comes first by
@@ -105,17 +106,18 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     Returns:
         [R, G] int32: the expert of each guest slot, -1 = empty; empty ones come last.
     """
-    R, node_size = placement.num_ranks, placement.num_ranks_per_node
+    R = placement.num_ranks
     guests = np.full((R, placement.num_guests_per_rank), -1, np.int32)
     base = np.zeros(R, np.int64) if problem.base_load is None else problem.base_load.numpy()
     speed = np.ones(R, np.int64) if problem.speed is None else problem.speed.numpy()
-    nodes = [slice(first, first + node_size) for first in range(0, R, node_size)]
+    fastest = int(speed.max())
     holds = _holders(placement)
     tokens = _even_split(load, holds)
+    label = _domains(placement)
+    domains = [np.flatnonzero(label == d) for d in range(label.max() + 1)]
     rank_load = tokens.sum(axis=1) + base
     mean = max(
-        -(-int(rank_load[ranks].sum() * speed[ranks].max()) // int(speed[ranks].sum()))
-        for ranks in nodes
+        -(-int(rank_load[ranks].sum()) * fastest // int(speed[ranks].sum())) for ranks in domains
     )
     rule = problem.guest_rule
     target = min(mean + mean * rule.tolerance // GUEST_PARTS, MAX_TOTAL)
@@ -123,27 +125,36 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     expert, column = np.nonzero(residents)
     reached = base.copy()
     np.add.at(reached, placement.copy_rank[expert, column], residents[expert, column])
-    for ranks in nodes:
-        # Ranks that share an expert with the node's count as well, if there are any elsewhere.
-        joined = np.isin(placement.component, placement.component[ranks])
-        best = int(_levels(reached[joined], speed[joined], int(speed[ranks].max())).max())
+    level = _levels(reached, speed, fastest)
+    local = np.empty(R, np.int64)
+    for ranks in domains:
+        best = int(level[ranks].max())
         if best <= target:
             continue
-        home = placement.home_rank.astype(np.int64) - ranks.start
-        home[(home < 0) | (home >= node_size)] = -1
-        domain = _Domain.of(
-            holds[ranks],
-            tokens[ranks],
-            home,
-            base[ranks],
-            speed[ranks],
-            guests.shape[1],
-            rule.min_tokens,
+        local[ranks] = np.arange(ranks.size)
+        is_here = label[placement.home_rank] == label[ranks[0]]
+        domain = _Domain(
+            *_places(holds[ranks], tokens[ranks], guests.shape[1]),
+            load=rank_load[ranks],
+            holds=holds[ranks],
+            home=np.where(is_here, local[placement.home_rank], -1),
+            node=placement.node[ranks],
+            speed=speed[ranks],
+            fastest=fastest,
+            num_guests=guests.shape[1],
+            least=rule.min_tokens,
         )
         found = domain.best_fill(target)
         if found.level <= best - rule.min_tokens:
             guests[ranks] = found.guests
     return guests
+
+
+def _domains(placement: Placement) -> Int32:
+    """[R]: the number of each rank's domain."""
+    size = placement.num_ranks_per_node
+    copy_node = np.where(placement.copy_rank >= 0, placement.copy_rank // size, -1)
+    return components(copy_node, placement.num_ranks // size)[placement.node]
 
 
 def _even_split(load: Int64, holds: Bool) -> Int64:
@@ -167,6 +178,18 @@ def _levels(load: Int64, speed: Int64, fastest: int) -> Int64:
     return -(-load * fastest // speed)
 
 
+def _places(holds: Bool, tokens: Int64, num_guests: int) -> tuple[Int64, Int64]:
+    """[R, S] each: the expert and the tokens of each place (`_Domain`), from tables [R, E]."""
+    number = holds.sum(axis=1)
+    expert = np.full((len(holds), int(number.max()) + num_guests), -1)
+    rank, held = np.nonzero(holds)
+    place = np.arange(rank.size) - (np.cumsum(number) - number)[rank]
+    expert[rank, place] = held
+    at_place = np.zeros_like(expert)
+    at_place[rank, place] = tokens[rank, held]
+    return expert, at_place
+
+
 class _Fill(NamedTuple):
     """What a fill found."""
 
@@ -182,7 +205,7 @@ class _Fill(NamedTuple):
 
 @dataclass(frozen=True)
 class _Domain:
-    """A node's ranks and experts, by local number, before a fill.
+    """A domain's ranks and experts, by local number, before a fill.
 
     A rank's places are its residents by number of the expert, then its guest slots.
     """
@@ -196,35 +219,17 @@ class _Domain:
     holds: Bool
     """[R, E] whether a rank holds a copy."""
     home: Int64
-    """[E] local rank, -1 = on another node, whose experts are no guests here."""
+    """[E] local rank, -1 = in another domain."""
+    node: Int32
+    """[R]."""
     speed: Int64
     """[R]."""
+    fastest: int
+    """The largest speed of all ranks."""
     num_guests: int
     """G."""
     least: int
     """The fewest tokens of a guest, and the least excess that counts."""
-
-    @classmethod
-    def of(
-        cls,
-        holds: Bool,
-        tokens: Int64,
-        home: Int64,
-        base: Int64,
-        speed: Int64,
-        num_guests: int,
-        least: int,
-    ) -> _Domain:
-        """From tables by rank and expert, [R, E]."""
-        number = holds.sum(axis=1)
-        expert = np.full((len(holds), int(number.max()) + num_guests), -1)
-        rank, held = np.nonzero(holds)
-        place = np.arange(rank.size) - (np.cumsum(number) - number)[rank]
-        expert[rank, place] = held
-        at_place = np.zeros_like(expert)
-        at_place[rank, place] = tokens[rank, held]
-        load = tokens.sum(axis=1) + base
-        return cls(expert, at_place, load, holds, home, speed, num_guests, least)
 
     def best_fill(self, target: int) -> _Fill:
         """The best of all rounds, by the rules of `choose_guests`."""
@@ -245,12 +250,12 @@ class _Domain:
 
     def _limits(self, level: int) -> Int64:
         """[R]: the most load of each rank at a level."""
-        return level * self.speed // int(self.speed.max())
+        return level * self.speed // self.fastest
 
     def _try(self, number: int, aim: int, target: int) -> _Fill:
         """Fill `number` of all rounds, which aims at a level, and what it is worth."""
         filled = _fill(self, RULES[number % len(RULES)], number, self._limits(aim))
-        level = int(_levels(filled.load, self.speed, int(self.speed.max())).max())
+        level = int(_levels(filled.load, self.speed, self.fastest).max())
         guests = filled.expert[:, self.expert.shape[1] - self.num_guests :]
         sent = np.bincount(self.home[guests[guests >= 0]], minlength=1)
         bucket = 0
@@ -364,7 +369,8 @@ def _place_guest(
 ) -> bool:
     """Step 4 of a fill; whether a guest was placed, which takes tokens from the source.
 
-    Its rank has a free slot and slack for the least tokens. Enough is what the source's largest
+    Its rank is on the source's node, and so is its home. It has a free slot and slack for the least
+    tokens. Enough is what the source's largest
     expert may bring, up to the excess. Of ranks with enough the narrowest is taken. Where there is
     none, or by the rule, it is the widest of all. Widths are slacks with noise added.
 
@@ -379,11 +385,13 @@ def _place_guest(
     """
     G, least = domain.num_guests, domain.least
     held = state.expert[source]
-    tokens = np.where(domain.home[held] >= 0, state.tokens[source], 0)
+    is_near = domain.node == domain.node[source]
+    may_leave = (domain.home[held] >= 0) & is_near[domain.home[held]]
+    tokens = np.where(may_leave, state.tokens[source], 0)
     slack = limit - state.load
     need = -int(slack[source])
     want = min(need, int(tokens.max()))
-    may = (slack >= least) & (state.used < G)
+    may = is_near & (slack >= least) & (state.used < G)
     if tokens.max() < least:
         return False
     width = slack + (slack * noise >> 10)

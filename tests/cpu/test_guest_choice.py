@@ -132,7 +132,7 @@ def test_a_node_with_less_work_need_not_be_even():
 
 def test_replicas_on_other_nodes_are_used_and_guests_stay_at_home():
     rng = np.random.default_rng(1)
-    num_guests = 0
+    num_guests, over = 0, np.zeros(2)
     for _ in range(20):
         earlier = rng.lognormal(0, 1, 16)
         placement = Placement.from_history(
@@ -145,8 +145,15 @@ def test_replicas_on_other_nodes_are_used_and_guests_stay_at_home():
         load = (1000 * earlier * rng.lognormal(0, 1, 16)).astype(np.int64)
         guests = chosen(load, placement)
         num_guests += (guests >= 0).sum()
-        assert bound(load, placement, guests) <= bound(load, placement) + 1e-6
+        assert (
+            placement.home_rank[guests[guests >= 0]] // 4 == np.nonzero(guests >= 0)[0] // 4
+        ).all()
+        before, mean = bound(load, placement), load.sum() / 8
+        reached = bound(load, placement, guests)
+        assert reached <= before + 1e-6
+        over += np.array([before - mean, reached - mean])
     assert num_guests > 20
+    assert over[1] < 0.4 * over[0]
 
 
 def test_base_loads_and_speeds_count():
