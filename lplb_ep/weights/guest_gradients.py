@@ -165,7 +165,7 @@ def _send_home(
     """Adds guests' gradients to their homes'. On all ranks alike."""
     held = batch.check_held()
     assert batch.fill is not None, "a batch that goes home sends nothing"
-    batch.pool.use()
+    batch.pool.use(held)
     arrives = batch.arrives()
     returned: list[Gradients] = []
     totals: list[Gradients] = []
@@ -180,6 +180,5 @@ def _send_home(
         returned.append(gradients)
         totals.append(total)
     batch.pool.transport.reduce(batch.layout, parts, totals, batch.fill.guests)
-    batch.pool.put(None)  # which has gradients in the place of weights, by some transports
-    held.is_awaited = batch.fill.is_awaited = False
+    batch.pool.clear()
     return returned

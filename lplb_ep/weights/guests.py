@@ -201,9 +201,7 @@ class Guests:
         fill = pool.fill_of(self)
         # Tensors of their own versions: autograd must not notice later pushes.
         parts = [part for block in self._blocks[slot] for part in self._split(block.data)]
-        pool.use()
-        if fill is not None:
-            fill.is_awaited = False
+        pool.use(fill)
         slots = [*self._slots.values()]
         own = [
             copy.parameter for copies in slots for copy in (copies if self._is_list else copies[:1])

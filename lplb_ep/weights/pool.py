@@ -24,8 +24,8 @@ from .slots import local_part
 class Fill:
     """What one batch of a layer has put into a pool.
 
-    The batch refers to it, and its plan does. The pool holds it weakly: a batch that was given up
-    is not in flight.
+    The batch's plan refers to it, and the pool does so weakly until the batch's experts run. So a
+    batch that was given up before is not in flight.
     """
 
     owner: object
@@ -110,11 +110,13 @@ class GuestPool:
             group, self.device, self.num_bytes, transport, None if trained else 0
         )
         self._fill: weakref.ref[Fill] | None = None
+        self._used: Fill | None = None
+        self._goes_home = False
         self._streams: set[torch.cuda.Stream] = set()
 
     @property
     def fill(self) -> Fill | None:
-        """The batch whose guests are in the pool, while something refers to it."""
+        """The batch whose guests are in the pool, unless it was given up."""
         return None if self._fill is None else self._fill()
 
     def fill_of(self, owner: object) -> Fill | None:
@@ -124,12 +126,12 @@ class GuestPool:
             ContractError: the pool holds the batch of another layer, or one that was given up.
         """
         fill = self.fill
-        if self._fill is None or (fill is not None and fill.owner is owner):
+        if self._goes_home or (fill is not None and fill.owner is owner):
             return fill
-        holder = "whose handle was dropped" if fill is None else f"of {fill.owner}"
+        holder = "no batch, or one whose handle was dropped" if fill is None else str(fill.owner)
         raise ContractError(
-            f"the pool of guests (slot {self.slot}) holds a batch {holder}. Take a layer's weights "
-            "behind its own dispatch, before the next one, and keep the handle so long"
+            f"the pool of guests (slot {self.slot}) holds guests of {holder}. Take a layer's "
+            "weights behind its own dispatch, before the next one, and keep the handle so long"
         )
 
     def join(self) -> None:
@@ -143,8 +145,11 @@ class GuestPool:
                 current.wait_stream(stream)
         self._streams = {current}
 
-    def use(self) -> None:
-        """Notes that the current stream reads the pool from now on."""
+    def use(self, fill: Fill | None) -> None:
+        """Notes that a batch's experts read the pool on the current stream from now on."""
+        self._used = fill
+        if fill is not None:
+            fill.is_awaited = False
         if self.device.type == "cuda":
             self._streams.add(torch.cuda.current_stream(self.device))
 
@@ -156,20 +161,29 @@ class GuestPool:
         Raises:
             ContractError: the batch of another layer, or another batch of this one, is in flight.
         """
+        # The traceback must not refer to the batch, or it could not be given up.
+        if who := self._in_flight(owner):
+            raise ContractError(
+                f"the pool of guests (slot {self.slot}) is shared by batches in flight: the "
+                f"experts of {who} have still to run on theirs. Give each micro-batch in flight a "
+                "slot= and a GuestPool of its own, or drop the handle of a batch that was given up"
+            )
+
+    def _in_flight(self, owner: object) -> str:
+        """Whose batch is in the way of another one; empty: none."""
         fill = self.fill
         if fill is None or not fill.is_awaited:
-            return
-        if fill.owner is owner and graph_task() >= 0:
-            return
-        raise ContractError(
-            f"the pool of guests (slot {self.slot}) is shared by batches in flight: the "
-            f"experts of {fill.owner} have still to run on theirs. Give each micro-batch in flight "
-            "a slot= and a GuestPool of its own, or drop the handle of a batch that was given up"
-        )
+            return ""
+        return "" if fill.owner is owner and graph_task() >= 0 else str(fill.owner)
 
     def put(self, fill: Fill | None) -> None:
-        """Says whose guests are in the pool from now on."""
-        self._fill = None if fill is None else weakref.ref(fill)
+        """Says whose guests are in the pool from now on; None: the batch at hand goes home."""
+        self._fill, self._used = None if fill is None else weakref.ref(fill), None
+        self._goes_home = fill is None
+
+    def clear(self) -> None:
+        """Says that there are no guests in the pool: some transports put gradients there."""
+        self._fill = self._used = None
 
 
 def graph_task() -> int:

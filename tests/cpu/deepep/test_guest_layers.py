@@ -1,0 +1,395 @@
+"""MoE layers whose batches take guests: the drop-ins over embedded buffers, on gloo ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import unittest.mock
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lplb_ep
+from lplb_ep import (
+    ContractError,
+    GuestPool,
+    Guests,
+    Layer,
+    Placement,
+    Problem,
+    RankError,
+    Replicas,
+)
+
+E, G, HIDDEN, WIDTH, T, K = 8, 2, 8, 16, 24, 2
+RULE = Problem(guest_tolerance=0.0, guest_min_tokens=1)
+
+
+class Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weights, topk_idx, buffer):
+        ctx.buffer = buffer
+        if hasattr(buffer, "get_dispatch_layout"):
+            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, E)
+            got_x, slots, got_weights, _, ctx.handle, _ = buffer.dispatch(
+                x,
+                topk_idx=topk_idx,
+                topk_weights=weights,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+            )
+        else:
+            got_x, slots, got_weights, ctx.handle, _ = buffer.dispatch(
+                x,
+                topk_idx=topk_idx,
+                topk_weights=weights,
+                num_experts=E,
+                num_max_tokens_per_rank=T,
+                async_with_compute_stream=True,
+            )
+        ctx.mark_non_differentiable(slots)
+        return got_x, got_weights, slots, ctx.handle
+
+    @staticmethod
+    def backward(ctx, grad_x, grad_weights, *_):
+        out = ctx.buffer.combine(
+            grad_x.contiguous(), ctx.handle, topk_weights=grad_weights.contiguous()
+        )
+        return out[0], out[1], None, None
+
+
+class Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, handle, buffer):
+        ctx.buffer, ctx.handle = buffer, handle
+        return buffer.combine(x, handle)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.buffer.dispatch(grad.contiguous(), handle=ctx.handle)[0], None, None
+
+
+class Experts(nn.Module):
+    """Stacked, with a bias."""
+
+    def __init__(self, num_slots: int, seed: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def weight(*shape):
+            return nn.Parameter(torch.randn(num_slots, *shape, generator=generator).to(dtype))
+
+        self.w1, self.b1, self.w2 = weight(HIDDEN, WIDTH), weight(WIDTH), weight(WIDTH, HIDDEN)
+
+
+class MoE(nn.Module):
+    def __init__(self, group, placement, kind, seed=0, pool=None, dtype=torch.float64):
+        super().__init__()
+        self.layer = Layer(placement, RULE)
+        self.experts = Experts(placement.num_resident_slots, 10 * seed + group.rank(), dtype)
+        self.guests = Guests(self.experts, self.layer, group, pool)
+        self.buffers = {}
+        for mode in ("home", "1"):
+            with unittest.mock.patch.dict(os.environ, LPLB_EP=mode):
+                if kind == "elastic":
+                    buffer = lplb_ep.ElasticBuffer(group, num_bytes=1 << 21)
+                else:
+                    buffer = lplb_ep.Buffer(group, 1 << 20)
+            self.buffers[mode] = buffer.view(self.layer)
+        self.mode = "1"
+        self.inside = None
+        self.received = []
+
+    def compute(self, x, picks, weights):
+        x, by_name = self.guests.weights(x)
+        out = x * 0
+        for slot in range(self.layer.placement.num_local_slots):
+            row, column = torch.nonzero(picks == slot, as_tuple=True)
+            if len(row):
+                guest = slot - self.layer.placement.num_resident_slots
+                w1, b1, w2 = (
+                    by_name[name][guest >= 0][guest if guest >= 0 else slot]
+                    for name in ("w1", "b1", "w2")
+                )
+                y = torch.tanh(x[row] @ w1 + b1) @ w2
+                out = out.index_add(0, row, y * weights[row, column, None])
+        return out
+
+    def forward(self, x, weights, topk_idx):
+        buffer = self.buffers[self.mode]
+        got, got_weights, slots, handle = Dispatch.apply(x, weights, topk_idx, buffer)
+        self.received.append(int((slots >= 0).sum()))
+        if self.inside is None:
+            out = self.compute(got, slots, got_weights)
+        else:
+            out = checkpoint(
+                self.compute, got, slots, got_weights, use_reentrant=self.inside == "reentrant"
+            )
+        return Combine.apply(out, handle, buffer)
+
+
+def batch_of(rank: int, number: int, dtype: torch.dtype = torch.float64):
+    """Most picks are of the first rank's experts; of the next batch's, of the last rank's."""
+    generator = torch.Generator().manual_seed(100 * number + rank)
+    odds = torch.tensor([8.0, 8.0, 2, 2, 1, 1, 1, 1])
+    odds = odds if number % 2 == 0 else odds.flip(0)
+    topk_idx = torch.multinomial(odds.expand(T, E), K, generator=generator)
+    x = torch.randn(T, HIDDEN, generator=generator).to(dtype)
+    weights = torch.rand(T, K, generator=generator).to(dtype)
+    return x.requires_grad_(), weights.requires_grad_(), topk_idx
+
+
+def run_steps(layers, group, numbers, outside=False):
+    """The layers one after another, several batches; leaves and returns all gradients."""
+    for layer in layers:
+        layer.zero_grad()
+    gradients, losses = [], []
+    for number in numbers:
+        x, weights, topk_idx = batch_of(group.rank(), number)
+        h = x
+        for layer in layers:
+            h = h + (
+                checkpoint(layer, h, weights, topk_idx, use_reentrant=False)
+                if outside
+                else layer(h, weights, topk_idx)
+            )
+        loss = h.pow(2).sum()
+        loss.backward()
+        gradients += [x.grad, weights.grad]
+        losses.append(loss.detach())
+    gradients += [p.grad.clone() for layer in layers for p in layer.experts.parameters()]
+    return losses + gradients
+
+
+def largest_load(layers, group) -> int:
+    loads = torch.tensor([sum(layer.received) for layer in layers])
+    dist.all_reduce(loads, op=dist.ReduceOp.MAX, group=group)
+    for layer in layers:
+        layer.received.clear()
+    return int(loads.max())
+
+
+def set_mode(layers, mode):
+    for layer in layers:
+        layer.mode = mode
+
+
+def assert_close(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert (a - b).abs().max() <= 1e-9 * max(1.0, float(b.abs().max()))
+
+
+def train(group, kind, checkpointing):
+    placement = Placement.homes_only(E, group.size(), G)
+    first = MoE(group, placement, kind)
+    layers = [first]
+    pool = GuestPool(group, G, first.experts)
+    layers = [MoE(group, Placement.homes_only(E, group.size(), G), kind, s, pool) for s in (1, 2)]
+    for layer in layers:
+        layer.inside = {"inside": "plain", "inside, reentrant": "reentrant"}.get(checkpointing)
+    set_mode(layers, "home")
+    want = run_steps(layers, group, range(3))
+    at_home = largest_load(layers, group)
+    set_mode(layers, "1")
+    got = run_steps(layers, group, range(3), outside=checkpointing == "outside")
+    assert_close(got, want)
+    balanced = largest_load(layers, group)
+    if checkpointing == "":
+        assert balanced <= 3 * T * K + 3 < at_home  # the mean, and whole tokens
+    return balanced
+
+
+@pytest.mark.parametrize("kind", ["legacy", "elastic"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_training_with_guests_equals_training_at_home(num_ranks, kind):
+    ranks.run(num_ranks, train, kind, "")
+
+
+@pytest.mark.parametrize("checkpointing", ["inside", "inside, reentrant", "outside"])
+def test_so_it_does_with_activation_checkpointing(checkpointing):
+    ranks.run(2, train, "legacy", checkpointing)
+
+
+def interleave(group):
+    """Micro-batches of a pipeline: forward 0, forward 1, backward 0, forward 2, backward 1, 2."""
+    layer = MoE(group, Placement.homes_only(E, group.size(), G), "legacy")
+
+    def run(mode):
+        set_mode([layer], mode)
+        layer.zero_grad()
+        outs = {}
+
+        def forward(number):
+            x, weights, topk_idx = batch_of(group.rank(), number)
+            outs[number] = layer(x, weights, topk_idx).pow(2).sum()
+
+        forward(0), forward(1), outs.pop(0).backward()
+        forward(2), outs.pop(1).backward(), outs.pop(2).backward()
+        return [p.grad.clone() for p in layer.experts.parameters()]
+
+    want = run("home")
+    assert_close(run("1"), want)
+    sent = layer.guests._pools[0].transport
+    with unittest.mock.patch.object(sent, "push", wraps=sent.push) as push:
+        run("1")
+    return push.call_count
+
+
+def test_micro_batches_may_be_interleaved():
+    # Each is pushed again: another one came between.
+    assert ranks.run(2, interleave) == [6, 6]
+
+
+def low_latency(group, hook):
+    rank, R, width = group.rank(), group.size(), 128
+    placement = Placement.homes_only(E, R, G)
+    layer = Layer(placement, RULE)
+    experts = nn.ParameterDict({"scale": nn.Parameter(torch.arange(E).view(R, -1)[rank] + 1.0)})
+    guests = Guests(experts, layer, group)
+    _, weights, topk_idx = batch_of(rank, 0)
+    x, weights = torch.randn(T, width, dtype=torch.float32), weights.detach().float()
+    L = placement.num_local_slots
+    with unittest.mock.patch.dict(os.environ, LPLB_EP="1"):
+        size = lplb_ep.Buffer.get_low_latency_rdma_size_hint(T, width, R, L * R)
+        buffer = lplb_ep.Buffer(group, 0, size, low_latency_mode=True, num_qps_per_rank=L)
+        buffer = buffer.view(layer)
+    arrived = []
+    transport = guests._pools[0].transport
+    transport.wait = lambda: arrived.append(0)
+    counts = []
+    for _ in range(3):
+        arrived.clear()
+        recv, count, handle, _, arrive = buffer.low_latency_dispatch(
+            x, topk_idx, T, E, use_fp8=False, return_recv_hook=hook
+        )
+        assert bool(arrived) is not hook
+        if hook:
+            arrive()
+        assert arrived
+        _, by_name = guests.weights(recv)
+        scale = torch.cat(by_name["scale"])
+        out, *_ = buffer.low_latency_combine(
+            torch.nan_to_num(recv * scale[:, None, None]), topk_idx, weights, handle
+        )
+        want = (x[:, None] * (topk_idx + 1)[..., None] * weights[..., None]).sum(1)
+        torch.testing.assert_close(out, want)
+        counts.append(int(count.sum()))
+    return counts[-1]
+
+
+@pytest.mark.parametrize("hook", [False, True])
+def test_low_latency_calls_take_guests(hook):
+    loads = ranks.run(4, low_latency, hook)
+    assert max(loads) - min(loads) <= 1
+
+
+def static_and_guests(group):
+    """A static replica on each rank beside the guest slots; replicas' gradients come home, too."""
+    history = torch.tensor([8, 8, 2, 2, 1, 1, 1, 1])
+    placement = Placement.from_history(
+        history, num_ranks=2, num_redundant_per_rank=1, num_guests_per_rank=G
+    )
+    layer = MoE(group, placement, "legacy")
+    replicas = Replicas(layer.experts, layer.layer, group)
+    home = torch.tensor(placement.home)
+    local = home[home // placement.num_local_slots == group.rank()] % placement.num_local_slots
+
+    def run(mode):
+        set_mode([layer], mode)
+        replicas.copy_weights()
+        layer.zero_grad()
+        for number in (0, 1):
+            x, weights, topk_idx = batch_of(group.rank(), number)
+            layer(x, weights, topk_idx).pow(2).sum().backward()
+        replicas.reduce_gradients()
+        return [p.grad[local] for p in layer.experts.parameters()]
+
+    want = run("home")
+    at_home = largest_load([layer], group)
+    assert_close(run("1"), want)
+    assert largest_load([layer], group) < at_home
+    # Weights are stale now: all goes home, without guests.
+    x, weights, topk_idx = batch_of(group.rank(), 0)
+    layer(x, weights, topk_idx).sum().backward()
+    (planner,) = (p for p in layer.layer.planners if p.counts != "given")
+    return [status.name for status in planner.num_batches]
+
+
+def test_guests_stand_beside_replicas():
+    assert ranks.run(2, static_and_guests) == [["OPTIMAL", "STALE"]] * 2
+
+
+def no_guests_any_more(group):
+    """On one rank they end between forward and backward, and for good."""
+    layer = MoE(group, Placement.homes_only(E, 2, G), "legacy")
+    want = run_steps([layer], group, [0])
+    x, weights, topk_idx = batch_of(group.rank(), 0)
+    out = layer(x, weights, topk_idx).pow(2).sum()
+    if group.rank() == 1:
+        layer.experts.half()  # cast: no guests from here
+        layer.experts.double()
+        layer.experts.w1.data = layer.experts.w1.data[:, :4].clone()
+    out = None
+    del out
+    (planner,) = (p for p in layer.layer.planners if p.counts != "given")
+    layer.buffers["1"].get_dispatch_layout(topk_idx, E)
+    batches = planner.num_batches
+    assert {s.name: n for s, n in batches.items()} == {"OPTIMAL": 2, "STALE": 1}
+    return len(want)
+
+
+def test_one_rank_whose_weights_cannot_be_pushed_sends_all_home():
+    ranks.run(2, no_guests_any_more)
+
+
+def in_flight(group):
+    layer = MoE(group, Placement.homes_only(E, 2, G), "legacy")
+    buffer = layer.buffers["1"]
+    _, _, topk_idx = batch_of(group.rank(), 0)
+    layout = buffer.get_dispatch_layout(topk_idx, E)
+    if group.rank() == 0:
+        message = "is shared by batches in flight"
+    else:
+        layer.guests.skip()  # this rank takes the batch for given up
+        message = "ranks [0] refused"
+    with pytest.raises((ContractError, RankError), match=re.escape(message)):
+        buffer.get_dispatch_layout(topk_idx, E)
+    del layout
+    buffer.get_dispatch_layout(topk_idx, E)  # all are in step again
+
+
+def test_batches_in_flight_on_one_pool_are_refused_on_all_ranks():
+    ranks.run(2, in_flight)
+
+
+def absent(group):
+    """A rank does not come to a push: the others name it."""
+    group = dist.new_group()
+    guests = Guests(
+        Experts(2, group.rank(), torch.float64),
+        Layer(Placement.homes_only(6, 3, 1)),
+        group,
+    )
+    table = torch.tensor([[2], [0], [0]], dtype=torch.int32)
+    aside = dist.new_group()
+    if group.rank() == 2:
+        dist.barrier(aside)
+        return ""
+    guests.prepare()
+    with pytest.raises(RankError) as error:
+        guests.push(table)
+    dist.barrier(aside)
+    return str(error.value)
+
+
+def test_a_rank_that_does_not_come_to_a_push_is_named():
+    first, second, _ = ranks.run(3, absent, environ={"LPLB_EP_TIMEOUT_S": "2"})
+    said = "ranks [2] sent no weights or gradients within 2 s"
+    assert said in first
+    assert said in second
