@@ -178,7 +178,12 @@ def layer(
     shape = {"num_ranks": num_ranks, "num_ranks_per_node": node_size}
     if is_placed:
         placement = Placement.from_history(
-            earlier + 1e-3, num_redundant_per_rank=replicas, num_guests_per_rank=num_guests, **shape
+            earlier + 1e-3,
+            num_redundant_per_rank=replicas,
+            num_guests_per_rank=num_guests,
+            # Each expert a group of its own: they are packed over nodes first, then over ranks.
+            num_groups=len(load) if is_placed == "over nodes" else None,
+            **shape,
         )
     else:
         placement = Placement.homes_only(len(load), num_guests_per_rank=num_guests, **shape)
@@ -279,7 +284,9 @@ def simulate(processes: int) -> None:
     rows = []
     with multiprocessing.get_context("forkserver").Pool(processes) as pool:
         for ranks, node, (where, correlation) in itertools.product(
-            (128, 512, 2048), (8, 64), (("in order", 0.94), ("placed", 0.94), ("placed", 0.8))
+            (128, 512, 2048),
+            (8, 64),
+            (("in order", 0.94), ("placed", 0.94), ("over nodes", 0.94), ("over nodes", 0.8)),
         ):
             experts = max(256, 2 * ranks)
             call = partial(
@@ -288,11 +295,11 @@ def simulate(processes: int) -> None:
                 replicas=0,
                 num_guests=1,
                 node_size=node,
-                is_placed=where == "placed",
+                is_placed=where != "in order" and where,
                 with_peer=False,
             )
             pairs = [drifted(seed, experts, correlation) for seed in range(2 if ranks > 512 else 6)]
-            name = f"EP{ranks}, E {experts}, domains of {node}, {where}, {correlation:g}"
+            name = f"EP{ranks}, E {experts}, in {node}, {where}, {correlation:g}"
             rows.append(cells(name, pool.map(call, pairs, chunksize=1), 88)[:7])
     print(text_table(HEADER[:7], rows))
 

@@ -1,5 +1,8 @@
 """Which guests are chosen: good ones, few, and by the rule."""
 
+import doctest
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -187,3 +190,10 @@ def test_the_choice_does_not_change():
         load[::-1], num_ranks=8, num_redundant_per_rank=1, num_guests_per_rank=1
     )
     assert chosen(load, placement).ravel().tolist() == [-1, -1, 25, 22, 18, -1, -1, -1]
+
+
+def test_the_guide_says_what_is():
+    path = Path(__file__).parents[2] / "docs" / "guests.md"
+    result = doctest.testfile(str(path), module_relative=False)
+    assert result.attempted > 5
+    assert result.failed == 0
