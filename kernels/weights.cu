@@ -11,7 +11,8 @@
 //
 // What an expert has is cut into chunks, and the chunks of all visits are shared evenly between the blocks. An item
 // is a chunk of one visit. Items are ordered by expert, then chunk, then rank and slot: the visits of one expert
-// have the same chunk one after the other.
+// have the same chunk one after the other. In shared memory chunks begin at multiples of 128 bytes. Bulk copies that
+// begin elsewhere bring a third less in the same time.
 
 #include "abi.cuh"
 #include "ptx.cuh"
@@ -264,7 +265,7 @@ using namespace lplb;
 
 // Writes this rank's experts into the slots where they are guests, then the ticket to those ranks.
 extern "C" __global__ void __launch_bounds__(THREADS) push_guests(const Travel travel) {
-    extern __shared__ int4 stages[];  // [STAGES, CHUNK / 16]
+    extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
     __shared__ Visit visits[MAX_GUESTS];
     __shared__ unsigned long long arrivals[STAGES];
     if (!is_planned(travel) || !has_met(travel)) return;
@@ -359,7 +360,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) 
 // Adds the gradients of guests to those of their homes here, rank by rank and slot by slot. Where the ranks did not
 // meet, these are NaN.
 extern "C" __global__ void __launch_bounds__(THREADS) add_gradients(const Travel travel) {
-    extern __shared__ int4 stages[];  // [STAGES, CHUNK / 16]
+    extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
     __shared__ Visit visits[MAX_GUESTS];
     __shared__ Span spans[STAGES];
     __shared__ unsigned long long arrivals[STAGES];
