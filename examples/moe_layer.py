@@ -1,12 +1,17 @@
 """A Mixture-of-Experts language model trained over 8 ranks, every batch balanced.
 
 Read it from top to bottom as the way to integrate lplb_ep. What a plain DeepEP layer does not
-have is marked with (1) to (7):
+have is marked with (1) to (4):
 
     (1) the buffer comes from lplb_ep, and the environment variable LPLB_EP switches it
-    (2) the router picks logical experts, the layer holds slots: P / R of them on each rank
+    (2) the router picks logical experts; a rank has slots for its own, and behind them for guests:
+        experts of other ranks, which come for a batch that needs them
     (3) each layer calls the buffer through a view with its own placement
-    (4) the optimizer gets each logical expert once
+    (4) the experts' weights come from `Guests`: those of guests are fetched while tokens are
+        dispatched, and their gradients are home before the optimizer sees them
+
+That is all with guests. Static copies (`--guests 0 --redundant 2`) have more to do:
+
     (5) gradients of replicas are summed into their home before the optimizer's step
     (6) weights of homes are copied to their replicas after it
     (7) a new placement is made for the load of late; its weights are the logical experts' of the
@@ -34,7 +39,7 @@ from report import Observer
 from torch import nn
 
 import lplb_ep
-from lplb_ep import Placement, Replicas
+from lplb_ep import GuestPool, Guests, Placement, Replicas
 from lplb_ep.deepep.drop_in import choose_backend
 from lplb_ep.settings import Settings
 
@@ -94,17 +99,20 @@ class Combine(torch.autograd.Function):
 class Experts(nn.Module):
     """The feed-forward networks of this rank's slots, stacked."""
 
-    def __init__(self, num_local_slots: int, hidden: int) -> None:
+    def __init__(self, num_slots: int, hidden: int) -> None:
         super().__init__()
-        self.w1 = nn.Parameter(torch.randn(num_local_slots, hidden, EXPERT_WIDTH) / hidden**0.5)
-        self.w2 = nn.Parameter(
-            torch.randn(num_local_slots, EXPERT_WIDTH, hidden) / EXPERT_WIDTH**0.5
-        )
+        self.w1 = nn.Parameter(torch.randn(num_slots, hidden, EXPERT_WIDTH) / hidden**0.5)
+        self.w2 = nn.Parameter(torch.randn(num_slots, EXPERT_WIDTH, hidden) / EXPERT_WIDTH**0.5)
 
-    def forward(self, x, slots, weights):
+    def forward(self, x, slots, weights, guests):
         """x [N, hidden], slots and weights [N, K]: local slot of each pick, -1 = not here."""
+        own = [*zip(self.w1, self.w2, strict=True)]
+        if guests is not None:  # (4)
+            x, stacks = guests.weights(x)
+            w1, w2 = ([*residents, *others] for residents, others in stacks.values())
+            own = [*zip(w1, w2, strict=True)]
         out = torch.zeros_like(x)
-        for slot, (w1, w2) in enumerate(zip(self.w1, self.w2, strict=True)):
+        for slot, (w1, w2) in enumerate(own):
             row, column = torch.nonzero(slots == slot, as_tuple=True)
             y = F.gelu(x[row] @ w1) @ w2
             out = out.index_add(0, row, y * weights[row, column, None])
@@ -118,7 +126,7 @@ class MoE(nn.Module):
         self,
         hidden: int,
         num_experts: int,
-        num_local_slots: int,
+        num_slots: int,
         num_topk: int,
         row_dtype: torch.dtype,
     ) -> None:
@@ -126,12 +134,15 @@ class MoE(nn.Module):
         self.num_experts, self.num_topk = num_experts, num_topk
         self.row_dtype = row_dtype  # of rows that are dispatched and combined
         self.router = nn.Linear(hidden, num_experts, bias=False)
-        self.experts = Experts(num_local_slots, hidden)  # (2)
+        self.experts = Experts(num_slots, hidden)  # (2)
+        self.guests: Guests | None = None
         self.replicas: Replicas | None = None
 
-    def place(self, placement: Placement, buffer, group) -> None:
+    def place(self, placement: Placement, buffer, group, pool: GuestPool | None) -> None:
         """Gives the layer a placement, and its experts their weights. Collective."""
         old, self.placement = self.replicas, placement
+        if pool is not None:
+            self.guests = Guests(self.experts, placement, group, pool)  # (4)
         self.replicas = Replicas(self.experts, placement, group)
         if old is not None:  # (7)
             experts = [{}] * group.size()
@@ -153,7 +164,7 @@ class MoE(nn.Module):
             x.to(self.row_dtype), weights, topk_idx, self.num_experts, self.buffer
         )
         self.topk_idx, self.received = topk_idx, sum(recv_counts)  # this rank's, of this batch
-        out = self.experts(recv_x.to(x.dtype), recv_slots, recv_weights)
+        out = self.experts(recv_x.to(x.dtype), recv_slots, recv_weights, self.guests)
         return Combine.apply(out.to(self.row_dtype), handle, self.buffer).to(x.dtype)
 
     def picks(self) -> torch.Tensor:
@@ -195,11 +206,15 @@ class LanguageModel(nn.Module):
 # --- training ------------------------------------------------------------------------------------
 
 
-def text() -> torch.Tensor:
-    """The language reference that comes with every Python, as bytes."""
+def texts() -> list[torch.Tensor]:
+    """The language reference that comes with every Python, and then tables of numbers, as bytes."""
     from pydoc_data.topics import topics
 
-    return torch.frombuffer(bytearray("\n\n".join(topics.values()).encode()), dtype=torch.uint8)
+    numbers = (f"{n:6d} {n * n:12d} {n**0.5:12.6f}\n" for n in range(20_000))
+    return [
+        torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        for text in ("\n\n".join(topics.values()), "".join(numbers))
+    ]
 
 
 class Trainer:
@@ -208,12 +223,11 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, group: dist.ProcessGroup) -> None:
         self.args, self.group = args, group
         self.rank, self.num_ranks = group.rank(), group.size()
-        num_local_slots = args.experts // self.num_ranks + args.redundant
         torch.manual_seed(0)  # the dense weights are the same on every rank, ...
         self.model = LanguageModel(
             hidden=args.hidden,
             num_experts=args.experts,
-            num_local_slots=num_local_slots,
+            num_slots=args.experts // self.num_ranks + args.redundant,
             num_topk=args.topk,
             row_dtype=args.dtype,
         ).to(torch.float32 if args.dtype == torch.bfloat16 else args.dtype)
@@ -224,9 +238,12 @@ class Trainer:
         self.model.to(args.device)
         self.layers = [block.moe for block in self.model.blocks]
         self.dense = [p for name, p in self.model.named_parameters() if ".experts." not in name]
-        self.buffer = self.make_buffer()
+        self.buffer, self.pool = self.make_buffer(), None
+        if args.guests:  # one serves all layers
+            experts = [layer.experts for layer in self.layers]
+            self.pool = GuestPool(group, args.guests, experts)  # (4)
         self.place(torch.ones(NUM_LAYERS, args.experts))  # no load is known yet
-        self.text, self.sampler = text(), torch.Generator().manual_seed(100 + self.rank)
+        self.texts, self.sampler = texts(), torch.Generator().manual_seed(100 + self.rank)
 
     def make_buffer(self):
         """One serves all layers; the environment is read when it is made. Collective."""
@@ -242,10 +259,13 @@ class Trainer:
         """Places each layer's experts for loads [layers, E], equal on all ranks. Collective."""
         for layer, load in zip(self.layers, loads, strict=True):
             placement = Placement.from_history(
-                load, num_ranks=self.num_ranks, num_redundant_per_rank=self.args.redundant
+                load,
+                num_ranks=self.num_ranks,
+                num_redundant_per_rank=self.args.redundant,
+                num_guests_per_rank=self.args.guests,
             )
-            layer.place(placement, self.buffer, self.group)
-        experts = [p for layer in self.layers for p in layer.replicas.optimizer_parameters()]  # (4)
+            layer.place(placement, self.buffer, self.group, self.pool)
+        experts = [p for layer in self.layers for p in layer.replicas.optimizer_parameters()]
         # Rows of its state belong to experts that have moved: Adam's moments start anew.
         self.optimizer = torch.optim.AdamW([*self.dense, *experts], lr=self.args.lr)
         self.load = torch.zeros(NUM_LAYERS, self.args.experts, dtype=torch.int64)
@@ -255,11 +275,12 @@ class Trainer:
         dist.all_reduce(self.load, group=self.group)
         self.place(self.load)  # (7)
 
-    def batch(self) -> torch.Tensor:
+    def batch(self, step: int) -> torch.Tensor:
+        text = self.texts[step >= self.args.shift_at]
         start = torch.randint(
-            len(self.text) - SEQUENCE, (self.args.sequences, 1), generator=self.sampler
+            len(text) - SEQUENCE, (self.args.sequences, 1), generator=self.sampler
         )
-        return self.text[start + torch.arange(SEQUENCE + 1)].long().to(self.args.device)
+        return text[start + torch.arange(SEQUENCE + 1)].long().to(self.args.device)
 
     def gradients(self, tokens: torch.Tensor) -> float:
         """Leaves the gradients of the mean loss over all ranks; returns that loss. Collective."""
@@ -290,9 +311,9 @@ def train(args: argparse.Namespace) -> None:
     trainer = Trainer(args, dist.group.WORLD)
     observer = Observer(args, trainer)  # measures and checks; nothing of the training needs it
     for step in range(args.steps):
-        if step == args.place_at:
+        if step == args.place_at and args.redundant:
             trainer.place_by_load()
-        tokens = trainer.batch()
+        tokens = trainer.batch(step)
         observer.before(step, tokens)
         loss = trainer.gradients(tokens)
         observer.after(step, loss)
@@ -319,10 +340,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trace-layout", metavar="LAYOUT", help="what its three dimensions are")
     parser.add_argument("--ranks", type=int, default=8, help="processes to start (not in torchrun)")
     parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--redundant", type=int, default=2, help="redundant slots on each rank")
+    parser.add_argument("--guests", type=int, default=4, help="guest slots on each rank")
+    parser.add_argument("--redundant", type=int, default=0, help="static copies on each rank")
     parser.add_argument("--topk", type=int, default=4)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--place-at", type=int, help="step to place anew by load; default steps/4")
+    parser.add_argument("--shift-at", type=int, help="step of another text; default 2/3 of them")
     parser.add_argument("--sequences", type=int, default=8, help=f"of {SEQUENCE} bytes, a rank")
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument(
@@ -356,17 +379,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.hidden = 256 if with_deep_ep else 64  # its kernels take rows of whole 512 bytes
     args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks))  # torchrun's
     args.place_at = max(1, args.steps // 4) if args.place_at is None else args.place_at
-    for name, least in (("ranks", 1), ("topk", 1), ("sequences", 1), ("redundant", 0)):
+    args.shift_at = 2 * args.steps // 3 if args.shift_at is None else args.shift_at
+    least_of = {"ranks": 1, "topk": 1, "sequences": 1, "redundant": 0, "guests": 0, "shift_at": 0}
+    for name, least in least_of.items():
         if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}; got {getattr(args, name)}")
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least {least}; got {getattr(args, name)}")
     if not 1 <= args.place_at < args.steps:
         parser.error(
             f"--place-at must be in [1, --steps); got {args.place_at} of {args.steps} steps"
         )
     if args.topk > args.experts:
         parser.error(f"--topk must be at most the {args.experts} experts; got {args.topk}")
-    if args.ranks == 1 and args.redundant:
-        parser.error("--redundant must be 0 on a single rank: a copy there helps no plan")
+    if args.ranks == 1:
+        if args.redundant:
+            parser.error("--redundant must be 0 on a single rank: a copy there helps no plan")
+        args.guests = 0  # likewise
     if args.experts % args.ranks:
         parser.error(f"--experts must be a multiple of the {args.ranks} ranks; got {args.experts}")
     return args

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from moe_layer import MoE, Trainer
 
 
+STATIC = 2  # static copies a rank that guests are compared with
+
 # How far a balanced step may be from the same step at home, relative to the loss and to the largest
 # gradient. In bfloat16 each combine rounds to 8 bits what a rank's experts made of a token, and
 # again the sum over ranks. Balanced, the terms are grouped otherwise, so the two differ by up to
@@ -52,7 +54,8 @@ class Observer:
         if trainer.rank == 0:
             print(
                 f"{trainer.num_ranks} ranks, {args.experts} experts, top-{args.topk}, "
-                f"{args.redundant} redundant slots a rank\n{self.equipment()}",
+                f"{args.guests} guest slots and {args.redundant} static copies a rank\n"
+                f"{self.equipment()}",
                 flush=True,
             )
         self.start = time.perf_counter()
@@ -142,10 +145,11 @@ class Observer:
         """Prints the tables and draws the picture, on rank 0; fails where the check does."""
         seconds = time.perf_counter() - self.start
         before, after, bound = self.loads()
+        static = self.with_static_copies()
         alone_ms, exchanged_ms = plan_times(self.trainer)
         if self.trainer.rank:
             return
-        self.print_imbalance(before, after, bound)
+        self.print_imbalance(before, after, bound, static)
         times = [
             ["count, solve, split, rewrite", f"{alone_ms:.2f}"],
             [f"with the exchange, {self.trainer.num_ranks} ranks at once", f"{exchanged_ms:.2f}"],
@@ -161,7 +165,7 @@ class Observer:
         for step, balanced, home, difference in self.checks:
             if not (abs(balanced - home) <= tolerance * home and difference <= tolerance):
                 sys.exit(f"step {step}: balanced and home differ by more than {tolerance}")
-        self.draw(before, after, bound)
+        self.draw(before, after, bound, static)
         print(f"\n{self.args.steps} steps in {seconds:.0f} s; picture: {self.args.out}")
 
     def loads(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -181,43 +185,85 @@ class Observer:
                     bound[step, layer] = lplb_ep.solve(picks[step, layer], placement).lower_bound
         return before, after, bound
 
-    def print_imbalance(self, before, after, bound) -> None:
+    def with_static_copies(self) -> torch.Tensor:
+        """T* [steps, layers] of the same loads with static copies, placed once by load."""
+        picks = torch.stack(self.picks)
+        dist.all_reduce(picks, group=self.trainer.group)
+        bound = torch.zeros(picks.shape[:2], dtype=torch.float64)
+        if self.trainer.rank or not self.args.guests:
+            return bound
+        place_at, num_ranks = self.args.place_at, self.trainer.num_ranks
+        shape = {"num_ranks": num_ranks, "num_redundant_per_rank": STATIC}
+        for layer in range(len(self.layers)):
+            seen = picks[:place_at, layer]
+            even = lplb_ep.Placement.from_history(torch.ones_like(seen[0]), **shape)
+            placed = lplb_ep.Placement.for_lp(seen, **shape, time_budget_s=2)
+            for step, load in enumerate(picks[:, layer]):
+                placement = even if step < place_at else placed
+                bound[step, layer] = lplb_ep.solve(load, placement).lower_bound
+        return bound
+
+    def print_imbalance(self, before, after, bound, static) -> None:
         mean = after.double().mean(-1)
-        columns = torch.stack([before.amax(-1) / mean, after.amax(-1) / mean, bound / mean], -1)
+        columns = [before.amax(-1) / mean, after.amax(-1) / mean, bound / mean]
+        header = ["home", "plan", "bound"]
+        if self.args.guests:
+            columns.append(static / mean)
+            header.append(f"{STATIC} static")
+        columns = torch.stack(columns, -1)
+        place_at, shift_at = self.args.place_at, self.args.shift_at
         phases = {
-            "placed evenly": slice(0, self.args.place_at),
-            "placed by load": slice(self.args.place_at, None),
+            "at first": slice(0, place_at),
+            "static copies placed": slice(place_at, shift_at),
+            "another text": slice(max(place_at, shift_at), None),
         }
         rows = []
         for name, steps in phases.items():
-            for layer in range(len(self.layers)):
+            for layer in range(len(self.layers) if len(columns[steps]) else 0):
                 numbers = [*columns[steps, layer].mean(0), *columns[steps, layer].amax(0)]
                 rows.append([f"layer {layer}, {name}", *(f"{n:.3f}" for n in numbers)])
         print_table(
             f"Imbalance: max / mean rank load, mean and worst of the steps "
             f"(mode {self.args.balance})",
-            ["", "home", "plan", "bound", "worst home", "worst plan", "worst bound"],
+            ["", *header, *(f"worst {name}" for name in header)],
             rows,
         )
         print(
             "\nhome: every token at its expert's home slot; plan: what the ranks got; "
             "bound: no plan can have less\n"
-            f"placed evenly: before step {self.args.place_at} no load is known, and which experts "
-            "have copies is arbitrary"
+            + (
+                f"{STATIC} static: what {STATIC} static copies a rank instead of guests would have "
+                f"at best, placed at step {place_at}"
+                if self.args.guests
+                else f"at first: before step {place_at} no load is known, and which experts have "
+                "copies is arbitrary"
+            )
         )
 
-    def draw(self, before, after, bound) -> None:
+    def draw(self, before, after, bound, static) -> None:
         from lplb_ep.tools.plots import plot_training
 
         Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
+        beside = {}
+        if self.args.guests:
+            label = f"at best with {STATIC} static copies a rank"
+            beside = {
+                "plan_label": "with guests (fetched for each batch)",
+                "others": {label: static[:, -1]},
+            }
         plot_training(
             self.args.out,
-            rank_load_before=before[:, 0],
-            rank_load_after=after[:, 0],
-            lower_bound=bound[:, 0],
-            title=f"MoE layer 0 (of {len(self.layers)}): {self.args.experts} experts on "
-            f"{self.trainer.num_ranks} ranks, {self.args.redundant} redundant slots each",
-            marks={self.args.place_at: "experts placed by their load"},
+            rank_load_before=before[:, -1],
+            rank_load_after=after[:, -1],
+            lower_bound=bound[:, -1],
+            title=f"The last of {len(self.layers)} MoE layers: {self.args.experts} experts on "
+            f"{self.trainer.num_ranks} ranks, {self.args.guests} guest slots and "
+            f"{self.args.redundant} static copies each",
+            marks={
+                self.args.place_at: "static copies placed",
+                self.args.shift_at: "another text",
+            },
+            **beside,
         )
 
 

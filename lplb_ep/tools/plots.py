@@ -126,6 +126,8 @@ def plot_training(
     title: str = "",
     step_label: str = "training step",
     marks: Mapping[int, str] | None = None,
+    plan_label: str = "LP (tokens split over replicas)",
+    others: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
     """Draws a training run: the ranks' loads at one step, and the imbalance over all steps.
 
@@ -138,6 +140,8 @@ def plot_training(
         title: headline.
         step_label: what a step is.
         marks: what happened before a step, by its number; drawn as a line with a text.
+        plan_label: what the plan split tokens over.
+        others: [S] numbers by label, T* in tokens of the same steps with other copies.
 
     Raises:
         ValueError: shapes that do not fit, or no such step.
@@ -174,10 +178,18 @@ def plot_training(
 
         steps = np.arange(num_steps)
         marker = {"marker": "o", "ms": 3.5} if num_steps <= 60 else {}
-        drawn = []
+        drawn = lines.plot(
+            steps,
+            ratio["home"],
+            color=_COLOURS["home"],
+            label="home slots (all tokens at home)",
+            **{"lw": 1.5, **marker},
+        )
+        for label, loads in (others or {}).items():
+            values, look = loads.double().numpy() / mean, {"lw": 1.5, **marker}
+            drawn += lines.plot(steps, values, color=_COLOURS["residents"], label=label, **look)
         for name, label, look in (
-            ("home", "home slots (all tokens at home)", {"lw": 1.5, **marker}),
-            ("lp", "LP (tokens split over replicas)", {"lw": 2.5, **marker}),
+            ("lp", plan_label, {"lw": 2.5, **marker}),
             ("bound", "lower bound T* (no plan is below)", {"lw": 1, "ls": ":"}),
         ):
             colour = _COLOURS.get(name, "black")

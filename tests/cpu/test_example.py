@@ -16,7 +16,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "moe_layer.py"
 SMALL = ["--ranks", "4", "--experts", "16", "--topk", "2", "--sequences", "2", "--steps", "4"]
 
 
-ROW = r"^layer \d, placed .*?((?: +\d\.\d{3}){6})$"
+ROW = r"^layer \d, .*?((?: +\d\.\d{3}){6,8})$"
+STATIC = ["--guests", "0", "--redundant", "2"]
 
 
 @pytest.fixture
@@ -40,16 +41,21 @@ def run(*arguments, environ=None):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"),
+    ("copies", "dtype", "tolerance"),
     [
-        ("float64", 1e-9),
-        pytest.param("float32", 1e-4, marks=pytest.mark.long),
-        pytest.param("bfloat16", 2**-8, marks=pytest.mark.long),
+        ("guests", "float64", 1e-9),
+        ("static", "float64", 1e-9),
+        ("both", "float64", 1e-9),
+        pytest.param("guests", "float32", 1e-4, marks=pytest.mark.long),
+        pytest.param("guests", "bfloat16", 2**-8, marks=pytest.mark.long),
+        pytest.param("static", "float32", 1e-4, marks=pytest.mark.long),
+        pytest.param("static", "bfloat16", 2**-8, marks=pytest.mark.long),
     ],
 )
-def test_balanced_steps_equal_home_steps(tmp_path, dtype, tolerance):
+def test_balanced_steps_equal_home_steps(tmp_path, copies, dtype, tolerance):
     picture = tmp_path / "picture.png"
-    out = run(*SMALL, "--balance", "both", "--dtype", dtype, "--out", str(picture))
+    slots = {"guests": ["--guests", "2"], "static": STATIC, "both": ["--redundant", "1"]}[copies]
+    out = run(*SMALL, *slots, "--balance", "both", "--dtype", dtype, "--out", str(picture))
     used = (
         rf"device: CPU; tokens: {dtype}; buffers: lplb_ep.embedded \(asked for\); counts: \w+; sol"
     )
@@ -60,11 +66,13 @@ def test_balanced_steps_equal_home_steps(tmp_path, dtype, tolerance):
         assert abs(float(balanced) - float(home)) <= tolerance * float(home)
         assert 0 < float(difference) < tolerance  # the sums are ordered differently
     rows = re.findall(ROW, out, re.MULTILINE)
-    assert len(rows) == 4  # two layers, before and after they are placed by load
+    assert len(rows) == 6  # two layers, before copies are placed, then, and after another text
     for row in rows:
         home, plan, bound, *_ = map(float, row.split())
         assert bound <= plan <= home
         assert plan < bound + 0.02  # whole tokens
+        if copies != "static":
+            assert plan < 1.3  # 32 tokens more are worth no guest here
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,7 +82,7 @@ def test_the_environment_switches_the_mode(tmp_path):
     assert "(mode home)" in out
     assert "gradients differ" not in out
     rows = re.findall(ROW, out, re.MULTILINE)
-    assert len(rows) == 4
+    assert len(rows) == 6
     for row in rows:
         home, plan, *_ = row.split()
         assert home == plan
@@ -95,10 +103,10 @@ def test_a_recording_drives_the_routing(tmp_path):
         "--trace-key", "hot", "--trace-layout", "counts", "--out", str(tmp_path / "picture.png"),
     )  # fmt: skip
     assert "8 experts" in out
-    # Two experts get nearly all: two ranks of four work, or with their copies three.
-    (home, plan, *_) = re.search(r"layer 0, placed evenly((?: +\d\.\d{3}){6})", out)[1].split()
+    # Two experts get nearly all: two ranks of four work at home.
+    (home, plan, *_) = re.search(r"layer 0, at first((?: +\d\.\d{3}){8})", out)[1].split()
     assert float(home) > 1.9
-    assert float(plan) < 1.4
+    assert float(plan) < 1.1
 
 
 @pytest.mark.parametrize(
@@ -114,7 +122,7 @@ def test_the_comparison_holds_whatever_routes(tmp_path, case):
     options = {
         "a recording": ["--trace", str(tmp_path / "trace.npy"), "--ranks", "2", "--topk", "2"],
         "top-1, and a rank that is home to none": (
-            ["--ranks", "4", "--experts", "4", "--redundant", "2", "--topk", "1"]
+            ["--ranks", "4", "--experts", "4", *STATIC, "--topk", "1"]
         ),
     }[case]
     out = run(
@@ -131,7 +139,9 @@ def test_the_comparison_holds_whatever_routes(tmp_path, case):
     [
         (["--steps", "1"], {}, "--place-at must be in"),
         (["--ranks", "0"], {}, "--ranks must be at least 1"),
-        (["--ranks", "1"], {}, "--redundant must be 0 on a single rank"),
+        (["--ranks", "1", "--redundant", "1"], {}, "--redundant must be 0 on a single rank"),
+        (["--guests", "-1"], {}, "--guests must be at least 0"),
+        (["--shift-at", "-1"], {}, "--shift-at must be at least 0"),
         (["--topk", "65"], {}, "--topk must be at most the 64 experts"),
         (["--experts", "20"], {}, "--experts must be a multiple of the 8 ranks"),
         (["--trace-key", "a"], {}, "--trace-key and --trace-layout say what to read of --trace"),
