@@ -152,6 +152,17 @@ def test_the_picture_of_a_training_run(tmp_path, figures):
         "mean (perfect balance)",
     ]
     shown = legend.get_window_extent()
+    plot_training(
+        tmp_path / "b.png",
+        rank_load_before=before,
+        rank_load_after=after,
+        lower_bound=bound,
+        plan_label="guests",
+        others={"static copies": torch.tensor([6, 7, 4])},
+    )
+    by_label = {line.get_label(): line.get_ydata() for line in figures[1].axes[1].lines}
+    np.testing.assert_allclose(by_label["guests"], [1, 1.25, 1])
+    np.testing.assert_allclose(by_label["static copies"], [1.5, 1.75, 1])
     assert shown.x0 >= 0
     assert shown.x1 <= figures[0].bbox.width
 
