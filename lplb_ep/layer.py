@@ -47,7 +47,7 @@ class GuestWeights(Protocol):
     def push(self, guests: torch.Tensor, slot: int, status: torch.Tensor) -> Any:
         """Begins to bring the guests [R, G] of a plan; returns what stands for the batch."""
 
-    def push_again(self, fill: Any, slot: int) -> None:
+    def push_again(self, stay: Any, slot: int) -> None:
         """Brings a batch's guests back where others took their place."""
 
     def wait(self, slot: int) -> None:

@@ -21,15 +21,15 @@ class PushedGuests:
 
     weights: GuestWeights
     slot: int
-    fill: Any = None
+    stay: Any = None
     """None for a batch that goes home."""
 
     def bring_back(self) -> None:
         """Pushes them again where their memory was used since, as a backward pass needs them."""
-        if self.fill is None:
+        if self.stay is None:
             self.weights.skip(self.slot)
         else:
-            self.weights.push_again(self.fill, self.slot)
+            self.weights.push_again(self.stay, self.slot)
 
     def arrive(self, buffer: Any, out: Any) -> Any:
         """Has whoever uses the results of a dispatch wait for guests where it waits for the rows.
@@ -42,7 +42,7 @@ class PushedGuests:
             The results. If they have a hook, or an event that was recorded, it waits for both.
             Else the current stream does.
         """
-        if self.fill is None:
+        if self.stay is None:
             return out
         for number, result in enumerate(out):
             is_event = hasattr(result, "current_stream_wait")
@@ -103,8 +103,8 @@ def plan_with_guests(
     except (ContractError, RankError) as error:  # the other ranks wait for this rank's counts
         planner.refuse(error)
     plan = planner(topk_idx, stale=stale, **kinds)
-    fill = weights.push(plan.guests, use.slot, plan.status)
-    return plan.topk_idx, PushedGuests(weights, use.slot, fill)
+    stay = weights.push(plan.guests, use.slot, plan.status)
+    return plan.topk_idx, PushedGuests(weights, use.slot, stay)
 
 
 def without_guests(use: LayerUse) -> PushedGuests | None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ContractError
 from .guest_transport import GuestLayout
-from .pool import Fill, GuestPool, graph_task
+from .pool import GuestPool, Stay, graph_task
 from .slots import Slot, local_part
 
 Gradients = list[Tensor | None]
@@ -27,20 +27,20 @@ class TrainedBatch(NamedTuple):
     is_list: bool
     """Whether each slot has tensors of its own; else a parameter's slots are rows of one."""
     pool: GuestPool
-    fill: Fill | None
+    stay: Stay | None
     """None where the batch goes home."""
 
-    def check_held(self) -> Fill:
+    def check_held(self) -> Stay:
         """The batch that the pool holds, if it has the guests of this one.
 
         Raises:
             ContractError: the pool was used since, so that the experts had other weights.
         """
-        held = self.pool.fill
+        held = self.pool.stay
         if held is not None and held.owner is self.owner:
             # A recompute within this very backward pass planned the same batch again.
             again = held.graph_task >= 0 and held.graph_task == graph_task()
-            if held is self.fill or again:
+            if held is self.stay or again:
                 return held
         raise ContractError(
             "the pool of guests holds another batch than the one whose backward pass runs, so its "
@@ -55,8 +55,8 @@ class TrainedBatch(NamedTuple):
     def arrives(self) -> set[int]:
         """The local slots to whose gradients something is added; all, if only a GPU knows."""
         layout = self.layout
-        assert self.fill is not None, "a batch that goes home has no guests"
-        guests = self.fill.guests
+        assert self.stay is not None, "a batch that goes home has no guests"
+        guests = self.stay.guests
         if guests.is_cuda:
             return set(range(layout.num_residents))
         group = self.pool.group
@@ -146,7 +146,7 @@ class Homeward(torch.autograd.Function):
         names = range(len(batch.slots))
         own = [[*gradients[n * per_own : (n + 1) * per_own]] for n in names]
         guests = gradients[len(names) * per_own :]
-        if batch.fill is not None:
+        if batch.stay is not None:
             own = _send_home(
                 batch, own, [guests[n * per_guest : (n + 1) * per_guest] for n in names]
             )
@@ -164,7 +164,7 @@ def _send_home(
 ) -> list[Gradients]:
     """Adds guests' gradients to their homes'. On all ranks alike."""
     held = batch.check_held()
-    assert batch.fill is not None, "a batch that goes home sends nothing"
+    assert batch.stay is not None, "a batch that goes home sends nothing"
     batch.pool.use(held)
     arrives = batch.arrives()
     returned: list[Gradients] = []
@@ -179,6 +179,6 @@ def _send_home(
             parts.append(None)
         returned.append(gradients)
         totals.append(total)
-    batch.pool.transport.reduce(batch.layout, parts, totals, batch.fill.guests)
+    batch.pool.transport.reduce(batch.layout, parts, totals, batch.stay.guests)
     batch.pool.clear()
     return returned

@@ -25,7 +25,7 @@ from ..layer import Layer, layer_of
 from ..placement.table import Placement
 from .guest_gradients import Homeward, TrainedBatch
 from .guest_transport import GuestLayout
-from .pool import Fill, GuestPool, graph_task, shapes_of
+from .pool import GuestPool, Stay, graph_task, shapes_of
 from .slots import describe, local_part, refuse_state_outside_parameters, slots_of
 from .validity import Watch
 
@@ -128,7 +128,7 @@ class Guests:
         pool.transport.raise_errors()
         pool.join()
 
-    def push(self, guests: Tensor, slot: int = 0, status: Tensor | None = None) -> Fill:
+    def push(self, guests: Tensor, slot: int = 0, status: Tensor | None = None) -> Stay:
         """Begins to write this batch's guests into the pools of all ranks, which are free.
 
         Args:
@@ -139,11 +139,11 @@ class Guests:
         Returns:
             What stands for the batch in `wait` and `push_again`.
         """
-        fill = Fill(self, guests, self._current_generation(), graph_task())
-        self._push(fill, self._pool(slot), status)
-        return fill
+        stay = Stay(self, guests, self._current_generation(), graph_task())
+        self._push(stay, self._pool(slot), status)
+        return stay
 
-    def push_again(self, fill: Fill, slot: int = 0) -> None:
+    def push_again(self, stay: Stay, slot: int = 0) -> None:
         """Brings a batch's guests back where its pool was used since. On all ranks alike.
 
         Raises:
@@ -151,11 +151,11 @@ class Guests:
                 is in use by another batch.
         """
         pool = self._pool(slot)
-        if pool.fill is fill:
-            fill.is_awaited = True
+        if pool.stay is stay:
+            stay.is_awaited = True
             return
         obstacle = self._obstacle()
-        if obstacle or self._current_generation() != fill.generation:
+        if obstacle or self._current_generation() != stay.generation:
             raise ContractError(
                 "the home weights changed between a batch's dispatch and its backward pass, which "
                 f"would get other guests: {obstacle or 'they were written to (optimizer step?)'}"
@@ -163,7 +163,7 @@ class Guests:
         pool.check_free(self)
         pool.join()
         pool.transport.barrier()
-        self._push(fill, pool)
+        self._push(stay, pool)
 
     def wait(self, slot: int = 0) -> None:
         """Has the current stream wait for the arrival of what was pushed last."""
@@ -198,16 +198,16 @@ class Guests:
         """
         pool = self._pool(slot)
         self._rescan()
-        fill = pool.fill_of(self)
+        stay = pool.stay_of(self)
         # Tensors of their own versions: autograd must not notice later pushes.
         parts = [part for block in self._blocks[slot] for part in self._split(block.data)]
-        pool.use(fill)
+        pool.use(stay)
         slots = [*self._slots.values()]
         own = [
             copy.parameter for copies in slots for copy in (copies if self._is_list else copies[:1])
         ]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
-            batch = TrainedBatch(self, self._layout, slots, self._is_list, pool, fill)
+            batch = TrainedBatch(self, self._layout, slots, self._is_list, pool, stay)
             x, *tensors = Homeward.apply(batch, len(own), x, *own, *parts)
         else:
             tensors = [*own, *parts]
@@ -269,9 +269,9 @@ class Guests:
                 f"layer take {layout.num_bytes}: give GuestPool the experts of every layer"
             )
 
-    def _push(self, fill: Fill, pool: GuestPool, status: Tensor | None = None) -> None:
-        fill.is_awaited = True
-        pool.put(fill)
+    def _push(self, stay: Stay, pool: GuestPool, status: Tensor | None = None) -> None:
+        stay.is_awaited = True
+        pool.put(stay)
         self._rescan()
         weights: list[Sequence[Tensor]] = []
         for slots in self._slots.values():
@@ -279,7 +279,7 @@ class Guests:
                 weights.append([slot.weight.detach() for slot in slots])
             else:  # a tensor with a row for each
                 weights.append(local_part(slots[0].parameter).detach())  # type: ignore[arg-type]
-        pool.transport.push(self._layout, weights, fill.guests, status)
+        pool.transport.push(self._layout, weights, stay.guests, status)
 
     def _scan(self) -> None:
         """Finds the parameters that the experts have now."""

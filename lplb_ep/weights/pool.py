@@ -21,7 +21,7 @@ from .slots import local_part
 
 
 @dataclass(eq=False)
-class Fill:
+class Stay:
     """What one batch of a layer has put into a pool.
 
     The batch's plan refers to it, and the pool does so weakly until the batch's experts run. So a
@@ -109,26 +109,26 @@ class GuestPool:
         self.transport: GuestTransport = make_guest_transport(
             group, self.device, self.num_bytes, transport, None if trained else 0
         )
-        self._fill: weakref.ref[Fill] | None = None
-        self._used: Fill | None = None
+        self._stay: weakref.ref[Stay] | None = None
+        self._used: Stay | None = None
         self._goes_home = False
         self._streams: set[torch.cuda.Stream] = set()
 
     @property
-    def fill(self) -> Fill | None:
+    def stay(self) -> Stay | None:
         """The batch whose guests are in the pool, unless it was given up."""
-        return None if self._fill is None else self._fill()
+        return None if self._stay is None else self._stay()
 
-    def fill_of(self, owner: object) -> Fill | None:
+    def stay_of(self, owner: object) -> Stay | None:
         """The batch at hand of a layer; None where it goes home.
 
         Raises:
             ContractError: the pool holds the batch of another layer, or one that was given up.
         """
-        fill = self.fill
-        if self._goes_home or (fill is not None and fill.owner is owner):
-            return fill
-        holder = "no batch, or one whose handle was dropped" if fill is None else str(fill.owner)
+        stay = self.stay
+        if self._goes_home or (stay is not None and stay.owner is owner):
+            return stay
+        holder = "no batch, or one whose handle was dropped" if stay is None else str(stay.owner)
         raise ContractError(
             f"the pool of guests (slot {self.slot}) holds guests of {holder}. Take a layer's "
             "weights behind its own dispatch, before the next one, and keep the handle so long"
@@ -145,11 +145,11 @@ class GuestPool:
                 current.wait_stream(stream)
         self._streams = {current}
 
-    def use(self, fill: Fill | None) -> None:
+    def use(self, stay: Stay | None) -> None:
         """Notes that a batch's experts read the pool on the current stream from now on."""
-        self._used = fill
-        if fill is not None:
-            fill.is_awaited = False
+        self._used = stay
+        if stay is not None:
+            stay.is_awaited = False
         if self.device.type == "cuda":
             self._streams.add(torch.cuda.current_stream(self.device))
 
@@ -171,19 +171,19 @@ class GuestPool:
 
     def _in_flight(self, owner: object) -> str:
         """Whose batch is in the way of another one; empty: none."""
-        fill = self.fill
-        if fill is None or not fill.is_awaited:
+        stay = self.stay
+        if stay is None or not stay.is_awaited:
             return ""
-        return "" if fill.owner is owner and graph_task() >= 0 else str(fill.owner)
+        return "" if stay.owner is owner and graph_task() >= 0 else str(stay.owner)
 
-    def put(self, fill: Fill | None) -> None:
+    def put(self, stay: Stay | None) -> None:
         """Says whose guests are in the pool from now on; None: the batch at hand goes home."""
-        self._fill, self._used = None if fill is None else weakref.ref(fill), None
-        self._goes_home = fill is None
+        self._stay, self._used = None if stay is None else weakref.ref(stay), None
+        self._goes_home = stay is None
 
     def clear(self) -> None:
         """Says that there are no guests in the pool: some transports put gradients there."""
-        self._fill = self._used = None
+        self._stay = self._used = None
 
 
 def graph_task() -> int:

@@ -70,11 +70,11 @@ class Batch:
         """As the hooks do it."""
         self.slot = slot
         self.of.prepare(slot)
-        self.fill = self.of.push(self.table, slot)
+        self.stay = self.of.push(self.table, slot)
         self.of.wait(slot)
 
     def dispatch_again(self) -> None:
-        self.of.push_again(self.fill, self.slot)
+        self.of.push_again(self.stay, self.slot)
         self.of.wait(self.slot)
 
     def experts(self, x: torch.Tensor) -> torch.Tensor:
@@ -314,8 +314,8 @@ def order_of_sums(group):
     )
     guests = Guests(experts, layer, group)
     guests.prepare()
-    fill = guests.push(torch.tensor([[-1, -1], [0, -1], [-1, 0], [0, -1]], dtype=torch.int32))
-    assert fill is not None
+    stay = guests.push(torch.tensor([[-1, -1], [0, -1], [-1, 0], [0, -1]], dtype=torch.int32))
+    assert stay is not None
     _, weights = guests.weights(torch.ones(1, 3).bfloat16())
     own, others = weights["up"]
     terms = [1.0, 256.0, 1.0, -256.0]
