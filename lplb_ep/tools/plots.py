@@ -176,24 +176,8 @@ def plot_training(
         bars.set_ylabel("rank load: tokens")
         bars.yaxis.set_major_formatter("{x:,.0f}")
 
-        steps = np.arange(num_steps)
-        marker = {"marker": "o", "ms": 3.5} if num_steps <= 60 else {}
-        drawn = lines.plot(
-            steps,
-            ratio["home"],
-            color=_COLOURS["home"],
-            label="home slots (all tokens at home)",
-            **{"lw": 1.5, **marker},
-        )
-        for label, loads in (others or {}).items():
-            values, look = loads.double().numpy() / mean, {"lw": 1.5, **marker}
-            drawn += lines.plot(steps, values, color=_COLOURS["residents"], label=label, **look)
-        for name, label, look in (
-            ("lp", plan_label, {"lw": 2.5, **marker}),
-            ("bound", "lower bound T* (no plan is below)", {"lw": 1, "ls": ":"}),
-        ):
-            colour = _COLOURS.get(name, "black")
-            drawn += lines.plot(steps, ratio[name], color=colour, label=label, **look)
+        ratios = {label: loads.double().numpy() / mean for label, loads in (others or {}).items()}
+        drawn = _draw_steps(lines, ratio, plan_label, ratios)
         drawn.append(
             lines.axhline(
                 1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1, label="mean (perfect balance)"
@@ -211,6 +195,27 @@ def plot_training(
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
 
     _save_picture(path, (10.5, 4.4), draw)
+
+
+def _draw_steps(
+    axes: Axes,
+    ratio: Mapping[str, npt.NDArray[Any]],
+    plan_label: str,
+    others: Mapping[str, npt.NDArray[Any]],
+) -> list[Any]:
+    """Draws the imbalance of each step: at home, with other copies, by the plan, and its bound."""
+    steps = np.arange(len(ratio["home"]))
+    marker: dict[str, Any] = {"marker": "o", "ms": 3.5} if len(steps) <= 60 else {}
+    thin, thick = {**marker, "lw": 1.5}, {**marker, "lw": 2.5}
+    found = [("home", "home slots (all tokens at home)", ratio["home"], thin)]
+    found += [("residents", label, values, thin) for label, values in others.items()]
+    found.append(("lp", plan_label, ratio["lp"], thick))
+    bound: dict[str, Any] = {"lw": 1, "ls": ":"}
+    found.append(("bound", "lower bound T* (no plan is below)", ratio["bound"], bound))
+    drawn = []
+    for name, label, values, look in found:
+        drawn += axes.plot(steps, values, color=_COLOURS.get(name, "black"), label=label, **look)
+    return drawn
 
 
 def plot_placement(
