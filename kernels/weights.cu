@@ -20,10 +20,10 @@
 namespace lplb {
 
 constexpr int ROUNDS = MAX_GUESTS / 32;
-constexpr int AHEAD = STAGES / 2;  // chunks that are read while others are written
+constexpr int AHEAD = 2;           // chunks that are loaded while others are stored
 constexpr int VECTORS = CHUNK / 16, TURNS = VECTORS / THREADS;
 static_assert(CHUNK % (16 * THREADS) == 0, "a chunk has whole vectors for each thread");
-static_assert(STAGES >= 3, "two chunks are known behind the one that is added");
+static_assert(STAGES > AHEAD, "a chunk is stored, and two are known behind the one that is added");
 
 struct Visit {             // an expert whose home is here, in a guest slot of another rank
     short home;            // its local slot here
@@ -133,23 +133,27 @@ __device__ Part bulk_part(const Span& span) {
     return {begin, (span.bytes - begin) & ~15};
 }
 
-// One thread copies chunks through shared memory: it loads some while others are stored.
-__device__ void copy_in_bulk(const Travel& t, const Visit* visits, int begin, int number, int4* stages,
+// One thread copies chunks through shared memory: it loads some while others are stored. Where the next chunk lies is
+// found out while this one is on its way.
+__device__ void copy_in_bulk(const Travel& t, const Visit* visits, int begin, int number, int4* stages, Span* spans,
                              unsigned long long* arrivals) {
+    Span next = {};
+    if (number > 0) next = span_of(t, visits, begin);
     for (int i = 0; i < number + AHEAD; ++i) {
         if (i < number) {
-            if (i >= STAGES) bulk_wait_read<STAGES - AHEAD - 1>();  // all but those: the last from this stage, too
-            Span span = span_of(t, visits, begin + i);
-            Part part = bulk_part(span);
             int stage = i % STAGES;
+            if (i >= STAGES) bulk_wait_read<STAGES - AHEAD - 1>();  // all but those: the last from this stage, too
+            Part part = bulk_part(next);
             arrivals_expect(arrivals + stage, part.bytes);
             if (part.bytes > 0)
-                bulk_load(stages + stage * VECTORS, span.home + part.begin, part.bytes, arrivals + stage);
+                bulk_load(stages + stage * VECTORS, next.home + part.begin, part.bytes, arrivals + stage);
+            spans[stage] = next;
+            if (i + 1 < number) next = span_of(t, visits, begin + i + 1);
         }
         if (i >= AHEAD) {
-            Span span = span_of(t, visits, begin + i - AHEAD);
-            Part part = bulk_part(span);
             int stage = (i - AHEAD) % STAGES;
+            Span span = spans[stage];
+            Part part = bulk_part(span);
             arrivals_wait(arrivals + stage, (i - AHEAD) / STAGES % 2);
             if (part.bytes > 0) bulk_store(span.guest + part.begin, stages + stage * VECTORS, part.bytes);
             bulk_end_group();
@@ -267,6 +271,7 @@ using namespace lplb;
 extern "C" __global__ void __launch_bounds__(THREADS) push_guests(const Travel travel) {
     extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
     __shared__ Visit visits[MAX_GUESTS];
+    __shared__ Span spans[STAGES];
     __shared__ unsigned long long arrivals[STAGES];
     if (!is_planned(travel) || !has_met(travel)) return;
     int num_visits = find_visits(travel, visits), number = num_visits * travel.num_chunks;
@@ -277,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) push_guests(const Travel t
         arrivals_are_ready();
         fence_system();  // what the others read in their slots they have read
         fence_bulk();
-        copy_in_bulk(travel, visits, begin, end - begin, stages, arrivals);
+        copy_in_bulk(travel, visits, begin, end - begin, stages, spans, arrivals);
     } else if (threadIdx.x >= 32) {
         fence_system();
         for (int item = begin; item < end; ++item) {

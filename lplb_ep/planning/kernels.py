@@ -17,7 +17,7 @@ NUM_THREADS = 1024
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are shared between."""
 
-NUM_COPY_THREADS, CHUNK, NUM_STAGES = 256, 32768, 4
+NUM_COPY_THREADS, CHUNK, NUM_STAGES = 256, 32768, 6
 """Of the kernels that move weights: threads of a block, bytes of a chunk, and chunks in a block's
 shared memory."""
 

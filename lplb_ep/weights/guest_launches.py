@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from ..planning import structs
 from ..planning.kernels import CHUNK, NUM_COPY_THREADS, NUM_STAGES, weights_kernel
 from ..planning.structs import Sum
 from .guest_transport import GuestLayout
+
+_NO_TIMING = 2  # of an event, of CUDA's `driver_types.h`
 
 
 class PeerAddresses(NamedTuple):
@@ -64,6 +67,8 @@ class Table(NamedTuple):
     """On the GPU."""
     source: Tensor
     """Pinned; a graph copies it at each replay."""
+    address: int
+    """Of the memory."""
     num_parameters: int
     num_chunks: int
 
@@ -79,15 +84,37 @@ class Batch(NamedTuple):
     """Address of the batch's number, or 0."""
 
 
+class Mark:
+    """A place in a stream that other streams wait for; streams are given by their addresses.
+
+    Args:
+        runtime: `cupy.cuda.runtime`.
+    """
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime, self._event = runtime, runtime.eventCreateWithFlags(_NO_TIMING)
+        # Not when the process ends: the driver may be gone before.
+        weakref.finalize(self, runtime.eventDestroy, self._event).atexit = False
+
+    def set(self, stream: int) -> None:
+        """Marks the end of what the stream has."""
+        self._runtime.eventRecord(self._event, stream)
+
+    def wait(self, stream: int) -> None:
+        """Has the stream wait until what was marked last is done."""
+        self._runtime.streamWaitEvent(stream, self._event, 0)
+
+
 class Call:
     """A launch whose struct `Travel` changes in part."""
 
     def __init__(self, launch: Launch) -> None:
         span = structs.PUSH_GUESTS.span
-        self._launch = launch
+        self._launch, self._last = launch, (Batch(-1, -1, -1), -1, False, -1)
         self._write_batch = launch.writer(*span(*(f"travel.{f}" for f in _OF_BATCH)))
         self._parameters = launch.word(*span("travel.parameters"))
         self._write_sizes = launch.writer(*span(*(f"travel.{f}" for f in _SIZES)))
+        self._num_blocks = 1
 
     def __call__(
         self,
@@ -99,7 +126,7 @@ class Call:
         has_met: bool = False,
         num_blocks: int = 1,
     ) -> None:
-        """Launches on a stream of the current device, given by its pointer.
+        """Launches on a stream of the current device, given by its address.
 
         Args:
             stream: where.
@@ -109,10 +136,15 @@ class Call:
             has_met: whether ranks met instead of exchanging rows.
             num_blocks: of the launch.
         """
-        self._write_batch(*batch)
-        self._write_sizes(use, has_met, table.num_parameters, table.num_chunks)
-        self._launch.point(self._parameters, table.memory.data_ptr())
-        self._launch.resize(num_blocks)
+        given = (batch, use, has_met, table.address)
+        if given != self._last:
+            self._write_batch(*batch)
+            self._write_sizes(use, has_met, table.num_parameters, table.num_chunks)
+            self._launch.point(self._parameters, table.address)
+            self._last = given
+        if num_blocks != self._num_blocks:
+            self._launch.resize(num_blocks)
+            self._num_blocks = num_blocks
         self._launch(stream)
 
 
@@ -170,6 +202,7 @@ class GuestLaunches:
         self._state = torch.zeros(3 + self._num_ranks, dtype=torch.int64, device=device)
         self.barrier = self._prepare(structs.MEET, 0, 0, 0)
         """A meeting without a batch."""
+        self.runtime: Any = self.barrier.kernel.runtime
 
     def of_layer(self, layout: GuestLayout) -> LayerCalls:
         """The launches for a layer.
@@ -224,7 +257,7 @@ class GuestLaunches:
         with captures_go_on():  # memory of the host may be allocated
             source = torch.frombuffer(bytearray(packed), dtype=torch.uint8).pin_memory()
         memory.copy_(source, non_blocking=True)
-        return Table(memory, source, number, num_chunks)
+        return Table(memory, source, memory.data_ptr(), number, num_chunks)
 
     def _prepare(self, signature: Signature, homes: int, num_guests: int, num_slots: int) -> Launch:
         state, words, R = self._state.data_ptr(), self._addresses.data_ptr(), self._num_ranks

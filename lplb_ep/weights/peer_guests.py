@@ -6,7 +6,7 @@ Kernels do it, by the table of guests on the device: the CPU neither knows the g
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +23,7 @@ from .guest_launches import (
     Batch,
     GuestLaunches,
     LayerCalls,
+    Mark,
     PeerAddresses,
     Table,
     Traveller,
@@ -99,13 +100,15 @@ class PeerGuests:
                 chunk,
                 num_stages,
             )
+            self._begun, self._done = (Mark(self._launches.runtime) for _ in range(2))
             # Its few blocks go before those of the work beside it.
             self.stream = torch.cuda.Stream(device, priority=-1)
             torch.cuda.synchronize()
+        self._side: int = self.stream.cuda_stream
+        self._current_stream = torch._C._cuda_getCurrentRawStream  # makes no object of it
         self._layers: WeakKeyDictionary[GuestLayout, LayerCalls] = WeakKeyDictionary()
         self._tables: dict[tuple[object, ...], Table] = {}
-        self._done: torch.cuda.Event | None = None
-        self._is_captured = self._has_met = self._has_reduced = False
+        self._is_pending = self._is_captured = self._has_met = self._has_reduced = False
         self._keeps: tuple[object, ...] = ()
         self._captured: list[object] = []  # what graphs use
         say = functools.partial(_missing_ranks, self.missing, timeout_s)
@@ -152,11 +155,8 @@ class PeerGuests:
                 piece.
         """
         calls = self._calls_for(layout)
-        travellers = [
-            Traveller(*one) for one in zip(layout.offsets, layout.slot_bytes, weights, strict=True)
-        ]
         with on_device(self._device.index):
-            table = self._table(travellers, layout)
+            table = self._weights(layout, weights)
             stream, batch = self._enter(), _batch(guests, status, number)
             use, met = 0 if number is None else number.use(), self._has_met
             calls.push(stream, batch, use, table, has_met=met, num_blocks=self.num_blocks)
@@ -166,8 +166,8 @@ class PeerGuests:
 
     def wait(self) -> None:
         """As `GuestTransport.wait`."""
-        if self._done is not None and self._is_captured == _is_capturing():
-            torch.cuda.current_stream(self._device).wait_event(self._done)
+        if self._is_pending and self._is_captured == _is_capturing():
+            self._done.wait(self._current_stream(self._device.index))
 
     def join(self) -> None:
         """As `GuestTransport.join`."""
@@ -177,7 +177,7 @@ class PeerGuests:
         """As `GuestTransport.barrier`."""
         self.join()
         with on_device(self._device.index):
-            self._launches.barrier(torch.cuda.current_stream(self._device).cuda_stream)
+            self._launches.barrier(self._current_stream(self._device.index))
         self._has_met, self._has_reduced = True, False
 
     def reduce(
@@ -225,7 +225,8 @@ class PeerGuests:
         if not travellers:
             return
         with on_device(self._device.index):
-            table = self._table(travellers, layout)
+            key = tuple([one.key for one in travellers])
+            table = self._table(key, lambda: travellers, layout)
             stream, batch = self._enter(), _batch(guests, None, number)
 
             def meet() -> None:
@@ -305,14 +306,31 @@ class PeerGuests:
             travellers.append(Traveller(offset, num_bytes, homes, kind))
         return travellers
 
-    def _table(self, travellers: Sequence[Traveller], layout: GuestLayout) -> Table:
+    def _weights(self, layout: GuestLayout, weights: Sequence[Sequence[Tensor]]) -> Table:
+        """The device's table of a layer's weights."""
+        key: list[object] = [layout]
+        for of_slots in weights:
+            if isinstance(of_slots, Tensor):
+                key += (of_slots.data_ptr(), of_slots.stride(0))
+            else:
+                key += [weight.data_ptr() for weight in of_slots]
+
+        def travellers() -> list[Traveller]:
+            of_layer = zip(layout.offsets, layout.slot_bytes, weights, strict=True)
+            return [Traveller(*one) for one in of_layer]
+
+        return self._table(tuple(key), travellers, layout)
+
+    def _table(
+        self, key: tuple[object, ...], make: Callable[[], Sequence[Traveller]], layout: GuestLayout
+    ) -> Table:
         """The device's table, as it was made for the same addresses before."""
-        key = tuple([one.key for one in travellers])
-        captures, table = _is_capturing(), self._tables.get(key)
+        table = self._tables.get(key)
         if table is None:
+            travellers = make()
             rows = [rows_of(one, layout.num_residents) for one in travellers]
             table = self._launches.make_table(travellers, rows)
-            if not captures:  # a graph's own is there at its replays only
+            if not _is_capturing():  # a graph's own is there at its replays only
                 if len(self._tables) >= _MAX_TABLES:
                     for other in self._tables.values():
                         other.memory.record_stream(self.stream)
@@ -334,12 +352,14 @@ class PeerGuests:
 
     def _enter(self) -> int:
         """The side stream's address, behind what the current stream has."""
-        self.stream.wait_stream(torch.cuda.current_stream(self._device))
-        return self.stream.cuda_stream
+        self._begun.set(self._current_stream(self._device.index))
+        self._begun.wait(self._side)
+        return self._side
 
     def _leave(self, *keeps: object) -> None:
         """Marks the end of what the side stream has, and keeps alive what it uses."""
-        self._done, self._is_captured = self.stream.record_event(), _is_capturing()
+        self._done.set(self._side)
+        self._is_pending, self._is_captured = True, _is_capturing()
         self._keeps = keeps
         if self._is_captured:
             self._captured.append(keeps)

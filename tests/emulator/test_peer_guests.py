@@ -44,7 +44,14 @@ class Driver:
     def _kernel(self, library, name, formats):
         self._kernels.append(library.kernel(name))
         function = SimpleNamespace(ptr=len(self._kernels))
-        runtime = SimpleNamespace(getDevice=lambda: 0, setDevice=lambda index: None)
+        runtime = SimpleNamespace(
+            getDevice=lambda: 0,
+            setDevice=lambda index: None,
+            eventCreateWithFlags=lambda flags: 1,
+            eventDestroy=lambda event: None,
+            eventRecord=lambda event, stream: None,
+            streamWaitEvent=lambda stream, event, flags: None,
+        )
         self._size = launch.Kernel(function, self, runtime, formats).layout.size
         return launch.Kernel(function, self, runtime, formats)
 
@@ -83,15 +90,6 @@ class Stream:
     def __init__(self, *args, **options):
         pass
 
-    def wait_stream(self, other):
-        pass
-
-    def wait_event(self, event):
-        pass
-
-    def record_event(self):
-        return object()
-
 
 @pytest.fixture
 def driver(library, monkeypatch):
@@ -100,7 +98,6 @@ def driver(library, monkeypatch):
     kernels._weights_kernels.cache_clear()
     for name, value in {
         "current_device": lambda: None,
-        "current_stream": lambda device: Stream(),
         "is_current_stream_capturing": lambda: False,
         "synchronize": lambda: None,
         "device": lambda device: contextlib.nullcontext(),
@@ -108,6 +105,8 @@ def driver(library, monkeypatch):
         "Stream": Stream,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    current = "_cuda_getCurrentRawStream"  # which a torch without CUDA has not
+    monkeypatch.setattr(torch._C, current, lambda index: Stream.cuda_stream, raising=False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(guest_launches, "captures_go_on", contextlib.nullcontext)
     made.memories = memories
