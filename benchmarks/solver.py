@@ -3,9 +3,11 @@
     python benchmarks/solver.py                        # 5,000 random instances, then the times
     python benchmarks/solver.py --recording FILE KEY   # recorded loads, too; may be repeated
     python benchmarks/solver.py --solver flow --instances 100000   # on the GPU; no times
+    python benchmarks/solver.py --solver flow --guests             # with guest slots, too
 
 Each instance is solved, its certificate evaluated, and some are solved by HiGHS (`linprog`), too:
-all must agree. Times are of `lplb_ep.solve` on one core, one load at a time.
+all must agree. With guests the GPU's must be those that the CPU chooses. Times are of
+`lplb_ep.solve` on one core, one load at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ import lplb_ep
 from lplb_ep import Placement
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.device_tables import LoadSolver
+from lplb_ep.planning.guests import guests_of
 from lplb_ep.planning.solve import rank_load, rank_set_bound
+from lplb_ep.planning.structs import Status
+from lplb_ep.problem import Problem
 from lplb_ep.settings import GPU_SOLVERS
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.tables import text_table
@@ -39,12 +44,17 @@ Instance = tuple[Placement, list[np.ndarray], np.ndarray | None]
 """A placement, loads for it, and perhaps a base load."""
 
 
-def check(solved: tuple[Placement, np.ndarray, np.ndarray | None, torch.Tensor, bool]) -> int:
+def check(
+    solved: tuple[Placement, np.ndarray, np.ndarray | None, torch.Tensor, torch.Tensor, bool],
+) -> int:
     """Tokens above the rounded-up optimum by the worst judge; 0 is exact."""
     torch.set_num_threads(1)
-    placement, load, base, quota, by_highs = solved
+    placement, load, base, quota, guests, by_highs = solved
     options = {} if base is None else {"base_load": torch.from_numpy(base)}
     row = torch.from_numpy(load)
+    chosen = guests_of(Status.OPTIMAL, load, placement, Problem(**options))
+    assert (guests.numpy() == chosen).all(), f"other guests than the CPU's on {placement}"
+    placement = placement.with_guests(chosen)
     held = rank_load(quota, placement) + (0 if base is None else options["base_load"])
     assert (quota >= 0).all()
     assert torch.equal(quota.sum(1), row)
@@ -58,19 +68,19 @@ def check(solved: tuple[Placement, np.ndarray, np.ndarray | None, torch.Tensor, 
     return wrong
 
 
-def quotas(instance: Instance, solver: str) -> torch.Tensor:
+def solve(instance: Instance, solver: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quotas [B, E, C] and guests [B, R, G] of the loads."""
     placement, loads, base = instance
     if solver == "cpu":
         options = {} if base is None else {"base_load": torch.from_numpy(base)}
-        return torch.stack(
-            [cpu.solve(torch.from_numpy(load), placement, **options).quota for load in loads]
-        )
+        found = lplb_ep.solve(torch.from_numpy(np.stack(loads)), placement, "cpu", **options)
+        return found.quota, found.guests
     device = torch.device("cuda", 0)
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device)
     options = {} if base is None else {"base_load": torch.from_numpy(base)}
-    quota, _, status = LoadSolver(placement, device, solver)(load, **options)
+    quota, _, status, guests = LoadSolver(placement, device, solver)(load, **options)
     assert not status.any(), f"status {status.tolist()}"
-    return quota.cpu()
+    return quota.cpu(), guests.cpu()
 
 
 def exact(instances: Iterable[Instance], solver: str, every: int, pool: Pool) -> tuple[int, ...]:
@@ -79,8 +89,9 @@ def exact(instances: Iterable[Instance], solver: str, every: int, pool: Pool) ->
     def solved():
         number = 0
         for instance in instances:
-            for load, quota in zip(instance[1], quotas(instance, solver), strict=True):
-                yield instance[0], load, instance[2], quota, number % every == 0
+            placement, loads, base = instance
+            for load, *found in zip(loads, *solve(instance, solver), strict=True):
+                yield placement, load, base, *found, number % every == 0
                 number += 1
 
     above = list(pool.imap_unordered(check, solved(), chunksize=16))
@@ -98,6 +109,24 @@ def random_instances(number: int, loads: int) -> Iterator[Instance]:
         scale = float(rng.choice([3, 100, 3000]))
         base = rng.integers(0, 500, R) if rng.random() < 0.25 else None
         yield placement, [oracle.random_load(rng, E, scale) for _ in range(loads)], base
+
+
+def guest_instances(number: int, loads: int) -> Iterator[Instance]:
+    """Placements with guest slots, on one node or several."""
+    rng = np.random.default_rng(2027)
+    for _ in range(-(-number // loads)):
+        R = int(rng.choice([2, 3, 4, 6, 8, 8, 12, 16, 24, 32, 48, 64]))
+        E, G = int(rng.integers(R, 257)), int(rng.integers(1, 4))
+        node = int(rng.choice([n for n in range(1, R + 1) if R % n == 0 and (n > 1 or R < 4)]))
+        residents = oracle.random_placement(rng, R, E, int(rng.integers(0, 3)), 8, node)
+        rows = residents.physical_to_logical.reshape(R, -1).copy()
+        rows[residents.node[residents.home_rank[rows]] != residents.node[:, None]] = -1
+        rows = np.concatenate([rows, np.full((R, G), -1)], axis=1)
+        shape = {"num_experts": E, "num_ranks_per_node": node, "num_guests_per_rank": G}
+        scale = float(rng.choice([3, 100, 3000]))
+        base = rng.integers(0, 500, R) if rng.random() < 0.25 else None
+        all_loads = [oracle.random_load(rng, E, scale) for _ in range(loads)]
+        yield Placement(rows.ravel(), R, **shape), all_loads, base
 
 
 def recorded_instances(path: str, key: str) -> Iterator[Instance]:
@@ -141,11 +170,13 @@ def main() -> None:
     parser.add_argument(
         "--recording", nargs=2, action="append", default=[], metavar=("FILE", "KEY")
     )
+    parser.add_argument("--guests", action="store_true", help="with guest slots")
     args = parser.parse_args()
     on_gpu = args.solver != "cpu"
     every = args.highs_every or (50 if on_gpu else 1)
     # On the GPU many loads to a placement, which takes time to send there.
-    sources = {"random": random_instances(args.instances, 64 if on_gpu else 1)}
+    make = guest_instances if args.guests else random_instances
+    sources = {"random": make(args.instances, 64 if on_gpu else 1)}
     for path, key in args.recording:
         sources[f"{Path(path).name}: {key}"] = recorded_instances(path, key)
     rows = []

@@ -47,6 +47,18 @@ enum ErrorFlag {
 
 constexpr int NUM_ERROR_FLAGS = 11;  // statuses, then the others
 
+constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
+
+constexpr int MAX_PLACES = 544;  // slots of a rank that has guest slots
+
+constexpr int NUM_ROUNDS = 3;  // of fills, at most
+
+constexpr int NUM_TARGETS = 8;  // limits of fills in a later round
+
+constexpr int CLOSE = 9;  // levels within 2 to the minus this are equal
+
+__constant__ const int RULES[16] = {16637, 248, 16636, 65784, 65544, 131321, 2, 131322, 131072, 8, 252, 131320, 65788, 65544, 17, 32784};  // of each fill, see `Rule`
+
 constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 
 constexpr int MAX_GUESTS = 512;  // guest slots of the ranks of a node
@@ -304,23 +316,27 @@ struct Batch {
     int* rank_load;             // [R] tokens of each rank
     const Ending* endings;      // [G] of each component
     int* status;                // [1] how the batch ends
+    int* guests;                // [num_guests] the expert in each guest slot, -1: none
     int* num_by_status;         // [NUM_STATUSES] batches that ended so
     volatile int* error_flags;  // [NUM_ERROR_FLAGS] in the host's memory
     int* row;                   // [HEAD + E] to be zeroed for the next count, or null
     int num_components;         // G
     int rank;                   // this rank
+    int num_guests;             // guest slots of all ranks
 };
-LPLB_SIZE(Batch, 72);
+LPLB_SIZE(Batch, 88);
 LPLB_PLACE(Batch, counts, 0);
 LPLB_PLACE(Batch, quota, 8);
 LPLB_PLACE(Batch, rank_load, 16);
 LPLB_PLACE(Batch, endings, 24);
 LPLB_PLACE(Batch, status, 32);
-LPLB_PLACE(Batch, num_by_status, 40);
-LPLB_PLACE(Batch, error_flags, 48);
-LPLB_PLACE(Batch, row, 56);
-LPLB_PLACE(Batch, num_components, 64);
-LPLB_PLACE(Batch, rank, 68);
+LPLB_PLACE(Batch, guests, 40);
+LPLB_PLACE(Batch, num_by_status, 48);
+LPLB_PLACE(Batch, error_flags, 56);
+LPLB_PLACE(Batch, row, 64);
+LPLB_PLACE(Batch, num_components, 72);
+LPLB_PLACE(Batch, rank, 76);
+LPLB_PLACE(Batch, num_guests, 80);
 
 // A parameter of every expert that guests travel with, or its gradient.
 struct Parameter {
@@ -389,6 +405,75 @@ LPLB_PLACE(Travel, num_ranks, 136);
 LPLB_PLACE(Travel, first_rank, 140);
 LPLB_PLACE(Travel, node_size, 144);
 LPLB_PLACE(Travel, rank, 148);
+
+// An expert, and its resident copies: those that it has in every batch.
+struct __align__(16) Resident {
+    unsigned long long ranks;  // local ranks that hold one, as bits
+    int slot;                  // the physical id of its home
+    short expert;              // its logical id; -1: none, behind the last
+    unsigned char home;        // the local rank of its home
+    unsigned char columns;     // the column of its first guest
+};
+LPLB_SIZE(Resident, 16);
+LPLB_PLACE(Resident, ranks, 0);
+LPLB_PLACE(Resident, slot, 8);
+LPLB_PLACE(Resident, expert, 12);
+LPLB_PLACE(Resident, home, 14);
+LPLB_PLACE(Resident, columns, 15);
+
+// A resident copy that is no home.
+struct __align__(4) Replica {
+    int slot;              // its physical id
+    short expert;          // the number of its expert in the component; -1: none, behind the last
+    unsigned char rank;    // its local rank
+    unsigned char column;  // in [0, C)
+    unsigned char nth;     // copies of its expert that come before and may get tokens
+};
+LPLB_SIZE(Replica, 12);
+LPLB_PLACE(Replica, slot, 0);
+LPLB_PLACE(Replica, expert, 4);
+LPLB_PLACE(Replica, rank, 6);
+LPLB_PLACE(Replica, column, 7);
+LPLB_PLACE(Replica, nth, 8);
+
+// Where guests may come, and where they are written.
+struct Guests {
+    const Resident* residents;  // [G, max_experts] of each component
+    const Replica* replicas;    // [G, max_replicas] of each component
+    const int* num_experts;     // [G] of each component
+    const short* places;        // [G, SIZE, residents of a rank] numbers of experts, -1 behind the last
+    int* chosen;                // [B, R, num_slots] the expert in each guest slot, -1: none
+    int* lookup;                // [E] as the struct Table has them; or null, and so the next three
+    int* experts;               // [M]
+    int* first;                 // [M + 1]
+    Copy* copies;               // [N]
+    int num_slots;              // guest slots of a rank: its last ones
+    int num_local_slots;        // slots of a rank
+    int num_ranks_per_node;     // a guest comes from its own node
+    int max_replicas;           // replicas of a component that are no guests
+    int max_several;            // of a component: M is G times as many
+    int max_copies;             // of a component: N is G times as many
+    int tolerance;              // above the mean, in GUEST_PARTS of it, that needs no guests
+    int min_tokens;             // the least tokens that a guest must take
+};
+LPLB_SIZE(Guests, 104);
+LPLB_PLACE(Guests, residents, 0);
+LPLB_PLACE(Guests, replicas, 8);
+LPLB_PLACE(Guests, num_experts, 16);
+LPLB_PLACE(Guests, places, 24);
+LPLB_PLACE(Guests, chosen, 32);
+LPLB_PLACE(Guests, lookup, 40);
+LPLB_PLACE(Guests, experts, 48);
+LPLB_PLACE(Guests, first, 56);
+LPLB_PLACE(Guests, copies, 64);
+LPLB_PLACE(Guests, num_slots, 72);
+LPLB_PLACE(Guests, num_local_slots, 76);
+LPLB_PLACE(Guests, num_ranks_per_node, 80);
+LPLB_PLACE(Guests, max_replicas, 84);
+LPLB_PLACE(Guests, max_several, 88);
+LPLB_PLACE(Guests, max_copies, 92);
+LPLB_PLACE(Guests, tolerance, 96);
+LPLB_PLACE(Guests, min_tokens, 100);
 
 #undef LPLB_SIZE
 #undef LPLB_PLACE

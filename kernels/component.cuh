@@ -7,7 +7,7 @@
 namespace lplb {
 
 template <typename V>
-struct Component {              // the pointers lead to shared memory, but for the last four
+struct Component {              // the pointers lead to shared memory, but for those behind `shape`
     const Arc* arcs;
     const short* copies;
     int* tokens;                // [arcs] of each copy
@@ -15,10 +15,11 @@ struct Component {              // the pointers lead to shared memory, but for t
     typename V::Set* targets;   // [size] ranks that a rank's tokens could go to
     typename V::Set* layers;    // [size] ranks by their distance from one below its limit
     Shape shape;
-    const Edge* edges;          // [max_edges] of this thread's rank
+    const Edge* edges;          // [end_of_edges] of this thread's rank; without guests -1 behind its last
     const int* ranks;           // [size] local rank to rank
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
+    int own_edges;              // with guests: of this thread's rank
 
     // Before the flow: what a rank has of experts with one copy, with its base load; and of the others.
     __device__ int* staying() const { return first_of_rank; }
@@ -28,6 +29,8 @@ struct Component {              // the pointers lead to shared memory, but for t
     __device__ int* deficit() const { return second_of_rank; }
     // Behind it: the load.
     __device__ int* load() const { return first_of_rank; }
+
+    __device__ int end_of_edges() const { return V::guests ? own_edges : shape.most_edges; }
 
     // How many more tokens a copy may get.
     __device__ int capacity(int arc) const {
@@ -87,7 +90,7 @@ __device__ Component<V> begin(const Problem& p, char* shared, const Edge* edges,
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
     Component<V> c{arcs, copies, tokens, first_of_rank, second_of_rank, targets, layers, net.shape[g],
-                   edges, net.ranks + g * V::size, p.speed, p.cap};
+                   edges, net.ranks + g * V::size, p.speed, p.cap, 0};
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[c.ranks[threadIdx.x]] : 0;
     if (threadIdx.x < V::size) {
         c.staying()[threadIdx.x] = base;

@@ -32,7 +32,7 @@ __device__ typename V::Set targets_of(const Component<V>& c, const ResidualEdge<
     for (const ResidualEdge<V>& edge : edges)
         if (c.tokens[edge.arc] > 0 && (!general || c.capacity(edge.to) > 0)) targets |= edge.target;
     #pragma unroll 1
-    for (int i = V::chunk + threadIdx.x % V::parts; V::more && i < c.shape.most_edges; i += V::parts) {
+    for (int i = V::chunk + threadIdx.x % V::parts; V::more && i < c.end_of_edges(); i += V::parts) {
         Edge edge = c.edges[i];
         if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!general || c.capacity(edge.to) > 0))
             targets |= typename V::Set(1) << edge.target;
@@ -134,18 +134,23 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
     return rounds > 0;
 }
 
+// The blocks behind those of the components number this rank's picks, which takes no quotas, and copy the counts.
+template <typename V>
+__device__ void number_picks(const Problem& p, char* shared) {
+    int helper = blockIdx.x - p.num_components, step = (gridDim.x - p.num_components) * V::threads;
+    for (int i = helper * V::threads + threadIdx.x; i < p.num_ranks * p.num_experts; i += step)
+        p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
+    number<V::threads>(p.picks, helper, counts_of(p.counts, p.counts.rank), p.error_flags,
+                       reinterpret_cast<int*>(shared));
+}
+
 // One block solves one component of the replica graph for one batch: `start` may better the even split, and
-// the flow makes it exact. Where the rounds do not suffice the quotas are whole, but not the best. Meanwhile
-// further blocks number this rank's picks, which takes no quotas, and copy the counts.
+// the flow makes it exact. Where the rounds do not suffice the quotas are whole, but not the best.
 template <typename V, bool general, typename Start>
 __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int batch = blockIdx.y, g = blockIdx.x;
     if (g >= p.num_components) {
-        int helper = g - p.num_components, step = (gridDim.x - p.num_components) * V::threads;
-        for (int i = helper * V::threads + threadIdx.x; i < p.num_ranks * p.num_experts; i += step)
-            p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
-        number<V::threads>(p.picks, helper, counts_of(p.counts, p.counts.rank), p.error_flags,
-                           reinterpret_cast<int*>(shared));
+        number_picks<V>(p, shared);
         return;
     }
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;

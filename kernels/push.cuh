@@ -98,7 +98,7 @@ __device__ void push(const Component<V>& c, const ResidualEdge<V> (&first)[V::tu
         if (part == V::parts - 1 && excess > 0) c.excess()[rank] = max(0, excess - sum);
         if (!V::more || chunk + V::chunk >= c.shape.most_edges) return;
         excess = max(0, excess - __shfl_sync(~0u, sum, V::parts - 1, V::parts));
-        make_ready<V>(c.edges, c.shape.most_edges, chunk + V::chunk, edges);
+        make_ready<V>(c.edges, c.end_of_edges(), chunk + V::chunk, edges);
         __syncwarp();  // what this chunk took from a copy is gone before the next reads what it has
     }
 }

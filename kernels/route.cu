@@ -135,6 +135,7 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted) 
         if (lane == 0) batch.rank_load[rank] = load;
     }
     for (int i = first; !counted && i < R * E; i += step) batch.counts[i] = 0;
+    for (int i = first; i < batch.num_guests; i += step) batch.guests[i] = -1;
 }
 
 // How the batch ends, by the worst status that each thread saw. The same to every thread of every block, for

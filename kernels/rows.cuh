@@ -64,7 +64,7 @@ __device__ Ending add_up(const Problem& p, int* load, int* staying, int* __restr
         if (mine) {
             if (home < V::size) atomicAdd(&staying[home], int(sum));
             else load[home - V::size] = int(sum);
-            for (int c = 0; c < max_replicas; ++c)
+            for (int c = 0; !V::guests && c < max_replicas; ++c)
                 quota[expert * max_replicas + c] = c == 0 && home < V::size ? int(sum) : 0;
             if (general && p.cap != nullptr && home < V::size && sum > p.cap[expert * max_replicas])
                 atomicMax(&status, INFEASIBLE);

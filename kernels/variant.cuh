@@ -6,13 +6,14 @@ namespace lplb {
 template <int words> struct Bits { typedef unsigned long long Type; };
 template <> struct Bits<1> { typedef unsigned Type; };
 
-template <int size_, int parts_, int turns_, bool more_, int threads_>
+template <int size_, int parts_, int turns_, bool more_, int threads_, bool guests_ = false>
 struct Variant {
     static constexpr int size = size_;        // the most ranks of a component
     static constexpr int parts = parts_;      // threads that share the edges of a rank
     static constexpr int turns = turns_;      // edges that each of them keeps in registers
     static constexpr bool more = more_;       // whether a rank may have still more, read when needed
     static constexpr int threads = threads_;  // of a block
+    static constexpr bool guests = guests_;   // whether the copies are another batch's others
     static constexpr int words = (size + 31) / 32;  // ranks of a lane: each warp has the whole graph
     static constexpr int pushing = size * parts;    // threads that push: the first of the block
     static constexpr int chunk = parts * turns;     // edges of a rank that are pushed along at once
@@ -39,6 +40,22 @@ __device__ typename V::Set vote(const bool (&flag)[V::words]) {
 template <typename V>
 __device__ int number_of(typename V::Set set) {
     return V::words == 1 ? __popc(unsigned(set)) : __popcll(set);
+}
+
+// The lowest rank of a set that is not empty.
+template <typename V>
+__device__ int lowest_of(typename V::Set set) {
+    return (V::words == 1 ? __ffs(int(set)) : __ffsll((long long)(set))) - 1;
+}
+
+// The ranks below one.
+template <typename V>
+__device__ typename V::Set below(int rank) { return (typename V::Set(1) << rank) - 1; }
+
+// Adds a rank to a set in shared memory, to which other threads may add others.
+template <typename Set>
+__device__ void add_to_set(Set* set, int rank) {
+    atomicOr(reinterpret_cast<unsigned*>(set) + rank / 32, 1u << rank % 32);
 }
 
 // A load that stays where it is written, so that it is under way early, and in the order of a warp.

@@ -46,6 +46,7 @@ OWN_KERNELS = [
     option
     for signature in (
         *(structs.COUNT, structs.SOLVE, structs.SOLVE_GENERAL, structs.ROUTE, structs.SPLIT),
+        *(structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
         *(structs.MASK, structs.GATHER, structs.BROADCAST, BARRIER),
         *(structs.PUSH_GUESTS, structs.AWAIT_GUESTS, structs.MEET, structs.ADD_GRADIENTS),
     )

@@ -36,7 +36,7 @@ from lplb_ep.planning import planner as planner_module  # noqa: E402
 from lplb_ep.planning.device import DeviceBackend  # noqa: E402
 from lplb_ep.planning.layout import capacity_for  # noqa: E402
 from lplb_ep.planning.plan import Plan  # noqa: E402
-from lplb_ep.planning.solvers import DEVICE_SOLVERS, Variant  # noqa: E402
+from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS, Variant  # noqa: E402
 from lplb_ep.planning.structs import HEAD, Status, Sum  # noqa: E402
 from lplb_ep.weights.guest_launches import (  # noqa: E402
     Batch,
@@ -70,6 +70,14 @@ def cases() -> list[Case]:
         for v in solver.variants()
     ]
     out.append(Case("guests", run_guests, kernels.weights_program()))
+    out += [
+        Case(
+            f"choice-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
+            functools.partial(run_choice, v),
+            GUEST_SOLVERS["flow"].program(v),
+        )
+        for v in GUEST_SOLVERS["flow"].variants()
+    ]
     others = [p for p in kernels.programs() if p.source in ("route.cu", "barrier.cu")]
     for program in others:
         index = program.defines.get("INDEX")
@@ -155,6 +163,28 @@ def run_solver(solver: str, variant: Variant) -> None:
     plan_once(Layer(placement, Problem(base_load=base)), solver, topk.int(), counts, True)
     bounded = Problem(base_load=base, speed=speed, max_quota=limit)
     plan_once(Layer(placement, bounded), solver, topk, counts, False)
+
+
+def guest_placement_of(variant: Variant) -> Placement:
+    """A placement with guest slots whose capacity picks a variant."""
+    rng, R = np.random.default_rng(variant.size), variant.size - 1
+    residents = oracle.random_placement(rng, R, 3 * R, 1)
+    rows = residents.physical_to_logical.reshape(R, -1)
+    rows = np.concatenate([rows, np.full((R, 2), -1)], axis=1)
+    return Placement(rows.ravel(), R, num_experts=3 * R, num_guests_per_rank=2)
+
+
+def run_choice(variant: Variant) -> None:
+    """Both kernels of a variant, with guests that are chosen, and where residents suffice."""
+    placement, rng = guest_placement_of(variant), np.random.default_rng(variant.size)
+    picked = GUEST_SOLVERS["flow"].variant(capacity_for(placement))
+    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
+    base = torch.from_numpy(rng.integers(0, 800, placement.num_ranks))
+    speed = torch.from_numpy(rng.integers(1, 6, placement.num_ranks))
+    for bounds in ({}, {"base_load": base}, {"speed": speed}, {"guest_tolerance": 1.0}):
+        layer = Layer(placement, Problem(**bounds))
+        plan_once(layer, "flow", topk, counts, "base_load" in bounds)
 
 
 def run_loads(solver: str) -> None:

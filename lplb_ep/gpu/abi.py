@@ -232,6 +232,12 @@ def constant_text(type_name: str, name: str, value: int, meaning: str) -> str:
     return f"constexpr {type_name} {name} = {value};  // {meaning}"
 
 
+def table_text(name: str, values: Sequence[int], meaning: str) -> str:
+    """C++: a table of integers in constant memory."""
+    numbers = ", ".join(map(str, values))
+    return f"__constant__ const int {name}[{len(values)}] = {{{numbers}}};  // {meaning}"
+
+
 def header(command: str, parts: Iterable[str]) -> str:
     """C++: a header of these parts.
 

@@ -79,6 +79,7 @@ class DeviceBackend:
             head,
             row_size,
             to_device(list(problem.bounds.values()), self._device),
+            problem.guest_rule,
             windows,
             round(1e9 * timeout_s),
             MAX_ROUNDS,
@@ -236,23 +237,34 @@ class DeviceBackend:
         if batch.topk_idx.get_device() != self._index:
             physical = physical.to(batch.topk_idx.device)
         return Plan(
-            physical, lambda: self._results(results), lambda *solved: self._split(made_on, *solved)
+            physical,
+            lambda: self._results(results),
+            lambda *solved: self._split(made_on, results, *solved),
         )
 
     def _results(self, results: torch.Tensor) -> Results:
         p = self.tables.placement
-        _, counts, quota, rank_load, status = results.split(self.workspace.result_sizes)
+        _, counts, quota, rank_load, status, guests = results.split(self.workspace.result_sizes)
         return Results(
             counts.view(p.num_ranks, p.num_experts),
             quota.view(p.num_experts, p.max_replicas),
             rank_load,
             status[0],
-            status.new_empty(p.num_ranks, 0),
+            guests.view(p.num_ranks, p.num_guests_per_rank),
         )
 
     def _split(
-        self, made_on: Placement | None, counts: torch.Tensor, quota: torch.Tensor
+        self,
+        made_on: Placement | None,
+        results: torch.Tensor,
+        counts: torch.Tensor,
+        quota: torch.Tensor,
     ) -> torch.Tensor:
+        if self.tables.placement.num_guests_per_rank:  # the tables are the last batch's
+            filled = (made_on or self.tables.placement).with_guests(
+                self._results(results).guests.cpu().numpy()
+            )
+            return split_on_host(filled, counts, quota)
         if made_on is not None and made_on is not self.tables.placement:  # before a refresh
             return split_on_host(made_on, counts, quota)
         p, on_gpu = self.tables.placement, (counts.to(self._device), quota.to(self._device))

@@ -11,12 +11,21 @@ import torch
 
 from ..gpu.launch import Kernel, max_shared_bytes
 from ..placement.table import Placement
-from ..problem import Problem
+from ..problem import GuestRule, Problem
 from . import structs
+from .guest_layout import (
+    GuestTables,
+    guest_tables,
+    no_routes,
+    pack_guest_network,
+    pack_guests,
+)
 from .kernels import solver_kernel
-from .layout import Routes, Tables, capacity_for, routes, tables
-from .solvers import DEVICE_SOLVERS, NUM_THREADS, check_fit, num_route_bytes
+from .layout import Routes, Tables, capacity_for, pack_network, pack_table, routes, tables
+from .solvers import check_fit, num_route_bytes, solver_record
 from .structs import Status
+
+_USUAL_RULE = Problem().guest_rule
 
 MAX_BATCH = 65_535
 """Loads that a launch solves; a grid's limit."""
@@ -48,37 +57,27 @@ class DeviceTables:
         refreshable: bool = False,
     ) -> None:
         check_fit(placement, solver, max_shared_bytes(device.index), refreshable)
-        p, record = placement, DEVICE_SOLVERS[solver]
+        p, record = placement, solver_record(solver, placement)
         self.placement, self.device = placement, device
         self._capacity = capacity = capacity_for(placement, refreshable)
         variant = record.variant(capacity)
+        self.solve_signature = record.kernels[0]
+        """The arguments of both kernels that solve."""
         self.solve, self.solve_general = (
-            solver_kernel(solver, variant, device.index, signature)
-            for signature in (structs.SOLVE, structs.SOLVE_GENERAL)
+            solver_kernel(record, variant, device.index, signature) for signature in record.kernels
         )
         self.num_components = capacity.num_components
+        self.num_solver_threads = record.num_threads
+        """Threads of a block that solves."""
         self.num_solver_bytes = record.num_shared_bytes(capacity, p.num_experts)
         """Dynamic shared memory of a block that solves."""
         self.num_route_bytes = num_route_bytes(placement, refreshable)
         """Dynamic shared memory of a block that rewrites."""
-        built, routed = tables(placement, capacity), routes(placement, capacity)
-        self._tables, self._routes = _upload(built, device), _upload(routed, device)
-        self.network = structs.NETWORK.pack(
-            **_addresses(self._tables),
-            max_arcs=built.arcs.shape[1],
-            max_edges=built.edges.shape[2],
-            max_experts=built.experts.shape[1],
-        )
+        self._tables, self._routes = self._make(placement)
+        pack = pack_guest_network if p.num_guests_per_rank else pack_network
+        self.network = pack(capacity, _addresses(self._tables))
         """The struct `Network`."""
-        self.table = structs.TABLE.pack(
-            **_addresses(self._routes),
-            num_several=len(routed.experts),
-            num_copies=len(routed.copies),
-            num_ranks=p.num_ranks,
-            num_ranks_per_node=p.num_ranks_per_node,
-            num_experts=p.num_experts,
-            max_replicas=p.max_replicas,
-        )
+        self.table = pack_table(p, capacity, _addresses(self._routes))
         """The struct `Table`."""
 
     @property
@@ -86,6 +85,34 @@ class DeviceTables:
         """Device memory that the tables take."""
         held = (*self._tables.values(), *self._routes.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def arguments(
+        self, problem: bytes, rule: GuestRule, chosen: int = 0, *, routes: bool = True
+    ) -> list[bytes]:
+        """The arguments of a kernel that solves.
+
+        Args:
+            problem: the struct `Problem`.
+            rule: when a batch takes guests.
+            chosen: where guests are written, [B, R, G].
+            routes: whether tables to rewrite by are made for the guests; else there is one batch.
+        """
+        if not self.placement.num_guests_per_rank:
+            return [problem]
+        routed = _addresses(self._routes) if routes else {}
+        tables = self.placement, self._capacity, _addresses(self._tables)
+        return [problem, pack_guests(*tables, routed, rule, chosen)]
+
+    def _make(
+        self, placement: Placement
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The tables of a placement on the device: the solver's, and those to rewrite by."""
+        built: tuple[Tables | GuestTables, Routes]
+        if placement.num_guests_per_rank:  # whose routes each batch makes
+            built = guest_tables(placement, self._capacity), no_routes(placement, self._capacity)
+        else:
+            built = tables(placement, self._capacity), routes(placement, self._capacity)
+        return _upload(built[0], self.device), _upload(built[1], self.device)
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes tables of a placement with other copies, for captured graphs, too.
@@ -96,8 +123,7 @@ class DeviceTables:
         Raises:
             ValueError: they do not fit where the first placement's lie.
         """
-        new_tables = _upload(tables(placement, self._capacity), self.device)
-        new_routes = _upload(routes(placement, self._capacity), self.device)
+        new_tables, new_routes = self._make(placement)
 
         def commit() -> None:
             # In place: kernels that a graph has captured read them where they are.
@@ -109,7 +135,7 @@ class DeviceTables:
         return commit
 
 
-def _upload(built: Tables | Routes, device: torch.device) -> dict[str, torch.Tensor]:
+def _upload(built: Tables | GuestTables | Routes, device: torch.device) -> dict[str, torch.Tensor]:
     """The arrays as bytes, by name."""
     arrays = {f.name: np.ascontiguousarray(getattr(built, f.name)) for f in fields(built)}
     return {
@@ -142,7 +168,8 @@ class LoadSolver:
         base_load: torch.Tensor | None = None,
         speed: torch.Tensor | None = None,
         max_quota: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        guest_rule: GuestRule = _USUAL_RULE,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Solves a batch of loads on the current stream. Nothing waits; a graph may capture it.
 
         Args:
@@ -152,6 +179,7 @@ class LoadSolver:
             speed: [R] int32, positive, totals at most 2**15 - 1: of each rank; default 1.
             max_quota: [E, C] int32, at least 0: the most tokens of each copy; default: no limit.
                 All three hold for all rows.
+            guest_rule: when a load takes guests.
 
         Returns:
             quota: [B, E, C] int32, rows sum to the load.
@@ -159,6 +187,7 @@ class LoadSolver:
                 component by itself (with speeds: no whole-numbered plan takes less time).
             status: [B, G] int32 of each component, a `Status`. OPTIMAL; NOT_CONVERGED: quotas are
                 whole and complete, but not the best; BAD_COUNTS, INFEASIBLE: there are no quotas.
+            guests: [B, R, G] int32, the expert in each guest slot, -1 = none.
 
         Raises:
             ValueError: `load` has another shape, dtype or device.
@@ -180,6 +209,7 @@ class LoadSolver:
         quota = empty(len(load), p.num_experts, p.max_replicas)
         rank_load = empty(len(load), p.num_ranks)
         endings = empty(len(load), self._tables.num_components, 2)
+        guests = empty(len(load), p.num_ranks, p.num_guests_per_rank)
         if len(load):
             problem = problem_of(
                 self._tables,
@@ -199,8 +229,10 @@ class LoadSolver:
             )
             kernel = kernel_of(self._tables, bounds)
             grid = (self._tables.num_components, len(load))
-            kernel(grid, NUM_THREADS, self._tables.num_solver_bytes, device, [problem])
-        return quota, rank_load, endings[..., 0]
+            arguments = self._tables.arguments(problem, guest_rule, guests.data_ptr(), routes=False)
+            sizes = self._tables.num_solver_threads, self._tables.num_solver_bytes
+            kernel(grid, *sizes, device, arguments)
+        return quota, rank_load, endings[..., 0], guests
 
 
 def to_device(
@@ -255,17 +287,22 @@ def problem_of(
 
 def solve_on_device(
     loads: torch.Tensor, placement: Placement, solver: str, problem: Problem
-) -> list[torch.Tensor | None]:
+) -> tuple[list[torch.Tensor | None], torch.Tensor]:
     """Solves loads [B, E] on the current GPU.
 
     Returns:
-        [B] of [E, C] int32 on the CPU, None where the solver ran out of rounds.
+        quotas: [B] of [E, C] int32 on the CPU, None where the solver ran out of rounds.
+        guests: [B, R, G] int32 on the CPU.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     solve_batch = LoadSolver(placement, device, solver)
     quotas: list[torch.Tensor | None] = []
+    chosen: list[torch.Tensor] = []
     for part in loads.split(MAX_BATCH):
-        quota, _, status = solve_batch(part.to(device, torch.int32), **problem.bounds)
+        quota, _, status, guests = solve_batch(
+            part.to(device, torch.int32), **problem.bounds, guest_rule=problem.guest_rule
+        )
         ended = (status == Status.OPTIMAL).all(1).tolist()
         quotas += [q if ok else None for q, ok in zip(quota.cpu(), ended, strict=True)]
-    return quotas
+        chosen.append(guests.cpu())
+    return quotas, torch.cat(chosen)

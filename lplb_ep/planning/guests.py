@@ -19,55 +19,12 @@ from ..placement.optimum import components
 from ..placement.table import Placement
 from ..problem import GUEST_PARTS, MAX_TOTAL, Problem
 from . import reference
+from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
 from .structs import Status
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-
-
-class Rule(NamedTuple):
-    """How a fill chooses."""
-
-    by_excess: bool
-    """The source is the rank with the largest excess. Else ranks come in random order. Then the
-    excess of ranks that share experts gathers on the last of them, and one guest serves all."""
-    widest: bool
-    """A guest goes to the rank with most slack. Else to the one whose slack just suffices."""
-    largest: bool
-    """The guest is the expert with most tokens. Else the one whose tokens just suffice."""
-    shift: int
-    """A rank's last guest slot may take more than the source's excess. It does where more slack
-    would be left than there is to spare, over 2 to this."""
-    noise: int
-    """Slacks are compared up to random parts of this in 1024; 0 or a power of two."""
-
-
-RULES = (
-    Rule(True, False, True, 31, 64),
-    Rule(False, False, False, 31, 0),
-    Rule(False, False, True, 31, 64),
-    Rule(False, False, False, 31, 256),
-    Rule(False, False, False, 1, 256),
-    Rule(True, False, False, 31, 512),
-    Rule(False, True, False, 0, 0),
-    Rule(False, True, False, 31, 512),
-    Rule(False, False, False, 0, 512),
-    Rule(False, False, False, 1, 0),
-    Rule(False, False, True, 31, 0),
-    Rule(False, False, False, 31, 512),
-    Rule(False, False, True, 31, 256),
-    Rule(False, False, False, 1, 256),
-    Rule(True, False, False, 2, 0),
-    Rule(False, False, False, 2, 128),
-)
-"""Of the fills of a round."""
-NUM_ROUNDS = 3
-"""The first aims at the tolerance; the others, where none reaches that, between it and the best."""
-NUM_TARGETS = 8
-"""Different limits of the fills in a later round."""
-CLOSE = 9
-"""Largest loads within a part of 2 to the minus this count as equal; then fewer copies win."""
 
 
 def guests_of(status: Status, load: Int64, placement: Placement, problem: Problem) -> Int32:

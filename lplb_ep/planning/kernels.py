@@ -10,7 +10,7 @@ from ..comm.copies import barrier_program
 from ..gpu.abi import Signature
 from ..gpu.jit import Program
 from ..gpu.launch import Kernel, Kernels, load
-from .solvers import DEVICE_SOLVERS, Variant
+from .solvers import DEVICE_SOLVERS, GUEST_SOLVERS, DeviceSolver, Variant
 
 NUM_THREADS = 1024
 """Threads of a block that counts or rewrites."""
@@ -24,8 +24,9 @@ shared memory."""
 
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
+    records = *DEVICE_SOLVERS.values(), *GUEST_SOLVERS.values()
     return [
-        *(solver.program(v) for solver in DEVICE_SOLVERS.values() for v in solver.variants()),
+        *(record.program(v) for record in records for v in record.variants()),
         *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),
         weights_program(),
         barrier_program(),
@@ -43,14 +44,16 @@ def weights_program(chunk: int = CHUNK, num_stages: int = NUM_STAGES) -> Program
     return Program("weights.cu", defines)
 
 
-def solver_kernel(solver: str, variant: Variant, device: int, signature: Signature) -> Kernel:
+def solver_kernel(
+    record: DeviceSolver, variant: Variant, device: int, signature: Signature
+) -> Kernel:
     """A kernel of a solver, compiled now if it never was.
 
     Raises:
         MissingPackageError: a package that compiles or loads kernels is missing.
         CompileError: the kernel does not compile.
     """
-    return _solver_kernels(solver, variant, device).kernel(signature.name, signature.formats)
+    return _solver_kernels(record, variant, device).kernel(signature.name, signature.formats)
 
 
 @functools.cache
@@ -79,8 +82,8 @@ def _weights_kernels(device: int, chunk: int, num_stages: int) -> Kernels:
 
 
 @functools.cache
-def _solver_kernels(solver: str, variant: Variant, device: int) -> Kernels:
-    return load(DEVICE_SOLVERS[solver].program(variant), device)
+def _solver_kernels(record: DeviceSolver, variant: Variant, device: int) -> Kernels:
+    return load(record.program(variant), device)
 
 
 @functools.cache

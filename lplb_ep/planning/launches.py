@@ -11,12 +11,12 @@ import torch
 from ..comm.exchange import Windows
 from ..gpu.abi import Signature
 from ..gpu.launch import Kernel, Launch, LaunchGraph
+from ..problem import GuestRule
 from . import structs
 from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
 from .inputs import logical_table, num_ids
 from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
-from .solvers import NUM_THREADS as NUM_SOLVER_THREADS
 from .structs import HEAD, Status
 
 _CHUNK_MULTIPLE = 128  # picks: whole cache lines of every kind of index
@@ -34,6 +34,7 @@ class Workspace:
             the batch.
         row_size: integers of an exchanged row.
         bounds: base loads [R], speeds [R] and limits [E, C], int32 on the GPU; None: none.
+        guest_rule: when a batch takes guests.
         windows: where kernels exchange rows; None: rows travel by other means.
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
@@ -47,6 +48,7 @@ class Workspace:
         head: Sequence[int],
         row_size: int,
         bounds: Sequence[torch.Tensor | None],
+        guest_rule: GuestRule,
         windows: Windows | None,
         limit_ns: int,
         max_rounds: int,
@@ -54,7 +56,7 @@ class Workspace:
         p, device = tables.placement, tables.device
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         self.tables, self.error_flags, self.rank = tables, error_flags, rank
-        self.bounds, self.max_rounds = bounds, max_rounds
+        self.bounds, self.guest_rule, self.max_rounds = bounds, guest_rule, max_rounds
         self.row = zeros(row_size)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
@@ -88,8 +90,9 @@ class Workspace:
                 waits=self.relay is None,
             )
         R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
-        self.result_sizes = [2 * G, R * E, E * C, R, 1]
-        """Integers of what a plan consists of: endings, counts, quotas, rank loads, status."""
+        self.result_sizes = [2 * G, R * E, E * C, R, 1, R * p.num_guests_per_rank]
+        """Integers of what a plan consists of: endings, counts, quotas, rank loads, status and
+        guests."""
         self.results = zeros(sum(self.result_sizes))
         """[sum of `result_sizes`] those of a batch that nobody asks for."""
 
@@ -151,7 +154,9 @@ class Launches:
         )
         problem = problem_of(tables, workspace.bounds, workspace.max_rounds, error_flags=flags)
         self._solve = kernel_of(tables, workspace.bounds).prepare(
-            [problem], NUM_SOLVER_THREADS, tables.num_solver_bytes
+            tables.arguments(problem, workspace.guest_rule),
+            tables.num_solver_threads,
+            tables.num_solver_bytes,
         )
         self._route = kernel(structs.ROUTE).prepare(
             structs.ROUTE.arrange(
@@ -163,11 +168,13 @@ class Launches:
                     rank_load=0,
                     endings=0,
                     status=0,
+                    guests=0,
                     num_by_status=workspace.num_by_status.data_ptr(),
                     error_flags=flags,
                     row=workspace.row.data_ptr() if exchanged else 0,
                     num_components=tables.num_components,
                     rank=workspace.rank,
+                    num_guests=p.num_ranks * p.num_guests_per_rank,
                 ),
                 physical=0,
             ),
@@ -214,7 +221,7 @@ class Launches:
 
         def solve(*fields: str) -> Callable[..., None]:
             paths = (f"problem.{field}" for field in fields)
-            return self._solve.writer(*structs.SOLVE.span(*paths))
+            return self._solve.writer(*signature.span(*paths))
 
         def route(*fields: str) -> Callable[..., None]:
             return self._route.writer(*structs.ROUTE.span(*fields))
@@ -222,13 +229,17 @@ class Launches:
         def fields_of(name: str) -> list[str]:
             return [f"{name}.{field.name}" for field in structs.PICKS.fields]
 
+        signature = self._workspace.tables.solve_signature
+        self._chosen: int | None = None
+        if self._workspace.tables.placement.num_guests_per_rank:
+            self._chosen = self._solve.word(*signature.span("guests.chosen"))
         self._write_num_topk = count("num_topk")
         self._write_status, self._write_waits = count("status"), count("window.waits")
         self._write_picks = [write(*fields_of("picks")) for write in (count, solve, route)]
         self._write_counts = solve(*(f"counts.{field.name}" for field in structs.COUNTS.fields))
         self._write_solver_status = solve("status")
         self._write_solution = solve("quota", "rank_load", "endings", "counted")
-        batch = ("counts", "quota", "rank_load", "endings", "status")
+        batch = ("counts", "quota", "rank_load", "endings", "status", "guests")
         self._write_batch = route(*(f"batch.{field}" for field in batch))
         self._topk_idx = self._count.word(*structs.COUNT.span("topk_idx"))
         self._physical = self._route.word(*structs.ROUTE.span("physical"))
@@ -336,7 +347,9 @@ class Launches:
     def _set_results(self, results: int) -> None:
         endings, *sizes = self._workspace.result_sizes
         places = itertools.accumulate((4 * size for size in sizes), initial=results + 4 * endings)
-        counts, quota, rank_load, status, _ = places
+        counts, quota, rank_load, status, guests, _ = places
         self._write_solution(quota, rank_load, results, counts)
-        self._write_batch(counts, quota, rank_load, results, status)
+        self._write_batch(counts, quota, rank_load, results, status, guests)
+        if self._chosen is not None:
+            self._solve.point(self._chosen, guests)
         self._results = results

@@ -6,14 +6,17 @@ Pure functions of the placement; `device_tables.py` sends them to a device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ..placement.optimum import components
 from ..placement.table import Placement
-from .structs import ARC, COPY, EDGE
+from . import structs
+from .structs import ARC, COPY, EDGE, MAX_PLACES
 
 MAX_RANKS, MAX_EXPERTS = 64, 512
 """Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
@@ -43,6 +46,12 @@ class Capacity:
     """M, experts with several copies."""
     num_copies: int
     """N, copies of those."""
+    num_guests: int = 0
+    """Guest slots of a rank."""
+    num_places: int = 0
+    """Slots of a rank; not counted without guest slots."""
+    max_replicas: int = 0
+    """Of a component, beside homes and guests; not counted without guest slots."""
 
     def check_holds(self, needed: Capacity) -> None:
         """Raises ValueError unless tables that need `needed` fit in; names what does not."""
@@ -62,17 +71,7 @@ def own_capacity(placement: Placement) -> Capacity:
         ValueError: a component is too large for one block; names its size.
     """
     component = placement.component
-    num_ranks = np.bincount(component)
-    num_experts = np.bincount(component[placement.home_rank])
-    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
-        raise ValueError(
-            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
-            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
-        )
-    if placement.num_experts >= 2**15:
-        raise ValueError(
-            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
-        )
+    num_ranks, num_experts = _sizes(placement, component)
     useful = placement.copy_rank >= 0
     number = np.broadcast_to(useful.sum(1, keepdims=True), useful.shape)
     several = useful & (number > 1)
@@ -86,6 +85,28 @@ def own_capacity(placement: Placement) -> Capacity:
         num_several=int(several.any(1).sum()),
         num_copies=int(several.sum()),
     )
+
+
+def _sizes(
+    placement: Placement, component: npt.NDArray[np.int32]
+) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Ranks and experts of each component.
+
+    Raises:
+        ValueError: a component is too large for one block; names its size.
+    """
+    num_ranks = np.bincount(component)
+    num_experts = np.bincount(component[placement.home_rank])
+    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
+        raise ValueError(
+            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
+            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
+        )
+    if placement.num_experts >= 2**15:
+        raise ValueError(
+            f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
+        )
+    return num_ranks, num_experts
 
 
 def _four(number: int) -> int:
@@ -103,6 +124,8 @@ def capacity_for(placement: Placement, refreshable: bool = False) -> Capacity:
     Raises:
         ValueError: a component is too large for one block; names its size.
     """
+    if placement.num_guests_per_rank:
+        return guest_capacity(placement, refreshable)
     own, p = own_capacity(placement), placement
     if not refreshable:
         return own
@@ -116,6 +139,65 @@ def capacity_for(placement: Placement, refreshable: bool = False) -> Capacity:
         max_experts=min(p.num_experts, MAX_EXPERTS),
         num_several=num_several,
         num_copies=num_replicas + num_several,
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def guest_components(placement: Placement) -> npt.NDArray[np.int32]:
+    """[R]: label of each rank's component where guests may come.
+
+    Ranks of a node are joined, as are those that hold copies of one expert.
+    """
+    nodes = np.arange(placement.num_ranks).reshape(-1, placement.num_ranks_per_node)
+    copies = placement.copy_rank
+    joined = np.full((len(copies) + len(nodes), max(copies.shape[1], nodes.shape[1])), -1)
+    joined[: len(copies), : copies.shape[1]] = copies
+    joined[len(copies) :, : nodes.shape[1]] = nodes
+    return components(joined, placement.num_ranks)
+
+
+@functools.lru_cache(maxsize=1024)
+def guest_capacity(placement: Placement, refreshable: bool = False) -> Capacity:
+    """How large the tables of a placement with guest slots are laid out, for any guests.
+
+    Args:
+        placement, refreshable: as for `capacity_for`.
+
+    Raises:
+        ValueError: a component is too large for one block, or an expert has too many copies.
+    """
+    p, component = placement, guest_components(placement)
+    num_ranks, num_experts = _sizes(placement, component)
+    if p.max_replicas > 255 or p.num_local_slots > MAX_PLACES:
+        raise ValueError(
+            "with guest slots the GPU solver takes at most 255 copies of an expert and "
+            f"{MAX_PLACES} slots of a rank; got {p.max_replicas} and {p.num_local_slots}"
+        )
+    if component.max() + 1 < p.num_ranks // p.num_ranks_per_node:
+        raise ValueError(
+            "with guest slots the GPU solver takes no expert that has resident copies on several "
+            "nodes"
+        )
+    ranks, experts = int(num_ranks.max()), int(num_experts.max())
+    replicas = p.copy_rank[:, 1:]
+    residents = int(np.bincount(component[replicas[replicas >= 0]], minlength=1).max())
+    if refreshable:
+        ranks, experts = min(p.num_ranks, MAX_RANKS), min(p.num_experts, MAX_EXPERTS)
+        residents = p.num_physical_experts - p.num_experts - p.num_guests_per_rank * p.num_ranks
+    added = residents + ranks * p.num_guests_per_rank
+    several = min(experts, added)
+    return Capacity(
+        num_components=num_ranks.size,
+        size=next(size for size in SIZES if size >= ranks),
+        max_arcs=_four(added + several),
+        max_edges=max(1, min(added, p.num_local_slots * (ranks - 1))),
+        max_experts=experts,
+        # Each component has a part of its own, of which the last is never used.
+        num_several=num_ranks.size * (several + 1),
+        num_copies=num_ranks.size * (added + several),
+        num_guests=p.num_guests_per_rank,
+        num_places=p.num_local_slots,
+        max_replicas=residents,
     )
 
 
@@ -203,6 +285,16 @@ def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[
     return np.split(edges, np.searchsorted(rank[arc], np.arange(1, size)))
 
 
+def pack_network(capacity: Capacity, addresses: Mapping[str, int]) -> bytes:
+    """The struct `Network` of tables in a capacity, by their addresses on a device."""
+    return structs.NETWORK.pack(
+        **addresses,
+        max_arcs=capacity.max_arcs,
+        max_edges=max(1, capacity.max_edges),
+        max_experts=capacity.max_experts,
+    )
+
+
 @dataclass(frozen=True)
 class Routes:
     """What `kernels/route.cu` knows of a placement: its `Table`. Copies that can get no tokens (a
@@ -243,4 +335,18 @@ def routes(placement: Placement, capacity: Capacity) -> Routes:
         first.astype(np.int32),
         copies,
         placement.home_rank,
+    )
+
+
+def pack_table(placement: Placement, capacity: Capacity, addresses: Mapping[str, int]) -> bytes:
+    """The struct `Table` of routes in a capacity, by their addresses on a device."""
+    p = placement
+    return structs.TABLE.pack(
+        **addresses,
+        num_several=capacity.num_several,
+        num_copies=capacity.num_copies,
+        num_ranks=p.num_ranks,
+        num_ranks_per_node=p.num_ranks_per_node,
+        num_experts=p.num_experts,
+        max_replicas=p.max_replicas,
     )

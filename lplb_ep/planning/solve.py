@@ -109,8 +109,11 @@ def solve(
     loads = problem.load
     assert loads is not None, "a load that is None is refused"
     quotas: list[torch.Tensor | None] = [None] * len(loads)
+    guests = [guests_of(Status.OPTIMAL, row.numpy(), placement, problem) for row in loads]
     if name != "cpu" and len(loads):
-        quotas = solve_on_device(loads, placement, name, problem)
+        quotas, chosen = solve_on_device(loads, placement, name, problem)
+        wrong = np.flatnonzero((chosen.numpy() != np.array(guests)).any(axis=(1, 2)))
+        assert not wrong.size, f"the {name} solver chose other guests than the CPU for load {wrong}"
     num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
     if num_unfinished:
         log.warning(
@@ -120,7 +123,6 @@ def solve(
             num_unfinished,
             len(loads),
         )
-    guests = [guests_of(Status.OPTIMAL, row.numpy(), placement, problem) for row in loads]
     filled = [placement.with_guests(chosen) if chosen.size else placement for chosen in guests]
     optima = [
         _prove(name, row, quota, one, problem)

@@ -9,14 +9,17 @@ from typing import NamedTuple
 import torch
 
 from ..errors import MissingPackageError
+from ..gpu.abi import Signature
 from ..gpu.device import check_device
 from ..gpu.jit import Program
 from ..gpu.launch import max_shared_bytes
 from ..gpu.toolchain import CuSolverDx
 from ..placement.table import Placement
 from ..settings import SOLVERS
-from .layout import SIZES, Capacity, capacity_for, routes
-from .structs import ARC
+from . import structs
+from .fill_rules import RULES
+from .layout import SIZES, Capacity, capacity_for
+from .structs import ARC, EDGE
 
 NUM_THREADS = 256
 """Threads of a block that solves; fewer would take long to add up the counts."""
@@ -45,15 +48,21 @@ class DeviceSolver:
 
     name: str
     source: str
-    """Its file in `kernels/`, with the kernels `solve` and `solve_general`."""
+    """Its file in `kernels/`."""
+    kernels: tuple[Signature, Signature]
+    """The one for loads alone, and the one for speeds and capacities, too."""
     shares: tuple[tuple[int, int, int], ...]
     """`parts`, `turns` and `more` of its variants. The first that take all edges of a rank run."""
     libraries: tuple[str, ...]
     """NVIDIA libraries that its compilation needs beside NVRTC."""
     functions: Callable[[Variant], tuple[CuSolverDx, ...]]
     """The functions of cuSolverDx that are linked to a variant."""
+    num_flow_bytes: Callable[[Capacity], int]
+    """Shared memory of a block, in bytes, for the flow and what it is made of."""
     num_own_bytes: Callable[[Capacity], int]
     """Shared memory of a block, in bytes, that the solver needs beside the flow's."""
+    num_threads: int = NUM_THREADS
+    """Of a block."""
     costs: tuple[str, ...] = ("tokens",)
     """The costs of `problem.COSTS` that its kernels minimise."""
 
@@ -77,13 +86,33 @@ class DeviceSolver:
     def program(self, variant: Variant) -> Program:
         """The program of a variant."""
         defines = {name.upper(): value for name, value in variant._asdict().items()}
-        return Program(self.source, {**defines, "THREADS": NUM_THREADS}, self.functions(variant))
+        defines["THREADS"] = self.num_threads
+        return Program(self.source, defines, self.functions(variant))
 
     def num_shared_bytes(self, capacity: Capacity, num_experts: int) -> int:
         """Dynamic shared memory of a block, in bytes."""
-        flow = capacity.max_arcs * (4 + ARC.size + 4 + 2)
-        numbering = 4 * (1 + NUM_THREADS // 32) * num_experts  # by blocks that do not solve
-        return max(flow, numbering) + self.num_own_bytes(capacity)
+        numbering = 4 * (1 + self.num_threads // 32) * num_experts  # by blocks that do not solve
+        return max(self.num_flow_bytes(capacity), numbering) + self.num_own_bytes(capacity)
+
+
+def _flow_bytes(capacity: Capacity) -> int:
+    return capacity.max_arcs * (4 + ARC.size + 4 + 2)
+
+
+def _guest_bytes(capacity: Capacity) -> int:
+    """As `kernels/guests.cuh` and `kernels/choose.cuh` lay out a component."""
+    c, a_set = capacity, 8 if capacity.size > 32 else 4
+    of_experts = c.max_experts * (a_set + 6)
+    of_ranks = c.size * (4 + 4 * -(-c.max_experts // 32) + 2 * c.num_guests)
+    of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
+    start = _multiple(8, c.size * (6 * c.num_places + 4))
+    of_fill = _multiple(8, c.max_experts * a_set + c.size * (6 * c.num_places + 8))
+    choice = max(start + len(RULES) * of_fill, 4 * c.num_components)
+    return _multiple(16, of_experts + of_ranks) + max(of_arcs, choice)
+
+
+def _multiple(unit: int, number: int) -> int:
+    return -(-number // unit) * unit
 
 
 def _factorisation(variant: Variant) -> tuple[CuSolverDx, ...]:
@@ -99,30 +128,67 @@ DEVICE_SOLVERS = {
         DeviceSolver(
             "flow",
             "flow.cu",
+            (structs.SOLVE, structs.SOLVE_GENERAL),
             ((2, 1, 0), (2, 2, 0), (4, 1, 0), (2, 3, 0), (4, 2, 0), (4, 3, 0), (4, 3, 1)),
             libraries=(),
             functions=lambda variant: (),
+            num_flow_bytes=_flow_bytes,
             num_own_bytes=lambda capacity: 0,
         ),
         DeviceSolver(
             "cusolverdx",
             "interior.cu",
+            (structs.SOLVE, structs.SOLVE_GENERAL),
             ((4, 1, 1),),
             libraries=("mathdx", "nvJitLink"),
             functions=_factorisation,
             # A matrix, two right-hand sides, two words, and six numbers an arc.
+            num_flow_bytes=_flow_bytes,
             num_own_bytes=lambda c: 8 * (c.size * (c.size + 2) + 2 + 6 * c.max_arcs),
         ),
     )
 }
 """The solvers on the GPU, by name; the CPU's is `reference.solve`."""
+GUEST_SOLVERS = {
+    one.name: one
+    for one in (
+        DeviceSolver(
+            "flow",
+            "guests.cu",
+            (structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
+            ((4, 3, 1),),
+            libraries=(),
+            functions=lambda variant: (),
+            num_flow_bytes=_guest_bytes,
+            num_own_bytes=lambda capacity: 0,
+            num_threads=32 * len(RULES),
+        ),
+    )
+}
+"""Those of them that take guest slots, with the kernels that do."""
+
+
+def solver_record(solver: str, placement: Placement) -> DeviceSolver:
+    """The record of a solver's kernels for a placement.
+
+    Raises:
+        ValueError: they take no guest slots, and the placement has some.
+    """
+    if not placement.num_guests_per_rank:
+        return DEVICE_SOLVERS[solver]
+    if solver not in GUEST_SOLVERS:
+        raise ValueError(
+            f"the solver {solver} takes no guest slots, and the placement has "
+            f"{placement.num_guests_per_rank} a rank; {' or '.join(GUEST_SOLVERS)} does"
+        )
+    return GUEST_SOLVERS[solver]
 
 
 def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
     """Dynamic shared memory, in bytes, of a block that splits and rewrites."""
-    built = routes(placement, capacity_for(placement, refreshable))
+    capacity = capacity_for(placement, refreshable)
     num_nodes = placement.num_ranks // placement.num_ranks_per_node
-    several, copies = len(built.experts), len(built.copies)
+    several, copies = capacity.num_several, capacity.num_copies
     return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
 
 
@@ -137,11 +203,12 @@ def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bo
 
     Raises:
         ValueError: a component is too large for one block, or a block has not enough shared memory;
-            names the sizes.
+            names the sizes. Or the solver takes no guest slots.
     """
     capacity = capacity_for(placement, refreshable)
-    of_solver = DEVICE_SOLVERS[solver].num_shared_bytes(capacity, placement.num_experts)
-    copies = (placement.copy_rank >= 0).sum(1)
+    of_solver = solver_record(solver, placement).num_shared_bytes(capacity, placement.num_experts)
+    copies, guests = (placement.copy_rank >= 0).sum(1), placement.num_guests_per_rank
+    slots = f", with {guests} guest slots a rank" if guests else ""
     for what, num_bytes in (
         (f"the solver {solver}", of_solver),
         ("rewriting", num_route_bytes(placement, refreshable)),
@@ -151,7 +218,7 @@ def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bo
                 f"a block has {max_bytes} bytes of shared memory, and {what} takes "
                 f"{num_bytes + STATIC_SHARED_BYTES} for {placement.num_experts} experts, "
                 f"{copies[copies > 1].sum()} copies of those with several, and "
-                f"{placement.num_ranks // placement.num_ranks_per_node} nodes"
+                f"{placement.num_ranks // placement.num_ranks_per_node} nodes{slots}"
             )
 
 
@@ -194,11 +261,6 @@ def choose_solver(
         if solver != "auto":
             raise
         return "cpu", str(error)
-    if placement is not None and placement.num_guests_per_rank:
-        raise ValueError(
-            "guests are chosen on the CPU alone as yet: a placement with guest slots takes "
-            f"solver='cpu' (LPLB_EP_SOLVER=cpu); got {solver!r}"
-        )
     return name, "a CUDA device is there" if solver == "auto" else "asked for"
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import enum
 
-from ..gpu.abi import Signature, Struct, constant_text, enum_text, header
+from ..gpu.abi import Signature, Struct, constant_text, enum_text, header, table_text
 from ..gpu.jit import KERNELS
-from ..problem import MAX_TOTAL
+from ..problem import GUEST_PARTS, MAX_TOTAL
+from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
 
 
 class Status(enum.IntEnum):
@@ -70,6 +71,9 @@ class Sum(enum.IntEnum):
     BFLOATS_TO_FLOATS = 2
     """The guest's is bfloat16, its home's of 32 bits."""
 
+
+MAX_PLACES = 544
+"""Slots of a rank, where there are guest slots: a multiple of 32."""
 
 HEAD = len(Head)
 """Integers before the counts of an exchanged row."""
@@ -235,11 +239,62 @@ BATCH = Struct(
     ("int*", "rank_load", "[R] tokens of each rank"),
     ("const Ending*", "endings", "[G] of each component"),
     ("int*", "status", "[1] how the batch ends"),
+    ("int*", "guests", "[num_guests] the expert in each guest slot, -1: none"),
     ("int*", "num_by_status", "[NUM_STATUSES] batches that ended so"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
     ("int*", "row", "[HEAD + E] to be zeroed for the next count, or null"),
     ("int", "num_components", "G"),
     ("int", "rank", "this rank"),
+    ("int", "num_guests", "guest slots of all ranks"),
+)
+RESIDENT = Struct(
+    "Resident",
+    "An expert, and its resident copies: those that it has in every batch.",
+    ("unsigned long long", "ranks", "local ranks that hold one, as bits"),
+    ("int", "slot", "the physical id of its home"),
+    ("short", "expert", "its logical id; -1: none, behind the last"),
+    ("unsigned char", "home", "the local rank of its home"),
+    ("unsigned char", "columns", "the column of its first guest"),
+    align=16,
+)
+REPLICA = Struct(
+    "Replica",
+    "A resident copy that is no home.",
+    ("int", "slot", "its physical id"),
+    ("short", "expert", "the number of its expert in the component; -1: none, behind the last"),
+    ("unsigned char", "rank", "its local rank"),
+    ("unsigned char", "column", "in [0, C)"),
+    ("unsigned char", "nth", "copies of its expert that come before and may get tokens"),
+    align=4,
+)
+GUESTS = Struct(
+    "Guests",
+    "Where guests may come, and where they are written.",
+    ("const Resident*", "residents", "[G, max_experts] of each component"),
+    ("const Replica*", "replicas", "[G, max_replicas] of each component"),
+    ("const int*", "num_experts", "[G] of each component"),
+    (
+        "const short*",
+        "places",
+        "[G, SIZE, residents of a rank] numbers of experts, -1 behind the last",
+    ),
+    ("int*", "chosen", "[B, R, num_slots] the expert in each guest slot, -1: none"),
+    ("int*", "lookup", "[E] as the struct Table has them; or null, and so the next three"),
+    ("int*", "experts", "[M]"),
+    ("int*", "first", "[M + 1]"),
+    ("Copy*", "copies", "[N]"),
+    ("int", "num_slots", "guest slots of a rank: its last ones"),
+    ("int", "num_local_slots", "slots of a rank"),
+    ("int", "num_ranks_per_node", "a guest comes from its own node"),
+    ("int", "max_replicas", "replicas of a component that are no guests"),
+    ("int", "max_several", "of a component: M is G times as many"),
+    ("int", "max_copies", "of a component: N is G times as many"),
+    (
+        "int",
+        "tolerance",
+        "above the mean, in GUEST_PARTS of it, that needs no guests",
+    ),
+    ("int", "min_tokens", "the least tokens that a guest must take"),
 )
 MAX_GUESTS = 512
 """Guest slots of the ranks of a node."""
@@ -308,6 +363,12 @@ GATHER = Signature(
 BROADCAST = Signature("broadcast", *GATHER.arguments)
 SOLVE = Signature("solve", (PROBLEM, "problem", "and where its solution goes"))
 SOLVE_GENERAL = Signature("solve_general", *SOLVE.arguments)
+SOLVE_GUESTS = Signature(
+    "solve_guests",
+    (PROBLEM, "problem", "and where its solution goes"),
+    (GUESTS, "guests", "and where they are written"),
+)
+SOLVE_GUESTS_GENERAL = Signature("solve_guests_general", *SOLVE_GUESTS.arguments)
 SPLIT = Signature(
     "split",
     (TABLE, "table", "the placement"),
@@ -336,17 +397,25 @@ ADD_GRADIENTS = Signature("add_gradients", (TRAVEL, "travel", "of the gradients"
 SIGNATURES = {
     one.name: one
     for one in (
-        *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SPLIT, ROUTE, MASK),
+        *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
+        *(SPLIT, ROUTE, MASK),
         *(PUSH_GUESTS, AWAIT_GUESTS, MEET, ADD_GRADIENTS),
     )
 }
 """Of every kernel of a plan, and of its guests' weights, by name."""
 
 
+def _word_of(rule: Rule) -> int:
+    """A rule as `kernels/choose.cuh` reads it."""
+    flags = rule.by_excess | rule.widest << 1 | rule.largest << 2
+    return flags | rule.shift << 3 | rule.noise << 8
+
+
 def abi_header() -> str:
     """The text of `kernels/abi.cuh`."""
     structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY]
     structs += [ARC, EDGE, SHAPE, NETWORK, PROBLEM, COPY, TABLE, BATCH, PARAMETER, TRAVEL]
+    structs += [RESIDENT, REPLICA, GUESTS]
     parts = [
         "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
         enum_text(Status),
@@ -355,6 +424,12 @@ def abi_header() -> str:
         constant_text("int", "HEAD", HEAD, "integers before the counts of an exchanged row"),
         enum_text(ErrorFlag, "FLAG_"),
         constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
+        constant_text("int", "GUEST_PARTS", GUEST_PARTS, "of 1, in which a tolerance is counted"),
+        constant_text("int", "MAX_PLACES", MAX_PLACES, "slots of a rank that has guest slots"),
+        constant_text("int", "NUM_ROUNDS", NUM_ROUNDS, "of fills, at most"),
+        constant_text("int", "NUM_TARGETS", NUM_TARGETS, "limits of fills in a later round"),
+        constant_text("int", "CLOSE", CLOSE, "levels within 2 to the minus this are equal"),
+        table_text("RULES", [_word_of(rule) for rule in RULES], "of each fill, see `Rule`"),
         constant_text("unsigned", "MAX_TOTAL", MAX_TOTAL, "tokens of a batch; and its number"),
         constant_text("int", "MAX_GUESTS", MAX_GUESTS, "guest slots of the ranks of a node"),
         enum_text(Sum, "SUM_"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .. import __version__
@@ -39,6 +40,8 @@ USUAL = (
     ("eplb", 64, 2),
 )
 """Placement, ranks and redundant experts a rank."""
+USUAL_WITH_GUESTS = tuple(("eplb", ranks, few) for ranks in (8, 32, 64) for few in (0, 1))
+"""The same, where ranks have guest slots."""
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,22 @@ def make_batches(num_ranks: int, num_experts: int, num_tokens: int, num_topk: in
 
 
 def make_placement(
-    kind: str, num_ranks: int, num_redundant_per_rank: int, history: torch.Tensor
+    kind: str,
+    num_ranks: int,
+    num_redundant_per_rank: int,
+    history: torch.Tensor,
+    num_guests_per_rank: int = 0,
 ) -> Placement:
-    """By EPLB ("eplb") or along a topology.
+    """By EPLB ("eplb") or along a topology, perhaps with guest slots.
 
     Raises:
         ValueError: there is no such placement; the message says why.
     """
-    shape = {"num_ranks": num_ranks, "num_redundant_per_rank": num_redundant_per_rank}
+    shape = {
+        "num_ranks": num_ranks,
+        "num_redundant_per_rank": num_redundant_per_rank,
+        "num_guests_per_rank": num_guests_per_rank,
+    }
     if kind == "eplb":
         return Placement.from_history(history, **shape)
     return Placement.from_topology(kind, num_experts=len(history), load=history, **shape)
@@ -198,10 +209,11 @@ class _Steps:
         self._launches.route(self._stream())
 
     @property
-    def ended(self) -> tuple[Status, int]:
-        """How the batch ended, and the largest rank load."""
-        *_, rank_load, status = self.results.split(self._workspace.result_sizes)
-        return Status(int(status)), int(rank_load.max())
+    def ended(self) -> tuple[Status, int, npt.NDArray[np.int32]]:
+        """How the batch ended, the largest rank load, and the guests [R, G]."""
+        *_, rank_load, status, guests = self.results.split(self._workspace.result_sizes)
+        chosen = guests.cpu().numpy().reshape(rank_load.numel(), -1)
+        return Status(int(status)), int(rank_load.max()), chosen
 
 
 def _measure_plan(
@@ -228,9 +240,10 @@ def _measure_plan(
     taken, above = time_graph(plan), 0
     for i, load in enumerate(full[:, :, HEAD:].long().sum(1)):
         plan(i)
-        status, most = of_batch[i].ended
+        status, most, guests = of_batch[i].ended
         assert status is Status.OPTIMAL, f"batch {i} ended with {status!r}"
-        above = max(above, most - math.ceil(reference.solve(load, placement).bound))
+        filled = placement.with_guests(guests) if guests.size else placement
+        above = max(above, most - math.ceil(reference.solve(load, filled).bound))
     _check_error_flags(backend)
     return {
         "plan": taken,

@@ -11,11 +11,11 @@ from oracle import fits, linear_program, random_load, random_placement, random_t
 
 from lplb_ep import Placement, PlacementError, Planner, solve
 from lplb_ep.layer import Layer
-from lplb_ep.planning import solvers
 from lplb_ep.planning.check import check_plan
 from lplb_ep.planning.guests import choose_guests
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.planner import tag_of
+from lplb_ep.planning.solvers import check_fit
 from lplb_ep.problem import Problem
 
 
@@ -381,15 +381,14 @@ def test_another_rule_is_another_tag():
     assert tag_of(placement) != tag_of(placement.with_guest_slots(0))
 
 
-def test_gpu_solvers_refuse_guest_slots_by_name(monkeypatch):
-    monkeypatch.setattr(solvers, "check_device", lambda *libraries: None)
-    monkeypatch.setattr(solvers, "check_fit", lambda *request: None)
-    monkeypatch.setattr(solvers, "max_shared_bytes", lambda device: 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+def test_solvers_that_take_no_guest_slots_refuse_them_by_name():
     placement = Placement.homes_only(4, 2, 1)
-    for solver in ("auto", "flow"):
-        with pytest.raises(ValueError, match="guests are chosen on the CPU alone as yet"):
-            solvers.choose_solver(solver, placement)
-        assert solvers.choose_solver(solver, placement.with_guest_slots(0))[0] == "flow"
-    assert solvers.choose_solver("cpu", placement)[0] == "cpu"
-    assert solve(torch.arange(4), placement).solver == "cpu"  # a load on the CPU
+    check_fit(placement, "flow", 99 * 1024)
+    with pytest.raises(ValueError, match=r"cusolverdx takes no guest slots, and .* has 1 a rank"):
+        check_fit(placement, "cusolverdx", 227 * 1024)
+    many = Placement.homes_only(64, 64, 8)
+    with pytest.raises(ValueError, match="with 8 guest slots a rank"):
+        check_fit(many, "flow", 227 * 1024)
+    across = Placement([0, 1, -1, 2, 0, -1], 2, num_ranks_per_node=1, num_guests_per_rank=1)
+    with pytest.raises(ValueError, match="resident copies on several nodes"):
+        check_fit(across, "flow", 227 * 1024)

@@ -6,7 +6,7 @@ import variants
 
 from lplb_ep.planning.kernels import programs
 from lplb_ep.planning.layout import capacity_for
-from lplb_ep.planning.solvers import DEVICE_SOLVERS
+from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RAN = 'while [ "$1" != --port ]; do shift; done; for name; do echo "ran $name in 0.0 s"; done; '
@@ -27,6 +27,12 @@ def test_every_program_has_a_case():
 def test_the_placement_of_a_variant_picks_it(solver, variant):
     capacity = capacity_for(variants.placement_of(variant))
     assert DEVICE_SOLVERS[solver].variant(capacity) == variant
+
+
+@pytest.mark.parametrize("variant", GUEST_SOLVERS["flow"].variants(), ids=str)
+def test_the_placement_with_guests_of_a_variant_picks_it(variant):
+    capacity = capacity_for(variants.guest_placement_of(variant))
+    assert GUEST_SOLVERS["flow"].variant(capacity) == variant
 
 
 def test_cases_are_listed_with_their_programs(capsys):

@@ -11,6 +11,7 @@ using std::isfinite;
 
 #define __device__
 #define __global__
+#define __constant__ static
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
@@ -45,6 +46,7 @@ unsigned emulated_sum(unsigned mask, unsigned value);
 int emulated_max(unsigned mask, int value);
 unsigned emulated_max_unsigned(unsigned mask, unsigned value);
 int emulated_add(int* to, int value);
+unsigned emulated_or(unsigned* to, unsigned value);
 int emulated_max_at(int* to, int value);
 unsigned emulated_max_at_unsigned(unsigned* to, unsigned value);
 
@@ -94,6 +96,9 @@ T __shfl_xor_sync(unsigned mask, T value, int by) {
 
 inline unsigned __reduce_add_sync(unsigned mask, unsigned value) { return emulated_sum(mask, value); }
 inline int __reduce_add_sync(unsigned mask, int value) { return int(emulated_sum(mask, unsigned(value))); }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+    return ~emulated_max_unsigned(mask, ~value);
+}
 inline int __reduce_max_sync(unsigned mask, int value) { return emulated_max(mask, value); }
 inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
     return emulated_max_unsigned(mask, value);
@@ -104,6 +109,7 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) {
     return unsigned(emulated_add(reinterpret_cast<int*>(to), int(value)));
 }
 inline int atomicSub(int* to, int value) { return emulated_add(to, int(0u - unsigned(value))); }
+inline unsigned atomicOr(unsigned* to, unsigned value) { return emulated_or(to, value); }
 inline int atomicMax(int* to, int value) { return emulated_max_at(to, value); }
 inline unsigned atomicMax(unsigned* to, unsigned value) { return emulated_max_at_unsigned(to, value); }
 
@@ -115,6 +121,7 @@ T __ldcg(const T* from) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __double2int_rn(double x) { return int(std::nearbyint(x)); }
 inline unsigned __float_as_uint(float x) {
@@ -128,5 +135,7 @@ inline float __uint_as_float(unsigned x) {
     return value;
 }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
+inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
 inline long long min(long long a, long long b) { return a < b ? a : b; }

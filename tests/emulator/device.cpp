@@ -131,6 +131,13 @@ int emulated_add(int* to, int value) {
     return before;
 }
 
+unsigned emulated_or(unsigned* to, unsigned value) {
+    judge(to, 4, READ | WRITE | AT_ONCE, HERE);
+    unsigned before = *to;
+    *to = before | value;
+    return before;
+}
+
 int emulated_max_at(int* to, int value) {
     judge(to, 4, READ | WRITE | AT_ONCE, HERE);
     int before = *to;

@@ -119,7 +119,8 @@ def _texts(source: str, directory: Path) -> dict[str, str]:
     """A source and the headers that it includes, by name; without ptx.cuh, which is replaced."""
     texts, names = {}, [source]
     for name in names:
-        texts[name] = (directory / name).read_text("utf-8")
+        own = HERE / name  # a source for tests alone
+        texts[name] = (own if own.exists() else directory / name).read_text("utf-8")
         names += sorted({*re.findall(r'#include "(\w+\.cuh)"', texts[name])} - {*names, "ptx.cuh"})
     return texts
 

@@ -12,10 +12,11 @@ import numpy as np
 from lplb_ep.comm.copies import barrier_program
 from lplb_ep.gpu.jit import Program
 from lplb_ep.placement.table import Placement
-from lplb_ep.planning import kernels, layout, solvers, structs
+from lplb_ep.planning import guest_layout, kernels, layout, solvers, structs
 from lplb_ep.planning.device_tables import MAX_ROUNDS
-from lplb_ep.planning.solvers import DEVICE_SOLVERS, Variant
+from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS, Variant
 from lplb_ep.planning.structs import HEAD, Status
+from lplb_ep.problem import Problem
 
 FOREVER = 10**15  # ns
 VARIANTS = [
@@ -34,6 +35,15 @@ VARIANTS = [
 """Of the flow: each number of edges once and each size twice. The others are `long`."""
 
 
+GUEST_VARIANTS = [v for v in GUEST_SOLVERS["flow"].variants() if v.size != 32]
+"""Of the flow with guests; the others are `long`."""
+
+
+def given_program(variant: Variant) -> Program:
+    """The program of a variant for guests that are given."""
+    return replace(GUEST_SOLVERS["flow"].program(variant), source="given.cu")
+
+
 def route_program(dtype: Any) -> Program:
     """The program of route.cu for indices of a dtype."""
     index = {np.dtype(np.int32): "int", np.dtype(np.int64): "long long"}[np.dtype(dtype)]
@@ -42,6 +52,8 @@ def route_program(dtype: Any) -> Program:
 
 PROGRAMS = [
     *map(DEVICE_SOLVERS["flow"].program, VARIANTS),
+    *map(given_program, GUEST_VARIANTS),
+    *map(GUEST_SOLVERS["flow"].program, GUEST_VARIANTS),
     *map(DEVICE_SOLVERS["cusolverdx"].program, DEVICE_SOLVERS["cusolverdx"].variants()),
     *map(route_program, (np.int32, np.int64)),
     barrier_program(),
@@ -51,8 +63,10 @@ PROGRAMS = [
 
 def variant_for(placement: Placement, solver: str) -> Variant:
     """A variant of `PROGRAMS` that takes a placement, where possible of its own size."""
-    own = layout.own_capacity(placement)
+    own = layout.capacity_for(placement)
     variants = VARIANTS if solver == "flow" else DEVICE_SOLVERS[solver].variants()
+    if placement.num_guests_per_rank:
+        variants = GUEST_VARIANTS
     return next(
         v for v in variants if v.size >= own.size and (v.more or v.parts * v.turns >= own.max_edges)
     )
@@ -70,6 +84,7 @@ class Plan:
     quota: np.ndarray
     rank_load: np.ndarray
     endings: np.ndarray
+    guests: np.ndarray
     physical: np.ndarray
     status: np.ndarray
 
@@ -96,6 +111,7 @@ class Rank:
         dtype: of indices.
         chunk: picks of a block, a multiple of 32.
         tag: of the placement, for the head of a row.
+        given: whether guests are given instead of chosen.
     """
 
     def __init__(
@@ -110,34 +126,30 @@ class Rank:
         dtype: Any = np.int64,
         chunk: int = 128,
         tag: int = 77,
+        given: bool = False,
     ) -> None:
         self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
         self._dtype = np.dtype(dtype)
         variant = variant or variant_for(placement, solver)
-        capacity = replace(layout.own_capacity(placement), size=variant.size)
-        record = DEVICE_SOLVERS[solver]
+        capacity = replace(layout.capacity_for(placement), size=variant.size)
+        record = solvers.solver_record(solver, placement)
         self.route_library = library(route_program(dtype))
-        self.solve_library = library(record.program(variant))
         self._num_solver_bytes = record.num_shared_bytes(capacity, placement.num_experts)
         self._num_route_bytes = solvers.num_route_bytes(placement)
-        tables, routes = layout.tables(placement, capacity), layout.routes(placement, capacity)
-        self.num_components = len(tables.shape)
-        self._network = structs.NETWORK.pack(
-            **self._put(tables),
-            max_arcs=tables.arcs.shape[1],
-            max_edges=tables.edges.shape[2],
-            max_experts=tables.experts.shape[1],
-        )
-        p = placement
-        self.table = structs.TABLE.pack(
-            **self._put(routes),
-            num_several=len(routes.experts),
-            num_copies=len(routes.copies),
-            num_ranks=p.num_ranks,
-            num_ranks_per_node=p.num_ranks_per_node,
-            num_experts=p.num_experts,
-            max_replicas=p.max_replicas,
-        )
+        self.num_components, self._kernels = capacity.num_components, record.kernels
+        self._num_threads = record.num_threads
+        p, self._capacity = placement, capacity
+        if p.num_guests_per_rank:
+            self.solve_library = library((given_program if given else record.program)(variant))
+            self._tables = self._put(guest_layout.guest_tables(p, capacity))
+            self._network = guest_layout.pack_guest_network(capacity, self._tables)
+            self.routes = self._put(guest_layout.no_routes(p, capacity))
+        else:
+            self.solve_library = library(record.program(variant))
+            self._network = layout.pack_network(capacity, self._put(layout.tables(p, capacity)))
+            self.routes = self._put(layout.routes(p, capacity))
+        self.table = layout.pack_table(p, capacity, self.routes)
+        self.guest_rule = Problem().guest_rule
         self.row = memory.zeros(HEAD + p.num_experts)
         self.head = memory.array([tag, 2, 3, 0], np.int32)
         self.error_flags = memory.zeros(structs.NUM_ERROR_FLAGS)
@@ -164,6 +176,7 @@ class Rank:
             quota=empty((p.num_experts, p.max_replicas)),
             rank_load=empty(p.num_ranks),
             endings=empty((self.num_components, 2)),
+            guests=empty((p.num_ranks, p.num_guests_per_rank)),
             physical=empty(topk_idx.shape, self._dtype),
             status=empty(1),
         )
@@ -253,10 +266,16 @@ class Rank:
             error_flags=self.error_flags.ctypes.data,
             **self._rest_of_problem(bounds, max_rounds, status),
         )
-        return self._solve((self.num_components + picks.num_chunks, 1), problem, bounds)
+        grid = (self.num_components + picks.num_chunks, 1)
+        return self._solve(grid, problem, bounds, plan.guests, self.routes)
 
-    def solve_loads(self, loads: np.ndarray, **bounds: np.ndarray) -> tuple[Any, ...]:
-        """The launch of a solver for loads [B, E], its quotas, rank loads and endings."""
+    def solve_loads(
+        self, loads: np.ndarray, guests: np.ndarray | None = None, **bounds: np.ndarray
+    ) -> tuple[Any, ...]:
+        """The launch of a solver for loads [B, E], its quotas, rank loads and endings.
+
+        `guests`: [B, R, G], where they are written.
+        """
         p, empty = self.placement, self.memory.empty
         loads = self.memory.array(loads, np.int32)
         quota = empty((len(loads), p.num_experts, p.max_replicas))
@@ -280,7 +299,7 @@ class Rank:
             error_flags=0,
             **self._rest_of_problem(bounds, MAX_ROUNDS, 0),
         )
-        launch = self._solve((self.num_components, len(loads)), problem, bounds)
+        launch = self._solve((self.num_components, len(loads)), problem, bounds, guests, {})
         return launch, quota, rank_load, endings
 
     def _rest_of_problem(
@@ -299,11 +318,23 @@ class Rank:
         }
 
     def _solve(
-        self, grid: tuple[int, int], problem: bytes, bounds: Mapping[str, np.ndarray]
+        self,
+        grid: tuple[int, int],
+        problem: bytes,
+        bounds: Mapping[str, np.ndarray],
+        guests: np.ndarray | None,
+        routes: Mapping[str, int],
     ) -> emulator.Operation:
-        name = "solve_general" if {"speed", "cap"} & bounds.keys() else "solve"
+        arguments = {"problem": problem}
+        if self.placement.num_guests_per_rank:
+            assert guests is not None, "guests are written somewhere"
+            arguments["guests"] = guest_layout.pack_guests(
+                *(self.placement, self._capacity, self._tables, routes, self.guest_rule),
+                guests.ctypes.data,
+            )
+        name = self._kernels[bool({"speed", "cap"} & bounds.keys())].name
         return self.solve_library.kernel(name)(
-            grid, solvers.NUM_THREADS, self._num_solver_bytes, problem=problem
+            grid, self._num_threads, self._num_solver_bytes, **arguments
         )
 
     def route(self, picks: Picks, plan: Plan, *, exchanged: bool = True) -> emulator.Operation:
@@ -317,8 +348,10 @@ class Rank:
             num_by_status=self.num_by_status.ctypes.data,
             error_flags=self.error_flags.ctypes.data,
             row=self.row.ctypes.data if exchanged else 0,
+            guests=plan.guests.ctypes.data,
             num_components=self.num_components,
             rank=self.rank,
+            num_guests=plan.guests.size,
         )
         return self.route_library.kernel("route")(
             (picks.num_chunks, 1),

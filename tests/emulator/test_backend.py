@@ -292,6 +292,52 @@ def test_replaced_copies_are_planned_with_in_every_kind_of_call(make):
     assert torch.equal(before.split, split)  # by the placement that it was made on
 
 
+WITH_SLOTS = Placement([0, 1, 2, -1, 3, 0, -1, -1], R, num_experts=E, num_guests_per_rank=1)
+
+
+def test_guests_are_those_of_the_cpu_in_every_kind_of_call(make):
+    rng, rows, seen = np.random.default_rng(5), Rows(), set()
+    layer = Layer(WITH_SLOTS, Problem(guest_min_tokens=1))
+    given, exchanging = make(layer), make(layer, rows)
+    host = Planner(layer, rank=RANK, counts="given", solver="cpu")
+    homes, plans = torch.arange(E), []  # slots of engines that know of no guests
+    for _ in range(8):
+        weight = rng.dirichlet(np.ones(E))
+        topks = [torch.from_numpy(rng.choice(E, (T, 2), p=weight)) for T in (40, 30)]
+        rows.counts = torch.stack([reference.count(topk, E) for topk in topks])
+        topk, stale = topks[RANK], bool(rng.random() < 0.2)
+        expected = host(topk, counts=rows.counts, stale=stale)
+        for plan in (
+            given(topk, counts=rows.counts, stale=stale),
+            exchanging(topk, stale=stale),
+            exchanging(homes[topk].long(), indices="physical", stale=stale),
+        ):
+            check_plan(plan, topk, WITH_SLOTS, RANK, layer.problem)
+            assert torch.equal(plan.guests, expected.guests)
+            assert int(plan.status) == (Status.STALE if stale else Status.OPTIMAL)
+            plans.append((plan, values(plan), plan.guests.clone()))
+        seen.add(tuple(expected.guests.flatten().tolist()))
+    assert len(seen) > 2
+    for plan, expected, guests in plans:
+        assert same(values(plan), expected)
+        assert torch.equal(plan.guests, guests)
+
+
+def test_residents_beside_guest_slots_are_replaced(make):
+    rng, rows = np.random.default_rng(6), Rows()
+    layer = Layer(WITH_SLOTS, Problem(guest_min_tokens=1))
+    layer.is_refreshable = True
+    exchanging = make(layer, rows)
+    for table in (None, [0, 1, 2, -1, 3, 1, 2, -1], [0, 1, 2, -1, 3, -1, 0, -1]):
+        if table is not None:
+            new = layer.placement.with_copies(table)
+            exchanging.prepare(new)()
+            layer.replace(new)
+        topk, rows.counts = batch(rng, [90, 20])
+        rows.counts[0, 1] += 100
+        check_plan(exchanging(topk), topk, layer.placement, RANK, layer.problem)
+
+
 def test_refusals_and_faults_leave_nothing_behind(make):
     rng, rows = np.random.default_rng(2), Rows()
     exchanging = make(TWO, rows)

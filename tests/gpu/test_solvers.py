@@ -35,7 +35,7 @@ def solver(request):
 def check(placement, loads, solver):
     """Every row: legal quotas, and each component's largest load its own optimum."""
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    quota, held, status = LoadSolver(placement, device(), solver)(load)
+    quota, held, status, _ = LoadSolver(placement, device(), solver)(load)
     assert not status.any()
     expert, column = np.nonzero(placement.copy_rank >= 0)
     rank = placement.copy_rank[expert, column]
@@ -124,7 +124,7 @@ def test_each_component_reaches_its_own_optimum(solver):
     )
     loads = [oracle.random_load(rng, 64, 90.0) for _ in range(8)]
     load = torch.tensor(np.stack(loads), dtype=torch.int32, device=device())
-    _, held, _ = LoadSolver(placement, device(), solver)(load)
+    _, held, _, _ = LoadSolver(placement, device(), solver)(load)
     part = Placement.from_topology("cube", num_experts=32, num_ranks=8, num_redundant_per_rank=2)
     for row, loaded in zip(loads, held.cpu().numpy(), strict=True):
         for g in range(2):
@@ -295,7 +295,7 @@ def times(rank_load, options):
 def check_general(placement, loads, solver, options):
     """Every row by the kernel itself, in as little time as the CPU's."""
     load = torch.from_numpy(loads).to(device(), torch.int32)
-    quota, held, status = LoadSolver(placement, device(), solver)(load, **options)
+    quota, held, status, _ = LoadSolver(placement, device(), solver)(load, **options)
     assert not status.any()
     expected = lplb_ep.solve(torch.from_numpy(loads), placement, "cpu", **options)
     assert times(held, options) == times(expected.rank_load, options)
@@ -333,7 +333,7 @@ def test_speeds_and_capacities_of_two_to_the_31_tokens(R, solver):
 
 def test_no_loads_at_all():
     placement = Placement([0, 1, 2, 0], 2)
-    quota, held, status = LoadSolver(placement, device())(
+    quota, held, status, _ = LoadSolver(placement, device())(
         torch.empty(0, 3, dtype=torch.int32, device=device())
     )
     assert (len(quota), len(held), len(status)) == (0, 0, 0)

@@ -26,6 +26,7 @@ def add(commands: Any) -> None:
     bench.add_argument("--calls", action="store_true", help="time calls on the CPU; needs no GPU")
     bench.add_argument("--ranks", type=int, metavar="R", help="with --calls the planner's; 8")
     bench.add_argument("--redundant", type=int, metavar="D", help="on each rank; 2")
+    bench.add_argument("--guests", type=int, default=0, metavar="G", help="slots of a rank; 0")
     bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
     bench.add_argument("--tokens", type=int, metavar="T", help="of a rank; 8192, with --calls 64")
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
@@ -59,7 +60,7 @@ def _measure_calls(args: argparse.Namespace) -> int:
     args.tokens = 64 if args.tokens is None else args.tokens
     shape = _chosen(args, 8 if args.ranks is None else args.ranks)
     measured = calls.measure_calls(*_prepare(args, *shape))
-    about = {**calls.conditions(), "planner": _name(*shape)}
+    about = {**calls.conditions(), "planner": _name(args, *shape)}
     _show(args, about, {"calls": measured}, calls.table(measured))
     return 0
 
@@ -72,9 +73,10 @@ def _measure_plans(args: argparse.Namespace) -> int:
     solver = args.solver or "flow"
     choose_solver(solver)
     rows, used = [], []
-    for shape in bench.USUAL if args.ranks is None else [_chosen(args, args.ranks)]:
+    usual = bench.USUAL_WITH_GUESTS if args.guests else bench.USUAL
+    for shape in usual if args.ranks is None else [_chosen(args, args.ranks)]:
         plan = _prepare(args, *shape)
-        rows.append((_name(*shape), bench.measure(*plan, solver)))
+        rows.append((_name(args, *shape), bench.measure(*plan, solver)))
         used.append(plan)
     # A profiler, which counts launches, slows all launches down from then on.
     for (_, measured), plan in zip(rows, used, strict=True):
@@ -97,11 +99,13 @@ def _prepare(
 
     with as_typed({**OPTIONS, "num_tokens": "--tokens", "num_topk": "--topk"}):
         batches = bench.make_batches(num_ranks, args.experts, args.tokens, args.topk)
-        return bench.make_placement(kind, num_ranks, redundant, batches.history), batches
+        history, guests = batches.history, args.guests
+        return bench.make_placement(kind, num_ranks, redundant, history, guests), batches
 
 
-def _name(kind: str, num_ranks: int, redundant: int) -> str:
-    return f"EP{num_ranks}, {redundant} redundant, {kind}"
+def _name(args: argparse.Namespace, kind: str, num_ranks: int, redundant: int) -> str:
+    guests = f", {args.guests} guests" if args.guests else ""
+    return f"EP{num_ranks}, {redundant} redundant, {kind}{guests}"
 
 
 def _show(
