@@ -107,7 +107,7 @@ def make_placement(
     history: torch.Tensor,
     num_guests_per_rank: int = 0,
 ) -> Placement:
-    """By EPLB ("eplb") or along a topology, perhaps with guest slots.
+    """By EPLB ("eplb"), along a topology, or experts in order alone ("homes").
 
     Raises:
         ValueError: there is no such placement; the message says why.
@@ -117,6 +117,9 @@ def make_placement(
         "num_redundant_per_rank": num_redundant_per_rank,
         "num_guests_per_rank": num_guests_per_rank,
     }
+    if kind == "homes":
+        shape.pop("num_redundant_per_rank")
+        return Placement.homes_only(len(history), **shape)
     if kind == "eplb":
         return Placement.from_history(history, **shape)
     return Placement.from_topology(kind, num_experts=len(history), load=history, **shape)

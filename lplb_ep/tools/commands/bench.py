@@ -30,7 +30,7 @@ def add(commands: Any) -> None:
     bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
     bench.add_argument("--tokens", type=int, metavar="T", help="of a rank; 8192, with --calls 64")
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
-    bench.add_argument("--placement", metavar="KIND", help="a topology or eplb, the default")
+    bench.add_argument("--placement", metavar="KIND", help="a topology, homes or eplb, the default")
     bench.add_argument("--solver", choices=GPU_SOLVERS, help="on the GPU; flow")
     bench.add_argument("--json", metavar="PATH", help="write all numbers")
 
