@@ -233,3 +233,52 @@ def test_guests_are_those_of_the_definition(R, node, memory, library):
         rank = plans.Rank(memory, placement, 0, library)
         number += check_choice(memory, rank, skewed(rng, placement), orders=ORDERS[:2])
     assert number > 5 or R < 3
+
+
+@pytest.mark.parametrize(("R", "E", "G"), [(8, 256, 6), (4, 150, 2), (64, 256, 1)])
+def test_ranks_of_many_experts(R, E, G, memory, library):
+    """A lane looks at one place of a rank, at two, or at more."""
+    rng = np.random.default_rng(E)
+    placement = Placement.homes_only(E - E % R, R, G)
+    rank = plans.Rank(memory, placement, 0, library)
+    assert check_choice(memory, rank, skewed(rng, placement, 1), orders=ORDERS[:1]) > G
+
+
+@pytest.mark.parametrize("R", [3, 8, 20, 64])
+def test_other_rules_base_loads_and_speeds(R, memory, library):
+    rng = np.random.default_rng(200 + R)
+    for redundant, G in ((0, 2), (1, 1)):
+        placement = random_guest_placement(rng, R, 3 * R, redundant, G)
+        rank = plans.Rank(memory, placement, 0, library)
+        loads = skewed(rng, placement, 1)
+        bounds = {"base": rng.integers(0, 900, R), "speed": rng.integers(1, 9, R)}
+        names = {"base": "base_load", "speed": "speed"}
+        for own in ({}, {"base"}, {"speed"}, {"base", "speed"}):
+            given = {name: bounds[name] for name in sorted(own)}
+            of_problem = {names[name]: torch.from_numpy(value) for name, value in given.items()}
+            tolerance, least = float(rng.choice([0, 0.01, 0.3])), int(rng.choice([1, 32, 200]))
+            problem = Problem(**of_problem, guest_tolerance=tolerance, guest_min_tokens=least)
+            check_choice(memory, rank, loads, ORDERS[2:3], problem, **given)
+
+
+def test_guests_of_two_to_the_31_tokens(memory, library):
+    rng = np.random.default_rng(3)
+    placement = Placement.homes_only(32, 8, 2)
+    share = rng.lognormal(0, 2, 32)
+    load = np.floor(share / share.sum() * MAX_TOTAL).astype(np.int64)
+    load[0] += MAX_TOTAL - load.sum()
+    one = np.zeros_like(load)
+    one[5] = MAX_TOTAL
+    rank = plans.Rank(memory, placement, 0, library)
+    assert check_choice(memory, rank, np.stack([load, one])) > 3
+
+
+def test_residents_that_suffice_need_no_guests(memory, library):
+    for placement in (
+        Placement.homes_only(16, 8, 1),
+        Placement(np.tile([0, 1, -1], 4), 4, num_guests_per_rank=1),
+    ):
+        rank = plans.Rank(memory, placement, 0, library)
+        loads = np.full((2, placement.num_experts), 1000)
+        loads[1, 0] += 15
+        assert check_choice(memory, rank, loads) == 0
