@@ -120,7 +120,6 @@ def guest_instances(number: int, loads: int) -> Iterator[Instance]:
         node = int(rng.choice([n for n in range(1, R + 1) if R % n == 0 and (n > 1 or R < 4)]))
         residents = oracle.random_placement(rng, R, E, int(rng.integers(0, 3)), 8, node)
         rows = residents.physical_to_logical.reshape(R, -1).copy()
-        rows[residents.node[residents.home_rank[rows]] != residents.node[:, None]] = -1
         rows = np.concatenate([rows, np.full((R, G), -1)], axis=1)
         shape = {"num_experts": E, "num_ranks_per_node": node, "num_guests_per_rank": G}
         scale = float(rng.choice([3, 100, 3000]))

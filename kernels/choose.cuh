@@ -28,7 +28,8 @@ struct Rule {
 // its guest slots.
 template <typename V>
 struct Start {
-    int ranks, num_experts, num_places, num_slots;
+    int ranks, num_experts, num_places, num_slots, node_size;
+    const Resident* residents;       // [num_experts], in device memory
     const typename V::Set* holders;  // [num_experts] ranks with a resident copy
     int* tokens;                     // [size, num_places]
     short* expert;                   // [size, num_places] its number in the component; -1: none
@@ -202,14 +203,25 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
             }
         }
 
-        // The rank of a guest.
+        // The rank of a guest, which is on the node of this one, and so is its home.
+        Set near = ~Set(0);
+        if (start.node_size < start.ranks) {
+            int node = from / start.node_size;
+            near = below<V>(start.node_size) << (node * start.node_size);
+            most = 0;
+            #pragma unroll unrolled
+            for (int i = 0; i < parts; ++i) {
+                if (x[i] > 0 && start.residents[expert[i]].home / start.node_size != node) x[i] = 0;
+                most = max(most, x[i]);
+            }
+        }
         most = __reduce_max_sync(~0u, most);
         unsigned width[V::words], key = 0;
         bool may[V::words], fits[V::words];
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             int rank = lane + 32 * i, slack = fill.slack[i];
-            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && !(banned >> rank & 1);
+            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && (near & ~banned) >> rank & 1;
             width[i] = unsigned(slack) + unsigned((unsigned long long)unsigned(slack) * unsigned(fill.noise[i]) >> 10);
             fits[i] = may[i] && !rule.widest && slack >= min(need, most);
         }
@@ -281,21 +293,21 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
 
 // The most guests of experts with one home, in a fill that is done.
 template <typename V>
-__device__ int most_sent(const Start<V>& start, Fill<V>& fill, const Resident* residents) {
+__device__ int most_sent(const Start<V>& start, Fill<V>& fill) {
     int lane = threadIdx.x % 32, G = start.num_slots, most = 0;
     __syncwarp();  // nothing reads slack any more, whose place the numbers take
     for (int rank = lane; rank < V::size; rank += 32) fill.slack_of[rank] = 0;
     __syncwarp();  // all numbers are zero before any is raised
     for (int i = lane; i < start.ranks * G; i += 32) {
         int expert = fill.expert[i / G * start.num_places + start.num_places - G + i % G];
-        if (expert >= 0) atomicAdd(&fill.slack_of[residents[expert].home], 1);
+        if (expert >= 0) atomicAdd(&fill.slack_of[start.residents[expert].home], 1);
     }
     __syncwarp();  // all guests are counted before the most is looked for
     for (int rank = lane; rank < V::size; rank += 32) most = max(most, fill.slack_of[rank]);
     return __reduce_max_sync(~0u, most);
 }
 
-// The speeds of a domain: of each of this lane's ranks, and the largest. Without speeds all are 1.
+// The speeds of this lane's ranks, and the largest of all ranks of all domains. Without speeds all are 1.
 template <typename V, bool general>
 struct Speeds {
     int own[V::words], largest;
@@ -307,13 +319,14 @@ struct Speeds {
         for (int i = 0; i < V::words; ++i) {
             int rank = threadIdx.x % 32 + 32 * i;
             if (general && p.speed != nullptr && rank < number) own[i] = p.speed[ranks[rank]];
-            largest = max(largest, own[i]);
         }
         if (!general) return;
+        for (int rank = threadIdx.x % 32; p.speed != nullptr && rank < p.num_ranks; rank += 32)
+            largest = max(largest, p.speed[rank]);
         largest = __reduce_max_sync(~0u, largest);
     }
 
-    // The load of a rank at which it takes as long as the fastest with the load `level`.
+    // The load of a rank at which it takes as long as the fastest of all with the load `level`.
     __device__ int limit(int level, int i) const {
         return general ? int((long long)level * own[i] / largest) : level;
     }
@@ -330,7 +343,8 @@ __device__ Start<V> make_start(const Problem& p, const Guests& g, const typename
                                const int* ranks, int num_ranks, char* shared) {
     int num_experts = g.num_experts[blockIdx.x], S = g.num_local_slots, residents = S - g.num_slots;
     int *tokens = reinterpret_cast<int*>(shared), *load_of_rank = tokens + V::size * S;
-    Start<V> start{num_ranks, num_experts, S, g.num_slots, holders, tokens,
+    Start<V> start{num_ranks, num_experts, S, g.num_slots, g.num_ranks_per_node,
+                   g.residents + blockIdx.x * p.net.max_experts, holders, tokens,
                    reinterpret_cast<short*>(load_of_rank + V::size), load_of_rank};
     const short* places = g.places + blockIdx.x * V::size * residents;
     if (threadIdx.x < V::size)
@@ -380,17 +394,14 @@ __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, 
         if (i % V::size < net.shape[i / V::size].ranks) atomicAdd(&total[i / V::size], unsigned(p.base[net.ranks[i]]));
     __syncthreads();  // all is added before it is read
     for (int d = threadIdx.x; d < p.num_components; d += V::threads) {
-        int ranks = net.shape[d].ranks, sum = ranks, largest = 1;
+        int ranks = net.shape[d].ranks, sum = ranks;
         if (general && p.speed != nullptr) {
             sum = 0;
-            for (int r = 0; r < ranks; ++r) {
-                int speed = p.speed[net.ranks[d * V::size + r]];
-                sum += speed;
-                largest = max(largest, speed);
-            }
+            for (int r = 0; r < ranks; ++r) sum += p.speed[net.ranks[d * V::size + r]];
         }
         // Totals beyond 2^31 send the batch home, whatever is chosen here.
-        if (ranks > 0) atomicMax(&highest, int(min(((long long)total[d] * largest + sum - 1) / sum, (long long)MAX_TOTAL)));
+        long long mean = ranks == 0 ? 0 : ((long long)total[d] * speeds.largest + sum - 1) / sum;
+        atomicMax(&highest, int(min(mean, (long long)MAX_TOTAL)));
     }
     __syncthreads();  // the highest is there before it is read, and `shared` is free
     return highest;
@@ -400,9 +411,8 @@ __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, 
 // are guests. `target`: the level that is good enough. `level`: that of the residents alone, rounded up.
 // `shared`: num_bytes for each warp.
 template <typename V, bool general>
-__device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<V, general>& speeds,
-                           const Resident* residents, char* shared, int num_bytes, int target, int level,
-                           short* guests) {
+__device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<V, general>& speeds, char* shared,
+                           int num_bytes, int target, int level, short* guests) {
     static_assert(V::threads == 32 * FILLS, "each warp makes a fill");
     __shared__ unsigned bucket_of[NUM_ROUNDS][FILLS], rest_of[NUM_ROUNDS][FILLS];
     __shared__ int top_of[NUM_ROUNDS][FILLS], limit_of[NUM_ROUNDS][FILLS];
@@ -434,7 +444,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
         top = __reduce_max_sync(~0u, top);
         over = __any_sync(~0u, over);
         over_target = __any_sync(~0u, over_target);
-        int sent = most_sent(start, fill, residents);
+        int sent = most_sent(start, fill);
         if (lane == 0) {
             bucket_of[round][warp] = over_target ? unsigned(top - target + width - 1) / unsigned(width) : 0;
             rest_of[round][warp] = unsigned(fill.copies) << 20 | unsigned(sent) << 8 | unsigned(round * FILLS + warp);
@@ -493,8 +503,7 @@ __device__ bool choose(const Problem& p, const Guests& g, const typename V::Set*
     int num_places = V::size * start.num_places, set = sizeof(typename V::Set);
     int of_start = (6 * num_places + 4 * V::size + 7) / 8 * 8;
     int of_fill = (set * start.num_experts + 6 * num_places + 8 * V::size + 7) / 8 * 8;
-    return fill_slots<V, general>(g, start, speeds, g.residents + blockIdx.x * p.net.max_experts, shared + of_start,
-                                  of_fill, target, level, guests);
+    return fill_slots<V, general>(g, start, speeds, shared + of_start, of_fill, target, level, guests);
 }
 
 }  // namespace lplb

@@ -173,11 +173,6 @@ def guest_capacity(placement: Placement, refreshable: bool = False) -> Capacity:
             "with guest slots the GPU solver takes at most 255 copies of an expert and "
             f"{MAX_PLACES} slots of a rank; got {p.max_replicas} and {p.num_local_slots}"
         )
-    if component.max() + 1 < p.num_ranks // p.num_ranks_per_node:
-        raise ValueError(
-            "with guest slots the GPU solver takes no expert that has resident copies on several "
-            "nodes"
-        )
     ranks, experts = int(num_ranks.max()), int(num_experts.max())
     replicas = p.copy_rank[:, 1:]
     residents = int(np.bincount(component[replicas[replicas >= 0]], minlength=1).max())

@@ -389,6 +389,7 @@ def test_solvers_that_take_no_guest_slots_refuse_them_by_name():
     many = Placement.homes_only(64, 64, 8)
     with pytest.raises(ValueError, match="with 8 guest slots a rank"):
         check_fit(many, "flow", 227 * 1024)
-    across = Placement([0, 1, -1, 2, 0, -1], 2, num_ranks_per_node=1, num_guests_per_rank=1)
-    with pytest.raises(ValueError, match="resident copies on several nodes"):
+    across = Placement.homes_only(128, 128, 1)
+    with pytest.raises(ValueError, match="at most 64 ranks"):
         check_fit(across, "flow", 227 * 1024)
+    check_fit(Placement.homes_only(128, 128, 1, num_ranks_per_node=8), "flow", 227 * 1024)

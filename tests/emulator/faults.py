@@ -377,6 +377,143 @@ FAULTS = [
         "((visit.slot * one.bytes + begin) >> narrower)",
         "(visit.slot * one.bytes + begin)",
     ),
+    # Guests
+    Fault(
+        "guests are not added to the holders",
+        "guests.cuh",
+        "add_to_set(&experts.ranks[experts.guests[i]], i / g.num_slots);",
+        ";",
+    ),
+    Fault(
+        "guests come before the residents",
+        "guests.cuh",
+        "rank, experts.residents[expert].columns + earlier,",
+        "rank, earlier,",
+    ),
+    Fault(
+        "guests of one expert by rank alone",
+        "guests.cuh",
+        "if (num_slots == 1) return",
+        "if (num_slots > 0) return",
+    ),
+    Fault(
+        "a guest's slot is its rank's first",
+        "guests.cuh",
+        "* g.num_local_slots - g.num_slots + i % g.num_slots;",
+        "* g.num_local_slots - g.num_slots;",
+    ),
+    Fault(
+        "edges begin at the rank itself",
+        "guests.cuh",
+        "rest[0] &= rest[0] - 1;  // the ranks behind this one",
+        "// the ranks behind this one",
+    ),
+    Fault(
+        "edges of all ranks in one place", "guests.cuh", "if (rank / 32 == i) first = begin;", ""
+    ),
+    Fault(
+        "quotas of copies that do not exist stay",
+        "guests.cuh",
+        "    zero_quotas(p, experts, quota);\n",
+        "",
+    ),
+    Fault(
+        "residents are solved twice",
+        "guests.cuh",
+        "if (!choose(experts, c, ending.total) && g.max_replicas > 0) break;",
+        "choose(experts, c, ending.total);",
+        "the second time changes nothing, and takes longer",
+    ),
+    Fault(
+        "guests stay where a batch goes home",
+        "route.cu",
+        "batch.guests[i] = -1;",
+        "batch.guests[i] = batch.guests[i];",
+    ),
+    Fault(
+        "the least excess does not count",
+        "choose.cuh",
+        "bool may = -fill.slack[i] >= least",
+        "bool may = -fill.slack[i] > least",
+    ),
+    Fault(
+        "a copy takes more than its slack",
+        "choose.cuh",
+        "q = min(min(x[i], need), fill.slack_of[rank]);",
+        "q = fill.slack_of[rank] > 0 ? min(x[i], need) : 0;",
+    ),
+    Fault(
+        "excess moves to any priority",
+        "choose.cuh",
+        "if (lower >= own || ~lower <= key) continue;",
+        "if (~lower <= key) continue;",
+    ),
+    Fault(
+        "guests do not count as copies", "choose.cuh", "fill.holders[what] |= Set(1) << to;", ";"
+    ),
+    Fault("slots are not used up", "choose.cuh", "fill.used[i] += lane + 32 * i == to;", ";"),
+    Fault(
+        "a rank that cannot take one ends the search",
+        "choose.cuh",
+        "banned |= Set(1) << to;",
+        "stuck |= self;",
+    ),
+    Fault(
+        "slack to spare is that of all ranks",
+        "choose.cuh",
+        "fill.slack[i] < 0 || fill.used[i] < num_slots ? fill.slack[i] : 0;",
+        "fill.slack[i];",
+    ),
+    Fault(
+        "the last slot fills up always",
+        "choose.cuh",
+        "(long long)(slack - need) > (total_slack(fill, G) >> rule.shift))",
+        "true)",
+    ),
+    Fault(
+        "guests suffice by one",
+        "choose.cuh",
+        "enough[i] = !rule.largest && x[i] >= aim;",
+        "enough[i] = !rule.largest && x[i] > aim;",
+    ),
+    Fault(
+        "later rounds aim at the target",
+        "choose.cuh",
+        "int at = round == 0 ? target :",
+        "int at = round >= 0 ? target :",
+    ),
+    Fault("limits that sufficed are not noted", "choose.cuh", "over ? ~at : at;", "~at;"),
+    Fault(
+        "the number of copies does not count",
+        "choose.cuh",
+        "unsigned(fill.copies) << 20",
+        "0u << 20",
+    ),
+    Fault("senders do not count", "choose.cuh", "unsigned(sent) << 8", "0u << 8"),
+    Fault(
+        "guests that gain little are taken",
+        "choose.cuh",
+        "high <= level - g.min_tokens;",
+        "high <= level;",
+    ),
+    Fault(
+        "the mean is of this domain alone",
+        "choose.cuh",
+        "if (p.num_components == 1) {",
+        "if (p.num_components > 0) {",
+    ),
+    Fault(
+        "levels without speeds",
+        "choose.cuh",
+        "return general ? int(((long long)load * largest",
+        "return false ? int(((long long)load * largest",
+    ),
+    Fault(
+        "the rest of a split goes to the last",
+        "choose.cuh",
+        "(nth < load[expert] % number)",
+        "(number - 1 - nth < load[expert] % number)",
+    ),
     Fault("a mask keeps all", "route.cu", "given[n] < 0 ? Index(-1)", "false ? Index(-1)"),
 ]
 
@@ -393,7 +530,9 @@ TESTS = {
     "component.cuh": "solvers",
     "counts.cuh": "solvers",
     "exchange.cuh": "exchange",
+    "choose.cuh": "guests",
     "flow.cuh": "solvers",
+    "guests.cuh": "guests",
     "interior.cu": "solvers",
     "number.cuh": "route",
     "push.cuh": "solvers",

@@ -27,10 +27,11 @@ SHAPES = [(1, None), (2, 1), (8, 4), (13, None), (32, 8), (33, None)]
 
 
 def random_guest_placement(rng, R, E, redundant, G, node=None):
-    """Residents anywhere on the nodes of their homes, and guest slots."""
+    """Residents anywhere, or on the nodes of their homes alone, and guest slots."""
     residents = oracle.random_placement(rng, R, E, redundant, 8, node)
     rows = residents.physical_to_logical.reshape(R, -1).copy()
-    rows[residents.node[residents.home_rank[rows]] != residents.node[:, None]] = -1
+    if rng.random() < 0.5:
+        rows[residents.node[residents.home_rank[rows]] != residents.node[:, None]] = -1
     table = np.concatenate([rows, np.full((R, G), -1)], axis=1)
     return Placement(
         table.ravel(), R, num_experts=E, num_ranks_per_node=node, num_guests_per_rank=G
@@ -228,8 +229,7 @@ def test_guests_are_those_of_the_definition(R, node, memory, library):
     rng, number = np.random.default_rng(R), 0
     for redundant, G in ((0, 1), (0, 3), (1, 1), (2, 2)):
         E = int(rng.integers(R, 5 * R + 9))
-        within = node or R
-        placement = random_guest_placement(rng, R, E, redundant if within == R else 0, G, node)
+        placement = random_guest_placement(rng, R, E, redundant, G, node)
         rank = plans.Rank(memory, placement, 0, library)
         number += check_choice(memory, rank, skewed(rng, placement), orders=ORDERS[:2])
     assert number > 5 or R < 3
