@@ -227,7 +227,7 @@ FAULTS = [
     Fault(
         "edges beyond the first chunk have no targets",
         "flow.cuh",
-        "V::more && i < c.shape.most_edges",
+        "V::more && i < c.end_of_edges()",
         "false",
     ),
     Fault(
@@ -422,7 +422,6 @@ FAULTS = [
         "guests.cuh",
         "if (!choose(experts, c, ending.total) && g.max_replicas > 0) break;",
         "choose(experts, c, ending.total);",
-        "the second time changes nothing, and takes longer",
     ),
     Fault(
         "guests stay where a batch goes home",
