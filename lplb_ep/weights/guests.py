@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
@@ -26,8 +27,8 @@ from ..placement.table import Placement
 from .guest_gradients import Homeward, TrainedBatch
 from .guest_transport import GuestLayout
 from .pool import GuestPool, Stay, graph_task, shapes_of
-from .slots import describe, local_part, refuse_state_outside_parameters, slots_of
-from .validity import Watch
+from .slots import describe, is_distributed, refuse_state_outside_parameters, slots_of
+from .validity import Watch, last_step
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class Guests:
         }
         self._rank = 0 if group is None else group.rank()
         self._generation = 0
+        self._state: tuple[int, list[tuple[int, int]]] = 0, []
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._said = ""
         self._scan()
         self.layer.take_guests(self)
@@ -278,13 +281,13 @@ class Guests:
             if self._is_list:
                 weights.append([slot.weight.detach() for slot in slots])
             else:  # a tensor with a row for each
-                weights.append(local_part(slots[0].parameter).detach())  # type: ignore[arg-type]
+                weights.append(slots[0].parameter.detach())  # type: ignore[arg-type]
         pool.transport.push(self._layout, weights, stay.guests, status)
 
     def _scan(self) -> None:
         """Finds the parameters that the experts have now."""
         self._slots = slots_of(self.experts, self._layout.num_residents)
-        found = [
+        found: list[tuple[dict[str, Any], str]] = [
             (module._parameters, name)
             for module in self.experts.modules()
             for name, _ in module.named_parameters(recurse=False)
@@ -309,7 +312,9 @@ class Guests:
         for number, (name, slots) in enumerate(self._slots.items()):
             want = f"{list(self._layout.shapes[number])} {self._layout.dtypes[number]} on {device}"
             for slot in {id(slot.parameter): slot for slot in slots}.values():
-                whole = local_part(slot.parameter)
+                if is_distributed(slot.parameter):
+                    return f"parameter {name} is sharded, and guests need it whole"
+                whole = slot.parameter
                 if whole.untyped_storage().nbytes() < whole.numel() * whole.itemsize:
                     return f"the memory of parameter {name} is freed"
                 weight = slot.weight
@@ -319,10 +324,21 @@ class Guests:
         return ""
 
     def _current_generation(self) -> int:
-        """A number that grows where home weights may have changed."""
+        """A number that grows where home weights may have changed.
+
+        FSDP2 frees a gathered parameter's memory in its storage, and gathers it there again. That
+        is no change, unless some optimizer has stepped meanwhile.
+        """
         if not self._watch.is_intact:
+            self._rescan()
+            state = last_step(), [(id(p), p._version) for p in self._parameters]
+            storages = [p.untyped_storage() for p in self._parameters]
+            same = state == self._state and all(
+                ref() is storage for ref, storage in zip(self._storages, storages, strict=True)
+            )
+            self._generation += not same
+            self._state, self._storages = state, [*map(weakref.ref, storages)]
             self._watch.mark()
-            self._generation += 1
         return self._generation
 
     def _split(self, block: Tensor) -> list[Tensor]:

@@ -23,6 +23,8 @@ from .slots import is_distributed, local_part
 _live: weakref.WeakSet[Watch] = weakref.WeakSet()
 _watches: WeakIdKeyDictionary = WeakIdKeyDictionary()  # Module -> WeakSet of Watch
 
+_steps = [0]
+
 _version = attrgetter("_version")
 
 
@@ -133,7 +135,13 @@ def _register_hooks() -> None:
     register_module_parameter_registration_hook(_registered)
 
 
+def last_step() -> int:
+    """How many steps optimizers have made since there is a `Watch`."""
+    return _steps[0]
+
+
 def _stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    _steps[0] += 1
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for watch in list(_live):
         if watch.holds_any_of(stepped):

@@ -407,7 +407,27 @@ def test_a_backward_pass_with_other_guests_in_the_pool_is_refused():
     ranks.run(2, not_pushed_again)
 
 
-def stepped(group, form):
+def in_place(experts):
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.mul_(2.0)
+
+
+def other_memory(experts):
+    for parameter in experts.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def fused_step(experts):
+    for parameter in experts.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(experts.parameters(), fused=True).step()
+
+
+CHANGES = {"in place": in_place, "other memory": other_memory, "fused": fused_step}
+
+
+def stepped(group, form, change):
     guests = made(group, form)
     first = Batch(guests, 0, 0)
     first.dispatch()
@@ -416,15 +436,14 @@ def stepped(group, form):
     other = Batch(guests, 1, 1)
     other.dispatch()
     other.experts(other.x)
-    with torch.no_grad():
-        for parameter in guests.experts.parameters():
-            parameter.mul_(2.0)
+    CHANGES[change](guests.experts)
     raises("the home weights changed between a batch's dispatch and its", first.dispatch_again)
 
 
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_step_between_forward_and_backward_is_refused(form):
-    ranks.run(2, stepped, form)
+def test_a_step_between_forward_and_backward_is_refused(form, change):
+    ranks.run(2, stepped, form, change)
 
 
 def changed(group):

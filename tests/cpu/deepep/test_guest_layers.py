@@ -10,6 +10,7 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from refreshing import Offered
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,8 +23,12 @@ from lplb_ep import (
     Placement,
     Problem,
     RankError,
+    Refresher,
     Replicas,
+    Settings,
 )
+from lplb_ep.weights import refresh
+from lplb_ep.weights.proposals import Proposal
 
 E, G, HIDDEN, WIDTH, T, K = 8, 2, 8, 16, 24, 2
 RULE = Problem(guest_tolerance=0.0, guest_min_tokens=1)
@@ -93,14 +98,14 @@ class MoE(nn.Module):
         self.layer = Layer(placement, RULE)
         self.experts = Experts(placement.num_resident_slots, 10 * seed + group.rank(), dtype)
         self.guests = Guests(self.experts, self.layer, group, pool)
-        self.buffers = {}
+        self.by_mode = {}
         for mode in ("home", "1"):
             with unittest.mock.patch.dict(os.environ, LPLB_EP=mode):
                 if kind == "elastic":
                     buffer = lplb_ep.ElasticBuffer(group, num_bytes=1 << 21)
                 else:
                     buffer = lplb_ep.Buffer(group, 1 << 20)
-            self.buffers[mode] = buffer.view(self.layer)
+            self.by_mode[mode] = buffer.view(self.layer)
         self.mode = "1"
         self.inside = None
         self.received = []
@@ -121,7 +126,7 @@ class MoE(nn.Module):
         return out
 
     def forward(self, x, weights, topk_idx):
-        buffer = self.buffers[self.mode]
+        buffer = self.by_mode[self.mode]
         got, got_weights, slots, handle = Dispatch.apply(x, weights, topk_idx, buffer)
         self.received.append(int((slots >= 0).sum()))
         if self.inside is None:
@@ -338,7 +343,7 @@ def no_guests_any_more(group):
     out = None
     del out
     (planner,) = (p for p in layer.layer.planners if p.counts != "given")
-    layer.buffers["1"].get_dispatch_layout(topk_idx, E)
+    layer.by_mode["1"].get_dispatch_layout(topk_idx, E)
     batches = planner.num_batches
     assert {s.name: n for s, n in batches.items()} == {"OPTIMAL": 2, "STALE": 1}
     return len(want)
@@ -350,7 +355,7 @@ def test_one_rank_whose_weights_cannot_be_pushed_sends_all_home():
 
 def in_flight(group):
     layer = MoE(group, Placement.homes_only(E, 2, G), "legacy")
-    buffer = layer.buffers["1"]
+    buffer = layer.by_mode["1"]
     _, _, topk_idx = batch_of(group.rank(), 0)
     layout = buffer.get_dispatch_layout(topk_idx, E)
     if group.rank() == 0:
@@ -393,3 +398,43 @@ def test_a_rank_that_does_not_come_to_a_push_is_named():
     said = "ranks [2] sent no weights or gradients within 2 s"
     assert said in first
     assert said in second
+
+
+def refreshed(group):
+    """Static replicas move between steps; guests come beside the old ones and the new ones."""
+    table = torch.tensor([[0, 1, 2, 3, 7, -1, -1], [4, 5, 6, 7, 3, -1, -1]])
+    placement = Placement(table.flatten(), 2, home=[0, 1, 2, 3, 7, 8, 9, 10], num_guests_per_rank=G)
+    table[:, 4] = torch.tensor([4, 0])
+    layer = MoE(group, placement, "legacy")
+    replicas = Replicas(layer.experts, layer.layer, group)
+    with unittest.mock.patch.object(refresh, "Background", Offered):
+        refresher = Refresher([replicas], settings=Settings(refresh=2))
+    home = torch.tensor(placement.home)
+    local = home[home // placement.num_local_slots == group.rank()] % placement.num_local_slots
+
+    def run(mode, number):
+        set_mode([layer], mode)
+        replicas.copy_weights()
+        layer.zero_grad()
+        x, weights, topk_idx = batch_of(group.rank(), number)
+        layer(x, weights, topk_idx).pow(2).sum().backward()
+        replicas.reduce_gradients()
+        return [p.grad[local] for p in layer.experts.parameters()]
+
+    for number in range(4):
+        want = run("home", number)
+        assert_close(run("1", number), want)
+        if number == 1 and group.rank() == 0:
+            refresher._background.offer(Proposal(0, table.flatten().numpy(), 1.5, 1.2))
+        assert len(refresher.step()) == (number == 1)
+    assert layer.layer.placement.physical_to_logical.tolist() == table.flatten().tolist()
+    x, weights, topk_idx = batch_of(group.rank(), 0)
+    replicas.copy_weights()
+    out = layer(x, weights, topk_idx).sum()
+    layer.layer.replace(placement.with_copies(placement.physical_to_logical))
+    with pytest.raises(ContractError, match="replicas were refreshed between this batch's"):
+        out.backward()
+
+
+def test_static_replicas_are_refreshed_beside_guests():
+    ranks.run(2, refreshed)
