@@ -233,19 +233,19 @@ def layers_share(group):
     for batch in batches:
         batch.dispatch()
         outs.append(batch.experts(batch.x))
-    sent = []
-    push = pool.transport.push
-    pool.transport.push = lambda *args: (sent.append(0), push(*args))
+    calls, push = [], pool.transport.push
+    pool.transport.push = lambda *args: (calls.append("push"), push(*args))
+    pool.transport.barrier = lambda: calls.append("barrier")  # no plan has told that slots are free
     for batch, out in reversed([*zip(batches, outs, strict=True)]):
         batch.dispatch_again()
         out.backward()
     for number, guests in enumerate(stack):
         check_gradients(guests, [number])
-    return len(sent)
+    return calls
 
 
 def test_layers_share_a_pool_and_push_again_where_it_was_used_since():
-    assert ranks.run(2, layers_share) == [2, 2]
+    assert ranks.run(2, layers_share) == [["barrier", "push"] * 2] * 2
 
 
 def recompute(group, form, reentrant, where):
@@ -332,6 +332,24 @@ def order_of_sums(group):
 
 def test_parts_are_added_in_the_order_of_ranks():
     assert ranks.run(4, order_of_sums)[0] != 2.0
+
+
+def one_gradient_of_two(group):
+    """Autograd gives both terms of a sum the same tensor, to which parts are not added twice."""
+    layer = placed(2)
+    experts = nn.ParameterDict({n: nn.Parameter(torch.ones(E_PER_RANK, 3)) for n in "ab"})
+    guests = Guests(experts, layer, group)
+    guests.prepare()
+    stay = guests.push(torch.tensor([[2, -1], [0, -1]], dtype=torch.int32))
+    _, weights = guests.weights(torch.ones(1, 3))
+    (weights["a"][0] + weights["b"][0] + weights["a"][1] + weights["b"][1]).sum().backward()
+    assert stay.guests.shape == (2, G)
+    for parameter in experts.values():
+        assert parameter.grad[:, 0].tolist() == [2.0, 1.0]
+
+
+def test_gradients_that_autograd_shares_are_not_written_to():
+    ranks.run(2, one_gradient_of_two)
 
 
 def frozen(group, form):
