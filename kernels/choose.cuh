@@ -122,7 +122,7 @@ template <typename V, int parts, int unrolled = parts <= 2 ? parts : 1>
 __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int least, int steps) {
     typedef typename V::Set Set;
     int lane = threadIdx.x % 32, S = start.num_places, G = start.num_slots;
-    Set stuck = 0, banned = 0;
+    Set stuck = 0;
     for (; steps > 0; --steps) {
         // The rank that gives.
         int value[V::words], best = -1;
@@ -221,7 +221,7 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             int rank = lane + 32 * i, slack = fill.slack[i];
-            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && (near & ~banned) >> rank & 1;
+            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && near >> rank & 1;
             width[i] = unsigned(slack) + unsigned((unsigned long long)unsigned(slack) * unsigned(fill.noise[i]) >> 10);
             fits[i] = may[i] && !rule.widest && slack >= min(need, most);
         }
@@ -234,7 +234,6 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         key = __reduce_max_sync(~0u, key);
         if (key == 0) {
             stuck |= self;
-            banned = 0;
             continue;
         }
         #pragma unroll
@@ -247,12 +246,12 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
             (long long)(slack - need) > (total_slack(fill, G) >> rule.shift))
             aim = slack;
 
-        // Its expert.
+        // Its expert. The rank holds none that has tokens here, or they would have moved along that copy.
         bool enough[parts];
         any = false;
         #pragma unroll unrolled
         for (int i = 0; i < parts; ++i) {
-            if (x[i] < least || (holders[i] >> to & 1)) x[i] = 0;
+            if (x[i] < least) x[i] = 0;
             enough[i] = !rule.largest && x[i] >= aim;
             any |= enough[i];
         }
@@ -267,11 +266,6 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
             place = lane + 32 * i;
         }
         unsigned highest = __reduce_max_sync(~0u, choice);
-        if (highest == 0) {
-            banned |= Set(1) << to;
-            ++steps;  // the next rank is tried in the same step
-            continue;
-        }
         place = int(__reduce_min_sync(~0u, choice == highest ? unsigned(place) : ~0u));
         int had = tokens[place], what = experts[place], moved = min(aim, had);
         __syncwarp();  // all lanes have read what the guest takes before the first writes it
@@ -286,7 +280,7 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         for (int i = 0; i < V::words; ++i) fill.used[i] += lane + 32 * i == to;
         move_load(fill, from, to, moved);
         ++fill.copies;
-        stuck = banned = 0;
+        stuck = 0;
         __syncwarp();  // the guest is there before the next step reads what there is
     }
 }
@@ -408,11 +402,11 @@ __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, 
 }
 
 // Fills the guest slots of a component, in `guests` [size, num_slots], and ends with a barrier. Whether there
-// are guests. `target`: the level that is good enough. `level`: that of the residents alone, rounded up.
-// `shared`: num_bytes for each warp.
+// are guests; then `filled` has the tokens of all places [size, num_places]. `target`: the level that is good
+// enough. `level`: that of the residents alone, rounded up. `shared`: num_bytes for each warp.
 template <typename V, bool general>
 __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<V, general>& speeds, char* shared,
-                           int num_bytes, int target, int level, short* guests) {
+                           int num_bytes, int target, int level, short* guests, int* filled) {
     static_assert(V::threads == 32 * FILLS, "each warp makes a fill");
     __shared__ unsigned bucket_of[NUM_ROUNDS][FILLS], rest_of[NUM_ROUNDS][FILLS];
     __shared__ int top_of[NUM_ROUNDS][FILLS], limit_of[NUM_ROUNDS][FILLS];
@@ -463,6 +457,8 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
             high = top_of[round][winner];
             for (int i = lane; winner == warp && i < start.ranks * G; i += 32)
                 guests[i] = fill.expert[i / G * start.num_places + start.num_places - G + i % G];
+            for (int i = lane; winner == warp && i < start.ranks * start.num_places; i += 32)
+                filled[i] = fill.tokens[i];
         }
         if (best_bucket == 0) break;
         __syncwarp();  // the guests are taken from the fill before the next begins in its place
@@ -486,7 +482,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
 // that of the best plan over the residents.
 template <typename V, bool general>
 __device__ bool choose(const Problem& p, const Guests& g, const typename V::Set* holders, const int* load,
-                       const Component<V>& c, char* shared, int total, short* guests) {
+                       const Component<V>& c, char* shared, int total, short* guests, int* filled) {
     Speeds<V, general> speeds(p, c.ranks, c.shape.ranks);
     int mean = highest_mean(p, speeds, total, c.shape.ranks, shared), lane = threadIdx.x % 32;
     int target = int(min(mean + (long long)mean * g.tolerance / GUEST_PARTS, (long long)MAX_TOTAL));
@@ -503,7 +499,7 @@ __device__ bool choose(const Problem& p, const Guests& g, const typename V::Set*
     int num_places = V::size * start.num_places, set = sizeof(typename V::Set);
     int of_start = (6 * num_places + 4 * V::size + 7) / 8 * 8;
     int of_fill = (set * start.num_experts + 6 * num_places + 8 * V::size + 7) / 8 * 8;
-    return fill_slots<V, general>(g, start, speeds, shared + of_start, of_fill, target, level, guests);
+    return fill_slots<V, general>(g, start, speeds, shared + of_start, of_fill, target, level, guests, filled);
 }
 
 }  // namespace lplb

@@ -18,6 +18,7 @@ struct Experts {
     typename V::Set* ranks;     // [number] that hold a copy
     short* place;               // [number] where the arcs of an expert with several copies begin
     short* guests;              // [size, num_slots] the expert in each guest slot, -1: none
+    int* filled;                // [size, num_local_slots] tokens of each place in the fill that chose them
     unsigned* of_rank;          // [size, words] experts with several copies, as bits
     int* num_edges;             // [size] of each rank
     Arc* arcs;                  // [max_arcs] by expert, then rank
@@ -26,12 +27,16 @@ struct Experts {
     Edge* edges;                // [size * max_edges] by rank
 };
 
-// Makes the quotas of the component's experts zero: most copies do not exist.
+// Makes the quotas of the component's experts zero, by whole warps: most copies do not exist.
 template <typename V>
 __device__ void zero_quotas(const Problem& p, const Experts<V>& experts, int* __restrict__ quota) {
-    for (int i = threadIdx.x / 32; i < experts.number; i += V::threads / 32) {
-        int* of_expert = quota + experts.residents[i].expert * p.max_replicas;
-        for (int column = threadIdx.x % 32; column < p.max_replicas; column += 32) of_expert[column] = 0;
+    int lane = threadIdx.x % 32;
+    for (int first = threadIdx.x - lane; first < experts.number; first += V::threads) {
+        int own = first + lane < experts.number ? experts.residents[first + lane].expert : 0;
+        for (int i = 0; i < min(32, experts.number - first); ++i) {
+            int* of_expert = quota + __shfl_sync(~0u, own, i) * p.max_replicas;
+            for (int column = lane; column < p.max_replicas; column += 32) of_expert[column] = 0;
+        }
     }
 }
 
@@ -203,25 +208,42 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     experts.residents = g.residents + blockIdx.x * net.max_experts;
     experts.ranks = reinterpret_cast<typename V::Set*>(shared);
     experts.load = reinterpret_cast<int*>(experts.ranks + net.max_experts);
-    experts.num_edges = experts.load + net.max_experts;
+    experts.filled = experts.load + net.max_experts;
+    experts.num_edges = experts.filled + V::size * g.num_local_slots;
     experts.of_rank = reinterpret_cast<unsigned*>(experts.num_edges + V::size);
     experts.place = reinterpret_cast<short*>(experts.of_rank + V::size * experts.words);
     experts.guests = experts.place + net.max_experts;
-    int end = net.max_experts * (sizeof(typename V::Set) + 6) + V::size * (4 + 4 * experts.words + 2 * g.num_slots);
+    int of_rank = 4 * g.num_local_slots + 4 + 4 * experts.words + 2 * g.num_slots;
+    int end = net.max_experts * (sizeof(typename V::Set) + 6) + V::size * of_rank;
     experts.arcs = reinterpret_cast<Arc*>(shared + (end + 15) / 16 * 16);
     experts.edges = reinterpret_cast<Edge*>(experts.arcs + net.max_arcs);
     experts.load_by_place = reinterpret_cast<int*>(experts.edges + V::size * net.max_edges);
     experts.tokens = experts.load_by_place + net.max_arcs;
-    for (int i = threadIdx.x; i < experts.number; i += V::threads)
+    for (int i = threadIdx.x; i < net.max_experts; i += V::threads)  // behind the last there are none
         experts.ranks[i] = typename V::Set(experts.residents[i].ranks);
     for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
     return experts;
 }
 
-// Solves the component over its residents and guests. Returns false if the rounds did not suffice.
+// The start of the flow where a fill chose the guests: its tokens.
+template <typename V>
+__device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
+    int residents = g.num_local_slots - g.num_slots;
+    const short* places = g.places + blockIdx.x * V::size * residents;
+    for (int i = threadIdx.x; i < c.shape.ranks * g.num_local_slots; i += V::threads) {
+        int rank = i / g.num_local_slots, place = i % g.num_local_slots, guest = place - residents;
+        int expert = guest < 0 ? places[rank * residents + place] : experts.guests[rank * g.num_slots + guest];
+        if (expert < 0 || number_of<V>(experts.ranks[expert]) == 1) continue;
+        c.tokens[experts.place[expert] + number_of<V>(experts.ranks[expert] & below<V>(rank))] = experts.filled[i];
+        atomicAdd(&c.movable()[rank], experts.filled[i]);
+    }
+}
+
+// Solves the component over its residents and guests. Returns false if the rounds did not suffice. `solves`: the
+// batch goes well so far. `is_filled`: a fill chose the guests.
 template <typename V, bool general>
 __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c, int base,
-                             bool solves, int* __restrict__ quota, int* __restrict__ rank_load,
+                             bool solves, bool is_filled, int* __restrict__ quota, int* __restrict__ rank_load,
                              int* __restrict__ chosen) {
     if (threadIdx.x < V::size) {
         c.staying()[threadIdx.x] = base;
@@ -243,7 +265,8 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
         make_edges(experts, c);
         make_ready<V>(c.edges, c.own_edges, 0, edges);
     }
-    split_evenly(c, experts.load_by_place);
+    if (is_filled) start_filled(g, experts, c);
+    else split_evenly(c, experts.load_by_place);
     __syncthreads();  // all copies have their tokens, and ranks their sums, before any thread reads them
     if (c.shape.arcs > 0) {  // else nothing can move
         if (balances) is_balanced = balance<V, general>(c, edges, p.max_rounds);
@@ -283,18 +306,21 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     Component<V> c{experts.arcs, nullptr, experts.tokens, first_of_rank, second_of_rank, targets, layers,
                    net.shape[blockIdx.x], nullptr, net.ranks + blockIdx.x * V::size, p.speed, nullptr, 0};
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[c.ranks[threadIdx.x]] : 0;
-    zero_quotas(p, experts, quota);
     Ending ending = add_up<V, general>(p, experts.load, c.staying(), quota, sharing, packed, base);
+    zero_quotas(p, experts, quota);
     ending.status = max(ending.status, p.status);
+    bool is_filled = false;
     #pragma unroll 1
     for (bool is_last = ending.status != OPTIMAL || c.shape.ranks < 2;; is_last = true) {
         if (is_last || g.max_replicas > 0) {
             bool solves = ending.status == OPTIMAL && c.shape.ranks > 0;
-            if (!solve_filled<V, general>(p, g, experts, c, base, solves, quota, rank_load, chosen))
+            if (!solve_filled<V, general>(p, g, experts, c, base, solves, is_filled, quota, rank_load, chosen))
                 ending.status = NOT_CONVERGED;
         }
         if (is_last || ending.status != OPTIMAL) break;
-        if (!choose(experts, c, ending.total) && g.max_replicas > 0) break;
+        bool has_guests = choose(experts, c, ending.total);
+        if (!has_guests && g.max_replicas > 0) break;
+        is_filled = has_guests && Choose::fills;
     }
     if (threadIdx.x == 0) p.endings[blockIdx.y * p.num_components + blockIdx.x] = ending;
 }
@@ -302,12 +328,13 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
 // How the guests are chosen, by the level of the residents in `c.load()` where there are replicas.
 template <typename V, bool general>
 struct Chooser {
+    static constexpr bool fills = true;
     const Problem& p;
     const Guests& g;
 
     __device__ bool operator()(const Experts<V>& experts, const Component<V>& c, int total) const {
         return choose<V, general>(p, g, experts.ranks, experts.load, c, reinterpret_cast<char*>(experts.arcs), total,
-                                  experts.guests);
+                                  experts.guests, experts.filled);
     }
 };
 

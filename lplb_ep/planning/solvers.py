@@ -103,7 +103,7 @@ def _guest_bytes(capacity: Capacity) -> int:
     """As `kernels/guests.cuh` and `kernels/choose.cuh` lay out a component."""
     c, a_set = capacity, 8 if capacity.size > 32 else 4
     of_experts = c.max_experts * (a_set + 6)
-    of_ranks = c.size * (4 + 4 * -(-c.max_experts // 32) + 2 * c.num_guests)
+    of_ranks = c.size * (4 * c.num_places + 4 + 4 * -(-c.max_experts // 32) + 2 * c.num_guests)
     of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
     start = _multiple(8, c.size * (6 * c.num_places + 4))
     of_fill = _multiple(8, c.max_experts * a_set + c.size * (6 * c.num_places + 8))

@@ -424,10 +424,10 @@ FAULTS = [
         "choose(experts, c, ending.total);",
     ),
     Fault(
-        "guests stay where a batch goes home",
-        "route.cu",
-        "batch.guests[i] = -1;",
-        "batch.guests[i] = batch.guests[i];",
+        "the fill's tokens do not count as load",
+        "guests.cuh",
+        "atomicAdd(&c.movable()[rank], experts.filled[i]);",
+        ";",
     ),
     Fault(
         "the least excess does not count",
@@ -451,12 +451,6 @@ FAULTS = [
         "guests do not count as copies", "choose.cuh", "fill.holders[what] |= Set(1) << to;", ";"
     ),
     Fault("slots are not used up", "choose.cuh", "fill.used[i] += lane + 32 * i == to;", ";"),
-    Fault(
-        "a rank that cannot take one ends the search",
-        "choose.cuh",
-        "banned |= Set(1) << to;",
-        "stuck |= self;",
-    ),
     Fault(
         "slack to spare is that of all ranks",
         "choose.cuh",
@@ -494,6 +488,7 @@ FAULTS = [
         "choose.cuh",
         "high <= level - g.min_tokens;",
         "high <= level;",
+        "fills of the tests that place guests gain more",
     ),
     Fault(
         "the mean is of this domain alone",

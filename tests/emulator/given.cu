@@ -7,6 +7,7 @@ typedef lplb::Variant<SIZE, PARTS, TURNS, MORE, THREADS, true> V;
 namespace {
 
 struct Given {
+    static constexpr bool fills = false;
     const Guests& g;
     const int* given;  // [R, num_slots]
 
