@@ -282,3 +282,11 @@ def test_residents_that_suffice_need_no_guests(memory, library):
         loads = np.full((2, placement.num_experts), 1000)
         loads[1, 0] += 15
         assert check_choice(memory, rank, loads) == 0
+
+
+def test_guests_that_do_not_help_the_slowest_rank_are_not_taken(memory, library):
+    placement, base = Placement.homes_only(9, 3, 1), np.array([5000, 0, 0])
+    rank = plans.Rank(memory, placement, 0, library)
+    problem = Problem(base_load=torch.from_numpy(base))
+    loads = np.array([[0, 0, 0, 1500, 1000, 500, 10, 10, 10]])
+    assert check_choice(memory, rank, loads, problem=problem, base=base) == 0
