@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -68,13 +70,18 @@ class TrainedBatch(NamedTuple):
         }
 
     def totals(
-        self, number: int, own: Sequence[Tensor | None], arrives: set[int]
+        self,
+        number: int,
+        own: Sequence[Tensor | None],
+        alone: Sequence[bool],
+        arrives: set[int],
     ) -> tuple[Gradients, Gradients]:
         """Where guests' gradients of a parameter are added.
 
         Args:
             number: of the parameter.
             own: what autograd has for the resident slots: a tensor for each, or one for all.
+            alone: which of these nobody else has, so that they may be written to.
             arrives: as `arrives`.
 
         Returns:
@@ -92,7 +99,9 @@ class TrainedBatch(NamedTuple):
             dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
             if gradient is None:
                 gradient = torch.zeros_like(parameter, dtype=dtype)
-            elif main is None:  # autograd may have given the same tensor to others
+            elif main is None and not (
+                alone[index] and gradient.dtype == dtype and gradient.is_contiguous()
+            ):
                 gradient = gradient.to(dtype, copy=True, memory_format=torch.contiguous_format)
             gradients[index] = gradient
             whole = gradient if main is None else local_part(main)
@@ -127,6 +136,7 @@ class Homeward(torch.autograd.Function):
         """Returns what it is given: the rows, then `num_own` weights, then those of guests."""
         ctx.set_materialize_grads(False)
         ctx.batch = batch
+        _counts_if_alone()  # not within a backward pass, where it would be another one
         per_own, per_guest = _sizes(batch)
         fixed = [n for n in range(len(batch.slots)) if not batch.trained(n)]
         own, guests = tensors[:num_own], tensors[num_own:]
@@ -142,15 +152,66 @@ class Homeward(torch.autograd.Function):
     def backward(ctx: Any, x: Tensor | None, *gradients: Tensor | None) -> Any:
         """Gradients of the rows and of the parameters, guests' parts added."""
         batch: TrainedBatch = ctx.batch
+        alone = [counts == _counts_if_alone() for counts in _counts(gradients)]
         per_own, per_guest = _sizes(batch)
         names = range(len(batch.slots))
         own = [[*gradients[n * per_own : (n + 1) * per_own]] for n in names]
         guests = gradients[len(names) * per_own :]
         if batch.stay is not None:
             own = _send_home(
-                batch, own, [guests[n * per_guest : (n + 1) * per_guest] for n in names]
+                batch,
+                own,
+                [alone[n * per_own : (n + 1) * per_own] for n in names],
+                [guests[n * per_guest : (n + 1) * per_guest] for n in names],
             )
         return None, None, x, *(g for of_name in own for g in of_name), *(None for _ in guests)
+
+
+class _Probe(torch.autograd.Function):
+    """Counts as `Homeward` does, from the same place in a backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: list[Any], x: Tensor, *tensors: Tensor) -> Any:
+        ctx.seen = seen
+        return x, *tensors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, x: Tensor | None, *gradients: Tensor | None) -> Any:
+        ctx.seen += _counts(gradients)
+        return None, x, *gradients
+
+
+def _counts(gradients: Sequence[Tensor | None]) -> list[tuple[int, int, int] | None]:
+    """How many refer to each tensor in Python and in C++, and to its memory."""
+    use_count = getattr(Tensor, "_use_count", None)
+    storage_use_count = getattr(torch._C, "_storage_Use_Count", None)
+    if use_count is None or storage_use_count is None:  # they are not public
+        return [None for _ in gradients]
+    return [
+        None
+        if g is None
+        else (sys.getrefcount(g), use_count(g), storage_use_count(g.untyped_storage()._cdata))
+        for g in gradients
+    ]
+
+
+@functools.cache
+def _counts_if_alone() -> Any:
+    """The counts of a gradient that autograd has made for `Homeward` and given to nobody else.
+
+    Returns:
+        What no other gradient's counts equal, if this torch does not tell.
+    """
+    seen: list[Any] = []
+    with torch.enable_grad():
+        leaves = [torch.ones(2, requires_grad=True, device="cpu") for _ in range(4)]
+        x, one, two, three = _Probe.apply(seen, *leaves)
+        # The last two get the same gradient. Nothing is saved, which a checkpoint would count.
+        (x.neg() + one.neg() + (two + three).neg()).sum().backward()
+    one_alone, *shared = seen
+    tells = one_alone is not None and one_alone[1:] == (1, 2) and one_alone not in shared
+    return one_alone if tells else ()
 
 
 def _sizes(batch: TrainedBatch) -> tuple[int, int]:
@@ -160,7 +221,10 @@ def _sizes(batch: TrainedBatch) -> tuple[int, int]:
 
 @torch.no_grad()
 def _send_home(
-    batch: TrainedBatch, own: list[Gradients], guests: Sequence[Sequence[Tensor | None]]
+    batch: TrainedBatch,
+    own: list[Gradients],
+    alone: Sequence[Sequence[bool]],
+    guests: Sequence[Sequence[Tensor | None]],
 ) -> list[Gradients]:
     """Adds guests' gradients to their homes'. On all ranks alike."""
     held = batch.check_held()
@@ -172,7 +236,7 @@ def _send_home(
     parts: list[list[Tensor] | None] = []
     for number, gradients in enumerate(own):
         if batch.trained(number):
-            gradients, total = batch.totals(number, gradients, arrives)
+            gradients, total = batch.totals(number, gradients, alone[number], arrives)
             parts.append(batch.parts(number, guests[number]))
         else:
             total = [None] * batch.layout.num_residents

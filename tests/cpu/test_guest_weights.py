@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lplb_ep import ContractError, GuestPool, Guests, Layer, Placement, RankError
+from lplb_ep.weights import guest_gradients
 
 E_PER_RANK, G = 2, 2
 
@@ -350,6 +351,95 @@ def one_gradient_of_two(group):
 
 def test_gradients_that_autograd_shares_are_not_written_to():
     ranks.run(2, one_gradient_of_two)
+
+
+class Keeper(torch.autograd.Function):
+    """A sum whose gradient is a tensor that the node keeps, as an attribute or a saved tensor."""
+
+    @staticmethod
+    def forward(ctx, weight, kept, as_attribute):
+        ctx.kept = kept if as_attribute else None
+        ctx.save_for_backward(kept)
+        return weight.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] if ctx.kept is None else ctx.kept, None, None
+
+
+def watched_gradient(group, holder):
+    """The gradient of homes is written to where autograd alone has it; else the holder's stays.
+
+    Returns:
+        Whether it was written to.
+    """
+    experts = nn.ParameterDict({"a": nn.Parameter(torch.full((E_PER_RANK, 3), 2.0))})
+    guests = Guests(experts, placed(2), group)
+    guests.prepare()
+    stay = guests.push(torch.tensor([[2, -1], [0, -1]], dtype=torch.int32))
+    other = torch.zeros(E_PER_RANK, 3, requires_grad=True)
+    earlier = other.clone()  # its backward is after that of the weights
+    _, weights = guests.weights(torch.ones(1, 3))
+    own, arrived = weights["a"]
+    addresses, held = [], []
+    own.register_hook(lambda grad: addresses.append(grad.data_ptr()))
+    wide = torch.full((E_PER_RANK, 3), 5.0)
+    out = (own * wide).sum()  # a gradient of its own, with the values of wide
+    if holder == "hook":
+        own.register_hook(held.append)
+    elif holder == "view in a hook":
+        own.register_hook(lambda grad: held.append(grad[0]))
+    elif holder == "array in a hook":
+        own.register_hook(lambda grad: held.append(torch.from_numpy(grad.numpy())))
+    elif holder == "retain_grad":
+        own.retain_grad()
+        held.append(own)
+    elif holder in ("leaf", "later node"):
+        held.append(other)
+        out = ((own + (other if holder == "leaf" else earlier)) * wide).sum()
+    elif holder == "node":
+        held.append(wide)
+        out = Keeper.apply(own, wide, True)
+    elif holder == "saved tensor":
+        held.append(wide)
+        out = Keeper.apply(own, wide, False)
+    elif holder == "expanded":
+        out = 5 * own.sum()
+    elif holder == "no way to tell":
+        guest_gradients._counts_if_alone.cache_clear()
+        name, function = "_storage_Use_Count", torch._C._storage_Use_Count
+        delattr(torch._C, name)
+    (out + arrived[0].sum()).backward(retain_graph=holder == "saved tensor")
+    if holder == "no way to tell":
+        setattr(torch._C, name, function)
+        guest_gradients._counts_if_alone.cache_clear()
+    assert stay.guests.shape == (2, G)
+    assert experts.a.grad.tolist() == [[6.0] * 3, [5.0] * 3], experts.a.grad
+    for tensor in held:
+        values = tensor.grad if tensor.requires_grad else tensor
+        assert set(values.flatten().tolist()) == {5.0}, values
+    return addresses[0] == experts.a.grad.data_ptr()
+
+
+HOLDERS = {
+    None: True,
+    "retain_grad": True,  # it keeps a copy
+    "hook": False,
+    "view in a hook": False,
+    "array in a hook": False,
+    "leaf": True,  # it has made a copy by then
+    "later node": False,
+    "node": False,
+    "saved tensor": False,
+    "expanded": False,
+    "no way to tell": False,
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_a_gradient_is_written_to_where_nobody_else_has_it(holder):
+    in_place = HOLDERS[holder]
+    assert ranks.run(2, watched_gradient, holder) == [in_place] * 2
 
 
 def frozen(group, form):
