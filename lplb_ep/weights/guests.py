@@ -156,6 +156,7 @@ class Guests:
         pool = self._pool(slot)
         if pool.stay is stay:
             stay.is_awaited = True
+            pool.put(stay)
             return
         obstacle = self._obstacle()
         if obstacle or self._current_generation() != stay.generation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -123,10 +123,18 @@ class GuestPool:
         """The batch at hand of a layer; None where it goes home.
 
         Raises:
-            ContractError: the pool holds the batch of another layer, or one that was given up.
+            ContractError: the pool holds the batch of another layer, or one that was given up. Or
+                the batch at hand goes home, and the experts of an earlier one have still to run.
         """
         stay = self.stay
-        if self._goes_home or (stay is not None and stay.owner is owner):
+        if self._goes_home:
+            # Whose weights are asked for is not known while a batch is in flight.
+            who = str(stay.owner) if stay is not None and stay.is_awaited else ""
+            del stay  # the traceback must not refer to it
+            if who:
+                self._refuse(who)
+            return None
+        if stay is not None and stay.owner is owner:
             return stay
         holder = "no batch, or one whose handle was dropped" if stay is None else str(stay.owner)
         raise ContractError(
@@ -163,11 +171,14 @@ class GuestPool:
         """
         # The traceback must not refer to the batch, or it could not be given up.
         if who := self._in_flight(owner):
-            raise ContractError(
-                f"the pool of guests (slot {self.slot}) is shared by batches in flight: the "
-                f"experts of {who} have still to run on theirs. Give each micro-batch in flight a "
-                "slot= and a GuestPool of its own, or drop the handle of a batch that was given up"
-            )
+            self._refuse(who)
+
+    def _refuse(self, who: str) -> NoReturn:
+        raise ContractError(
+            f"the pool of guests (slot {self.slot}) is shared by batches in flight: the "
+            f"experts of {who} have still to run on theirs. Give each micro-batch in flight a "
+            "slot= and a GuestPool of its own, or drop the handle of a batch that was given up"
+        )
 
     def _in_flight(self, owner: object) -> str:
         """Whose batch is in the way of another one; empty: none."""
@@ -177,9 +188,14 @@ class GuestPool:
         return "" if stay.owner is owner and graph_task() >= 0 else str(stay.owner)
 
     def put(self, stay: Stay | None) -> None:
-        """Says whose guests are in the pool from now on; None: the batch at hand goes home."""
-        self._stay, self._used = None if stay is None else weakref.ref(stay), None
+        """Says whose guests are in the pool from now on; None: the batch at hand goes home.
+
+        That one leaves the guests of a batch in flight where they are.
+        """
         self._goes_home = stay is None
+        if stay is None and (held := self.stay) is not None and held.is_awaited:
+            return
+        self._stay, self._used = None if stay is None else weakref.ref(stay), None
 
     def clear(self) -> None:
         """Says that there are no guests in the pool: some transports put gradients there."""

@@ -361,7 +361,7 @@ def in_flight(group):
     if group.rank() == 0:
         message = "is shared by batches in flight"
     else:
-        layer.guests.skip()  # this rank takes the batch for given up
+        layer.guests._pools[0].clear()  # this rank takes the batch for given up
         message = "ranks [0] refused"
     with pytest.raises((ContractError, RankError), match=re.escape(message)):
         buffer.get_dispatch_layout(topk_idx, E)
@@ -371,6 +371,27 @@ def in_flight(group):
 
 def test_batches_in_flight_on_one_pool_are_refused_on_all_ranks():
     ranks.run(2, in_flight)
+
+
+def home_meanwhile(group):
+    """A batch that goes home is dispatched before the experts of one with guests have run."""
+    first = MoE(group, Placement.homes_only(E, 2, G), "legacy")
+    pool = next(iter(first.guests._pools.values()))
+    second = MoE(group, Placement.homes_only(E, 2, G), "legacy", 1, pool)
+    x, weights, topk_idx = batch_of(group.rank(), 0)
+    got = Dispatch.apply(x, weights, topk_idx, first.by_mode["1"])
+    home = Dispatch.apply(x, weights, topk_idx, second.by_mode["home"])
+    for layer, (rows, rows_weights, slots, _) in ((first, got), (second, home)):
+        with pytest.raises(ContractError, match="is shared by batches in flight"):
+            layer.compute(rows, slots, rows_weights)
+    with pytest.raises(ContractError, match="is shared by batches in flight") as error:
+        second.by_mode["1"].get_dispatch_layout(topk_idx, E)
+    del error, got, rows, rows_weights, slots
+    second.compute(home[0], home[2], home[1])
+
+
+def test_a_batch_that_goes_home_does_not_take_the_place_of_one_in_flight():
+    ranks.run(2, home_meanwhile)
 
 
 def absent(group):
