@@ -139,10 +139,13 @@ class Experts(nn.Module):
                 row.normal_(0, shape[0] ** -0.5, generator=generator)
             self.register_parameter(name, nn.Parameter(stack))
 
-    def forward(self, x: Tensor, weights: dict[str, tuple[Tensor, ...]], counts: list[int]) -> Any:
-        """x: rows in the order of the slots; weights: stacks that share the slots."""
+    def forward(
+        self, x: Tensor, stacks: list[Callable[[], dict[str, Tensor]]], counts: list[int]
+    ) -> Any:
+        """x: rows in the order of the slots; stacks: weights that share the slots, when asked."""
         outputs = []
-        for enter, leave in zip(weights["enter"], weights["leave"], strict=True):
+        for stack in stacks:
+            enter, leave = (weights := stack())["enter"], weights["leave"]
             own, counts = counts[: len(enter)], counts[len(enter) :]
             rows, x = x.split([sum(own), len(x) - sum(own)])
             gate, up = grouped(rows, enter, own).chunk(2, 1)
@@ -174,9 +177,10 @@ class MoE:
             x, self.topk_weights, self.topk_idx, self.sizes.num_experts, self.buffer
         )
         if self.guests is None:
-            own = {name: (weight,) for name, weight in self.experts.named_parameters()}
-        else:
-            x, own = self.guests.weights(x)
+            stacks = [lambda: dict(self.experts.named_parameters())]
+        else:  # guests arrive while residents compute
+            x, own, arrive = self.guests.split_weights(x)
+            stacks = [lambda: own, arrive]
         flat = slots.flatten()
         order = flat.argsort(stable=True)[len(flat) - sum(counts) :]
         places = torch.zeros_like(flat).scatter_(
@@ -185,7 +189,7 @@ class MoE:
         places, here = places.view_as(slots), slots >= 0
         self.num_rows = sum(counts)
         rows = Permute.apply(x, order // slots.shape[1], places, here)
-        y = self.experts(rows, own, counts)
+        y = self.experts(rows, stacks, counts)
         return Combine.apply(Unpermute.apply(y, weights, order, places, here), handle, self.buffer)
 
 
@@ -280,7 +284,9 @@ def make_layers(
     pool = GuestPool(group, num_guests, [e for _, e in made]) if num_guests else None
     layers = []
     for number, (placement, experts) in enumerate(made):
-        guests = Guests(experts, placement, group, pool) if num_guests else None
+        guests = None
+        if num_guests:
+            guests = Guests(experts, placement, group, pool, layer_waits=True)
         uses_plan = way in ("replicas", "guests, in order", "guests, placed")
         seed = 100 * number + group.rank()
         chosen = forced_picks(sizes) if way == "forced" else picks(live[number], sizes, seed)

@@ -37,6 +37,9 @@ class Weights(Protocol):
 class GuestWeights(Protocol):
     """What a layer, and a call that plans, know of the layer's `Guests`."""
 
+    layer_waits: bool
+    """Whether the layer itself waits for guests, and its dispatch does not."""
+
     @property
     def is_valid(self) -> bool:
         """Whether guests can be had here."""

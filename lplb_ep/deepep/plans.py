@@ -85,7 +85,9 @@ class PlannedCall:
     """None where the layer has none."""
 
     def forward(self, buffer: Any, call: Call) -> Any:
-        """Makes a dispatch, in which DeepEP waits for the other ranks; with it guests arrive.
+        """Makes a dispatch, in which DeepEP waits for the other ranks.
+
+        With it guests arrive, unless the layer itself waits for them.
 
         It may wait for a rank whose counts did not come, until DeepEP gives up: that is raised
         then. If DeepEP goes on, so does this rank, since the others count on it in the combine.
@@ -95,7 +97,9 @@ class PlannedCall:
         except Exception:
             self.planner.raise_errors(wait=False)
             raise
-        return out if self.guests is None else self.guests.arrive(buffer, out)
+        if self.guests is None or self.guests.weights.layer_waits:
+            return out
+        return self.guests.arrive(buffer, out)
 
     def forward_again(self, buffer: Any, call: Call) -> Any:
         """Makes a dispatch by a cached handle: other rows, or gradients, for the same slots."""

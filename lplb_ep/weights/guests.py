@@ -54,6 +54,8 @@ class Guests:
             where the placement has one rank.
         pool: the memory that it shares with other layers, or several with a `slot` each, for
             micro-batches in flight together. By default one of its own.
+        layer_waits: whether a dispatch leaves the wait for guests to the layer, which may compute
+            with its residents meanwhile: `split_weights`. Their backward pass does not overlap.
 
     Raises:
         ValueError: the experts do not fit the placement, or the pool. Or they have persistent
@@ -68,10 +70,11 @@ class Guests:
         placement: Layer | Placement,
         group: dist.ProcessGroup | None = None,
         pool: GuestPool | Sequence[GuestPool] | None = None,
+        layer_waits: bool = False,
     ) -> None:
         with together(group, "Guests") as facts:
             self.layer = layer_of(placement)
-            self.experts, self.group = experts, group
+            self.experts, self.group, self.layer_waits = experts, group, layer_waits
             self._layout = _layout(experts, self.layer.placement, group)
             pools = [pool] if isinstance(pool, GuestPool) else [*(pool or ())]
             for number, given in enumerate(pools):
@@ -200,6 +203,25 @@ class Guests:
         Raises:
             ContractError: the pool holds another layer's batch, or one whose handle was dropped.
         """
+        x, own, arrive = self.split_weights(x, slot)
+        arrived = arrive()
+        return x, {name: (tensors, arrived[name]) for name, tensors in own.items()}
+
+    def split_weights(
+        self, x: Tensor, slot: int = 0
+    ) -> tuple[Tensor, dict[str, Any], Callable[[], dict[str, Any]]]:
+        """As `weights`, in two steps: a layer computes with residents while guests arrive.
+
+        With `layer_waits` nothing else has waited for guests.
+
+        Returns:
+            `x` to go on with. By name the weights of resident slots. And a function that has the
+            current stream wait for guests, and returns their weights by name. It raises
+            ContractError once another batch uses the pool.
+
+        Raises:
+            ContractError: as `weights`.
+        """
         pool = self._pool(slot)
         self._rescan()
         stay = pool.stay_of(self)
@@ -215,7 +237,12 @@ class Guests:
             x, *tensors = Homeward.apply(batch, len(own), x, *own, *parts)
         else:
             tensors = [*own, *parts]
-        return x, self._named(tensors)
+
+        def arrive() -> dict[str, Any]:
+            pool.await_guests(stay)
+            return self._named(tensors[len(own) :])
+
+        return x, self._named(tensors[: len(own)]), arrive
 
     def modules(self, x: Tensor, slot: int = 0) -> tuple[Tensor, list[Callable[..., Any]]]:
         """As `weights`, for a list of modules: what computes each of the L + G local slots.
@@ -346,18 +373,12 @@ class Guests:
         """A parameter of all guest slots, in the form of the experts."""
         return [*block] if self._is_list else [block]
 
-    def _named(self, tensors: Sequence[Tensor]) -> Weights:
-        """By name: resident slots and guest slots, from a flat list of the former, then these."""
-        names, layout = self._layout.names, self._layout
-        if not self._is_list:
-            return {name: (tensors[i], tensors[i + len(names)]) for i, name in enumerate(names)}
-        residents, guests = layout.num_residents, layout.num_guests
-        middle = residents * len(names)
+    def _named(self, tensors: Sequence[Tensor]) -> dict[str, Any]:
+        """By name, from a flat list: a stack for each parameter, or a list of its slots."""
+        names = self._layout.names
+        size = len(tensors) // len(names)
         return {
-            name: (
-                [*tensors[i * residents : (i + 1) * residents]],
-                [*tensors[middle + i * guests : middle + (i + 1) * guests]],
-            )
+            name: [*tensors[i * size : (i + 1) * size]] if self._is_list else tensors[i]
             for i, name in enumerate(names)
         }
 

@@ -161,6 +161,21 @@ class GuestPool:
         if self.device.type == "cuda":
             self._streams.add(torch.cuda.current_stream(self.device))
 
+    def await_guests(self, stay: Stay | None) -> None:
+        """Has the current stream wait for a batch's guests, before its experts read them there.
+
+        Raises:
+            ContractError: the pool holds another batch by now.
+        """
+        if stay is not None:
+            if self.stay is not stay:
+                raise ContractError(
+                    f"the pool of guests (slot {self.slot}) was given to another batch before this "
+                    "one's layer had waited for its guests"
+                )
+            self.transport.wait()
+        self.use(stay)
+
     def check_free(self, owner: object) -> None:
         """Refuses a batch while another one's experts have still to run.
 

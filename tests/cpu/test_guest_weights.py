@@ -501,6 +501,21 @@ def test_batches_in_flight_need_a_pool_each():
     ranks.run(2, in_flight)
 
 
+def waited_too_late(group):
+    guests = made(group, "stacked")
+    first, second = Batch(guests, 0, 0), Batch(guests, 1, 1)
+    first.dispatch()
+    _, own, arrive = guests.split_weights(first.x)
+    assert [len(stack) for stack in own.values()] == [E_PER_RANK] * len(SHAPES)
+    assert [len(stack) for stack in arrive().values()] == [G] * len(SHAPES)
+    second.dispatch()
+    raises("was given to another batch before this one's layer had waited", arrive)
+
+
+def test_guests_that_were_replaced_do_not_arrive():
+    ranks.run(2, waited_too_late)
+
+
 def not_pushed_again(group):
     guests = made(group, "stacked")
     first, second = Batch(guests, 0, 0), Batch(guests, 1, 1)

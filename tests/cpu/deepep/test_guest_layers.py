@@ -93,11 +93,11 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    def __init__(self, group, placement, kind, seed=0, pool=None, dtype=torch.float64):
+    def __init__(self, group, placement, kind, seed=0, pool=None, dtype=torch.float64, **options):
         super().__init__()
         self.layer = Layer(placement, RULE)
         self.experts = Experts(placement.num_resident_slots, 10 * seed + group.rank(), dtype)
-        self.guests = Guests(self.experts, self.layer, group, pool)
+        self.guests = Guests(self.experts, self.layer, group, pool, **options)
         self.by_mode = {}
         for mode in ("home", "1"):
             with unittest.mock.patch.dict(os.environ, LPLB_EP=mode):
