@@ -41,16 +41,17 @@ template <typename V>
 struct Fill {
     __device__ Fill(char* shared, int num_experts, int num_places)
         : holders(reinterpret_cast<typename V::Set*>(shared)),
-          tokens(reinterpret_cast<int*>(holders + num_experts)), slack_of(tokens + V::size * num_places),
-          priority_of(slack_of + V::size), expert(reinterpret_cast<short*>(priority_of + V::size)), copies(0) {}
+          tokens(reinterpret_cast<int*>(holders + num_experts)), sent_of(tokens + V::size * num_places),
+          expert(reinterpret_cast<short*>(sent_of + V::size)), copies(0) {}
 
     typename V::Set* holders;  // [num_experts]
     int* tokens;               // [size, num_places]
-    int* slack_of;             // [size] the same as `slack`, for other lanes
-    int* priority_of;          // [size]
+    int* sent_of;              // [size] guests of each home, counted at the end
     short* expert;             // [size, num_places]
     int slack[V::words];       // the limit less the load of this lane's ranks
-    int priority[V::words], noise[V::words], used[V::words];
+    int priority[V::words], used[V::words];
+    unsigned noise[V::words];  // in 2 to the 32
+    bool is_narrow;            // whether sums of slack are below 2 to the 31
     int copies;
 };
 
@@ -62,38 +63,65 @@ __device__ int of_rank(const int (&values)[V::words], int rank) {
     return __shfl_sync(~0u, value, rank % 32);
 }
 
+// The first rank whose flag is set; one is.
+template <typename V>
+__device__ int first_of(const bool (&flag)[V::words]) {
+    unsigned set = __ballot_sync(~0u, flag[0]);
+    if (V::words == 1) return __ffs(set) - 1;
+    unsigned high = __ballot_sync(~0u, flag[V::words - 1]);
+    return set != 0 ? __ffs(set) - 1 : __ffs(high) + 31;
+}
+
 // Moves tokens from rank to rank, as far as their slack goes.
 template <typename V>
 __device__ void move_load(Fill<V>& fill, int from, int to, int tokens) {
     int lane = threadIdx.x % 32;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
-        if (lane + 32 * i == from) fill.slack_of[from] = fill.slack[i] += tokens;
-        if (lane + 32 * i == to) fill.slack_of[to] = fill.slack[i] -= tokens;
+        if (lane + 32 * i == from) fill.slack[i] += tokens;
+        if (lane + 32 * i == to) fill.slack[i] -= tokens;
     }
 }
 
-// The sum over ranks above their limit, or with a guest slot left, of their slack.
+// Whether slack of `rest` > 0 is more than there is to spare, over 2 to `shift`. That is the sum of slack over ranks
+// above their limit, or with a guest slot left.
 template <typename V>
-__device__ long long total_slack(const Fill<V>& fill, int num_slots) {
+__device__ bool is_wasted(const Fill<V>& fill, int num_slots, int rest, int shift) {
+    if (fill.is_narrow && shift == 31) return true;
     unsigned low = 0;
     int high = 0;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
         int slack = fill.slack[i] < 0 || fill.used[i] < num_slots ? fill.slack[i] : 0;
-        low += slack & 0xffff;
+        low += fill.is_narrow ? slack : slack & 0xffff;
         high += slack >> 16;
     }
     low = __reduce_add_sync(~0u, low);
+    if (fill.is_narrow) return rest > int(low) >> shift;
     high = __reduce_add_sync(~0u, high);
-    return (long long)high * 65536 + low;
+    return rest > ((long long)high * 65536 + low) >> shift;
+}
+
+// Copies an array by a warp. Several loads are under way at once, before any store that could change what they read.
+template <typename T>
+__device__ void copy_shared(T* to, const T* from, int number) {
+    constexpr int at_once = 8;
+    #pragma unroll 1
+    for (int first = threadIdx.x % 32; first < number; first += 32 * at_once) {
+        T several[at_once];
+        #pragma unroll
+        for (int i = 0; i < at_once; ++i) several[i] = first + 32 * i < number ? from[first + 32 * i] : T(0);
+        #pragma unroll
+        for (int i = 0; i < at_once; ++i)
+            if (first + 32 * i < number) to[first + 32 * i] = several[i];
+    }
 }
 
 // Begins a fill with a limit of each of this lane's ranks. Ranks behind the last neither give nor take.
 template <typename V>
 __device__ void begin_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int number,
                            const int (&limit)[V::words]) {
-    int lane = threadIdx.x % 32;
+    int lane = threadIdx.x % 32, highest = 0;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
         int rank = lane + 32 * i;
@@ -101,51 +129,49 @@ __device__ void begin_fill(const Start<V>& start, Fill<V>& fill, const Rule& rul
         hash = (hash ^ hash >> 15) * 0x85ebca77u;
         hash ^= hash >> 13;
         fill.priority[i] = int(hash >> 1);
-        fill.noise[i] = rule.noise == 0 ? 0 : int(hash & unsigned(rule.noise - 1));
+        fill.noise[i] = rule.noise == 0 ? 0 : (hash & unsigned(rule.noise - 1)) << 22;
         fill.used[i] = 0;
         fill.slack[i] = rank < start.ranks ? limit[i] - start.load[rank] : 0;
-        if (rank >= V::size) continue;
-        fill.priority_of[rank] = fill.priority[i];
-        fill.slack_of[rank] = fill.slack[i];
+        if (rank < start.ranks) highest = max(highest, limit[i]);
     }
-    for (int i = lane; i < start.num_experts; i += 32) fill.holders[i] = start.holders[i];
-    for (int i = lane; i < start.ranks * start.num_places; i += 32) {
-        fill.tokens[i] = start.tokens[i];
-        fill.expert[i] = start.expert[i];
-    }
+    fill.is_narrow = __reduce_max_sync(~0u, highest) <= MAX_TOTAL / start.ranks;
+    copy_shared(fill.holders, start.holders, start.num_experts);
+    copy_shared(fill.tokens, start.tokens, start.ranks * start.num_places);
+    copy_shared(fill.expert, start.expert, start.ranks * start.num_places);
     fill.copies = 0;
     __syncwarp();  // the state is whole before the first step
 }
 
-// One fill, by a warp: at most so many steps. `parts`: places of a rank for each lane.
+// One fill, by a warp: at most so many steps. `parts`: places of a rank for each lane. `fewest`: ~the fewest guests
+// of a fill of this round that reached the target, or 0. Returns false for a fill with more, which is given up: it
+// cannot be the best, and no round follows.
 template <typename V, int parts, int unrolled = parts <= 2 ? parts : 1>
-__device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int least, int steps) {
+__device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int least, int steps,
+                          unsigned* fewest) {
     typedef typename V::Set Set;
     int lane = threadIdx.x % 32, S = start.num_places, G = start.num_slots;
-    Set stuck = 0;
+    bool flag[V::words], stuck[V::words] = {};
+    #pragma unroll 1
     for (; steps > 0; --steps) {
         // The rank that gives.
         int value[V::words], best = -1;
-        bool flag[V::words];
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
-            bool may = -fill.slack[i] >= least && !(stuck >> (lane + 32 * i) & 1);
+            bool may = -fill.slack[i] >= least && !stuck[i];
             value[i] = !may ? -1 : rule.by_excess ? -fill.slack[i] : fill.priority[i];
             best = max(best, value[i]);
         }
         best = __reduce_max_sync(~0u, best);
-        if (best < 0) break;
+        if (best < 0) return true;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = value[i] == best;
-        int from = lowest_of<V>(vote<V>(flag));
-        int need = -of_rank<V>(fill.slack, from), *tokens = fill.tokens + from * S;
-        short* experts = fill.expert + from * S;
-        Set self = Set(1) << from;
+        int from = first_of<V>(flag), need = rule.by_excess ? best : -of_rank<V>(fill.slack, from);
+        int* tokens = fill.tokens + from * S;
+        const short* experts = fill.expert + from * S;
 
-        // Along a copy that is there.
+        // Along a copy that is there. Lanes have places first: what they hold, and which other ranks hold it, too.
         int x[parts], expert[parts], most = 0;
-        Set holders[parts];
-        bool shared = false;
+        Set others[parts];
         #pragma unroll unrolled
         for (int i = 0; i < parts; ++i) {
             int place = lane + 32 * i;
@@ -154,60 +180,78 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
         #pragma unroll unrolled
         for (int i = 0; i < parts; ++i) {
-            holders[i] = x[i] > 0 ? fill.holders[expert[i]] : 0;
-            shared |= (holders[i] & ~self) != 0;
+            others[i] = x[i] > 0 ? fill.holders[expert[i]] & ~(Set(1) << from) : 0;
             most = max(most, x[i]);
         }
-        if (__any_sync(~0u, shared)) {
-            int moved = 0, place = 0, to = 0;
-            #pragma unroll unrolled
-            for (int i = 0; i < parts; ++i)
-                for (Set others = holders[i] & ~self; others != 0; others &= others - 1) {
-                    int rank = lowest_of<V>(others), q = min(min(x[i], need), fill.slack_of[rank]);
-                    if (q <= moved) continue;
-                    moved = q;
-                    place = lane + 32 * i;
-                    to = rank;
+        // Then they have ranks, and look at what each of them could take from place after place.
+        bool is_shared = false;
+        int moved = 0;
+        unsigned move = 0, first[V::words];  // a place * 64 + a rank; the first place whose expert a rank holds
+        #pragma unroll
+        for (int w = 0; w < V::words; ++w) first[w] = ~0u;
+        #pragma unroll unrolled
+        for (int i = 0; i < parts; ++i) {
+            unsigned left = __ballot_sync(~0u, others[i] != 0);
+            is_shared |= left != 0;
+            #pragma unroll 1
+            for (; left != 0; left &= left - 1) {
+                int owner = __ffs(left) - 1, able = min(__shfl_sync(~0u, x[i], owner), need);
+                unsigned place = owner + 32 * i;
+                #pragma unroll
+                for (int w = 0; w < V::words; ++w) {
+                    unsigned holders = __shfl_sync(~0u, unsigned(others[i] >> (V::words - 1) * 32 * w), owner);
+                    if (!(holders >> lane & 1)) continue;
+                    int taken = min(able, fill.slack[w]);
+                    first[w] = min(first[w], place);
+                    if (taken <= moved) continue;
+                    moved = taken;
+                    move = place * 64 + lane + 32 * w;
                 }
+            }
+        }
+        if (is_shared) {
             unsigned key = moved, highest = __reduce_max_sync(~0u, key);
-            if (highest == 0 && !rule.by_excess) {
-                unsigned own = fill.priority_of[from];
-                #pragma unroll unrolled
-                for (int i = 0; i < parts; ++i)
-                    for (Set others = holders[i] & ~self; others != 0; others &= others - 1) {
-                        int rank = lowest_of<V>(others);
-                        unsigned lower = fill.priority_of[rank];
-                        if (lower >= own || ~lower <= key) continue;
-                        key = ~lower;
-                        place = lane + 32 * i;
-                        to = rank;
-                        moved = min(x[i], need);
-                    }
+            bool by_priority = highest == 0 && !rule.by_excess;
+            if (by_priority) {  // `best` is that of the rank that gives; no two ranks have the same
+                #pragma unroll
+                for (int w = 0; w < V::words; ++w) {
+                    unsigned lower = fill.priority[w];
+                    if (first[w] == ~0u || lower >= unsigned(best) || ~lower <= key) continue;
+                    key = ~lower;
+                    move = first[w] * 64 + lane + 32 * w;
+                }
                 highest = __reduce_max_sync(~0u, key);
             }
             if (highest != 0) {
-                int first = int(__reduce_min_sync(~0u, key == highest ? unsigned(place) : ~0u)), owner = first % 32;
-                to = __shfl_sync(~0u, to, owner);
-                moved = __shfl_sync(~0u, moved, owner);
-                int what = experts[first];
-                __syncwarp();  // all lanes have read slack and tokens before any writes them
+                move = __reduce_min_sync(~0u, key == highest ? move : ~0u);
+                int place = move / 64, to = move % 64, what = experts[place];
+                moved = highest;
+                if (by_priority) {
+                    moved = min(tokens[place], need);
+                    __syncwarp();  // all lanes have read the tokens before one writes them
+                }
                 #pragma unroll unrolled
                 for (int i = 0; i < parts; ++i) {
                     int other = lane + 32 * i;
-                    if (other == first) tokens[other] = x[i] - moved;
+                    if (other == place) tokens[other] = x[i] - moved;
                     if (other < S && fill.expert[to * S + other] == what) fill.tokens[to * S + other] += moved;
                 }
                 move_load(fill, from, to, moved);
-                __syncwarp();  // the move is made before the next step reads tokens and slack
+                __syncwarp();  // the move is made before the next step reads tokens
                 continue;
             }
         }
 
+        unsigned most_copies = lane == 0 ? ~atomicMax(fewest, 0u) : ~0u;  // under way until the guest is there
+
         // The rank of a guest, which is on the node of this one, and so is its home.
-        Set near = ~Set(0);
+        bool near[V::words];
+        #pragma unroll
+        for (int i = 0; i < V::words; ++i) near[i] = true;
         if (start.node_size < start.ranks) {
-            int node = from / start.node_size;
-            near = below<V>(start.node_size) << (node * start.node_size);
+            int node = from / start.node_size, begin = node * start.node_size;
+            #pragma unroll
+            for (int i = 0; i < V::words; ++i) near[i] = unsigned(lane + 32 * i - begin) < unsigned(start.node_size);
             most = 0;
             #pragma unroll unrolled
             for (int i = 0; i < parts; ++i) {
@@ -217,15 +261,16 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
         most = __reduce_max_sync(~0u, most);
         unsigned width[V::words], key = 0;
-        bool may[V::words], fits[V::words];
+        bool may[V::words], fits[V::words], any = false;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             int rank = lane + 32 * i, slack = fill.slack[i];
-            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && near >> rank & 1;
-            width[i] = unsigned(slack) + unsigned((unsigned long long)unsigned(slack) * unsigned(fill.noise[i]) >> 10);
+            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && near[i];
+            width[i] = slack + unsigned((unsigned long long)unsigned(slack) * fill.noise[i] >> 32);
             fits[i] = may[i] && !rule.widest && slack >= min(need, most);
+            any |= fits[i];
         }
-        bool any = vote<V>(fits) != 0;
+        any = __any_sync(~0u, any);
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             width[i] = any ? (fits[i] ? ~width[i] : 0) : may[i] ? width[i] : 0;
@@ -233,71 +278,68 @@ __device__ void make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
         key = __reduce_max_sync(~0u, key);
         if (key == 0) {
-            stuck |= self;
+            #pragma unroll
+            for (int i = 0; i < V::words; ++i) stuck[i] |= lane + 32 * i == from;
+            __syncwarp();  // all lanes have read holders and tokens before a later step writes them
             continue;
         }
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = width[i] == key;
-        int to = lowest_of<V>(vote<V>(flag)), slack = of_rank<V>(fill.slack, to), used = of_rank<V>(fill.used, to);
-        int used_here = of_rank<V>(fill.used, from);
+        int to = first_of<V>(flag), slack = of_rank<V>(fill.slack, to), used = G == 1 ? 0 : of_rank<V>(fill.used, to);
         // No more than the excess, but all of the slack where the rest of it would be wasted.
         int aim = min(need, slack);
-        if (slack > need && used == G - 1 && used_here < G &&
-            (long long)(slack - need) > (total_slack(fill, G) >> rule.shift))
+        if (slack > need && used == G - 1 && of_rank<V>(fill.used, from) < G &&
+            is_wasted(fill, G, slack - need, rule.shift))
             aim = slack;
 
-        // Its expert. The rank holds none that has tokens here, or they would have moved along that copy.
-        bool enough[parts];
-        any = false;
-        #pragma unroll unrolled
-        for (int i = 0; i < parts; ++i) {
-            if (x[i] < least) x[i] = 0;
-            enough[i] = !rule.largest && x[i] >= aim;
-            any |= enough[i];
+        // Its expert: that with fewest tokens of those that suffice, else that with most. The rank holds none that
+        // has tokens here, or they would have moved along that copy.
+        int had = most;
+        unsigned chosen = ~0u;
+        if (!rule.largest && most >= aim) {
+            #pragma unroll unrolled
+            for (int i = 0; i < parts; ++i)
+                if (x[i] >= aim) chosen = min(chosen, unsigned(x[i]));
+            had = int(__reduce_min_sync(~0u, chosen));
         }
-        any = __any_sync(~0u, any);
-        unsigned choice = 0;
-        int place = 0;
+        chosen = ~0u;
         #pragma unroll unrolled
-        for (int i = 0; i < parts; ++i) {
-            unsigned value = any ? (enough[i] ? ~unsigned(x[i]) : 0) : unsigned(x[i]);
-            if (value <= choice) continue;
-            choice = value;
-            place = lane + 32 * i;
-        }
-        unsigned highest = __reduce_max_sync(~0u, choice);
-        place = int(__reduce_min_sync(~0u, choice == highest ? unsigned(place) : ~0u));
-        int had = tokens[place], what = experts[place], moved = min(aim, had);
-        __syncwarp();  // all lanes have read what the guest takes before the first writes it
-        if (lane == 0) {
-            int slot = to * S + S - G + used;
+        for (int i = 0; i < parts; ++i)
+            if (x[i] == had) chosen = min(chosen, unsigned(lane + 32 * i));
+        int place = int(__reduce_min_sync(~0u, chosen));
+        moved = min(aim, had);
+        if (lane == place % 32) {  // it alone has read what it writes
+            int slot = to * S + S - G + used, what = experts[place];
             tokens[place] = had - moved;
             fill.tokens[slot] = moved;
             fill.expert[slot] = short(what);
             fill.holders[what] |= Set(1) << to;
         }
         #pragma unroll
-        for (int i = 0; i < V::words; ++i) fill.used[i] += lane + 32 * i == to;
+        for (int i = 0; i < V::words; ++i) {
+            fill.used[i] += lane + 32 * i == to;
+            stuck[i] = false;
+        }
         move_load(fill, from, to, moved);
         ++fill.copies;
-        stuck = 0;
+        if (__any_sync(~0u, unsigned(fill.copies) > most_copies)) return false;
         __syncwarp();  // the guest is there before the next step reads what there is
     }
+    return true;
 }
 
 // The most guests of experts with one home, in a fill that is done.
 template <typename V>
 __device__ int most_sent(const Start<V>& start, Fill<V>& fill) {
     int lane = threadIdx.x % 32, G = start.num_slots, most = 0;
-    __syncwarp();  // nothing reads slack any more, whose place the numbers take
-    for (int rank = lane; rank < V::size; rank += 32) fill.slack_of[rank] = 0;
+    for (int rank = lane; rank < V::size; rank += 32) fill.sent_of[rank] = 0;
     __syncwarp();  // all numbers are zero before any is raised
     for (int i = lane; i < start.ranks * G; i += 32) {
         int expert = fill.expert[i / G * start.num_places + start.num_places - G + i % G];
-        if (expert >= 0) atomicAdd(&fill.slack_of[start.residents[expert].home], 1);
+        if (expert >= 0) atomicAdd(&fill.sent_of[start.residents[expert].home], 1);
     }
     __syncwarp();  // all guests are counted before the most is looked for
-    for (int rank = lane; rank < V::size; rank += 32) most = max(most, fill.slack_of[rank]);
+    for (int rank = lane; rank < V::size; rank += 32) most = max(most, fill.sent_of[rank]);
     return __reduce_max_sync(~0u, most);
 }
 
@@ -314,10 +356,10 @@ struct Speeds {
             int rank = threadIdx.x % 32 + 32 * i;
             if (general && p.speed != nullptr && rank < number) own[i] = p.speed[ranks[rank]];
         }
-        if (!general) return;
-        for (int rank = threadIdx.x % 32; p.speed != nullptr && rank < p.num_ranks; rank += 32)
-            largest = max(largest, p.speed[rank]);
-        largest = __reduce_max_sync(~0u, largest);
+        if (general && p.speed != nullptr) {
+            for (int rank = threadIdx.x % 32; rank < p.num_ranks; rank += 32) largest = max(largest, p.speed[rank]);
+            largest = __reduce_max_sync(~0u, largest);
+        }
     }
 
     // The load of a rank at which it takes as long as the fastest of all with the load `level`.
@@ -410,6 +452,9 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
     static_assert(V::threads == 32 * FILLS, "each warp makes a fill");
     __shared__ unsigned bucket_of[NUM_ROUNDS][FILLS], rest_of[NUM_ROUNDS][FILLS];
     __shared__ int top_of[NUM_ROUNDS][FILLS], limit_of[NUM_ROUNDS][FILLS];
+    __shared__ unsigned fewest;
+    if (threadIdx.x == 0) fewest = 0;
+    __syncthreads();  // `fewest` is there before any fill ends
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = start.num_slots;
     Fill<V> fill(shared + warp * num_bytes, start.num_experts, start.num_places);
     Rule rule(RULES[warp]);
@@ -421,29 +466,38 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
         #pragma unroll
         for (int i = 0; i < V::words; ++i) limit[i] = speeds.limit(at, i);
         begin_fill(start, fill, rule, round * FILLS + warp, limit);
-        if (start.num_places <= 32) make_fill<V, 1>(start, fill, rule, g.min_tokens, steps);
-        else if (start.num_places <= 64) make_fill<V, 2>(start, fill, rule, g.min_tokens, steps);
-        else make_fill<V, MAX_PLACES / 32>(start, fill, rule, g.min_tokens, steps);
-
-        int top = 0;
-        bool over = false, over_target = false;
-        #pragma unroll
-        for (int i = 0; i < V::words; ++i) {
-            int load = limit[i] - fill.slack[i];
-            if (lane + 32 * i >= start.ranks) continue;
-            top = max(top, speeds.level(load, i));
-            over |= -fill.slack[i] >= g.min_tokens;
-            over_target |= load - speeds.limit(target, i) >= g.min_tokens;
-        }
-        top = __reduce_max_sync(~0u, top);
-        over = __any_sync(~0u, over);
-        over_target = __any_sync(~0u, over_target);
-        int sent = most_sent(start, fill);
-        if (lane == 0) {
-            bucket_of[round][warp] = over_target ? unsigned(top - target + width - 1) / unsigned(width) : 0;
-            rest_of[round][warp] = unsigned(fill.copies) << 20 | unsigned(sent) << 8 | unsigned(round * FILLS + warp);
-            top_of[round][warp] = top;
-            limit_of[round][warp] = over ? ~at : at;
+        int least = g.min_tokens;
+        bool is_whole = start.num_places <= 32   ? make_fill<V, 1>(start, fill, rule, least, steps, &fewest)
+                        : start.num_places <= 64 ? make_fill<V, 2>(start, fill, rule, least, steps, &fewest)
+                                                 : make_fill<V, MAX_PLACES / 32>(start, fill, rule, least, steps, &fewest);
+        if (is_whole) {
+            int top = 0;
+            bool over = false, over_target = false;
+            #pragma unroll
+            for (int i = 0; i < V::words; ++i) {
+                int load = limit[i] - fill.slack[i];
+                if (lane + 32 * i >= start.ranks) continue;
+                top = max(top, speeds.level(load, i));
+                over |= -fill.slack[i] >= least;
+                over_target |= load - speeds.limit(target, i) >= least;
+            }
+            top = __reduce_max_sync(~0u, top);
+            over = __any_sync(~0u, over);
+            over_target = __any_sync(~0u, over_target);
+            if (lane == 0 && !over_target) atomicMax(&fewest, ~unsigned(fill.copies));
+            int sent = most_sent(start, fill);
+            if (lane == 0) {
+                bucket_of[round][warp] = over_target ? unsigned(top - target + width - 1) / unsigned(width) : 0;
+                rest_of[round][warp] =
+                    unsigned(fill.copies) << 20 | unsigned(sent) << 8 | unsigned(round * FILLS + warp);
+                top_of[round][warp] = top;
+                limit_of[round][warp] = over ? ~at : at;
+            }
+        } else if (lane == 0) {
+            bucket_of[round][warp] = ~0u;
+            rest_of[round][warp] = ~0u;
+            top_of[round][warp] = 0;
+            limit_of[round][warp] = ~at;
         }
         __syncthreads();  // all fills of the round are judged before the best is looked for
         bool is_fill = lane < FILLS;
@@ -498,7 +552,7 @@ __device__ bool choose(const Problem& p, const Guests& g, const typename V::Set*
     if (level <= target) return false;
     int num_places = V::size * start.num_places, set = sizeof(typename V::Set);
     int of_start = (6 * num_places + 4 * V::size + 7) / 8 * 8;
-    int of_fill = (set * start.num_experts + 6 * num_places + 8 * V::size + 7) / 8 * 8;
+    int of_fill = (set * start.num_experts + 6 * num_places + 4 * V::size + 7) / 8 * 8;
     return fill_slots<V, general>(g, start, speeds, shared + of_start, of_fill, target, level, guests, filled);
 }
 

@@ -27,9 +27,15 @@ struct Experts {
     Edge* edges;                // [size * max_edges] by rank
 };
 
-// Makes the quotas of the component's experts zero, by whole warps: most copies do not exist.
+// Makes the quotas of the component's experts zero, by whole warps: most copies do not exist. A component alone
+// has all of them, in a row.
 template <typename V>
 __device__ void zero_quotas(const Problem& p, const Experts<V>& experts, int* __restrict__ quota) {
+    if (p.num_components == 1) {
+        #pragma unroll 8
+        for (int i = threadIdx.x; i < p.num_experts * p.max_replicas; i += V::threads) quota[i] = 0;
+        return;
+    }
     int lane = threadIdx.x % 32;
     for (int first = threadIdx.x - lane; first < experts.number; first += V::threads) {
         int own = first + lane < experts.number ? experts.residents[first + lane].expert : 0;

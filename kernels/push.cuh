@@ -24,8 +24,8 @@ __device__ void make_ready(const Edge* edges, int number, int chunk, ResidualEdg
         if (edge.arc < 0) continue;
         int begin = place - edge.nth;
         unsigned long long all = (1ull << edge.number) - 1;
-        unsigned same(begin < 0 ? all >> -begin : all << begin);
-        residual[i] = {typename V::Set(1) << edge.target, edge.arc, edge.to, edge.target, same};
+        residual[i] = {typename V::Set(1) << edge.target, edge.arc, edge.to, edge.target,
+                       unsigned(begin < 0 ? all >> -begin : all << begin)};
     }
 }
 

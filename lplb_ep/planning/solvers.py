@@ -106,7 +106,7 @@ def _guest_bytes(capacity: Capacity) -> int:
     of_ranks = c.size * (4 * c.num_places + 4 + 4 * -(-c.max_experts // 32) + 2 * c.num_guests)
     of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
     start = _multiple(8, c.size * (6 * c.num_places + 4))
-    of_fill = _multiple(8, c.max_experts * a_set + c.size * (6 * c.num_places + 8))
+    of_fill = _multiple(8, c.max_experts * a_set + c.size * (6 * c.num_places + 4))
     choice = max(start + len(RULES) * of_fill, 4 * c.num_components)
     return _multiple(16, of_experts + of_ranks) + max(of_arcs, choice)
 

@@ -432,14 +432,14 @@ FAULTS = [
     Fault(
         "a copy takes more than its slack",
         "choose.cuh",
-        "q = min(min(x[i], need), fill.slack_of[rank]);",
-        "q = fill.slack_of[rank] > 0 ? min(x[i], need) : 0;",
+        "int taken = min(able, fill.slack[w]);",
+        "int taken = fill.slack[w] > 0 ? able : 0;",
     ),
     Fault(
         "excess moves to any priority",
         "choose.cuh",
-        "if (lower >= own || ~lower <= key) continue;",
-        "if (~lower <= key) continue;",
+        "lower >= unsigned(best) || ~lower <= key) continue;",
+        "~lower <= key) continue;",
     ),
     Fault(
         "guests do not count as copies", "choose.cuh", "fill.holders[what] |= Set(1) << to;", ";"
@@ -454,14 +454,14 @@ FAULTS = [
     Fault(
         "the last slot fills up always",
         "choose.cuh",
-        "(long long)(slack - need) > (total_slack(fill, G) >> rule.shift))",
+        "is_wasted(fill, G, slack - need, rule.shift))",
         "true)",
     ),
     Fault(
         "guests suffice by one",
         "choose.cuh",
-        "enough[i] = !rule.largest && x[i] >= aim;",
-        "enough[i] = !rule.largest && x[i] > aim;",
+        "if (x[i] >= aim) chosen",
+        "if (x[i] > aim) chosen",
     ),
     Fault(
         "later rounds aim at the target",
@@ -470,6 +470,18 @@ FAULTS = [
         "int at = round >= 0 ? target :",
     ),
     Fault("limits that sufficed are not noted", "choose.cuh", "over ? ~at : at;", "~at;"),
+    Fault(
+        "fills with as many guests as the best are given up",
+        "choose.cuh",
+        "unsigned(fill.copies) > most_copies",
+        "unsigned(fill.copies) >= most_copies",
+    ),
+    Fault(
+        "sums of slack are always narrow",
+        "choose.cuh",
+        "__reduce_max_sync(~0u, highest) <= MAX_TOTAL / start.ranks",
+        "__reduce_max_sync(~0u, highest) <= MAX_TOTAL",
+    ),
     Fault(
         "the number of copies does not count",
         "choose.cuh",
