@@ -373,21 +373,29 @@ struct Speeds {
     }
 };
 
+// The expert whose resident is in a place, of those of all ranks in a row. -1: none, or a guest slot.
+template <typename V>
+__device__ int resident_in(const Guests& g, int i) {
+    int S = g.num_local_slots, residents = S - g.num_slots, rank = i / S, place = i % S;
+    if (rank >= V::size || place >= residents) return -1;
+    return g.places[(blockIdx.x * V::size + rank) * residents + place];
+}
+
 // Lays out what all fills begin from: every expert evenly over its residents, the ranks' base loads beside.
+// `in_place`: the expert in this thread's first place.
 template <typename V>
 __device__ Start<V> make_start(const Problem& p, const Guests& g, const typename V::Set* holders, const int* load,
-                               const int* ranks, int num_ranks, char* shared) {
-    int num_experts = g.num_experts[blockIdx.x], S = g.num_local_slots, residents = S - g.num_slots;
+                               const int* ranks, int num_ranks, int in_place, char* shared) {
+    int num_experts = g.num_experts[blockIdx.x], S = g.num_local_slots;
     int *tokens = reinterpret_cast<int*>(shared), *load_of_rank = tokens + V::size * S;
     Start<V> start{num_ranks, num_experts, S, g.num_slots, g.num_ranks_per_node,
                    g.residents + blockIdx.x * p.net.max_experts, holders, tokens,
                    reinterpret_cast<short*>(load_of_rank + V::size), load_of_rank};
-    const short* places = g.places + blockIdx.x * V::size * residents;
     if (threadIdx.x < V::size)
         start.load[threadIdx.x] = p.base != nullptr && threadIdx.x < num_ranks ? p.base[ranks[threadIdx.x]] : 0;
     __syncthreads();  // base loads are there before tokens are added
     for (int i = threadIdx.x; i < num_ranks * S; i += V::threads) {
-        int rank = i / S, place = i % S, expert = place < residents ? places[rank * residents + place] : -1, own = 0;
+        int rank = i / S, expert = i < V::threads ? in_place : resident_in<V>(g, i), own = 0;
         if (expert >= 0) {
             int number = number_of<V>(holders[expert]), nth = number_of<V>(holders[expert] & below<V>(rank));
             own = load[expert] / number + (nth < load[expert] % number);
@@ -469,7 +477,8 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
         int least = g.min_tokens;
         bool is_whole = start.num_places <= 32   ? make_fill<V, 1>(start, fill, rule, least, steps, &fewest)
                         : start.num_places <= 64 ? make_fill<V, 2>(start, fill, rule, least, steps, &fewest)
-                                                 : make_fill<V, MAX_PLACES / 32>(start, fill, rule, least, steps, &fewest);
+                                                 : make_fill<V, MAX_PLACES / 32>(start, fill, rule, least, steps,
+                                                                                 &fewest);
         if (is_whole) {
             int top = 0;
             bool over = false, over_target = false;
@@ -536,11 +545,11 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
 // that of the best plan over the residents.
 template <typename V, bool general>
 __device__ bool choose(const Problem& p, const Guests& g, const typename V::Set* holders, const int* load,
-                       const Component<V>& c, char* shared, int total, short* guests, int* filled) {
+                       const Component<V>& c, char* shared, int total, int in_place, short* guests, int* filled) {
     Speeds<V, general> speeds(p, c.ranks, c.shape.ranks);
     int mean = highest_mean(p, speeds, total, c.shape.ranks, shared), lane = threadIdx.x % 32;
     int target = int(min(mean + (long long)mean * g.tolerance / GUEST_PARTS, (long long)MAX_TOTAL));
-    Start<V> start = make_start<V>(p, g, holders, load, c.ranks, c.shape.ranks, shared);
+    Start<V> start = make_start<V>(p, g, holders, load, c.ranks, c.shape.ranks, in_place, shared);
     int level = 0;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {

@@ -21,6 +21,7 @@ struct Experts {
     int* filled;                // [size, num_local_slots] tokens of each place in the fill that chose them
     unsigned* of_rank;          // [size, words] experts with several copies, as bits
     int* num_edges;             // [size] of each rank
+    int in_place;               // the expert in this thread's place, of those of all ranks; -1: none, or a guest slot
     Arc* arcs;                  // [max_arcs] by expert, then rank
     int* tokens;                // [max_arcs] of each copy
     int* load_by_place;         // [max_arcs] of experts with several copies
@@ -160,6 +161,7 @@ __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& 
 template <typename V>
 __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
     typedef typename V::Set Set;
+    constexpr int bits_of_set = 8 * sizeof(Set);
     int rank = threadIdx.x / V::parts, part = threadIdx.x % V::parts, lane = threadIdx.x % 32;
     int first = 0, before = 0;
     #pragma unroll
@@ -179,16 +181,16 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
     for (int word = 0; word < experts.words; ++word) {
         for (unsigned bits = experts.of_rank[rank * experts.words + word]; bits != 0; bits &= bits - 1) {
             int i = word * 32 + __ffs(bits) - 1, place = experts.place[i];
-            Set holders = experts.ranks[i], lower = holders & below<V>(rank), rest[2] = {holders & ~lower, lower};
-            int others = number_of<V>(holders) - 1, arc = place + number_of<V>(lower);
-            rest[0] &= rest[0] - 1;  // the ranks behind this one
-            // Neighbours begin with different targets, not to fill all the same one.
+            Set holders = experts.ranks[i];
+            int others = number_of<V>(holders) - 1, own = number_of<V>(holders & below<V>(rank)), arc = place + own;
+            // Neighbours begin with different targets, not to fill all the same one: from this rank, which is the
+            // lowest bit, up and around.
+            Set rest = holders >> rank | holders << ((bits_of_set - rank) % bits_of_set);
             for (int nth = 0; nth < others; ++nth) {
-                int half = rest[0] == 0, target = lowest_of<V>(half ? rest[1] : rest[0]);
-                if (half) rest[1] &= rest[1] - 1;
-                else rest[0] &= rest[0] - 1;
+                rest &= rest - 1;
                 if (nth % V::parts != part) continue;
-                int to = place + number_of<V>(holders & below<V>(target));
+                int target = (lowest_of<V>(rest) + rank) % bits_of_set, behind = own + 1 + nth;
+                int to = place + (behind <= others ? behind : behind - others - 1);
                 edges[number + nth] = {short(arc), short(to), (unsigned char)(target), (unsigned char)(nth),
                                        (unsigned char)(others)};
             }
@@ -204,7 +206,7 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
     __syncwarp();  // the edges of a rank are made before its threads read them
 }
 
-// Lays out the component in shared memory.
+// Lays out the component in shared memory. The ranks of the experts come later.
 template <typename V>
 __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     const Network& net = p.net;
@@ -225,8 +227,7 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     experts.edges = reinterpret_cast<Edge*>(experts.arcs + net.max_arcs);
     experts.load_by_place = reinterpret_cast<int*>(experts.edges + V::size * net.max_edges);
     experts.tokens = experts.load_by_place + net.max_arcs;
-    for (int i = threadIdx.x; i < net.max_experts; i += V::threads)  // behind the last there are none
-        experts.ranks[i] = typename V::Set(experts.residents[i].ranks);
+    experts.in_place = resident_in<V>(g, threadIdx.x);
     for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
     return experts;
 }
@@ -235,10 +236,11 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
 template <typename V>
 __device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
     int residents = g.num_local_slots - g.num_slots;
-    const short* places = g.places + blockIdx.x * V::size * residents;
     for (int i = threadIdx.x; i < c.shape.ranks * g.num_local_slots; i += V::threads) {
-        int rank = i / g.num_local_slots, place = i % g.num_local_slots, guest = place - residents;
-        int expert = guest < 0 ? places[rank * residents + place] : experts.guests[rank * g.num_slots + guest];
+        int rank = i / g.num_local_slots, guest = i % g.num_local_slots - residents;
+        int expert = guest >= 0      ? experts.guests[rank * g.num_slots + guest]
+                     : i < V::threads ? experts.in_place
+                                      : resident_in<V>(g, i);
         if (expert < 0 || number_of<V>(experts.ranks[expert]) == 1) continue;
         c.tokens[experts.place[expert] + number_of<V>(experts.ranks[expert] & below<V>(rank))] = experts.filled[i];
         atomicAdd(&c.movable()[rank], experts.filled[i]);
@@ -309,10 +311,15 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[blockIdx.x * net.max_experts + expert] : -1;
     Experts<V> experts = lay_out<V>(p, g, shared);
+    // Needed late, so it is under way early. Behind the last expert there are no ranks.
+    auto ranks_of = [&](int i) { return i < net.max_experts ? Set(experts.residents[i].ranks) : Set(0); };
+    Set ranks = ranks_of(threadIdx.x);
     Component<V> c{experts.arcs, nullptr, experts.tokens, first_of_rank, second_of_rank, targets, layers,
                    net.shape[blockIdx.x], nullptr, net.ranks + blockIdx.x * V::size, p.speed, nullptr, 0};
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[c.ranks[threadIdx.x]] : 0;
     Ending ending = add_up<V, general>(p, experts.load, c.staying(), quota, sharing, packed, base);
+    for (int i = threadIdx.x; i < net.max_experts; i += V::threads)
+        experts.ranks[i] = i < V::threads ? ranks : ranks_of(i);
     zero_quotas(p, experts, quota);
     ending.status = max(ending.status, p.status);
     bool is_filled = false;
@@ -340,7 +347,7 @@ struct Chooser {
 
     __device__ bool operator()(const Experts<V>& experts, const Component<V>& c, int total) const {
         return choose<V, general>(p, g, experts.ranks, experts.load, c, reinterpret_cast<char*>(experts.arcs), total,
-                                  experts.guests, experts.filled);
+                                  experts.in_place, experts.guests, experts.filled);
     }
 };
 

@@ -40,7 +40,11 @@ USUAL = (
     ("eplb", 64, 2),
 )
 """Placement, ranks and redundant experts a rank."""
-USUAL_WITH_GUESTS = tuple(("eplb", ranks, few) for ranks in (8, 32, 64) for few in (0, 1))
+USUAL_WITH_GUESTS = (
+    ("homes", 8, 0),
+    ("homes", 64, 0),
+    *(("eplb", ranks, few) for ranks in (8, 32, 64) for few in (0, 1)),
+)
 """The same, where ranks have guest slots."""
 
 

@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     bench.set_defaults(command=_run)
     bench.add_argument("--calls", action="store_true", help="time calls on the CPU; needs no GPU")
     bench.add_argument("--ranks", type=int, metavar="R", help="with --calls the planner's; 8")
-    bench.add_argument("--redundant", type=int, metavar="D", help="on each rank; 2")
+    bench.add_argument("--redundant", type=int, metavar="D", help="on each rank; 2, none of homes")
     bench.add_argument("--guests", type=int, default=0, metavar="G", help="slots of a rank; 0")
     bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
     bench.add_argument("--tokens", type=int, metavar="T", help="of a rank; 8192, with --calls 64")
@@ -88,8 +88,9 @@ def _measure_plans(args: argparse.Namespace) -> int:
 
 def _chosen(args: argparse.Namespace, num_ranks: int) -> tuple[str, int, int]:
     """The placement's kind, ranks and redundant experts a rank."""
-    redundant = 2 if args.redundant is None else args.redundant
-    return args.placement or "eplb", num_ranks, redundant
+    kind = args.placement or "eplb"
+    usual = 0 if kind == "homes" else 2
+    return kind, num_ranks, usual if args.redundant is None else args.redundant
 
 
 def _prepare(
