@@ -158,7 +158,7 @@ class Guests:
         """
         pool = self._pool(slot)
         if pool.stay is stay:
-            stay.is_awaited = True
+            stay.is_awaited, stay.awaited_in = True, graph_task()
             pool.put(stay)
             return
         obstacle = self._obstacle()
@@ -301,7 +301,7 @@ class Guests:
             )
 
     def _push(self, stay: Stay, pool: GuestPool, status: Tensor | None = None) -> None:
-        stay.is_awaited = True
+        stay.is_awaited, stay.awaited_in = True, graph_task()
         pool.put(stay)
         self._rescan()
         weights: list[Sequence[Tensor]] = []

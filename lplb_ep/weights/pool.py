@@ -38,6 +38,8 @@ class Stay:
     """The backward pass that it was made in, -1 outside of any."""
     is_awaited: bool = True
     """Whether its experts have still to run, forward or backward."""
+    awaited_in: int = -1
+    """The backward pass in which they have to run, -1: outside of any."""
 
 
 class GuestPool:
@@ -130,8 +132,9 @@ class GuestPool:
         if self._goes_home:
             # Whose weights are asked for is not known while a batch is in flight.
             who = str(stay.owner) if stay is not None and stay.is_awaited else ""
+            has_failed = stay is not None and stay.awaited_in >= 0 and graph_task() < 0
             del stay  # the traceback must not refer to it
-            if who:
+            if who and not has_failed:
                 self._refuse(who)
             return None
         if stay is not None and stay.owner is owner:
@@ -199,6 +202,8 @@ class GuestPool:
         """Whose batch is in the way of another one; empty: none."""
         stay = self.stay
         if stay is None or not stay.is_awaited:
+            return ""
+        if stay.awaited_in >= 0 and graph_task() < 0:  # that backward pass has failed
             return ""
         return "" if stay.owner is owner and graph_task() >= 0 else str(stay.owner)
 

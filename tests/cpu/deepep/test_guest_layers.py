@@ -394,6 +394,25 @@ def test_a_batch_that_goes_home_does_not_take_the_place_of_one_in_flight():
     ranks.run(2, home_meanwhile)
 
 
+def failed_backward(group):
+    """A backward pass fails between the pushes and the experts. Autograd keeps its nodes."""
+    layer = MoE(group, Placement.homes_only(E, 2, G), "legacy")
+    for _ in range(2):
+        x, weights, topk_idx = batch_of(group.rank(), 0)
+        loss = layer(x, weights, topk_idx).pow(2).sum()
+        with torch.no_grad():
+            layer.experts.w1.mul_(1.0)
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            loss.backward()
+    for mode in ("home", "1"):
+        layer.mode = mode
+        layer(x, weights, topk_idx).pow(2).sum().backward()
+
+
+def test_after_a_backward_pass_that_failed_other_batches_go_on():
+    ranks.run(2, failed_backward)
+
+
 def absent(group):
     """A rank does not come to a push: the others name it."""
     group = dist.new_group()
