@@ -102,13 +102,13 @@ __device__ void put_copy(const Problem& p, const Guests& g, const Experts<V>& ex
                          int rank, int column, int nth, int slot) {
     typename V::Set holders = experts.ranks[i];
     int place = experts.place[i], expert = experts.residents[i].expert, quota = expert * p.max_replicas + column;
-    experts.arcs[place + number_of<V>(holders & below<V>(rank))] = {holders, quota, short(place), short(rank)};
+    experts.arcs[place + number_of<V>(holders & below<V>(rank))] = Arc{holders, quota, short(place), short(rank)};
     atomicOr(&experts.of_rank[rank * experts.words + i / 32], 1u << i % 32);
     atomicAdd(&experts.num_edges[rank], number_of<V>(holders) - 1);
     if (g.lookup == nullptr) return;
     int global = ranks[rank];
     g.copies[blockIdx.x * g.max_copies + place + nth] =
-        {short(global), short(global / g.num_ranks_per_node), slot, expert, quota};
+        Copy{short(global), short(global / g.num_ranks_per_node), slot, expert, quota};
 }
 
 // How many guests of an expert come before that of a slot: those of lower local slots, then of lower ranks.
