@@ -16,7 +16,8 @@ them. With `--shift` a layer's live load is that of another layer, as after a ch
 - forced: DeepEP with picks that are equal for all experts, as a router forced into balance makes.
 
 A way's time is that of a pass over all layers divided by their number: the median of passes of the
-slowest rank, by the GPU's clock. Outputs are compared with plain's in every way but forced.
+slowest rank, by the GPU's clock. Outputs are compared with plain's in every way but forced. So are
+gradients of the first layer's expert with most load, in the ways with guests.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 
 import lplb_ep
 from lplb_ep import GuestPool, Guests, Placement
+from lplb_ep.comm.collectives import everyone
 from lplb_ep.tools.recordings import load_recording
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -128,6 +130,7 @@ class Experts(nn.Module):
 
     def __init__(self, experts: list[int], layer: int, sizes: Sizes) -> None:
         super().__init__()
+        self.experts = experts
         shapes = {
             "enter": (sizes.hidden, 2 * sizes.width),
             "leave": (sizes.width, sizes.hidden),
@@ -168,6 +171,7 @@ class MoE:
         self.buffer, self.experts, self.guests = buffer, experts, guests
         self.pools = [] if pool is None else [pool]
         self.topk_idx, self.sizes = topk_idx, sizes
+        self.table = torch.empty(0, dtype=torch.int32)  # of the last batch's guests
         self.topk_weights = torch.full(
             topk_idx.shape, 1 / sizes.num_topk, device=topk_idx.device, requires_grad=True
         )
@@ -179,6 +183,9 @@ class MoE:
         if self.guests is None:
             stacks = [lambda: dict(self.experts.named_parameters())]
         else:  # guests arrive while residents compute
+            stay = self.pools[0].stay
+            assert stay is not None, "a batch went home"
+            self.table = stay.guests
             x, own, arrive = self.guests.split_weights(x)
             stacks = [lambda: own, arrive]
         flat = slots.flatten()
@@ -235,6 +242,7 @@ def measure(
     x = x.to(sizes.device, sizes.dtype)
     found: dict[str, Any] = {}
     expected: Tensor | None = None
+    gradient: Tensor | None = None
     for way in WAYS:
         layers = make_layers(way, group, sizes, live, learned, plain, balanced)
         out = forward(layers, x).detach()
@@ -250,6 +258,12 @@ def measure(
             ),
             **facts(layers),
         }
+        bound = 0.05 if sizes.on_gpu else 1e-4
+        if way == "plain" or way.startswith("guests"):
+            got = gradient_of(int(live[0].argmax()), layers[0], group)
+            gradient = got if gradient is None else gradient
+            error = float((got - gradient).abs().max() / gradient.abs().max())
+            assert error < bound, f"gradients of {way} differ from plain's: {error}"
         del layers
         if sizes.on_gpu:
             torch.cuda.empty_cache()
@@ -310,6 +324,16 @@ def forward(layers: list[MoE], x: Tensor) -> Tensor:
     return x
 
 
+def gradient_of(expert: int, layer: MoE, group: dist.ProcessGroup) -> Tensor:
+    """[64, 2 width] the first rows of an expert's gradient, from the rank where it is at home."""
+    held, mine = layer.experts.experts, None
+    if expert in held:
+        grad = layer.experts.enter.grad
+        assert grad is not None, "the layer has run both ways"
+        mine = grad[held.index(expert), :64].float().cpu()
+    return next(one for one in everyone(group, mine) if one is not None)
+
+
 def both_ways(layers: list[MoE], x: Tensor) -> None:
     for layer in layers:
         layer.experts.zero_grad()
@@ -345,13 +369,14 @@ def facts(layers: list[MoE]) -> dict[str, Any]:
     pools = {id(pool): pool.num_bytes for layer in layers for pool in layer.pools}
     return {
         "rows": [layer.num_rows for layer in layers],
+        "copies": [int((layer.table >= 0).sum()) for layer in layers],
         "weights": weights,
         "pool": sum(pools.values()),
     }
 
 
 def summary(of_ranks: list[dict[str, Any]], num_layers: int) -> dict[str, dict[str, float]]:
-    """By way: milliseconds a layer, the worst layer's balance, and gigabytes of a rank."""
+    """By way: milliseconds a layer, the worst layer's balance, copies, gigabytes of a rank."""
     found = {}
     for way in WAYS:
         ranks_ = [of_rank[way] for of_rank in of_ranks]
@@ -363,6 +388,7 @@ def summary(of_ranks: list[dict[str, Any]], num_layers: int) -> dict[str, dict[s
         found[way] = {
             **times,
             "largest / mean rows": max(len(of) * max(of) / sum(of) for of in rows),
+            "copies a layer": statistics.mean(ranks_[0]["copies"]),
             "weights, GB a layer": max(rank["weights"] for rank in ranks_) / num_layers / 1e9,
             "pool, GB": max(rank["pool"] for rank in ranks_) / 1e9,
         }

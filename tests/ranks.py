@@ -11,10 +11,12 @@ import functools
 import logging
 import multiprocessing as mp
 import os
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _context = mp.get_context("forkserver")
@@ -23,12 +25,15 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "scipy.sparse.csg
 
 def _serve(rank: int, num_ranks: int, store: str, pipe: Any) -> None:
     import datetime
+    import faulthandler
     import warnings
 
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("error")
+    stacks = open(f"{store}.stack{rank}", "w")  # noqa: SIM115  (as long as the process)
+    faulthandler.register(signal.SIGUSR1, stacks)
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -66,6 +71,16 @@ class _Pool:
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
+
+    def stack(self, rank: int) -> str:
+        """Where a rank is; empty if it is stopped or still starts."""
+        process, path = self.processes[rank], Path(self.folder.name) / f"store.stack{rank}"
+        if not process.is_alive() or not path.exists():
+            return ""
+        assert process.pid is not None, "it has started"
+        os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1.0)
+        return path.read_text()
 
     def close(self) -> None:
         for process in self.processes:
@@ -135,8 +150,10 @@ def run(
     until = time.monotonic() + timeout
     for rank, pipe in enumerate(pool.pipes):
         if not pipe.poll(max(0.0, until - time.monotonic())):
+            stack = pool.stack(rank)
             close()
-            late = TimeoutError(f"rank {rank} of {num_ranks} did not answer in {timeout} s")
+            said = f"rank {rank} of {num_ranks} did not answer in {timeout} s\n{stack}"
+            late = TimeoutError(said)
             raise late from (RanksFailedError(failures, num_ranks) if failures else None)
         try:
             ok, value = pipe.recv()
