@@ -265,7 +265,7 @@ def test_of_several_faults_the_first_is_raised_and_all_are_logged(flags_of, capl
     with pytest.raises(ValueError, match=r"neither -1 nor an expert in \[0, 3\)"):
         flags.raise_errors()
     for message in (
-        "STALE, the replicas",
+        "STALE, some rank's replicas",
         "NOT_CONVERGED",
         "BAD_COUNTS",
         "INFEASIBLE, an expert's load",

@@ -184,7 +184,7 @@ def test_stale_replicas_send_tokens_home_until_valid(make, mode, caplog):
     planner = next(iter(targets().values()))
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1}
-    assert "STALE, the replicas' weights are not known" in caplog.text
+    assert "STALE, some rank's replicas are not known" in caplog.text
     lplb_ep.mark_valid(placement)
     drop_in.get_dispatch_layout(TOPK, E)
     assert {s.name: n for s, n in planner.num_batches.items()} == {"STALE": 1, "OPTIMAL": 1}
