@@ -15,8 +15,8 @@ from .structs import Status
 
 REASONS = {
     Status.STALE: "STALE, some rank's replicas are not known to equal their homes, or its layer "
-    "has guest slots and no Guests that can fill them. Replicas.copy_weights() makes replicas equal; "
-    "LPLB_EP_REPLICAS=valid says that the program does",
+    "has guest slots and no Guests that can fill them. Replicas.copy_weights() makes replicas "
+    "equal; LPLB_EP_REPLICAS=valid says that the program does",
     Status.BAD_COUNTS: "BAD_COUNTS, the ranks' counts are negative or total more than 2**31 - 1",
     Status.NOT_CONVERGED: "NOT_CONVERGED, the solver ran out of rounds; please report the load",
     Status.INFEASIBLE: "INFEASIBLE, an expert's load is more than the max_quota of its copies",
