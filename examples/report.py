@@ -246,7 +246,7 @@ class Observer:
         Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
         beside = {}
         if self.args.guests:
-            label = f"at best with {STATIC} static copies a rank (first placed without a load)"
+            label = f"at best with {STATIC} static copies a rank"
             beside = {
                 "plan_label": "with guests (fetched for each batch)",
                 "others": {label: static[:, -1]},
