@@ -73,6 +73,10 @@ class Table(NamedTuple):
     num_chunks: int
 
 
+NO_TABLE = Table(torch.empty(0), torch.empty(0), 0, 0, 0)
+"""Of meetings, where nothing travels."""
+
+
 class Batch(NamedTuple):
     """What the launches of a batch have in common."""
 
@@ -200,9 +204,7 @@ class GuestLaunches:
         self._addresses = torch.tensor(words, dtype=torch.int64).to(device)
         # `num_used`, `met` and `num_done` in a word each, then `last`.
         self._state = torch.zeros(3 + self._num_ranks, dtype=torch.int64, device=device)
-        self.barrier = self._prepare(structs.MEET, 0, 0, 0)
-        """A meeting without a batch."""
-        self.runtime: Any = self.barrier.kernel.runtime
+        self.runtime: Any = self._kernel(structs.MEET).runtime
 
     def of_layer(self, layout: GuestLayout) -> LayerCalls:
         """The launches for a layer.

@@ -180,8 +180,13 @@ class GuestTransport(Protocol):
             RankError: a rank did not come in time; names it.
         """
 
-    def barrier(self) -> None:
-        """Has the ranks' current streams wait for one another, before a push without a plan."""
+    def barrier(self, layout: GuestLayout, guests: Tensor) -> None:
+        """Has the ranks' current streams wait for one another, before a push without a plan.
+
+        Args:
+            layout: of the layer.
+            guests: [R, G] int32, as in the push. Where it names no guest nobody waits.
+        """
 
 
 class _Row(NamedTuple):
@@ -266,7 +271,7 @@ class CollectiveGuests:
     def raise_errors(self) -> None:
         """Collectives raise at once."""
 
-    def barrier(self) -> None:
+    def barrier(self, layout: GuestLayout, guests: Tensor) -> None:
         """A rank writes its slots itself, when it comes to the push."""
 
     def _mover(self, layout: GuestLayout) -> Mover:

@@ -169,7 +169,7 @@ class Guests:
             )
         pool.check_free(self)
         pool.join()
-        pool.transport.barrier()
+        pool.transport.barrier(self._layout, stay.guests)
         self._push(stay, pool)
 
     def wait(self, slot: int = 0) -> None:

@@ -20,6 +20,7 @@ from ..gpu.launch import on_device
 from ..planning.kernels import CHUNK, NUM_STAGES
 from ..planning.structs import Sum
 from .guest_launches import (
+    NO_TABLE,
     Batch,
     GuestLaunches,
     LayerCalls,
@@ -108,7 +109,7 @@ class PeerGuests:
         self._current_stream = torch._C._cuda_getCurrentRawStream  # makes no object of it
         self._layers: WeakKeyDictionary[GuestLayout, LayerCalls] = WeakKeyDictionary()
         self._tables: dict[tuple[object, ...], Table] = {}
-        self._is_pending = self._is_captured = self._has_met = self._has_reduced = False
+        self._is_pending = self._is_captured = self._has_met = False
         self._keeps: tuple[object, ...] = ()
         self._captured: list[object] = []  # what graphs use
         say = functools.partial(_missing_ranks, self.missing, timeout_s)
@@ -162,7 +163,7 @@ class PeerGuests:
             calls.push(stream, batch, use, table, has_met=met, num_blocks=self.num_blocks)
             calls.wait(stream, batch, use, table, has_met=met)
             self._leave(guests, status, number, table, weights)
-        self._has_met = self._has_reduced = False
+        self._has_met = False
 
     def wait(self) -> None:
         """As `GuestTransport.wait`."""
@@ -173,12 +174,14 @@ class PeerGuests:
         """As `GuestTransport.join`."""
         self.wait()
 
-    def barrier(self) -> None:
+    def barrier(self, layout: GuestLayout, guests: Tensor) -> None:
         """As `GuestTransport.barrier`."""
         self.join()
+        calls = self._calls_for(layout)
         with on_device(self._device.index):
-            self._launches.barrier(self._current_stream(self._device.index))
-        self._has_met, self._has_reduced = True, False
+            stream = self._current_stream(self._device.index)
+            calls.meet(stream, _batch(guests, None, None), 0, NO_TABLE)
+        self._has_met = True
 
     def reduce(
         self,
@@ -230,10 +233,8 @@ class PeerGuests:
             stream, batch = self._enter(), _batch(guests, None, number)
 
             def meet() -> None:
-                calls.meet(stream, batch, 0 if number is None else number.use(), table)
+                calls.meet(stream, batch, 0 if number is None else number.use(), NO_TABLE)
 
-            if self._has_reduced:  # others may still read what this one overwrites
-                meet()
             with torch.cuda.stream(self.stream):
                 for block, part in zip(blocks, parts, strict=True):
                     if block is None or part is None:
@@ -243,8 +244,10 @@ class PeerGuests:
                             own.copy_(tensor)
             meet()
             calls.add(stream, batch, 0, table, has_met=True, num_blocks=self.num_blocks)
+            # Others have read this pool before anything overwrites it. The next table may be empty.
+            meet()
             self._leave(guests, number, table, parts, totals)
-        self._has_met, self._has_reduced = False, True
+        self._has_met = False
 
     def gradient_blocks(
         self, layout: GuestLayout, dtypes: Sequence[torch.dtype | None]
@@ -273,7 +276,7 @@ class PeerGuests:
             if end + size > self._memory.numel():
                 raise ValueError(
                     f"gradients of guests take more than the {self._memory.numel()} bytes of the "
-                    "pool: make it with num_gradient_bytes"
+                    "pool, which holds twice its weights: keep gradients in float32 or narrower"
                 )
             blocks.append([*self._memory[end : end + size].view(dtype).view(-1, *shape)])
             end += -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -152,7 +152,7 @@ def test_guests_come_whole(numbered, order, driver):
 
         def push(rank, one, step=step, experts=experts, guests=guests, number=number):
             if not numbered or step % 2:
-                one.barrier()
+                one.barrier(group.layout, guests)
             own = group.own(experts, rank, step < 2)
             one.push(group.layout, own, guests, None, BatchNumber(number) if numbered else None)
             one.wait()
@@ -238,3 +238,53 @@ def test_what_the_kernels_do_not_take_is_refused(driver):
     with pytest.raises(TypeError, match=r"gradients of bias are of .*float16.*can be added"):
         first.reduce(layout, halves, homes, guests)
     assert not driver.operations
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+def test_a_rank_may_stay_away_from_an_empty_batch(order, driver):
+    """As one does whose weights are invalid; a reduction before and one behind are whole."""
+    group = Ranks(driver, 2, 1, timeout_s=0.1)
+    layout, second = group.layout, group.all[1]
+    experts = guest_ranks.draw_experts(layout, 0, CPU)
+    none = torch.full((2, 1), -1, dtype=torch.int32)
+    guests = torch.tensor([[3], [0]], dtype=torch.int32)
+    totals = [torch.zeros(6, *shape) for shape in layout.shapes]
+    parts = [[torch.full((1, *shape), v) for shape in layout.shapes] for v in (1.0, 2.0, 4.0)]
+
+    def reduce(rank, one, table, part):
+        own = [total[3 * rank : 3 * rank + 3] for total in totals]
+        one.reduce(layout, part, own, table)
+
+    group.each(lambda rank, one: reduce(rank, one, guests, parts[0]))
+    driver.run(order)
+    driver.rank = 1
+    second.barrier(layout, none)
+    second.push(layout, group.own(experts, 1), none)
+    reduce(1, second, none, parts[1])
+    driver.run(order)
+    group.each(lambda rank, one: reduce(rank, one, guests, parts[2]))
+    driver.run(order)
+
+    def push(rank, one):
+        one.barrier(layout, guests)
+        one.push(layout, group.own(experts, rank), guests)
+
+    group.each(push)
+    driver.run(order)
+    for rank, one in enumerate(group.all):
+        one.raise_errors()
+        assert int(guest_ranks.num_wrong(layout, one.memory, experts, guests[rank])) == 0
+    for total in totals:
+        assert (total[[0, 3]] == 5).all()
+        assert (total[[1, 2, 4, 5]] == 0).all()
+
+
+def test_a_reduction_ends_when_all_have_read(driver):
+    """An empty batch meets nobody, and its copies come behind it."""
+    group = Ranks(driver, 2, 1)
+    first, layout = group.all[0], group.layout
+    guests = torch.tensor([[3], [0]], dtype=torch.int32)
+    totals = [torch.zeros(3, *shape) for shape in layout.shapes]
+    part = [torch.ones(1, *shape) for shape in layout.shapes]
+    first.reduce(layout, part, totals, guests)
+    assert len(driver.operations[0]) == 3  # they meet, add and meet

@@ -65,7 +65,7 @@ def test_guests_come_whole(R, G, num_blocks, chunk, num_stages):
         experts = guest_ranks.draw_experts(group.layout, step, "cuda")
         table = guest_ranks.draw_table(rng, group.layout, share)
         guests = on_gpu(table)
-        group.each(lambda r, one: one.barrier())
+        group.each(lambda r, one, guests=guests: one.barrier(group.layout, guests))
 
         def push(rank, one, experts=experts, guests=guests):
             one.push(group.layout, group.own(experts, rank), guests)
@@ -107,7 +107,7 @@ def test_gradients_are_added_in_order(R, G, num_blocks, in_place):
         table[R - 1] = table[0] if R > 2 else table[R - 1]
         table[R - 1][table[R - 1] // 3 == R - 1] = -1
         guests, at_home = on_gpu(table), [t.cuda() for t in totals]
-        group.each(lambda r, one: one.barrier())
+        group.each(lambda r, one, guests=guests: one.barrier(group.layout, guests))
 
         def reduce(rank, one, guests=guests, at_home=at_home, parts=parts):
             own = [part.cuda() for part in parts[rank]]
@@ -133,7 +133,7 @@ def test_an_absent_rank_is_named_and_its_guests_are_nan():
     group = Ranks(2, 2, 1, timeout_s=0.2)
     experts = guest_ranks.draw_experts(group.layout, 0, "cuda")
     guests = on_gpu(np.array([[2], [1]], np.int32))
-    group.each(lambda r, one: one.barrier())
+    group.each(lambda r, one: one.barrier(group.layout, guests))
     first = group.all[0]
     first.push(group.layout, group.own(experts, 0), guests)
     first.wait()

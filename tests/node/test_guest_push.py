@@ -46,7 +46,7 @@ def pushes(group, num_guests, num_steps):
         one.join()
         for tensor in experts:
             tensor.view(torch.uint8).add_(1)
-        one.barrier()
+        one.barrier(layout, guests)
         if (step + group.rank()) % 4 == 1:
             with torch.cuda.stream(one.stream):
                 torch.cuda._sleep(2_000_000)
@@ -91,7 +91,7 @@ def replays(group, num_replays):
             tensor.view(torch.uint8).add_(1)
         guests.copy_(tables.index_select(0, step % num_tables)[0])
         visits.add_((guests.reshape(-1, 1) == experts_).sum(0))
-        one.barrier()
+        one.barrier(layout, guests)
         one.push(layout, own(experts, group), guests, None, number)
         one.wait()
         wrong.add_(guest_ranks.num_wrong(layout, one.memory, experts, guests[group.rank()]))
@@ -131,7 +131,7 @@ def late(group):
     raised = ""
     dist.barrier(group)
     for step in range(2):
-        one.barrier()
+        one.barrier(layout, guests)
         torch.cuda.synchronize()
         dist.barrier(group)
         if step == 0 and group.rank() == last:
