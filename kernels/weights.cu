@@ -334,10 +334,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) await_guests(const Travel 
     }
 }
 
-// One block. Ranks wait for one another, if the batch has guests or has no table. What their streams did before is
-// seen by all behind it.
+// One block. Ranks wait for one another, if the batch has guests. What their streams did before is seen by all
+// behind it.
 extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) {
-    if (!is_planned(travel) || (travel.guests != nullptr && !has_guests(travel))) return;
+    if (!is_planned(travel) || !has_guests(travel)) return;
     Word ticket = ticket_of(travel), *here = travel.present[travel.rank];
     long long deadline = nanoseconds() + travel.limit_ns;
     for (int i = threadIdx.x; i < travel.node_size; i += THREADS) {

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 TRANSPORTS = ("auto", "peers", "torch")
 BUFFER_BYTES = 64 << 20
 """Size of a receive buffer, of which a rank's window has two."""
+
+Peers = TypeVar("Peers")
+"""What moves bytes between GPUs."""
 
 Table = Sequence[Sequence[int]]
 """[R][R] bytes from each rank to each, the same on every rank."""
@@ -216,25 +219,60 @@ def make_transport(
     """
     settings = Settings.from_env()
     limit = Limit("experts", settings.timeout_s, settings.on_timeout == "abort")
+    found = make_peers(
+        group,
+        transport,
+        "replica weights",
+        "copies into the other GPUs' memory",
+        lambda: peers_obstacle(device),
+        lambda of: _peer_transport(of, device),
+    )
+    return TorchTransport(group, device, limit) if found is None else found
+
+
+def make_peers(
+    group: dist.ProcessGroup | None,
+    transport: str,
+    what: str,
+    how: str,
+    obstacle: Callable[[], str],
+    make: Callable[[dist.ProcessGroup], Peers | str],
+) -> Peers | None:
+    """Makes what moves bytes between the GPUs of a node, if all ranks can take part. Collective.
+
+    Args:
+        group: the ranks; None for a single one, which has nothing to send.
+        transport: "peers", "torch", or "auto": the first of them that is possible.
+        what: the bytes' name in messages.
+        how: the way between GPUs, for the log.
+        obstacle: why this rank cannot take part; empty: it can.
+        make: makes it, or says why not, the same on all ranks.
+
+    Returns:
+        None where `torch.distributed` is to move it.
+
+    Raises:
+        ValueError: "peers" is asked for and not possible; says why.
+    """
     if group is None or group.size() == 1:
-        return TorchTransport(group, device, limit)
-    found: PeerTransport | str = "not asked for"
+        return None
+    found: Peers | str = "not asked for"
     if transport != "torch":
-        with together(group, "replica weights"):
-            obstacle = _obstacle(device)
-        of_ranks = everyone(group, obstacle)
-        obstacle = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
-        found = obstacle or _peer_transport(group, device)
-    if isinstance(found, PeerTransport):
-        log.info("replica weights travel by copies into the other GPUs' memory")
+        with together(group, what):
+            own = obstacle()
+        of_ranks = everyone(group, own)
+        found = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
+        found = found or make(group)
+    if not isinstance(found, str):
+        log.info("%s travel by %s", what, how)
         return found
     if transport == "peers":
         raise ValueError(f"transport='peers' is not possible: {found}")
-    log.info("replica weights travel by torch.distributed (%s)", found)
-    return TorchTransport(group, device, limit)
+    log.info("%s travel by torch.distributed (%s)", what, found)
+    return None
 
 
-def _obstacle(device: torch.device) -> str:
+def peers_obstacle(device: torch.device) -> str:
     """Why this rank cannot take part in copies between GPUs; empty: it can."""
     if device.type != "cuda":
         return f"its weights are on the {device.type.upper()}"

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch
 import torch.distributed as dist
 
-from ..comm.collectives import everyone, together
+from ..comm.alltoall import make_peers, peers_obstacle
+from ..comm.collectives import together
 from ..comm.peers import peer_memory
 from ..comm.reachability import reachability
-from ..errors import ContractError, MissingPackageError, RankError
-from ..gpu.device import check_device
+from ..errors import ContractError, RankError
 from ..settings import Settings
 from .guest_launches import PeerAddresses
 from .guest_transport import CollectiveGuests, GuestTransport
 from .peer_guests import PeerGuests
-
-log = logging.getLogger(__name__)
 
 _MIN_CAPABILITY = (9, 0)  # which has bulk copies
 
@@ -42,35 +38,23 @@ def make_guest_transport(
     Raises:
         ValueError: "peers" is asked for and not possible; says why.
     """
-    if group is None or group.size() == 1:
-        return CollectiveGuests(group, device, num_bytes)
-    found: PeerGuests | str = "not asked for"
-    if transport != "torch":
-        with together(group, "guests"):
-            obstacle = _obstacle(device)
-        of_ranks = everyone(group, obstacle)
-        obstacle = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
-        most = max(num_bytes, 2 * num_bytes if num_gradient_bytes is None else num_gradient_bytes)
-        found = obstacle or _make_peer_guests(group, device, num_bytes, most)
-    if isinstance(found, PeerGuests):
-        log.info("guests travel by kernels that write the other GPUs' memory")
-        return found
-    if transport == "peers":
-        raise ValueError(f"transport='peers' is not possible: {found}")
-    log.info("guests travel by torch.distributed (%s)", found)
-    return CollectiveGuests(group, device, num_bytes)
+    most = max(num_bytes, 2 * num_bytes if num_gradient_bytes is None else num_gradient_bytes)
+    found = make_peers(
+        group,
+        transport,
+        "guests",
+        "kernels that write the other GPUs' memory",
+        lambda: _obstacle(device),
+        lambda of: _make_peer_guests(of, device, num_bytes, most),
+    )
+    return CollectiveGuests(group, device, num_bytes) if found is None else found
 
 
 def _obstacle(device: torch.device) -> str:
     """Why this rank cannot take part; empty: it can."""
-    if device.type != "cuda":
-        return f"its weights are on the {device.type.upper()}"
-    try:
-        with torch.cuda.device(device):
-            check_device()
-            major, minor = torch.cuda.get_device_capability()
-    except MissingPackageError as error:
-        return str(error)
+    if obstacle := peers_obstacle(device):
+        return obstacle
+    major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) < _MIN_CAPABILITY:
         return f"bulk copies need sm_90 or newer, and its GPU is sm_{major}{minor}"
     return ""

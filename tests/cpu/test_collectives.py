@@ -104,7 +104,7 @@ def makes(group, what):
         ),
         "transport": (
             alltoall,
-            "_obstacle",
+            "peers_obstacle",
             lambda: Replicas(torch.nn.Linear(3, 2, bias=False), PLACEMENT, short),
         ),
     }[what]

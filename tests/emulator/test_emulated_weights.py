@@ -102,7 +102,7 @@ class Ranks:
             table[rank, : len(chosen)] = np.where(filled, chosen, -1)
         return table
 
-    def travel(self, rank, *, counts=False, use=0, has_met=0, table=True):
+    def travel(self, rank, *, counts=False, use=0, has_met=0):
         memory, first = self.memory, rank // self.node * self.node
         parameters, chunk = b"", 0
         for p, size in enumerate(self.sizes):
@@ -126,7 +126,7 @@ class Ranks:
         own = self.state[rank]
         plain = ("num_used", "met", "num_done", "missing", "last", "status")
         return structs.TRAVEL.pack(
-            guests=self.guests[rank].ctypes.data if table else 0,
+            guests=self.guests[rank].ctypes.data,
             batch=0 if counts else self.number[rank].ctypes.data,
             homes=self.homes.ctypes.data,
             parameters=packed.ctypes.data,
@@ -228,9 +228,8 @@ def test_batches_that_follow_one_another_meet(counts, order, memory, library):
 def test_meetings_of_ranks_that_stand_still(order, memory, library):
     """A rank may be one meeting ahead, and not two."""
     group = Ranks(memory, library, np.random.default_rng(1), 5, 1)
-    streams = [
-        [group.launch("meet", r, counts=True, table=False) for _ in range(7)] for r in range(5)
-    ]
+    group.set(0)  # guests, so that all come
+    streams = [[group.launch("meet", r, counts=True) for _ in range(7)] for r in range(5)]
     memory.run(*streams, order=order)
     for state in group.state:
         assert (state["num_used"][0], state["met"][0]) == (7, 1)
