@@ -406,7 +406,7 @@ SIGNATURES = {
 
 
 def _word_of(rule: Rule) -> int:
-    """A rule as `kernels/choose.cuh` reads it."""
+    """A rule as `kernels/fill.cuh` reads it."""
     flags = rule.by_excess | rule.widest << 1 | rule.largest << 2
     return flags | rule.shift << 3 | rule.noise << 8
 
