@@ -405,8 +405,8 @@ FAULTS = [
     Fault(
         "edges begin at the rank itself",
         "guests.cuh",
-        "rest[0] &= rest[0] - 1;  // the ranks behind this one",
-        "// the ranks behind this one",
+        "rest &= rest - 1;\n                if (nth % V::parts != part) continue;",
+        "if (nth > 0) rest &= rest - 1;\n                if (nth % V::parts != part) continue;",
     ),
     Fault(
         "edges of all ranks in one place", "guests.cuh", "if (rank / 32 == i) first = begin;", ""

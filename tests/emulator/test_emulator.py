@@ -3,11 +3,12 @@
 import shutil
 
 import emulator
+import faults
 import numpy as np
 import pytest
 from emulator import ORDERS, EmulationError
 
-from lplb_ep.gpu.jit import Program
+from lplb_ep.gpu.jit import KERNELS, Program
 
 FAULTS = {  # of two kinds where another order would show the other first
     "out[t + 1] = 0;": "small.cu:12: memcheck: 4 bytes at 0x.*, which is in no array",
@@ -58,3 +59,9 @@ def test_a_good_kernel_runs(order, tmp_path):
 def test_faults_are_found(body, tmp_path):
     with pytest.raises(EmulationError, match=FAULTS[body]):
         run(tmp_path, 0, BODY=body)
+
+
+def test_planted_faults_have_their_place():
+    """A fault whose line is gone would plant nothing, and `make faults` is run by hand."""
+    gone = [f for f in faults.FAULTS if f.old not in (KERNELS / f.source).read_text()]
+    assert gone == []
