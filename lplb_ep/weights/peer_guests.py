@@ -111,6 +111,7 @@ class PeerGuests:
         self._tables: dict[tuple[object, ...], Table] = {}
         self._is_pending = self._is_captured = self._has_met = False
         self._keeps: tuple[object, ...] = ()
+        self._gradients_lent: tuple[object, ...] = ()
         self._captured: list[object] = []  # what graphs use
         say = functools.partial(_missing_ranks, self.missing, timeout_s)
         watch(self, newly_missing(self.missing, say), abort=abort_on_timeout)
@@ -194,6 +195,8 @@ class PeerGuests:
         """As `GuestTransport.reduce`: `begin_reduce`, then `wait`."""
         self.begin_reduce(layout, parts, totals, guests, number)
         self.wait()
+        # Autograd copies a gradient that someone else has, too, even if only views of it.
+        self._gradients_lent = ()
 
     @torch.no_grad()
     def begin_reduce(
@@ -246,7 +249,8 @@ class PeerGuests:
             calls.add(stream, batch, 0, table, has_met=True, num_blocks=self.num_blocks)
             # Others have read this pool before anything overwrites it. The next table may be empty.
             meet()
-            self._leave(guests, number, table, parts, totals)
+            self._leave(guests, number, table)
+        self._gradients_lent = parts, totals
         self._has_met = False
 
     def gradient_blocks(

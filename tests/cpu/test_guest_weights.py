@@ -443,6 +443,35 @@ def test_a_gradient_is_written_to_where_nobody_else_has_it(holder):
     assert ranks.run(2, watched_gradient, holder) == [in_place] * 2
 
 
+def two_products(group, form):
+    """Two products a slot, residents and guests joined behind them, as a layer computes."""
+    experts = make_experts(form, placed(2).placement.with_guest_slots(0), group.rank())
+    guests, addresses = Guests(experts, placed(2), group, layer_waits=True), set()
+    for number in range(2):
+        guests.prepare()
+        stay = guests.push(torch.tensor([[2, -1], [0, -1]], dtype=torch.int32))
+        x = torch.ones(4, 3, dtype=torch.float64).requires_grad_()
+        x, own, arrive = guests.split_weights(x)
+        for stack in own.values() if number == 0 else ():
+            for tensor in stack if form == "list" else [stack]:
+                tensor.register_hook(lambda gradient: addresses.add(gradient.data_ptr()))
+        outputs = []
+        for rows, weights in zip(x.split(2), (own, arrive()), strict=True):
+            up, down, gain = (weights[name] for name in ("up", "down.weight", "gain"))
+            for slot in range(2):
+                outputs.append(torch.tanh(rows[slot:][:1] @ up[slot]) @ down[slot] * gain[slot])
+        torch.cat(outputs).sum().backward()
+        assert stay.guests.shape == (2, G)
+        # The second batch's gradients are added to the first one's, where these are.
+        assert {p.grad.data_ptr() for p in experts.parameters()} == addresses
+    return len(addresses)
+
+
+@pytest.mark.parametrize(("form", "tensors"), [("list", 6), ("stacked", 3)])
+def test_gradients_are_handed_on_and_not_copied(form, tensors):
+    assert ranks.run(2, two_products, form) == [tensors] * 2
+
+
 def frozen(group, form):
     guests = made(group, form)
     for name, parameter in guests.experts.named_parameters():

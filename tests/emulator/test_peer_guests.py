@@ -199,6 +199,47 @@ def test_gradients_are_added_in_order(order, driver):
             one.raise_errors()
 
 
+class Reduced(torch.autograd.Function):
+    """Weights of resident slots, to whose gradient parts of guests are added, as `Guests` do."""
+
+    @staticmethod
+    def forward(ctx, weight, reduce):
+        ctx.reduce = reduce
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        ctx.reduce(gradient)
+        return gradient, None
+
+
+@pytest.mark.parametrize("form", ["stacked", "list"])
+@pytest.mark.parametrize("main", [False, True])
+def test_a_reduced_gradient_is_handed_on_and_not_copied(form, main, driver):
+    """Autograd copies what someone else has: the transport keeps none of it, not even views."""
+    group = Ranks(driver, 2, 1)
+    first, shape = group.all[0], group.layout.shapes[-1]
+    shapes = [shape] * 3 if form == "list" else [(3, *shape)]
+    weights = [torch.randn(*one, requires_grad=True) for one in shapes]
+    addresses = []
+
+    def reduce(number, gradient):
+        addresses.append(gradient.data_ptr())
+        total = torch.zeros(shapes[number]) if main else gradient
+        rows = [total if n == number else torch.zeros(shape) for n in range(3)]
+        totals = rows if form == "list" else [*total]
+        parts = [torch.ones(1, *shape)]
+        first.reduce(
+            group.layout, [None] * 4 + parts, [[None] * 3] * 4 + [totals], torch.tensor([[3], [0]])
+        )
+
+    taken = [Reduced.apply(w, functools.partial(reduce, n)) for n, w in enumerate(weights)]
+    sum((own * own.detach()).sum() for own in taken).backward()
+    found = [weight.grad.data_ptr() for weight in weights]
+    assert sorted(found) == sorted(addresses)
+
+
 def test_an_absent_rank_is_named(driver):
     group = Ranks(driver, 2, 1, timeout_s=0.003)
     experts = guest_ranks.draw_experts(group.layout, 0, CPU)
