@@ -116,13 +116,52 @@ def _sum_rows(rows: Tensor, places: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(places, rows, mode="sum", per_sample_weights=weights)
 
 
+class Share(torch.autograd.Function):
+    """All rows, and those from a place on as well. Nobody needs the gradient of these in the first.
+
+    With `Join`, rows of residents and guests are neither taken apart nor put together.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        ctx.begin = begin
+        return x.view_as(x), x[begin:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, behind: Tensor) -> Any:
+        grad[ctx.begin :] = behind
+        return grad, None
+
+
+class Join(torch.autograd.Function):
+    """Rows from a place on are written over those that are there."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, behind: Tensor) -> Tensor:
+        ctx.begin = len(y) - len(behind)
+        ctx.mark_dirty(y)
+        y[ctx.begin :] = behind
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad, grad[ctx.begin :]
+
+
 def grouped(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """Rows times their expert's matrix."""
+    """Rows times their expert's matrix. Those behind the last expert's become anything."""
     if x.is_cuda:
         ends = torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return torch._grouped_mm(x, weight, offs=ends.to(x.device, non_blocking=True))
-    parts = zip(x.split(counts), weight, strict=True)
-    return torch.cat([part @ matrix for part, matrix in parts])
+    behind = len(x) - sum(counts)
+    *parts, _ = x.split([*counts, behind])
+    found = [part @ matrix for part, matrix in zip(parts, weight, strict=True)]
+    return torch.cat([*found, x.new_full((behind, weight.shape[2]), torch.nan)])
+
+
+def feed_forward(rows: Tensor, weights: dict[str, Tensor], counts: list[int]) -> Tensor:
+    gate, up = grouped(rows, weights["enter"], counts).chunk(2, 1)
+    return grouped(F.silu(gate) * up, weights["leave"], counts)
 
 
 class Experts(nn.Module):
@@ -143,17 +182,19 @@ class Experts(nn.Module):
             self.register_parameter(name, nn.Parameter(stack))
 
     def forward(
-        self, x: Tensor, stacks: list[Callable[[], dict[str, Tensor]]], counts: list[int]
-    ) -> Any:
-        """x: rows in the order of the slots; stacks: weights that share the slots, when asked."""
-        outputs = []
-        for stack in stacks:
-            enter, leave = (weights := stack())["enter"], weights["leave"]
-            own, counts = counts[: len(enter)], counts[len(enter) :]
-            rows, x = x.split([sum(own), len(x) - sum(own)])
-            gate, up = grouped(rows, enter, own).chunk(2, 1)
-            outputs.append(grouped(F.silu(gate) * up, leave, own))
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        self,
+        x: Tensor,
+        own: dict[str, Tensor],
+        arrive: Callable[[], dict[str, Tensor]],
+        counts: list[int],
+    ) -> Tensor:
+        """x: rows in the order of the slots; own: weights of the first; arrive: of those behind."""
+        residents, guests = counts[: len(self.experts)], counts[len(self.experts) :]
+        if not sum(guests):  # nothing to wait for
+            return feed_forward(x, own, residents)
+        x, behind = Share.apply(x, sum(residents))
+        y = feed_forward(x, own, residents)
+        return Join.apply(y, feed_forward(behind, arrive(), guests))
 
 
 class MoE:
@@ -180,14 +221,12 @@ class MoE:
         x, weights, slots, counts, handle = Dispatch.apply(
             x, self.topk_weights, self.topk_idx, self.sizes.num_experts, self.buffer
         )
-        if self.guests is None:
-            stacks = [lambda: dict(self.experts.named_parameters())]
-        else:  # guests arrive while residents compute
+        own, arrive = dict(self.experts.named_parameters()), dict
+        if self.guests is not None:  # they arrive while residents compute
             stay = self.pools[0].stay
             assert stay is not None, "a batch went home"
             self.table = stay.guests
             x, own, arrive = self.guests.split_weights(x)
-            stacks = [lambda: own, arrive]
         flat = slots.flatten()
         order = flat.argsort(stable=True)[len(flat) - sum(counts) :]
         places = torch.zeros_like(flat).scatter_(
@@ -196,7 +235,7 @@ class MoE:
         places, here = places.view_as(slots), slots >= 0
         self.num_rows = sum(counts)
         rows = Permute.apply(x, order // slots.shape[1], places, here)
-        y = self.experts(rows, stacks, counts)
+        y = self.experts(rows, own, arrive, counts)
         return Combine.apply(Unpermute.apply(y, weights, order, places, here), handle, self.buffer)
 
 
