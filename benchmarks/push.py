@@ -85,7 +85,7 @@ class Bench:
         for _ in range(NUM_WARM + NUM_RUNS):
             dist.barrier(self.group)
             torch.cuda._sleep(SLEEP_CYCLES)
-            one.barrier()
+            one.barrier(self.layout, self.tables[1])
             start.record()
             call()
             end.record()

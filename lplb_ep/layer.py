@@ -47,7 +47,13 @@ class GuestWeights(Protocol):
     def prepare(self, slot: int) -> None:
         """Has the current stream wait for all that uses the memory of guests: a plan comes."""
 
-    def push(self, guests: torch.Tensor, slot: int, status: torch.Tensor) -> Any:
+    def push(
+        self,
+        guests: torch.Tensor,
+        slot: int,
+        status: torch.Tensor,
+        number: torch.Tensor | None,
+    ) -> Any:
         """Begins to bring the guests [R, G] of a plan; returns what stands for the batch."""
 
     def push_again(self, stay: Any, slot: int) -> None:

@@ -103,7 +103,7 @@ def plan_with_guests(
     except (ContractError, RankError) as error:  # the other ranks wait for this rank's counts
         planner.refuse(error)
     plan = planner(topk_idx, stale=stale, **kinds)
-    stay = weights.push(plan.guests, use.slot, plan.status)
+    stay = weights.push(plan.guests, use.slot, plan.status, plan.number)
     return plan.topk_idx, PushedGuests(weights, use.slot, stay)
 
 

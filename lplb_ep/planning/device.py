@@ -19,7 +19,7 @@ from .host import split_on_host
 from .inputs import logical_table
 from .kernels import NUM_THREADS, route_kernel
 from .launches import Launches, Workspace
-from .plan import Plan, Results
+from .plan import Plan, Results, number_of
 from .structs import Status
 
 NUM_SPLIT_THREADS = 64
@@ -84,6 +84,7 @@ class DeviceBackend:
             round(1e9 * timeout_s),
             MAX_ROUNDS,
         )
+        self._number = number_of(self.workspace.head)
         self._windows = windows
         self._is_one_graph = windows is not None and windows.relay is None
         # As functions of `torch.cuda`, without their objects and checks.
@@ -186,7 +187,7 @@ class DeviceBackend:
         except BaseException:
             self.workspace.row.zero_()  # or its counts would be added to the next batch's
             raise
-        return self._plan(batch, physical, results)
+        return self._plan(batch, physical, results, True)
 
     def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
@@ -204,7 +205,7 @@ class DeviceBackend:
                 launches.route(stream)
             else:
                 launches.graph(stream)
-        return self._plan(batch, physical, results)
+        return self._plan(batch, physical, results, False)
 
     def _on_device(self, topk_idx: torch.Tensor) -> torch.Tensor:
         """`topk_idx` itself where it lies as kernels read it, else a copy."""
@@ -230,16 +231,22 @@ class DeviceBackend:
         launches.set_batch(topk_idx, status, physical.data_ptr(), results.data_ptr())
         return launches, physical, results
 
-    def _plan(self, batch: Batch, physical: torch.Tensor, results: torch.Tensor) -> Plan:
+    def _plan(
+        self, batch: Batch, physical: torch.Tensor, results: torch.Tensor, exchanged: bool
+    ) -> Plan:
         """The plan of a batch that was launched."""
         # A captured plan's numbers are those of the last replay, by the placement in force then.
         made_on = None if batch.is_captured else self.tables.placement
         if batch.topk_idx.get_device() != self._index:
             physical = physical.to(batch.topk_idx.device)
+        number = None
+        if exchanged and batch.wants_plan and self.tables.placement.num_guests_per_rank:
+            number = self._number.clone()  # the next batch raises it
         return Plan(
             physical,
             lambda: self._results(results),
             lambda *solved: self._split(made_on, results, *solved),
+            number,
         )
 
     def _results(self, results: torch.Tensor) -> Results:

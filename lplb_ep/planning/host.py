@@ -16,7 +16,7 @@ from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch
 from .guests import guests_of
-from .plan import Plan, Results
+from .plan import Plan, Results, number_of
 from .solve import rank_load
 from .structs import HEAD, Head, Status
 
@@ -80,7 +80,8 @@ class HostBackend:
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
         status = Status(int(rows[:, Head.STATUS].max()))
-        return self._route(batch.topk_idx, picks, rows[:, HEAD:].contiguous(), status)
+        number = number_of(rows[self._rank, 1:HEAD].clone())
+        return self._route(batch.topk_idx, picks, rows[:, HEAD:].contiguous(), status, number)
 
     def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
@@ -118,7 +119,12 @@ class HostBackend:
         return rows[:, :size]
 
     def _route(
-        self, topk_idx: torch.Tensor, picks: torch.Tensor, counts: torch.Tensor, status: Status
+        self,
+        topk_idx: torch.Tensor,
+        picks: torch.Tensor,
+        counts: torch.Tensor,
+        status: Status,
+        number: torch.Tensor | None = None,
     ) -> Plan:
         load, base = counts.long().sum(0), self._problem.base_load
         total = int(load.sum()) + (0 if base is None else int(base.sum()))
@@ -150,7 +156,8 @@ class HostBackend:
             torch.from_numpy(guests),
         )
         split = functools.partial(split_on_host, filled)
-        return Plan(physical.to(topk_idx.device), results, split)
+        number = number if guests.size else None
+        return Plan(physical.to(topk_idx.device), results, split, number)
 
 
 def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

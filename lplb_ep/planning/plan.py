@@ -21,6 +21,11 @@ class Results(NamedTuple):
     guests: torch.Tensor
 
 
+def number_of(head: torch.Tensor) -> torch.Tensor:
+    """[1] int64: a batch's number, of the head [HEAD - 1] int32 of its row behind the status."""
+    return head[-2:].view(torch.int64)
+
+
 class Plan:
     """The routing of one batch on one rank; all but `topk_idx` is the same on every rank.
 
@@ -28,18 +33,25 @@ class Plan:
         topk_idx: the slots of the picks.
         results: makes the results when they are first asked for. Most callers ask for none.
         split: makes the split [R, E, C] of counts [R, E] and quotas [E, C].
+        number: of the batch, where there are guest slots and counts were exchanged.
     """
 
     topk_idx: torch.Tensor
     """[T, K] of the input's dtype and device: slots in [0, P), -1 where the input has -1."""
+    number: torch.Tensor | None
+    """[1] int64 where plans are made: the batch's number, the same on all ranks.
+
+    No other batch of the group has it, up to 2**24 planners and 2**31 batches of each. None without
+    guest slots, or where counts were given."""
 
     def __init__(
         self,
         topk_idx: torch.Tensor,
         results: Callable[[], Results],
         split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        number: torch.Tensor | None = None,
     ) -> None:
-        self.topk_idx = topk_idx
+        self.topk_idx, self.number = topk_idx, number
         self._make_results, self._split = results, split
 
     @functools.cached_property

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .. import __version__
-from ..comm.collectives import together
+from ..comm.collectives import everyone, together
 from ..comm.connect import connect
 from ..comm.exchange import Exchange, Limit
 from ..errors import ContractError, RankError
@@ -33,7 +33,7 @@ from .structs import HEAD, Status
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
 _ROW_MULTIPLE = 1024
 
-# How many planners were made for a group, so that two on one placement have different numbers.
+# How many planners that exchange counts were made for a group: each has a number of its own there.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
@@ -135,11 +135,13 @@ class Planner:
         self.counts = "given" if self.exchange is None else self.exchange.kind
         self._check = check
         self._homes: dict[torch.device, HomeRoutes] = {}
-        number = _count_planner(group) if compare else 0
+        number = 0 if self.exchange is None else _next_number(group, compare)
         self._head = [tag_of(placement, self._problem), slot, number]
         self._backend: Backend
         with together(ranks, "Planner"):
             self._backend = self._make_backend(timeout_s, abort_on_timeout)
+        if group is not None and number:
+            _num_made[group] = number
         self.layer.planners.add(self)
 
     def _make_backend(self, timeout_s: float, abort_on_timeout: bool) -> Backend:
@@ -414,12 +416,16 @@ def tag_of(placement: Placement, problem: Problem | None = None) -> int:
     return int(hashlib.sha256(both.encode()).hexdigest()[:7], 16)
 
 
-def _count_planner(group: dist.ProcessGroup | None) -> int:
-    """Which of the group's planners this is, from 1; 0 where there is no group."""
+def _next_number(group: dist.ProcessGroup | None, agree: bool) -> int:
+    """That of a planner, from 1: the same on all ranks, and of no other planner of the group.
+
+    Ranks make planners in the same order. Where one has made more than others, since these failed
+    say, the next that is made together gives all the same number again.
+    """
     if group is None:
         return 0
-    _num_made[group] = _num_made.get(group, 0) + 1
-    return _num_made[group]
+    number = _num_made.get(group, 0) + 1
+    return max(everyone(group, number)) if agree else number
 
 
 def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:

@@ -247,6 +247,6 @@ def _send_home(
             parts.append(None)
         returned.append(gradients)
         totals.append(total)
-    batch.pool.transport.reduce(batch.layout, parts, totals, batch.stay.guests)
+    batch.pool.transport.reduce(batch.layout, parts, totals, batch.stay.guests, held.number)
     batch.pool.clear()
     return returned

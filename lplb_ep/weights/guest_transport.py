@@ -103,6 +103,8 @@ class BatchNumber:
         tensor: 8 bytes, aligned; their bits 24 to 31 are 0. Replays of a graph may change it.
     """
 
+    MOST_USES = 256  # with the same bits again; what stands where ranks wait is the last one's
+
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
         self._num_uses = 0
@@ -110,7 +112,7 @@ class BatchNumber:
     def use(self) -> int:
         """Counts a use. Ranks use a number for the same things, in the same order."""
         self._num_uses += 1
-        return self._num_uses - 1
+        return (self._num_uses - 1) % self.MOST_USES
 
 
 class GuestTransport(Protocol):
@@ -180,12 +182,15 @@ class GuestTransport(Protocol):
             RankError: a rank did not come in time; names it.
         """
 
-    def barrier(self, layout: GuestLayout, guests: Tensor) -> None:
+    def barrier(
+        self, layout: GuestLayout, guests: Tensor, number: BatchNumber | None = None
+    ) -> None:
         """Has the ranks' current streams wait for one another, before a push without a plan.
 
         Args:
             layout: of the layer.
             guests: [R, G] int32, as in the push. Where it names no guest nobody waits.
+            number: of the batch, as in the push.
         """
 
 
@@ -271,7 +276,9 @@ class CollectiveGuests:
     def raise_errors(self) -> None:
         """Collectives raise at once."""
 
-    def barrier(self, layout: GuestLayout, guests: Tensor) -> None:
+    def barrier(
+        self, layout: GuestLayout, guests: Tensor, number: BatchNumber | None = None
+    ) -> None:
         """A rank writes its slots itself, when it comes to the push."""
 
     def _mover(self, layout: GuestLayout) -> Mover:

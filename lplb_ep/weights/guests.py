@@ -25,7 +25,7 @@ from ..errors import ContractError
 from ..layer import Layer, layer_of
 from ..placement.table import Placement
 from .guest_gradients import Homeward, TrainedBatch
-from .guest_transport import GuestLayout
+from .guest_transport import BatchNumber, GuestLayout
 from .pool import GuestPool, Stay, graph_task, shapes_of
 from .slots import describe, is_distributed, refuse_state_outside_parameters, slots_of
 from .validity import Watch, last_step
@@ -134,19 +134,29 @@ class Guests:
         pool.transport.raise_errors()
         pool.join()
 
-    def push(self, guests: Tensor, slot: int = 0, status: Tensor | None = None) -> Stay:
+    def push(
+        self,
+        guests: Tensor,
+        slot: int = 0,
+        status: Tensor | None = None,
+        number: Tensor | None = None,
+    ) -> Stay:
         """Begins to write this batch's guests into the pools of all ranks, which are free.
 
         Args:
             guests: [R, G] int32, of the plan: the expert in each guest slot, -1 for none.
             slot: which of the micro-batches in flight.
             status: [] int32, of the plan.
+            number: [1] int64, of the plan. Without it a rank that misses a batch, as one does whose
+                plan timed out, gets no later ones either.
 
         Returns:
             What stands for the batch in `wait` and `push_again`.
         """
-        stay = Stay(self, guests, self._current_generation(), graph_task())
-        self._push(stay, self._pool(slot), status)
+        pool = self._pool(slot)
+        counted = None if number is None else BatchNumber(number.to(pool.device))
+        stay = Stay(self, guests, self._current_generation(), graph_task(), counted)
+        self._push(stay, pool, status)
         return stay
 
     def push_again(self, stay: Stay, slot: int = 0) -> None:
@@ -169,7 +179,7 @@ class Guests:
             )
         pool.check_free(self)
         pool.join()
-        pool.transport.barrier(self._layout, stay.guests)
+        pool.transport.barrier(self._layout, stay.guests, stay.number)
         self._push(stay, pool)
 
     def wait(self, slot: int = 0) -> None:
@@ -310,7 +320,7 @@ class Guests:
                 weights.append([slot.weight.detach() for slot in slots])
             else:  # a tensor with a row for each
                 weights.append(slots[0].parameter.detach())  # type: ignore[arg-type]
-        pool.transport.push(self._layout, weights, stay.guests, status)
+        pool.transport.push(self._layout, weights, stay.guests, status, stay.number)
 
     def _scan(self) -> None:
         """Finds the parameters that the experts have now."""

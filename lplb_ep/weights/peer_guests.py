@@ -175,13 +175,16 @@ class PeerGuests:
         """As `GuestTransport.join`."""
         self.wait()
 
-    def barrier(self, layout: GuestLayout, guests: Tensor) -> None:
+    def barrier(
+        self, layout: GuestLayout, guests: Tensor, number: BatchNumber | None = None
+    ) -> None:
         """As `GuestTransport.barrier`."""
         self.join()
         calls = self._calls_for(layout)
         with on_device(self._device.index):
             stream = self._current_stream(self._device.index)
-            calls.meet(stream, _batch(guests, None, None), 0, NO_TABLE)
+            batch, use = _batch(guests, None, number), 0 if number is None else number.use()
+            calls.meet(stream, batch, use, NO_TABLE)
         self._has_met = True
 
     def reduce(

@@ -15,7 +15,7 @@ from ..comm.alltoall import TRANSPORTS
 from ..comm.collectives import together
 from ..errors import ContractError
 from ..layer import check_slot
-from .guest_transport import GuestLayout, GuestTransport
+from .guest_transport import BatchNumber, GuestLayout, GuestTransport
 from .guest_transports import make_guest_transport
 from .slots import local_part
 
@@ -36,6 +36,8 @@ class Stay:
     """Of the home weights that were pushed."""
     graph_task: int
     """The backward pass that it was made in, -1 outside of any."""
+    number: BatchNumber | None = None
+    """Of the batch, by which ranks know what belongs to it."""
     is_awaited: bool = True
     """Whether its experts have still to run, forward or backward."""
     awaited_in: int = -1

@@ -301,6 +301,29 @@ def test_every_batch_has_a_number():
         assert planner._backend._num_exchanges == number
 
 
+def numbers_of_batches(group):
+    """Of planners on equal placements: made alone, and together after a rank has made one more."""
+    placement = Placement.homes_only(4, 2, num_guests_per_rank=1)
+    topk_idx = torch.tensor([[0], [1]])
+    planners = [Planner(placement, group, compare=False) for _ in range(2)]
+    if group.rank() == 1:
+        Planner(placement, group, compare=False)
+    planners += [Planner(placement, group) for _ in range(2)]
+    Planner(placement, rank=group.rank(), counts="given")
+    planners.append(Planner(placement, group, compare=False))
+    return [int(one(topk_idx).number) for _ in range(2) for one in planners]
+
+
+def test_no_two_batches_of_a_group_have_the_same_number():
+    first, second = ranks.run(2, numbers_of_batches)
+    assert first == second
+    assert len({*first}) == len(first) == 10
+    assert not any(number >> 24 & 255 for number in first)  # where uses of a number are counted
+    placement = Placement.homes_only(4, 1, num_guests_per_rank=1)
+    given = Planner(placement, rank=0, counts="given")
+    assert given(torch.tensor([[0]]), torch.tensor([[1, 0, 0, 0]])).number is None
+
+
 def refusing_out_of_step(group):
     planner = Planner(Placement([0, 1, 2, 0], 2), group)
     planner._backend._num_exchanges += group.rank()

@@ -318,6 +318,9 @@ def test_guests_are_those_of_the_cpu_in_every_kind_of_call(make):
             plans.append((plan, values(plan), plan.guests.clone()))
         seen.add(tuple(expected.guests.flatten().tolist()))
     assert len(seen) > 2
+    numbers = [plan.number for plan, *_ in plans]
+    assert [n is None for n in numbers] == [True, False, False] * 8
+    assert [int(n) >> 32 for n in numbers if n is not None] == [*range(1, 17)]
     for plan, expected, guests in plans:
         assert same(values(plan), expected)
         assert torch.equal(plan.guests, guests)

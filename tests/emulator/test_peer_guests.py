@@ -15,6 +15,7 @@ import torch
 from lplb_ep import RankError
 from lplb_ep.gpu import launch
 from lplb_ep.planning import kernels
+from lplb_ep.planning.structs import Status
 from lplb_ep.weights import guest_launches, peer_guests
 from lplb_ep.weights.guest_transport import BatchNumber
 from lplb_ep.weights.peer_guests import PeerGuests
@@ -250,6 +251,54 @@ def test_an_absent_rank_is_named(driver):
     with pytest.raises(RankError, match=r"ranks \[1\] did not come to a push of guests or a sum"):
         group.all[0].raise_errors()
     group.all[0].raise_errors()
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+@pytest.mark.parametrize("numbered", [True, False])
+def test_a_rank_whose_plan_timed_out_is_in_step_at_the_next(numbered, order, driver):
+    """It alone plans without guests, and the other waits for it. Without numbers, ever after."""
+    group = Ranks(driver, 2, 1, timeout_s=0.003)
+    layout, experts = group.layout, guest_ranks.draw_experts(group.layout, 0, CPU)
+    guests, none = torch.tensor([[3], [0]]).int(), torch.full((2, 1), -1).int()
+    optimal, timed_out = (
+        torch.tensor([Status.OPTIMAL]).int(),
+        torch.tensor([Status.TIMED_OUT]).int(),
+    )
+    totals = [torch.zeros(6, *shape) for shape in layout.shapes]
+    parts = [torch.ones(1, *shape) for shape in layout.shapes]
+    words = [torch.tensor([step + 1 << 32]) for step in range(3)]
+    numbers = [[BatchNumber(word) if numbered else None for word in words] for _ in group.all]
+
+    def run(call):
+        group.each(call)
+        driver.run(order)
+        missing = [one.missing.tolist() for one in group.all]
+        for one in group.all:
+            one.missing[:] = 0
+        return missing
+
+    def push(rank, one, step, late=False):
+        plan = (none, timed_out) if late and rank == 1 else (guests, optimal)
+        one.push(layout, group.own(experts, rank), *plan, numbers[rank][step])
+
+    def push_again(rank, one):
+        one.barrier(layout, guests, numbers[rank][2])
+        one.push(layout, group.own(experts, rank), guests, None, numbers[rank][2])
+
+    def reduce(rank, one):
+        homes = [total[3 * rank : 3 * rank + 3] for total in totals]
+        one.reduce(layout, parts, homes, guests, numbers[rank][2])
+
+    in_step = [[0, 0], [0, 0]]
+    assert run(functools.partial(push, step=0)) == in_step
+    assert run(functools.partial(push, step=1, late=True)) == [[0, 1], [0, 0]]
+    assert (run(functools.partial(push, step=2)) == in_step) is numbered
+    if numbered:
+        assert run(push_again) == in_step
+        for rank, one in enumerate(group.all):
+            assert int(guest_ranks.num_wrong(layout, one.memory, experts, guests[rank])) == 0
+        assert run(reduce) == in_step
+        assert all((total[[0, 3]] == 1).all() for total in totals)
 
 
 def test_what_the_kernels_do_not_take_is_refused(driver):

@@ -1,4 +1,4 @@
-"""Training with guests between GPUs, moved by hand: weights by pushes, gradients home in autograd."""
+"""Training with guests between GPUs, moved by hand: weights pushed, gradients home in autograd."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def expected(expert: int, number: int) -> torch.Tensor:
 
 
 def train(group, device, transport):
-    """An expert and its guests take turns with its rows. Twice a batch, the second is accumulated."""
+    """An expert and its guests take turns with its rows. Each batch comes twice, and adds up."""
     rank = group.rank()
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())

@@ -251,6 +251,35 @@ def test_micro_batches_may_be_interleaved():
     assert ranks.run(2, interleave) == [6, 6]
 
 
+def numbered(group):
+    """Two layers on one pool, two batches: what moves for a batch has its number."""
+    placements = [Placement.homes_only(E, group.size(), G) for _ in range(2)]
+    first = MoE(group, placements[0], "legacy")
+    (pool,) = first.guests._pools.values()
+    layers = [first, MoE(group, placements[1], "legacy", 1, pool)]
+    calls = []
+    for name in ("push", "barrier", "reduce"):
+        call = getattr(pool.transport, name)
+
+        def record(*given, call=call, name=name):
+            calls.append((name, int(given[-1].tensor)))
+            return call(*given)
+
+        setattr(pool.transport, name, record)
+    run_steps(layers, group, range(2))
+    return calls
+
+
+def test_what_moves_for_a_batch_has_its_number():
+    first, second = ranks.run(2, numbered)
+    assert first == second
+    back = ["reduce", "barrier", "push", "reduce"]
+    assert [name for name, _ in first] == ["push", "push", *back] * 2
+    a, b, c, d = (number for name, number in first if name == "reduce")
+    assert [number for _, number in first] == [b, a, a, b, b, b, d, c, c, d, d, d]
+    assert len({a, b, c, d}) == 4
+
+
 def low_latency(group, hook):
     rank, R, width = group.rank(), group.size(), 128
     placement = Placement.homes_only(E, R, G)
