@@ -1,0 +1,211 @@
+"""What clients share: the layers that are balanced, what becomes of them, and the way back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..errors import ContractError
+from ..layer import Layer
+from ..placement.table import Placement
+from ..planning.solve import solve
+from ..settings import Settings
+from ..weights.guests import Guests
+from ..weights.pool import GuestPool
+from ..weights.replicas import Replicas
+
+MOST_GUESTS = 8
+
+
+def is_off() -> bool:
+    """Whether LPLB_EP is 0 or unset, so that a model stays as it is."""
+    return Settings.from_env().mode == "0"
+
+
+def guests_for(num_experts: int, num_ranks: int) -> int:
+    """How many guest slots a rank gets where nobody says: 3 for 16 of its experts, 1 to 8.
+
+    That many bring DeepSeek-V3's loads to the tolerance with homes in the router's order, at 4, 8
+    and 32 experts a rank (docs/guests.md).
+    """
+    per_rank = num_experts // num_ranks
+    return max(1, min(MOST_GUESTS, round(per_rank * 3 / 16)))
+
+
+def refuse(what: str, reasons: Sequence[str]) -> None:
+    """Raises where a model cannot be balanced.
+
+    Args:
+        what: the model, or a layer of it.
+        reasons: each names something that is not supported, and says how to go without.
+
+    Raises:
+        ContractError: there are reasons; has all of them.
+    """
+    if reasons:
+        raise ContractError(f"{what} cannot be balanced: {'; '.join(reasons)}")
+
+
+@dataclass(eq=False)
+class BalancedLayer:
+    """An MoE layer of a model that a client balances.
+
+    It keeps its layer's `Guests` and `Replicas` alive, which the layer refers to weakly.
+    """
+
+    name: str
+    """Of its module in the model."""
+    layer: Layer
+    guests: Guests | None = None
+    replicas: Replicas | None = None
+    counts: Tensor | None = None
+    """[R, E] of the last batch that was planned, where the planner left them."""
+
+    def __post_init__(self) -> None:
+        self.layer.observers.append(self._observe)
+
+    def _observe(self, counts: Tensor) -> None:
+        self.counts = counts
+
+    def stop(self) -> None:
+        """Ends the watch over the layer's batches."""
+        self.layer.observers.remove(self._observe)
+
+    def report(self) -> LayerReport:
+        """What has become of the layer's batches. Waits for the device."""
+        batches: Counter[str] = Counter()
+        for planner in self.layer.planners:
+            batches.update({s.name: n for s, n in planner.num_batches.items()})
+        if self.counts is None:
+            return LayerReport(self.name, batches)
+        placement, load = self.layer.placement, self.counts.sum(0).cpu().to(torch.int64)
+        at_home = torch.zeros(placement.num_ranks, dtype=torch.int64)
+        home = torch.as_tensor(placement.home).long()
+        at_home.index_add_(0, home // placement.num_local_slots, load)
+        settings = Settings.from_env()
+        planned = solve(
+            load,
+            placement,
+            guest_tolerance=settings.guest_tolerance,
+            guest_min_tokens=settings.guest_min_tokens,
+        )
+        guests = planned.guests
+        return LayerReport(
+            self.name,
+            batches,
+            _imbalance(at_home),
+            _imbalance(planned.rank_load),
+            0 if guests is None else int((guests >= 0).sum()),
+        )
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What has become of a layer's batches."""
+
+    name: str
+    batches: Counter[str]
+    """How many ended with each status, of all planners that live."""
+    home_imbalance: float | None = None
+    """Of the last batch, had every token gone home; None before the first one."""
+    imbalance: float | None = None
+    """Of the last batch, as it was planned."""
+    num_guests: int = 0
+    """Guests of the last batch, on all ranks."""
+
+    def __str__(self) -> str:
+        ended = ", ".join(f"{n} {name}" for name, n in sorted(self.batches.items())) or "none"
+        if self.home_imbalance is None:
+            return f"{self.name}: batches: {ended}"
+        return (
+            f"{self.name}: imbalance {self.home_imbalance:.3f} at home, {self.imbalance:.3f} as "
+            f"planned, {self.num_guests} guests in the last batch; batches: {ended}"
+        )
+
+
+@dataclass(eq=False)
+class Balance:
+    """A model that a client balances, until `remove`."""
+
+    layers: list[BalancedLayer] = field(default_factory=list)
+    """None while LPLB_EP is 0."""
+    pools: list[GuestPool] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What was changed in the model beside its MoE layers."""
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+
+    def undo_with(self, function: Callable[[], None]) -> None:
+        """Adds a step of the way back; the last one goes first."""
+        self._undo.append(function)
+
+    def replace(self, target: object, name: str, value: object) -> None:
+        """Gives an object another attribute, until `remove`."""
+        had, old = name in vars(target), vars(target).get(name)
+        setattr(target, name, value)
+        self.undo_with(lambda: setattr(target, name, old) if had else delattr(target, name))
+
+    def report(self) -> list[LayerReport]:
+        """What has become of each layer's batches. Local, and waits for the device."""
+        return [layer.report() for layer in self.layers]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "nothing is balanced: LPLB_EP is 0 or unset"
+        memory = sum(pool.num_bytes for pool in self.pools)
+        lines = [f"{len(self.layers)} MoE layers, {memory / 2**20:.1f} MiB for guests", *self.notes]
+        return "\n".join([*lines, *map(str, self.report())])
+
+    def remove(self) -> None:
+        """Gives the model back as it was. Local; no batch may be in flight."""
+        for layer in self.layers:
+            layer.stop()
+        while self._undo:
+            self._undo.pop()()
+        self.layers.clear()
+        self.pools.clear()
+        self.notes.clear()
+
+
+def make_guests(
+    balance: Balance,
+    experts: dict[str, nn.Module],
+    num_experts: int,
+    group: dist.ProcessGroup,
+    guests: int | None,
+    layer_waits: bool = False,
+) -> list[BalancedLayer]:
+    """Gives layers guest slots behind homes in the router's order, and one pool. Collective.
+
+    Args:
+        balance: what the layers are added to.
+        experts: by the names of their layers, what holds the E / R experts of this rank, as
+            `Guests` takes them.
+        num_experts: E.
+        group: the expert-parallel group.
+        guests: guest slots a rank; None: `guests_for`.
+        layer_waits: as `Guests` has it.
+
+    Returns:
+        The layers, in order.
+    """
+    num_guests = guests_for(num_experts, group.size()) if guests is None else guests
+    placement = Placement.homes_only(num_experts, group.size(), num_guests)
+    pool = GuestPool(group, num_guests, [*experts.values()])
+    balance.pools.append(pool)
+    made = []
+    for name, module in experts.items():
+        layer = Layer(placement)
+        made.append(BalancedLayer(name, layer, Guests(module, layer, group, pool, layer_waits)))
+    balance.layers += made
+    return made
+
+
+def _imbalance(load: Tensor) -> float:
+    """Largest rank load / mean rank load; 1 where there is none."""
+    total = int(load.sum())
+    return float(load.max()) * len(load) / total if total else 1.0

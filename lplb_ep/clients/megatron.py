@@ -1,0 +1,184 @@
+"""Megatron-Core: its MoE layers over DeepEP's `Buffer`, balanced by guests. Nothing is converted.
+
+Three things of a layer are put in place of Megatron's. The dispatcher's manager dispatches with the
+layer in force. It knows the slots of a rank, P / R. And the experts' own forward pass runs over
+residents and guests. The dispatcher itself still has E / R experts, and so have the experts module,
+the optimizer, DDP's buckets and checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..deepep import drop_in
+from ..deepep.context import use
+from ..deepep.patch import patch
+from ..layer import Layer
+from ..weights.guests import Guests
+from ..weights.slots import is_distributed
+from .balance import Balance, is_off, make_guests, refuse
+
+log = logging.getLogger(__name__)
+
+# A DDP of Megatron-Core registers its hooks from there.
+_DDP = "megatron.core.distributed.distributed_data_parallel"
+# Switches of weight gradients that are added to `main_grad` by kernels, and not by autograd.
+_FUSED = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
+
+
+def provide_buffers() -> None:
+    """Has Megatron-Core find the embedded buffers where DeepEP is not installed.
+
+    Call it before Megatron-Core is imported. `lplb-ep run` does it by itself.
+    """
+    patch()
+
+
+def balance(model: nn.Module | Sequence[nn.Module], *, guests: int | None = None) -> Balance:
+    """Balances every MoE layer of a model. Collective over each expert-parallel group.
+
+    Call it once parameters have their dtype and device: behind `Float16Module`, before or behind
+    DDP and the optimizer. While LPLB_EP is 0 or unset, nothing is changed.
+
+    Args:
+        model: a module, or the model chunks of a pipeline.
+        guests: guest slots of a rank; by default 3 for 16 of its experts, from 1 to 8.
+
+    Returns:
+        The balanced layers. Keep them as long as the model; `remove()` gives the model back.
+
+    Raises:
+        ContractError: a layer uses something that is not supported. The message names all of it.
+        ValueError, RankError: as `Guests`.
+    """
+    from megatron.core.transformer.moe import fused_a2a
+
+    made = Balance()
+    if is_off():
+        return made
+    layers = dict(_moe_layers(model))
+    refuse("this model", [] if layers else ["it has no MoELayer with several expert ranks"])
+    for name, module in layers.items():
+        refuse(name, [*_obstacles(module)])
+    # The class that is looked up with each buffer, which is made when the first batch comes.
+    made.replace(fused_a2a, "Buffer", drop_in.Buffer)
+    made.replace(fused_a2a, "_buffer", None)
+    made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
+    first = next(iter(layers.values()))
+    manager = first.token_dispatcher._comm_manager
+    experts = {name: module.experts.local_experts for name, module in layers.items()}
+    balanced = make_guests(made, experts, manager.num_experts, manager.group, guests)
+    for layer, module in zip(balanced, layers.values(), strict=True):
+        assert layer.guests is not None, "it was made with guests"
+        _install(made, module, layer.layer, layer.guests)
+    return made
+
+
+def _moe_layers(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
+    """The MoE layers whose experts are on several ranks, by name."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    chunks = [model] if isinstance(model, nn.Module) else model
+    for number, chunk in enumerate(chunks):
+        prefix = f"{number}." if len(chunks) > 1 else ""
+        for name, module in chunk.named_modules():
+            if isinstance(module, MoELayer) and module.ep_group.size() > 1:
+                yield prefix + name, module
+
+
+def _obstacles(module: Any) -> Iterator[str]:
+    """What of a layer is not supported."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    config, dispatcher = module.config, module.token_dispatcher
+    if config.moe_token_dispatcher_type != "flex":
+        yield (
+            f"moe_token_dispatcher_type is {config.moe_token_dispatcher_type!r}: set 'flex', with "
+            "moe_flex_dispatcher_backend 'deepep'"
+        )
+    elif config.moe_flex_dispatcher_backend != "deepep":
+        yield f"moe_flex_dispatcher_backend is {config.moe_flex_dispatcher_backend!r}: set 'deepep'"
+    if dispatcher.tp_size > 1:
+        yield f"expert_tensor_parallel_size is {dispatcher.tp_size}: set 1"
+    if not isinstance(module.experts, SequentialMLP):
+        yield f"its experts are a {type(module.experts).__name__}: build a SequentialMLP"
+    for name in (
+        "fp8",
+        "fp4",
+        "overlap_moe_expert_parallel_comm",
+        "delay_wgrad_compute",
+        "overlap_dispatch_backward_with_experts_wgrad",
+    ):
+        if getattr(config, name, None):
+            yield f"{name} is {getattr(config, name)!r}: turn it off"
+    for name, usual in (("cuda_graph_impl", "none"), ("transformer_impl", "")):
+        value = getattr(config, name, usual)
+        if value == "inference_optimized" or (name == "cuda_graph_impl" and value != usual):
+            yield f"{name} is {value!r}: set another"
+    for name, parameter in module.experts.named_parameters():
+        if is_distributed(parameter) or hasattr(parameter, "__fsdp_param__"):
+            yield f"its parameter experts.{name} is sharded (FSDP), and guests need it whole"
+            break
+
+
+def _install(made: Balance, module: Any, layer: Layer, guests: Guests) -> None:
+    """Puts a layer's dispatch and experts in the place of Megatron's."""
+    manager, experts = module.token_dispatcher._comm_manager, module.experts
+    made.replace(manager, "num_local_experts", layer.placement.num_local_slots)
+    made.replace(manager, "dispatch", _dispatch(manager.dispatch, layer, experts))
+    made.replace(experts, "forward", _forward(experts, guests))
+    for linear in experts.modules():
+        for name in _FUSED:
+            if getattr(linear, name, False):
+                made.replace(linear, name, False)
+
+
+def _dispatch(
+    original: Callable[..., Tensor], layer: Layer, experts: nn.Module
+) -> Callable[..., Tensor]:
+    """A manager's dispatch by a layer: in a recompute, too, which does not enter the module."""
+    modules = [*experts.modules()]
+
+    def dispatch(*args: Any, **kwargs: Any) -> Tensor:
+        _await_parameters(modules)
+        with use(layer):
+            return original(*args, **kwargs)
+
+    return dispatch
+
+
+def _await_parameters(modules: Sequence[nn.Module]) -> None:
+    """Has the current stream wait for parameters that an optimizer still gathers.
+
+    DDP does so before each module runs (`overlap_param_gather`). Weights are pushed before that.
+    """
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            if hook.__module__ == _DDP:
+                hook(module, ())
+
+
+def _forward(experts: Any, guests: Guests) -> Callable[..., Any]:
+    """The experts' own forward pass, over the slots of a rank."""
+    own = type(experts).forward
+
+    def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
+        rows, slots = guests.modules(rows)
+        return own(_WithSlots(experts, slots), rows, tokens_per_expert, probs)
+
+    return forward
+
+
+class _WithSlots:
+    """Experts as `SequentialMLP.forward` sees them, with others in their place."""
+
+    def __init__(self, experts: Any, slots: Sequence[Callable[..., Any]]) -> None:
+        self._experts = experts
+        self.local_experts, self.num_local_experts = slots, len(slots)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._experts, name)
