@@ -48,7 +48,7 @@ def engine_map(table: npt.ArrayLike | Mapping[str, Any]) -> npt.NDArray[np.int64
 
 
 def whole(name: str, value: int | None, least: int = 1) -> int:
-    """A whole number of at least `least`, of any integer type.
+    """A whole number of at least `least`, of any integer type but bool.
 
     Raises:
         PlacementError: it is None, no integer, or less.
@@ -57,7 +57,7 @@ def whole(name: str, value: int | None, least: int = 1) -> int:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         number = least - 1
-    if number < least:
+    if number < least or isinstance(value, bool):
         raise PlacementError(f"{name} must be a whole number of at least {least}, got {value!r}")
     return number
 

@@ -85,9 +85,10 @@ class GuestPool:
     ) -> None:
         with together(group, "GuestPool") as facts:
             check_slot(slot)
-            if not (isinstance(num_guests_per_rank, int) and num_guests_per_rank >= 1):
+            if type(num_guests_per_rank) is not int or num_guests_per_rank < 1:  # nor a bool
                 raise ValueError(
-                    f"num_guests_per_rank must be a whole number from 1; got {num_guests_per_rank}"
+                    "num_guests_per_rank must be a whole number from 1; got "
+                    f"{num_guests_per_rank!r}"
                 )
             if transport not in TRANSPORTS:
                 raise ValueError(

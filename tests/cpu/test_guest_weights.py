@@ -627,6 +627,7 @@ def wrong_pools(group):
     guests = made(group, "stacked")
     small = nn.ParameterDict({"up": nn.Parameter(torch.zeros(E_PER_RANK, 3))})
     make = (Guests, guests.experts, guests.layer, group)
+    raises("must be a whole number from 1; got True", GuestPool, group, True, guests.experts)
     raises("guests of this layer take 768: give GuestPool the", *make, GuestPool(group, G, small))
     raises("pool has 1 guests a rank, and the placement 2", *make, GuestPool(group, 1, small))
     pools = [GuestPool(group, G, guests.experts) for _ in range(2)]

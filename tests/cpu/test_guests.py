@@ -101,6 +101,7 @@ def test_guests_must_differ_and_stay_on_their_node():
         ([0, 1, 2, 3], {}, "slot 1 is a guest slot, which a batch fills: it must be -1"),
         ([0, -1, 1, -1], {"num_guests_per_rank": 2}, "must be less than the 2 slots of a rank"),
         ([0, -1, 1, -1], {"num_guests_per_rank": -1}, "num_guests_per_rank must be a whole number"),
+        ([0, -1, 1, -1], {"num_guests_per_rank": True}, "of at least 0, got True"),
         ([0, -1, 1, -1], {"max_replicas": 1}, "max_replicas must be at least 2 with guest slots"),
         # Two copies on one rank take a column more.
         ([0, 0, -1, 1, 2, -1], {"max_replicas": 2}, "max_replicas must be at least 3"),

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import unittest.mock
+
 import pytest
 import ranks
 import torch
-from test_guest_layers import E, G, MoE, assert_close, run_steps, set_mode
+from test_guest_layers import (
+    RULE,
+    E,
+    G,
+    MoE,
+    T,
+    assert_close,
+    batch_of,
+    run_steps,
+    set_mode,
+)
+from torch import nn
 
-from lplb_ep import GuestPool, Placement
+import lplb_ep
+from lplb_ep import GuestPool, Guests, Layer, Placement
 
 
 class LateGuests:
@@ -79,6 +94,47 @@ def test_a_layer_may_compute_with_its_residents_while_guests_are_on_their_way(ki
     # Three batches of two layers; a checkpoint around the layer dispatches twice.
     expected = 12 if checkpointing == "outside" else 6
     assert ranks.run(2, wait_in_layers, kind, checkpointing, False) == [expected] * 2
+
+
+def low_latency(group, hook, at_once):
+    """Weights scale rows. No hook waits for them, and experts that are asked for do."""
+    rank, R, width = group.rank(), group.size(), 128
+    layer = Layer(Placement.homes_only(E, R, G), RULE)
+    experts = nn.ParameterDict({"scale": nn.Parameter(torch.arange(E).view(R, -1)[rank] + 1.0)})
+    guests = Guests(experts, layer, group, layer_waits=True)
+    late = LateGuests(guests._pools[0])
+    _, weights, topk_idx = batch_of(rank, 0)
+    x, weights = torch.randn(T, width), weights.detach().float()
+    L = layer.placement.num_local_slots
+    with unittest.mock.patch.dict(os.environ, LPLB_EP="1"):
+        size = lplb_ep.Buffer.get_low_latency_rdma_size_hint(T, width, R, L * R)
+        buffer = lplb_ep.Buffer(group, 0, size, low_latency_mode=True, num_qps_per_rank=L)
+        buffer = buffer.view(layer)
+    for _ in range(3):
+        rows, _, handle, _, wait = buffer.low_latency_dispatch(
+            x, topk_idx, T, E, use_fp8=False, return_recv_hook=hook
+        )
+        if hook:
+            wait()
+        assert late.pushed
+        if at_once:
+            _, by_name = guests.weights(rows)
+            scales = [*by_name["scale"]]
+        else:
+            _, own, arrive = guests.split_weights(rows)
+            assert late.pushed
+            scales = [own["scale"], arrive()["scale"]]
+        assert not late.pushed
+        scaled = torch.nan_to_num(rows * torch.cat(scales)[:, None, None])
+        out, *_ = buffer.low_latency_combine(scaled, topk_idx, weights, handle)
+        want = (x[:, None] * (topk_idx + 1)[..., None] * weights[..., None]).sum(1)
+        torch.testing.assert_close(out, want)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+@pytest.mark.parametrize("hook", [False, True])
+def test_neither_low_latency_calls_nor_their_hooks_wait_for_guests(hook, at_once):
+    ranks.run(2, low_latency, hook, at_once)
 
 
 def test_weights_taken_at_once_have_arrived():
