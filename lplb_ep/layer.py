@@ -85,6 +85,8 @@ class Layer:
 
     is_refreshable: bool
     """Whether a refresh may replace the placement. Planners then reserve capacity for that."""
+    moves_homes: bool
+    """Whether such a placement may have other homes, too: an engine moves all its experts."""
     observers: list[Callable[[torch.Tensor], None]]
     """Each is called with the counts [R, E] of every batch that is planned."""
     planners: WeakSet[Any]
@@ -96,7 +98,7 @@ class Layer:
         if self._problem.load is not None:
             raise ValueError("a layer's load comes with each batch; its problem must have none")
         self.replace(placement)
-        self.is_refreshable = False
+        self.is_refreshable = self.moves_homes = False
         self.observers = []
         self.planners = WeakSet()
         self._replicas: list[ref[Weights]] = []  # asked at every batch: a WeakSet takes 1 µs

@@ -139,11 +139,16 @@ class BufferState:
 
     @property
     def is_registered(self) -> bool:
-        """Whether the ranks have planned, so that a model with replica slots calls.
-
-        A call with no placement is an error then, on a buffer that replaces another too.
-        """
+        """Whether the ranks have planned, so that a model with replica slots calls."""
         return isinstance(self.group, dist.ProcessGroup) and self.group in channels
+
+    @property
+    def must_plan(self) -> bool:
+        """Whether a call with no placement is an error, on a buffer that replaces another too.
+
+        The slots that an engine has picked are right as they are, if less balanced.
+        """
+        return self.is_registered and self.settings.indices == "logical"
 
     def check_limits(self, placement: Placement) -> None:
         """Holds a placement against the limits of the kernels that this buffer was made for.

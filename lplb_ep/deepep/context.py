@@ -77,10 +77,10 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
     """The layer that a call which plans goes by; None: pass the call on.
 
     Raises:
-        ContractError: nothing is in force, and the ranks have planned before.
+        ContractError: nothing is in force, callers pass experts, and the ranks have planned before.
     """
     use = layer_in_force(buffer, state)
-    if use is None and state.is_registered:
+    if use is None and state.must_plan:
         raise ContractError(
             "no placement is in force for this call, and these ranks have planned with some. Call "
             "the buffer through buffer.view(placement), within lplb_ep.use(placement), or from a "
@@ -90,9 +90,9 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
     if use is None and not state.warned:
         state.warned = True
         log.warning(
-            "LPLB_EP=%s, and no placement is registered on this buffer: calls are passed on "
-            "unchanged",
+            "LPLB_EP=%s, and no placement is %s: calls are passed on unchanged",
             state.settings.mode,
+            "in force for a call" if state.is_registered else "registered on this buffer",
         )
     return use
 
@@ -100,10 +100,12 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
 def refuse_when_off(settings: Settings, what: str) -> None:
     """Refuses a placement, given to `what`, while nothing is balanced.
 
+    An engine that picks slots itself may have one: its own picks are passed on then.
+
     Raises:
-        ContractError: LPLB_EP is 0.
+        ContractError: LPLB_EP is 0, and callers pass experts.
     """
-    if settings.mode == "0":
+    if settings.mode == "0" and settings.indices == "logical":
         raise ContractError(
             f"{what} was given a placement, and LPLB_EP is 0 (or unset), which suits only a model "
             "without replica slots; set LPLB_EP=home or LPLB_EP=1"
@@ -151,7 +153,7 @@ def attach(
         A handle whose `remove()` detaches the layer. Of several attachments the last one holds.
 
     Raises:
-        ContractError: LPLB_EP is 0, or the slots are not the placement's.
+        ContractError: the slots are not the placement's. Or LPLB_EP is 0, and callers pass experts.
         TypeError: `placement` is neither a layer nor a placement.
         ValueError: the weights do not have that many slots; names the parameter.
         ValueError: `slot` is not a whole number in [0, 2**31).
@@ -167,7 +169,7 @@ def attach(
         if weights is not None and weights is not False:
             slot_parameters(weights, layer.placement.num_resident_slots)
 
-    if state is None:
+    if state is None or state.settings.mode == "0":
         own = layer_use(placement, slot)
         check(own.layer)
     else:

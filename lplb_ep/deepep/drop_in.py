@@ -156,7 +156,8 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
         self._lplb_state = _state(self, base, contract, settings, call)
         if use is not None:
             self._lplb_state.default = use
-            register(self._lplb_state, *use)
+            if settings.mode != "0":
+                register(self._lplb_state, *use)
 
     return __init__
 
@@ -235,14 +236,15 @@ def _view(self: Any, placement: Layer | Placement, slot: int = 0) -> Any:
         An instance of this buffer's class that shares all of its state.
 
     Raises:
-        ContractError: LPLB_EP is 0.
+        ContractError: LPLB_EP is 0, and callers pass experts.
         TypeError: `placement` is neither a layer nor a placement.
         ValueError: `slot` is not a whole number in [0, 2**31).
         RankError: ranks bring different placements or slots.
     """
     state = state_of(self)
     refuse_when_off(state.settings, "view()")  # on every rank alike
-    use = register(state, placement, slot)
+    is_off = state.settings.mode == "0"
+    use = layer_use(placement, slot) if is_off else register(state, placement, slot)
     view: Any = object.__new__(_view_class(self.__class__))
     view.__dict__ = self.__dict__
     view._lplb_use = use

@@ -102,7 +102,7 @@ def _dispatch(self: Any, state: BufferState, call: Call) -> Any:
         return call.forward()  # a cached dispatch; or an incomplete one, which DeepEP refuses
     planned = _plan_of(state, layout)
     if planned is None:
-        if state.is_registered:
+        if state.must_plan:
             raise ContractError(
                 "is_token_in_rank is not from this buffer's get_dispatch_layout: a layout made "
                 "elsewhere does not know the plan"
@@ -143,7 +143,7 @@ def _low_latency_combine(self: Any, state: BufferState, call: Call) -> Any:
     if planned is not None:
         planned.check_current()
         planned.replace_picks(call, may_be_masked=True)
-    elif state.is_registered:
+    elif state.must_plan:
         raise ContractError("handle is not from this buffer's low_latency_dispatch")
     return call.forward()
 

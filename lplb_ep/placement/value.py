@@ -120,12 +120,18 @@ class Value:
             )
         return out
 
-    def may_replace(self, other: Value) -> bool:
-        """Whether this placement differs from another in replicas and their number alone."""
-        same = ("num_ranks", "num_ranks_per_node", "num_physical_experts", "num_guests_per_rank")
-        return all(getattr(self, name) == getattr(other, name) for name in same) and np.array_equal(
-            self.home, other.home
+    def may_replace(self, other: Value, *, moves_homes: bool = False) -> bool:
+        """Whether this placement differs from another in replicas and their number alone.
+
+        Args:
+            other: the placement that it would replace.
+            moves_homes: whether homes may differ, too: of an engine that moves all its experts.
+        """
+        sizes = ("num_ranks", "num_ranks_per_node", "num_experts", "num_physical_experts")
+        same = all(
+            getattr(self, name) == getattr(other, name) for name in (*sizes, "num_guests_per_rank")
         )
+        return same and (moves_homes or np.array_equal(self.home, other.home))
 
     def with_guests(self: Self, guests: npt.ArrayLike) -> Self:
         """The placement of one batch, whose guest slots hold copies like any other.

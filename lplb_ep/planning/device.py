@@ -42,6 +42,7 @@ class DeviceBackend:
         row_size: integers of an exchanged row; those behind the counts stay 0.
         solver: one of `DEVICE_SOLVERS`.
         refreshable: whether other replicas will replace these.
+        moves_homes: whether these may have other homes, too.
         windows: where kernels exchange rows; None: rows travel by other means.
         timeout_s: how long a batch waits for the rows, in seconds.
         abort_on_timeout: whether the process ends when a row does not come in that time.
@@ -63,6 +64,7 @@ class DeviceBackend:
         *,
         solver: str,
         refreshable: bool = False,
+        moves_homes: bool = False,
         windows: Windows | None = None,
         timeout_s: float = 60,
         abort_on_timeout: bool = False,
@@ -70,7 +72,7 @@ class DeviceBackend:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._index: int = self._device.index
         self._rank = rank
-        self.tables = DeviceTables(placement, self._device, solver, refreshable)
+        self.tables = DeviceTables(placement, self._device, solver, refreshable, moves_homes)
         self.error_flags = ErrorFlags(placement, timeout_s, abort_on_timeout)
         self.workspace = Workspace(
             self.tables,

@@ -41,7 +41,7 @@ class DeviceTables:
         placement: the copies, which must fit (`check_fit`).
         device: the GPU; the solver's kernels are compiled now, if they never were.
         solver: one of `DEVICE_SOLVERS`.
-        refreshable: whether any other replicas must fit, too.
+        refreshable, moves_homes: as for `capacity_for`.
 
     Raises:
         ValueError: the placement is too large; names the size.
@@ -55,11 +55,12 @@ class DeviceTables:
         device: torch.device,
         solver: str = "flow",
         refreshable: bool = False,
+        moves_homes: bool = False,
     ) -> None:
         check_fit(placement, solver, max_shared_bytes(device.index), refreshable)
         p, record = placement, solver_record(solver, placement)
         self.placement, self.device = placement, device
-        self._capacity = capacity = capacity_for(placement, refreshable)
+        self._capacity = capacity = capacity_for(placement, refreshable, moves_homes)
         variant = record.variant(capacity)
         self.solve_signature = record.kernels[0]
         """The arguments of both kernels that solve."""

@@ -113,13 +113,16 @@ def _four(number: int) -> int:
     return -(-max(1, number) // 4) * 4
 
 
-def capacity_for(placement: Placement, refreshable: bool = False) -> Capacity:
+def capacity_for(
+    placement: Placement, refreshable: bool = False, moves_homes: bool = False
+) -> Capacity:
     """How large the tables of a placement are laid out.
 
     Args:
         placement: the copies.
         refreshable: whether any other replicas must fit, too, as long as they do not fall into more
             components.
+        moves_homes: of one that is refreshable, whether any experts must fit in any slots.
 
     Raises:
         ValueError: a component is too large for one block; names its size.
@@ -132,7 +135,7 @@ def capacity_for(placement: Placement, refreshable: bool = False) -> Capacity:
     num_replicas = p.num_physical_experts - p.num_experts
     num_several = min(p.num_experts, num_replicas)
     return Capacity(
-        num_components=own.num_components,
+        num_components=p.num_ranks if moves_homes else own.num_components,
         size=next(size for size in SIZES if size >= min(p.num_ranks, MAX_RANKS)),
         max_arcs=_four(num_replicas + num_several),
         max_edges=min(num_replicas, p.num_local_slots * (p.max_replicas - 1)),

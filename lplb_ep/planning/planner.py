@@ -157,6 +157,7 @@ class Planner:
             row_size,
             solver=self.solver,
             refreshable=self.layer.is_refreshable,
+            moves_homes=self.layer.moves_homes,
             windows=None if self.exchange is None else self.exchange.windows,
             timeout_s=timeout_s,
             abort_on_timeout=abort_on_timeout,
@@ -302,7 +303,7 @@ class Planner:
                 GPU its tables do not fit where those of the first one lie; the message says by
                 what.
         """
-        if not placement.may_replace(self.placement):
+        if not placement.may_replace(self.placement, moves_homes=self.layer.moves_homes):
             raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")
         columns = self.placement.max_replicas
         if placement.max_replicas != columns:

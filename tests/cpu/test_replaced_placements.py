@@ -87,6 +87,29 @@ def test_a_prepared_planner_plans_as_one_that_is_made_anew():
         Replicas(experts, Placement([0, 1, 0], 1)).prepare(Placement([0, 1, 0], 1, home=[2, 1]))
 
 
+def test_a_planner_of_an_engines_layer_takes_homes_elsewhere():
+    layer = lplb_ep.Layer(Placement([0, 1, 0, 2], 2, num_experts=3, max_replicas=2))
+    planner = Planner(layer, rank=0, counts="given", check=True)
+    topk = torch.tensor([[0], [0], [1], [2]])
+    counts = torch.tensor([[2, 1, 1], [0, 0, 0]])
+    new = Placement([2, 0, 1, 2], 2, num_experts=3, max_replicas=2)
+    with pytest.raises(ValueError, match="not one of this planner's layer"):
+        planner.prepare(new)
+    layer.moves_homes = True
+    for wrong in (
+        Placement([2, 0, 1, 2, -1, -1], 2, num_experts=3, max_replicas=2),
+        Placement([2, 0, 1, 3], 2, max_replicas=2),
+    ):
+        with pytest.raises(ValueError, match="not one of this planner's layer"):
+            planner.prepare(wrong)
+    planner.prepare(new)()
+    layer.replace(new)
+    plan = planner(topk, counts=counts)
+    assert plan.topk_idx.tolist() == [[1], [1], [2], [3]]
+    again = planner(torch.tensor([[1], [1], [2], [0]]), counts=counts, indices="physical")
+    assert torch.equal(again.topk_idx, plan.topk_idx)
+
+
 def test_slots_go_home_by_the_copies_in_force(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     old = Placement([0, 1, 0, 2, 3, 1], 2, home=[0, 1, 3, 4])

@@ -292,6 +292,26 @@ def test_replaced_copies_are_planned_with_in_every_kind_of_call(make):
     assert torch.equal(before.split, split)  # by the placement that it was made on
 
 
+def test_all_experts_of_an_engine_move_to_other_slots(make):
+    rng, rows = np.random.default_rng(7), Rows()
+    layer = Layer(TWO.with_copies(TWO.physical_to_logical, 3))
+    layer.is_refreshable = layer.moves_homes = True
+    exchanging = make(layer, rows)
+    # Homes elsewhere, then two components where there was one, then three copies of an expert.
+    for table in (None, [3, 2, 1, 0, 3, 2], [0, 0, 1, 2, 3, 3], [3, 3, 2, 0, 1, 3]):
+        if table is not None:
+            new = Placement(table, R, num_experts=E, max_replicas=3)
+            exchanging.prepare(new)()
+            layer.replace(new)
+        topk, rows.counts = batch(rng, [90, 20])
+        plan = exchanging(topk)
+        check_plan(plan, topk, layer.placement, RANK)
+        assert int(plan.status) == Status.OPTIMAL
+        slots = plan.topk_idx
+        assert same(values(exchanging(slots, indices="physical")), values(exchanging(topk)))
+    assert layer.placement.home.tolist() == [3, 4, 2, 0]
+
+
 WITH_SLOTS = Placement([0, 1, 2, -1, 3, 0, -1, -1], R, num_experts=E, num_guests_per_rank=1)
 
 

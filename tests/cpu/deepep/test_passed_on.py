@@ -21,6 +21,7 @@ from recording_buffer import (
 import lplb_ep
 from lplb_ep import ContractError
 from lplb_ep.deepep import drop_in as buffer
+from lplb_ep.layer import channels
 
 CALLS = {
     "Buffer": [
@@ -93,6 +94,30 @@ def test_off_every_way_to_give_a_placement_raises(make, mode, tmp_path):
     assert drop_in.log == []
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "args", "kwargs"),
+    [(name, *call) for name, calls in CALLS.items() for call in calls],
+)
+def test_off_an_engines_slots_pass_whatever_placement_it_gave(
+    make, mode, name, method, args, kwargs
+):
+    """It has chosen copies itself: its own choice is what balance is compared with."""
+    mode("0", LPLB_EP_INDICES="physical")
+    drop_in = make(name, placement=PLACEMENT, num_local_slots=P)
+    lplb_ep.attach(torch.nn.Linear(1, 1), PLACEMENT, num_local_slots=P, buffer=drop_in)
+    for buffer_ in (drop_in, drop_in.view(PLACEMENT), drop_in.view(PLACEMENT, slot=1)):
+        with lplb_ep.use(PLACEMENT):
+            getattr(buffer_, method)(*args, **kwargs)
+        ((called, got, named),) = drop_in.log
+        assert called == method
+        assert all(a is b for a, b in zip(got, args, strict=True))
+        assert all(named[key] is kwargs[key] for key in kwargs)
+        drop_in.log.clear()
+    assert not any(channels.values())
+    with pytest.raises(ContractError, match="num_local_slots"):
+        make(name, placement=PLACEMENT, num_local_slots=P + 1)
+
+
 def test_deep_eps_own_calls_inside_a_call_are_left_alone(group, mode):
     """Across nodes its dispatch calls internode_dispatch, with slots and a right event."""
     mode("1")
@@ -119,3 +144,17 @@ def test_a_buffer_and_its_views_are_destroyed_in_any_order(make, mode):
     drop_in.destroy()
     view.destroy()
     assert [name for name, *_ in drop_in.log].count("destroy") == 1
+
+
+def test_slots_of_an_engine_pass_where_no_placement_is_in_force(make, mode, caplog):
+    """They are right as they are. Experts would be taken for slots, which is an error."""
+    mode("1", LPLB_EP_INDICES="physical")
+    drop_in = make()
+    drop_in.view(PLACEMENT)
+    layout = drop_in.get_dispatch_layout(TOPK, P)
+    drop_in.dispatch(X, is_token_in_rank=layout[3], topk_idx=TOPK)
+    drop_in.low_latency_combine(X, TOPK, X, (X, X, 4, 8, P))
+    for method in ("get_dispatch_layout", "dispatch", "low_latency_combine"):
+        assert arrived(drop_in, method)["topk_idx"] is TOPK
+    assert [r.levelno for r in caplog.records] == [logging.WARNING]
+    assert "no placement is in force for a call" in caplog.text
