@@ -22,16 +22,15 @@ from ..settings import Settings, put_in_environment
 log = logging.getLogger(__name__)
 
 MAX_RANKS = 64
-"""Ranks of an engine: its experts may come to share slots with those of any rank, and a GPU's
-solver takes components of so many."""
+"""Ranks of an engine. It may join them all by copies, and a GPU's solver takes so many."""
 
 
 class EngineLayers:
     """The MoE layers of an engine that owns its weights, picks copies itself and moves experts.
 
     Its slots hold what its table says, and are equal where the table says so: the layers are
-    trusted. After the engine has moved experts the table is read again, and tables on the GPU are
-    rewritten in place: captured CUDA graphs then plan with the new ones.
+    trusted. After the engine has moved experts the table is read again. Tables on the GPU are
+    rewritten in place, and captured CUDA graphs plan with the new ones.
 
     Args:
         read: returns the engine's table, [layers, P] integers, on any device. It must be one tensor
@@ -103,7 +102,7 @@ class EngineLayers:
             commits += [planner.prepare(placement) for planner in layer.current_planners()]
             commits.append(functools.partial(layer.replace, placement))
         if moved:
-            _wait_for_gpu()  # what is planned still reads the old tables
+            _wait_for_gpu()  # plans that are being made read the old tables
             for commit in commits:
                 commit()
             _wait_for_gpu()  # tables are written on this stream, and read on any
@@ -168,7 +167,7 @@ def switch_on(engine: str) -> bool:
     if settings.mode == "0":
         return False
     module, why = choose_backend(settings.backend)
-    if module != "deep_ep" and settings.backend == "auto":
+    if module.startswith("lplb_ep.") and settings.backend == "auto":
         log.warning("%s is not balanced: DeepEP is not used, %s", engine, why)
         return False
     put_in_environment("indices", "physical")

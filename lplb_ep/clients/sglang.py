@@ -74,7 +74,7 @@ def balance(model: torch.nn.Module, num_ranks: int, num_ranks_per_node: int | No
                 if dispatcher.num_experts != metadata.num_physical_experts:
                     raise ContractError(
                         f"MoE layer {number} of SGLang dispatches to {dispatcher.num_experts} "
-                        f"experts, and its table has {metadata.num_physical_experts} slots: shared "
+                        f"experts, and its table has {metadata.num_physical_experts} slots. Shared "
                         "experts that are fused with the routed ones are not balanced"
                     )
                 _put_in_force(engine, number, dispatcher, slot)
