@@ -60,7 +60,10 @@ abi: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,megatron]'
+	# It asks for Python 3.12, and has a wheel for 3.11 that runs.
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || exit 0; $(PIP) --no-deps \
+		--ignore-requires-python "$$(grep -o 'megatron-core==[0-9.]*' pyproject.toml)"
 	touch $@
 
 clean:

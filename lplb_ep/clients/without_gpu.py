@@ -71,7 +71,8 @@ def without_gpu() -> Iterator[None]:
         random: {"_get_cuda_rng_state": _states, "_set_cuda_rng_state": _nothing},
     }
     random.get_cuda_rng_tracker(inference_rng_tracker=True)  # its forks do nothing
-    with _OnCpu(), contextlib.ExitStack() as stack:
+    # What Megatron-Core compiles would be compiled for the CPU, in every process.
+    with _OnCpu(), torch.compiler.set_stance("force_eager"), contextlib.ExitStack() as stack:
         for module, values in stand_ins.items():
             for name, value in values.items():
                 stack.callback(setattr, module, name, getattr(module, name))

@@ -1,0 +1,88 @@
+"""Megatron-Core's MoE layers over the embedded buffers: plain, at home, and balanced by guests."""
+
+import importlib.util
+
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from gpt import Run, train
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
+)
+OFF = {"LPLB_EP": "0"}
+HOME = {"LPLB_EP": "home"}
+ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
+# Sums of float32 in another order, after two steps.
+CLOSE = dict(rtol=2e-4, atol=2e-5)
+COARSE = dict(rtol=0.05, atol=0.02)
+
+
+def compare(plain, other, **tolerance):
+    """Losses, norms, first gradients and last weights of runs, by rank."""
+    for want, got in zip(plain, other, strict=True):
+        for part, expected in zip(got[:4], want[:4], strict=True):
+            torch.testing.assert_close(part, expected, **tolerance)
+
+
+def check_balanced(results):
+    reports = [row for result in results for row in result[4]]
+    assert reports
+    assert all(set(row.batches) == {"OPTIMAL"} for row in reports)
+    assert sum(row.num_guests for row in reports) > 0
+    assert max(row.home_imbalance for row in reports) > 1.3
+    assert all(row.imbalance < 1.1 for row in reports)
+
+
+OVERLAPPED = dict(
+    ddp=dict(
+        overlap_grad_reduce=True,
+        use_distributed_optimizer=True,
+        overlap_param_gather=True,
+        bucket_size=4000,
+    )
+)
+RUNS = {
+    "plain": (2, Run()),
+    "overlapped": (4, Run(**OVERLAPPED, steps=3)),
+    "recomputed": (
+        2,
+        Run(config=dict(recompute_granularity="selective", recompute_modules=["moe"])),
+    ),
+    "recomputed whole": (
+        2,
+        Run(
+            config=dict(
+                recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+            )
+        ),
+    ),
+    "shared experts beside": (
+        2,
+        Run(config=dict(moe_shared_expert_intermediate_size=48, moe_shared_expert_overlap=True)),
+    ),
+    "tokens are dropped": (2, Run(config=dict(moe_expert_capacity_factor=1.0))),
+    "gated, with biases": (
+        2,
+        Run(
+            config=dict(gated_linear_unit=True, add_bias_linear=True, activation_func=F.silu),
+            optimizer=dict(optimizer="sgd"),  # Adam makes noise of keys' biases, which do nothing
+        ),
+    ),
+    "bfloat16": (
+        2,
+        Run(config=dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)),
+    ),
+    "interleaved pipeline": (4, Run(pp=2, vpp=2, config=dict(num_layers=4))),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_balanced_run_is_the_plain_one(name):
+    num_ranks, run = RUNS[name]
+    plain = ranks.run(num_ranks, train, run, environ=OFF)
+    compare(plain, ranks.run(num_ranks, train, run, environ=HOME), rtol=0, atol=0)
+    balanced = ranks.run(num_ranks, train, run, environ=ON)
+    compare(plain, balanced, **(COARSE if run.config.get("bf16") else CLOSE))
+    check_balanced(balanced)

@@ -1,0 +1,237 @@
+"""A small GPT of Megatron-Core with MoE layers, trained on gloo ranks."""
+
+import contextlib
+import dataclasses
+import logging
+import warnings
+
+import torch
+
+EXPERTS, HIDDEN, SEQUENCE, VOCABULARY = 8, 32, 16, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    ep: int = 2
+    pp: int = 1
+    vpp: int | None = None
+    steps: int = 2
+    micro_batches: int = 2
+    config: dict = dataclasses.field(default_factory=dict)
+    ddp: dict = dataclasses.field(default_factory=dict)
+    optimizer: dict = dataclasses.field(default_factory=dict)
+    balance: dict = dataclasses.field(default_factory=lambda: {"guests": 2})
+    skew: float = 1.0
+
+
+@contextlib.contextmanager
+def megatron(run):
+    """Megatron-Core with its groups, on this rank's CPU."""
+    from lplb_ep.clients.megatron import provide_buffers
+    from lplb_ep.clients.without_gpu import without_gpu
+    from lplb_ep.deepep.patch import unpatch
+
+    provide_buffers()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from megatron.core import parallel_state
+
+            logging.getLogger("megatron").setLevel(logging.ERROR)
+            parallel_state.initialize_model_parallel(
+                pipeline_model_parallel_size=run.pp,
+                virtual_pipeline_model_parallel_size=run.vpp,
+                expert_model_parallel_size=run.ep,
+                expert_tensor_parallel_size=1,
+            )
+            try:
+                with without_gpu():
+                    yield
+            finally:
+                parallel_state.destroy_model_parallel()
+    finally:
+        unpatch()
+
+
+def config_of(run):
+    from megatron.core.transformer import TransformerConfig
+
+    settings = dict(
+        num_layers=max(2, run.pp * (run.vpp or 1)),
+        hidden_size=HIDDEN,
+        num_attention_heads=4,
+        ffn_hidden_size=48,
+        moe_ffn_hidden_size=48,
+        num_moe_experts=EXPERTS,
+        pipeline_model_parallel_size=run.pp,
+        virtual_pipeline_model_parallel_size=run.vpp,
+        expert_model_parallel_size=run.ep,
+        expert_tensor_parallel_size=1,
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="deepep",
+        moe_router_topk=2,
+        moe_router_load_balancing_type="none",
+        moe_router_dtype="fp32",
+        add_bias_linear=False,
+        use_cpu_initialization=True,
+        pipeline_dtype=torch.float32,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+    )
+    return TransformerConfig(**{**settings, **run.config})
+
+
+def chunks_of(run, config):
+    """The rank's model chunks; experts have weights of their own, by their numbers."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.transformer.module import Float16Module
+
+    chunks = []
+    for stage in range(run.vpp or 1):
+        first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
+        last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
+        chunk = GPTModel(
+            config,
+            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage),
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=False,
+            vp_stage=stage if run.vpp else None,
+        )
+        for name, parameter in chunk.named_parameters():
+            initialize(chunk, name, parameter, run)
+        chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
+    return chunks
+
+
+def initialize(chunk, name, parameter, run):
+    """The same weights wherever a layer or an expert is."""
+    parts = name.split(".")
+    if "layers" in parts:
+        number = parts.index("layers") + 1
+        parts[number] = str(chunk.decoder.layers[int(parts[number])].layer_number)
+    if "local_experts" in parts:
+        number = parts.index("local_experts") + 1
+        from megatron.core import parallel_state
+
+        first = parallel_state.get_expert_model_parallel_rank() * (EXPERTS // run.ep)
+        parts[number] = str(first + int(parts[number]))
+    is_norm = "layernorm" in name
+    if is_norm and not name.endswith("pre_mlp_layernorm.bias"):
+        return
+    generator = torch.Generator().manual_seed(sum(map(ord, ".".join(parts))) * 7919)
+    # All tokens have something in common then, and routers favour some experts.
+    scale = run.skew * HIDDEN**0.5 if is_norm else 1.0
+    with torch.no_grad():
+        values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.copy_(values * scale * parameter.shape[-1] ** -0.5)
+
+
+class Training:
+    """A model of Megatron-Core with DDP and an optimizer."""
+
+    def __init__(self, run):
+        from megatron.core.distributed import (
+            DistributedDataParallel,
+            DistributedDataParallelConfig,
+            finalize_model_grads,
+        )
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        from lplb_ep.clients.megatron import balance
+
+        self.run, self.config = run, config_of(run)
+        chunks = chunks_of(run, self.config)
+        self.balance = balance(chunks, **run.balance)
+        ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
+        self.chunks = [
+            DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
+            for number, chunk in enumerate(chunks)
+        ]
+        options = dict(
+            optimizer="adam",
+            lr=0.01,
+            clip_grad=0.5,
+            bf16=self.config.bf16,
+            params_dtype=self.config.params_dtype,
+            use_distributed_optimizer=ddp.use_distributed_optimizer,
+            overlap_param_gather=ddp.overlap_param_gather,
+        )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(**{**options, **run.optimizer}), self.chunks
+        )
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = self.optimizer.scale_loss
+        syncs = [chunk.no_sync for chunk in self.chunks]
+        self.config.no_sync_func = syncs if run.vpp else syncs[0]
+        if run.vpp and ddp.overlap_grad_reduce:
+            self.config.grad_sync_func = [chunk.start_grad_sync for chunk in self.chunks]
+        if run.vpp and ddp.overlap_param_gather and ddp.align_param_gather:
+            self.config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
+
+    def batches(self):
+        generator = torch.Generator().manual_seed(self.data_rank())
+        while True:
+            yield torch.randint(VOCABULARY, (2, SEQUENCE + 1), generator=generator)
+
+    def data_rank(self):
+        from megatron.core import parallel_state
+
+        return parallel_state.get_data_parallel_rank()
+
+    def forward(self, batches, chunk):
+        tokens = next(batches)
+        positions = torch.arange(SEQUENCE).expand(2, SEQUENCE)
+        mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
+        out = chunk(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
+        return out, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
+
+    def gradients(self, batches):
+        """Forward and backward of a step. Returns the losses of its micro-batches."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        out = get_forward_backward_func()(
+            forward_step_func=self.forward,
+            data_iterator=batches,
+            model=self.chunks if self.run.vpp else self.chunks[0],
+            num_microbatches=self.run.micro_batches,
+            seq_length=SEQUENCE,
+            micro_batch_size=2,
+        )
+        return [float(loss["loss"]) for loss in out]
+
+    def named_parameters(self):
+        for number, chunk in enumerate(self.chunks):
+            for name, parameter in chunk.module.named_parameters():
+                yield f"{number}.{name}", parameter
+
+
+def train(group, run):
+    """Trains; returns losses, norms of gradients, first gradients, last weights, and the report."""
+    with megatron(run):
+        training = Training(run)
+        same = training.batches()
+        batches = [same] * len(training.chunks)
+        if run.vpp:
+            batches = [training.batches() for _ in training.chunks]
+        losses, norms, gradients = [], [], {}
+        for step in range(run.steps):
+            losses += training.gradients(batches if run.vpp else batches[0])
+            if step == 0:
+                gradients = {n: p.main_grad.clone() for n, p in training.named_parameters()}
+            norms.append(float(training.optimizer.step()[1]))
+        for chunk in training.chunks if run.ddp.get("overlap_param_gather") else []:
+            chunk.start_param_sync(force_sync=True)
+        weights = {n: p.detach().float().clone() for n, p in training.named_parameters()}
+        report = training.balance.report()
+        training.balance.remove()
+        return losses, norms, gradients, weights, report
