@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import logging
+import queue
 import warnings
+from unittest import mock
 
 import torch
 
@@ -235,3 +237,55 @@ def train(group, run):
         report = training.balance.report()
         training.balance.remove()
         return losses, norms, gradients, weights, report
+
+
+def saved(training):
+    """What Megatron-Core's distributed checkpoints hold of a model and its optimizer."""
+    model = training.chunks[0].module
+    return {
+        "model": model.sharded_state_dict(),
+        "optimizer": training.optimizer.sharded_state_dict(model.sharded_state_dict()),
+    }
+
+
+def save(group, run, path):
+    """Trains, and saves. Returns the weights."""
+    with megatron(run):
+        from megatron.core import dist_checkpointing
+
+        training = Training(run)
+        batches = training.batches()
+        for _ in range(run.steps):
+            training.gradients(batches)
+            training.optimizer.step()
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        # Its queue is a process, and these ranks may have none.
+        results = queue.Queue()
+        with mock.patch.object(filesystem_async, "get_write_results_queue", lambda *_: results):
+            dist_checkpointing.save(saved(training), path)
+        weights = {n: p.detach().clone() for n, p in training.named_parameters()}
+        training.balance.remove()
+        return weights
+
+
+def load(group, run, path):
+    """Loads, and trains on. Returns the weights before and after, and the report."""
+    with megatron(run):
+        from megatron.core import dist_checkpointing
+
+        training = Training(run)
+        for _, parameter in training.named_parameters():
+            parameter.data.zero_()
+        state = dist_checkpointing.load(saved(training), path)
+        training.chunks[0].module.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        weights = {n: p.detach().clone() for n, p in training.named_parameters()}
+        batches = training.batches()
+        for _ in range(run.steps):
+            training.gradients(batches)
+            training.optimizer.step()
+        after = {n: p.detach().clone() for n, p in training.named_parameters()}
+        report = training.balance.report()
+        training.balance.remove()
+        return weights, after, report

@@ -6,7 +6,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import Run, train
+from gpt import EXPERTS, Run, load, save, train
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(
 OFF = {"LPLB_EP": "0"}
 HOME = {"LPLB_EP": "home"}
 ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
-# Sums of float32 in another order, after two steps.
-CLOSE = dict(rtol=2e-4, atol=2e-5)
+# Sums of float32 in another order. Adam makes much of small gradients: its steps are of 0.01.
+CLOSE = dict(rtol=2e-4, atol=2e-4)
 COARSE = dict(rtol=0.05, atol=0.02)
 
 
@@ -86,3 +86,32 @@ def test_a_balanced_run_is_the_plain_one(name):
     balanced = ranks.run(num_ranks, train, run, environ=ON)
     compare(plain, balanced, **(COARSE if run.config.get("bf16") else CLOSE))
     check_balanced(balanced)
+
+
+@pytest.mark.parametrize(("saving", "loading"), [(OFF, ON), (ON, OFF)])
+@pytest.mark.parametrize("ep", [2, 4])
+def test_checkpoints_have_logical_experts_alone(tmp_path, saving, loading, ep):
+    """Saved with guests or without, loaded without or with them, on as many ranks or more."""
+    path = str(tmp_path)
+    before = ranks.run(2, save, Run(), path, environ=saving)
+    results = ranks.run(ep, load, Run(ep=ep), path, environ=loading)
+    plain = ranks.run(ep, load, Run(ep=ep), path, environ=OFF)
+    saved = logical(before, 2)
+    loaded = logical([result[0] for result in results], ep)
+    assert saved.keys() == loaded.keys()
+    assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    for got, want in zip(results, plain, strict=True):
+        torch.testing.assert_close(got[1], want[1], **CLOSE)
+
+
+def logical(weights, ep):
+    """Weights of all ranks, those of experts by the experts' numbers."""
+    found = {}
+    for rank, of_rank in enumerate(weights):
+        for name, weight in of_rank.items():
+            parts = name.split(".")
+            if "local_experts" in parts:
+                number = parts.index("local_experts") + 1
+                parts[number] = str(rank * (EXPERTS // ep) + int(parts[number]))
+            found[".".join(parts)] = weight
+    return found
