@@ -262,7 +262,8 @@ def save(group, run, path):
 
         # Its queue is a process, and these ranks may have none.
         results = queue.Queue()
-        with mock.patch.object(filesystem_async, "get_write_results_queue", lambda *_: results):
+        name = "get_write_results_queue"
+        with mock.patch.object(filesystem_async, name, return_value=results):
             dist_checkpointing.save(saved(training), path)
         weights = {n: p.detach().clone() for n, p in training.named_parameters()}
         training.balance.remove()
