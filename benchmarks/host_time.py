@@ -1,11 +1,15 @@
 """The CPU time of the drop-in's calls and of a plan on a GPU, with launches replaced by nothing.
 
-    taskset -c 0 python benchmarks/host_time.py [--calls N] [--profile CASE]
+    taskset -c 0 python benchmarks/host_time.py [--calls N] [--cold MB] [--profile CASE]
 
 It needs no GPU: CUDA, CuPy and DeepEP's classes are stand-ins that do nothing, and tensors lie on
 the CPU. What is left is the drop-in's Python, so a change of it shows, to a tenth of a microsecond.
 Launches and questions to CUDA are not in it; `benchmarks/calls.py` measures those. Each figure is
 the least of several medians, microseconds of the calling thread.
+
+Between the calls of a program, CUDA's driver and DeepEP run, and little of the drop-in's code and
+data is left in a CPU's caches. That makes it several times slower. With `--cold MB`, so much memory
+is read before each call; it must be more than the last cache holds. Figures are lower quartiles.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ NUM_EXPERTS, NUM_TOPK, HIDDEN = 120, 8, 7168
 PLACEMENT = Placement([*range(NUM_EXPERTS), 0, 1], num_ranks=1, home=list(range(NUM_EXPERTS)))
 NUM_SLOTS = PLACEMENT.num_physical_experts
 TOKENS, LOW_LATENCY_TOKENS = 64, 8
-NUM_BATCHES, NUM_MEDIANS = 15, 5
+NUM_BATCHES, NUM_MEDIANS, NUM_COLD = 15, 5, 200
 
 
 def stand_in_for_cuda() -> None:
@@ -105,8 +109,10 @@ def stand_in_for_cuda() -> None:
     vars(planner)["connect"] = lambda counts, *_, **__: (
         None if counts == "given" else WindowExchange("ipc", Windows([4096]))
     )
-    picks = plans.Picks
-    vars(plans)["Picks"] = lambda topk_idx, slots, keep_values: picks(topk_idx, slots, False)
+    planned = plans.PlannedCall
+    vars(plans)["PlannedCall"] = lambda state, planner, topk_idx, slots, keep_values, guests: (
+        planned(state, planner, topk_idx, slots, False, guests)
+    )
     torch.Tensor.pin_memory = lambda tensor: tensor  # type: ignore[method-assign, assignment]
 
 
@@ -283,6 +289,17 @@ def microseconds(call: Callable[[], object], num_calls: int) -> float:
     return min(medians)
 
 
+def microseconds_cold(call: Callable[[], object], num_bytes: int) -> float:
+    """Of a call that finds nothing in a CPU's caches: the lower quartile."""
+    memory, taken = torch.ones(num_bytes // 8, dtype=torch.float64), []
+    for _ in range(NUM_COLD):
+        memory.sum()
+        start = time.thread_time_ns()
+        call()
+        taken.append((time.thread_time_ns() - start) / 1e3)
+    return sorted(taken)[NUM_COLD // 4]
+
+
 def profile(call: Callable[[], object], number: int = 3000) -> None:
     """Prints where a call spends its time."""
     profiler = cProfile.Profile()
@@ -296,6 +313,7 @@ def profile(call: Callable[[], object], number: int = 3000) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="CPU time of the drop-in, without its launches")
     parser.add_argument("--calls", type=int, default=100, metavar="N", help="in a row; 100")
+    parser.add_argument("--cold", type=int, metavar="MB", help="memory to read before each call")
     parser.add_argument("--profile", metavar="CASE", help="where one case spends its time")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -317,7 +335,10 @@ def main() -> None:
     calls["plan, counts given"] = functools.partial(given, picks, counts=counts)
     for name, call in calls.items():
         if args.profile is None:
-            print(f"{name:22} {microseconds(call, args.calls):6.2f}", flush=True)
+            microseconds_ = microseconds(call, args.calls)
+            if args.cold:
+                microseconds_ = microseconds_cold(call, 1_000_000 * args.cold)
+            print(f"{name:22} {microseconds_:6.2f}", flush=True)
         elif args.profile == name:
             profile(call)
     dist.destroy_process_group()

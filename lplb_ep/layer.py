@@ -83,6 +83,8 @@ class Layer:
         ValueError, InfeasibleError: as `Problem.checked`, or the problem has a load.
     """
 
+    placement: Placement
+    """The placement in force; `replace` puts it there."""
     is_refreshable: bool
     """Whether a refresh may replace the placement. Planners then reserve capacity for that."""
     moves_homes: bool
@@ -106,18 +108,13 @@ class Layer:
         self._is_trusted = False
 
     @property
-    def placement(self) -> Placement:
-        """The placement in force."""
-        return self._placement
-
-    @property
     def problem(self) -> Problem:
         """What bounds the plans of every batch beside its counts; planners are made for it."""
         return self._problem
 
     def replace(self, placement: Placement) -> None:
         """Puts another placement in force, with which all planners of the layer must plan."""
-        self._placement = placement
+        self.placement = placement
         columns = placement.logical_to_physical.shape[1]
         if placement.num_guests_per_rank:  # columns are kept for guests
             columns = int((placement.logical_to_physical >= 0).sum(1).max())

@@ -5,7 +5,6 @@ A channel is the planner of a layer and micro-batch slot in a group, with the bu
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +18,8 @@ from ..placement.table import Placement
 from ..planning.planner import Planner
 from ..settings import Settings
 from .contract import Contract
+
+_MAX_FORMS = 4096
 
 
 class LayerUse(NamedTuple):
@@ -79,30 +80,6 @@ class PlannerSettings(NamedTuple):
         )
 
 
-class WeakIdMap:
-    """Values by the identity of objects, which are held weakly.
-
-    torch's `WeakIdKeyDictionary` takes five times as long, and is asked twice in a pair of calls.
-    """
-
-    def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[Any], Any]] = {}
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        """Holds a value as long as the key lives."""
-        number, entries = id(key), self._entries
-        # The entry goes before another object can have the same number.
-        entries[number] = (weakref.ref(key, lambda _: entries.pop(number, None)), value)
-
-    def get(self, key: Any) -> Any:
-        """The value of a key, or None."""
-        entry = self._entries.get(id(key))
-        return entry[1] if entry is not None and entry[0]() is key else None
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-
 @dataclass(eq=False)
 class BufferState:
     """The drop-in's state of a buffer and its views."""
@@ -127,15 +104,15 @@ class BufferState:
     destroyed: bool = False
     low_latency_slots: int | None = None
     """P of the low-latency calls, which lay the buffer out by it."""
-    checked: set[tuple[Any, ...] | None] = field(default_factory=set)
-    """Forms of calls that fit into the buffer and DeepEP's limits, as `checks` has them."""
-    planned: WeakIdMap = field(default_factory=WeakIdMap)
-    """From the tensor or handle by which a later call names the plan."""
+    checked: set[tuple[LayerUse, tuple[Any, ...]]] = field(default_factory=set)
+    """Layers with forms of calls, as `checks` has them, in which nothing is wrong."""
     planners: dict[LayerUse, Planner] = field(default_factory=dict)
     """Those that its calls have used. Their placements fit into DeepEP's limits."""
 
     def __post_init__(self) -> None:
         self.planner_settings = PlannerSettings.of(self.settings)
+        self.is_off = self.settings.mode == "0"
+        self._keys: dict[str, Callable[[Any], Any]] = {}
 
     @property
     def is_registered(self) -> bool:
@@ -149,6 +126,21 @@ class BufferState:
         The slots that an engine has picked are right as they are, if less balanced.
         """
         return self.is_registered and self.settings.indices == "logical"
+
+    def key_of(self, method: str, result: Any) -> Any:
+        """As `Contract.key_of`, for a method whose results are alike: the first one is checked."""
+        get = self._keys.get(method)
+        if get is None:
+            self.contract.key_of(method, result)
+            get = self._keys[method] = self.contract.methods[method].get_key
+        return get(result)
+
+    def know(self, use: LayerUse, form: tuple[Any, ...] | None) -> None:
+        """Remembers the form of a call that was checked."""
+        if form is not None:
+            if len(self.checked) >= _MAX_FORMS:  # numbers of tokens may differ without end
+                self.checked.clear()
+            self.checked.add((use, form))
 
     def check_limits(self, placement: Placement) -> None:
         """Holds a placement against the limits of the kernels that this buffer was made for.

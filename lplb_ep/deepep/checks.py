@@ -1,47 +1,101 @@
 """Checks of calls that plan, made before ranks exchange counts.
 
-They hold arguments against each other and against DeepEP's limits. Each raises ContractError, and
-TypeError or ValueError where `topk_idx` is wrong by itself. Calls that differ from one that was
-checked in nothing but values are known by their shapes.
+They hold arguments against each other, the placement and DeepEP's limits. Each raises
+ContractError, and TypeError or ValueError where arguments are wrong by themselves. Calls that
+differ from one that was checked in nothing but values are known by their form.
 """
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Hashable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ..errors import ContractError
 from ..placement.table import Placement
-from ..planning.inputs import check_topk_idx
+from ..planning.inputs import check_topk_idx, num_ids
 from .calls import Call
 from .channels import BufferState
 
-Check = Callable[[Any, BufferState, Placement, Call, torch.Tensor], None]
-"""Of a buffer, its state, the placement in force, a call and its `topk_idx`."""
+Form = tuple[Hashable, ...] | None
 
 
-def check_layout(
-    buffer: Any, state: BufferState, placement: Placement, call: Call, topk_idx: torch.Tensor
-) -> None:
-    """Checks `get_dispatch_layout`."""
-    limits = state.contract.limits
+class Check(NamedTuple):
+    """The checks of one method."""
+
+    form: Callable[[Call], Form]
+    """All that `arguments` looks at in a call. None: they are wrong."""
+    arguments: Callable[[Any, BufferState, Placement, Call], None]
+    """Of a buffer, its state, the placement in force and a call."""
+
+    def __call__(self, buffer: Any, state: BufferState, placement: Placement, call: Call) -> None:
+        """Checks a call.
+
+        Raises:
+            ContractError, TypeError, ValueError: as above.
+        """
+        call.check()
+        check_num_experts(call["num_experts"], placement, state.settings.indices)
+        self.arguments(buffer, state, placement, call)
+
+
+def check_num_experts(num_experts: Any, placement: Placement, indices: str) -> None:
+    """Checks by which number a caller means the experts of a placement.
+
+    Raises:
+        ContractError: it is another number, or none.
+    """
+    expected = num_ids(placement, indices)
+    # A tensor would compare, and a CUDA tensor synchronise.
+    is_whole = isinstance(num_experts, numbers.Integral)
+    if is_whole and num_experts == expected:
+        return
+    E, P = num_ids(placement, "logical"), num_ids(placement, "physical")
+    shown = num_experts if is_whole or num_experts is None else type(num_experts).__name__
+    guests = placement.num_physical_experts - P
+    beside = f", beside {guests} guest slots, which callers do not count" if guests else ""
+    hint = ""
+    if is_whole and num_experts in (E, P):
+        hint = " (LPLB_EP_INDICES says which of the two callers use)"
+    raise ContractError(
+        f"num_experts must be {expected} with {indices} indices on this placement "
+        f"({E} experts in {P} slots{beside}); got {shown}{hint}"
+    )
+
+
+def _layout_form(call: Call) -> Form:
+    topk_idx, num_experts = call.get("topk_idx"), call.get("num_experts")
+    if not isinstance(topk_idx, torch.Tensor) or type(num_experts) is not int:
+        return None
+    return ("layout", *call, topk_idx.shape, topk_idx.dtype, num_experts)
+
+
+def _check_layout(buffer: Any, state: BufferState, placement: Placement, call: Call) -> None:
+    limits, topk_idx = state.contract.limits, call["topk_idx"]
     check_topk_idx(topk_idx)
     limits.check_picks(topk_idx, limits.topk)
     if state.low_latency_mode:  # else this was checked with the placement
         state.check_slots(placement)
 
 
-def check_low_latency(
-    buffer: Any, state: BufferState, placement: Placement, call: Call, topk_idx: torch.Tensor
-) -> None:
-    """Checks `low_latency_dispatch`: it must fit into the buffer, too."""
+def _low_latency_form(call: Call) -> Form:
+    x, topk_idx, num_experts = call.get("x"), call.get("topk_idx"), call.get("num_experts")
+    tokens = call.get("num_max_dispatch_tokens_per_rank")
+    if not (isinstance(x, torch.Tensor) and isinstance(topk_idx, torch.Tensor)):
+        return None
+    if type(tokens) is not int or type(num_experts) is not int:
+        return None
+    kinds = x.shape, x.dtype, topk_idx.shape, topk_idx.dtype
+    return ("low latency", *call, *kinds, tokens, num_experts)
+
+
+def _check_low_latency(buffer: Any, state: BufferState, placement: Placement, call: Call) -> None:
+    """It must fit into the buffer, too."""
     x, tokens = call["x"], call["num_max_dispatch_tokens_per_rank"]
+    topk_idx = call["topk_idx"]
     E, P = placement.num_experts, placement.num_physical_experts
-    form = _form(x, topk_idx, tokens, P)
-    if type(tokens) is int and form in state.checked:
-        return
     check_topk_idx(topk_idx)
     _check_rows(x, topk_idx)
     if not isinstance(tokens, int):
@@ -73,18 +127,27 @@ def check_low_latency(
             f"slots, and this one has {P}: make a buffer for each number of slots"
         )
     state.low_latency_slots = P
-    state.checked.add(form)
 
 
-def check_elastic(
-    buffer: Any, state: BufferState, placement: Placement, call: Call, topk_idx: torch.Tensor
-) -> None:
-    """Checks `ElasticBuffer.dispatch`."""
+def _elastic_form(call: Call) -> Form:
+    x, topk_idx, num_experts = call.get("x"), call.get("topk_idx"), call.get("num_experts")
+    if isinstance(x, tuple) and x:
+        x = x[0]
+    if not (isinstance(x, torch.Tensor) and isinstance(topk_idx, torch.Tensor)):
+        return None
+    weights = call.get("topk_weights")
+    if type(num_experts) is not int or not (weights is None or isinstance(weights, torch.Tensor)):
+        return None
+    kinds = x.shape, x.dtype, topk_idx.shape, topk_idx.dtype
+    of_weights = None if weights is None else weights.shape
+    most = call.get("num_max_tokens_per_rank")
+    return ("elastic", *call, *kinds, of_weights, most, num_experts)
+
+
+def _check_elastic(buffer: Any, state: BufferState, placement: Placement, call: Call) -> None:
     x, most, weights = call["x"], call.get("num_max_tokens_per_rank"), call.get("topk_weights")
     rows = x[0] if isinstance(x, tuple) and x else x
-    form = _form(rows, topk_idx, most, weights is None, getattr(weights, "shape", None))
-    if form in state.checked:
-        return
+    topk_idx = call["topk_idx"]
     check_topk_idx(topk_idx)
     _check_rows(rows, topk_idx)
     if most is None:
@@ -101,14 +164,14 @@ def check_elastic(
     limits = state.contract.limits
     limits.check_rows(rows)
     limits.check_picks(topk_idx, limits.topk)
-    state.checked.add(form)
 
 
-def _form(x: Any, topk_idx: Any, *rest: Hashable) -> tuple[Hashable, ...] | None:
-    """What the checks of a call depend on, beside the buffer; None: they will fail."""
-    if isinstance(x, torch.Tensor) and isinstance(topk_idx, torch.Tensor):
-        return x.shape, x.dtype, topk_idx.shape, topk_idx.dtype, *rest
-    return None
+LAYOUT = Check(_layout_form, _check_layout)
+"""Of `get_dispatch_layout`."""
+LOW_LATENCY = Check(_low_latency_form, _check_low_latency)
+"""Of `low_latency_dispatch`."""
+ELASTIC = Check(_elastic_form, _check_elastic)
+"""Of `ElasticBuffer.dispatch`."""
 
 
 def _check_rows(x: Any, topk_idx: torch.Tensor) -> None:

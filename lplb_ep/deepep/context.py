@@ -79,22 +79,25 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
     Raises:
         ContractError: nothing is in force, callers pass experts, and the ranks have planned before.
     """
-    use = layer_in_force(buffer, state)
-    if use is None and state.must_plan:
+    own: LayerUse | None = getattr(buffer, "_lplb_use", None)
+    use = layer_in_force(buffer, state) if own is None else own
+    if use is not None:
+        return use
+    if state.must_plan:
         raise ContractError(
             "no placement is in force for this call, and these ranks have planned with some. Call "
             "the buffer through buffer.view(placement), within lplb_ep.use(placement), or from a "
             "module that was attached. A checkpoint inside an attached module recomputes outside "
             "of it, and needs a view"
         )
-    if use is None and not state.warned:
+    if not state.warned:
         state.warned = True
         log.warning(
             "LPLB_EP=%s, and no placement is %s: calls are passed on unchanged",
             state.settings.mode,
             "in force for a call" if state.is_registered else "registered on this buffer",
         )
-    return use
+    return None
 
 
 def refuse_when_off(settings: Settings, what: str) -> None:

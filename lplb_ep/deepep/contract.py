@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import operator
 import re
 import sys
 import types
@@ -32,8 +33,10 @@ class Method:
 
     arguments: tuple[str, ...] = ()
     """Those that are read or replaced."""
-    key: tuple[int, ...] = ()
+    key: str = ""
     """Where in the result the object lies by which a later call names this one's plan."""
+    get_key: Callable[[Any], Any] = lambda result: None
+    """Takes it from there."""
     key_name: str = ""
     """The object in DeepEP's words."""
     is_key: Callable[[Any], bool] = lambda key: key is not None
@@ -62,17 +65,15 @@ class Contract:
         Raises:
             ContractError: it is not there.
         """
-        entry, key = self.methods[method], result
+        entry, key = self.methods[method], None
         try:
-            for position in entry.key:
-                key = key[position]
+            key = entry.get_key(result)
             if entry.is_key(key):
                 return key
         except (TypeError, IndexError, KeyError):
-            key = None
-        where = "".join(f"[{position}]" for position in entry.key)
+            pass
         raise ContractError(
-            f"{self.class_name}.{method} must return {entry.key_name} as result{where}; got "
+            f"{self.class_name}.{method} must return {entry.key_name} as result{entry.key}; got "
             f"{type(key).__name__} in a result of {type(result).__name__}"
         )
 
@@ -96,7 +97,8 @@ _BUFFER = {
     "capture": Method(),
     "get_dispatch_layout": Method(
         ("topk_idx", "num_experts", "previous_event"),
-        key=(3,),
+        key="[3]",
+        get_key=operator.itemgetter(3),
         key_name="is_token_in_rank",
         is_key=_is_mask,
     ),
@@ -106,7 +108,8 @@ _BUFFER = {
     ),
     "low_latency_dispatch": Method(
         ("x", "topk_idx", "num_max_dispatch_tokens_per_rank", "num_experts"),
-        key=(2, 0),
+        key="[2][0]",
+        get_key=lambda result: result[2][0],
         key_name="the handle's first tensor",
         is_key=_is_tensor,
         group=_LOW_LATENCY,
@@ -124,7 +127,8 @@ _ELASTIC_BUFFER = {
     "capture": Method(),
     "dispatch": Method(
         ("x", "topk_idx", "num_experts", "previous_event", "handle"),
-        key=(3,),
+        key="[3]",
+        get_key=operator.itemgetter(3),
         key_name="an EPHandle",
         is_key=_is_handle,
     ),

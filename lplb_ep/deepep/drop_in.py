@@ -25,7 +25,7 @@ from ..layer import Layer
 from ..placement.table import Placement
 from ..planning.solvers import solver_fact
 from ..settings import Settings
-from .calls import Call, Original
+from .calls import Original
 from .channels import BufferState, LayerUse, layer_of_file, layer_use, register, state_of
 from .context import check_local_slots, refuse_when_off
 from .contract import Contract, contract_of, unknown_methods
@@ -126,18 +126,18 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
         indices: str | None = None,
         **kwargs: Any,
     ) -> None:
-        call = Call(original, [self, *args], kwargs)
-        group, use = call["group"], None
+        given = original.defaults | original.call((self,), args, kwargs)
+        group, use = given["group"], None
         # Before DeepEP's own exchange, in which other ranks could wait for one that raises here.
         # With LPLB_EP=0 too: else a rank that misses the variable would leave the others waiting.
         with together(group if isinstance(group, dist.ProcessGroup) else None, "settings") as facts:
-            call.check()
+            original.bind(self, *args, **kwargs)
             settings = Settings.from_env()
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
             use = _own_layer(settings, placement, num_local_slots)
             if settings.mode != "0" and not base.__module__.startswith("lplb_ep."):
-                _refuse_late_nvshmem(call)
+                _refuse_late_nvshmem(given)
             facts |= {
                 "buffer": f"{base.__module__}.{base.__name__}",
                 "LPLB_EP": settings.mode,
@@ -153,7 +153,7 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
                 "lplb_ep version": __version__,
             }
         original.function(self, *args, **kwargs)
-        self._lplb_state = _state(self, base, contract, settings, call)
+        self._lplb_state = _state(self, base, contract, settings, given)
         if use is not None:
             self._lplb_state.default = use
             if settings.mode != "0":
@@ -180,7 +180,7 @@ def _own_layer(
 
 
 def _state(
-    buffer: Any, base: type, contract: Contract, settings: Settings, call: Call
+    buffer: Any, base: type, contract: Contract, settings: Settings, given: dict[str, Any]
 ) -> BufferState:
     """The state of a buffer that was made just now."""
     for attribute in contract.attributes:
@@ -199,19 +199,19 @@ def _state(
         settings,
         group,
         contract,
-        low_latency_mode=bool(call.get("low_latency_mode")),
-        has_nvlink_memory=contract.num_ranks_per_node is None or bool(call.get("num_nvl_bytes")),
-        num_qps=call.get("num_qps_per_rank"),
+        low_latency_mode=bool(given.get("low_latency_mode")),
+        has_nvlink_memory=contract.num_ranks_per_node is None or bool(given.get("num_nvl_bytes")),
+        num_qps=given.get("num_qps_per_rank"),
         num_ranks_per_node=num_ranks_per_node,
         size_hint=hint and inspect.unwrap(hint),
     )
 
 
-def _refuse_late_nvshmem(call: Call) -> None:
+def _refuse_late_nvshmem(given: dict[str, Any]) -> None:
     """NVSHMEM reads its options when it is first started, and DeepEP's are not the counts'."""
-    group = call["group"]
+    group = given["group"]
     across = isinstance(group, dist.ProcessGroup) and group.size() > 8  # of one node, for DeepEP
-    if not (call.get("num_rdma_bytes") and (call.get("low_latency_mode") or across)):
+    if not (given.get("num_rdma_bytes") and (given.get("low_latency_mode") or across)):
         return
     if has_started_nvshmem():
         raise ContractError(

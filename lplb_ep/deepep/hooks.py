@@ -20,7 +20,7 @@ from ..planning.inputs import num_ids
 from ..settings import Settings
 from .calls import Call, Original, is_inside
 from .channels import BufferState, state_of
-from .checks import check_elastic, check_layout, check_low_latency
+from .checks import ELASTIC, LAYOUT, LOW_LATENCY
 from .context import layer_in_force, planned_by, refuse_when_off, used
 from .plans import PlannedCall, plan
 
@@ -41,11 +41,11 @@ def override(function: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
             if used() is not None:
                 state_of(self)
             return function(self, *args, **kwargs)
-        if state.settings.mode == "0":
+        if state.is_off:
             if used() is not None:
                 refuse_when_off(state.settings, "use()")
             return function(self, *args, **kwargs)
-        return hook(self, state, Call(original, [self, *args], kwargs))
+        return hook(self, state, original.call((self,), args, kwargs))
 
     return method
 
@@ -85,22 +85,22 @@ def _get_dispatch_layout(self: Any, state: BufferState, call: Call) -> Any:
     use = planned_by(self, state)
     if use is None:
         return call.forward()
-    planned = plan(self, state, use, call, check_layout)
+    planned = plan(self, state, use, call, LAYOUT)
     layout = call.forward()
-    state.planned[state.contract.key_of("get_dispatch_layout", layout)] = planned
+    planned.travel_on(state.key_of("get_dispatch_layout", layout))
     return layout
 
 
 def _dispatch(self: Any, state: BufferState, call: Call) -> Any:
     """Takes the plan of the layout that it is given."""
-    layout, handle = call["is_token_in_rank"], call["handle"]
+    layout, handle = call.get("is_token_in_rank"), call.get("handle")
     for part in handle if isinstance(handle, (tuple, list)) else ():
-        planned = _plan_of(state, part)  # the layout that was planned is one of the parts
+        planned = PlannedCall.of(part, state)  # the layout that was planned is one of the parts
         if planned is not None:
             return planned.forward_again(self, call)
     if handle is not None or layout is None:
         return call.forward()  # a cached dispatch; or an incomplete one, which DeepEP refuses
-    planned = _plan_of(state, layout)
+    planned = PlannedCall.of(layout, state)
     if planned is None:
         if state.must_plan:
             raise ContractError(
@@ -108,20 +108,14 @@ def _dispatch(self: Any, state: BufferState, call: Call) -> Any:
                 "elsewhere does not know the plan"
             )
         return call.forward()
-    if call["topk_idx"] is not None:
-        planned.replace_picks(call)
-    event = call.event("previous_event")
+    if (given := call.get("topk_idx")) is not None:
+        call["topk_idx"] = planned.slots_for(given)
+    event = call.event("previous_event") if "previous_event" in call else None
     if event is not None:
         # The caller's may be older than the rewrite, which the communication must not overtake.
         event.current_stream_wait()
         call["previous_event"] = self.capture()
     return planned.forward(self, call)
-
-
-def _plan_of(state: BufferState, key: Any) -> PlannedCall | None:
-    """The plan that a later call names by a tensor or handle, if it is one of this buffer's."""
-    planned: PlannedCall | None = state.planned.get(key)
-    return planned
 
 
 # --- Buffer: low latency --------------------------------------------------------------------------
@@ -131,18 +125,19 @@ def _low_latency_dispatch(self: Any, state: BufferState, call: Call) -> Any:
     use = planned_by(self, state)
     if use is None:
         return call.forward()
-    planned = plan(self, state, use, call, check_low_latency)
+    planned = plan(self, state, use, call, LOW_LATENCY)
     out = planned.forward(self, call)
-    state.planned[state.contract.key_of("low_latency_dispatch", out)] = planned
+    planned.travel_on(state.key_of("low_latency_dispatch", out))
     return out
 
 
 def _low_latency_combine(self: Any, state: BufferState, call: Call) -> Any:
-    handle = call["handle"]
-    planned = _plan_of(state, handle[0]) if isinstance(handle, (tuple, list)) and handle else None
+    handle = call.get("handle")
+    first = handle[0] if isinstance(handle, (tuple, list)) and handle else None
+    planned = PlannedCall.of(first, state)
     if planned is not None:
         planned.check_current()
-        planned.replace_picks(call, may_be_masked=True)
+        call["topk_idx"] = planned.slots_for(call["topk_idx"], may_be_masked=True)
     elif state.must_plan:
         raise ContractError("handle is not from this buffer's low_latency_dispatch")
     return call.forward()
@@ -152,9 +147,9 @@ def _low_latency_combine(self: Any, state: BufferState, call: Call) -> Any:
 
 
 def _elastic_dispatch(self: Any, state: BufferState, call: Call) -> Any:
-    handle = call["handle"]
+    handle = call.get("handle")
     if handle is not None:
-        planned = _plan_of(state, handle)
+        planned = PlannedCall.of(handle, state)
         if planned is None:
             return call.forward()
         if call["num_experts"] in _ids(planned.placement):
@@ -163,9 +158,9 @@ def _elastic_dispatch(self: Any, state: BufferState, call: Call) -> Any:
     use = planned_by(self, state)
     if use is None:
         return call.forward()
-    planned = plan(self, state, use, call, check_elastic)
+    planned = plan(self, state, use, call, ELASTIC)
     out = planned.forward(self, call)
-    state.planned[state.contract.key_of("dispatch", out)] = planned
+    planned.travel_on(state.key_of("dispatch", out))
     return out
 
 
@@ -205,14 +200,14 @@ def _destroy(self: Any, state: BufferState, call: Call) -> Any:
 
 def size_hint(function: Callable[..., int]) -> staticmethod[..., int]:
     """The override of `get_low_latency_rdma_size_hint`, which belongs to no buffer."""
-    original = Original(function)
+    original = Original(function, num_owners=0)
 
     @functools.wraps(function)
     def get_low_latency_rdma_size_hint(*args: Any, **kwargs: Any) -> int:
         settings = Settings.from_env()
         if settings.mode == "0":
             return function(*args, **kwargs)
-        call = Call(original, [*args], kwargs)
+        call = original.call((), args, kwargs)
         known = [p.placement for planners in channels.values() for p in planners.values()]
         if settings.placement:
             known.append(Placement.load(settings.placement))

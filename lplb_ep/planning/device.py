@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -74,6 +75,7 @@ class DeviceBackend:
         self._rank = rank
         self.tables = DeviceTables(placement, self._device, solver, refreshable, moves_homes)
         self.error_flags = ErrorFlags(placement, timeout_s, abort_on_timeout)
+        self.raise_errors = self.error_flags.raise_errors  # called for each batch
         self.workspace = Workspace(
             self.tables,
             self.error_flags,
@@ -126,14 +128,11 @@ class DeviceBackend:
         """Waits for all that this GPU was given, replays of graphs included."""
         torch.cuda.synchronize(self._device)
 
-    def raise_errors(self) -> None:
-        """As `Backend.raise_errors`."""
-        self.error_flags.raise_errors()
-
     def refuse(self, exchange: Exchange) -> None:
         """As `Backend.refuse`. Waits for no one: the rank at fault may be gone."""
         nothing = torch.empty(0, 1, dtype=torch.int64, device=self._device)
-        launches = self._launches_for(nothing.dtype, "logical", False, True)
+        key = nothing.dtype, "logical", False, True
+        launches = self._launches.get(key) or self._make_launches(*key)
         try:
             with on_device(self._index):
                 launches.set_batch(nothing, Status.REFUSED, 0, self.workspace.results.data_ptr())
@@ -226,7 +225,8 @@ class DeviceBackend:
             status: for the head of the row.
             exchanged: whether rows are exchanged; else counts are given.
         """
-        launches = self._launches_for(topk_idx.dtype, batch.indices, batch.distinct, exchanged)
+        key = topk_idx.dtype, batch.indices, batch.distinct, exchanged
+        launches = self._launches.get(key) or self._make_launches(*key)
         physical, results = torch.empty_like(topk_idx), self.workspace.results
         if batch.wants_plan:
             results = torch.empty_like(results)
@@ -237,6 +237,8 @@ class DeviceBackend:
         self, batch: Batch, physical: torch.Tensor, results: torch.Tensor, exchanged: bool
     ) -> Plan:
         """The plan of a batch that was launched."""
+        if not batch.wants_plan and batch.topk_idx.get_device() == self._index:
+            return Plan(physical, _not_kept, _not_kept)
         # A captured plan's numbers are those of the last replay, by the placement in force then.
         made_on = None if batch.is_captured else self.tables.placement
         if batch.topk_idx.get_device() != self._index:
@@ -294,14 +296,12 @@ class DeviceBackend:
         )
         return shares.to(counts.device)
 
-    def _launches_for(
+    def _make_launches(
         self, dtype: torch.dtype, indices: str, distinct: bool, exchanged: bool
     ) -> Launches:
         key = (dtype, indices, distinct, exchanged)
-        found = self._launches.get(key)
-        if found is None:
-            found = self._launches[key] = Launches(self.workspace, *key)
-        return found
+        launches = self._launches[key] = Launches(self.workspace, *key)
+        return launches
 
     def _enter_stream(self) -> int:
         """The current stream's address, behind the last batch's."""
@@ -311,3 +311,7 @@ class DeviceBackend:
             stream.wait_stream(self._stream)
             self._stream, self._stream_address = stream, address
         return address
+
+
+def _not_kept(*_: Any) -> Any:
+    raise AssertionError("a batch that wants no plan leaves its results to the next one")

@@ -15,7 +15,7 @@ from .. import __version__
 from ..comm.collectives import everyone, together
 from ..comm.connect import connect
 from ..comm.exchange import Exchange, Limit
-from ..errors import ContractError, RankError
+from ..errors import ContractError
 from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
 from ..problem import Problem
@@ -233,7 +233,11 @@ class Planner:
         indices: str = "logical",
         distinct: bool = False,
     ) -> torch.Tensor:
-        """As a call, for those who need the slots [T, K] and nothing else of the plan."""
+        """As a call, for those who need the slots [T, K] and nothing else of the plan.
+
+        Args:
+            topk_idx: of a shape and dtype that `check_topk_idx` takes.
+        """
         return self._route(topk_idx, None, stale, indices, distinct, False).topk_idx
 
     def _route(
@@ -257,38 +261,49 @@ class Planner:
         captured = has_cuda and torch.cuda.is_current_stream_capturing()
         if captured:
             self._check_capturable(topk_idx=topk_idx, counts=counts)
-        self._raise_errors_on_all()
-        status, logical = Status.STALE if stale else Status.OPTIMAL, topk_idx
-        wants_plan = wants_plan or self._check or bool(self.layer.observers)
-        batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan)
+        if exchange is not None and exchange.waits_on_host:
+            # The CPU waits for the GPU in any case. So every rank knows of a batch's faults before
+            # it comes to the next, and none waits for another.
+            backend.synchronize()
+            backend.raise_errors()
         try:
-            check_topk_idx(topk_idx)
-            if counts is not None and exchange is not None:
-                raise ValueError(
-                    f"this planner's counts are {self.counts!r}: counts= must not be passed"
-                )
+            backend.raise_errors()
+            if wants_plan:
+                check_topk_idx(topk_idx)
             if counts is not None:
-                check_counts(counts, self.placement)
+                self._check_counts(counts)
+            picks = topk_idx
             if self._check or not backend.checks_late:
-                logical = logical_picks(topk_idx, self.placement, indices, distinct)
-            if not backend.checks_late:
-                batch = Batch(logical, status)
+                picks = logical_picks(topk_idx, self.placement, indices, distinct)
         except Exception as error:  # whatever it is, the others must not wait for this rank
             if exchange is None:
                 raise
             self.refuse(error)
-        if counts is not None:
+        wants_plan = wants_plan or self._check or bool(self.layer.observers)
+        status = Status.STALE if stale else Status.OPTIMAL
+        if backend.checks_late:
+            batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan)
+        else:
+            batch = Batch(picks, status)
+        if exchange is None:
+            assert counts is not None, "they are given"
             plan = backend.route_given(batch, counts)
         else:
-            assert exchange is not None, "one of the two is there"
             plan = backend.route(batch, exchange)
         if self._check:
             backend.synchronize()
             backend.raise_errors()
-            check_plan(plan, logical, self.placement, self.rank, self._problem)
+            check_plan(plan, picks, self.placement, self.rank, self._problem)
         for observe in self.layer.observers:
             observe(plan.counts)
         return plan
+
+    def _check_counts(self, counts: torch.Tensor) -> None:
+        if self.exchange is not None:
+            raise ValueError(
+                f"this planner's counts are {self.counts!r}: counts= must not be passed"
+            )
+        check_counts(counts, self.placement)
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes ready for other copies in its layer (`Placement.with_copies`). Local.
@@ -373,21 +388,6 @@ class Planner:
         assert self.exchange is not None, "only a planner with an exchange has ranks that wait"
         self._backend.refuse(self.exchange)
         raise error
-
-    def _raise_errors_on_all(self) -> None:
-        """Raises what was found wrong with earlier batches; other ranks may wait for this rank."""
-        if self.exchange is not None and self.exchange.waits_on_host:
-            # The CPU waits for the GPU in any case. So every rank knows of a batch's faults before
-            # it comes to the next, and none waits for another.
-            self._backend.synchronize()
-            self._backend.raise_errors()
-            return
-        try:
-            self._backend.raise_errors()
-        except (RankError, ValueError) as error:
-            if self.exchange is None:
-                raise
-            self.refuse(error)
 
     def _check_capturable(self, **tensors: torch.Tensor | None) -> None:
         if not self._backend.capturable:

@@ -396,7 +396,7 @@ def test_refusals_and_faults_leave_nothing_behind(make):
         given(topk, counts=rows.counts)
 
 
-@pytest.mark.parametrize("step", ["_on_device", "_launches_for", "_arrange"])
+@pytest.mark.parametrize("step", ["_on_device", "_make_launches", "_arrange"])
 def test_what_fails_before_a_batch_is_sent_is_told(step, make, monkeypatch):
     rows = Rows()
     exchanging = make(TWO, rows)
@@ -410,6 +410,7 @@ def test_what_fails_before_a_batch_is_sent_is_told(step, make, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(backend, step, fail)
+    backend._launches.clear()  # they are made again
     with pytest.raises(RuntimeError, match="out of memory"):
         exchanging(topk)
     assert rows.sent == Status.REFUSED

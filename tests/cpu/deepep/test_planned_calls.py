@@ -1,7 +1,9 @@
 """Calls that plan, and those that take a plan: high throughput, and V2."""
 
-import gc
+import copy
+import pickle
 import time
+import weakref
 
 import pytest
 import torch
@@ -52,11 +54,21 @@ def test_plans_live_as_long_as_what_names_them(make, mode):
     mode("1")
     drop_in = make(placement=PLACEMENT, num_local_slots=P)
     layout = drop_in.get_dispatch_layout(TOPK, E)
-    assert len(drop_in._lplb_state.planned) == 1
+    slots = weakref.ref(layout[3]._lplb_planned.slots)
     drop_in.log.clear()
+    assert slots() is not None
     del layout
-    gc.collect()
-    assert len(drop_in._lplb_state.planned) == 0
+    assert slots() is None
+
+
+def test_copies_of_what_names_a_plan_have_none(make, mode):
+    mode("1")
+    drop_in = make(placement=PLACEMENT, num_local_slots=P)
+    mask = drop_in.get_dispatch_layout(TOPK, E)[3]
+    for copied in (copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert torch.equal(copied, mask)
+        with pytest.raises(ContractError, match="is not from this buffer's get_dispatch_layout"):
+            drop_in.dispatch(X, topk_idx=TOPK, is_token_in_rank=copied)
 
 
 def test_cached_dispatch_and_combine_plan_nothing(make, mode):
@@ -67,10 +79,9 @@ def test_cached_dispatch_and_combine_plan_nothing(make, mode):
     with lplb_ep.use(elsewhere):
         drop_in.dispatch(X, handle)
         drop_in.combine(X, handle)
-    assert [(name, args) for name, args, _ in drop_in.log] == [
-        ("dispatch", (X, handle)),
-        ("combine", (X, handle)),
-    ]
+    assert [name for name, _, _ in drop_in.log] == ["dispatch", "combine"]
+    for name in ("dispatch", "combine"):
+        assert arrived(drop_in, name) == {"x": X, "handle": handle}
     assert sum(planner.num_batches.values()) == 0
 
 
