@@ -9,8 +9,9 @@ import torch
 
 from ..errors import ContractError
 from ..planning.planner import Planner
+from ..weights.pool import outside_of_checkpoints
 from .calls import Call
-from .channels import BufferState, LayerUse, channel
+from .channels import BufferState, LayerUse, channel, state_of
 from .checks import Check
 from .guest_calls import PushedGuests, plan_with_guests, without_guests
 
@@ -196,3 +197,25 @@ def plan(buffer: Any, state: BufferState, use: LayerUse, call: Call, check: Chec
     call["topk_idx"], call["num_experts"] = slots, placement.num_physical_experts
     keep_values = settings.check or not topk_idx.is_cuda
     return PlannedCall(state, planner, topk_idx, slots, keep_values, pushed)
+
+
+def bring_guests_back(buffer: Any, handle: Any) -> None:
+    """Begins to bring the guests of a batch back, for experts that run again without a dispatch.
+
+    On all ranks alike. A layer that waits for its guests itself waits for these, too.
+
+    Args:
+        buffer: one that plans.
+        handle: of its dispatch.
+
+    Raises:
+        ContractError: as the cached dispatch.
+    """
+    planned = PlannedCall.of(handle, state_of(buffer))
+    if planned is None or planned.guests is None:
+        return
+    planned.check_current()
+    with outside_of_checkpoints():
+        planned.guests.bring_back()
+        if not planned.guests.weights.layer_waits:
+            planned.guests.weights.wait(planned.guests.slot)

@@ -98,7 +98,7 @@ class TrainedBatch(NamedTuple):
             main = getattr(parameter, "main_grad", None)
             dtype = getattr(parameter, "grad_dtype", None) or parameter.dtype
             if gradient is None:
-                gradient = torch.zeros_like(parameter, dtype=dtype)
+                gradient = torch.zeros_like(local_part(parameter), dtype=dtype)
             elif main is None and not (
                 alone[index] and gradient.dtype == dtype and gradient.is_contiguous()
             ):
@@ -136,7 +136,6 @@ class Homeward(torch.autograd.Function):
         """Returns what it is given: the rows, then `num_own` weights, then those of guests."""
         ctx.set_materialize_grads(False)
         ctx.batch = batch
-        _counts_if_alone()  # not within a backward pass, where it would be another one
         per_own, per_guest = _sizes(batch)
         fixed = [n for n in range(len(batch.slots)) if not batch.trained(n)]
         own, guests = tensors[:num_own], tensors[num_own:]
@@ -152,7 +151,7 @@ class Homeward(torch.autograd.Function):
     def backward(ctx: Any, x: Tensor | None, *gradients: Tensor | None) -> Any:
         """Gradients of the rows and of the parameters, guests' parts added."""
         batch: TrainedBatch = ctx.batch
-        alone = [counts == _counts_if_alone() for counts in _counts(gradients)]
+        alone = [counts == counts_if_alone() for counts in _counts(gradients)]
         per_own, per_guest = _sizes(batch)
         names = range(len(batch.slots))
         own = [[*gradients[n * per_own : (n + 1) * per_own]] for n in names]
@@ -197,11 +196,11 @@ def _counts(gradients: Sequence[Tensor | None]) -> list[tuple[int, int, int] | N
 
 
 @functools.cache
-def _counts_if_alone() -> Any:
+def counts_if_alone() -> Any:
     """The counts of a gradient that autograd has made for `Homeward` and given to nobody else.
 
     Counts of the same tensor differ between versions of torch. So they are seen once, beside those
-    of tensors that others have as well.
+    of tensors that others have as well. Not within a backward pass, where it would be another one.
 
     Returns:
         What no other gradient's counts equal, if this torch does not tell.

@@ -24,10 +24,17 @@ from ..comm.collectives import together
 from ..errors import ContractError
 from ..layer import Layer, layer_of
 from ..placement.table import Placement
-from .guest_gradients import Homeward, TrainedBatch
+from .guest_gradients import Homeward, TrainedBatch, counts_if_alone
 from .guest_transport import BatchNumber, GuestLayout
-from .pool import GuestPool, Stay, graph_task, shapes_of
-from .slots import describe, is_distributed, refuse_state_outside_parameters, slots_of
+from .pool import GuestPool, Stay, graph_task, outside_of_checkpoints, shapes_of
+from .slots import (
+    describe,
+    has_whole_rows,
+    local_part,
+    refuse_state_outside_parameters,
+    slots_of,
+    trained_part,
+)
 from .validity import Watch, last_step
 
 log = logging.getLogger(__name__)
@@ -100,6 +107,7 @@ class Guests:
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._said = ""
         self._scan()
+        counts_if_alone()
         self.layer.take_guests(self)
 
     def __repr__(self) -> str:
@@ -240,7 +248,9 @@ class Guests:
         pool.use(stay)
         slots = [*self._slots.values()]
         own = [
-            copy.parameter for copies in slots for copy in (copies if self._is_list else copies[:1])
+            trained_part(copy.parameter)
+            for copies in slots
+            for copy in (copies if self._is_list else copies[:1])
         ]
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
             batch = TrainedBatch(self, self._layout, slots, self._is_list, pool, stay)
@@ -249,7 +259,8 @@ class Guests:
             tensors = [*own, *parts]
 
         def arrive() -> dict[str, Any]:
-            pool.await_guests(stay)
+            with outside_of_checkpoints():
+                pool.await_guests(stay)
             return self._named(tensors[len(own) :])
 
         return x, self._named(tensors[: len(own)]), arrive
@@ -319,7 +330,7 @@ class Guests:
             if self._is_list:
                 weights.append([slot.weight.detach() for slot in slots])
             else:  # a tensor with a row for each
-                weights.append(slots[0].parameter.detach())  # type: ignore[arg-type]
+                weights.append(local_part(slots[0].parameter).detach())  # type: ignore[arg-type]
         pool.transport.push(self._layout, weights, stay.guests, status, stay.number)
 
     def _scan(self) -> None:
@@ -336,7 +347,8 @@ class Guests:
 
     def _rescan(self) -> None:
         if not all(map(is_, map(dict.get, self._tables, self._keys), self._parameters)):
-            self._scan()
+            with outside_of_checkpoints():
+                self._scan()
 
     def _obstacle(self) -> str:
         """Why the weights cannot be pushed as they are; empty: they can."""
@@ -350,9 +362,9 @@ class Guests:
         for number, (name, slots) in enumerate(self._slots.items()):
             want = f"{list(self._layout.shapes[number])} {self._layout.dtypes[number]} on {device}"
             for slot in {id(slot.parameter): slot for slot in slots}.values():
-                if is_distributed(slot.parameter):
+                if not has_whole_rows(slot.parameter):
                     return f"parameter {name} is sharded, and guests need it whole"
-                whole = slot.parameter
+                whole = local_part(slot.parameter)
                 if whole.untyped_storage().nbytes() < whole.numel() * whole.itemsize:
                     return f"the memory of parameter {name} is freed"
                 weight = slot.weight
@@ -369,8 +381,8 @@ class Guests:
         """
         if not self._watch.is_intact:
             self._rescan()
-            state = last_step(), [(id(p), p._version) for p in self._parameters]
-            storages = [p.untyped_storage() for p in self._parameters]
+            state = last_step(), [(id(p), local_part(p)._version) for p in self._parameters]
+            storages = [local_part(p).untyped_storage() for p in self._parameters]
             same = state == self._state and all(
                 ref() is storage for ref, storage in zip(self._storages, storages, strict=True)
             )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..comm.alltoall import TRANSPORTS
 from ..comm.collectives import together
@@ -229,6 +231,16 @@ def graph_task() -> int:
     """The number of the backward pass that runs, -1 outside of any."""
     number: int = torch._C._current_graph_task_id()
     return number
+
+
+@contextlib.contextmanager
+def outside_of_checkpoints() -> Iterator[None]:
+    """For what a recompute does more, or less, than its forward pass: nothing that is trained.
+
+    Selective checkpointing numbers the operations of either, and takes saved results by the number.
+    """
+    with _disable_current_modes(), torch.no_grad():
+        yield
 
 
 def shapes_of(experts: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:

@@ -94,6 +94,28 @@ def is_distributed(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def has_whole_rows(tensor: Tensor) -> bool:
+    """Whether this rank's part has all of each slot, as if the tensor were no `DTensor`.
+
+    So it is where experts are distributed over an expert-parallel mesh by their first dimension.
+    """
+    if not is_distributed(tensor):
+        return True
+    mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
+    return all(
+        mesh.size(number) == 1 or placement.is_replicate() or getattr(placement, "dim", None) == 0
+        for number, placement in enumerate(placements)
+    )
+
+
+def trained_part(parameter: Tensor) -> Tensor:
+    """As `local_part`, for a computation: its gradient is the parameter's."""
+    if is_distributed(parameter):
+        part: Tensor = parameter.to_local()  # type: ignore[attr-defined]
+        return part
+    return parameter
+
+
 def describe(tensor: Tensor) -> str:
     """Shape and dtype of this rank's part, for messages."""
     return f"{list(local_part(tensor).shape)} {str(tensor.dtype).removeprefix('torch.')}"
@@ -101,13 +123,16 @@ def describe(tensor: Tensor) -> str:
 
 def refuse_state_outside_parameters(experts: nn.Module) -> None:
     """Raises ValueError where copies of parameters would not copy all that experts compute with."""
-    persistent = experts.state_dict(keep_vars=True)
-    for name, _ in experts.named_buffers():
-        if name in persistent:
-            raise ValueError(
-                f"experts must have no persistent buffers, got {name}. Make a weight a parameter "
-                "with requires_grad=False, and a constant a buffer with persistent=False"
-            )
+    for path, module in experts.named_modules():
+        # Not by `state_dict`, before which FSDP2 takes gathered parameters away.
+        persistent = module._buffers.keys() - module._non_persistent_buffers_set
+        for name in persistent:
+            if module._buffers[name] is not None:
+                raise ValueError(
+                    f"experts must have no persistent buffers, got {f'{path}.{name}'.strip('.')}. "
+                    "Make a weight a parameter with requires_grad=False, and a constant a buffer "
+                    "with persistent=False"
+                )
     for name, parameter in experts.named_parameters():
         if parameter.is_inference():
             raise ValueError(

@@ -407,13 +407,14 @@ def watched_gradient(group, holder):
     elif holder == "expanded":
         out = 5 * own.sum()
     elif holder == "no way to tell":
-        guest_gradients._counts_if_alone.cache_clear()
+        guest_gradients.counts_if_alone.cache_clear()
         name, function = "_storage_Use_Count", torch._C._storage_Use_Count
         delattr(torch._C, name)
     (out + arrived[0].sum()).backward(retain_graph=holder == "saved tensor")
     if holder == "no way to tell":
         setattr(torch._C, name, function)
-        guest_gradients._counts_if_alone.cache_clear()
+        guest_gradients.counts_if_alone.cache_clear()
+        guest_gradients.counts_if_alone()  # before any other backward pass asks
     assert stay.guests.shape == (2, G)
     assert experts.a.grad.tolist() == [[6.0] * 3, [5.0] * 3], experts.a.grad
     for tensor in held:

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from lplb_ep import GuestPool, Placement
+from lplb_ep import GuestPool, Guests, Placement
 
 
 def groups(world):
@@ -90,6 +90,23 @@ def sharded(world, reshards):
 @pytest.mark.parametrize("reshards", [False, True])
 def test_fsdp2_reduces_gradients_with_those_of_guests(reshards):
     assert ranks.run(4, sharded, reshards) == [[{"OPTIMAL": 4}] * 2] * 4
+
+
+def distributed(world):
+    """Experts are `DTensor`s over the expert-parallel ranks, as torchtitan has them."""
+    model = Model(world)
+    mesh = DeviceMesh.from_group(world, "cpu")
+    (pool,) = model.layers[0].guests._pools.values()
+    for layer in model.layers:
+        for name, parameter in [*layer.experts.named_parameters()]:
+            whole = DTensor.from_local(parameter.data, mesh, [Shard(0)])
+            setattr(layer.experts, name, nn.Parameter(whole))
+        layer.guests = Guests(layer.experts, layer.layer, world, pool)
+    return compare(model, model.layers, world)
+
+
+def test_experts_may_be_distributed_over_the_expert_parallel_ranks():
+    assert ranks.run(2, distributed) == [[{"OPTIMAL": 4}] * 2] * 2
 
 
 def sharded_apart(world):
