@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Pinned here and not in pyproject.toml: users have their torch. TORCH=torch takes what pip finds. Where
 # the wheel index serves CUDA builds, add its CPU address to pip (PIP_INDEX_URL) to save gigabytes.
 TORCH ?= torch==2.13.0
+# Tests of clients run in the framework itself, pinned. It asks for much that only its trainer needs.
+TORCHTITAN := torchtitan==0.3.0; python_version >= '3.11'
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -60,10 +62,11 @@ abi: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[dev,megatron]'
+	$(PIP) --editable '.[dev,megatron,torchtitan]'
 	# It asks for Python 3.12, and has a wheel for 3.11 that runs.
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || exit 0; $(PIP) --no-deps \
 		--ignore-requires-python "$$(grep -o 'megatron-core==[0-9.]*' pyproject.toml)"
+	$(PIP) --no-deps "$(TORCHTITAN)"
 	touch $@
 
 clean:

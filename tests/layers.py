@@ -119,6 +119,7 @@ LAYERS = [
     "clients.engines",
     "clients.vllm",
     "clients.sglang",
+    "clients.torchtitan",
     "clients",
     "tools",
     "tools.tables",

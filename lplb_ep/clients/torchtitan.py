@@ -1,0 +1,286 @@
+"""torchtitan 0.3 over DeepEP V2: experts get guests, by an override or a model converter.
+
+Importing this module imports torchtitan. See docs/torchtitan.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call
+from torchtitan.config import derive, override
+from torchtitan.distributed.spmd_types import maybe_set_sparse_mesh
+from torchtitan.models.common.moe import RoutedExperts
+from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher
+from torchtitan.protocols.model import ModelConfigConverter
+
+from ..deepep.channels import state_of
+from ..deepep.context import attach
+from ..deepep.drop_in import chosen_module
+from ..deepep.patch import patch
+from ..deepep.plans import bring_guests_back
+from ..layer import Layer
+from ..placement.table import Placement
+from ..weights.guests import Guests
+from ..weights.pool import GuestPool, outside_of_checkpoints, shapes_of
+from .balance import Balance, BalancedLayer, guests_for, refuse
+
+VERSION = "0.3"
+"""The torchtitan whose modules this one knows."""
+
+
+class BalancedRoutedExperts(RoutedExperts):
+    """torchtitan's routed experts, whose batches are balanced by guests.
+
+    Parameters, their names, and so checkpoints, are those of `RoutedExperts`. While LPLB_EP is 0 or
+    unset, the forward pass is, too.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(RoutedExperts.Config):
+        """As `RoutedExperts.Config`."""
+
+        guests: int | None = None
+        """Guest slots a rank; None: by the number of its experts (`guests_for`)."""
+
+    def __init__(self, config: Config) -> None:
+        _prepare()
+        super().__init__(config)
+        self.balanced: BalancedLayer | None = None
+        """None: LPLB_EP is 0, or the model was not parallelized."""
+        self.pool: GuestPool | None = None
+        """Of its guests, which other layers share; None before the first batch."""
+        self._num_guests = config.guests
+
+    def parallelize(self, parallel_dims: Any) -> None:
+        """As torchtitan's, then gives the layer its placement. Collective.
+
+        Raises:
+            ContractError: there is no expert parallelism.
+            PlacementError: its degree does not divide the experts.
+            RankError: ranks ask for different placements.
+        """
+        super().parallelize(parallel_dims)
+        mesh = self.token_dispatcher.ep_mesh
+        if mesh is None:
+            refuse("this model", ["its experts are on one rank: set expert_parallel_degree"])
+        buffer = _buffer()
+        state = state_of(buffer)
+        if state.settings.mode == "0":
+            return
+        num_experts, num_ranks = self.token_dispatcher.num_experts, mesh.size()
+        guests = self._num_guests
+        placement = Placement.homes_only(
+            num_experts,
+            num_ranks,
+            guests_for(num_experts, num_ranks) if guests is None else guests,
+            num_ranks_per_node=state.num_ranks_per_node,
+        )
+        self.balanced = BalancedLayer("routed_experts", Layer(placement))
+        slots = placement.num_local_slots
+        attach(self, self.balanced.layer, num_local_slots=slots, buffer=buffer, experts=False)
+
+    @torch.compiler.disable(
+        reason="lplb_ep plans each batch anew: leave `model` out of compile.components"
+    )
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As a module's call. A graph of `torch.compile` ends here, and begins anew behind it."""
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        topk_scores_BLK: Tensor,
+        topk_expert_ids_BLK: Tensor,
+        num_local_tokens_per_expert_E: Tensor,
+    ) -> Tensor:
+        """As `RoutedExperts.forward`: the names of the arguments are torchtitan's."""
+        balanced = self.balanced
+        if balanced is None:
+            return super().forward(
+                x_BLD, topk_scores_BLK, topk_expert_ids_BLK, num_local_tokens_per_expert_E
+            )
+        B, _, D = x_BLD.shape
+        x_TD, K = x_BLD.view(-1, D), topk_scores_BLK.size(-1)
+        if balanced.guests is None and state_of(_buffer()).settings.mode == "1":
+            balanced.guests = self._make_guests(balanced.layer)
+        rows, counts, metadata = self.token_dispatcher.dispatch(
+            x_TD,
+            topk_scores_BLK.view(-1, K),
+            topk_expert_ids_BLK.view(-1, K),
+            num_local_tokens_per_expert_E,
+        )
+        with maybe_set_sparse_mesh():
+            out = self._compute(balanced, rows, counts, metadata.state)
+        return self.token_dispatcher.combine(out, metadata, x_TD).view(B, -1, D)
+
+    def _make_guests(self, layer: Layer) -> Guests:
+        """At the first batch, since weights have their device and dtype then. Collective."""
+        group = self.token_dispatcher.ep_mesh.get_group()
+        with outside_of_checkpoints():
+            self.pool = _pool(group, layer.placement.num_guests_per_rank, self.inner_experts)
+            return Guests(self.inner_experts, layer, group, self.pool, layer_waits=True)
+
+    def _compute(self, balanced: BalancedLayer, rows: Tensor, counts: Tensor, state: Any) -> Tensor:
+        """The experts' outputs for rows in the order of the local slots: guests' are a suffix.
+
+        Args:
+            balanced: this layer.
+            rows: [N, D].
+            counts: [L + G] rows of each slot.
+            state: of the dispatch.
+        """
+        residents = balanced.layer.placement.num_resident_slots
+        sizes = _handle_of(state).num_recv_tokens_per_expert_list
+        if balanced.guests is None:  # LPLB_EP is home
+            return self.inner_experts(rows, counts[:residents])
+        rows, weights, arrive = balanced.guests.split_weights(rows)
+        own, behind = rows.split([sum(sizes[:residents]), sum(sizes[residents:])])
+        out = functional_call(self.inner_experts, weights, (own, counts[:residents]))
+        if len(behind):
+            guests = functional_call(self.inner_experts, arrive(), (behind, counts[residents:]))
+            out = torch.cat([out, guests])
+        return out
+
+
+class BalanceConverter(ModelConfigConverter):
+    """Balances every layer of routed experts of a model, in torchtitan's list of converters."""
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):
+        """Of the converter."""
+
+        guests: int | None = None
+        """Guest slots a rank; None: by the number of its experts (`guests_for`)."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def convert(self, model_config: Any) -> Any:
+        """Puts `BalancedRoutedExperts` in the place of `RoutedExperts`.
+
+        Raises:
+            ContractError: the model has no routed experts, or some that cannot be balanced.
+        """
+        found = [*model_config.traverse(RoutedExperts.Config)]
+        refuse("this model", [] if found else ["it has no RoutedExperts"])
+        for _, config, parent, attribute in found:
+            new = _balanced(config, self.config.guests)
+            if isinstance(parent, list):
+                parent[attribute] = new
+            else:
+                setattr(parent, attribute, new)
+        return model_config
+
+
+@override(target=RoutedExperts.Config, description="Balanced by guests (lplb_ep).")
+def balance(
+    cfg: RoutedExperts.Config, *, guests: int | None = None
+) -> BalancedRoutedExperts.Config:
+    """The override for `--override.imports lplb_ep.clients.torchtitan.balance`.
+
+    Args:
+        cfg: the layer's.
+        guests: guest slots a rank; None: by the number of its experts (`guests_for`).
+
+    Raises:
+        ContractError: these experts cannot be balanced.
+    """
+    return _balanced(cfg, guests)
+
+
+def balance_of(model: nn.Module) -> Balance:
+    """What of a model is balanced, with what became of its batches: for logs and tests."""
+    found = Balance()
+    for name, module in model.named_modules():
+        if isinstance(module, BalancedRoutedExperts) and module.balanced is not None:
+            module.balanced.name = name
+            found.layers.append(module.balanced)
+            found.pools += [] if module.pool is None else [module.pool]
+    found.pools[:] = dict.fromkeys(found.pools)  # layers share them
+    return found
+
+
+# --- inner ----------------------------------------------------------------------------------------
+
+
+def _balanced(config: RoutedExperts.Config, guests: int | None) -> BalancedRoutedExperts.Config:
+    reasons, found = [], version("torchtitan")
+    if not found.startswith(f"{VERSION}."):
+        reasons.append(f"torchtitan {found} is installed, and this is for {VERSION}")
+    if type(config) is not RoutedExperts.Config:
+        reasons.append(
+            f"it has {type(config).__qualname__} in the place of RoutedExperts.Config, with a "
+            "forward pass of its own"
+        )
+    if not (guests is None or (isinstance(guests, int) and guests >= 1)):
+        reasons.append(f"guests must be a whole number from 1, or None; got {guests!r}")
+    refuse("this model", [*reasons, *_obstacles(config.token_dispatcher)])
+    return derive(config, BalancedRoutedExperts.Config, guests=guests)
+
+
+def _obstacles(dispatcher: Any) -> Iterator[str]:
+    """What of a dispatcher's config is not supported."""
+    if type(dispatcher) is not DeepEPTokenDispatcher.Config:
+        yield f'it has a {type(dispatcher).__qualname__}: make it with moe_comm_backend="deepep"'
+    elif dispatcher.cudagraphable:
+        yield "its batches are captured in CUDA graphs: set cudagraphable=False"
+
+
+def _prepare() -> None:
+    """Has torchtitan's calls of DeepEP planned, also where there is no DeepEP or no GPU."""
+    patch()
+    from torchtitan.distributed.deepep import deepep
+
+    embedded = chosen_module().__name__ == "lplb_ep.embedded"
+    for name in ("dispatch", "combine"):  # torchtitan's are for CUDA alone
+        has_one = torch._C._dispatch_has_kernel_for_dispatch_key(f"deepep::{name}", "CPU")
+        if embedded and not has_one:
+            deepep._lib.impl(name, getattr(deepep, f"_{name}_op_impl"), "CPU")
+
+
+def _buffer() -> Any:
+    """The one buffer that torchtitan has for all layers."""
+    from torchtitan.distributed.deepep import deepep
+
+    return deepep._buffer
+
+
+_pools: WeakValueDictionary[Any, GuestPool] = WeakValueDictionary()
+
+
+def _pool(group: dist.ProcessGroup, num_guests: int, experts: nn.Module) -> GuestPool:
+    """The pool of all layers whose experts have these shapes. Collective where there is none."""
+    key = group, num_guests, tuple(shapes_of(experts).items())
+    pool = _pools.get(key)
+    if pool is None:
+        pool = _pools[key] = GuestPool(group, num_guests, experts)
+    return pool
+
+
+_handles: WeakValueDictionary[int, Any] = WeakValueDictionary()
+"""Those of dispatches whose backward pass is to come, by torchtitan's numbers."""
+
+
+def _handle_of(state: Any) -> Any:
+    """The handle of a dispatch.
+
+    In a recompute of selective checkpointing there was none: what it returned was saved. Its guests
+    are brought back then, before the experts run again.
+    """
+    from torchtitan.distributed.deepep import deepep
+
+    number = int(state.handle_id)
+    handle = deepep._handle_cache.get(number)
+    if handle is not None:
+        _handles[number] = handle
+        return handle
+    bring_guests_back(_buffer(), _handles[number])
+    return _handles[number]

@@ -1,0 +1,282 @@
+"""torchtitan, unmodified, over embedded buffers: what the client makes of its models."""
+
+from __future__ import annotations
+
+import pytest
+import ranks
+import titan
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from lplb_ep import ContractError
+
+pytest.importorskip("torchtitan")
+
+G = 2
+
+
+def made(client, mode, ep, **options):
+    """A model, balanced by the converter unless it is plain."""
+    if mode == "plain":
+        return titan.make_model(ep, **options)
+    converter = client.BalanceConverter.Config(guests=G).build()
+    return titan.make_model(ep, converter.convert, **options)
+
+
+def received(model):
+    """Rows of the experts in each of a rank's batches, forward passes alone."""
+    found = []
+
+    def note(module, args):
+        if torch._C._current_graph_task_id() < 0:
+            found.append(len(args[0]))
+
+    for layer in model.layers.values():
+        # Guests' rows come by a second call.
+        layer.moe.routed_experts.inner_experts.register_forward_pre_hook(note)
+    return found
+
+
+def train(world, mode, ep, **options):
+    """Two steps of two batches: losses, the first step's gradients, weights at the end."""
+    with titan.torchtitan(mode) as client:
+        model = made(client, mode, ep, **options)
+        rows = received(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses, grads = [], None
+        for step in range(2):
+            for micro in range(2):  # gradients are accumulated
+                loss = titan.loss_of(model, titan.batch_of(world.rank(), 2 * step + micro))
+                loss.backward()
+                losses.append(float(loss))
+            if grads is None:
+                grads = {name: grad.clone() for name, grad in titan.gradients(model).items()}
+            optimizer.step()
+            optimizer.zero_grad()
+        balance = client.balance_of(model)
+        batches = [dict(layer.report().batches) for layer in balance.layers]
+        guests = [layer.report().num_guests for layer in balance.layers]
+        return losses, grads, titan.weights(model), sum(rows), batches, guests
+
+
+def largest_difference(got, want):
+    """Relative to the largest value of a tensor."""
+    assert got.keys() == want.keys()
+    return max(
+        float((got[n] - want[n]).abs().max() / want[n].abs().max().clamp(min=1e-9)) for n in want
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "ep", "options"),
+    [
+        (2, 2, {}),
+        (4, 4, {"param_dtype": "bfloat16"}),
+        (4, 2, {"reshard": "always"}),  # each expert's rows are on two ranks
+    ],
+)
+def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
+    plain, home, balanced = (
+        ranks.run(num_ranks, train, mode, ep, **options) for mode in ("plain", "home", "1")
+    )
+    for (losses, grads, weights, *_), at_home in zip(plain, home, strict=True):
+        assert at_home[0] == losses
+        assert largest_difference(at_home[1], grads) == 0
+        assert largest_difference(at_home[2], weights) == 0
+    for (losses, grads, weights, *_), of_rank in zip(plain, balanced, strict=True):
+        # torchtitan's experts compute in bfloat16, and parts of a gradient are rounded to it.
+        assert of_rank[0] == pytest.approx(losses, rel=1e-3)
+        assert largest_difference(of_rank[1], grads) < 2**-5
+        assert largest_difference(of_rank[2], weights) < 2**-5
+        assert of_rank[4] == [{"OPTIMAL": 4}] * titan.LAYERS
+        assert min(of_rank[5]) >= 1
+    most, mean = max(r[3] for r in plain), sum(r[3] for r in plain) / num_ranks
+    assert most > 1.2 * mean
+    assert max(r[3] for r in balanced) < mean + 4 * titan.LAYERS + 1
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_activation_checkpoints_change_no_bit(checkpointing):
+    want = ranks.run(2, train, "1", 2)
+    got = ranks.run(2, train, "1", 2, checkpointing=checkpointing)
+    for one, other in zip(want, got, strict=True):
+        unwrapped = [
+            {name.replace("._checkpoint_wrapped_module", ""): t for name, t in tensors.items()}
+            for tensors in other[1:3]
+        ]
+        assert other[0] == one[0]
+        assert largest_difference(unwrapped[0], one[1]) == 0
+        assert largest_difference(unwrapped[1], one[2]) == 0
+
+
+def save_and_load(world, steps, folder):
+    """Each step: a mode, whether it trains, and from and to which of the checkpoints it goes."""
+    found = []
+    for mode, trains, source, target in steps:
+        with titan.torchtitan(mode) as client:
+            model = made(client, mode, world.size())
+            optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+            if source:
+                state = {
+                    "model": model.state_dict(),
+                    "optimizer": get_optimizer_state_dict(model, optimizer),
+                }
+                dcp.load(state, checkpoint_id=f"{folder}/{source}")
+                model.load_state_dict(state["model"])
+                set_optimizer_state_dict(model, optimizer, state["optimizer"])
+            if trains:
+                titan.loss_of(model, titan.batch_of(world.rank(), 0)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            state = {
+                "model": model.state_dict(),
+                "optimizer": get_optimizer_state_dict(model, optimizer),
+            }
+            dcp.save(state, checkpoint_id=f"{folder}/{target}")
+            moments = {
+                f"{name} {key}": titan.whole(value).clone()
+                for name, of_name in state["optimizer"]["state"].items()
+                for key, value in of_name.items()
+            }
+            found.append({**titan.weights(model), **moments})
+    return found
+
+
+def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
+    """Bit for bit, with the optimizer's moments, and on other numbers of ranks."""
+    folder = str(tmp_path)
+    steps = [("plain", True, None, "a"), ("1", False, "a", "b"), ("plain", False, "b", "c")]
+    found = ranks.run(2, save_and_load, steps, folder)
+    found += ranks.run(4, save_and_load, [("1", False, "c", "d"), ("1", True, "d", "e")], folder)
+    found += ranks.run(2, save_and_load, [("plain", False, "e", "f")], folder)
+    first, moved, trained = found[0], [*found[0][1:], *found[1][1:], found[2][0]], found[-1][0]
+    assert any("exp_avg" in name for name in first[0])
+    for other in moved:
+        assert other.keys() == first[0].keys()
+        assert all(torch.equal(other[name], first[0][name]) for name in other)
+    assert all(torch.equal(trained[name], found[2][1][name]) for name in trained)
+    assert not all(torch.equal(trained[name], first[0][name]) for name in trained)
+
+
+def evaluate(world):
+    """Batches without gradients between forward and backward passes of others."""
+    with titan.torchtitan("1") as client:
+        model = made(client, "1", world.size(), checkpointing="selective")
+        tokens = [titan.batch_of(world.rank(), number) for number in range(2)]
+        with torch.no_grad():
+            want = [float(titan.loss_of(model.eval(), t)) for t in tokens]
+        loss = titan.loss_of(model.train(), tokens[0])
+        with torch.no_grad():
+            between = float(titan.loss_of(model, tokens[1]))
+        loss.backward()
+        assert [float(loss), between] == want
+        return {name: float(grad.norm()) for name, grad in titan.gradients(model).items()}
+
+
+def test_a_batch_without_gradients_may_come_between():
+    first, second = ranks.run(2, evaluate)
+    assert first == second
+    assert all(norm > 0 for norm in first.values())
+
+
+def turned_off(world):
+    with titan.torchtitan("0") as client:
+        model = made(client, "1", world.size())
+        assert client.balance_of(model).layers == []
+        return float(titan.loss_of(model, titan.batch_of(world.rank(), 0)))
+
+
+def test_with_lplb_ep_0_the_model_is_plain():
+    plain = [of_rank[0][0] for of_rank in ranks.run(2, train, "plain", 2)]
+    assert ranks.run(2, turned_off) == plain
+
+
+def compiled(world, whole):
+    with titan.torchtitan("1") as client:
+        model = made(client, "1", world.size(), compiles=whole)
+        eager = made(client, "1", world.size())
+        tokens = titan.batch_of(world.rank(), 0)
+        want = titan.loss_of(eager, tokens)
+        for layer in [] if whole else model.layers.values():
+            layer.compile(backend="eager")
+        got = titan.loss_of(model, tokens)
+        (got + want).backward()
+        assert float(got) == float(want)
+        assert largest_difference(titan.gradients(model), titan.gradients(eager)) == 0
+
+
+def test_torchtitan_s_compiler_is_refused_by_name():
+    """Over DeepEP V2 it does not run without lplb_ep either: its operations have no shapes."""
+    with pytest.raises(ranks.RanksFailedError) as error:
+        ranks.run(2, compiled, True)
+    assert all("leave `model` out of compile.comp" in message for _, message in error.value.errors)
+
+
+def test_a_graph_of_another_compiler_breaks_there():
+    ranks.run(2, compiled, False)
+
+
+def refuse(world):
+    """What a config is refused for."""
+    from torchtitan.config.override import OverrideConfig, apply_overrides
+
+    with titan.torchtitan("1") as client:
+        found = []
+        for backend, change, guests in (
+            ("standard", None, None),
+            ("hybridep", None, None),
+            ("deepep", "cudagraphable", None),
+            ("deepep", None, 0),
+        ):
+            config = titan.model_config(backend)
+            if change:
+                setattr(config.layers[0].moe.routed_experts.token_dispatcher, change, True)
+            imports = [("lplb_ep.clients.torchtitan.balance", {"guests": guests})]
+            for attempt in (
+                client.BalanceConverter.Config(guests=guests).build().convert,
+                lambda config, imports=imports: apply_overrides(
+                    OverrideConfig(imports=imports), config
+                ),
+            ):
+                with pytest.raises(ContractError) as error:
+                    attempt(config)
+                found.append(str(error.value))
+        return found
+
+
+def test_what_cannot_be_balanced_is_refused_by_name():
+    (found,) = {tuple(said) for said in ranks.run(2, refuse)}
+    names = ("AllToAllTokenDispatcher", "HybridEPTokenDispatcher", "cudagraphable", "got 0")
+    assert len(found) == 2 * len(names)
+    for number, message in enumerate(found):
+        assert message.startswith("this model cannot be balanced: ")
+        assert names[number // 2] in message
+
+
+def override(world):
+    """By the name that torchtitan's command line takes."""
+    from torchtitan.config.override import OverrideConfig, apply_overrides, parse_cli_imports
+
+    with titan.torchtitan("1") as client:
+        imports = parse_cli_imports(['lplb_ep.clients.torchtitan.balance={"guests": 1}'])
+
+        def convert(config):
+            assert len(apply_overrides(OverrideConfig(imports=imports), config)) == titan.LAYERS
+            return config
+
+        model = titan.make_model(world.size(), convert)
+        titan.loss_of(model, titan.batch_of(world.rank(), 0)).backward()
+        balance = client.balance_of(model)
+        assert len(balance.pools) == 1  # for all layers
+        return str(balance)
+
+
+def test_an_override_of_the_command_line_balances_a_model():
+    for said in ranks.run(2, override):
+        assert said.startswith(f"{titan.LAYERS} MoE layers, 0.0 MiB for guests")
+        assert "layers.1.moe.routed_experts: imbalance" in said
+        assert "batches: 1 OPTIMAL" in said
