@@ -107,8 +107,8 @@ class Settings:
     placement: str = _setting(
         "LPLB_EP_PLACEMENT",
         "",
-        "A file written by `Placement.save`, or by `lplb-ep place` of one layer, in force on every "
-        "buffer made without `placement=`.",
+        "A file of placements, in force on every buffer made without `placement=`: one for all MoE "
+        "layers (`Placement.save`), or those of modules by name (`lplb-ep place --names`).",
     )
     replicas: str = _setting(
         "LPLB_EP_REPLICAS",

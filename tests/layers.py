@@ -106,6 +106,7 @@ LAYERS = [
     "deepep.contract",
     "deepep.channels",
     "deepep.context",
+    "deepep.modules",
     "deepep.checks",
     "deepep.guest_calls",
     "deepep.plans",

@@ -40,19 +40,6 @@ def layer_use(target: Layer | Placement, slot: int) -> LayerUse:
     return LayerUse(layer_of(target), slot)
 
 
-_of_files: dict[Placement, Layer] = {}
-
-
-def layer_of_file(path: str) -> Layer:
-    """The layer of `LPLB_EP_PLACEMENT`: one in a process, whatever the number of buffers.
-
-    Raises:
-        PlacementError, OSError: as `Placement.load`.
-    """
-    placement = Placement.load(path)
-    return _of_files.setdefault(placement, layer_of(placement))
-
-
 class PlannerSettings(NamedTuple):
     """The settings of a planner. Buffers with other settings have other planners."""
 
@@ -100,6 +87,8 @@ class BufferState:
 
     A call that strayed out of its layer (a recompute) must not plan with another layer's copies.
     """
+    find_modules: Callable[[], LayerUse | None] | None = None
+    """Finds the layer by the module that runs, where placements are by modules' names."""
     warned: bool = False
     destroyed: bool = False
     low_latency_slots: int | None = None
@@ -125,7 +114,8 @@ class BufferState:
 
         The slots that an engine has picked are right as they are, if less balanced.
         """
-        return self.is_registered and self.settings.indices == "logical"
+        has_placements = self.is_registered or self.find_modules is not None
+        return has_placements and self.settings.indices == "logical"
 
     def key_of(self, method: str, result: Any) -> Any:
         """As `Contract.key_of`, for a method whose results are alike: the first one is checked."""

@@ -6,11 +6,13 @@ One buffer serves every layer of a model, and every layer has a placement of its
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -35,6 +37,12 @@ class _Entered(NamedTuple):
 
 _entered: ContextVar[tuple[_Entered, ...]] = ContextVar("lplb_ep.use", default=())
 """Those that are in force, innermost last."""
+
+_attached: WeakKeyDictionary[torch.nn.Module, list[_Entered]] = WeakKeyDictionary()
+"""Of each module its attachments, the last one made last."""
+
+_BACKWARD = ("torch.autograd", "torch.autograd.graph")
+"""The modules of torch whose functions begin a backward pass."""
 
 
 def used() -> LayerUse | None:
@@ -64,6 +72,29 @@ def use(placement: Layer | Placement, slot: int = 0) -> Iterator[None]:
         _entered.reset(token)
 
 
+def modules_running() -> list[torch.nn.Module]:
+    """The modules whose code runs in this thread, innermost first.
+
+    These are the `self` of a method, or of a function within one, that has not returned. A backward
+    pass is no part of the method that began it. So a checkpoint inside a module is of that module
+    in the recompute, too.
+    """
+    modules: list[torch.nn.Module] = []
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") not in _BACKWARD:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and not (modules and modules[-1] is owner):
+            modules.append(owner)
+        frame = frame.f_back
+    return modules
+
+
+def layer_running() -> LayerUse | None:
+    """The layer of the innermost attached module whose code runs in this thread."""
+    attached = (_attached.get(module) for module in modules_running())
+    return next((attachments[-1].use for attachments in attached if attachments), None)
+
+
 def layer_in_force(buffer: Any, state: BufferState) -> LayerUse | None:
     """The view's layer, else the context's, else the buffer's own."""
     own: LayerUse | None = getattr(buffer, "_lplb_use", None)
@@ -84,12 +115,10 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
     if use is not None:
         return use
     if state.must_plan:
-        raise ContractError(
-            "no placement is in force for this call, and these ranks have planned with some. Call "
-            "the buffer through buffer.view(placement), within lplb_ep.use(placement), or from a "
-            "module that was attached. A checkpoint inside an attached module recomputes outside "
-            "of it, and needs a view"
-        )
+        use = layer_running() if state.find_modules is None else state.find_modules()
+        if use is None:
+            raise ContractError(_nothing_in_force(state))
+        return use
     if not state.warned:
         state.warned = True
         log.warning(
@@ -98,6 +127,20 @@ def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
             "in force for a call" if state.is_registered else "registered on this buffer",
         )
     return None
+
+
+def _nothing_in_force(state: BufferState) -> str:
+    running = ", ".join(type(module).__name__ for module in modules_running()) or "none"
+    where = (
+        "Call the buffer through buffer.view(placement), within lplb_ep.use(placement), or from "
+        "code of a module that was attached"
+        if state.find_modules is None
+        else f"Name its layer's module in {state.settings.placement}"
+    )
+    return (
+        "no placement is in force for this call, and these ranks have planned with some, or have "
+        f"placements by module. {where}. Modules whose code calls it, innermost first: {running}"
+    )
 
 
 def refuse_when_off(settings: Settings, what: str) -> None:
@@ -195,7 +238,13 @@ def attach(
 
     before = module.register_forward_pre_hook(enter)
     after = module.register_forward_hook(leave, always_call=True)
-    return Attached(before, after)
+    entry, attachments = _Entered(attachment, own), _attached.setdefault(module, [])
+    attachments.append(entry)
+
+    def forget() -> None:
+        attachments[:] = [other for other in attachments if other is not entry]
+
+    return Attached(before, after, forget)
 
 
 @dataclass(frozen=True)
@@ -204,8 +253,10 @@ class Attached:
 
     _before: RemovableHandle
     _after: RemovableHandle
+    _forget: Callable[[], None]
 
     def remove(self) -> None:
         """Detaches the layer: its calls no longer have a placement from it."""
         self._before.remove()
         self._after.remove()
+        self._forget()

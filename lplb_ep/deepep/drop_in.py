@@ -26,10 +26,11 @@ from ..placement.table import Placement
 from ..planning.solvers import solver_fact
 from ..settings import Settings
 from .calls import Original
-from .channels import BufferState, LayerUse, layer_of_file, layer_use, register, state_of
+from .channels import BufferState, LayerUse, layer_use, register, state_of
 from .context import check_local_slots, refuse_when_off
 from .contract import Contract, contract_of, unknown_methods
 from .hooks import HOOKS, override, refuse_unknown, size_hint
+from .modules import NamedLayers, layers_of_file
 
 _SIZE_HINT = "get_low_latency_rdma_size_hint"
 
@@ -127,7 +128,7 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
         **kwargs: Any,
     ) -> None:
         given = original.defaults | original.call((self,), args, kwargs)
-        group, use = given["group"], None
+        group, own = given["group"], None
         # Before DeepEP's own exchange, in which other ranks could wait for one that raises here.
         # With LPLB_EP=0 too: else a rank that misses the variable would leave the others waiting.
         with together(group if isinstance(group, dist.ProcessGroup) else None, "settings") as facts:
@@ -135,7 +136,7 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
             settings = Settings.from_env()
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
-            use = _own_layer(settings, placement, num_local_slots)
+            own = _own_layers(settings, placement, num_local_slots)
             if settings.mode != "0" and not base.__module__.startswith("lplb_ep."):
                 _refuse_late_nvshmem(given)
             facts |= {
@@ -149,34 +150,44 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
                 "LPLB_EP_GUEST_MIN_TOKENS": settings.guest_min_tokens,
                 # The solver that this comes to here: one rank may lack a package.
                 "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
-                "placement": "none" if use is None else use.layer.placement.fingerprint(),
+                "placement": _fingerprint(own),
                 "lplb_ep version": __version__,
             }
         original.function(self, *args, **kwargs)
         self._lplb_state = _state(self, base, contract, settings, given)
-        if use is not None:
-            self._lplb_state.default = use
+        if isinstance(own, NamedLayers):
+            self._lplb_state.find_modules = own.running
+        elif own is not None:
+            self._lplb_state.default = own
             if settings.mode != "0":
-                register(self._lplb_state, *use)
+                register(self._lplb_state, *own)
 
     return __init__
 
 
-def _own_layer(
+def _own_layers(
     settings: Settings, placement: Layer | Placement | None, num_local_slots: int | None
-) -> LayerUse | None:
-    """The layer that a buffer is made with, checked."""
-    if placement is not None:
-        use = layer_use(placement, 0)
-        check_local_slots(use.layer.placement, num_local_slots)
-    elif num_local_slots is not None:
+) -> LayerUse | NamedLayers | None:
+    """The layer that a buffer is made with, or those of a file by modules' names; checked."""
+    if placement is None and num_local_slots is not None:
         raise ContractError("num_local_slots goes with placement=, and there is none")
-    elif settings.placement:
-        use = LayerUse(layer_of_file(settings.placement), 0)
-    else:
+    if placement is None and not settings.placement:
         return None
+    own: LayerUse | NamedLayers
+    if placement is not None:
+        own = layer_use(placement, 0)
+        check_local_slots(own.layer.placement, num_local_slots)
+    else:
+        of_file = layers_of_file(settings.placement)
+        own = of_file if isinstance(of_file, NamedLayers) else LayerUse(of_file, 0)
     refuse_when_off(settings, "Buffer")
-    return use
+    return own
+
+
+def _fingerprint(own: LayerUse | NamedLayers | None) -> str:
+    if isinstance(own, LayerUse):
+        return own.layer.placement.fingerprint()
+    return "none" if own is None else own.fingerprint()
 
 
 def _state(

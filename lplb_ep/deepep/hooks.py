@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ..errors import ContractError
 from ..layer import channels
+from ..placement.layer_files import placements_of_modules
 from ..placement.table import Placement
 from ..planning.inputs import num_ids
 from ..settings import Settings
@@ -210,7 +211,7 @@ def size_hint(function: Callable[..., int]) -> staticmethod[..., int]:
         call = original.call((), args, kwargs)
         known = [p.placement for planners in channels.values() for p in planners.values()]
         if settings.placement:
-            known.append(Placement.load(settings.placement))
+            known += placements_of_modules(settings.placement).values()
         call["num_experts"] = _num_slots(call["num_experts"], known, settings.num_physical_experts)
         return call.forward()
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 
+from ..settings import Settings
 from .drop_in import chosen_module, overrides, patched
 from .hooks import HOOKS
+from .modules import layers_of_file
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +31,19 @@ def patch() -> None:
         patched[base] = {name: vars(base).get(name) for name in methods}
         for name, method in methods.items():
             setattr(base, name, method)
+    _find_modules()
     if hasattr(module, "HybridEPBuffer"):
         log.warning("HybridEPBuffer is not balanced: it is left as it is")
+
+
+def _find_modules() -> None:
+    """Looks for the modules of `LPLB_EP_PLACEMENT` from now on: they may run before a buffer is."""
+    try:
+        settings = Settings.from_env()
+        if settings.mode != "0" and settings.placement:
+            layers_of_file(settings.placement)
+    except (ValueError, OSError):
+        pass  # a buffer raises it, when it is made, on all ranks
 
 
 def unpatch() -> None:

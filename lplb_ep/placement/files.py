@@ -1,4 +1,4 @@
-"""Placements as JSON files: one layer's, or those of several layers by their numbers."""
+"""Placements as JSON files: one layer's, or those of several layers by numbers or names."""
 
 from __future__ import annotations
 
@@ -30,16 +30,20 @@ def write_one(path: Path, state: Mapping[str, Any]) -> None:
     _write(path, {_ONE: _VERSION, **state})
 
 
-def write_layers(path: Path, states: Mapping[int, Mapping[str, Any]]) -> None:
+def write_layers(path: Path, states: Mapping[int | str, Mapping[str, Any]]) -> None:
     """Writes the file of several layers.
 
     Args:
         path: the file, which is replaced.
-        states: the arguments of each layer's placement, by the layer's number.
+        states: the arguments of each layer's placement, by the layer's number or name.
 
     Raises:
+        PlacementError: a name is empty, or is a number.
         OSError: the file is not writable.
     """
+    for layer in states:
+        if isinstance(layer, str) and (not layer or layer.isdecimal()):
+            raise PlacementError(f"the name of a layer must be that of a module; got {layer!r}")
     layers = {str(layer): state for layer, state in states.items()}
     _write(path, {_SEVERAL: _VERSION, "layers": layers})
 
@@ -61,9 +65,7 @@ def read_one(path: Path, make: Callable[..., T]) -> T:
         if len(made) == 1:
             return next(iter(made.values()))
         raise PlacementError(
-            f"{os.fspath(path)} has placements of {len(made)} layers: load_placements reads it; "
-            "a buffer (LPLB_EP_PLACEMENT, lplb-ep run --placement) takes a file of one, by "
-            "Placement.save"
+            f"{os.fspath(path)} has placements of {len(made)} layers: load_placements reads it"
         )
     version = content.pop(_ONE, None) if isinstance(content, dict) else None
     if version != _VERSION:
@@ -71,8 +73,8 @@ def read_one(path: Path, make: Callable[..., T]) -> T:
     return _made(content, make, os.fspath(path))
 
 
-def read_layers(path: Path, make: Callable[..., T]) -> dict[int, T]:
-    """The placements of a file of several layers, by the layers' numbers.
+def read_layers(path: Path, make: Callable[..., T]) -> dict[int | str, T]:
+    """The placements of a file of several layers, by the layers' numbers or names.
 
     Args:
         path: the file.
@@ -86,12 +88,25 @@ def read_layers(path: Path, make: Callable[..., T]) -> dict[int, T]:
     if not isinstance(content, dict) or content.get(_SEVERAL) != _VERSION:
         raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
     layers = content.get("layers")
-    if not isinstance(layers, dict) or not all(map(str.isdecimal, layers)):
-        raise PlacementError(f"{os.fspath(path)}: layers must be placements by layer number")
+    if not isinstance(layers, dict) or "" in layers:
+        raise PlacementError(f"{os.fspath(path)}: layers must be placements by number or name")
     return {
-        int(layer): _made(state, make, f"{os.fspath(path)}, layer {layer}")
+        int(layer) if layer.isdecimal() else layer: _made(
+            state, make, f"{os.fspath(path)}, layer {layer}"
+        )
         for layer, state in layers.items()
     }
+
+
+def has_several(path: Path) -> bool:
+    """Whether the file is one of several layers.
+
+    Raises:
+        PlacementError: the file is not JSON.
+        OSError: the file is not readable.
+    """
+    content = _read(path)
+    return isinstance(content, dict) and _SEVERAL in content
 
 
 def _made(state: Any, make: Callable[..., T], where: str) -> T:

@@ -9,9 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from lplb_ep import Placement
+from lplb_ep import Placement, save_placements
 from lplb_ep.planning import kernels
 from lplb_ep.tools import cli
 from lplb_ep.tools.commands import doctor, run
@@ -220,6 +221,76 @@ dist.destroy_process_group()
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     settings = {"LPLB_EP_BACKEND": "embedded", "LPLB_EP_REPLICAS": "valid"}
     assert lplb_ep_run("--mode", "1", *launcher, script, **settings) == "patched\n" * 2
+
+
+MODEL = """
+import json, os, sys, torch, torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
+from deep_ep import Buffer
+E, R, T = 6, 2, 40
+class MoE(torch.nn.Module):
+    def __init__(self, buffer, table, inside):
+        super().__init__()
+        held = torch.tensor(table).view(R, -1)[dist.get_rank()]  # the program fills its slots
+        self.scale, self.buffer, self.inside = 1.0 + held, buffer, inside
+        self.router = torch.nn.Linear(8, E)
+    def compute(self, x):
+        weights, picks = self.router(x).softmax(-1).topk(2)
+        layout = self.buffer.get_dispatch_layout(picks, E)
+        rows, slots, came, counts, handle, _ = self.buffer.dispatch(
+            x.detach().bfloat16(), topk_idx=picks, topk_weights=weights.detach(),
+            num_tokens_per_rank=layout[0], num_tokens_per_expert=layout[2],
+            is_token_in_rank=layout[3])
+        scale = (self.scale[slots.clamp(min=0)] * came * (slots >= 0)).sum(1, keepdim=True)
+        out, _, _ = self.buffer.combine((rows.float() * scale).bfloat16(), handle)
+        expected = x * ((1 + picks) * weights).sum(1, keepdim=True)
+        assert ((out - expected).abs() <= 0.03 * expected.abs() + 1e-3).all()
+        rows_of.setdefault(id(self), []).append(len(rows))
+        return out.float() + x * weights.sum()
+    def forward(self, x):
+        if not self.inside:
+            return self.compute(x)
+        return checkpoint(lambda x: self.compute(x), x, use_reentrant=self.inside == "reentrant")
+rows_of = {}
+class Model(torch.nn.Module):
+    def __init__(self, buffer):
+        super().__init__()
+        layers = json.load(open(os.environ["LPLB_EP_PLACEMENT"]))["layers"]
+        tables = [layers[f"blocks.{n}.moe"]["physical_to_logical"] for n in range(3)]
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"moe": MoE(buffer, table, inside)})
+            for table, inside in zip(tables, ("", "reentrant", "plain")))
+    def forward(self, x, order):
+        for n in order:
+            x = self.blocks[n]["moe"](x / x.abs().max().detach())
+        return x
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+def train():  # its buffer, which holds the group, ends before the group does
+    model = Model(Buffer(dist.group.WORLD, 1 << 22))
+    for order in ((0, 1, 2), (2, 0, 1), (1, 1)):
+        torch.manual_seed(dist.get_rank())
+        model(torch.randn(T, 8, requires_grad=True), order).sum().backward()
+    return [len(rows_of[id(block["moe"])]) for block in model.blocks]
+sys.stdout.write(f"{train()}\\n")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("mode", ["home", "1"])
+def test_run_gives_each_module_its_placement_in_recompute_too(tmp_path, mode):
+    """Every token meets its experts, in layers whose slots hold different ones."""
+    rng = np.random.default_rng(3)
+    tables = [rng.permutation([0, 1, 2, 3, 4, 5, *rng.integers(0, 6, 2)]) for _ in range(3)]
+    placements = {f"blocks.{n}.moe": Placement(table, 2) for n, table in enumerate(tables)}
+    save_placements(tmp_path / "layers.json", placements)
+    script = tmp_path / "script.py"
+    script.write_text(MODEL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    settings = {"LPLB_EP_BACKEND": "embedded", "LPLB_EP_REPLICAS": "valid"}
+    options = ["--mode", mode, "--placement", tmp_path / "layers.json"]
+    # A checkpoint inside a layer runs it twice.
+    assert lplb_ep_run(*options, *launcher, script, **settings) == "[2, 8, 4]\n" * 2
 
 
 @pytest.mark.parametrize("first", ["deep_ep", "lplb_ep.deepep.drop_in", "lplb_ep.deepep.patch"])

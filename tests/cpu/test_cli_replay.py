@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lplb_ep import Placement
-from lplb_ep.placement.layer_files import load_placements
+from lplb_ep.placement.layer_files import load_placements, placements_of_modules
 from lplb_ep.tools import cli
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.replay import replay
@@ -112,6 +112,13 @@ def test_place_writes_what_replay_reads(recording, tmp_path, capsys):
         assert (before.home == placement.home).all()
         assert changed[list(placements).index(layer)] == str(different.sum()) in "01"
 
+    named = ["--names", "model.layers.{+3}.mlp", "-o", str(tmp_path / "named.json")]
+    assert cli.main(["place", str(recording[0]), "--key", "new", *refine, *named]) == 0
+    assert placements_of_modules(tmp_path / "named.json") == {
+        f"model.layers.{layer + 3}.mlp": placement
+        for layer, placement in load_placements(again).items()
+    }
+
 
 def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
     written = tmp_path / "replay.json"
@@ -162,6 +169,7 @@ def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
             ["--start", "{crowded}"],
             "the number of redundant slots of --start is too large: 17 slots on a rank, for 16 ex",
         ),
+        (["--names", "layers.3.mlp"], "--names must have {} once, for the layer's number"),
         (["-o", "{dir}"], "counts is a directory, not a file to write"),
         (["--png", "{dir}.png"], "counts.png is a directory, not a file to write"),
     ],

@@ -15,7 +15,11 @@ import torch
 
 from lplb_ep.errors import PlacementError
 from lplb_ep.layer import layer_of
-from lplb_ep.placement.layer_files import load_placements, save_placements
+from lplb_ep.placement.layer_files import (
+    load_placements,
+    placements_of_modules,
+    save_placements,
+)
 from lplb_ep.placement.table import Placement
 
 # Three ranks of four slots, two of them unused. Expert 0 is on every rank, expert 4 twice on rank
@@ -370,6 +374,29 @@ def test_placements_of_layers_come_back_by_their_numbers(tmp_path):
     path.write_text("{")
     with pytest.raises(PlacementError, match="is not JSON"):
         load_placements(path)
+    path.write_text(json.dumps({"lplb_ep_placements": 1, "layers": {"": {"num_ranks": 2}}}))
+    with pytest.raises(PlacementError, match="by number or name"):
+        load_placements(path)
     path.write_text(json.dumps({"lplb_ep_placements": 1, "layers": {"0": {"num_ranks": 2}}}))
     with pytest.raises(PlacementError, match=r"layers\.json"):
         load_placements(path)
+
+
+def test_placements_of_modules_are_named(tmp_path):
+    path = tmp_path / "layers.json"
+    layers = {"layers.3.mlp": Placement(TABLE, 3), "head.*": Placement([0, 1, 1, 0], 2)}
+    save_placements(path, layers)
+    assert load_placements(path) == placements_of_modules(path) == layers
+    for name in ("", "3"):
+        with pytest.raises(PlacementError, match="must be that of a module"):
+            save_placements(path, {name: layers["head.*"]})
+    save_placements(path, {"mlp": layers["head.*"]})
+    assert list(placements_of_modules(path)) == ["mlp"]
+    save_placements(path, {7: layers["head.*"]})  # the only one is for all layers
+    assert placements_of_modules(path) == {"": layers["head.*"]}
+    layers["head.*"].save(path)
+    assert placements_of_modules(path) == {"": layers["head.*"]}
+    for several in ({3: layers["head.*"], 7: layers["head.*"]}, {3: layers["head.*"], **layers}):
+        save_placements(path, several)
+        with pytest.raises(PlacementError, match=r"by layer number, .* place --names"):
+            placements_of_modules(path)

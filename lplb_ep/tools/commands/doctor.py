@@ -103,7 +103,7 @@ def _print_devices() -> None:
 def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     """What the settings lead to on this machine: a choice and its reason, by part."""
     from ...deepep.drop_in import choose_backend
-    from ...placement.table import Placement
+    from ...placement.layer_files import placements_of_modules
     from ...planning.solvers import choose_solver
 
     choices: dict[str, Callable[[], tuple[str, str]]] = {
@@ -114,18 +114,22 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     if settings.placement:
         choices["placement"] = lambda: (
             settings.placement,
-            repr(Placement.load(settings.placement)),
+            "; ".join(
+                f"{name}: {placement}" if name else repr(placement)
+                for name, placement in placements_of_modules(settings.placement).items()
+            ),
         )
         choices["guests"] = lambda: _describe_guests(settings)
     return choices
 
 
 def _describe_guests(settings: Settings) -> tuple[str, str]:
-    """Guest slots of the placement of `LPLB_EP_PLACEMENT`, and what they ask for."""
-    from ...placement.table import Placement
+    """Most guest slots of a placement of `LPLB_EP_PLACEMENT`, and what they ask for."""
+    from ...placement.layer_files import placements_of_modules
     from ...planning.solvers import choose_solver
 
-    placement = Placement.load(settings.placement)
+    placements = placements_of_modules(settings.placement).values()
+    placement = max(placements, key=lambda placement: placement.num_guests_per_rank)
     guests = placement.num_guests_per_rank
     if not guests:
         return "none", "the placement has no guest slots"

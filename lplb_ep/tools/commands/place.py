@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 from .inputs import add_guests, add_recording, learn_for_lp, read_placements, read_recording
@@ -39,6 +40,11 @@ def add(commands: Any) -> None:
     place.add_argument("--start", metavar="FILE", help="improve the placements of this file")
     place.add_argument("--fixed-homes", action="store_true", help="move replicas of --start only")
     place.add_argument("--max-changes", type=int, metavar="M", help="slots of --start to change")
+    place.add_argument(
+        "--names",
+        metavar="PATTERN",
+        help="name layers for `lplb-ep run`: 'layers.{}.mlp', {} = the number, {+3} = 3 more",
+    )
     place.add_argument("--png", metavar="PATH", help="draw the replica graph of the worst layer")
 
 
@@ -48,6 +54,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_least(args, "seed", "seconds")
         if args.file is None:
             return _place_homes(args)
+        if args.names is not None:
+            _name(args.names, 0)  # raised before the search
         from ...placement.layer_files import save_placements
         from ..replay import describe
 
@@ -70,7 +78,11 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             time_budget_s=args.seconds,
             num_guests_per_rank=args.guests,
         )
-        save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
+        if args.names is None:
+            save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
+        else:
+            names = [_name(args.names, layer) for layer in recording.layers]
+            save_placements(args.output, dict(zip(names, placements, strict=True)))
         print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
         print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
         lines, worst = describe(recording, placements, start)
@@ -84,12 +96,26 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
+def _name(pattern: str, layer: int) -> str:
+    """The module of a layer, by its number.
+
+    Raises:
+        ValueError: the pattern does not say where the number goes.
+    """
+    name, number = re.subn(
+        r"\{(?:\+(\d+))?\}", lambda match: str(layer + int(match[1] or 0)), pattern
+    )
+    if number != 1:
+        raise ValueError(f"--names must have {{}} once, for the layer's number; got {pattern!r}")
+    return name
+
+
 def _place_homes(args: argparse.Namespace) -> int:
     """Writes the placement of a model whose loads are not known yet."""
     from ...placement.table import Placement
 
     learning = ("key", "layout", "tokens_per_batch", "redundant", "groups", "percentile", "seconds")
-    for name in (*learning, "start", "fixed_homes", "max_changes", "png"):
+    for name in (*learning, "names", "start", "fixed_homes", "max_changes", "png"):
         if getattr(args, name) not in (None, False):
             raise ValueError(f"--{name.replace('_', '-')} needs a recording")
     if None in (args.experts, args.ranks, args.guests):

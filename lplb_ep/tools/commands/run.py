@@ -26,7 +26,11 @@ def add(commands: Any) -> None:
         usage="lplb-ep run [--placement FILE] [--mode 0|home|1] (SCRIPT | -m MODULE) [ARG ...]",
     )
     run.set_defaults(command=_run)
-    run.add_argument("--placement", metavar="FILE", help="sets LPLB_EP_PLACEMENT")
+    run.add_argument(
+        "--placement",
+        metavar="FILE",
+        help="sets LPLB_EP_PLACEMENT: one placement for all MoE layers, or by names of modules",
+    )
     run.add_argument("--mode", choices=("0", "home", "1"), help="sets LPLB_EP")
     run.add_argument("-m", dest="module", action="store_true", help="run a module, not a script")
     run.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -55,9 +59,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> NoReturn:
             put_in_environment("mode", args.mode)
         settings = Settings.from_env()
         if settings.placement:
-            from ...placement.table import Placement
+            from ...placement.layer_files import placements_of_modules
 
-            Placement.load(settings.placement)
+            placements_of_modules(settings.placement)
     put_first_on_python_path(Path(__file__).resolve().parents[2] / "deepep" / "startup")
     _become_python(["-m", *program] if args.module else program)
 

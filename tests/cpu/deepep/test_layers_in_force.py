@@ -155,7 +155,7 @@ def test_a_default_does_not_stand_in_for_other_layers(make, mode, how):
     else:
         drop_in.view(OTHER).get_dispatch_layout(TOPK, E)
     assert torch.equal(slots_seen(drop_in), planned(OTHER))
-    with pytest.raises(ContractError, match="checkpoint inside an attached module"):
+    with pytest.raises(ContractError, match="no placement is in force"):
         drop_in.get_dispatch_layout(TOPK, E)
 
 
