@@ -198,9 +198,12 @@ def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, fails, option
             b'{"lplb_ep_placement": 1, "num_ranks": 4, "physical_to_logical": 5}',
             "physical_to_logical must be integers with 1 dimensions",
         ),
-        (b'{"lplb_ep_placements": 1}', "layers must be placements by layer number"),
-        (b'{"lplb_ep_placements": 1, "layers": [5]}', "layers must be placements by layer number"),
-        (b'{"lplb_ep_placements": 1, "layers": {"a": {}}}', "layers must be placements by layer"),
+        (b'{"lplb_ep_placements": 1}', "layers must be placements by number or name"),
+        (
+            b'{"lplb_ep_placements": 1, "layers": [5]}',
+            "layers must be placements by number or name",
+        ),
+        (b'{"lplb_ep_placements": 1, "layers": {"": {}}}', "layers must be placements by number"),
         (
             b'{"lplb_ep_placements": 1, "layers": {"0": 5}}',
             "start.json, layer 0: a placement must be an object; got 5",

@@ -14,7 +14,7 @@ PLACEMENTS = {"layers.0.mlp": PLACEMENT, "layers.1.mlp": OTHER, "layers.2.mlp": 
 
 
 class MoE(torch.nn.Module):
-    """An MoE layer that names no placement. It may checkpoint what is in it."""
+    """An MoE layer that names no placement. It may checkpoint its body."""
 
     def __init__(self, drop_in, inside=None):
         super().__init__()
