@@ -340,7 +340,7 @@ LPLB_PLACE(Batch, num_guests, 80);
 
 // A parameter of every expert that guests travel with, or its gradient.
 struct Parameter {
-    const Word* homes;  // [num_local_slots] where those of this rank lie
+    const Word* homes;  // [num_local_slots] where those of this rank lie; or of its guests
     long long offset;   // where guest slot 0 has it in a rank's guest memory, in bytes
     long long bytes;    // of a home; the guest slots' follow one another
     int first_chunk;    // its first among the chunks of an expert

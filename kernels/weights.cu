@@ -84,6 +84,25 @@ __device__ int find_visits(const Travel& t, Visit* visits) {
     return count;
 }
 
+// Finds this rank's guests. Addresses in `homes` are of their gradients then. Returns their number to all threads.
+__device__ int find_guests(const Travel& t, Visit* visits) {
+    __shared__ int number;
+    if (threadIdx.x < 32) {
+        int count = 0;
+        for (int begin = 0; begin < t.num_guests; begin += 32) {
+            int slot = begin + threadIdx.x;
+            bool here = slot < t.num_guests && t.guests[t.rank * t.num_guests + slot] >= 0;
+            unsigned votes = __ballot_sync(~0u, here);
+            int place = count + __popc(votes & ((1u << threadIdx.x) - 1));
+            if (here) visits[place] = {short(slot), short(t.rank), short(slot), short(place), 1};
+            count += __popc(votes);
+        }
+        if (threadIdx.x == 0) number = count;
+    }
+    __syncthreads();  // all are found before any thread reads them
+    return number;
+}
+
 __device__ bool is_planned(const Travel& t) { return t.status == nullptr || *t.status == OPTIMAL; }
 
 // Whether the ranks know that this one comes; else what it needs of them is void.
@@ -118,7 +137,8 @@ __device__ Span span_of(const Travel& t, const Visit* visits, int item) {
     const Parameter& one = t.parameters[p];
     long long begin = (long long)(chunk - one.first_chunk) * CHUNK;
     int narrower = one.sum == SUM_BFLOATS_TO_FLOATS;  // the guest's, by half
-    return {reinterpret_cast<char*>(one.homes[visit.home]) + begin,
+    char* home = reinterpret_cast<char*>(one.homes[visit.home]);
+    return {home == nullptr ? nullptr : home + begin,
             t.memory[visit.rank] + one.offset + ((visit.slot * one.bytes + begin) >> narrower),
             int(min(one.bytes - begin, (long long)CHUNK)), one.sum};
 }
@@ -129,6 +149,7 @@ __device__ int begin_of(int block, int number) { return int((long long)number * 
 // Bulk copies want both ends at multiples of 16 bytes.
 __device__ Part bulk_part(const Span& span) {
     int begin = -int(size_t(span.home)) & 15;
+    if (span.home == nullptr) return {0, 0};
     if (((size_t(span.home) ^ size_t(span.guest)) & 15) != 0 || begin >= span.bytes) return {0, 0};
     return {begin, (span.bytes - begin) & ~15};
 }
@@ -178,6 +199,42 @@ __device__ void copy_plainly(char* to, const char* from, int bytes, int thread, 
     if (done == 0) done = copy_words<short>(to, from, bytes, thread, threads);
     if (thread == 0)
         for (int i = done; i < bytes; ++i) to[i] = from[i];
+}
+
+// Some threads write zeros, where there is nothing to copy.
+__device__ void zero_plainly(char* to, int bytes, int thread, int threads) {
+    int words = (size_t(to) & 3) == 0 ? bytes / 4 : 0;
+    for (int i = thread; i < words; i += threads) reinterpret_cast<int*>(to)[i] = 0;
+    if (thread == 0)
+        for (int i = 4 * words; i < bytes; ++i) to[i] = 0;
+}
+
+// Copies this block's part of all items from homes to guest slots, and waits until it is there.
+__device__ void copy_items(const Travel& t, const Visit* visits, int number, int4* stages) {
+    __shared__ Span spans[STAGES];
+    __shared__ unsigned long long arrivals[STAGES];
+    int begin = begin_of(blockIdx.x, number), end = begin_of(blockIdx.x + 1, number);
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < STAGES; ++stage) arrivals_init(arrivals + stage);
+        arrivals_are_ready();
+        fence_system();  // what the others read in their slots they have read
+        fence_bulk();
+        copy_in_bulk(t, visits, begin, end - begin, stages, spans, arrivals);
+    } else if (threadIdx.x >= 32) {
+        fence_system();
+        for (int item = begin; item < end; ++item) {
+            Span span = span_of(t, visits, item);
+            Part part = bulk_part(span);
+            int behind = part.begin + part.bytes, thread = threadIdx.x - 32;
+            if (span.home == nullptr) {
+                zero_plainly(span.guest, span.bytes, thread, THREADS - 32);
+                continue;
+            }
+            copy_plainly(span.guest, span.home, part.begin, thread, THREADS - 32);
+            copy_plainly(span.guest + behind, span.home + behind, span.bytes - behind, thread, THREADS - 32);
+        }
+    }
+    __syncthreads();  // all copies of the block have come before it says so
 }
 
 // All threads of the block fill memory with ones, a NaN of every type of 8, 16, 32 or 64 bits.
@@ -271,29 +328,10 @@ using namespace lplb;
 extern "C" __global__ void __launch_bounds__(THREADS) push_guests(const Travel travel) {
     extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
     __shared__ Visit visits[MAX_GUESTS];
-    __shared__ Span spans[STAGES];
-    __shared__ unsigned long long arrivals[STAGES];
     if (!is_planned(travel) || !has_met(travel)) return;
-    int num_visits = find_visits(travel, visits), number = num_visits * travel.num_chunks;
+    int num_visits = find_visits(travel, visits);
     if (num_visits == 0) return;
-    int begin = begin_of(blockIdx.x, number), end = begin_of(blockIdx.x + 1, number);
-    if (threadIdx.x == 0) {
-        for (int stage = 0; stage < STAGES; ++stage) arrivals_init(arrivals + stage);
-        arrivals_are_ready();
-        fence_system();  // what the others read in their slots they have read
-        fence_bulk();
-        copy_in_bulk(travel, visits, begin, end - begin, stages, spans, arrivals);
-    } else if (threadIdx.x >= 32) {
-        fence_system();
-        for (int item = begin; item < end; ++item) {
-            Span span = span_of(travel, visits, item);
-            Part part = bulk_part(span);
-            int behind = part.begin + part.bytes, thread = threadIdx.x - 32;
-            copy_plainly(span.guest, span.home, part.begin, thread, THREADS - 32);
-            copy_plainly(span.guest + behind, span.home + behind, span.bytes - behind, thread, THREADS - 32);
-        }
-    }
-    __syncthreads();  // all copies of the block have come before it says so
+    copy_items(travel, visits, num_visits * travel.num_chunks, stages);
     if (threadIdx.x != 0) return;
     fence_system();
     if (atomicAdd(travel.num_done, 1) != int(gridDim.x) - 1) return;
@@ -360,6 +398,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) 
     if (threadIdx.x != 0) return;
     *travel.met = !late;
     if (travel.batch == nullptr) ++*travel.num_used;
+}
+
+// Brings gradients of this rank's guests to where their homes fetch them. Zeros take the place of one that is not there.
+extern "C" __global__ void __launch_bounds__(THREADS) lay_gradients(const Travel travel) {
+    extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
+    __shared__ Visit visits[MAX_GUESTS];
+    int number = find_guests(travel, visits) * travel.num_chunks;
+    if (number > 0) copy_items(travel, visits, number, stages);
 }
 
 // Adds the gradients of guests to those of their homes here, rank by rank and slot by slot. Where the ranks did not

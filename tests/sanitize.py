@@ -48,7 +48,8 @@ OWN_KERNELS = [
         *(structs.COUNT, structs.SOLVE, structs.SOLVE_GENERAL, structs.ROUTE, structs.SPLIT),
         *(structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
         *(structs.MASK, structs.GATHER, structs.BROADCAST, BARRIER),
-        *(structs.PUSH_GUESTS, structs.AWAIT_GUESTS, structs.MEET, structs.ADD_GRADIENTS),
+        *(structs.PUSH_GUESTS, structs.AWAIT_GUESTS, structs.MEET),
+        *(structs.LAY_GRADIENTS, structs.ADD_GRADIENTS),
     )
     for option in ("--kernel-name", f"kernel_name={signature.name}")
 ]

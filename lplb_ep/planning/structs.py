@@ -301,7 +301,7 @@ MAX_GUESTS = 512
 PARAMETER = Struct(
     "Parameter",
     "A parameter of every expert that guests travel with, or its gradient.",
-    ("const Word*", "homes", "[num_local_slots] where those of this rank lie"),
+    ("const Word*", "homes", "[num_local_slots] where those of this rank lie; or of its guests"),
     ("long long", "offset", "where guest slot 0 has it in a rank's guest memory, in bytes"),
     ("long long", "bytes", "of a home; the guest slots' follow one another"),
     ("int", "first_chunk", "its first among the chunks of an expert"),
@@ -393,13 +393,14 @@ MASK = Signature(
 PUSH_GUESTS = Signature("push_guests", (TRAVEL, "travel", "of the weights"))
 AWAIT_GUESTS = Signature("await_guests", *PUSH_GUESTS.arguments)
 MEET = Signature("meet", *PUSH_GUESTS.arguments)
+LAY_GRADIENTS = Signature("lay_gradients", (TRAVEL, "travel", "of what guests have"))
 ADD_GRADIENTS = Signature("add_gradients", (TRAVEL, "travel", "of the gradients"))
 SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
         *(SPLIT, ROUTE, MASK),
-        *(PUSH_GUESTS, AWAIT_GUESTS, MEET, ADD_GRADIENTS),
+        *(PUSH_GUESTS, AWAIT_GUESTS, MEET, LAY_GRADIENTS, ADD_GRADIENTS),
     )
 }
 """Of every kernel of a plan, and of its guests' weights, by name."""

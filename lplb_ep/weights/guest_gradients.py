@@ -109,20 +109,15 @@ class TrainedBatch(NamedTuple):
                 totals[slot] = whole if self.is_list else whole[slot]
         return gradients, totals
 
-    def parts(self, number: int, given: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients of a parameter's guest slots, zeros where autograd has none.
+    def parts(self, given: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """The gradients of a parameter's guest slots, None where autograd has none.
 
         Args:
-            number: of the parameter.
             given: what autograd has: a tensor for each guest slot, or one for all.
         """
-        shape, dtype = self.layout.shapes[number], self.layout.dtypes[number]
-        lead = () if self.is_list else (self.layout.num_guests,)
-        found = [
-            torch.zeros((*lead, *shape), dtype=dtype, device=self.pool.device) if g is None else g
-            for g in given
-        ]
-        return found if self.is_list else [*found[0]]
+        if self.is_list:
+            return given
+        return [None] * self.layout.num_guests if given[0] is None else [*given[0]]
 
 
 class Homeward(torch.autograd.Function):
@@ -236,11 +231,11 @@ def _send_home(
     arrives = batch.arrives()
     returned: list[Gradients] = []
     totals: list[Gradients] = []
-    parts: list[list[Tensor] | None] = []
+    parts: list[Sequence[Tensor | None] | None] = []
     for number, gradients in enumerate(own):
         if batch.trained(number):
             gradients, total = batch.totals(number, gradients, alone[number], arrives)
-            parts.append(batch.parts(number, guests[number]))
+            parts.append(batch.parts(guests[number]))
         else:
             total = [None] * batch.layout.num_residents
             parts.append(None)

@@ -46,8 +46,9 @@ class Traveller(NamedTuple):
     """Where guest slots have it in the pool, in bytes."""
     num_bytes: int
     """Of one home."""
-    homes: Sequence[Tensor]
-    """Of this rank's resident slots, each in one piece: a list, or rows of one tensor."""
+    homes: Sequence[Tensor | None]
+    """Of this rank's resident slots, each in one piece: a list, or rows of one tensor. Or what lies
+    in its guest slots soon, None: zeros."""
     sum: Sum = Sum.FLOATS
     """How it is added."""
 
@@ -57,7 +58,11 @@ class Traveller(NamedTuple):
         homes = self.homes
         if isinstance(homes, Tensor):
             return self.offset, self.num_bytes, self.sum, homes.data_ptr(), homes.stride(0)
-        return self.offset, self.num_bytes, self.sum, *[home.data_ptr() for home in homes]
+        return self.offset, self.num_bytes, self.sum, *map(_address, homes)
+
+
+def _address(home: Tensor | None) -> int:
+    return 0 if home is None else home.data_ptr()
 
 
 class Table(NamedTuple):
@@ -165,6 +170,7 @@ class LayerCalls:
     push: Call
     wait: Call
     meet: Call
+    lay: Call
     add: Call
 
 
@@ -229,6 +235,7 @@ class GuestLaunches:
                 structs.PUSH_GUESTS,
                 structs.AWAIT_GUESTS,
                 structs.MEET,
+                structs.LAY_GRADIENTS,
                 structs.ADD_GRADIENTS,
             )
         )
@@ -289,7 +296,7 @@ class GuestLaunches:
             node_size=self._node_size,
             rank=self._rank,
         )
-        copies = signature in (structs.PUSH_GUESTS, structs.ADD_GRADIENTS)
+        copies = signature not in (structs.AWAIT_GUESTS, structs.MEET)
         return self._kernel(signature).prepare(
             [travel], NUM_COPY_THREADS, self._num_shared_bytes if copies else 0
         )
@@ -312,15 +319,15 @@ def rows_of(traveller: Traveller, number: int) -> Sequence[int]:
         rows = range(homes.data_ptr(), homes.data_ptr() + number * step, step)
         shown, whole = homes[:1], len(homes) == number
     else:
-        rows = [home.data_ptr() for home in homes]
-        shown, whole = homes, len(homes) == number
+        rows = [*map(_address, homes)]
+        shown, whole = [home for home in homes if home is not None], len(homes) == number
     if not whole or any(
         not home.is_contiguous() or home.numel() * home.element_size() != num_bytes
         for home in shown
     ):
         raise ValueError(
             f"{number} resident slots with {num_bytes} bytes each, in one piece, are needed; got "
-            f"{[list(home.shape) for home in homes]}"
+            f"{[list(home.shape) for home in shown]}"
         )
     return rows
 

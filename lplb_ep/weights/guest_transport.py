@@ -154,7 +154,7 @@ class GuestTransport(Protocol):
     def reduce(
         self,
         layout: GuestLayout,
-        parts: Sequence[Sequence[Tensor] | None],
+        parts: Sequence[Sequence[Tensor | None] | None],
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
         number: BatchNumber | None = None,
@@ -165,7 +165,8 @@ class GuestTransport(Protocol):
 
         Args:
             layout: of the layer.
-            parts: by parameter, of this rank's G guest slots; None for a parameter without.
+            parts: by parameter, of this rank's G guest slots; None for a parameter without, and for
+                a slot whose gradient is zero.
             totals: by parameter and resident slot. Each sum is rounded to a total's dtype. None
                 where nothing arrives.
             guests: [R, G] int32, as in the push.
@@ -248,7 +249,7 @@ class CollectiveGuests:
     def reduce(
         self,
         layout: GuestLayout,
-        parts: Sequence[Sequence[Tensor] | None],
+        parts: Sequence[Sequence[Tensor | None] | None],
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
         number: BatchNumber | None = None,
@@ -257,9 +258,10 @@ class CollectiveGuests:
         moved, blocks = {}, layout.blocks(self.memory)
         for p, part in enumerate(parts):
             if part is not None:
-                like = blocks[p][0]
-                rows = (*totals[p], *part)
-                moved[p] = [_Row(like, gradient) for gradient in rows]
+                like, dtypes = blocks[p][0], {t.dtype for t in part if t is not None}
+                dtype = dtypes.pop() if dtypes else layout.dtypes[p]
+                found = [torch.zeros_like(like, dtype=dtype) if t is None else t for t in part]
+                moved[p] = [_Row(like, gradient) for gradient in (*totals[p], *found)]
         moves = [
             Move(guest, home, rows, layout.dtypes[p])
             for guest, home in self._pairs(layout, guests)

@@ -35,6 +35,7 @@ from .guest_transport import BatchNumber, GuestLayout
 
 _ALIGNMENT = 256  # bytes, of blocks of gradients
 _MAX_TABLES = 64  # of addresses; beyond it they are made anew
+_LAY_BLOCKS = 128  # nothing else runs beside it, and a block takes an SM
 
 _SUMS = {
     (torch.float32, torch.float32): Sum.FLOATS,
@@ -190,7 +191,7 @@ class PeerGuests:
     def reduce(
         self,
         layout: GuestLayout,
-        parts: Sequence[Sequence[Tensor] | None],
+        parts: Sequence[Sequence[Tensor | None] | None],
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
         number: BatchNumber | None = None,
@@ -205,7 +206,7 @@ class PeerGuests:
     def begin_reduce(
         self,
         layout: GuestLayout,
-        parts: Sequence[Sequence[Tensor] | None],
+        parts: Sequence[Sequence[Tensor | None] | None],
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
         number: BatchNumber | None = None,
@@ -218,8 +219,8 @@ class PeerGuests:
 
         Args:
             layout: of the layer.
-            parts: by parameter, of this rank's G guest slots; None for a parameter without. Float32
-                or bfloat16.
+            parts: by parameter, of this rank's G guest slots; None for a parameter without, and for
+                a slot whose gradient is zero. Float32 or bfloat16.
             totals: by parameter and resident slot, of the same dtype or float32.
             guests: [R, G] int32 on the GPU.
             number: of the batch, as in the push.
@@ -229,31 +230,31 @@ class PeerGuests:
             ValueError: they do not fit the pool, or one is not in one piece.
         """
         calls = self._calls_for(layout)
-        blocks = self.gradient_blocks(layout, [None if p is None else p[0].dtype for p in parts])
+        dtypes = [
+            None if part is None else next((t.dtype for t in part if t is not None), dtype)
+            for part, dtype in zip(parts, layout.dtypes, strict=True)
+        ]
+        blocks = self.gradient_blocks(layout, dtypes)
         travellers = self._gradients(layout, blocks, totals)
         if not travellers:
             return
+        lying = self._parts(blocks, parts)
         with on_device(self._device.index):
-            key = tuple([one.key for one in travellers])
-            table = self._table(key, lambda: travellers, layout)
+            table = self._table_of(travellers, layout.num_residents)
+            own = self._table_of(lying, layout.num_guests)
             stream, batch = self._enter(), _batch(guests, None, number)
 
             def meet() -> None:
                 calls.meet(stream, batch, 0 if number is None else number.use(), NO_TABLE)
 
-            with torch.cuda.stream(self.stream):
-                for block, part in zip(blocks, parts, strict=True):
-                    if block is None or part is None:
-                        continue
-                    for own, tensor in zip(block, part, strict=True):
-                        if own.data_ptr() != tensor.data_ptr():
-                            own.copy_(tensor)
+            if lying:
+                calls.lay(stream, batch, 0, own, num_blocks=_LAY_BLOCKS)
             meet()
             calls.add(stream, batch, 0, table, has_met=True, num_blocks=self.num_blocks)
             # Others have read this pool before anything overwrites it. The next table may be empty.
             meet()
-            self._leave(guests, number, table)
-        self._gradients_lent = parts, totals
+            self._leave(guests, number, table, own)
+        self._gradients_lent = lying, totals
         self._has_met = False
 
     def gradient_blocks(
@@ -316,6 +317,23 @@ class PeerGuests:
             travellers.append(Traveller(offset, num_bytes, homes, kind))
         return travellers
 
+    def _parts(
+        self,
+        blocks: Sequence[Sequence[Tensor] | None],
+        parts: Sequence[Sequence[Tensor | None] | None],
+    ) -> list[Traveller]:
+        """What has to be brought to the blocks; None, which is zeros, too."""
+        lying = []
+        for block, part in zip(blocks, parts, strict=True):
+            if block is None or part is None:
+                continue
+            places = [None if t is None else t.to(block[0].dtype).contiguous() for t in part]
+            pairs = zip(places, block, strict=True)
+            if any(place is None or place.data_ptr() != own.data_ptr() for place, own in pairs):
+                offset = block[0].data_ptr() - self._memory.data_ptr()
+                lying.append(Traveller(offset, block[0].nbytes, places))
+        return lying
+
     def _weights(self, layout: GuestLayout, weights: Sequence[Sequence[Tensor]]) -> Table:
         """The device's table of a layer's weights."""
         key: list[object] = [layout]
@@ -329,16 +347,20 @@ class PeerGuests:
             of_layer = zip(layout.offsets, layout.slot_bytes, weights, strict=True)
             return [Traveller(*one) for one in of_layer]
 
-        return self._table(tuple(key), travellers, layout)
+        return self._table(tuple(key), travellers, layout.num_residents)
+
+    def _table_of(self, travellers: Sequence[Traveller], num_rows: int) -> Table:
+        key = tuple([one.key for one in travellers])
+        return self._table(key, lambda: travellers, num_rows) if travellers else NO_TABLE
 
     def _table(
-        self, key: tuple[object, ...], make: Callable[[], Sequence[Traveller]], layout: GuestLayout
+        self, key: tuple[object, ...], make: Callable[[], Sequence[Traveller]], num_rows: int
     ) -> Table:
         """The device's table, as it was made for the same addresses before."""
         table = self._tables.get(key)
         if table is None:
             travellers = make()
-            rows = [rows_of(one, layout.num_residents) for one in travellers]
+            rows = [rows_of(one, num_rows) for one in travellers]
             table = self._launches.make_table(travellers, rows)
             if not _is_capturing():  # a graph's own is there at its replays only
                 if len(self._tables) >= _MAX_TABLES:

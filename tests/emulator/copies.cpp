@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace {
 
@@ -146,9 +147,11 @@ void emulated_bulk_wait(int number, int comes) {
             ++i;
             continue;
         }
-        judge(store.to, store.bytes, WRITE, HERE);
-        memcpy(store.to, store.read.data(), store.bytes);
+        Store done = std::move(store);
         stores.erase(stores.begin() + i);
+        judge(done.to, done.bytes, WRITE, HERE);
+        memcpy(done.to, done.read.data(), done.bytes);
+        i = 0;  // other threads may have run within `judge`, and have changed `stores`
     }
 }
 

@@ -364,6 +364,18 @@ FAULTS = [
         "a meeting overwrites the last", "weights.cu", "if (travel.last[other] != 0)", "if (false)"
     ),
     Fault("a meeting is always complete", "weights.cu", "*travel.met = !late;", "*travel.met = 1;"),
+    Fault(
+        "a gradient that is not there is anything",
+        "weights.cu",
+        "            if (span.home == nullptr) {\n",
+        "            if (span.home == nullptr && false) {\n",
+    ),
+    Fault(
+        "gradients of empty slots are laid",
+        "weights.cu",
+        "slot < t.num_guests && t.guests[t.rank * t.num_guests + slot] >= 0;",
+        "slot < t.num_guests;",
+    ),
     Fault("sums are not rounded to the even", "weights.cu", " + (bits >> 16 & 1)", " + 1"),
     Fault(
         "gradients are not void without a meeting",

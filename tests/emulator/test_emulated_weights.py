@@ -31,7 +31,7 @@ class Ranks:
         self.num_homes = options.get("num_homes", 3)
         self.kernels = {
             name: library(PROGRAM).kernel(name)
-            for name in ("push_guests", "await_guests", "meet", "add_gradients")
+            for name in ("push_guests", "await_guests", "meet", "lay_gradients", "add_gradients")
         }
         self.L = self.num_homes + num_guests
         self.E, self.sizes = self.num_homes * num_ranks, sizes
@@ -102,11 +102,14 @@ class Ranks:
             table[rank, : len(chosen)] = np.where(filled, chosen, -1)
         return table
 
-    def travel(self, rank, *, counts=False, use=0, has_met=0):
+    def travel(self, rank, *, counts=False, use=0, has_met=0, parts=None):
+        """`parts`: by parameter and guest slot, what goes there, or None."""
         memory, first = self.memory, rank // self.node * self.node
         parameters, chunk = b"", 0
         for p, size in enumerate(self.sizes):
             own = [self.home_memory[rank][p].ctypes.data + i * size for i in range(self.num_homes)]
+            if parts is not None:
+                own = [0 if part is None else part.ctypes.data for part in parts[p]]
             parameters += structs.PARAMETER.pack(
                 homes=memory.array([*own, *[0] * self.G], np.int64).ctypes.data,
                 offset=self.offsets[p],
@@ -321,6 +324,33 @@ def test_ranks_that_did_not_meet_push_nothing(order, memory, library):
     for p, size in enumerate(SIZES):  # of expert 0, whose gradient would lack a part
         assert (group.home_memory[0][p][:size] == 255).all()
         assert (group.home_memory[0][p][size:] == before[p][size:]).all()
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize(("G", "blocks"), [(1, 1), (3, 4), (40, 9)])
+@pytest.mark.parametrize("alignment", [16, 2])
+def test_gradients_are_laid_where_guests_are(G, blocks, alignment, order, memory, library):
+    """Or zeros, where there are none. Empty slots keep what they have."""
+    rng = np.random.default_rng(G)
+    group = Ranks(memory, library, rng, 2, G, alignment=alignment, num_homes=G)
+    table = group.draw(0.7)
+    table[1, 0] = 0
+    group.set(table)
+    parts = [
+        [
+            None if rng.random() < 0.3 else memory.array(rng.integers(0, 256, size, np.uint8))
+            for _ in range(G)
+        ]
+        for size in SIZES
+    ]
+    memory.run([], [group.launch("lay_gradients", 1, blocks, parts=parts)], order=order)
+    expected = np.full_like(group.guest_memory[1], 77)
+    for (p, size), slot in itertools.product(enumerate(SIZES), range(G)):
+        if table[1, slot] >= 0:
+            begin, part = group.offsets[p] + slot * size, parts[p][slot]
+            expected[begin : begin + size] = 0 if part is None else part
+    assert (group.guest_memory[1] == expected).all()
+    assert (group.guest_memory[0] == 77).all()
 
 
 BFLOAT = torch.bfloat16
