@@ -2,7 +2,6 @@
 #pragma once
 
 #include "rows.cuh"
-#include "variant.cuh"
 
 namespace lplb {
 

@@ -25,7 +25,7 @@ struct Rule {
 template <typename V>
 struct Start {
     int ranks, num_experts, num_places, num_slots, node_size;
-    const Resident* residents;       // [num_experts], in device memory
+    const Resident* residents;       // [num_experts]
     const typename V::Set* holders;  // [num_experts] ranks with a resident copy
     int* tokens;                     // [size, num_places]
     short* expert;                   // [size, num_places] its number in the component; -1: none

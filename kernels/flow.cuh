@@ -137,9 +137,11 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
 // The blocks behind those of the components number this rank's picks, which takes no quotas, and copy the counts.
 template <typename V>
 __device__ void number_picks(const Problem& p, char* shared) {
-    int helper = blockIdx.x - p.num_components, step = (gridDim.x - p.num_components) * V::threads;
+    int first = p.num_components * V::blocks, helper = blockIdx.x - first, step = (gridDim.x - first) * V::threads;
     for (int i = helper * V::threads + threadIdx.x; i < p.num_ranks * p.num_experts; i += step)
         p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
+    // Grids of clusters may have a few blocks more.
+    if (V::blocks > 1 && helper >= p.picks.num_chunks) return;
     number<V::threads>(p.picks, helper, counts_of(p.counts, p.counts.rank), p.error_flags,
                        reinterpret_cast<int*>(shared));
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "counts.cuh"
+#include "variant.cuh"
 
 namespace lplb {
 
@@ -71,7 +72,7 @@ __device__ Ending add_up(const Problem& p, int* load, int* staying, int* __restr
         }
         i += V::threads / sharing;
         if (i - threadIdx.x / sharing >= net.max_experts) break;
-        packed = i < net.max_experts ? net.experts[blockIdx.x * net.max_experts + i] : -1;
+        packed = i < net.max_experts ? net.experts[component<V>() * net.max_experts + i] : -1;
     }
     check_heads<V::threads>(counts, &status);
     if (p.base != nullptr) total.add(base);

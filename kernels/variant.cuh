@@ -6,7 +6,7 @@ namespace lplb {
 template <int words> struct Bits { typedef unsigned long long Type; };
 template <> struct Bits<1> { typedef unsigned Type; };
 
-template <int size_, int parts_, int turns_, bool more_, int threads_, bool guests_ = false>
+template <int size_, int parts_, int turns_, bool more_, int threads_, bool guests_ = false, int blocks_ = 1>
 struct Variant {
     static constexpr int size = size_;        // the most ranks of a component
     static constexpr int parts = parts_;      // threads that share the edges of a rank
@@ -14,6 +14,7 @@ struct Variant {
     static constexpr bool more = more_;       // whether a rank may have still more, read when needed
     static constexpr int threads = threads_;  // of a block
     static constexpr bool guests = guests_;   // whether the copies are another batch's others
+    static constexpr int blocks = blocks_;    // that share a component: a cluster
     static constexpr int words = (size + 31) / 32;  // ranks of a lane: each warp has the whole graph
     static constexpr int pushing = size * parts;    // threads that push: the first of the block
     static constexpr int chunk = parts * turns;     // edges of a rank that are pushed along at once
@@ -26,6 +27,14 @@ struct Variant {
     static_assert(chunk <= 32, "the edges of a chunk are bits of a word");
     static_assert(threads % 32 == 0, "sums are made by whole warps");
 };
+
+// The component that the block works on.
+template <typename V>
+__device__ unsigned component() { return blockIdx.x / unsigned(V::blocks); }
+
+// Which of the component's blocks it is. The first solves.
+template <typename V>
+__device__ int block_of_component() { return int(blockIdx.x % unsigned(V::blocks)); }
 
 // The ranks whose flag is set; of a lane those of the rank `lane`, and `lane` + 32.
 template <typename V>

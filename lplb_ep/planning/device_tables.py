@@ -57,7 +57,8 @@ class DeviceTables:
         refreshable: bool = False,
         moves_homes: bool = False,
     ) -> None:
-        check_fit(placement, solver, max_shared_bytes(device.index), refreshable)
+        capability = torch.cuda.get_device_capability(device)
+        check_fit(placement, solver, max_shared_bytes(device.index), refreshable, capability)
         p, record = placement, solver_record(solver, placement)
         self.placement, self.device = placement, device
         self._capacity = capacity = capacity_for(placement, refreshable, moves_homes)
@@ -70,7 +71,8 @@ class DeviceTables:
         self.num_components = capacity.num_components
         self.num_solver_threads = record.num_threads
         """Threads of a block that solves."""
-        self.num_solver_bytes = record.num_shared_bytes(capacity, p.num_experts)
+        self._num_blocks = num_blocks = record.num_blocks(capability)
+        self.num_solver_bytes = record.num_shared_bytes(capacity, p.num_experts, num_blocks)
         """Dynamic shared memory of a block that solves."""
         self.num_route_bytes = num_route_bytes(placement, refreshable)
         """Dynamic shared memory of a block that rewrites."""
@@ -86,6 +88,10 @@ class DeviceTables:
         """Device memory that the tables take."""
         held = (*self._tables.values(), *self._routes.values())
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
+
+    def num_solver_blocks(self, num_chunks: int = 0) -> int:
+        """Blocks of a launch that solves, and numbers that many chunks of picks: whole clusters."""
+        return self._num_blocks * (self.num_components + -(-num_chunks // self._num_blocks))
 
     def arguments(
         self, problem: bytes, rule: GuestRule, chosen: int = 0, *, routes: bool = True
@@ -229,7 +235,7 @@ class LoadSolver:
                 endings=endings.data_ptr(),
             )
             kernel = kernel_of(self._tables, bounds)
-            grid = (self._tables.num_components, len(load))
+            grid = (self._tables.num_solver_blocks(), len(load))
             arguments = self._tables.arguments(problem, guest_rule, guests.data_ptr(), routes=False)
             sizes = self._tables.num_solver_threads, self._tables.num_solver_bytes
             kernel(grid, *sizes, device, arguments)

@@ -262,7 +262,7 @@ class Launches:
         self._write_num_topk(num_topk if self._distinct else 0)
         self._shape, self._scratch = shape, workspace.scratch
         self._count.resize(num_chunks)
-        self._solve.resize(workspace.tables.num_components + num_chunks)
+        self._solve.resize(workspace.tables.num_solver_blocks(num_chunks))
         self._route.resize(num_chunks)
 
     def set_batch(

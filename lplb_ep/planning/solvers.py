@@ -19,7 +19,7 @@ from ..settings import SOLVERS
 from . import structs
 from .fill_rules import RULES
 from .layout import SIZES, Capacity, capacity_for
-from .structs import ARC, EDGE
+from .structs import ARC, EDGE, RESIDENT
 
 NUM_THREADS = 256
 """Threads of a block that solves; fewer would take long to add up the counts."""
@@ -57,12 +57,15 @@ class DeviceSolver:
     """NVIDIA libraries that its compilation needs beside NVRTC."""
     functions: Callable[[Variant], tuple[CuSolverDx, ...]]
     """The functions of cuSolverDx that are linked to a variant."""
-    num_flow_bytes: Callable[[Capacity], int]
-    """Shared memory of a block, in bytes, for the flow and what it is made of."""
+    num_flow_bytes: Callable[[Capacity, int], int]
+    """Shared memory of a block, in bytes, for the flow and what it is made of, by how many blocks
+    share a component."""
     num_own_bytes: Callable[[Capacity], int]
     """Shared memory of a block, in bytes, that the solver needs beside the flow's."""
     num_threads: int = NUM_THREADS
     """Of a block."""
+    num_cluster_blocks: int = 1
+    """Blocks that share a component, on GPUs that have clusters."""
     costs: tuple[str, ...] = ("tokens",)
     """The costs of `problem.COSTS` that its kernels minimise."""
 
@@ -86,28 +89,35 @@ class DeviceSolver:
     def program(self, variant: Variant) -> Program:
         """The program of a variant."""
         defines = {name.upper(): value for name, value in variant._asdict().items()}
-        defines["THREADS"] = self.num_threads
+        defines["THREADS"], defines["BLOCKS"] = self.num_threads, self.num_cluster_blocks
         return Program(self.source, defines, self.functions(variant))
 
-    def num_shared_bytes(self, capacity: Capacity, num_experts: int) -> int:
-        """Dynamic shared memory of a block, in bytes."""
+    def num_blocks(self, capability: tuple[int, int]) -> int:
+        """Blocks that share a component on a GPU: clusters come with sm_90."""
+        return self.num_cluster_blocks if capability >= (9, 0) else 1
+
+    def num_shared_bytes(self, capacity: Capacity, num_experts: int, num_blocks: int) -> int:
+        """Dynamic shared memory of a block, in bytes; `num_blocks` share a component."""
         numbering = 4 * (1 + self.num_threads // 32) * num_experts  # by blocks that do not solve
-        return max(self.num_flow_bytes(capacity), numbering) + self.num_own_bytes(capacity)
+        flow = self.num_flow_bytes(capacity, num_blocks)
+        return max(flow, numbering) + self.num_own_bytes(capacity)
 
 
-def _flow_bytes(capacity: Capacity) -> int:
+def _flow_bytes(capacity: Capacity, num_blocks: int) -> int:
     return capacity.max_arcs * (4 + ARC.size + 4 + 2)
 
 
-def _guest_bytes(capacity: Capacity) -> int:
+def _guest_bytes(capacity: Capacity, num_blocks: int) -> int:
     """As `kernels/guests.cuh` and `kernels/choose.cuh` lay out a component."""
     c, a_set = capacity, 8 if capacity.size > 32 else 4
-    of_experts = c.max_experts * (a_set + 6)
-    of_ranks = c.size * (4 * c.num_places + 4 + 4 * -(-c.max_experts // 32) + 2 * c.num_guests)
+    of_experts = c.max_experts * (RESIDENT.size + a_set + 8)
+    of_ranks = c.size * (4 * c.num_places + 4 + 4 * -(-c.max_experts // 32) + 4 * c.num_guests)
     of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
     start = _multiple(8, c.size * (6 * c.num_places + 4))
     of_fill = _multiple(8, c.max_experts * a_set + c.size * (6 * c.num_places + 4))
-    choice = max(start + len(RULES) * of_fill, 4 * c.num_components)
+    # The first of several blocks solves the residents instead.
+    num_filling = num_blocks - (num_blocks > 1 and c.max_replicas > 0)
+    choice = max(start + -(-len(RULES) // num_filling) * of_fill, 4 * c.num_components)
     return _multiple(16, of_experts + of_ranks) + max(of_arcs, choice)
 
 
@@ -162,6 +172,7 @@ GUEST_SOLVERS = {
             num_flow_bytes=_guest_bytes,
             num_own_bytes=lambda capacity: 0,
             num_threads=32 * len(RULES),
+            num_cluster_blocks=4,
         ),
     )
 }
@@ -192,7 +203,13 @@ def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
     return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
 
 
-def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bool = False) -> None:
+def check_fit(
+    placement: Placement,
+    solver: str,
+    max_bytes: int,
+    refreshable: bool = False,
+    capability: tuple[int, int] = (9, 0),
+) -> None:
     """Checks whether the kernels take a placement.
 
     Args:
@@ -200,13 +217,16 @@ def check_fit(placement: Placement, solver: str, max_bytes: int, refreshable: bo
         solver: one of `DEVICE_SOLVERS`.
         max_bytes: shared memory of a block.
         refreshable: whether any other replicas must fit, too.
+        capability: of the GPU.
 
     Raises:
         ValueError: a component is too large for one block, or a block has not enough shared memory;
             names the sizes. Or the solver takes no guest slots.
     """
     capacity = capacity_for(placement, refreshable)
-    of_solver = solver_record(solver, placement).num_shared_bytes(capacity, placement.num_experts)
+    record = solver_record(solver, placement)
+    num_blocks = record.num_blocks(capability)
+    of_solver = record.num_shared_bytes(capacity, placement.num_experts, num_blocks)
     copies, guests = (placement.copy_rank >= 0).sum(1), placement.num_guests_per_rank
     slots = f", with {guests} guest slots a rank" if guests else ""
     for what, num_bytes in (
@@ -253,7 +273,7 @@ def choose_solver(
         check_device(*DEVICE_SOLVERS[name].libraries)
         if placement is not None:
             most = max_shared_bytes(torch.cuda.current_device())
-            check_fit(placement, name, most, refreshable)
+            check_fit(placement, name, most, refreshable, torch.cuda.get_device_capability())
         costs = DEVICE_SOLVERS[name].costs
         if cost not in costs:
             raise ValueError(f"the solver {name} minimises {' or '.join(costs)}, not {cost}")

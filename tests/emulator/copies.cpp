@@ -1,5 +1,6 @@
 // Bulk copies, as late as they may be. A load arrives when it is waited for; until then its shared memory holds
 // anything. A store reads its shared memory when that is waited for, and comes when all stores are waited for.
+// Words between the blocks of a cluster come at once, or when they are waited for, by the order of threads.
 
 #include "runtime.h"
 
@@ -17,6 +18,7 @@ struct Phase {  // of a word in which loads arrive
     uint64_t* arrivals;
     bool expects;
     int bytes, number;  // bytes that are expected, and phases that have ended
+    int arrived;        // bytes of words that have come
 };
 struct Load {
     Block* block;
@@ -34,6 +36,15 @@ struct Store {
     int group;  // of the thread's; -1: not ended yet
     std::vector<char> read;
 };
+struct Message {  // words for another block
+    Block* block;
+    uint64_t* arrivals;
+    char* to;
+    size_t size;
+    bool raises;
+    char value[16];
+};
+std::vector<Message> messages;
 std::vector<Phase> phases;
 std::vector<Load> loads;
 std::vector<Store> stores;
@@ -50,10 +61,22 @@ void check(const void* to, const void* from, int bytes, const char* at) {
         fail(at, "memcheck: a bulk copy of %d bytes from %p to %p", bytes, from, to);
 }
 
-Phase& phase_of(uint64_t* arrivals, const char* at) {
+Phase& phase_of(Block* block, uint64_t* arrivals, const char* at) {
     for (Phase& phase : phases)
-        if (phase.block == self->block && phase.arrivals == arrivals) return phase;
+        if (phase.block == block && phase.arrivals == arrivals) return phase;
     fail(at, "synccheck: loads arrive in a word that was not initialised");
+}
+
+void come(const Message& one, const char* at) {
+    Phase& phase = phase_of(one.block, one.arrivals, at);
+    mark_sent(*one.block, one.to, one.size, at);
+    char* to = shared_byte(*one.block, one.to);
+    unsigned before = 0, value;
+    memcpy(&value, one.value, sizeof value);
+    if (one.raises) memcpy(&before, to, sizeof before);
+    if (!one.raises || before < value) memcpy(to, one.value, one.size);
+    phase.arrived += int(one.size);
+    moved = true;
 }
 
 int& groups_of_thread() {
@@ -68,10 +91,18 @@ bool is_mine(const Store& store) { return store.block == self->block->number && 
 }  // namespace
 
 void forget_copies() {
+    messages.clear();
     phases.clear();
     loads.clear();
     stores.clear();
     num_groups.clear();
+}
+
+void end_of_messages(Block* block) {
+    for (const Message& one : messages)
+        if (one.block == block) fail(nullptr, "memcheck: a block ends, and words for it are on their way");
+    auto same = [&](const Phase& phase) { return phase.block == block; };
+    phases.erase(std::remove_if(phases.begin(), phases.end(), same), phases.end());
 }
 
 extern "C" {
@@ -79,11 +110,11 @@ extern "C" {
 void emulated_arrivals_init(uint64_t* arrivals) {
     auto same = [&](const Phase& phase) { return phase.block == self->block && phase.arrivals == arrivals; };
     phases.erase(std::remove_if(phases.begin(), phases.end(), same), phases.end());
-    phases.push_back({self->block, arrivals, false, 0, 0});
+    phases.push_back({self->block, arrivals, false, 0, 0, 0});
 }
 
 void emulated_arrivals_expect(uint64_t* arrivals, int bytes) {
-    Phase& phase = phase_of(arrivals, HERE);
+    Phase& phase = phase_of(self->block, arrivals, HERE);
     if (phase.expects) fail(HERE, "synccheck: a phase begins before the last was waited for");
     phase.expects = true;
     phase.bytes = bytes;
@@ -91,7 +122,7 @@ void emulated_arrivals_expect(uint64_t* arrivals, int bytes) {
 
 void emulated_bulk_load(void* shared, const void* from, int bytes, uint64_t* arrivals) {
     check(shared, from, bytes, HERE);
-    Phase& phase = phase_of(arrivals, HERE);
+    Phase& phase = phase_of(self->block, arrivals, HERE);
     if (!phase.expects) fail(HERE, "synccheck: a load that was not announced");
     judge(from, bytes, READ, HERE);
     judge(shared, bytes, WRITE, HERE);  // what threads read there they have read
@@ -99,12 +130,41 @@ void emulated_bulk_load(void* shared, const void* from, int bytes, uint64_t* arr
     loads.push_back({self->block, arrivals, static_cast<char*>(shared), static_cast<const char*>(from), bytes});
 }
 
+void emulated_send(int block, void* to, const void* value, size_t size, int raises, uint64_t* arrivals) {
+    auto& blocks = self->block->cluster->blocks;
+    if (block < 0 || block >= int(blocks.size())) fail(HERE, "memcheck: a cluster has no block %d", block);
+    if (blocks[block] == nullptr) fail(HERE, "memcheck: words are sent to block %d, which has ended", block);
+    if (self->cluster_generation == self->block->cluster->all.generation)
+        fail(HERE, "synccheck: words are sent before all blocks have begun");
+    perhaps_switch();
+    Message one{blocks[block], arrivals, static_cast<char*>(to), size, raises != 0, {}};
+    memcpy(one.value, value, size);
+    if (is_late()) messages.push_back(one);
+    else come(one, HERE);
+}
+
 void emulated_arrivals_wait(uint64_t* arrivals, int parity) {
-    Phase& phase = phase_of(arrivals, HERE);
     int bytes = 0;
-    bool mine = phase.number % 2 == parity;
-    if (mine && !phase.expects) fail(HERE, "synccheck: a wait for a phase that has not begun");
-    if (!mine) return;
+    for (;;) {
+        Phase& phase = phase_of(self->block, arrivals, HERE);
+        if (phase.number % 2 != parity) return;
+        if (!phase.expects) fail(HERE, "synccheck: a wait for a phase that has not begun");
+        for (size_t i = 0; i < messages.size();) {
+            Message one = messages[i];
+            if (one.block != self->block || one.arrivals != arrivals) {
+                ++i;
+                continue;
+            }
+            messages.erase(messages.begin() + i);
+            come(one, HERE);
+        }
+        if (self->block->cluster->blocks.size() == 1 || phase.arrived >= phase.bytes) break;
+        self->block->spins = true;  // other blocks have not sent all yet
+        switch_out();
+    }
+    Phase& phase = phase_of(self->block, arrivals, HERE);
+    bytes = phase.arrived;
+    phase.arrived = 0;
     for (size_t i = 0; i < loads.size();) {
         Load load = loads[i];
         if (load.block != self->block || load.arrivals != arrivals) {

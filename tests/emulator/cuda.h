@@ -13,6 +13,7 @@ using std::isfinite;
 #define __global__
 #define __constant__ static
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) __attribute__((aligned(n)))
 #define __restrict__ __restrict
 // Static where it is declared in a function, and also right behind `extern`. The runtime gives each block
@@ -39,6 +40,9 @@ void __syncthreads();
 int __syncthreads_or(int condition);
 void __syncwarp();
 void emulated_barrier_of_first(int num_threads);
+void emulated_cluster_arrive();
+void emulated_cluster_wait();
+void emulated_send(int block, void* to, const void* value, size_t size, int raises, unsigned long long* arrivals);
 unsigned __ballot_sync(unsigned mask, int condition);
 unsigned emulated_match(unsigned mask, uint64_t value);
 uint64_t emulated_shuffle(unsigned mask, uint64_t value, int source, int width, int how);

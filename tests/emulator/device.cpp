@@ -74,6 +74,25 @@ void emulated_barrier_of_first(int num_threads) {
     self->id = 0;
 }
 
+void emulated_cluster_arrive() {
+    Barrier& all = self->block->cluster->all;
+    self->cluster_generation = all.generation;
+    if (++all.waiting < int(self->block->cluster->blocks.size() * self->block->fibers.size())) return;
+    all.waiting = 0;
+    moved = true;
+    ++all.generation;
+}
+
+// Orders no memory between threads of a block, since not all of them may publish theirs.
+void emulated_cluster_wait() {
+    Barrier& all = self->block->cluster->all;
+    all.what = "the barrier of a cluster";
+    if (all.generation != self->cluster_generation) return;
+    self->waits_for = &all;
+    self->generation = all.generation;
+    switch_out();
+}
+
 void __syncwarp() {
     wait_at(warp(), WARP, "__syncwarp", HERE);
     ++self->warp_epoch;

@@ -36,7 +36,10 @@ _SIGNATURES = {**SIGNATURES, BARRIER.name: BARRIER}
 _OPTIONS = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 _CHECKED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-extern-tls-init")
 _WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-sign-compare")
-_KERNEL = r'extern "C" __global__[^(]*?(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\('
+_KERNEL = (
+    r'extern "C" __global__[^(]*?(?:__cluster_dims__\((\w+), 1, 1\)\s*)?'
+    r"(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\("
+)
 _DYNAMIC = r"extern __shared__ [^;]*?(\w+)\[\]"
 
 
@@ -63,6 +66,7 @@ class _Operation(ctypes.Structure):
         ("grid", ctypes.c_int * 2),
         ("num_threads", ctypes.c_int),
         ("num_shared_bytes", ctypes.c_int),
+        ("cluster", ctypes.c_int),
         ("target", ctypes.c_void_p),
         ("source", ctypes.c_void_p),
         ("number", ctypes.c_size_t),
@@ -93,7 +97,9 @@ def runtime() -> ctypes.CDLL:
     return library
 
 
-def _calls(program: Program, kernels: Sequence[str], dynamic: Sequence[str], declares: bool) -> str:
+def _calls(
+    program: Program, kernels: Sequence[tuple[str, str]], dynamic: Sequence[str], declares: bool
+) -> str:
     """C++: for each kernel a function that takes its arguments as a launch does."""
     headers = ("cuda.h", *(["abi.cuh"] if declares else []), "module.h")
     lines = [f'#include "{name}"' for name in headers]
@@ -104,7 +110,7 @@ def _calls(program: Program, kernels: Sequence[str], dynamic: Sequence[str], dec
         f"    if (number == {i}) return {name};\n" for i, name in enumerate(dynamic)
     )
     lines.append(f"char* dynamic_shared(int number) {{\n{addresses}    return nullptr;\n}}")
-    for kernel in kernels:
+    for cluster, kernel in kernels:
         types = [argument.type_name for argument in _SIGNATURES[kernel].arguments]
         lines += [f"typedef {name} {kernel}_{i};" for i, name in enumerate(types)]
         names = [f"{kernel}_{i}" for i in range(len(types))]
@@ -112,6 +118,8 @@ def _calls(program: Program, kernels: Sequence[str], dynamic: Sequence[str], dec
         lines.append(f'extern "C" void {kernel}({", ".join(names)});')
         lines.append('extern "C" __attribute__((visibility("default")))')
         lines.append(f"void call_{kernel}(void** arguments) {{ {kernel}({', '.join(values)}); }}")
+        lines.append('extern "C" __attribute__((visibility("default")))')
+        lines.append(f"int cluster_{kernel}() {{ return {cluster or 1}; }}")
     return "\n".join(lines) + "\n"
 
 
@@ -183,7 +191,7 @@ class Library:
     def kernel(self, name: str) -> Kernel:
         """A kernel by its name."""
         entry = ctypes.cast(getattr(self._library, f"call_{name}"), ctypes.c_void_p).value
-        return Kernel(self, name, entry)
+        return Kernel(self, name, entry, getattr(self._library, f"cluster_{name}")())
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,8 @@ class Kernel:
     library: Library
     name: str
     entry: int | None
+    cluster: int
+    """Blocks of one."""
 
     def __call__(
         self, grid: tuple[int, int], num_threads: int, num_shared_bytes: int, **arguments: Any
@@ -217,6 +227,7 @@ class Kernel:
             grid,
             num_threads,
             num_shared_bytes,
+            self.cluster,
         )
         return Operation(made, (self.library, packed, pointers))
 

@@ -399,8 +399,8 @@ FAULTS = [
     Fault(
         "guests come before the residents",
         "guests.cuh",
-        "rank, experts.residents[expert].columns + earlier,",
-        "rank, earlier,",
+        "i / g.num_slots, one.columns + earlier,",
+        "i / g.num_slots, earlier,",
     ),
     Fault(
         "guests of one expert by rank alone",
@@ -411,8 +411,8 @@ FAULTS = [
     Fault(
         "a guest's slot is its rank's first",
         "guests.cuh",
-        "* g.num_local_slots - g.num_slots + i % g.num_slots;",
-        "* g.num_local_slots - g.num_slots;",
+        "g.num_slots - 1 - slot;",
+        "g.num_slots;",
     ),
     Fault(
         "edges begin at the rank itself",
@@ -426,7 +426,7 @@ FAULTS = [
     Fault(
         "quotas of copies that do not exist stay",
         "guests.cuh",
-        "    zero_quotas(p, experts, quota);\n",
+        "        zero_quotas(p, experts, quota);\n",
         "",
     ),
     Fault(
@@ -476,10 +476,10 @@ FAULTS = [
     Fault(
         "later rounds aim at the target",
         "choose.cuh",
-        "int at = round == 0 ? target :",
-        "int at = round >= 0 ? target :",
+        "if (round > 0) at = low",
+        "if (round < 0) at = low",
     ),
-    Fault("limits that sufficed are not noted", "choose.cuh", "over ? ~at : at;", "~at;"),
+    Fault("limits that sufficed are not noted", "choose.cuh", "verdict.limit = at;", ";"),
     Fault(
         "fills with as many guests as the best are given up",
         "fill.cuh",
@@ -499,12 +499,12 @@ FAULTS = [
         "unsigned(fill.copies) << 20",
         "0u << 20",
     ),
-    Fault("senders do not count", "choose.cuh", "unsigned(sent) << 8", "0u << 8"),
+    Fault("senders do not count", "choose.cuh", "unsigned(most_sent(start, fill)) << 8", "0u << 8"),
     Fault(
         "guests that gain little are taken",
         "choose.cuh",
-        "high <= level - g.min_tokens;",
-        "high <= level;",
+        "high > verdicts.level - g.min_tokens)",
+        "high > verdicts.level)"
         "of fills that gain as little the one without guests is the best",
     ),
     Fault(
@@ -529,9 +529,6 @@ FAULTS = [
 ]
 
 SURVIVING_BARRIERS = {
-    "the last guests are written before they are taken back": (
-        "of fills that gain too little the one without guests is the best"
-    ),
     "what this chunk took from a copy is gone before the next reads what it has": (
         "the barrier before it suffices; it goes when GPUs have run without it"
     ),

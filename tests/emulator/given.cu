@@ -2,7 +2,7 @@
 
 #include "guests.cuh"
 
-typedef lplb::Variant<SIZE, PARTS, TURNS, MORE, THREADS, true> V;
+typedef lplb::Variant<SIZE, PARTS, TURNS, MORE, THREADS, true, BLOCKS> V;
 
 namespace {
 
@@ -11,7 +11,9 @@ struct Given {
     const Guests& g;
     const int* given;  // [R, num_slots]
 
-    __device__ bool operator()(const lplb::Experts<V>& experts, const lplb::Component<V>& c, int) const {
+    __device__ void aim(const lplb::Component<V>&, int, char*) {}
+
+    __device__ bool operator()(const lplb::Experts<V>& experts, const lplb::Component<V>& c, lplb::Verdicts&, bool) const {
         for (int i = threadIdx.x; i < c.shape.ranks * g.num_slots; i += V::threads)
             for (int e = 0; e < experts.number; ++e)
                 if (experts.residents[e].expert == given[c.ranks[i / g.num_slots] * g.num_slots + i % g.num_slots])
@@ -31,13 +33,14 @@ __device__ Given given(const Problem& p, const Guests& g) {
 
 }  // namespace
 
-extern "C" __global__ void __launch_bounds__(V::threads, 1) solve_guests(const Problem problem, const Guests guests) {
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(V::threads, 1)
+    solve_guests(const Problem problem, const Guests guests) {
     extern __shared__ __align__(16) char shared[];
     lplb::solve_with_guests<V, false>(problem, guests, shared, given(problem, guests));
 }
 
-extern "C" __global__ void __launch_bounds__(V::threads, 1) solve_guests_general(const Problem problem,
-                                                                                 const Guests guests) {
+extern "C" __global__ void __cluster_dims__(BLOCKS, 1, 1) __launch_bounds__(V::threads, 1)
+    solve_guests_general(const Problem problem, const Guests guests) {
     extern __shared__ __align__(16) char shared[];
     lplb::solve_with_guests<V, true>(problem, guests, shared, given(problem, guests));
 }

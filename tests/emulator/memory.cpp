@@ -63,11 +63,9 @@ Region* region_of(const char* at) {
     return recent = region;
 }
 
-// The cells of an access, and whether its memory is written before any kernel runs.
-Cell* cells_of(const char* at, size_t size, int how, bool& initialised, const char* pc) {
-    Block& block = *self->block;
+// The cells of an access to a block's shared memory; null: it is elsewhere.
+Cell* shared_cells(Block& block, const char* at, size_t size, const char* pc) {
     const Module& module = *block.launch->module;
-    initialised = false;
     if (at >= module.tls && at < module.tls + module.tls_size) {
         size_t before = 0;
         for (char* dynamic : module.dynamic) {
@@ -84,6 +82,14 @@ Cell* cells_of(const char* at, size_t size, int how, bool& initialised, const ch
         }
         return &block.static_cells[(at - module.tls - before) / 2];
     }
+    return nullptr;
+}
+
+// The cells of an access, and whether its memory is written before any kernel runs.
+Cell* cells_of(const char* at, size_t size, int how, bool& initialised, const char* pc) {
+    const Module& module = *self->block->launch->module;
+    initialised = false;
+    if (Cell* cell = shared_cells(*self->block, at, size, pc)) return cell;
     Region* region = region_of(at);
     if (region == nullptr) {
         if (!(how & WRITE) && at >= module.image && at < module.image_end) return nullptr;  // constants
@@ -144,6 +150,12 @@ void mark_arrived(char* shared, size_t size) {
     bool initialised;
     Cell* cell = cells_of(shared, size, WRITE, initialised, nullptr);
     for (Cell* end = cell + (size + 1) / 2; cell < end; ++cell) *cell = {HOST, 0, 0, 0, 0};
+}
+
+void mark_sent(Block& block, char* shared, size_t size, const char* pc) {
+    Cell* cell = shared_cells(block, shared, size, pc);
+    if (cell == nullptr) fail(pc, "memcheck: words are sent to what is no shared memory");
+    for (Cell* end = cell + (size + 1) / 2; cell < end; ++cell) *cell = {HOST | ATOMIC, 0, 0, 0, 0};
 }
 
 void forget_accesses() {

@@ -134,7 +134,10 @@ class Rank:
         capacity = replace(layout.capacity_for(placement), size=variant.size)
         record = solvers.solver_record(solver, placement)
         self.route_library = library(route_program(dtype))
-        self._num_solver_bytes = record.num_shared_bytes(capacity, placement.num_experts)
+        num_blocks = self._num_blocks = record.num_cluster_blocks
+        self._num_solver_bytes = record.num_shared_bytes(
+            capacity, placement.num_experts, num_blocks
+        )
         self._num_route_bytes = solvers.num_route_bytes(placement)
         self.num_components, self._kernels = capacity.num_components, record.kernels
         self._num_threads = record.num_threads
@@ -266,7 +269,7 @@ class Rank:
             error_flags=self.error_flags.ctypes.data,
             **self._rest_of_problem(bounds, max_rounds, status),
         )
-        grid = (self.num_components + picks.num_chunks, 1)
+        grid = (self._num_blocks * (self.num_components + -(-picks.num_chunks // self._num_blocks)), 1)
         return self._solve(grid, problem, bounds, plan.guests, self.routes)
 
     def solve_loads(
@@ -299,7 +302,8 @@ class Rank:
             error_flags=0,
             **self._rest_of_problem(bounds, MAX_ROUNDS, 0),
         )
-        launch = self._solve((self.num_components, len(loads)), problem, bounds, guests, {})
+        grid = self._num_blocks * self.num_components, len(loads)
+        launch = self._solve(grid, problem, bounds, guests, {})
         return launch, quota, rank_load, endings
 
     def _rest_of_problem(

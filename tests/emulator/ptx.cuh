@@ -27,6 +27,16 @@ void bulk_wait_read() {
 }
 inline void bulk_wait() { emulated_bulk_wait(0, 1); }
 
+inline void cluster_arrive(bool) { emulated_cluster_arrive(); }
+inline void cluster_wait() { emulated_cluster_wait(); }
+template <typename T>
+void send(int block, T* to, T value, unsigned long long* arrivals) {
+    emulated_send(block, to, &value, sizeof value, 0, arrivals);
+}
+inline void send_at_least(int block, unsigned* to, unsigned value, unsigned long long* arrivals) {
+    emulated_send(block, to, &value, sizeof value, 1, arrivals);
+}
+
 template <int threads>
 void barrier_of_first() {
     emulated_barrier_of_first(threads);

@@ -27,6 +27,7 @@ struct Operation {  // of a stream: a launch; or, without an entry, a copy; or w
     Module* module;
     void** arguments;
     int grid_x, grid_y, num_threads, num_shared_bytes;
+    int cluster;  // blocks of one, which run at the same time
     char *target, *source;
     size_t number;  // bytes, or what is added to the word at the target
 };
@@ -47,6 +48,10 @@ struct Barrier {  // or a vote or shuffle of a warp
     uint64_t values[2][WARP];  // of this generation and the last
 };
 struct Block;
+struct Cluster {
+    Barrier all;
+    std::vector<Block*> blocks;   // null: it has ended
+};
 struct Fiber {
     ucontext_t context;
     jmp_buf at;
@@ -56,13 +61,15 @@ struct Fiber {
     int thread;
     bool done;
     Barrier* waits_for;
-    unsigned generation, id;  // id: of its accesses since its last barrier; 0: none yet
+    unsigned generation, cluster_generation, id;  // id: of its accesses since its last barrier; 0: none yet
     unsigned block_epoch, named_epoch, warp_epoch, vote_epoch;  // barriers and votes that it has passed
 };
 struct Block {
     const Operation* launch;
     unsigned number;
     Index3 index;
+    Cluster* cluster;
+    int place;  // in the cluster
     std::vector<Fiber*> fibers;
     int num_alive, named_size;
     Barrier all, named;
@@ -79,6 +86,8 @@ extern bool moved;   // whether a thread has written, ended or passed a barrier;
 void switch_out();       // lets other threads go on
 void perhaps_switch();   // in random orders, now and then
 long long advance_clock();
+bool is_late();  // whether what may come late does so, by the order
+char* shared_byte(Block& block, char* at);  // where a byte of its shared memory is now
 
 // memory.cpp
 enum How { READ = 1, WRITE = 2, AT_ONCE = 4, IN_PLACE = 8 };  // atomic; volatile
@@ -86,6 +95,8 @@ void judge(const void* address, size_t size, int how, const char* pc);
 void mark_written(char* at, size_t size);
 void forget_accesses();  // those of a run that has ended
 void mark_arrived(char* shared, size_t size);  // by a copy that has been waited for
+void mark_sent(Block& block, char* shared, size_t size, const char* pc);  // written by a block of the cluster
 
 // copies.cpp
 void forget_copies();  // those of a run that has ended
+void end_of_messages(Block* block);  // which ends, and gets no more words

@@ -63,7 +63,7 @@ class Driver:
             emulator.runtime().emulator_register(ctypes.c_void_p(address), ctypes.c_size_t(size), 1)
         module = ctypes.pointer(kernel.library.module)
         made = emulator._Operation(kernel.entry, module, arguments, (x, y), threads)
-        made.num_shared_bytes = num_shared_bytes
+        made.num_shared_bytes, made.cluster = num_shared_bytes, kernel.cluster
         memory.run([emulator.Operation(made, (kernel.library,))])
 
 

@@ -65,7 +65,7 @@ class Driver:
         pointers = (ctypes.c_void_p * 1)(ctypes.addressof(values))
         module = ctypes.pointer(kernel.library.module)
         at = ctypes.addressof(pointers)
-        made = emulator._Operation(kernel.entry, module, at, (x, y), threads, num_shared_bytes)
+        made = emulator._Operation(kernel.entry, module, at, (x, y), threads, num_shared_bytes, 1)
         operation = emulator.Operation(made, (kernel.library, values, pointers))
         self.operations.setdefault(self.rank, []).append(operation)
 

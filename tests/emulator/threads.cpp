@@ -26,7 +26,7 @@ constexpr int MAX_IDLE_TURNS = 20000;
 struct Failed {};
 struct Running {  // a launch
     const Operation* launch;
-    std::vector<int> order;
+    std::vector<int> order;  // the first blocks of clusters
     size_t next;
     std::vector<Block*> resident;
 };
@@ -75,6 +75,8 @@ void perhaps_switch() {
 
 long long advance_clock() { return now += 1000; }
 
+bool is_late() { return order == 1 || (order > 1 && random_below(2) == 1); }
+
 namespace {
 
 void run_fibers() {
@@ -113,6 +115,22 @@ void each_piece(const Block& block, Take take) {
     take(at, size_t(module.tls + module.tls_size - at));
 }
 
+}  // namespace
+
+char* shared_byte(Block& block, char* at) {
+    for (auto& [module, occupant] : occupants)
+        if (module == block.launch->module && occupant == &block) return at;
+    char* found = nullptr;
+    size_t before = 0;
+    each_piece(block, [&](char* piece, size_t size) {
+        if (at >= piece && at < piece + size) found = block.image.data() + before + (at - piece);
+        before += size;
+    });
+    return found;
+}
+
+namespace {
+
 void move_in(Block& block) {
     for (auto& [module, occupant] : occupants) {
         if (module != block.launch->module || occupant == &block) continue;
@@ -131,12 +149,15 @@ void move_in(Block& block) {
     }
 }
 
-Block* new_block(const Operation& launch, int number) {
+Block* new_block(const Operation& launch, int number, Cluster* cluster) {
     Block* block = new Block{};
     block->launch = &launch;
     block->number = ++num_blocks;
     block->index = {unsigned(number % launch.grid_x), unsigned(number / launch.grid_x), 0};
     block->num_alive = launch.num_threads;
+    block->cluster = cluster;
+    block->place = int(cluster->blocks.size());
+    cluster->blocks.push_back(block);
     block->warps.resize(launch.num_threads / WARP);
     size_t static_size = launch.module->tls_size, size = 0;
     for (char* dynamic : launch.module->dynamic)
@@ -154,6 +175,7 @@ Block* new_block(const Operation& launch, int number) {
             fiber->thread = t;
             fiber->done = false;
             fiber->waits_for = nullptr;
+            fiber->cluster_generation = 0;
             fiber->id = fiber->block_epoch = fiber->named_epoch = fiber->warp_epoch = fiber->vote_epoch = 0;
         } else {
             *fiber = Fiber{};
@@ -171,9 +193,13 @@ Block* new_block(const Operation& launch, int number) {
 }
 
 void forget(Block* block) {
+    end_of_messages(block);
     for (auto& [module, occupant] : occupants)
         if (occupant == block) occupant = nullptr;
     for (Fiber* fiber : block->fibers) idle_fibers.push_back(fiber);
+    auto& blocks = block->cluster->blocks;
+    blocks[block->place] = nullptr;
+    if (std::all_of(blocks.begin(), blocks.end(), [](Block* one) { return one == nullptr; })) delete block->cluster;
     delete block;
 }
 
@@ -209,6 +235,13 @@ bool take_turn(Block& block) {
     return any;
 }
 
+// Whether threads of the block wait for other blocks.
+bool waits_for_cluster(const Block& block) {
+    return std::any_of(block.fibers.begin(), block.fibers.end(), [&](const Fiber* fiber) {
+        return !fiber->done && fiber->waits_for == &block.cluster->all;
+    });
+}
+
 void report_deadlock(Block& block) {
     int length = snprintf(message, sizeof message, "synccheck: block (%u, %u) waits for ever:",
                           block.index.x, block.index.y);
@@ -241,8 +274,10 @@ Running* advance(const Stream& stream, int& next) {
             }
             continue;
         }
+        if (operation.grid_x % operation.cluster != 0)
+            fail(nullptr, "a grid of %d blocks in clusters of %d", operation.grid_x, operation.cluster);
         Running* running = new Running{&operation, {}, 0, {}};
-        for (int i = 0; i < operation.grid_x * operation.grid_y; ++i) running->order.push_back(i);
+        for (int i = 0; i < operation.grid_x * operation.grid_y; i += operation.cluster) running->order.push_back(i);
         if (order == 1) std::reverse(running->order.begin(), running->order.end());
         if (order > 1) shuffle(running->order);
         return running;
@@ -277,14 +312,23 @@ void run(const Stream* streams, int num_streams) {
             continue;
         }
         Running& one = *running[s];
-        while (one.resident.size() < MAX_RESIDENT && one.next < one.order.size())
-            one.resident.push_back(new_block(*one.launch, one.order[one.next++]));
+        int cluster = one.launch->cluster, most = std::max(MAX_RESIDENT, cluster);
+        while (int(one.resident.size()) + cluster <= most && one.next < one.order.size()) {
+            auto* blocks = new Cluster{};
+            for (int i = 0; i < cluster; ++i)
+                one.resident.push_back(new_block(*one.launch, one.order[one.next] + i, blocks));
+            if (order == 1) std::reverse(one.resident.end() - cluster, one.resident.end());
+            ++one.next;
+        }
         // In order a block goes on until it ends or looks whether another rank has written.
         size_t which = order > 1 ? random_below(unsigned(one.resident.size())) : 0;
         Block* block = one.resident[which];
         do {
             block->spins = moved = false;
-            if (!take_turn(*block)) report_deadlock(*block);
+            if (!take_turn(*block)) {
+                if (!waits_for_cluster(*block)) report_deadlock(*block);
+                block->spins = true;
+            }
             idle = moved ? 0 : idle + 1;
             if (idle > MAX_IDLE_TURNS) fail(nullptr, "synccheck: ranks wait for each other for ever");
         } while (order < 2 && block->num_alive != 0 && !block->spins);
