@@ -49,6 +49,8 @@ constexpr int NUM_ERROR_FLAGS = 11;  // statuses, then the others
 
 constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
 
+constexpr int MAX_EXPERTS = 512;  // of a component
+
 constexpr int MAX_PLACES = 544;  // slots of a rank that has guest slots
 
 constexpr int NUM_ROUNDS = 3;  // of fills, at most

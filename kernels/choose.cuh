@@ -30,22 +30,22 @@ struct Verdict {
 };
 
 // Makes the verdicts ready, and says so to the other blocks. Threads wait for that (`cluster_wait`) before they send.
+// `fewest` is a hint: one that was lost would cost time alone, so that it is there in time is not made sure.
 template <typename V>
 __device__ void begin_verdicts(Verdicts& verdicts) {
-    bool is_first = threadIdx.x == 0;
-    if (is_first) verdicts.fewest = 0;
+    if (threadIdx.x == V::threads - 1) verdicts.fewest = 0;
     if (V::blocks == 1) return;
-    if (is_first) {
+    if (threadIdx.x == V::threads - 1) {  // whose warp has least to do
         for (Word& word : verdicts.arrived) arrivals_init(&word);
         arrivals_init(&verdicts.best);
-        arrivals_are_ready();
+        arrivals_are_ready_for_cluster();
         // A fill sends its verdict, and what it knows of the fewest guests; the first block so the level.
         for (int round = 0; round < NUM_ROUNDS; ++round)
             arrivals_expect(&verdicts.arrived[round],
                             FILLS * int(sizeof(int4) + sizeof(int)) + (round == 0 ? 2 * int(sizeof(int)) : 0));
     }
-    __syncwarp();  // `fewest` is there before the warp publishes it
-    cluster_arrive(threadIdx.x < 32);
+    __syncwarp();  // the words are ready before the warp says so
+    cluster_arrive();
 }
 
 // Sends a word or four to all blocks, by a lane for each; and raises `fewest`. With the verdicts of a round.
@@ -99,34 +99,45 @@ struct Speeds {
     }
 };
 
-// The expert whose resident is in a place, of those of all ranks in a row. -1: none, or a guest slot.
+// The expert whose resident is in a place of a rank. -1: none, or a guest slot.
 template <typename V>
-__device__ int resident_in(const Guests& g, int i) {
-    int S = g.num_local_slots, residents = S - g.num_slots, rank = i / S, place = i % S;
+__device__ int resident_in(const Guests& g, int rank, int place) {
+    int residents = g.num_local_slots - g.num_slots;
     if (rank >= V::size || place >= residents) return -1;
     return g.places[(component<V>() * V::size + rank) * residents + place];
 }
 
-// Makes what all fills begin from: every expert evenly over its residents, the ranks' base loads beside. `in_place`:
-// the expert in this thread's first place. By all threads, with a barrier at the end.
+// Takes all places of a component's ranks, by the threads in turn. `take` gets the place's number in a row, its rank,
+// its number on the rank, and the expert whose resident is there. `own_rank`, `own_resident`: of the thread's first
+// place, known early.
+template <typename V, typename Take>
+__device__ void each_place(const Guests& g, int num_ranks, int own_rank, int own_resident, Take take) {
+    int S = g.num_local_slots, i = threadIdx.x;
+    if (i < num_ranks * S) take(i, own_rank, i - own_rank * S, own_resident);
+    #pragma unroll 1
+    for (i += V::threads; i < num_ranks * S; i += V::threads)
+        take(i, i / S, i % S, resident_in<V>(g, i / S, i % S));
+}
+
+// Makes what all fills begin from: every expert evenly over its residents. `start.load` has the base loads. By all
+// threads, with a barrier at the end.
 template <typename V>
-__device__ void split_over_residents(const Problem& p, const Guests& g, const Start<V>& start, const int* load,
-                                     const int* ranks, int in_place) {
-    int S = start.num_places;
-    if (threadIdx.x < V::size)
-        start.load[threadIdx.x] = p.base != nullptr && threadIdx.x < start.ranks ? p.base[ranks[threadIdx.x]] : 0;
-    __syncthreads();  // base loads are there before tokens are added
-    for (int i = threadIdx.x; i < start.ranks * S; i += V::threads) {
-        int rank = i / S, expert = i < V::threads ? in_place : resident_in<V>(g, i), own = 0;
+__device__ void split_over_residents(const Guests& g, const Start<V>& start, const int* load, int own_rank,
+                                     int own_resident) {
+    each_place<V>(g, start.ranks, own_rank, own_resident, [&](int i, int rank, int, int expert) {
+        int own = 0, shared = 0;
         if (expert >= 0) {
             typename V::Set holders = start.holders[expert];
-            int number = number_of<V>(holders), nth = number_of<V>(holders & below<V>(rank));
-            own = load[expert] / number + (nth < load[expert] % number);
+            int number = number_of<V>(holders);
+            own = load[expert];
+            if (number > 1) {
+                own = own / number + (number_of<V>(holders & below<V>(rank)) < own % number);
+                shared = SHARED;
+            }
             atomicAdd(&start.load[rank], own);
         }
-        start.expert[i] = short(expert);
-        start.tokens[i] = own;
-    }
+        start.places[i] = {own, expert < 0 ? -1 : expert | shared};
+    });
     __syncthreads();  // all is there before fills begin
 }
 
@@ -142,6 +153,7 @@ __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, 
             for (int i = 0; i < V::words; ++i) sum += threadIdx.x % 32 + 32 * i < num_ranks ? speeds.own[i] : 0;
             sum = __reduce_add_sync(~0u, sum);
         }
+        if (!general) return int((unsigned(own) + unsigned(sum) - 1) / unsigned(sum));  // a long division takes long
         return int(((long long)own * speeds.largest + sum - 1) / sum);
     }
     __shared__ int highest;
@@ -173,6 +185,25 @@ __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, 
     return highest;
 }
 
+// Sends a word of the best fill to the first block.
+template <typename V>
+__device__ void tell_best(Verdicts& verdicts, int* to, int value) {
+    if (V::blocks == 1) *to = value;
+    else send(0, to, value, &verdicts.best);
+}
+
+// Takes the guests of a fill that is done, and the tokens of all places, by its warp.
+template <typename V, typename TakeGuest, typename TakeTokens>
+__device__ void take_guests(const Start<V>& start, const Fill<V>& fill, TakeGuest take_guest, TakeTokens take_tokens) {
+    int lane = threadIdx.x % 32, S = start.num_places, G = start.num_slots;
+    for (int rank = lane; rank < start.ranks; rank += 32)
+        for (int slot = 0; slot < G; ++slot) {
+            int expert = fill.places[rank * S + S - G + slot].expert;
+            take_guest(rank * G + slot, expert < 0 ? -1 : expert & ~SHARED);
+        }
+    for (int i = lane; i < start.ranks * S; i += 32) take_tokens(i, fill.places[i].tokens);
+}
+
 // Fills the guest slots of a component, by all its blocks. Whether there are guests; then the first block has them in
 // `guests` [size, num_slots], and in `filled` the tokens of all places [size, num_places]. `target`: the level that is
 // good enough. `level`: that of the residents alone, rounded up, which the first block knows. `fills`: whether this
@@ -190,6 +221,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
     Rule rule(RULES[fills ? own : 0]);
     unsigned best_bucket = ~0u, best_rest = ~0u;
     int low = target, high = 0, width = max(1, target >> CLOSE), steps = start.ranks * (8 + G), best = 0;
+    bool is_better = false;
     #pragma unroll 1
     for (int round = 0; round < NUM_ROUNDS; ++round) {
         if (fills) {
@@ -230,18 +262,18 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
         Verdict its{unsigned(packed.x), unsigned(packed.y), packed.z, packed.w};
         unsigned least_bucket = __reduce_min_sync(~0u, its.bucket);
         unsigned least_rest = __reduce_min_sync(~0u, its.bucket == least_bucket ? its.rest : ~0u);
-        if (least_bucket < best_bucket || (least_bucket == best_bucket && least_rest < best_rest)) {
+        is_better = least_bucket < best_bucket || (least_bucket == best_bucket && least_rest < best_rest);
+        if (is_better) {
             best_bucket = least_bucket;
             best_rest = least_rest;
             best = int(least_rest & 0xff) - round * FILLS;
             high = verdicts.of_fill[round][best].z;
-            bool is_best = fills && best == own;
-            for (int i = lane; is_best && i < start.ranks * G; i += 32)
-                guests[i] = fill.expert[i / G * start.num_places + start.num_places - G + i % G];
-            for (int i = lane; is_best && i < start.ranks * start.num_places; i += 32) filled[i] = fill.tokens[i];
         }
-        if (best_bucket == 0) break;
-        __syncthreads();  // the guests are taken from the fill before the next begins, and before those of another come
+        if (best_bucket == 0 || round == NUM_ROUNDS - 1) break;
+        if (is_better && fills && best == own)  // the next begins in its place
+            take_guests(start, fill, [&](int i, int expert) { guests[i] = expert; },
+                        [&](int i, int tokens) { filled[i] = tokens; });
+        __syncthreads();  // the guests are taken before those of another fill come in their place
         // The next limits lie between one that was too low for all fills, and one that sufficed.
         bool is_over = its.limit < 0;
         unsigned tried = is_over ? ~its.limit : its.limit;
@@ -249,15 +281,19 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
         unsigned too_low = __reduce_max_sync(~0u, tried < sufficed ? tried : 0u);
         if (round > 0) low = max(low, int(too_low));
     }
-    __syncthreads();  // the guests are taken from the best fill before they are sent, or come to nothing
     if (best_rest >> 20 == 0 || high > verdicts.level - g.min_tokens) return false;
-    if (V::blocks == 1) return true;
-    if (block == first + best % step) {
-        for (int i = threadIdx.x; i < start.ranks * G; i += V::threads) send(0, &guests[i], guests[i], &verdicts.best);
-        for (int i = threadIdx.x; i < start.ranks * start.num_places; i += V::threads)
-            send(0, &filled[i], filled[i], &verdicts.best);
+    if (fills && best == own) {  // this warp has the best fill, of the last round or, kept, of an earlier one
+        auto put_guest = [&](int i, int expert) { tell_best<V>(verdicts, &guests[i], expert); };
+        auto put_tokens = [&](int i, int tokens) { tell_best<V>(verdicts, &filled[i], tokens); };
+        if (is_better) {
+            take_guests(start, fill, put_guest, put_tokens);
+        } else {
+            for (int i = lane; i < start.ranks * G; i += 32) put_guest(i, guests[i]);
+            for (int i = lane; i < start.ranks * start.num_places; i += 32) put_tokens(i, filled[i]);
+        }
     }
-    if (block == 0) arrivals_wait(&verdicts.best, 0);
+    if (V::blocks == 1) __syncthreads();  // the best fill is there before it is looked at
+    else if (block == 0) arrivals_wait(&verdicts.best, 0);
     return true;
 }
 

@@ -20,15 +20,22 @@ struct Rule {
           noise(word >> 8) {}
 };
 
+// A place of a rank, for a copy of an expert.
+struct alignas(8) Place {
+    int tokens;
+    int expert;  // its number in the component, and SHARED; -1: none
+};
+constexpr int SHARED = 1 << 16;  // other ranks hold the expert, too
+
 // What all fills begin from, in shared memory. A rank has `num_places` places: its residents by expert, then
 // its guest slots.
 template <typename V>
 struct Start {
     int ranks, num_experts, num_places, num_slots, node_size;
+    bool has_replicas;
     const Resident* residents;       // [num_experts]
     const typename V::Set* holders;  // [num_experts] ranks with a resident copy
-    int* tokens;                     // [size, num_places]
-    short* expert;                   // [size, num_places] its number in the component; -1: none
+    Place* places;                   // [size, num_places]
     int* load;                       // [size]
 };
 
@@ -36,14 +43,13 @@ struct Start {
 template <typename V>
 struct Fill {
     __device__ Fill(char* shared, int num_experts, int num_places)
-        : holders(reinterpret_cast<typename V::Set*>(shared)),
-          tokens(reinterpret_cast<int*>(holders + num_experts)), sent_of(tokens + V::size * num_places),
-          expert(reinterpret_cast<short*>(sent_of + V::size)), copies(0) {}
+        : places(reinterpret_cast<Place*>(shared)),
+          holders(reinterpret_cast<typename V::Set*>(places + V::size * num_places)),
+          sent_of(reinterpret_cast<int*>(holders + num_experts)), copies(0) {}
 
-    typename V::Set* holders;  // [num_experts]
-    int* tokens;               // [size, num_places]
+    Place* places;             // [size, num_places]
+    typename V::Set* holders;  // [num_experts] of those that several ranks hold
     int* sent_of;              // [size] guests of each home, counted at the end
-    short* expert;             // [size, num_places]
     int slack[V::words];       // the limit less the load of this lane's ranks
     int priority[V::words], used[V::words];
     unsigned noise[V::words];  // in 2 to the 32
@@ -54,18 +60,19 @@ struct Fill {
 // Of the rank `rank`, the value that its lane has.
 template <typename V>
 __device__ int of_rank(const int (&values)[V::words], int rank) {
-    int value = values[0];
-    if (V::words > 1 && rank >= 32) value = values[V::words - 1];
-    return __shfl_sync(~0u, value, rank % 32);
+    return __shfl_sync(~0u, V::words > 1 && rank >= 32 ? values[V::words - 1] : values[0], rank & 31);
 }
 
-// The first rank whose flag is set; one is.
-template <typename V>
-__device__ int first_of(const bool (&flag)[V::words]) {
-    unsigned set = __ballot_sync(~0u, flag[0]);
-    if (V::words == 1) return __ffs(set) - 1;
-    unsigned high = __ballot_sync(~0u, flag[V::words - 1]);
-    return set != 0 ? __ffs(set) - 1 : __ffs(high) + 31;
+// The first rank, or place, whose flag is set; one is.
+template <int number>
+__device__ int first_of(const bool (&flag)[number]) {
+    int first = 0;
+    #pragma unroll
+    for (int i = number - 1; i >= 0; --i) {
+        unsigned set = __ballot_sync(~0u, flag[i]);
+        if (set != 0) first = __ffs(set) - 1 + 32 * i;
+    }
+    return first;
 }
 
 // Moves tokens from rank to rank, as far as their slack goes.
@@ -79,23 +86,24 @@ __device__ void move_load(Fill<V>& fill, int from, int to, int tokens) {
     }
 }
 
-// Whether slack of `rest` > 0 is more than there is to spare, over 2 to `shift`. That is the sum of slack over ranks
+// The slack to spare, over 2 to `shift`: a guest that leaves more would waste it. That is the sum of slack over ranks
 // above their limit, or with a guest slot left.
 template <typename V>
-__device__ bool is_wasted(const Fill<V>& fill, int num_slots, int rest, int shift) {
-    if (fill.is_narrow && shift == 31) return true;
-    unsigned low = 0;
-    int high = 0;
+__device__ int spare_slack(const Fill<V>& fill, int num_slots, int shift) {
+    int slack[V::words], low = 0;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
-        int slack = fill.slack[i] < 0 || fill.used[i] < num_slots ? fill.slack[i] : 0;
-        low += fill.is_narrow ? slack : slack & 0xffff;
-        high += slack >> 16;
+        slack[i] = fill.slack[i] < 0 || fill.used[i] < num_slots ? fill.slack[i] : 0;
+        low += fill.is_narrow ? slack[i] : slack[i] & 0xffff;
     }
     low = __reduce_add_sync(~0u, low);
-    if (fill.is_narrow) return rest > int(low) >> shift;
+    if (fill.is_narrow) return low >> shift;
+    int high = 0;
+    #pragma unroll
+    for (int i = 0; i < V::words; ++i) high += slack[i] >> 16;
     high = __reduce_add_sync(~0u, high);
-    return rest > ((long long)high * 65536 + low) >> shift;
+    long long spare = ((long long)high * 65536 + low) >> shift;
+    return spare < 0 ? 0 : int(min(spare, (long long)MAX_TOTAL));
 }
 
 // Copies an array by a warp. Several loads are under way at once, before any store that could change what they read.
@@ -106,7 +114,7 @@ __device__ void copy_shared(T* to, const T* from, int number) {
     for (int first = threadIdx.x % 32; first < number; first += 32 * at_once) {
         T several[at_once];
         #pragma unroll
-        for (int i = 0; i < at_once; ++i) several[i] = first + 32 * i < number ? from[first + 32 * i] : T(0);
+        for (int i = 0; i < at_once; ++i) several[i] = first + 32 * i < number ? from[first + 32 * i] : T{};
         #pragma unroll
         for (int i = 0; i < at_once; ++i)
             if (first + 32 * i < number) to[first + 32 * i] = several[i];
@@ -118,6 +126,8 @@ template <typename V>
 __device__ void begin_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int number,
                            const int (&limit)[V::words]) {
     int lane = threadIdx.x % 32, highest = 0;
+    copy_shared(fill.places, start.places, start.ranks * start.num_places);
+    if (start.has_replicas) copy_shared(fill.holders, start.holders, start.num_experts);
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
         int rank = lane + 32 * i;
@@ -129,18 +139,83 @@ __device__ void begin_fill(const Start<V>& start, Fill<V>& fill, const Rule& rul
         fill.used[i] = 0;
         fill.slack[i] = rank < start.ranks ? limit[i] - start.load[rank] : 0;
         if (rank < start.ranks) highest = max(highest, limit[i]);
+        if (rank < V::size) fill.sent_of[rank] = 0;
     }
     fill.is_narrow = __reduce_max_sync(~0u, highest) <= MAX_TOTAL / start.ranks;
-    copy_shared(fill.holders, start.holders, start.num_experts);
-    copy_shared(fill.tokens, start.tokens, start.ranks * start.num_places);
-    copy_shared(fill.expert, start.expert, start.ranks * start.num_places);
     fill.copies = 0;
     __syncwarp();  // the state is whole before the first step
+}
+
+// Moves tokens from a rank along a copy that is there; whether any could move. `x`, `expert`: what this lane's places
+// of the rank have; `need`: its excess; `best`: its priority, unless ranks give by excess.
+template <typename V, int parts, int unrolled>
+__device__ bool use_copies(const Start<V>& start, Fill<V>& fill, const Rule& rule, int from, int need, int best,
+                           const int (&x)[parts], const int (&expert)[parts]) {
+    typedef typename V::Set Set;
+    int lane = threadIdx.x % 32, S = start.num_places;
+    Place* places = fill.places + from * S;
+    // Lanes have ranks, and look at what each of them could take from place after place. The rank itself has no slack,
+    // and no priority below its own.
+    int moved = 0;
+    unsigned move = 0, first[V::words];  // a place * 64 + a rank; the first place whose expert a rank holds
+    #pragma unroll
+    for (int w = 0; w < V::words; ++w) first[w] = ~0u;
+    #pragma unroll unrolled
+    for (int i = 0; i < parts; ++i) {
+        bool is_shared = x[i] > 0 && (expert[i] & SHARED);
+        Set held = is_shared ? fill.holders[expert[i] & ~SHARED] : Set(0);
+        unsigned left = __ballot_sync(~0u, is_shared);
+        #pragma unroll 1
+        for (; left != 0; left &= left - 1) {
+            int owner = __ffs(left) - 1, able = min(__shfl_sync(~0u, x[i], owner), need);
+            unsigned place = owner + 32 * i;
+            #pragma unroll
+            for (int w = 0; w < V::words; ++w) {
+                unsigned holders = __shfl_sync(~0u, unsigned(held >> (V::words - 1) * 32 * w), owner);
+                bool holds = holders >> lane & 1;
+                int taken = holds ? min(able, fill.slack[w]) : 0;
+                first[w] = holds ? min(first[w], place) : first[w];
+                if (taken > moved) move = place * 64 + lane + 32 * w;
+                moved = max(moved, taken);
+            }
+        }
+    }
+    unsigned key = moved, highest = __reduce_max_sync(~0u, key);
+    bool by_priority = highest == 0 && !rule.by_excess;
+    if (by_priority) {  // no two ranks have the same
+        #pragma unroll
+        for (int w = 0; w < V::words; ++w) {
+            unsigned lower = fill.priority[w];
+            if (first[w] == ~0u || lower >= unsigned(best) || ~lower <= key) continue;
+            key = ~lower;
+            move = first[w] * 64 + lane + 32 * w;
+        }
+        highest = __reduce_max_sync(~0u, key);
+    }
+    if (highest == 0) return false;
+    move = __reduce_min_sync(~0u, key == highest ? move : ~0u);
+    int place = move / 64, to = move % 64, what = places[place].expert;
+    moved = highest;
+    if (by_priority) {
+        moved = min(places[place].tokens, need);
+        __syncwarp();  // all lanes have read the tokens before one writes them
+    }
+    #pragma unroll unrolled
+    for (int i = 0; i < parts; ++i) {
+        int other = lane + 32 * i;
+        if (other == place) places[other].tokens = x[i] - moved;
+        if (other < S && fill.places[to * S + other].expert == what) fill.places[to * S + other].tokens += moved;
+    }
+    move_load(fill, from, to, moved);
+    return true;
 }
 
 // One fill, by a warp: at most so many steps. `parts`: places of a rank for each lane. `fewest`: ~the fewest guests
 // of a fill of this round that reached the target, or 0. Returns false for a fill with more, which is given up: it
 // cannot be the best, and no round follows.
+//
+// A step takes as long as its instructions wait for one another. So whatever is known early begins early, two
+// reductions that could follow one another run side by side, and choices are selects rather than branches.
 template <typename V, int parts, int unrolled = parts <= 2 ? parts : 1>
 __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int least, int steps,
                           unsigned* fewest) {
@@ -159,157 +234,93 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
         best = __reduce_max_sync(~0u, best);
         if (best < 0) return true;
+        unsigned known = lane == 0 ? atomicMax(fewest, 0u) : 0;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = value[i] == best;
-        int from = first_of<V>(flag), need = rule.by_excess ? best : -of_rank<V>(fill.slack, from);
-        int* tokens = fill.tokens + from * S;
-        const short* experts = fill.expert + from * S;
+        int from = first_of(flag), need = -of_rank<V>(fill.slack, from);
 
-        // Along a copy that is there. Lanes have places first: what they hold, and which other ranks hold it, too.
+        // What its places have.
+        Place* places = fill.places + from * S;
         int x[parts], expert[parts], most = 0;
-        Set others[parts];
-        #pragma unroll unrolled
-        for (int i = 0; i < parts; ++i) {
-            int place = lane + 32 * i;
-            x[i] = place < S ? tokens[place] : 0;
-            expert[i] = place < S ? experts[place] : -1;
-        }
-        #pragma unroll unrolled
-        for (int i = 0; i < parts; ++i) {
-            others[i] = x[i] > 0 ? fill.holders[expert[i]] & ~(Set(1) << from) : 0;
-            most = max(most, x[i]);
-        }
-        // Then they have ranks, and look at what each of them could take from place after place.
         bool is_shared = false;
-        int moved = 0;
-        unsigned move = 0, first[V::words];  // a place * 64 + a rank; the first place whose expert a rank holds
-        #pragma unroll
-        for (int w = 0; w < V::words; ++w) first[w] = ~0u;
         #pragma unroll unrolled
         for (int i = 0; i < parts; ++i) {
-            unsigned left = __ballot_sync(~0u, others[i] != 0);
-            is_shared |= left != 0;
-            #pragma unroll 1
-            for (; left != 0; left &= left - 1) {
-                int owner = __ffs(left) - 1, able = min(__shfl_sync(~0u, x[i], owner), need);
-                unsigned place = owner + 32 * i;
-                #pragma unroll
-                for (int w = 0; w < V::words; ++w) {
-                    unsigned holders = __shfl_sync(~0u, unsigned(others[i] >> (V::words - 1) * 32 * w), owner);
-                    if (!(holders >> lane & 1)) continue;
-                    int taken = min(able, fill.slack[w]);
-                    first[w] = min(first[w], place);
-                    if (taken <= moved) continue;
-                    moved = taken;
-                    move = place * 64 + lane + 32 * w;
-                }
-            }
+            Place own = lane + 32 * i < S ? places[lane + 32 * i] : Place{0, -1};
+            x[i] = own.tokens;
+            expert[i] = own.expert;
+            most = max(most, x[i]);
+            is_shared |= x[i] > 0 && (expert[i] & SHARED);
         }
-        if (is_shared) {
-            unsigned key = moved, highest = __reduce_max_sync(~0u, key);
-            bool by_priority = highest == 0 && !rule.by_excess;
-            if (by_priority) {  // `best` is that of the rank that gives; no two ranks have the same
-                #pragma unroll
-                for (int w = 0; w < V::words; ++w) {
-                    unsigned lower = fill.priority[w];
-                    if (first[w] == ~0u || lower >= unsigned(best) || ~lower <= key) continue;
-                    key = ~lower;
-                    move = first[w] * 64 + lane + 32 * w;
-                }
-                highest = __reduce_max_sync(~0u, key);
-            }
-            if (highest != 0) {
-                move = __reduce_min_sync(~0u, key == highest ? move : ~0u);
-                int place = move / 64, to = move % 64, what = experts[place];
-                moved = highest;
-                if (by_priority) {
-                    moved = min(tokens[place], need);
-                    __syncwarp();  // all lanes have read the tokens before one writes them
-                }
-                #pragma unroll unrolled
-                for (int i = 0; i < parts; ++i) {
-                    int other = lane + 32 * i;
-                    if (other == place) tokens[other] = x[i] - moved;
-                    if (other < S && fill.expert[to * S + other] == what) fill.tokens[to * S + other] += moved;
-                }
-                move_load(fill, from, to, moved);
-                __syncwarp();  // the move is made before the next step reads tokens
-                continue;
-            }
+        if (__any_sync(~0u, is_shared) &&
+            use_copies<V, parts, unrolled>(start, fill, rule, from, need, best, x, expert)) {
+            __syncwarp();  // the move is made before the next step reads tokens
+            continue;
         }
-
-        unsigned most_copies = lane == 0 ? ~atomicMax(fewest, 0u) : ~0u;  // under way until the guest is there
 
         // The rank of a guest, which is on the node of this one, and so is its home.
         bool near[V::words];
         #pragma unroll
         for (int i = 0; i < V::words; ++i) near[i] = true;
         if (start.node_size < start.ranks) {
-            int node = from / start.node_size, begin = node * start.node_size;
+            int begin = from / start.node_size * start.node_size;
+            auto is_near = [&](int rank) { return unsigned(rank - begin) < unsigned(start.node_size); };
             #pragma unroll
-            for (int i = 0; i < V::words; ++i) near[i] = unsigned(lane + 32 * i - begin) < unsigned(start.node_size);
+            for (int i = 0; i < V::words; ++i) near[i] = is_near(lane + 32 * i);
             most = 0;
             #pragma unroll unrolled
             for (int i = 0; i < parts; ++i) {
-                if (x[i] > 0 && start.residents[expert[i]].home / start.node_size != node) x[i] = 0;
+                if (x[i] > 0 && !is_near(start.residents[expert[i] & ~SHARED].home)) x[i] = 0;
                 most = max(most, x[i]);
             }
         }
         most = __reduce_max_sync(~0u, most);
-        unsigned width[V::words], key = 0;
-        bool may[V::words], fits[V::words], any = false;
+        int spare = spare_slack(fill, G, rule.shift);
+        unsigned tight[V::words], wide[V::words], tightest = 0, widest = 0;  // what fits, the best largest; and what may
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
-            int rank = lane + 32 * i, slack = fill.slack[i];
-            may[i] = most >= least && rank != from && slack >= least && fill.used[i] < G && near[i];
-            width[i] = slack + unsigned((unsigned long long)unsigned(slack) * fill.noise[i] >> 32);
-            fits[i] = may[i] && !rule.widest && slack >= min(need, most);
-            any |= fits[i];
+            int slack = fill.slack[i];
+            bool may = most >= least && slack >= least && fill.used[i] < G && near[i];
+            unsigned width = slack + unsigned((unsigned long long)unsigned(slack) * fill.noise[i] >> 32);
+            wide[i] = may ? width : 0;
+            tight[i] = may && !rule.widest && slack >= min(need, most) ? ~width : 0;
+            widest = max(widest, wide[i]);
+            tightest = max(tightest, tight[i]);
         }
-        any = __any_sync(~0u, any);
-        #pragma unroll
-        for (int i = 0; i < V::words; ++i) {
-            width[i] = any ? (fits[i] ? ~width[i] : 0) : may[i] ? width[i] : 0;
-            key = max(key, width[i]);
-        }
-        key = __reduce_max_sync(~0u, key);
-        if (key == 0) {
+        tightest = __reduce_max_sync(~0u, tightest);
+        widest = __reduce_max_sync(~0u, widest);
+        if (widest == 0) {
             #pragma unroll
             for (int i = 0; i < V::words; ++i) stuck[i] |= lane + 32 * i == from;
             __syncwarp();  // all lanes have read holders and tokens before a later step writes them
             continue;
         }
         #pragma unroll
-        for (int i = 0; i < V::words; ++i) flag[i] = width[i] == key;
-        int to = first_of<V>(flag), slack = of_rank<V>(fill.slack, to), used = G == 1 ? 0 : of_rank<V>(fill.used, to);
+        for (int i = 0; i < V::words; ++i) flag[i] = tightest != 0 ? tight[i] == tightest : wide[i] == widest;
+        int to = first_of(flag), slack = of_rank<V>(fill.slack, to), used = of_rank<V>(fill.used, to);
+        bool has_slot = of_rank<V>(fill.used, from) < G;
         // No more than the excess, but all of the slack where the rest of it would be wasted.
         int aim = min(need, slack);
-        if (slack > need && used == G - 1 && of_rank<V>(fill.used, from) < G &&
-            is_wasted(fill, G, slack - need, rule.shift))
-            aim = slack;
+        if (slack > need && used == G - 1 && has_slot && slack - need > spare) aim = slack;
 
         // Its expert: that with fewest tokens of those that suffice, else that with most. The rank holds none that
         // has tokens here, or they would have moved along that copy.
-        int had = most;
         unsigned chosen = ~0u;
-        if (!rule.largest && most >= aim) {
-            #pragma unroll unrolled
-            for (int i = 0; i < parts; ++i)
-                if (x[i] >= aim) chosen = min(chosen, unsigned(x[i]));
-            had = int(__reduce_min_sync(~0u, chosen));
-        }
-        chosen = ~0u;
         #pragma unroll unrolled
         for (int i = 0; i < parts; ++i)
-            if (x[i] == had) chosen = min(chosen, unsigned(lane + 32 * i));
-        int place = int(__reduce_min_sync(~0u, chosen));
-        moved = min(aim, had);
+            if (x[i] >= aim) chosen = min(chosen, unsigned(x[i]));
+        chosen = __reduce_min_sync(~0u, chosen);
+        int had = rule.largest || most < aim ? most : int(chosen), moved = min(aim, had);
+        bool has[parts];
+        #pragma unroll unrolled
+        for (int i = 0; i < parts; ++i) has[i] = x[i] == had;
+        int place = first_of(has);
+        unsigned most_copies = ~__shfl_sync(~0u, known, 0);
         if (lane == place % 32) {  // it alone has read what it writes
-            int slot = to * S + S - G + used, what = experts[place];
-            tokens[place] = had - moved;
-            fill.tokens[slot] = moved;
-            fill.expert[slot] = short(what);
-            fill.holders[what] |= Set(1) << to;
+            int what = places[place].expert, number = what & ~SHARED;
+            Set others = what & SHARED ? fill.holders[number] : Set(1) << from;
+            places[place] = {had - moved, number | SHARED};
+            fill.places[to * S + S - G + used] = {moved, number | SHARED};
+            fill.holders[number] = others | Set(1) << to;
         }
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
@@ -318,7 +329,7 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
         move_load(fill, from, to, moved);
         ++fill.copies;
-        if (__any_sync(~0u, unsigned(fill.copies) > most_copies)) return false;
+        if (unsigned(fill.copies) > most_copies) return false;
         __syncwarp();  // the guest is there before the next step reads what there is
     }
     return true;
@@ -328,12 +339,11 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
 template <typename V>
 __device__ int most_sent(const Start<V>& start, Fill<V>& fill) {
     int lane = threadIdx.x % 32, G = start.num_slots, most = 0;
-    for (int rank = lane; rank < V::size; rank += 32) fill.sent_of[rank] = 0;
-    __syncwarp();  // all numbers are zero before any is raised
-    for (int i = lane; i < start.ranks * G; i += 32) {
-        int expert = fill.expert[i / G * start.num_places + start.num_places - G + i % G];
-        if (expert >= 0) atomicAdd(&fill.sent_of[start.residents[expert].home], 1);
-    }
+    for (int rank = lane; rank < start.ranks; rank += 32)
+        for (int slot = start.num_places - G; slot < start.num_places; ++slot) {
+            int expert = fill.places[rank * start.num_places + slot].expert;
+            if (expert >= 0) atomicAdd(&fill.sent_of[start.residents[expert & ~SHARED].home], 1);
+        }
     __syncwarp();  // all guests are counted before the most is looked for
     for (int rank = lane; rank < V::size; rank += 32) most = max(most, fill.sent_of[rank]);
     return __reduce_max_sync(~0u, most);

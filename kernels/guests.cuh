@@ -20,112 +20,116 @@ struct Experts {
     int* guests;                // [size, num_slots] the expert in each guest slot, -1: none
     int* num_edges;             // [size] of each rank
     unsigned* of_rank;          // [size, words] experts with several copies, as bits
+    unsigned* words_of_rank;    // [size] those of its words that are not zero, as bits
     short* place;               // [number] where the arcs of an expert with several copies begin
     short* several;             // [number] how many experts with several copies come before
-    int in_place;               // the expert in this thread's place, of those of all ranks; -1: none, or a guest slot
+    int own_rank, own_resident;  // of this thread's place, of those of all ranks: its rank, and the expert or -1
     Arc* arcs;                  // [max_arcs] by expert, then rank
     int* tokens;                // [max_arcs] of each copy
     int* load_by_place;         // [max_arcs] of experts with several copies
     Edge* edges;                // [size * max_edges] by rank
 };
 
-// Makes the quotas of the component's experts zero, by the threads that do not push: most copies do not exist.
+// Makes the quotas of the component's experts zero: most copies do not exist. By the warps from `first` on.
 template <typename V>
-__device__ void zero_quotas(const Problem& p, const Experts<V>& experts, int* __restrict__ quota) {
-    int lane = threadIdx.x % 32;
-    for (int i = (threadIdx.x - V::pushing) / 32; i < experts.number; i += (V::threads - V::pushing) / 32) {
+__device__ void zero_quotas(const Problem& p, const Experts<V>& experts, int first, int* __restrict__ quota) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    #pragma unroll 4
+    for (int i = warp - first; i < experts.number; i += V::threads / 32 - first) {
         int* of_expert = quota + experts.residents[i].expert * p.max_replicas;
         for (int column = lane; column < p.max_replicas; column += 32) of_expert[column] = 0;
     }
 }
 
-// Finds where the arcs of each expert with several copies begin. Returns the number of all arcs, and of these experts
-// in the bits from 16 on, the same to every thread.
+// Finds where the arcs of each expert with several copies begin; a thread has one expert. Returns the number of all
+// arcs, and of these experts in the bits from 16 on, the same to every thread.
 template <typename V>
 __device__ int place_arcs(const Experts<V>& experts) {
+    static_assert(V::threads >= MAX_EXPERTS, "a thread has one expert");
     constexpr int warps = V::threads / 32;
     __shared__ int of_warp[warps];
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int tiles = (experts.number + V::threads - 1) / V::threads;  // of 32 neighbours, for each warp
-    auto copies_of = [&](int i) { return i < experts.number ? number_of<V>(experts.ranks[i]) : 0; };
-    auto count = [&](int number) { return number > 1 ? 1 << 16 | number : 0; };  // an expert and its arcs
-    int sum = 0;
-    for (int tile = 0; tile < tiles; ++tile) sum += count(copies_of((warp * tiles + tile) * 32 + lane));
-    sum = __reduce_add_sync(~0u, sum);
-    if (lane == 0) of_warp[warp] = sum;
+    int i = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int number = i < experts.number ? number_of<V>(experts.ranks[i]) : 0;
+    int own = number > 1 ? 1 << 16 | number : 0, end = own;  // an expert and its arcs
+    #pragma unroll
+    for (int other = 1; other < 32; other *= 2) {
+        int its = __shfl_up_sync(~0u, end, other);
+        if (other <= lane) end += its;
+    }
+    if (lane == 31) of_warp[warp] = end;
     __syncthreads();  // the sums of all warps are there before they are added
     int before = 0, total = 0;
     #pragma unroll
     for (int w = 0; w < warps; ++w) {
-        if (w == warp) before = total;
-        total += of_warp[w];
+        int sum = of_warp[w];
+        before += w < warp ? sum : 0;
+        total += sum;
     }
-    for (int tile = 0; tile < tiles; ++tile) {
-        int i = (warp * tiles + tile) * 32 + lane, number = copies_of(i), own = count(number), end = own;
-        #pragma unroll
-        for (int other = 1; other < 32; other *= 2) {
-            int its = __shfl_up_sync(~0u, end, other);
-            if (other <= lane) end += its;
-        }
-        int begin = before + end - own;
-        before += __shfl_sync(~0u, end, 31);
-        if (i >= experts.number) continue;
-        experts.place[i] = short(begin & 0xffff);
-        experts.several[i] = short(begin >> 16);
-        if (number > 1) experts.load_by_place[begin & 0xffff] = experts.load[i];
-    }
+    if (i >= experts.number) return total;
+    int begin = before + end - own;
+    experts.place[i] = short(begin & 0xffff);
+    experts.several[i] = short(begin >> 16);
+    if (number > 1) experts.load_by_place[begin & 0xffff] = experts.load[i];
     return total;
 }
 
-// How many guests of an expert come before that of a slot: those of lower local slots, then of lower ranks.
+// How many guests of an expert come before that of a rank's slot: those of lower slots, then of lower ranks.
 // `holders`: of all its guests.
 template <typename V>
-__device__ int earlier_guests(const Experts<V>& experts, int num_slots, int expert, int slot,
+__device__ int earlier_guests(const Experts<V>& experts, int num_slots, int expert, int rank, int slot,
                               typename V::Set holders) {
-    int rank = slot / num_slots, earlier = 0;
+    int earlier = 0;
     if (num_slots == 1) return number_of<V>(holders & below<V>(rank));
     for (; holders != 0; holders &= holders - 1) {
         int other = lowest_of<V>(holders), nth = 0;
         while (experts.guests[other * num_slots + nth] != expert) ++nth;
-        earlier += nth < slot % num_slots || (nth == slot % num_slots && other < rank);
+        earlier += nth < slot || (nth == slot && other < rank);
     }
     return earlier;
 }
 
 // Takes the copies of experts with several, by the threads from `first` on, `step` in all. `take` gets the expert's
-// number, the copy's local rank, its column, how many copies in lower columns may get tokens, and its slot; -1: a
-// guest slot.
+// number, the copy's local rank, its column, how many copies in lower columns may get tokens, and its slot; -1 - n: the
+// rank's n-th guest slot. Threads that have no home have guests.
 template <typename V, typename Take>
 __device__ void each_copy(const Guests& g, const Experts<V>& experts, int num_ranks, int first, int step, Take take) {
+    #pragma unroll 1
     for (int i = first; i < experts.number; i += step) {
         Resident one = experts.residents[i];
         if (number_of<V>(experts.ranks[i]) > 1) take(i, int(one.home), 0, 0, one.slot);
     }
+    #pragma unroll 1
     for (int i = first; i < g.max_replicas; i += step) {
         Replica one = g.replicas[component<V>() * g.max_replicas + i];
         if (one.expert < 0) break;
         take(int(one.expert), int(one.rank), int(one.column), int(one.nth), one.slot);
     }
-    for (int i = first; i < num_ranks * g.num_slots; i += step) {
-        int expert = experts.guests[i];
-        if (expert < 0) continue;
-        Resident one = experts.residents[expert];
-        typename V::Set residents = one.ranks;
-        int earlier = earlier_guests(experts, g.num_slots, expert, i, experts.ranks[expert] & ~residents);
-        take(expert, i / g.num_slots, one.columns + earlier, number_of<V>(residents) + earlier, -1 - i % g.num_slots);
+    #pragma unroll 1
+    for (int rank = step - 1 - first; rank < num_ranks; rank += step) {
+        #pragma unroll 1
+        for (int slot = 0; slot < g.num_slots; ++slot) {
+            int expert = experts.guests[rank * g.num_slots + slot];
+            if (expert < 0) continue;
+            Resident one = experts.residents[expert];
+            typename V::Set residents = one.ranks;
+            int earlier = earlier_guests(experts, g.num_slots, expert, rank, slot, experts.ranks[expert] & ~residents);
+            take(expert, rank, one.columns + earlier, number_of<V>(residents) + earlier, -1 - slot);
+        }
     }
 }
 
 // Puts all copies in their places as arcs, and the load of experts with one copy on their ranks.
 template <typename V>
 __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c) {
-    for (int i = threadIdx.x; i < experts.number; i += V::threads)
-        if (number_of<V>(experts.ranks[i]) == 1) atomicAdd(&c.staying()[experts.residents[i].home], experts.load[i]);
+    int own = threadIdx.x;
+    if (own < experts.number && number_of<V>(experts.ranks[own]) == 1)
+        atomicAdd(&c.staying()[experts.residents[own].home], experts.load[own]);
     each_copy(g, experts, c.shape.ranks, threadIdx.x, V::threads, [&](int i, int rank, int column, int, int) {
         typename V::Set holders = experts.ranks[i];
         int place = experts.place[i], quota = experts.residents[i].expert * p.max_replicas + column;
         experts.arcs[place + number_of<V>(holders & below<V>(rank))] = Arc{holders, quota, short(place), short(rank)};
         atomicOr(&experts.of_rank[rank * experts.words + i / 32], 1u << i % 32);
+        atomicOr(&experts.words_of_rank[rank], 1u << i / 32);
         atomicAdd(&experts.num_edges[rank], number_of<V>(holders) - 1);
     });
 }
@@ -136,13 +140,14 @@ template <typename V>
 __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c,
                              int arcs, int* __restrict__ chosen, int first) {
     constexpr int step = V::threads - V::pushing;
-    for (int i = first; i < c.shape.ranks * g.num_slots; i += step) {
-        int expert = experts.guests[i];
-        chosen[c.ranks[i / g.num_slots] * g.num_slots + i % g.num_slots] =
-            expert < 0 ? -1 : experts.residents[expert].expert;
-    }
+    for (int rank = first; rank < c.shape.ranks; rank += step)
+        for (int slot = 0; slot < g.num_slots; ++slot) {
+            int expert = experts.guests[rank * g.num_slots + slot];
+            chosen[c.ranks[rank] * g.num_slots + slot] = expert < 0 ? -1 : experts.residents[expert].expert;
+        }
     if (g.lookup == nullptr) return;
     int first_several = component<V>() * g.max_several, first_copy = component<V>() * g.max_copies;
+    #pragma unroll 1
     for (int i = first; i < experts.number; i += step) {
         bool is_several = number_of<V>(experts.ranks[i]) > 1;
         int m = first_several + experts.several[i], expert = experts.residents[i].expert;
@@ -153,6 +158,7 @@ __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>
     }
     // What lies behind the last has no copies.
     int end = g.max_several + (component<V>() == p.num_components - 1);
+    #pragma unroll 1
     for (int m = (arcs >> 16) + first; m < end; m += step) g.first[first_several + m] = first_copy + (arcs & 0xffff);
     each_copy(g, experts, c.shape.ranks, first, step, [&](int i, int rank, int column, int nth, int slot) {
         int global = c.ranks[rank], expert = experts.residents[i].expert;
@@ -183,7 +189,8 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
     }
     Edge* edges = experts.edges + first;
     int number = 0, most_nth = 0;
-    for (int word = 0; word < experts.words; ++word) {
+    for (unsigned words = experts.words_of_rank[rank]; words != 0; words &= words - 1) {
+        int word = __ffs(words) - 1;
         for (unsigned bits = experts.of_rank[rank * experts.words + word]; bits != 0; bits &= bits - 1) {
             int i = word * 32 + __ffs(bits) - 1, place = experts.place[i];
             Set holders = experts.ranks[i];
@@ -211,7 +218,7 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
     __syncwarp();  // the edges of a rank are made before its threads read them
 }
 
-// Lays out the component in shared memory. The loads of the experts come later.
+// Lays out the component in shared memory. The residents and loads of the experts come later.
 template <typename V>
 __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     const Network& net = p.net;
@@ -225,21 +232,18 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     experts.guests = experts.filled + V::size * g.num_local_slots;
     experts.num_edges = experts.guests + V::size * g.num_slots;
     experts.of_rank = reinterpret_cast<unsigned*>(experts.num_edges + V::size);
-    experts.place = reinterpret_cast<short*>(experts.of_rank + V::size * experts.words);
+    experts.words_of_rank = experts.of_rank + V::size * experts.words;
+    experts.place = reinterpret_cast<short*>(experts.words_of_rank + V::size);
     experts.several = experts.place + net.max_experts;
-    int of_rank = 4 * g.num_local_slots + 4 + 4 * experts.words + 4 * g.num_slots;
+    int of_rank = 4 * g.num_local_slots + 8 + 4 * experts.words + 4 * g.num_slots;
     int end = net.max_experts * (sizeof(Resident) + sizeof(typename V::Set) + 8) + V::size * of_rank;
     experts.arcs = reinterpret_cast<Arc*>(shared + (end + 15) / 16 * 16);
     experts.edges = reinterpret_cast<Edge*>(experts.arcs + net.max_arcs);
     experts.load_by_place = reinterpret_cast<int*>(experts.edges + V::size * net.max_edges);
     experts.tokens = experts.load_by_place + net.max_arcs;
-    experts.in_place = resident_in<V>(g, threadIdx.x);
+    experts.own_rank = int(threadIdx.x / unsigned(g.num_local_slots));
+    experts.own_resident = resident_in<V>(g, experts.own_rank, int(threadIdx.x % unsigned(g.num_local_slots)));
     for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
-    for (int i = threadIdx.x; i < net.max_experts; i += V::threads) {
-        Resident one = g.residents[component<V>() * net.max_experts + i];
-        experts.residents[i] = one;
-        experts.ranks[i] = typename V::Set(one.ranks);
-    }
     return experts;
 }
 
@@ -247,31 +251,41 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
 template <typename V>
 __device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
     int residents = g.num_local_slots - g.num_slots;
-    for (int i = threadIdx.x; i < c.shape.ranks * g.num_local_slots; i += V::threads) {
-        int rank = i / g.num_local_slots, guest = i % g.num_local_slots - residents;
-        int expert = guest >= 0      ? experts.guests[rank * g.num_slots + guest]
-                     : i < V::threads ? experts.in_place
-                                      : resident_in<V>(g, i);
-        if (expert < 0 || number_of<V>(experts.ranks[expert]) == 1) continue;
-        c.tokens[experts.place[expert] + number_of<V>(experts.ranks[expert] & below<V>(rank))] = experts.filled[i];
+    each_place<V>(g, c.shape.ranks, experts.own_rank, experts.own_resident, [&](int i, int rank, int place, int expert) {
+        if (place >= residents) expert = experts.guests[rank * g.num_slots + place - residents];
+        if (expert < 0) return;
+        typename V::Set holders = experts.ranks[expert];
+        if (number_of<V>(holders) == 1) return;
+        c.tokens[experts.place[expert] + number_of<V>(holders & below<V>(rank))] = experts.filled[i];
         atomicAdd(&c.movable()[rank], experts.filled[i]);
+    });
+}
+
+// Clears what copies are counted in; a barrier follows.
+template <typename V>
+__device__ void clear_ranks(const Experts<V>& experts, const Component<V>& c, int base) {
+    if (threadIdx.x < V::size) {
+        c.staying()[threadIdx.x] = base;
+        experts.num_edges[threadIdx.x] = 0;
+        experts.words_of_rank[threadIdx.x] = 0;
     }
+    for (int i = threadIdx.x; i < V::size * experts.words; i += V::threads) experts.of_rank[i] = 0;
 }
 
 // Lays the flow over residents and guests out and solves it, if the batch goes well so far (`solves`). Meanwhile the
-// threads that do not push make the quotas zero and write what `route` needs. Returns false if the rounds did not suffice. `is_filled`: a fill
-// chose the guests.
+// threads that do not push write what `route` needs, and make quotas zero (`zeroes`). Returns false if the rounds did
+// not suffice. `is_filled`: a fill chose the guests.
 template <typename V, bool general>
-__device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c, int base,
-                             bool solves, bool is_filled, int* __restrict__ quota, int* __restrict__ chosen) {
-    if (threadIdx.x < V::size) {
-        c.staying()[threadIdx.x] = base;
-        c.movable()[threadIdx.x] = 0;
-        experts.num_edges[threadIdx.x] = 0;
+__device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c,
+                             bool solves, bool is_filled, bool zeroes, int* __restrict__ quota,
+                             int* __restrict__ chosen) {
+    for (int rank = threadIdx.x; rank < c.shape.ranks; rank += V::threads) {
+        c.movable()[rank] = 0;
+        for (int slot = 0; slot < g.num_slots; ++slot) {
+            int expert = experts.guests[rank * g.num_slots + slot];
+            if (expert >= 0) add_to_set(&experts.ranks[expert], rank);
+        }
     }
-    for (int i = threadIdx.x; i < V::size * experts.words; i += V::threads) experts.of_rank[i] = 0;
-    for (int i = threadIdx.x; i < c.shape.ranks * g.num_slots; i += V::threads)
-        if (experts.guests[i] >= 0) add_to_set(&experts.ranks[experts.guests[i]], i / g.num_slots);
     __syncthreads();  // sums are zero, and every expert has its guests, before copies are counted
     int arcs = place_arcs<V>(experts);
     c.shape.arcs = arcs & 0xffff;
@@ -288,7 +302,7 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
     else split_evenly(c, experts.load_by_place);
     __syncthreads();  // all copies have their tokens, and ranks their sums, before any thread reads them
     if (!balances) {
-        zero_quotas(p, experts, quota);
+        if (zeroes) zero_quotas(p, experts, V::pushing / 32, quota);
         write_routes(p, g, experts, c, arcs, chosen, threadIdx.x - V::pushing);
     } else if (solves && c.shape.arcs > 0) {
         is_balanced = balance<V, general>(c, edges, p.max_rounds);
@@ -321,33 +335,51 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[component<V>() * net.max_experts + expert] : -1;
     int rank = threadIdx.x < V::size ? net.ranks[component<V>() * V::size + threadIdx.x] : 0;
+    // Needed late, so it is under way early.
+    Resident resident{};
+    bool has_resident = threadIdx.x < net.max_experts;
+    if (has_resident) resident = g.residents[component<V>() * net.max_experts + threadIdx.x];
     begin_verdicts<V>(verdicts);
     Experts<V> experts = lay_out<V>(p, g, shared);
     Component<V> c{experts.arcs, nullptr, experts.tokens, first_of_rank, second_of_rank, targets, layers,
                    net.shape[component<V>()], nullptr, net.ranks + component<V>() * V::size, p.speed, nullptr, 0};
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[rank] : 0;
+    clear_ranks(experts, c, base);
+    if (threadIdx.x < V::size) c.movable()[threadIdx.x] = base;  // where fills add up what they begin from
     Ending ending = add_up<V, general>(p, experts.load, c.staying(), quota, sharing, packed, base);
+    if (has_resident) {
+        experts.residents[threadIdx.x] = resident;
+        experts.ranks[threadIdx.x] = Set(resident.ranks);
+    }
     ending.status = max(ending.status, p.status);
-    if (V::blocks > 1) cluster_wait();  // the others are there before words are sent to them
     bool is_first = block_of_component<V>() == 0, is_filled = false;
     bool solves = ending.status == OPTIMAL && c.shape.ranks > 0, chooses = solves && c.shape.ranks > 1;
+    bool zeroes = !chooses || g.max_replicas > 0 || V::blocks == 1 || !Choose::fills;  // else warps without a fill do
     if (chooses) choose.aim(c, ending.total, reinterpret_cast<char*>(experts.arcs));
     if (V::blocks > 1 && is_first && threadIdx.x == 0)  // the best fill
         arrivals_expect(&verdicts.best, c.shape.ranks * (g.num_slots + g.num_local_slots) * int(sizeof(int)));
+    if (V::blocks > 1) cluster_wait();  // the others are there before words are sent to them
+    __syncthreads();  // experts have their residents before any thread reads them
     #pragma unroll 1
     for (bool is_last = false;; is_last = true) {
-        if (is_first && (is_last || (chooses && g.max_replicas > 0)) &&
-            !solve_filled<V, general>(p, g, experts, c, base, solves, is_filled, quota, chosen))
-            ending.status = NOT_CONVERGED;
+        if (is_first && (is_last || (chooses && g.max_replicas > 0))) {
+            if (!solve_filled<V, general>(p, g, experts, c, solves, is_filled, zeroes, quota, chosen))
+                ending.status = NOT_CONVERGED;
+            zeroes = false;
+        }
         if (is_last) break;
-        bool has_guests = chooses && choose(experts, c, verdicts, ending.status == OPTIMAL);
+        bool has_guests = chooses && choose(experts, c, verdicts, ending.status == OPTIMAL, base, quota);
         if (!is_first) return;  // all that is for this block has come
         // What is solved is the plan. An only block has made fills in its place.
         if (chooses && g.max_replicas > 0 && !has_guests && V::blocks > 1) break;
         is_filled = has_guests && Choose::fills;
-        if (has_guests) continue;
-        for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
-        __syncthreads();  // guests of no use are gone before the flow asks for them
+        if (g.max_replicas > 0) {
+            __syncthreads();  // all have read the residents' loads before they are cleared
+            clear_ranks(experts, c, base);
+        }
+        if (!has_guests)
+            for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
+        __syncthreads();  // guests of no use are gone, and sums of the residents, before copies are counted
     }
     if (solves) {
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
@@ -373,29 +405,37 @@ struct Chooser {
         target = int(min(mean + (long long)mean * g.tolerance / GUEST_PARTS, (long long)MAX_TOTAL));
     }
 
-    // As `fill_slots`. `is_solved`: whether the residents are, if there are replicas.
-    __device__ bool operator()(const Experts<V>& experts, const Component<V>& c, Verdicts& verdicts,
-                               bool is_solved) const {
+    // As `fill_slots`. `is_solved`: whether the residents are, if there are replicas. Else `c.movable()` has the base
+    // loads, and warps of the first block that make no fills make the quotas zero.
+    __device__ bool operator()(const Experts<V>& experts, const Component<V>& c, Verdicts& verdicts, bool is_solved,
+                               int base, int* __restrict__ quota) const {
         Speeds<V, general> speeds(p, c.ranks, c.shape.ranks);
         int S = g.num_local_slots, num_places = V::size * S, set = sizeof(typename V::Set), lane = threadIdx.x % 32;
         char* shared = reinterpret_cast<char*>(experts.arcs);
-        int *tokens = reinterpret_cast<int*>(shared), *load_of_rank = tokens + num_places;
-        Start<V> start{c.shape.ranks, experts.number, S, g.num_slots, g.num_ranks_per_node, experts.residents,
-                       experts.ranks, tokens, reinterpret_cast<short*>(load_of_rank + V::size), load_of_rank};
+        Start<V> start{c.shape.ranks, experts.number, S, g.num_slots, g.num_ranks_per_node, g.max_replicas > 0,
+                       experts.residents, experts.ranks, reinterpret_cast<Place*>(shared), c.movable()};
+        bool is_first = block_of_component<V>() == 0, has_replicas = g.max_replicas > 0;
         // The first block has the residents' flow in the place of fills.
-        bool is_first = block_of_component<V>() == 0, fills = V::blocks == 1 || g.max_replicas == 0 || !is_first;
-        if (fills) split_over_residents(p, g, start, experts.load, c.ranks, experts.in_place);
+        bool fills = V::blocks == 1 || !has_replicas || !is_first;
+        if (V::blocks == 1 && has_replicas) {
+            if (threadIdx.x < V::size) start.load[threadIdx.x] = base;
+            __syncthreads();  // base loads are there before tokens are added
+        }
+        if (fills) split_over_residents(g, start, experts.load, experts.own_rank, experts.own_resident);
+        constexpr int filling = FILLS / V::blocks;
+        if (V::blocks > 1 && !has_replicas && is_first && threadIdx.x / 32 >= filling)
+            zero_quotas(p, experts, filling, quota);
         int level = 0;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             int rank = lane + 32 * i;
-            if (rank >= c.shape.ranks || (g.max_replicas > 0 && !is_first)) continue;
-            level = max(level, speeds.level(g.max_replicas > 0 ? c.load()[rank] : start.load[rank], i));
+            if (rank >= c.shape.ranks || (has_replicas && !is_first)) continue;
+            level = max(level, speeds.level(has_replicas ? c.load()[rank] : start.load[rank], i));
         }
         level = is_solved ? __reduce_max_sync(~0u, level) : 0;
-        if (level <= target && (V::blocks == 1 || g.max_replicas == 0)) return false;  // and all blocks know it
-        int of_start = (6 * num_places + 4 * V::size + 7) / 8 * 8;
-        int of_fill = (set * start.num_experts + 6 * num_places + 4 * V::size + 7) / 8 * 8;
+        if (level <= target && (V::blocks == 1 || !has_replicas)) return false;  // and all blocks know it
+        int of_start = sizeof(Place) * num_places;
+        int of_fill = (of_start + set * start.num_experts + 4 * V::size + 7) / 8 * 8;
         return fill_slots<V, general>(g, start, speeds, shared + of_start, of_fill, verdicts, fills, target, level,
                                       experts.guests, experts.filled);
     }

@@ -98,12 +98,10 @@ __device__ void bulk_wait() { LPLB_SM_90("cp.async.bulk.wait_group 0;" ::: "memo
 // --- Clusters: blocks that run at the same time, and send each other words. A word comes into the other block's shared
 // memory, and then it counts there as arrived. Who has waited for all of a phase sees them, without a fence.
 
-// A barrier of all threads of a cluster, in two parts. `publishes`: what this warp has written in shared memory before
-// is there for other blocks' words behind it.
-__device__ void cluster_arrive(bool publishes) {
-    if (publishes) LPLB_SM_90("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    else LPLB_SM_90("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
+// A barrier of all threads of a cluster, in two parts. It orders no memory: a fence of the whole memory, as it would
+// need, takes as long as a load. Words of arrivals that were made ready before the first part are so behind the second.
+__device__ void arrivals_are_ready_for_cluster() { LPLB_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ void cluster_arrive() { LPLB_SM_90("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ void cluster_wait() { LPLB_SM_90("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Where a block of the cluster has a variable of shared memory. `shared`: where this block has its own.

@@ -16,10 +16,10 @@ import numpy.typing as npt
 from ..placement.optimum import components
 from ..placement.table import Placement
 from . import structs
-from .structs import ARC, COPY, EDGE, MAX_PLACES
+from .structs import ARC, COPY, EDGE, MAX_EXPERTS, MAX_PLACES
 
-MAX_RANKS, MAX_EXPERTS = 64, 512
-"""Of one component: ranks are bits of a word; the tables of the experts lie in shared memory."""
+MAX_RANKS = 64
+"""Of one component: ranks are bits of a word."""
 
 
 SIZES = (8, 16, 32, 64)

@@ -111,10 +111,10 @@ def _guest_bytes(capacity: Capacity, num_blocks: int) -> int:
     """As `kernels/guests.cuh` and `kernels/choose.cuh` lay out a component."""
     c, a_set = capacity, 8 if capacity.size > 32 else 4
     of_experts = c.max_experts * (RESIDENT.size + a_set + 8)
-    of_ranks = c.size * (4 * c.num_places + 4 + 4 * -(-c.max_experts // 32) + 4 * c.num_guests)
+    of_ranks = c.size * (4 * c.num_places + 8 + 4 * -(-c.max_experts // 32) + 4 * c.num_guests)
     of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
-    start = _multiple(8, c.size * (6 * c.num_places + 4))
-    of_fill = _multiple(8, c.max_experts * a_set + c.size * (6 * c.num_places + 4))
+    start = 8 * c.size * c.num_places
+    of_fill = _multiple(8, start + c.max_experts * a_set + 4 * c.size)
     # The first of several blocks solves the residents instead.
     num_filling = num_blocks - (num_blocks > 1 and c.max_replicas > 0)
     choice = max(start + -(-len(RULES) // num_filling) * of_fill, 4 * c.num_components)

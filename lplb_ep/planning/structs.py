@@ -72,6 +72,8 @@ class Sum(enum.IntEnum):
     """The guest's is bfloat16, its home's of 32 bits."""
 
 
+MAX_EXPERTS = 512
+"""Of one component: their tables lie in shared memory, and with guest slots a thread has each."""
 MAX_PLACES = 544
 """Slots of a rank, where there are guest slots: a multiple of 32."""
 
@@ -426,6 +428,7 @@ def abi_header() -> str:
         enum_text(ErrorFlag, "FLAG_"),
         constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
         constant_text("int", "GUEST_PARTS", GUEST_PARTS, "of 1, in which a tolerance is counted"),
+        constant_text("int", "MAX_EXPERTS", MAX_EXPERTS, "of a component"),
         constant_text("int", "MAX_PLACES", MAX_PLACES, "slots of a rank that has guest slots"),
         constant_text("int", "NUM_ROUNDS", NUM_ROUNDS, "of fills, at most"),
         constant_text("int", "NUM_TARGETS", NUM_TARGETS, "limits of fills in a later round"),

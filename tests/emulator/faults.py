@@ -393,14 +393,14 @@ FAULTS = [
     Fault(
         "guests are not added to the holders",
         "guests.cuh",
-        "add_to_set(&experts.ranks[experts.guests[i]], i / g.num_slots);",
+        "add_to_set(&experts.ranks[expert], rank);",
         ";",
     ),
     Fault(
         "guests come before the residents",
         "guests.cuh",
-        "i / g.num_slots, one.columns + earlier,",
-        "i / g.num_slots, earlier,",
+        "take(expert, rank, one.columns + earlier,",
+        "take(expert, rank, earlier,",
     ),
     Fault(
         "guests of one expert by rank alone",
@@ -426,8 +426,38 @@ FAULTS = [
     Fault(
         "quotas of copies that do not exist stay",
         "guests.cuh",
-        "        zero_quotas(p, experts, quota);\n",
-        "",
+        "            zero_quotas(p, experts, filling, quota);",
+        "            ;",
+    ),
+    Fault(
+        "quotas of copies that do not exist stay where there are replicas",
+        "guests.cuh",
+        "if (zeroes) zero_quotas(",
+        "if (false) zero_quotas(",
+    ),
+    Fault(
+        "words are sent before all blocks have begun",
+        "guests.cuh",
+        "    if (V::blocks > 1) cluster_wait();",
+        "    ",
+    ),
+    Fault(
+        "verdicts are read before they have come",
+        "choose.cuh",
+        "    else arrivals_wait(&verdicts.arrived[round], 0);",
+        "    else __syncthreads();",
+    ),
+    Fault(
+        "the best fill is read before it has come",
+        "choose.cuh",
+        "    else if (block == 0) arrivals_wait(&verdicts.best, 0);",
+        "    else __syncthreads();",
+    ),
+    Fault(
+        "a kept fill is not sent",
+        "choose.cuh",
+        "        if (is_better) {\n            take_guests(start, fill, put_guest",
+        "        if (true) {\n            take_guests(start, fill, put_guest",
     ),
     Fault(
         "the fill's tokens do not count as load",
@@ -444,8 +474,8 @@ FAULTS = [
     Fault(
         "a copy takes more than its slack",
         "fill.cuh",
-        "int taken = min(able, fill.slack[w]);",
-        "int taken = fill.slack[w] > 0 ? able : 0;",
+        "holds ? min(able, fill.slack[w]) : 0;",
+        "holds && fill.slack[w] > 0 ? able : 0;",
     ),
     Fault(
         "excess moves to any priority",
@@ -453,7 +483,7 @@ FAULTS = [
         "lower >= unsigned(best) || ~lower <= key) continue;",
         "~lower <= key) continue;",
     ),
-    Fault("guests do not count as copies", "fill.cuh", "fill.holders[what] |= Set(1) << to;", ";"),
+    Fault("guests do not count as copies", "fill.cuh", "= others | Set(1) << to;", "= others;"),
     Fault("slots are not used up", "fill.cuh", "fill.used[i] += lane + 32 * i == to;", ";"),
     Fault(
         "slack to spare is that of all ranks",
@@ -464,7 +494,7 @@ FAULTS = [
     Fault(
         "the last slot fills up always",
         "fill.cuh",
-        "is_wasted(fill, G, slack - need, rule.shift))",
+        "slack - need > spare)",
         "true)",
     ),
     Fault(
@@ -504,7 +534,7 @@ FAULTS = [
         "guests that gain little are taken",
         "choose.cuh",
         "high > verdicts.level - g.min_tokens)",
-        "high > verdicts.level)"
+        "high > verdicts.level)",
         "of fills that gain as little the one without guests is the best",
     ),
     Fault(
@@ -522,8 +552,8 @@ FAULTS = [
     Fault(
         "the rest of a split goes to the last",
         "choose.cuh",
-        "(nth < load[expert] % number)",
-        "(number - 1 - nth < load[expert] % number)",
+        "(number_of<V>(holders & below<V>(rank)) < own % number)",
+        "(number_of<V>(holders & ~below<V>(rank)) <= own % number)",
     ),
     Fault("a mask keeps all", "route.cu", "given[n] < 0 ? Index(-1)", "false ? Index(-1)"),
 ]

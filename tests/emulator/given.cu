@@ -13,7 +13,7 @@ struct Given {
 
     __device__ void aim(const lplb::Component<V>&, int, char*) {}
 
-    __device__ bool operator()(const lplb::Experts<V>& experts, const lplb::Component<V>& c, lplb::Verdicts&, bool) const {
+    __device__ bool operator()(const lplb::Experts<V>& experts, const lplb::Component<V>& c, lplb::Verdicts&, bool, int, int*) const {
         for (int i = threadIdx.x; i < c.shape.ranks * g.num_slots; i += V::threads)
             for (int e = 0; e < experts.number; ++e)
                 if (experts.residents[e].expert == given[c.ranks[i / g.num_slots] * g.num_slots + i % g.num_slots])

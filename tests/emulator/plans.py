@@ -134,7 +134,7 @@ class Rank:
         capacity = replace(layout.capacity_for(placement), size=variant.size)
         record = solvers.solver_record(solver, placement)
         self.route_library = library(route_program(dtype))
-        num_blocks = self._num_blocks = record.num_cluster_blocks
+        self._num_blocks = num_blocks = record.num_cluster_blocks
         self._num_solver_bytes = record.num_shared_bytes(
             capacity, placement.num_experts, num_blocks
         )
@@ -269,7 +269,8 @@ class Rank:
             error_flags=self.error_flags.ctypes.data,
             **self._rest_of_problem(bounds, max_rounds, status),
         )
-        grid = (self._num_blocks * (self.num_components + -(-picks.num_chunks // self._num_blocks)), 1)
+        helpers = -(-picks.num_chunks // self._num_blocks)  # whole clusters of them
+        grid = self._num_blocks * (self.num_components + helpers), 1
         return self._solve(grid, problem, bounds, plan.guests, self.routes)
 
     def solve_loads(

@@ -27,7 +27,8 @@ void bulk_wait_read() {
 }
 inline void bulk_wait() { emulated_bulk_wait(0, 1); }
 
-inline void cluster_arrive(bool) { emulated_cluster_arrive(); }
+inline void arrivals_are_ready_for_cluster() {}
+inline void cluster_arrive() { emulated_cluster_arrive(); }
 inline void cluster_wait() { emulated_cluster_wait(); }
 template <typename T>
 void send(int block, T* to, T value, unsigned long long* arrivals) {
