@@ -62,7 +62,7 @@ __device__ void tell(Verdicts& verdicts, int round, T* to, T value, unsigned few
     }
 }
 
-// Waits until all have told theirs.
+// Waits until the verdicts of a round have come.
 template <typename V>
 __device__ void hear(Verdicts& verdicts, int round) {
     if (V::blocks == 1) __syncthreads();  // all fills of the round are judged before the best is looked for

@@ -88,9 +88,9 @@ __device__ int earlier_guests(const Experts<V>& experts, int num_slots, int expe
     return earlier;
 }
 
-// Takes the copies of experts with several, by the threads from `first` on, `step` in all. `take` gets the expert's
-// number, the copy's local rank, its column, how many copies in lower columns may get tokens, and its slot; -1 - n: the
-// rank's n-th guest slot. Threads that have no home have guests.
+// Takes the copies of experts with several, by the threads from `first` on, `step` in all. Guests go to the last
+// threads, which have no homes. `take` gets the expert's number, the copy's local rank, its column, its place among
+// the copies that may get tokens, and its slot. A slot below 0 is the rank's guest slot -1 - slot.
 template <typename V, typename Take>
 __device__ void each_copy(const Guests& g, const Experts<V>& experts, int num_ranks, int first, int step, Take take) {
     #pragma unroll 1
@@ -370,7 +370,7 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
         if (is_last) break;
         bool has_guests = chooses && choose(experts, c, verdicts, ending.status == OPTIMAL, base, quota);
         if (!is_first) return;  // all that is for this block has come
-        // What is solved is the plan. An only block has made fills in its place.
+        // Without guests the residents' plan stays. An only block has made fills in its place.
         if (chooses && g.max_replicas > 0 && !has_guests && V::blocks > 1) break;
         is_filled = has_guests && Choose::fills;
         if (g.max_replicas > 0) {

@@ -119,8 +119,8 @@ def parameters(text):
     """{kernel: [(type, name)]} of a source; types without qualifiers of a parameter's own."""
     found = {}
     for name, inside in re.findall(
-        r'extern "C" __global__[^(]*?(?:__launch_bounds__\([^)]*\) )?'
-        r"(\w+)\(([^)]*)\)",
+        r'extern "C" __global__[^(]*?(?:__cluster_dims__\([^)]*\) )?'
+        r"(?:__launch_bounds__\([^)]*\)\s+)?(\w+)\(([^)]*)\)",
         re.sub(r"//[^\n]*", "", text),
     ):
         found[name] = []
