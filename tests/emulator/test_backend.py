@@ -158,6 +158,7 @@ def make(library, monkeypatch):
         monkeypatch.setattr(module, "on_device", lambda index: contextlib.nullcontext())
     for name in ("current_stream", "is_current_stream_capturing"):
         monkeypatch.setattr(torch.cuda, name, getattr(fake.cuda, name))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(device_tables, "max_shared_bytes", lambda index: emulator.MAX_SHARED_BYTES)
     monkeypatch.setattr(planner, "choose_solver", lambda solver, *asked: (solver, ""))
     monkeypatch.setattr(planner, "solver_fact", lambda *asked: "flow")
