@@ -218,6 +218,63 @@ def _draw_steps(
     return drawn
 
 
+def plot_runs(
+    path: str | os.PathLike[str],
+    *,
+    losses: Mapping[str, torch.Tensor],
+    imbalances: Mapping[str, torch.Tensor],
+    tokens_a_second: Mapping[str, float],
+    title: str = "",
+) -> None:
+    """Draws training runs beside one another: losses, imbalance at every step, and speed.
+
+    Args:
+        path: the PNG to write.
+        losses: [S] by the runs' names, at most ten.
+        imbalances: [S] by the same names: largest / mean rank load.
+        tokens_a_second: by the same names.
+        title: headline.
+
+    Raises:
+        ValueError: the names differ.
+        MissingPackageError: matplotlib is not installed.
+        OSError: the file cannot be written.
+    """
+    names = [*losses]
+    if names != [*imbalances] or names != [*tokens_a_second]:
+        raise ValueError(
+            f"losses, imbalances and tokens_a_second must have the same names; got {names}, "
+            f"{[*imbalances]}, {[*tokens_a_second]}"
+        )
+
+    def draw(figure: Figure) -> None:
+        parts = figure.subplots(1, 3, width_ratios=(1.2, 1.2, 0.9))
+        colours = [f"C{number}" for number in range(len(names))]
+        drawn = []
+        for axes, values, what in (
+            (parts[0], losses, "loss"),
+            (parts[1], imbalances, "imbalance: max / mean rank load"),
+        ):
+            drawn = [
+                axes.plot(values[name].double().numpy(), color=colour, lw=1.1, label=name)[0]
+                for name, colour in zip(names, colours, strict=True)
+            ]
+            axes.set_xlabel("training step")
+            axes.set_ylabel(what)
+        parts[1].axhline(1, color="0.35", lw=1, ls=(0, (4, 3)), zorder=1)
+        speeds = [tokens_a_second[name] for name in names]
+        parts[2].bar(range(len(names)), speeds, color=colours)
+        parts[2].set_xticks([])
+        parts[2].set_ylabel("tokens a second")
+        parts[2].yaxis.set_major_formatter("{x:,.0f}")
+        for axes in parts:
+            _finish(axes)
+        figure.legend(handles=drawn, loc="outside lower left", ncols=5, **_LEGEND)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+    _save_picture(path, (12, 4.2), draw)
+
+
 def plot_placement(
     path: str | os.PathLike[str], placement: Placement, load: torch.Tensor, *, title: str = ""
 ) -> None:

@@ -1,12 +1,16 @@
 """Megatron-Core's MoE layers over the embedded buffers: plain, at home, and balanced by guests."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
 from gpt import EXPERTS, Run, load, save, train
+from layers import ROOT
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
@@ -115,3 +119,18 @@ def logical(weights, ep):
                 parts[number] = str(rank * (EXPERTS // ep) + int(parts[number]))
             found[".".join(parts)] = weight
     return found
+
+
+def test_the_benchmark_trains_in_every_mode(tmp_path):
+    script = ROOT / "benchmarks" / "megatron_training.py"
+    out = tmp_path / "out.json"
+    sizes = ["--tiny", "--steps", "3", "--runs", "plain:0", "guests:0", "forced:0"]
+    files = ["--json", str(out), "--picture", str(tmp_path / "out.png")]
+    command = [sys.executable, str(script), *sizes, *files]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stderr
+    runs = json.loads(out.read_text())["runs"]
+    assert runs["guests:0"]["losses"] == pytest.approx(runs["plain:0"]["losses"], rel=1e-4)
+    assert max(runs["guests:0"]["imbalance"]) < 1.05 < max(runs["plain:0"]["imbalance"])
+    assert "| guests:0 |" in result.stdout
+    assert (tmp_path / "out.png").stat().st_size > 10_000
