@@ -9,6 +9,8 @@ from unittest import mock
 
 import torch
 
+from lplb_ep import ContractError
+
 EXPERTS, HIDDEN, SEQUENCE, VOCABULARY = 8, 32, 16, 64
 
 
@@ -146,11 +148,13 @@ class Training:
         )
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
+        from lplb_ep.clients.balance import Balance
         from lplb_ep.clients.megatron import balance
 
         self.run, self.config = run, config_of(run)
         chunks = chunks_of(run, self.config)
-        self.balance = balance(chunks, **run.balance)
+        off = run.balance.get("off")
+        self.balance = Balance() if off else balance(chunks, **run.balance)
         ddp = DistributedDataParallelConfig(**{"grad_reduce_in_fp32": True, **run.ddp})
         self.chunks = [
             DistributedDataParallel(self.config, ddp, chunk, disable_bucketing=number > 0)
@@ -178,6 +182,7 @@ class Training:
             self.config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
 
     def batches(self):
+        """Micro-batches of tokens, the same in every run."""
         generator = torch.Generator().manual_seed(self.data_rank())
         while True:
             yield torch.randint(VOCABULARY, (2, SEQUENCE + 1), generator=generator)
@@ -290,3 +295,55 @@ def load(group, run, path):
         report = training.balance.report()
         training.balance.remove()
         return weights, after, report
+
+
+def removed(group, run):
+    """Balances and takes it back. Returns attributes before, with, and after it, and losses."""
+    with megatron(run):
+        training = Training(dataclasses.replace(run, balance={"off": True}))
+        module = training.chunks[0].module
+        before, loss = seams(module), training.gradients(training.batches())
+        from lplb_ep.clients.megatron import balance
+
+        balanced = balance(training.chunks)
+        during, again = seams(module), training.gradients(training.batches())
+        said = str(balanced)
+        balanced.remove()
+        after, last = seams(module), training.gradients(training.batches())
+        return before, during, after, [loss, again, last], said, str(balanced)
+
+
+def seams(model):
+    """What balancing puts in place of Megatron's in the first MoE layer."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    layer = model.decoder.layers[0].mlp
+    manager = layer.token_dispatcher._comm_manager
+    return (
+        manager.num_local_experts,
+        layer.token_dispatcher.num_local_experts,
+        len(layer.experts.local_experts),
+        "forward" in vars(layer.experts),
+        "dispatch" in vars(manager),
+        fused_a2a.Buffer.__module__,
+        sorted(model.state_dict()),
+    )
+
+
+def refusal(group, run, change):
+    """The error of a model with other settings than those that are supported."""
+    from lplb_ep.clients.megatron import balance
+
+    with megatron(run):
+        chunks = chunks_of(run, config_of(run))
+        for layer in chunks[0].decoder.layers:
+            for path, value in change.items():
+                target, *names = layer.mlp, *path.split(".")
+                for name in names[:-1]:
+                    target = getattr(target, name)
+                setattr(target, names[-1], value)
+        try:
+            balance(chunks)
+        except ContractError as error:
+            return str(error)
+    return ""

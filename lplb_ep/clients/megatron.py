@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..deepep import drop_in
 from ..deepep.context import use
-from ..deepep.patch import patch
+from ..deepep.patch import provide
 from ..layer import Layer
 from ..weights.guests import Guests
 from ..weights.slots import is_distributed
@@ -35,7 +35,7 @@ def provide_buffers() -> None:
 
     Call it before Megatron-Core is imported. `lplb-ep run` does it by itself.
     """
-    patch()
+    provide()
 
 
 def balance(model: nn.Module | Sequence[nn.Module], *, guests: int | None = None) -> Balance:
@@ -66,7 +66,7 @@ def balance(model: nn.Module | Sequence[nn.Module], *, guests: int | None = None
         refuse(name, [*_obstacles(module)])
     # The class that is looked up with each buffer, which is made when the first batch comes.
     made.replace(fused_a2a, "Buffer", drop_in.Buffer)
-    made.replace(fused_a2a, "_buffer", None)
+    fused_a2a._buffer = None
     made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
     first = next(iter(layers.values()))
     manager = first.token_dispatcher._comm_manager

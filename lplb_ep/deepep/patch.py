@@ -13,11 +13,20 @@ from .modules import layers_of_file
 log = logging.getLogger(__name__)
 
 
+def provide() -> None:
+    """Gives the embedded module DeepEP's name, where DeepEP is not to be had.
+
+    A program that imports `deep_ep` then runs without it, and its buffers plan nothing.
+    """
+    module = chosen_module()
+    if sys.modules.setdefault("deep_ep", module).__name__ == "lplb_ep.embedded":
+        sys.modules["deep_ep.utils"] = module.utils
+
+
 def patch() -> None:
     """Puts the overriding methods on the original classes.
 
-    Where DeepEP is not to be had, the embedded module takes its name, so that a program that
-    imports `deep_ep` runs without it.
+    Where DeepEP is not to be had, the embedded module takes its name, as by `provide`.
 
     Raises:
         ContractError: a class lacks something that the methods rely on. None is changed then.
@@ -25,8 +34,7 @@ def patch() -> None:
     module = chosen_module()
     bases = [getattr(module, name) for name in HOOKS if hasattr(module, name)]
     made = {base: overrides(base) for base in bases if base not in patched}
-    if sys.modules.setdefault("deep_ep", module).__name__ == "lplb_ep.embedded":
-        sys.modules["deep_ep.utils"] = module.utils
+    provide()
     for base, methods in made.items():
         patched[base] = {name: vars(base).get(name) for name in methods}
         for name, method in methods.items():
@@ -47,7 +55,7 @@ def _find_modules() -> None:
 
 
 def unpatch() -> None:
-    """Takes back what `patch` did."""
+    """Takes back what `patch` did, or `provide`."""
     for base, originals in patched.items():
         for name, method in originals.items():
             if method is None:

@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import EXPERTS, Run, load, save, train
+from gpt import EXPERTS, Run, load, refusal, removed, save, train
 from layers import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -134,3 +134,39 @@ def test_the_benchmark_trains_in_every_mode(tmp_path):
     assert max(runs["guests:0"]["imbalance"]) < 1.05 < max(runs["plain:0"]["imbalance"])
     assert "| guests:0 |" in result.stdout
     assert (tmp_path / "out.png").stat().st_size > 10_000
+
+
+def test_off_nothing_is_changed_and_removed_all_is_as_before():
+    for before, during, after, _, said, _ in ranks.run(2, removed, Run(), environ=OFF):
+        assert before == during == after
+        assert said == "nothing is balanced: LPLB_EP is 0 or unset"
+    for before, during, after, losses, said, gone in ranks.run(2, removed, Run(), environ=ON):
+        assert before == after
+        # One guest slot for the four experts of a rank; all but the manager still knows four.
+        assert before[:5] == (4, 4, 4, False, False)
+        assert during[:5] == (5, 4, 4, True, True)
+        assert before[6] == during[6]
+        assert losses[0] == losses[2] == pytest.approx(losses[1], rel=1e-5)
+        assert said.startswith("2 MoE layers, ")
+        assert "imbalance" in said
+        assert gone.startswith("nothing is balanced")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config.moe_token_dispatcher_type": "alltoall"}, "is 'alltoall': set 'flex'"),
+        ({"config.moe_flex_dispatcher_backend": "hybridep"}, "is 'hybridep': set 'deepep'"),
+        ({"config.moe_flex_dispatcher_backend": "ncclep"}, "is 'ncclep': set 'deepep'"),
+        ({"token_dispatcher.tp_size": 2}, "expert_tensor_parallel_size is 2: set 1"),
+        ({"config.delay_wgrad_compute": True}, "delay_wgrad_compute is True: turn it off"),
+        ({"config.overlap_moe_expert_parallel_comm": True}, "parallel_comm is True: turn it off"),
+        ({"config.cuda_graph_impl": "local"}, "cuda_graph_impl is 'local'"),
+        ({"config.fp8": "e4m3"}, "fp8 is 'e4m3': turn it off"),
+        ({"experts": torch.nn.Identity()}, "its experts are a Identity: build a SequentialMLP"),
+    ],
+)
+def test_models_that_are_not_supported_are_refused_by_name(change, message):
+    for said in ranks.run(2, refusal, Run(), change, environ=ON):
+        assert said.startswith("decoder.layers.0.mlp cannot be balanced: ")
+        assert message in said
