@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import logging
 from collections.abc import Callable, Iterable
@@ -17,9 +18,11 @@ from ..deepep.patch import patch
 from ..errors import ContractError, PlacementError
 from ..layer import Layer
 from ..placement.table import Placement
+from ..planning.structs import Status
 from ..settings import Settings, put_in_environment
 
 log = logging.getLogger(__name__)
+"""For SGLang's processes, too; vLLM shows the lines of its own loggers only."""
 
 MAX_RANKS = 64
 """Ranks of an engine. It may join them all by copies, and a GPU's solver takes so many."""
@@ -71,6 +74,12 @@ class EngineLayers:
             self.layers[number] = layer = Layer(self._placement(number))
             layer.is_refreshable = layer.moves_homes = True
             layer.mark_valid()
+
+    @property
+    def num_batches(self) -> collections.Counter[Status]:
+        """Batches of this rank that were planned so far, by status; waits for the GPU."""
+        planners = [p for layer in self.layers.values() for p in layer.current_planners()]
+        return sum((p.num_batches for p in planners), collections.Counter())
 
     @property
     def is_current(self) -> bool:
@@ -150,6 +159,11 @@ class EngineLayers:
             return Placement(row, max_replicas=most, **self._shape)  # type: ignore[arg-type]
         except PlacementError as error:
             raise PlacementError(f"row {number} of the engine's table: {error}") from error
+
+
+def describe(numbers: collections.Counter[Status]) -> str:
+    """Batches by status, for a log."""
+    return ", ".join(f"{number} {status.name}" for status, number in sorted(numbers.items()))
 
 
 def switch_on(engine: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..errors import ContractError
-from .engines import EngineLayers, log, switch_on
+from .engines import EngineLayers, describe, log, switch_on
 
 balanced: list[EngineLayers] = []
 """The layers of the model in this process."""
@@ -78,7 +78,7 @@ def balance(model: torch.nn.Module, num_ranks: int, num_ranks_per_node: int | No
                         "experts that are fused with the routed ones are not balanced"
                     )
                 _put_in_force(engine, number, dispatcher, slot)
-    log.info("SGLang: %d MoE layers plan their batches", len(modules))
+    log.info("%d MoE layers plan their batches (lplb_ep)", len(modules))
     return engine
 
 
@@ -178,6 +178,6 @@ def _add(_: Any, runner: Any, *args: Any, **kwargs: Any) -> None:
 def _follow(*_: Any) -> None:
     """After `ExpertLocationMetadata.update`."""
     for engine in balanced:
-        moved = engine.refresh()
-        if moved:
-            log.info("SGLang has moved experts of %d MoE layers", len(moved))
+        if moved := engine.refresh():
+            planned = describe(engine.num_batches)
+            log.info("experts of %d MoE layers have moved; planned: %s", len(moved), planned)

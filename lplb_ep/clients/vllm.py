@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from ..deepep.channels import BufferState
 from ..errors import ContractError
-from .engines import EngineLayers, log, switch_on
+from .engines import EngineLayers, describe, switch_on
+
+log = logging.getLogger("vllm.lplb_ep")  # whose lines vLLM shows
 
 _BACKENDS = "deepep_high_throughput, deepep_low_latency or deepep_v2"
 
@@ -64,7 +67,7 @@ def balance(model_state: Any) -> EngineLayers:
         for slot in range(num_slots):
             dispatcher.buffer.view(engine.layers[number], slot)  # makes the channel, on all ranks
         engine.put_in_force(number, dispatcher, "prepare_async", _micro_batch())
-    log.info("vLLM: %d MoE layers plan their batches", len(dispatchers))
+    log.info("%d MoE layers plan their batches (lplb_ep)", len(dispatchers))
     return engine
 
 
@@ -129,6 +132,7 @@ def _add(eplb_state: Any) -> None:
 def _follow(eplb_state: Any) -> None:
     for model_state in eplb_state.model_states.values():
         if id(model_state) in balanced:
-            moved = balanced[id(model_state)].refresh()
-            if moved:
-                log.info("vLLM has moved experts of %d MoE layers", len(moved))
+            engine = balanced[id(model_state)]
+            if moved := engine.refresh():
+                planned = describe(engine.num_batches)
+                log.info("experts of %d MoE layers have moved; planned: %s", len(moved), planned)

@@ -26,6 +26,7 @@ def served(group, kind, num_micro_batches, num_steps=6):
     args = kind, dispatchers, tables, engine.refresh, num_micro_batches, num_steps
     seen = serving.serve(group, *args)
     planners = channels.get(group, {}).values()
+    assert sum(engine.num_batches.values()) in (0, num_steps * 2 * num_micro_batches)
     own = [planner for planner in planners if planner.layer in engine.layers.values()]
     statuses = [dict(planner.num_batches) for planner in own]
     return seen, statuses
