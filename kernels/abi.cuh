@@ -72,6 +72,12 @@ enum Sum {
     SUM_BFLOATS_TO_FLOATS = 2,
 };
 
+// Why a rank's guests are missing, in the host's memory; 0: they are not.
+enum Missing {
+    MISSING_LATE = 1,
+    MISSING_REFUSES = 2,
+};
+
 // How a component of the replica graph ends.
 struct __align__(8) Ending {
     int status;  // a Status
@@ -368,11 +374,13 @@ struct Travel {
     Word* const* arrived;         // [R] each rank's [R]: the ticket of the last push from each rank
     Word* const* present;         // [R] each rank's [2, R]: where each came last, and what it left
     Word* last;                   // [R] the last meeting, if that rank came to it, or 0
+    Word* refused;                // [1] the number of the last batch that a rank refused
     int* num_done;                // [1] blocks that have pushed, 0 between launches
-    volatile int* missing;        // [R] in the host's memory: 1 where a rank did not come in time
+    volatile int* missing;        // [R] in the host's memory: a Missing, or 0
     long long limit_ns;           // how long to wait for it
     int use;                      // uses of the batch's number that came before
     int has_met;                  // 1: the ranks met instead of exchanging rows
+    int refuses;                  // 1: this rank meets to refuse the batch
     int num_parameters;           // of an expert
     int num_chunks;               // of an expert's parameters
     int num_guests;               // guest slots of a rank
@@ -382,7 +390,7 @@ struct Travel {
     int node_size;                // ranks of a node
     int rank;                     // this rank
 };
-LPLB_SIZE(Travel, 152);
+LPLB_SIZE(Travel, 168);
 LPLB_PLACE(Travel, guests, 0);
 LPLB_PLACE(Travel, status, 8);
 LPLB_PLACE(Travel, batch, 16);
@@ -394,19 +402,21 @@ LPLB_PLACE(Travel, memory, 56);
 LPLB_PLACE(Travel, arrived, 64);
 LPLB_PLACE(Travel, present, 72);
 LPLB_PLACE(Travel, last, 80);
-LPLB_PLACE(Travel, num_done, 88);
-LPLB_PLACE(Travel, missing, 96);
-LPLB_PLACE(Travel, limit_ns, 104);
-LPLB_PLACE(Travel, use, 112);
-LPLB_PLACE(Travel, has_met, 116);
-LPLB_PLACE(Travel, num_parameters, 120);
-LPLB_PLACE(Travel, num_chunks, 124);
-LPLB_PLACE(Travel, num_guests, 128);
-LPLB_PLACE(Travel, num_local_slots, 132);
-LPLB_PLACE(Travel, num_ranks, 136);
-LPLB_PLACE(Travel, first_rank, 140);
-LPLB_PLACE(Travel, node_size, 144);
-LPLB_PLACE(Travel, rank, 148);
+LPLB_PLACE(Travel, refused, 88);
+LPLB_PLACE(Travel, num_done, 96);
+LPLB_PLACE(Travel, missing, 104);
+LPLB_PLACE(Travel, limit_ns, 112);
+LPLB_PLACE(Travel, use, 120);
+LPLB_PLACE(Travel, has_met, 124);
+LPLB_PLACE(Travel, refuses, 128);
+LPLB_PLACE(Travel, num_parameters, 132);
+LPLB_PLACE(Travel, num_chunks, 136);
+LPLB_PLACE(Travel, num_guests, 140);
+LPLB_PLACE(Travel, num_local_slots, 144);
+LPLB_PLACE(Travel, num_ranks, 148);
+LPLB_PLACE(Travel, first_rank, 152);
+LPLB_PLACE(Travel, node_size, 156);
+LPLB_PLACE(Travel, rank, 160);
 
 // An expert, and its resident copies: those that it has in every batch.
 struct __align__(16) Resident {

@@ -356,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) await_guests(const Travel 
         if (expert >= 0 && !is_void[slot]) {
             int source = travel.homes[expert] / travel.num_local_slots;
             is_void[slot] = !await(travel.arrived[travel.rank] + source, ticket, deadline);
-            if (is_void[slot]) travel.missing[source] = 1;
+            if (is_void[slot]) travel.missing[source] = MISSING_LATE;
         }
         any_void |= is_void[slot];
     }
@@ -372,10 +372,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) await_guests(const Travel 
     }
 }
 
+// Waits for a ticket or its complement, by which a rank refuses, until the deadline. Returns what came.
+__device__ Word await_word(const Word* from, Word ticket, long long deadline) {
+    Word word;
+    do word = load_acquire(from);
+    while (word != ticket && word != ~ticket && nanoseconds() <= deadline);
+    return word;
+}
+
 // One block. Ranks wait for one another, if the batch has guests. What their streams did before is seen by all
-// behind it.
+// behind it. A rank may refuse the batch: it comes, and all know then. Nobody comes to the batch's later meetings.
 extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) {
     if (!is_planned(travel) || !has_guests(travel)) return;
+    if (travel.batch != nullptr && *travel.refused == *travel.batch) {
+        if (threadIdx.x == 0) *travel.met = 0;
+        return;
+    }
     Word ticket = ticket_of(travel), *here = travel.present[travel.rank];
     long long deadline = nanoseconds() + travel.limit_ns;
     for (int i = threadIdx.x; i < travel.node_size; i += THREADS) {
@@ -383,20 +395,25 @@ extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) 
         // It has read the last ticket, which this one overwrites.
         if (travel.last[other] != 0) await(here + travel.num_ranks + other, travel.last[other], deadline);
         fence_system();
-        store_release(travel.present[other] + travel.rank, ticket);
+        store_release(travel.present[other] + travel.rank, travel.refuses ? ~ticket : ticket);
     }
-    bool late = false;
+    bool late = false, refused = false;
     for (int i = threadIdx.x; i < travel.node_size; i += THREADS) {
         int other = travel.first_rank + i;
-        bool came = await(here + other, ticket, deadline);
+        Word word = await_word(here + other, ticket, deadline);
+        bool refuses = word == ~ticket, came = refuses || word == ticket;
         store_release(travel.present[other] + travel.num_ranks + travel.rank, ticket);
         travel.last[other] = came ? ticket : 0;
-        if (!came) travel.missing[other] = 1;
+        if (!came) travel.missing[other] = MISSING_LATE;
+        if (refuses && other != travel.rank) travel.missing[other] = MISSING_REFUSES;
         late |= !came;
+        refused |= refuses;
     }
     late = __syncthreads_or(late);  // all have read the ticket before it changes
+    refused = __syncthreads_or(refused);
     if (threadIdx.x != 0) return;
-    *travel.met = !late;
+    *travel.met = !late && !refused;
+    if (refused && travel.batch != nullptr) *travel.refused = *travel.batch;
     if (travel.batch == nullptr) ++*travel.num_used;
 }
 

@@ -47,14 +47,15 @@ def newly_missing(
     """Makes what finds missing ranks in memory that a GPU writes to, for `watch`.
 
     Args:
-        missing: [R] not 0 where a rank did not come. Each is found once until it is 0 again.
+        missing: [R] 1 where a rank did not come. Each is found once until it is 0 again.
         say: what to log then.
     """
     said = np.zeros_like(missing)
 
     def find(_: object) -> str:
-        new = (missing != 0) & (said == 0)
-        said[:] = missing
+        late = missing == 1
+        new = late & (said == 0)
+        said[:] = late
         return say() if new.any() else ""
 
     return find

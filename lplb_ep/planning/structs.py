@@ -72,6 +72,15 @@ class Sum(enum.IntEnum):
     """The guest's is bfloat16, its home's of 32 bits."""
 
 
+class Missing(enum.IntEnum):
+    """Why a rank's guests are missing, in the host's memory; 0: they are not."""
+
+    LATE = 1
+    """It did not come in time."""
+    REFUSES = 2
+    """It came, to say that it does not push the batch again."""
+
+
 MAX_EXPERTS = 512
 """Of one component: their tables lie in shared memory, and with guest slots a thread has each."""
 MAX_PLACES = 544
@@ -323,11 +332,13 @@ TRAVEL = Struct(
     ("Word* const*", "arrived", "[R] each rank's [R]: the ticket of the last push from each rank"),
     ("Word* const*", "present", "[R] each rank's [2, R]: where each came last, and what it left"),
     ("Word*", "last", "[R] the last meeting, if that rank came to it, or 0"),
+    ("Word*", "refused", "[1] the number of the last batch that a rank refused"),
     ("int*", "num_done", "[1] blocks that have pushed, 0 between launches"),
-    ("volatile int*", "missing", "[R] in the host's memory: 1 where a rank did not come in time"),
+    ("volatile int*", "missing", "[R] in the host's memory: a Missing, or 0"),
     ("long long", "limit_ns", "how long to wait for it"),
     ("int", "use", "uses of the batch's number that came before"),
     ("int", "has_met", "1: the ranks met instead of exchanging rows"),
+    ("int", "refuses", "1: this rank meets to refuse the batch"),
     ("int", "num_parameters", "of an expert"),
     ("int", "num_chunks", "of an expert's parameters"),
     ("int", "num_guests", "guest slots of a rank"),
@@ -437,6 +448,7 @@ def abi_header() -> str:
         constant_text("unsigned", "MAX_TOTAL", MAX_TOTAL, "tokens of a batch; and its number"),
         constant_text("int", "MAX_GUESTS", MAX_GUESTS, "guest slots of the ranks of a node"),
         enum_text(Sum, "SUM_"),
+        enum_text(Missing, "MISSING_"),
         *(one.text for one in structs),
     ]
     return header("python -m lplb_ep.planning.structs", parts)

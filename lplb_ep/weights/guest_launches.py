@@ -119,7 +119,7 @@ class Call:
 
     def __init__(self, launch: Launch) -> None:
         span = structs.PUSH_GUESTS.span
-        self._launch, self._last = launch, (Batch(-1, -1, -1), -1, False, -1)
+        self._launch, self._last = launch, (Batch(-1, -1, -1), -1, False, False, -1)
         self._write_batch = launch.writer(*span(*(f"travel.{f}" for f in _OF_BATCH)))
         self._parameters = launch.word(*span("travel.parameters"))
         self._write_sizes = launch.writer(*span(*(f"travel.{f}" for f in _SIZES)))
@@ -133,6 +133,7 @@ class Call:
         table: Table,
         *,
         has_met: bool = False,
+        refuses: bool = False,
         num_blocks: int = 1,
     ) -> None:
         """Launches on a stream of the current device, given by its address.
@@ -143,12 +144,13 @@ class Call:
             use: uses of its number that came before.
             table: of the parameters that travel.
             has_met: whether ranks met instead of exchanging rows.
+            refuses: whether this rank meets to refuse the batch.
             num_blocks: of the launch.
         """
-        given = (batch, use, has_met, table.address)
+        given = (batch, use, has_met, refuses, table.address)
         if given != self._last:
             self._write_batch(*batch)
-            self._write_sizes(use, has_met, table.num_parameters, table.num_chunks)
+            self._write_sizes(use, has_met, refuses, table.num_parameters, table.num_chunks)
             self._launch.point(self._parameters, table.address)
             self._last = given
         if num_blocks != self._num_blocks:
@@ -158,7 +160,7 @@ class Call:
 
 
 _OF_BATCH = ("guests", "status", "batch")
-_SIZES = ("use", "has_met", "num_parameters", "num_chunks")
+_SIZES = ("use", "has_met", "refuses", "num_parameters", "num_chunks")
 
 
 @dataclass(frozen=True)
@@ -208,8 +210,8 @@ class GuestLaunches:
         self._kernel = functools.partial(weights_kernel, device.index, chunk, num_stages)
         words = [address for kind in addresses for address in kind]
         self._addresses = torch.tensor(words, dtype=torch.int64).to(device)
-        # `num_used`, `met` and `num_done` in a word each, then `last`.
-        self._state = torch.zeros(3 + self._num_ranks, dtype=torch.int64, device=device)
+        # `num_used`, `met`, `num_done` and `refused` in a word each, then `last`.
+        self._state = torch.zeros(4 + self._num_ranks, dtype=torch.int64, device=device)
         self.runtime: Any = self._kernel(structs.MEET).runtime
 
     def of_layer(self, layout: GuestLayout) -> LayerCalls:
@@ -281,12 +283,14 @@ class GuestLaunches:
             memory=words,
             arrived=words + 8 * R,
             present=words + 16 * R,
-            last=state + 24,
+            last=state + 32,
             num_done=state + 16,
+            refused=state + 24,
             missing=self._missing,
             limit_ns=self._limit_ns,
             use=0,
             has_met=0,
+            refuses=0,
             num_parameters=0,
             num_chunks=0,
             num_guests=num_guests,

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm.alltoall import make_transport
+from ..comm.collectives import gather_rows, memory_of
+from ..errors import RankError
 from .transfers import Move, Mover
 
 _ALIGNMENT = 256
@@ -184,7 +186,11 @@ class GuestTransport(Protocol):
         """
 
     def barrier(
-        self, layout: GuestLayout, guests: Tensor, number: BatchNumber | None = None
+        self,
+        layout: GuestLayout,
+        guests: Tensor,
+        number: BatchNumber | None = None,
+        refuses: bool = False,
     ) -> None:
         """Has the ranks' current streams wait for one another, before a push without a plan.
 
@@ -192,7 +198,17 @@ class GuestTransport(Protocol):
             layout: of the layer.
             guests: [R, G] int32, as in the push. Where it names no guest nobody waits.
             number: of the batch, as in the push.
+            refuses: that this rank will not push, nor take part in any more of the batch.
+
+        Raises:
+            RankError: another rank refuses. Where the CPU does not wait it is raised later, by
+                `raise_errors`, and what the batch would bring is NaN.
         """
+
+
+def refusal(ranks: Sequence[int]) -> str:
+    """Says which ranks refuse a batch."""
+    return f"ranks {[*ranks]} refused to push a batch's guests again; see their errors"
 
 
 class _Row(NamedTuple):
@@ -215,6 +231,7 @@ class CollectiveGuests:
         self, group: dist.ProcessGroup | None, device: torch.device, num_bytes: int
     ) -> None:
         self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._group = group
         self._rank = 0 if group is None else group.rank()
         self._num_ranks = 1 if group is None else group.size()
         self._transport = make_transport(group, device, "torch")
@@ -279,9 +296,19 @@ class CollectiveGuests:
         """Collectives raise at once."""
 
     def barrier(
-        self, layout: GuestLayout, guests: Tensor, number: BatchNumber | None = None
+        self,
+        layout: GuestLayout,
+        guests: Tensor,
+        number: BatchNumber | None = None,
+        refuses: bool = False,
     ) -> None:
-        """A rank writes its slots itself, when it comes to the push."""
+        """As `GuestTransport.barrier`: a rank writes its slots itself, so only refusals matter."""
+        if self._group is None or not bool((guests >= 0).any()):
+            return
+        own = torch.tensor([refuses], dtype=torch.uint8, device=memory_of(self._group))
+        ranks = torch.nonzero(gather_rows(own, self._group)[:, 0]).flatten().tolist()
+        if ranks and not refuses:
+            raise RankError(refusal(ranks))
 
     def _mover(self, layout: GuestLayout) -> Mover:
         num_slots = layout.num_residents + layout.num_guests

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..comm.collectives import together
-from ..errors import ContractError
+from ..errors import ContractError, RankError
 from ..layer import Layer, layer_of
 from ..placement.table import Placement
 from .guest_gradients import Homeward, TrainedBatch, counts_if_alone
@@ -173,21 +173,24 @@ class Guests:
         Raises:
             ContractError: the home weights have changed since the batch was dispatched, or the pool
                 is in use by another batch.
+            RankError: that is so on another rank. Over peers the GPU learns it, and a later call
+                raises. Or a rank's guests did not come in time for an earlier batch.
         """
         pool = self._pool(slot)
         if pool.stay is stay:
             stay.is_awaited, stay.awaited_in = True, graph_task()
             pool.put(stay)
             return
-        obstacle = self._obstacle()
-        if obstacle or self._current_generation() != stay.generation:
-            raise ContractError(
-                "the home weights changed between a batch's dispatch and its backward pass, which "
-                f"would get other guests: {obstacle or 'they were written to (optimizer step?)'}"
-            )
-        pool.check_free(self)
+        given = self._layout, stay.guests, stay.number
+        try:
+            self._check_pushed(stay)
+            pool.check_free(self)
+            pool.transport.raise_errors()
+        except (ContractError, RankError):  # the other ranks wait for this one
+            pool.transport.barrier(*given, refuses=True)
+            raise
         pool.join()
-        pool.transport.barrier(self._layout, stay.guests, stay.number)
+        pool.transport.barrier(*given)
         self._push(stay, pool)
 
     def wait(self, slot: int = 0) -> None:
@@ -319,6 +322,15 @@ class Guests:
             raise ValueError(
                 f"the pool has {pool.num_bytes} bytes, and {layout.num_guests} guests of this "
                 f"layer take {layout.num_bytes}: give GuestPool the experts of every layer"
+            )
+
+    def _check_pushed(self, stay: Stay) -> None:
+        """Raises ContractError where the weights are not those that a batch was dispatched with."""
+        obstacle = self._obstacle()
+        if obstacle or self._current_generation() != stay.generation:
+            raise ContractError(
+                "the home weights changed between a batch's dispatch and its backward pass, which "
+                f"would get other guests: {obstacle or 'they were written to (optimizer step?)'}"
             )
 
     def _push(self, stay: Stay, pool: GuestPool, status: Tensor | None = None) -> None:

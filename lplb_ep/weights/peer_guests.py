@@ -18,7 +18,7 @@ from ..comm.watchdog import look, newly_missing, watch
 from ..errors import RankError
 from ..gpu.launch import on_device
 from ..planning.kernels import CHUNK, NUM_STAGES
-from ..planning.structs import Sum
+from ..planning.structs import Missing, Sum
 from .guest_launches import (
     NO_TABLE,
     Batch,
@@ -31,7 +31,7 @@ from .guest_launches import (
     memory_at,
     rows_of,
 )
-from .guest_transport import BatchNumber, GuestLayout
+from .guest_transport import BatchNumber, GuestLayout, refusal
 
 _ALIGNMENT = 256  # bytes, of blocks of gradients
 _MAX_TABLES = 64  # of addresses; beyond it they are made anew
@@ -90,7 +90,7 @@ class PeerGuests:
         self._num_bytes = num_bytes
         self._missing = torch.zeros(len(addresses.memory), dtype=torch.int32).pin_memory()
         self.missing = self._missing.numpy()
-        """[R] 1 where a rank did not come in time."""
+        """[R] a `Missing` where a rank did not come in time, or refused a batch; else 0."""
         with torch.cuda.device(device):
             self._launches = GuestLaunches(
                 rank,
@@ -177,7 +177,11 @@ class PeerGuests:
         self.wait()
 
     def barrier(
-        self, layout: GuestLayout, guests: Tensor, number: BatchNumber | None = None
+        self,
+        layout: GuestLayout,
+        guests: Tensor,
+        number: BatchNumber | None = None,
+        refuses: bool = False,
     ) -> None:
         """As `GuestTransport.barrier`."""
         self.join()
@@ -185,8 +189,8 @@ class PeerGuests:
         with on_device(self._device.index):
             stream = self._current_stream(self._device.index)
             batch, use = _batch(guests, None, number), 0 if number is None else number.use()
-            calls.meet(stream, batch, use, NO_TABLE)
-        self._has_met = True
+            calls.meet(stream, batch, use, NO_TABLE, refuses=refuses)
+        self._has_met = not refuses  # no push follows then
 
     def reduce(
         self,
@@ -410,8 +414,10 @@ def _is_capturing() -> bool:
 
 
 def _missing_ranks(missing: npt.NDArray[np.int32], timeout_s: float) -> str:
-    ranks = np.flatnonzero(missing).tolist()
+    late, refuse = (np.flatnonzero(missing == why).tolist() for why in Missing)
+    if refuse and not late:
+        return f"{refusal(refuse)}. Guests of that batch, and their gradients, are NaN"
     return (
-        f"ranks {ranks} did not come to a push of guests or a sum of their gradients within "
+        f"ranks {late} did not come to a push of guests or a sum of their gradients within "
         f"{timeout_s:g} s: ended, hung or slow. What should have come from them is NaN"
     )

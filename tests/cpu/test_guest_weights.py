@@ -600,6 +600,29 @@ def test_a_step_between_forward_and_backward_is_refused(form, change):
     ranks.run(2, stepped, form, change)
 
 
+def stepped_on_one(group):
+    """The other rank waits for its weights: it raises at once, and both go on."""
+    guests = made(group, "stacked")
+    first, other = Batch(guests, 0, 0), Batch(guests, 1, 1)
+    first.dispatch()
+    out = first.experts(first.x)
+    other.dispatch()
+    other.experts(other.x)
+    if group.rank() == 0:
+        in_place(guests.experts)
+        raises("the home weights changed between a batch's dispatch and its", first.dispatch_again)
+    else:
+        raises("ranks [0] refused to push a batch's guests again", first.dispatch_again)
+    assert out.requires_grad
+    again = Batch(guests, 2, 1)
+    again.dispatch()
+    again.experts(again.x).backward()
+
+
+def test_a_rank_whose_weights_changed_keeps_nobody_waiting():
+    ranks.run(2, stepped_on_one)
+
+
 def changed(group):
     said = ranks.Said()
     guests = made(group, "stacked")

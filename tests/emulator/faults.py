@@ -364,6 +364,13 @@ FAULTS = [
         "a meeting overwrites the last", "weights.cu", "if (travel.last[other] != 0)", "if (false)"
     ),
     Fault("a meeting is always complete", "weights.cu", "*travel.met = !late;", "*travel.met = 1;"),
+    Fault("a refusal is not seen", "weights.cu", " && word != ~ticket &&", " &&"),
+    Fault(
+        "a refused batch has further meetings",
+        "weights.cu",
+        "*travel.refused == *travel.batch",
+        "false",
+    ),
     Fault(
         "a gradient that is not there is anything",
         "weights.cu",

@@ -70,6 +70,7 @@ class Ranks:
             "num_used": zeros(1, np.uint64),
             "met": zeros(1),
             "num_done": zeros(1),
+            "refused": zeros(1, np.uint64),
             "missing": zeros(R),
             "status": zeros(1),
         }
@@ -102,7 +103,7 @@ class Ranks:
             table[rank, : len(chosen)] = np.where(filled, chosen, -1)
         return table
 
-    def travel(self, rank, *, counts=False, use=0, has_met=0, parts=None):
+    def travel(self, rank, *, counts=False, use=0, has_met=0, refuses=0, parts=None):
         """`parts`: by parameter and guest slot, what goes there, or None."""
         memory, first = self.memory, rank // self.node * self.node
         parameters, chunk = b"", 0
@@ -127,7 +128,7 @@ class Ranks:
             ).ctypes.data
 
         own = self.state[rank]
-        plain = ("num_used", "met", "num_done", "missing", "last", "status")
+        plain = ("num_used", "met", "num_done", "refused", "missing", "last", "status")
         return structs.TRAVEL.pack(
             guests=self.guests[rank].ctypes.data,
             batch=0 if counts else self.number[rank].ctypes.data,
@@ -139,6 +140,7 @@ class Ranks:
             limit_ns=self.limit_ns,
             use=use,
             has_met=has_met,
+            refuses=refuses,
             num_parameters=len(self.sizes),
             num_chunks=self.num_chunks,
             num_guests=self.G,
@@ -351,6 +353,37 @@ def test_gradients_are_laid_where_guests_are(G, blocks, alignment, order, memory
             expected[begin : begin + size] = 0 if part is None else part
     assert (group.guest_memory[1] == expected).all()
     assert (group.guest_memory[0] == 77).all()
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize("counts", [False, True])
+def test_a_rank_that_refuses_keeps_nobody_waiting(counts, order, memory, library):
+    """Nor does it in later meetings of the batch. At the next batch all are in step."""
+    group = Ranks(memory, library, np.random.default_rng(4), 3, 1)
+    table = np.array([[3], [6], [0]])
+    group.set(table)
+    streams = []
+    for r in range(3):
+        how = {"counts": counts, "has_met": 1}
+        streams.append([group.launch("meet", r, counts=counts, refuses=r == 1)])
+        if r != 1:
+            streams[r] += [group.launch(n, r, **how) for n in ("push_guests", "await_guests")]
+            if not counts:
+                streams[r] += [group.launch("meet", r, use=n) for n in (2, 3)]
+    memory.run(*streams, order=order)
+    assert [state["met"][0] for state in group.state] == [0, 0, 0]
+    assert [state["missing"].tolist() for state in group.state] == [[0, 2, 0], [0] * 3, [0, 2, 0]]
+    assert [(m == 77).all() for m in group.guest_memory] == [False, True, False]
+    assert all((group.slot(r, 0, p) == 255).all() for r in (0, 2) for p in range(len(SIZES)))
+    if counts:
+        return
+    for r, state in enumerate(group.state):
+        state["missing"][...] = 0
+        group.guest_memory[r][...] = 77
+    group.set(table)
+    names = ("meet", "push_guests", "await_guests")
+    memory.run(*([group.launch(n, r, has_met=1) for n in names] for r in range(3)), order=order)
+    group.check(table)
 
 
 BFLOAT = torch.bfloat16

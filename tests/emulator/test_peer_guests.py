@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import time
 from types import SimpleNamespace
 
 import emulator
@@ -262,6 +263,40 @@ def test_an_absent_rank_is_named(driver):
     with pytest.raises(RankError, match=r"ranks \[1\] did not come to a push of guests or a sum"):
         group.all[0].raise_errors()
     group.all[0].raise_errors()
+
+
+@pytest.mark.parametrize("order", emulator.ORDERS)
+def test_a_rank_that_refuses_to_push_again_is_named_at_once(order, driver):
+    """The other goes on through its backward pass, and waits for nothing: it has a minute."""
+    group = Ranks(driver, 2, 1, timeout_s=60)
+    layout, experts = group.layout, guest_ranks.draw_experts(group.layout, 0, CPU)
+    guests = torch.tensor([[3], [0]]).int()
+    totals = [torch.zeros(3, *shape) for shape in layout.shapes]
+    parts = [torch.ones(1, *shape) for shape in layout.shapes]
+    words = [torch.tensor([step + 1 << 32]) for step in range(2)]
+    numbers = [[BatchNumber(word) for word in words] for _ in group.all]
+
+    def refuse(rank, one):
+        one.barrier(layout, guests, numbers[rank][0], rank == 0)
+        if rank == 1:
+            one.push(layout, group.own(experts, rank), guests, None, numbers[rank][0])
+            one.reduce(layout, parts, totals, guests, numbers[rank][0])
+
+    def push(rank, one):
+        one.push(layout, group.own(experts, rank), guests, None, numbers[rank][1])
+
+    began = time.monotonic()
+    group.each(refuse)
+    driver.run(order)
+    assert time.monotonic() - began < 30
+    with pytest.raises(RankError, match=r"ranks \[0\] refused to push a batch's guests again"):
+        group.all[1].raise_errors()
+    assert all((total[0].view(torch.uint8) == 255).all() for total in totals)
+    group.each(push)
+    driver.run(order)
+    for rank, one in enumerate(group.all):
+        one.raise_errors()
+        assert int(guest_ranks.num_wrong(layout, one.memory, experts, guests[rank])) == 0
 
 
 @pytest.mark.parametrize("order", emulator.ORDERS)
