@@ -164,6 +164,11 @@ def make_model(
             bias = torch.zeros(E)
             bias[:4] = torch.tensor([0.2, 0.02, 0.02, 0.01])
             local_part(layer.moe.expert_bias_E).copy_(bias)
+            # On the CPU each rank has drawn the same for its part.
+            generator = torch.Generator().manual_seed(1 + torch.distributed.get_rank())
+            for weight in layer.moe.routed_experts.inner_experts.parameters():
+                part = local_part(weight)
+                part.copy_(torch.randn(part.shape, generator=generator) * DIM**-0.5)
     return model.train()
 
 

@@ -85,7 +85,7 @@ class BalancedLayer:
             return LayerReport(self.name, batches)
         placement, load = self.layer.placement, self.counts.sum(0).cpu().to(torch.int64)
         at_home = torch.zeros(placement.num_ranks, dtype=torch.int64)
-        home = torch.as_tensor(placement.home).long()
+        home = torch.as_tensor(placement.home.astype("int64"))
         at_home.index_add_(0, home // placement.num_local_slots, load)
         settings = Settings.from_env()
         planned = solve(
