@@ -171,6 +171,7 @@ __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, 
     for (int i = threadIdx.x; p.base != nullptr && i < p.num_components * V::size; i += V::threads)
         if (i % V::size < net.shape[i / V::size].ranks) atomicAdd(&total[i / V::size], unsigned(p.base[net.ranks[i]]));
     __syncthreads();  // all is added before it is read
+    #pragma unroll 1
     for (int d = threadIdx.x; d < p.num_components; d += V::threads) {
         int ranks = net.shape[d].ranks, sum = ranks;
         if (general && p.speed != nullptr) {

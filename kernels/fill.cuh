@@ -225,11 +225,12 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
     #pragma unroll 1
     for (; steps > 0; --steps) {
         // The rank that gives.
-        int value[V::words], best = -1;
+        int excess[V::words], value[V::words], best = -1;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
-            bool may = -fill.slack[i] >= least && !stuck[i];
-            value[i] = !may ? -1 : rule.by_excess ? -fill.slack[i] : fill.priority[i];
+            excess[i] = -fill.slack[i];
+            bool may = excess[i] >= least && !stuck[i];
+            value[i] = !may ? -1 : rule.by_excess ? excess[i] : fill.priority[i];
             best = max(best, value[i]);
         }
         best = __reduce_max_sync(~0u, best);
@@ -237,7 +238,8 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         unsigned known = lane == 0 ? atomicMax(fewest, 0u) : 0;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = value[i] == best;
-        int from = first_of(flag), need = -of_rank<V>(fill.slack, from);
+        // Negated before it is read from its lane: NVRTC 13.0 loses a minus between that and a minimum of three.
+        int from = first_of(flag), need = of_rank<V>(excess, from);
 
         // What its places have.
         Place* places = fill.places + from * S;

@@ -30,13 +30,16 @@ struct Experts {
     Edge* edges;                // [size * max_edges] by rank
 };
 
+// Most loops in this file run once or twice: unrolled, their instructions would take longer to come than to run.
+
 // Makes the quotas of the component's experts zero: most copies do not exist. By the warps from `first` on.
 template <typename V>
 __device__ void zero_quotas(const Problem& p, const Experts<V>& experts, int first, int* __restrict__ quota) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    #pragma unroll 4
+    #pragma unroll 1
     for (int i = warp - first; i < experts.number; i += V::threads / 32 - first) {
         int* of_expert = quota + experts.residents[i].expert * p.max_replicas;
+        #pragma unroll 1
         for (int column = lane; column < p.max_replicas; column += 32) of_expert[column] = 0;
     }
 }
@@ -140,7 +143,9 @@ template <typename V>
 __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c,
                              int arcs, int* __restrict__ chosen, int first) {
     constexpr int step = V::threads - V::pushing;
+    #pragma unroll 1
     for (int rank = first; rank < c.shape.ranks; rank += step)
+        #pragma unroll 1
         for (int slot = 0; slot < g.num_slots; ++slot) {
             int expert = experts.guests[rank * g.num_slots + slot];
             chosen[c.ranks[rank] * g.num_slots + slot] = expert < 0 ? -1 : experts.residents[expert].expert;
@@ -198,6 +203,7 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
             // Neighbours begin with different targets, not to fill all the same one: from this rank, which is the
             // lowest bit, up and around.
             Set rest = holders >> rank | holders << ((bits_of_set - rank) % bits_of_set);
+            #pragma unroll 1
             for (int nth = 0; nth < others; ++nth) {
                 rest &= rest - 1;
                 if (nth % V::parts != part) continue;
@@ -269,6 +275,7 @@ __device__ void clear_ranks(const Experts<V>& experts, const Component<V>& c, in
         experts.num_edges[threadIdx.x] = 0;
         experts.words_of_rank[threadIdx.x] = 0;
     }
+    #pragma unroll 1
     for (int i = threadIdx.x; i < V::size * experts.words; i += V::threads) experts.of_rank[i] = 0;
 }
 
@@ -382,7 +389,9 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
         __syncthreads();  // guests of no use are gone, and sums of the residents, before copies are counted
     }
     if (solves) {
+        #pragma unroll 1
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
+        #pragma unroll 1
         for (int i = threadIdx.x; i < experts.number; i += V::threads)
             if (number_of<V>(experts.ranks[i]) == 1)
                 quota[experts.residents[i].expert * p.max_replicas] = experts.load[i];

@@ -475,8 +475,8 @@ FAULTS = [
     Fault(
         "the least excess does not count",
         "fill.cuh",
-        "bool may = -fill.slack[i] >= least",
-        "bool may = -fill.slack[i] > least",
+        "bool may = excess[i] >= least",
+        "bool may = excess[i] > least",
     ),
     Fault(
         "a copy takes more than its slack",
