@@ -181,6 +181,9 @@ class Training:
         if run.vpp and ddp.overlap_param_gather and ddp.align_param_gather:
             self.config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
 
+    def close(self):
+        self.balance.remove()
+
     def batches(self):
         """Micro-batches of tokens, the same in every run."""
         generator = torch.Generator().manual_seed(self.data_rank())
@@ -226,22 +229,23 @@ def train(group, run):
     """Trains; returns losses, norms of gradients, first gradients, last weights, and the report."""
     with megatron(run):
         training = Training(run)
-        same = training.batches()
-        batches = [same] * len(training.chunks)
-        if run.vpp:
-            batches = [training.batches() for _ in training.chunks]
-        losses, norms, gradients = [], [], {}
-        for step in range(run.steps):
-            losses += training.gradients(batches if run.vpp else batches[0])
-            if step == 0:
-                gradients = {n: p.main_grad.clone() for n, p in training.named_parameters()}
-            norms.append(float(training.optimizer.step()[1]))
-        for chunk in training.chunks if run.ddp.get("overlap_param_gather") else []:
-            chunk.start_param_sync(force_sync=True)
-        weights = {n: p.detach().float().clone() for n, p in training.named_parameters()}
-        report = training.balance.report()
-        training.balance.remove()
-        return losses, norms, gradients, weights, report
+        with contextlib.closing(training):
+            return trained(training)
+
+
+def trained(training):
+    run = training.run
+    batches = [training.batches() for _ in training.chunks]
+    losses, norms, gradients = [], [], {}
+    for step in range(run.steps):
+        losses += training.gradients(batches if run.vpp else batches[0])
+        if step == 0:
+            gradients = {n: p.main_grad.clone() for n, p in training.named_parameters()}
+        norms.append(float(training.optimizer.step()[1]))
+    for chunk in training.chunks if run.ddp.get("overlap_param_gather") else []:
+        chunk.start_param_sync(force_sync=True)
+    weights = {n: p.detach().float().clone() for n, p in training.named_parameters()}
+    return losses, norms, gradients, weights, training.balance.report()
 
 
 def saved(training):

@@ -115,6 +115,7 @@ LAYERS = [
     "deepep.patch",
     "deepep.startup.sitecustomize",
     "clients.balance",
+    "clients.megatron_replicas",
     "clients.megatron",
     "clients.without_gpu",
     "clients.engines",

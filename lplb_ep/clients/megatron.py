@@ -1,15 +1,15 @@
-"""Megatron-Core: its MoE layers over DeepEP's `Buffer`, balanced by guests. Nothing is converted.
+"""Megatron-Core: its MoE layers over DeepEP's `Buffer`, balanced. Nothing is converted.
 
 Three things of a layer are put in place of Megatron's. The dispatcher's manager dispatches with the
 layer in force. It knows the slots of a rank, P / R. And the experts' own forward pass runs over
-residents and guests. The dispatcher itself still has E / R experts, and so have the experts module,
+those slots. The dispatcher itself still has E / R experts, and so have the experts module,
 the optimizer, DDP's buckets and checkpoints.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from ..deepep import drop_in
 from ..deepep.context import use
 from ..deepep.patch import provide
 from ..layer import Layer
-from ..weights.guests import Guests
+from ..placement.table import Placement
 from ..weights.slots import is_distributed
 from .balance import Balance, is_off, make_guests, refuse
+from .megatron_replicas import StaticCopies, placements_for, send_home_with_ddp
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,14 @@ def provide_buffers() -> None:
     provide()
 
 
-def balance(model: nn.Module | Sequence[nn.Module], *, guests: int | None = None) -> Balance:
+def balance(
+    model: nn.Module | Sequence[nn.Module],
+    *,
+    guests: int | None = None,
+    replicas: int = 0,
+    load: Tensor | None = None,
+    placement: Placement | Mapping[int, Placement] | None = None,
+) -> Balance:
     """Balances every MoE layer of a model. Collective over each expert-parallel group.
 
     Call it once parameters have their dtype and device: behind `Float16Module`, before or behind
@@ -47,13 +55,18 @@ def balance(model: nn.Module | Sequence[nn.Module], *, guests: int | None = None
     Args:
         model: a module, or the model chunks of a pipeline.
         guests: guest slots of a rank; by default 3 for 16 of its experts, from 1 to 8.
+        replicas: static copies of a rank, in the place of guests. They need DDP without
+            `overlap_grad_reduce`.
+        load: [L, E] tokens of the layers' experts, for which replicas are chosen; default: equal.
+        placement: where replicas are, for all layers or by `layer_number`; homes in the router's
+            order.
 
     Returns:
         The balanced layers. Keep them as long as the model; `remove()` gives the model back.
 
     Raises:
         ContractError: a layer uses something that is not supported. The message names all of it.
-        ValueError, RankError: as `Guests`.
+        ValueError, RankError: as `Guests`; guests and replicas were both asked for.
     """
     from megatron.core.transformer.moe import fused_a2a
 
@@ -68,14 +81,33 @@ def balance(model: nn.Module | Sequence[nn.Module], *, guests: int | None = None
     made.replace(fused_a2a, "Buffer", drop_in.Buffer)
     fused_a2a._buffer = None
     made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
-    first = next(iter(layers.values()))
-    manager = first.token_dispatcher._comm_manager
+    if replicas or placement is not None:
+        if guests:
+            raise ValueError("guests and replicas do not go together: say one of them")
+        _with_replicas(made, layers, placements_for(layers, replicas, load, placement))
+    else:
+        _with_guests(made, layers, guests)
+    return made
+
+
+def _with_guests(made: Balance, layers: dict[str, Any], guests: int | None) -> None:
+    manager = next(iter(layers.values())).token_dispatcher._comm_manager
     experts = {name: module.experts.local_experts for name, module in layers.items()}
     balanced = make_guests(made, experts, manager.num_experts, manager.group, guests)
     for layer, module in zip(balanced, layers.values(), strict=True):
         assert layer.guests is not None, "it was made with guests"
-        _install(made, module, layer.layer, layer.guests)
-    return made
+        _install(made, module, layer.layer, layer.guests.modules, lambda: None)
+
+
+def _with_replicas(made: Balance, layers: dict[str, Any], placements: list[Placement]) -> None:
+    copies = []
+    for (name, module), placement in zip(layers.items(), placements, strict=True):
+        group = module.token_dispatcher._comm_manager.group
+        static = StaticCopies(name, module.experts.local_experts, placement, group)
+        _install(made, module, static.balanced.layer, static.modules, static.prepare)
+        made.layers.append(static.balanced)
+        copies.append(static)
+    send_home_with_ddp(made, copies)
 
 
 def _moe_layers(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -125,12 +157,18 @@ def _obstacles(module: Any) -> Iterator[str]:
             break
 
 
-def _install(made: Balance, module: Any, layer: Layer, guests: Guests) -> None:
+Slots = Callable[[Tensor], tuple[Tensor, list[Any]]]
+"""From received rows to rows to go on with, and a module for each slot, as `Guests.modules`."""
+
+
+def _install(
+    made: Balance, module: Any, layer: Layer, slots: Slots, prepare: Callable[[], None]
+) -> None:
     """Puts a layer's dispatch and experts in the place of Megatron's."""
     manager, experts = module.token_dispatcher._comm_manager, module.experts
     made.replace(manager, "num_local_experts", layer.placement.num_local_slots)
-    made.replace(manager, "dispatch", _dispatch(manager.dispatch, layer, experts))
-    made.replace(experts, "forward", _forward(experts, guests))
+    made.replace(manager, "dispatch", _dispatch(manager.dispatch, layer, experts, prepare))
+    made.replace(experts, "forward", _forward(experts, slots))
     for linear in experts.modules():
         for name in _FUSED:
             if getattr(linear, name, False):
@@ -138,13 +176,14 @@ def _install(made: Balance, module: Any, layer: Layer, guests: Guests) -> None:
 
 
 def _dispatch(
-    original: Callable[..., Tensor], layer: Layer, experts: nn.Module
+    original: Callable[..., Tensor], layer: Layer, experts: nn.Module, prepare: Callable[[], None]
 ) -> Callable[..., Tensor]:
     """A manager's dispatch by a layer: in a recompute, too, which does not enter the module."""
     modules = [*experts.modules()]
 
     def dispatch(*args: Any, **kwargs: Any) -> Tensor:
         _await_parameters(modules)
+        prepare()
         with use(layer):
             return original(*args, **kwargs)
 
@@ -162,13 +201,13 @@ def _await_parameters(modules: Sequence[nn.Module]) -> None:
                 hook(module, ())
 
 
-def _forward(experts: Any, guests: Guests) -> Callable[..., Any]:
+def _forward(experts: Any, slots: Slots) -> Callable[..., Any]:
     """The experts' own forward pass, over the slots of a rank."""
     own = type(experts).forward
 
     def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
-        rows, slots = guests.modules(rows)
-        return own(_WithSlots(experts, slots), rows, tokens_per_expert, probs)
+        rows, modules = slots(rows)
+        return own(_WithSlots(experts, modules), rows, tokens_per_expert, probs)
 
     return forward
 

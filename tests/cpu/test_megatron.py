@@ -30,11 +30,11 @@ def compare(plain, other, **tolerance):
             torch.testing.assert_close(part, expected, **tolerance)
 
 
-def check_balanced(results):
+def check_balanced(results, replicas=False):
     reports = [row for result in results for row in result[4]]
     assert reports
     assert all(set(row.batches) == {"OPTIMAL"} for row in reports)
-    assert sum(row.num_guests for row in reports) > 0
+    assert (sum(row.num_guests for row in reports) > 0) != replicas
     assert max(row.home_imbalance for row in reports) > 1.3
     assert all(row.imbalance < 1.1 for row in reports)
 
@@ -78,6 +78,15 @@ RUNS = {
         2,
         Run(config=dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)),
     ),
+    "replicas": (4, Run(balance={"replicas": 4}, steps=3)),
+    "replicas, recomputed, distributed optimizer": (
+        4,
+        Run(
+            balance={"replicas": 4},
+            ddp=dict(use_distributed_optimizer=True),
+            config=dict(recompute_granularity="selective", recompute_modules=["moe"]),
+        ),
+    ),
     "interleaved pipeline": (4, Run(pp=2, vpp=2, config=dict(num_layers=4))),
 }
 
@@ -89,7 +98,7 @@ def test_a_balanced_run_is_the_plain_one(name):
     compare(plain, ranks.run(num_ranks, train, run, environ=HOME), rtol=0, atol=0)
     balanced = ranks.run(num_ranks, train, run, environ=ON)
     compare(plain, balanced, **(COARSE if run.config.get("bf16") else CLOSE))
-    check_balanced(balanced)
+    check_balanced(balanced, replicas="replicas" in run.balance)
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(OFF, ON), (ON, OFF)])
@@ -170,3 +179,26 @@ def test_models_that_are_not_supported_are_refused_by_name(change, message):
     for said in ranks.run(2, refusal, Run(), change, environ=ON):
         assert said.startswith("decoder.layers.0.mlp cannot be balanced: ")
         assert message in said
+
+
+def test_replicas_are_placed_by_load_behind_homes_in_order():
+    from lplb_ep import solve
+    from lplb_ep.clients.megatron_replicas import placement_for
+
+    load = torch.tensor([900, 300, 200, 100, 150, 150, 100, 100])
+    placement = placement_for(load, num_ranks=4, replicas=1)
+    assert placement.num_local_slots == 3
+    assert placement.home.tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+    assert (placement.physical_to_logical >= 0).all()
+    assert int(solve(load, placement).rank_load.max()) == 500
+    unknown = placement_for(torch.ones(8), num_ranks=4, replicas=2)
+    table = unknown.physical_to_logical.reshape(4, 4)
+    assert table[:, 2:].tolist() == [[2, 3], [4, 5], [6, 7], [0, 1]]
+
+
+def test_replicas_are_refused_by_name_where_their_gradients_would_come_late():
+    run = Run(balance={"replicas": 1}, ddp=dict(overlap_grad_reduce=True))
+    with pytest.raises(ranks.RanksFailedError, match="overlap_grad_reduce is True: turn it off"):
+        ranks.run(2, train, run, environ=ON)
+    with pytest.raises(ranks.RanksFailedError, match="say one of them"):
+        ranks.run(2, train, Run(balance={"replicas": 1, "guests": 1}), environ=ON)
