@@ -1,11 +1,15 @@
 """A serving engine's steps: a table of experts, slots that it picks itself, and its dispatchers.
 
-The dispatchers here are stand-ins: they make the calls that vLLM's classes of the same kind make,
-with the same arguments, and have the methods that callers of those use.
+The dispatchers here are stand-ins. They make the calls that vLLM's classes of the same kind make,
+and have the methods that callers of those use.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -251,7 +255,16 @@ def check(out, x, experts, weights):
 
 
 def serve(
-    group, kind, dispatchers, tables, refresh, num_micro_batches, num_steps, *rest, reduce=()
+    group,
+    kind,
+    dispatchers,
+    tables,
+    refresh,
+    num_micro_batches,
+    num_steps,
+    *rest,
+    reduce=(),
+    writes=True,
 ):
     """Steps of an engine, whose table is another one in some of them.
 
@@ -265,11 +278,12 @@ def serve(
         num_steps: some have no tokens on one rank.
         rest: further arguments of `prepare`.
         reduce: of `finalize`; empty for none.
+        writes: whether the table is written to here, or by `refresh`.
 
     Returns:
-        Of each step, layer and micro-batch: the layer, the experts [T, K] that this rank's tokens
-        picked (or a dispatcher's `dummy` of a rank that has none), the rows [P / R] that came to
-        its slots, and the table then.
+        Of each step, layer and micro-batch the layer, the experts [T, K] that this rank's tokens
+        picked, the rows [P / R] that came to its slots, and the table then. Where a rank has no
+        tokens, the experts are a dispatcher's `dummy`.
     """
     same, own = np.random.default_rng(5), np.random.default_rng((6, group.rank()))
     rank, seen = group.rank(), []
@@ -292,7 +306,7 @@ def serve(
                 out = combined(kind, dispatcher, batch, came, held, rank, *reduce)
                 check(out, batch[0], experts, batch[2])
                 seen.append((layer, counted, came[2].expert_num_tokens.tolist(), tables.clone()))
-        if step % 2 == 1:
+        if writes and step % 2 == 1:
             tables[step % len(tables)].copy_(table(same, 1)[0])
         refresh()
     enter(0)
@@ -310,3 +324,27 @@ def is_best(seen_by_ranks):
         )
         best = solve(load, placement).rank_load.max() if int(load.sum()) else 0
         assert max(sum(rows) for _, _, rows, _ in of_ranks) == int(best)
+
+
+def run_with_plugins(program, folder, environ):
+    """The last line that a program prints which finds this package's plugins, as if installed."""
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    lines = []
+    for group, entries in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
+    installed = folder / "lplb_ep-0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: lplb-ep\nVersion: 0\n")
+    (installed / "entry_points.txt").write_text("\n".join(lines))
+    path = os.pathsep.join([str(folder), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        env={**os.environ, **environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]

@@ -164,6 +164,20 @@ def served(group, kind, num_micro_batches):
 
 
 @needs_sglang
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_sglang_finds_the_plugin(tmp_path, mode):
+    program = (
+        "from sglang.srt.plugins import load_plugins; load_plugins()\n"
+        "from sglang.srt.eplb.expert_location import ExpertLocationMetadata as locations\n"
+        "from sglang.srt.model_executor.model_runner import ModelRunner as runner\n"
+        "hooked = [hasattr(f, '__wrapped__') for f in (runner.load_model, locations.update)]\n"
+        "print(hooked)"
+    )
+    said = serving.run_with_plugins(program, tmp_path, {**ENVIRON, "LPLB_EP": mode})
+    assert said == str([mode == "1"] * 2)
+
+
+@needs_sglang
 @pytest.mark.parametrize("num_micro_batches", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_own_dispatchers_are_balanced(kind, num_micro_batches):

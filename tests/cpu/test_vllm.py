@@ -117,6 +117,100 @@ def test_its_own_dispatch_classes_are_balanced(kind, num_micro_batches):
     serving.is_best(out)
 
 
+class Model:
+    """What vLLM's EPLB asks of a model: layers, their weights by slot, and its sizes."""
+
+    num_expert_groups, num_shared_experts = 1, 0
+    num_routed_experts = num_logical_experts = serving.NUM_EXPERTS
+    num_physical_experts = serving.NUM_SLOTS
+    num_redundant_experts = serving.NUM_SLOTS - serving.NUM_EXPERTS
+
+    def __init__(self, dispatchers, group):
+        self.moe_layers = [layer_of(dispatcher) for dispatcher in dispatchers]
+        self.num_moe_layers = len(dispatchers)
+        self.num_local_physical_experts = serving.NUM_SLOTS // group.size()
+        own = torch.arange(serving.NUM_SLOTS).view(group.size(), -1)[group.rank()]
+        first = (own % serving.NUM_EXPERTS).float()  # vLLM's first table
+        self.expert_weights = [[first[:, None].clone()] for _ in dispatchers]
+
+    def set_eplb_state(self, *_):
+        pass
+
+
+def rebalanced(group, kind):
+    """vLLM's `EplbState` counts loads, chooses tables and moves weights; the plugin follows."""
+    vllm = imported()
+    import deep_ep
+    from vllm.distributed.eplb import eplb_state
+
+    client.register()
+    client.register()  # vLLM may load plugins more than once
+    one = SimpleNamespace(device_group=group, cpu_group=group, world_size=group.size())
+    for name in ("get_ep_group", "get_eplb_group"):
+        setattr(eplb_state, name, lambda: one)
+    eplb_state.get_node_count, eplb_state.PIN_MEMORY = (lambda: 1), False
+    torch.Event = lambda **_: SimpleNamespace(
+        record=lambda: None, synchronize=lambda: None, elapsed_time=lambda _: 0.0
+    )
+    config = SimpleNamespace(
+        enable_elastic_ep=False,
+        num_ubatches=0,
+        eplb_config=SimpleNamespace(
+            use_async=False,
+            window_size=4,
+            step_interval=3,
+            policy="default",
+            communicator="torch_nccl",  # over the group of the CPU, where weights are there
+            log_balancedness_interval=100,
+        ),
+    )
+    buffer = serving.buffer_of(kind, deep_ep, group)
+    dispatchers = [dispatcher_of(vllm, kind, buffer, group) for _ in range(2)]
+    state = eplb_state.EplbState(config, torch.device("cpu"))
+    model, model_config = Model(dispatchers, group), SimpleNamespace(compute_hash=lambda: "one")
+    state.add_model(model, model_config, "a model")
+    (engine,), tables = client.balanced.values(), state.model_states["one"].physical_to_logical_map
+    first, loads = tables.clone(), state.model_states["one"].expert_load_pass
+
+    def step():
+        loads[:] = torch.randint(0, 100, loads.shape, generator=torch.Generator().manual_seed(7))
+        with torch.inference_mode():
+            state.step()
+        # The weights that vLLM has moved are those of its table.
+        own = tables.view(2, group.size(), -1)[:, group.rank()].float()
+        for weights, held in zip(model.expert_weights, own, strict=True):
+            assert torch.equal(weights[0][:, 0], held)
+
+    args = kind, dispatchers, tables, step, 1, 8, vllm.unquantized
+    seen = serving.serve(group, *args, reduce=(vllm.reduce[kind],), writes=False)
+    assert not torch.equal(first, tables)
+    client.balanced.clear()
+    assert sum(engine.num_batches.values()) == 16
+    return seen
+
+
+@needs_vllm
+@pytest.mark.parametrize("kind", serving.STAND_INS)
+def test_its_rebalancing_is_followed(kind):
+    try:
+        out = ranks.run(2, rebalanced, kind, environ=ENVIRON, timeout=300)
+    finally:
+        ranks.close()  # which have a part of torch replaced
+    serving.is_best(out)
+
+
+@needs_vllm
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_vllm_finds_the_plugin(tmp_path, mode):
+    program = (
+        "import vllm.plugins; vllm.plugins.load_general_plugins()\n"
+        "from vllm.distributed.eplb.eplb_state import EplbState as state\n"
+        "print([hasattr(f, '__wrapped__') for f in (state.add_model, state.step)])"
+    )
+    said = serving.run_with_plugins(program, tmp_path, {**ENVIRON, "LPLB_EP": mode})
+    assert said == str([mode == "1"] * 2)
+
+
 def refused(group, made, expected):
     """Balances a model of one layer that dispatches as `made` says."""
     buffer = serving.buffer_of("ht", lplb_ep, group)
