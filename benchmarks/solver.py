@@ -13,6 +13,7 @@ all must agree. With guests the GPU's must be those that the CPU chooses. Times 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -83,12 +84,15 @@ def solve(instance: Instance, solver: str) -> tuple[torch.Tensor, torch.Tensor]:
     return quota.cpu(), guests.cpu()
 
 
-def exact(instances: Iterable[Instance], solver: str, every: int, pool: Pool) -> tuple[int, ...]:
+def exact(
+    instances: Iterable[Instance], solver: str, every: int, seconds: float, pool: Pool
+) -> tuple[int, ...]:
     """How many, how many HiGHS judged (one of `every`), how many were not exact, and the worst."""
+    end = time.monotonic() + seconds
 
     def solved():
         number = 0
-        for instance in instances:
+        for instance in itertools.takewhile(lambda _: time.monotonic() < end, instances):
             placement, loads, base = instance
             for load, *found in zip(loads, *solve(instance, solver), strict=True):
                 yield placement, load, base, *found, number % every == 0
@@ -165,6 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--instances", type=int, default=5000)
     parser.add_argument("--solver", choices=("cpu", *GPU_SOLVERS), default="cpu")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="then no more instances")
     parser.add_argument("--highs-every", type=int, metavar="N", help="1 on the CPU, 50 on the GPU")
     parser.add_argument(
         "--recording", nargs=2, action="append", default=[], metavar=("FILE", "KEY")
@@ -181,7 +186,7 @@ def main() -> None:
     rows = []
     with multiprocessing.get_context("forkserver").Pool() as pool:
         for name, instances in sources.items():
-            numbers = exact(instances, args.solver, every, pool)
+            numbers = exact(instances, args.solver, every, args.seconds, pool)
             rows.append([name, *map(str, numbers)])
     columns = [f"solver {args.solver}", "instances", "by HiGHS", "not exact", "tokens off, worst"]
     print(text_table(columns, rows))

@@ -194,12 +194,11 @@ __device__ bool use_copies(const Start<V>& start, Fill<V>& fill, const Rule& rul
     }
     if (highest == 0) return false;
     move = __reduce_min_sync(~0u, key == highest ? move : ~0u);
-    int place = move / 64, to = move % 64, what = places[place].expert;
-    moved = highest;
-    if (by_priority) {
-        moved = min(places[place].tokens, need);
-        __syncwarp();  // all lanes have read the tokens before one writes them
-    }
+    int place = move / 64, to = move % 64;
+    Place from_place = places[place];
+    __syncwarp();  // all lanes have read the place before one writes its tokens
+    int what = from_place.expert;
+    moved = by_priority ? min(from_place.tokens, need) : highest;
     #pragma unroll unrolled
     for (int i = 0; i < parts; ++i) {
         int other = lane + 32 * i;
