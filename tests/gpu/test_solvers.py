@@ -202,7 +202,7 @@ def test_a_smaller_solver_of_the_same_kernel_leaves_the_larger_its_memory(solver
     large, small = (Placement(np.tile(np.arange(64), n), 64) for n in (40, 36))
     record, capacities = DEVICE_SOLVERS[solver], [capacity_for(p) for p in (large, small)]
     assert record.variant(capacities[0]) == record.variant(capacities[1])
-    assert record.num_shared_bytes(capacities[1], 64) > 48 * 1024
+    assert record.num_shared_bytes(capacities[1], 64, 1) > 48 * 1024
     first = LoadSolver(large, device(), solver)
     LoadSolver(small, device(), solver)
     load = torch.from_numpy(oracle.random_load(rng, 64, 300.0)[None]).int().to(device())
