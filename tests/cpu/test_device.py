@@ -157,6 +157,24 @@ def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
         assert fitted
 
 
+@pytest.mark.parametrize("R", [2, 8, 40])
+def test_tables_of_an_engine_have_room_for_any_experts_in_any_slots(R):
+    rng = np.random.default_rng(R)
+    num_slots = R * 3
+    E = num_slots - R  # one slot a rank for copies
+
+    def deal():
+        copies = rng.choice(rng.integers(0, E, rng.integers(1, R + 1)), R)
+        table = rng.permutation(np.append(np.arange(E), copies))
+        return Placement(table, R, num_experts=E, max_replicas=R + 1)
+
+    first = Placement([*range(E), *[0] * R], R, num_experts=E, max_replicas=R + 1)
+    capacity = layout.capacity_for(first, refreshable=True, moves_homes=True)
+    for other in (first, *(deal() for _ in range(20))):
+        layout.tables(other, capacity)
+        layout.routes(other, capacity)
+
+
 def test_components_beyond_one_block_are_refused_by_size():
     ring = Placement.from_topology("ring", num_experts=65, num_ranks=65)
     with pytest.raises(
