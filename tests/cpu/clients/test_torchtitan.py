@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import ranks
 import titan
@@ -17,6 +19,8 @@ from lplb_ep import ContractError
 pytest.importorskip("torchtitan")
 
 G = 2
+# Each rank imports torchtitan in its first call, which takes long where everything is busy.
+run = functools.partial(ranks.run, timeout=600.0)
 
 
 def made(client, mode, ep, **options):
@@ -81,7 +85,7 @@ def largest_difference(got, want):
 )
 def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
     plain, home, balanced = (
-        ranks.run(num_ranks, train, mode, ep, **options) for mode in ("plain", "home", "1")
+        run(num_ranks, train, mode, ep, **options) for mode in ("plain", "home", "1")
     )
     for (losses, grads, weights, *_), at_home in zip(plain, home, strict=True):
         assert at_home[0] == losses
@@ -101,8 +105,8 @@ def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_activation_checkpoints_change_no_bit(checkpointing):
-    want = ranks.run(2, train, "1", 2)
-    got = ranks.run(2, train, "1", 2, checkpointing=checkpointing)
+    want = run(2, train, "1", 2)
+    got = run(2, train, "1", 2, checkpointing=checkpointing)
     for one, other in zip(want, got, strict=True):
         unwrapped = [
             {name.replace("._checkpoint_wrapped_module", ""): t for name, t in tensors.items()}
@@ -150,9 +154,9 @@ def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
     """Bit for bit, with the optimizer's moments, and on other numbers of ranks."""
     folder = str(tmp_path)
     steps = [("plain", True, None, "a"), ("1", False, "a", "b"), ("plain", False, "b", "c")]
-    found = ranks.run(2, save_and_load, steps, folder)
-    found += ranks.run(4, save_and_load, [("1", False, "c", "d"), ("1", True, "d", "e")], folder)
-    found += ranks.run(2, save_and_load, [("plain", False, "e", "f")], folder)
+    found = run(2, save_and_load, steps, folder)
+    found += run(4, save_and_load, [("1", False, "c", "d"), ("1", True, "d", "e")], folder)
+    found += run(2, save_and_load, [("plain", False, "e", "f")], folder)
     first, moved, trained = found[0], [*found[0][1:], *found[1][1:], found[2][0]], found[-1][0]
     assert any("exp_avg" in name for name in first[0])
     for other in moved:
@@ -178,7 +182,7 @@ def evaluate(world):
 
 
 def test_a_batch_without_gradients_may_come_between():
-    first, second = ranks.run(2, evaluate)
+    first, second = run(2, evaluate)
     assert first == second
     assert all(norm > 0 for norm in first.values())
 
@@ -191,8 +195,8 @@ def turned_off(world):
 
 
 def test_with_lplb_ep_0_the_model_is_plain():
-    plain = [of_rank[0][0] for of_rank in ranks.run(2, train, "plain", 2)]
-    assert ranks.run(2, turned_off) == plain
+    plain = [of_rank[0][0] for of_rank in run(2, train, "plain", 2)]
+    assert run(2, turned_off) == plain
 
 
 def compiled(world, whole):
@@ -212,12 +216,12 @@ def compiled(world, whole):
 def test_torchtitan_s_compiler_is_refused_by_name():
     """Over DeepEP V2 it does not run without lplb_ep either: its operations have no shapes."""
     with pytest.raises(ranks.RanksFailedError) as error:
-        ranks.run(2, compiled, True)
+        run(2, compiled, True)
     assert all("leave `model` out of compile.comp" in message for _, message in error.value.errors)
 
 
 def test_a_graph_of_another_compiler_breaks_there():
-    ranks.run(2, compiled, False)
+    run(2, compiled, False)
 
 
 def refuse(world):
@@ -249,7 +253,7 @@ def refuse(world):
 
 
 def test_what_cannot_be_balanced_is_refused_by_name():
-    (found,) = {tuple(said) for said in ranks.run(2, refuse)}
+    (found,) = {tuple(said) for said in run(2, refuse)}
     names = ("AllToAllTokenDispatcher", "HybridEPTokenDispatcher", "cudagraphable", "got 0")
     assert len(found) == 2 * len(names)
     for number, message in enumerate(found):
@@ -276,7 +280,7 @@ def override(world):
 
 
 def test_an_override_of_the_command_line_balances_a_model():
-    for said in ranks.run(2, override):
+    for said in run(2, override):
         assert said.startswith(f"{titan.LAYERS} MoE layers, 0.0 MiB for guests")
         assert "layers.1.moe.routed_experts: imbalance" in said
         assert "batches: 1 OPTIMAL" in said
