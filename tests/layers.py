@@ -117,6 +117,7 @@ LAYERS = [
     "clients.balance",
     "clients.megatron_replicas",
     "clients.megatron",
+    "clients.startup.sitecustomize",
     "clients.without_gpu",
     "clients.engines",
     "clients.vllm",

@@ -8,7 +8,9 @@ the optimizer, DDP's buckets and checkpoints.
 
 from __future__ import annotations
 
+import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,25 +70,69 @@ def balance(
         ContractError: a layer uses something that is not supported. The message names all of it.
         ValueError, RankError: as `Guests`; guests and replicas were both asked for.
     """
-    from megatron.core.transformer.moe import fused_a2a
-
-    made = Balance()
     if is_off():
-        return made
+        return Balance()
     layers = dict(_moe_layers(model))
     refuse("this model", [] if layers else ["it has no MoELayer with several expert ranks"])
-    for name, module in layers.items():
-        refuse(name, [*_obstacles(module)])
-    # The class that is looked up with each buffer, which is made when the first batch comes.
-    made.replace(fused_a2a, "Buffer", drop_in.Buffer)
-    fused_a2a._buffer = None
-    made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
+    made = _with_buffers(layers)
     if replicas or placement is not None:
         if guests:
             raise ValueError("guests and replicas do not go together: say one of them")
         _with_replicas(made, layers, placements_for(layers, replicas, load, placement))
     else:
         _with_guests(made, layers, guests)
+    return made
+
+
+kept: list[Balance] = []
+"""What `balance_when_called` has balanced."""
+
+
+def balance_when_called(kind: Any) -> None:
+    """Has MoE layers balanced by guests when the first batch reaches one, in this process.
+
+    They share a pool with those that were made before that. For programs that cannot be edited.
+
+    Args:
+        kind: Megatron-Core's `MoELayer`.
+    """
+    waiting: list[weakref.ref[Any]] = []
+    initialize, call = kind.__init__, kind.forward
+
+    @functools.wraps(initialize)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        initialize(self, *args, **kwargs)
+        waiting.append(weakref.ref(self))
+
+    @functools.wraps(call)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if waiting:
+            alive = [module for ref in waiting if (module := ref()) is not None]
+            waiting.clear()
+            layers = {
+                f"{number}: layer {module.layer_number}": module
+                for number, module in enumerate(alive)
+                if module.ep_group.size() > 1
+            }
+            if layers and not is_off():
+                kept.append(_with_buffers(layers))
+                _with_guests(kept[-1], layers, None)
+        return call(self, *args, **kwargs)
+
+    kind.__init__, kind.forward = __init__, forward
+
+
+def _with_buffers(layers: dict[str, Any]) -> Balance:
+    """Has layers, which are checked, call buffers that plan."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    made = Balance()
+    for name, module in layers.items():
+        refuse(name, [*_obstacles(module)])
+    # The class that is looked up with each buffer, which is made when the first batch comes.
+    made.replace(fused_a2a, "Buffer", drop_in.Buffer)
+    fused_a2a._buffer = None
+    made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
     return made
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -202,3 +203,50 @@ def test_replicas_are_refused_by_name_where_their_gradients_would_come_late():
         ranks.run(2, train, run, environ=ON)
     with pytest.raises(ranks.RanksFailedError, match="say one of them"):
         ranks.run(2, train, Run(balance={"replicas": 1, "guests": 1}), environ=ON)
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+
+import torch
+import torch.distributed as dist
+
+import gpt
+
+def main(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+    run = gpt.Run(steps=1, balance=dict(off=True))
+    result = gpt.train(dist.group.WORLD, run)
+    from lplb_ep.clients import megatron
+    if rank == 0:
+        print(result[0])
+        print(*megatron.kept, sep="\\n")
+    dist.destroy_process_group()
+
+if __name__ == "__main__":
+    torch.multiprocessing.start_processes(main, (sys.argv[1],), 2, start_method="spawn")
+"""
+
+
+def test_a_program_that_is_not_edited_is_balanced(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT.format(path=[str(ROOT / "tests")]))
+    environ = {**os.environ, "LPLB_EP_GUEST_MIN_TOKENS": "1", "PYTHONPATH": str(ROOT)}
+    said = []
+    for number, options in enumerate([["--mode", "0"], ["--client", "megatron", "--mode", "1"]]):
+        command = [sys.executable, "-m", "lplb_ep.tools.cli", "run", *options, str(script)]
+        result = subprocess.run(
+            [*command, str(tmp_path / f"store{number}")],
+            capture_output=True,
+            text=True,
+            env=environ,
+            timeout=170,
+        )
+        assert result.returncode == 0, result.stderr
+        said.append(result.stdout.splitlines())
+    assert said[0][1:] == [""]
+    assert said[1][1].startswith("2 MoE layers, ")
+    assert "0: layer 1: imbalance" in said[1][2]
+    assert json.loads(said[1][0]) == pytest.approx(json.loads(said[0][0]), rel=1e-5)

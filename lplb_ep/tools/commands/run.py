@@ -23,13 +23,19 @@ def add(commands: Any) -> None:
     run = commands.add_parser(
         "run",
         help="run a script with the drop-ins in place of DeepEP's buffers",
-        usage="lplb-ep run [--placement FILE] [--mode 0|home|1] (SCRIPT | -m MODULE) [ARG ...]",
+        usage="lplb-ep run [--placement FILE] [--client megatron] [--mode 0|home|1] "
+        "(SCRIPT | -m MODULE) [ARG ...]",
     )
     run.set_defaults(command=_run)
     run.add_argument(
         "--placement",
         metavar="FILE",
         help="sets LPLB_EP_PLACEMENT: one placement for all MoE layers, or by names of modules",
+    )
+    run.add_argument(
+        "--client",
+        choices=("megatron",),
+        help="balance this framework's MoE layers by guests: no placement is needed",
     )
     run.add_argument("--mode", choices=("0", "home", "1"), help="sets LPLB_EP")
     run.add_argument("-m", dest="module", action="store_true", help="run a module, not a script")
@@ -62,7 +68,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> NoReturn:
             from ...placement.layer_files import placements_of_modules
 
             placements_of_modules(settings.placement)
-    put_first_on_python_path(Path(__file__).resolve().parents[2] / "deepep" / "startup")
+    package = Path(__file__).resolve().parents[2]
+    put_first_on_python_path(package / "deepep" / "startup")
+    if args.client is not None:
+        put_first_on_python_path(package / "clients" / "startup")
     _become_python(["-m", *program] if args.module else program)
 
 
