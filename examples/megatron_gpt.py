@@ -332,7 +332,8 @@ def prepared(args: argparse.Namespace, **rendezvous):
     from lplb_ep.clients.without_gpu import without_gpu
 
     torch.set_num_threads(1)
-    local, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    local = int(os.environ.get("LOCAL_RANK", rendezvous.get("rank", 0)))
+    num_gpus = torch.cuda.device_count()
     args.ranks = int(os.environ.get("WORLD_SIZE", args.ranks))
     args.shared = 0 < num_gpus < int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     args.device = torch.device("cuda", local % num_gpus) if num_gpus else torch.device("cpu")

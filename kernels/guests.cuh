@@ -311,6 +311,8 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
     if (!balances) {
         if (zeroes) zero_quotas(p, experts, V::pushing / 32, quota);
         write_routes(p, g, experts, c, arcs, chosen, threadIdx.x - V::pushing);
+        // Warps come to the barrier whole: compute-sanitizer takes a warp that comes in parts for two.
+        __syncwarp();
     } else if (solves && c.shape.arcs > 0) {
         is_balanced = balance<V, general>(c, edges, p.max_rounds);
     }
