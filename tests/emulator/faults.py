@@ -363,7 +363,12 @@ FAULTS = [
     Fault(
         "a meeting overwrites the last", "weights.cu", "if (travel.last[other] != 0)", "if (false)"
     ),
-    Fault("a meeting is always complete", "weights.cu", "*travel.met = !late;", "*travel.met = 1;"),
+    Fault(
+        "a meeting is always complete",
+        "weights.cu",
+        "*travel.met = !late && !refused;",
+        "*travel.met = 1;",
+    ),
     Fault("a refusal is not seen", "weights.cu", " && word != ~ticket &&", " &&"),
     Fault(
         "a refused batch has further meetings",
