@@ -134,8 +134,8 @@ void emulated_send(int block, void* to, const void* value, size_t size, int rais
     auto& blocks = self->block->cluster->blocks;
     if (block < 0 || block >= int(blocks.size())) fail(HERE, "memcheck: a cluster has no block %d", block);
     if (blocks[block] == nullptr) fail(HERE, "memcheck: words are sent to block %d, which has ended", block);
-    if (self->cluster_generation == self->block->cluster->all.generation)
-        fail(HERE, "synccheck: words are sent before all blocks have begun");
+    // Whether they have begun in this run or not.
+    if (!self->has_met_cluster) fail(HERE, "synccheck: words are sent before all blocks have begun");
     perhaps_switch();
     Message one{blocks[block], arrivals, static_cast<char*>(to), size, raises != 0, {}};
     memcpy(one.value, value, size);

@@ -77,6 +77,7 @@ void emulated_barrier_of_first(int num_threads) {
 void emulated_cluster_arrive() {
     Barrier& all = self->block->cluster->all;
     self->cluster_generation = all.generation;
+    self->has_met_cluster = false;
     if (++all.waiting < int(self->block->cluster->blocks.size() * self->block->fibers.size())) return;
     all.waiting = 0;
     moved = true;
@@ -87,6 +88,7 @@ void emulated_cluster_arrive() {
 void emulated_cluster_wait() {
     Barrier& all = self->block->cluster->all;
     all.what = "the barrier of a cluster";
+    self->has_met_cluster = true;  // as soon as this returns
     if (all.generation != self->cluster_generation) return;
     self->waits_for = &all;
     self->generation = all.generation;

@@ -62,6 +62,7 @@ struct Fiber {
     bool done;
     Barrier* waits_for;
     unsigned generation, cluster_generation, id;  // id: of its accesses since its last barrier; 0: none yet
+    bool has_met_cluster = false;  // since it last came to the barrier of its cluster
     unsigned block_epoch, named_epoch, warp_epoch, vote_epoch;  // barriers and votes that it has passed
 };
 struct Block {

@@ -176,6 +176,7 @@ Block* new_block(const Operation& launch, int number, Cluster* cluster) {
             fiber->done = false;
             fiber->waits_for = nullptr;
             fiber->cluster_generation = 0;
+            fiber->has_met_cluster = false;
             fiber->id = fiber->block_epoch = fiber->named_epoch = fiber->warp_epoch = fiber->vote_epoch = 0;
         } else {
             *fiber = Fiber{};
