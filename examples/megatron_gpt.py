@@ -281,8 +281,10 @@ def run(args: argparse.Namespace, mode: str, seed: int, load=None) -> Record:
         trainer = Trainer(args, mode, seed, load)
         record = trainer.run(mode, seed, progress)
         trainer.balance.remove()
+    # Hooks of DDP refer to it where no collector sees it, and the model refers to itself.
+    trainer.model.grad_accs.clear()
     del trainer
-    gc.collect()  # the model refers to itself
+    gc.collect()
     if args.device.type == "cuda":
         torch.cuda.empty_cache()
     return record

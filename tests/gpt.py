@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import gc
 import logging
 import queue
 import warnings
 from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from lplb_ep import ContractError
 
@@ -42,8 +45,10 @@ def megatron(run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from megatron.core import parallel_state
+            from megatron.core.transformer.moe import fused_a2a
 
             logging.getLogger("megatron").setLevel(logging.ERROR)
+            before = set(distributed_c10d._world.pg_map)
             parallel_state.initialize_model_parallel(
                 pipeline_model_parallel_size=run.pp,
                 virtual_pipeline_model_parallel_size=run.vpp,
@@ -55,6 +60,12 @@ def megatron(run):
                     yield
             finally:
                 parallel_state.destroy_model_parallel()
+                # Else its groups stay, dozens a run, each with threads that wake up all the time.
+                fused_a2a._buffer = None
+                for group in set(distributed_c10d._world.pg_map) - before:
+                    dist.destroy_process_group(group)
+                del group
+                gc.collect()
     finally:
         unpatch()
 
@@ -183,6 +194,8 @@ class Training:
 
     def close(self):
         self.balance.remove()
+        for chunk in self.chunks:
+            chunk.grad_accs.clear()  # their hooks refer to the DDP, which no collector sees
 
     def batches(self):
         """Micro-batches of tokens, the same in every run."""
@@ -275,7 +288,7 @@ def save(group, run, path):
         with mock.patch.object(filesystem_async, name, return_value=results):
             dist_checkpointing.save(saved(training), path)
         weights = {n: p.detach().clone() for n, p in training.named_parameters()}
-        training.balance.remove()
+        training.close()
         return weights
 
 
@@ -297,7 +310,7 @@ def load(group, run, path):
             training.optimizer.step()
         after = {n: p.detach().clone() for n, p in training.named_parameters()}
         report = training.balance.report()
-        training.balance.remove()
+        training.close()
         return weights, after, report
 
 
@@ -314,6 +327,7 @@ def removed(group, run):
         said = str(balanced)
         balanced.remove()
         after, last = seams(module), training.gradients(training.batches())
+        training.close()
         return before, during, after, [loss, again, last], said, str(balanced)
 
 

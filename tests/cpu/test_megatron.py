@@ -16,6 +16,15 @@ from layers import ROOT
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks_of_their_own():
+    """Whatever Megatron-Core leaves in the ranks' processes must not burden other tests."""
+    yield
+    ranks.close()
+
+
 OFF = {"LPLB_EP": "0"}
 HOME = {"LPLB_EP": "home"}
 ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
