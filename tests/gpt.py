@@ -2,15 +2,12 @@
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import queue
 import warnings
 from unittest import mock
 
 import torch
-import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from lplb_ep import ContractError
 
@@ -33,6 +30,29 @@ class Run:
     skew: float = 1.0
 
 
+joined = None
+"""The sizes of the groups that Megatron-Core has in this process."""
+
+
+def join(parallel_state, run):
+    """Makes Megatron-Core's groups, if it has others. They are two dozen, with threads for each.
+
+    Those of a model that was trained stay in memory: DDP's gradient accumulators refer to it, and
+    no collector sees them. So runs of the same sizes share theirs.
+    """
+    global joined
+    if joined == (run.ep, run.pp, run.vpp):
+        return
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        pipeline_model_parallel_size=run.pp,
+        virtual_pipeline_model_parallel_size=run.vpp,
+        expert_model_parallel_size=run.ep,
+        expert_tensor_parallel_size=1,
+    )
+    joined = run.ep, run.pp, run.vpp
+
+
 @contextlib.contextmanager
 def megatron(run):
     """Megatron-Core with its groups, on this rank's CPU."""
@@ -45,27 +65,11 @@ def megatron(run):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from megatron.core import parallel_state
-            from megatron.core.transformer.moe import fused_a2a
 
             logging.getLogger("megatron").setLevel(logging.ERROR)
-            before = set(distributed_c10d._world.pg_map)
-            parallel_state.initialize_model_parallel(
-                pipeline_model_parallel_size=run.pp,
-                virtual_pipeline_model_parallel_size=run.vpp,
-                expert_model_parallel_size=run.ep,
-                expert_tensor_parallel_size=1,
-            )
-            try:
-                with without_gpu():
-                    yield
-            finally:
-                parallel_state.destroy_model_parallel()
-                # Else its groups stay, dozens a run, each with threads that wake up all the time.
-                fused_a2a._buffer = None
-                for group in set(distributed_c10d._world.pg_map) - before:
-                    dist.destroy_process_group(group)
-                del group
-                gc.collect()
+            join(parallel_state, run)
+            with without_gpu():
+                yield
     finally:
         unpatch()
 
