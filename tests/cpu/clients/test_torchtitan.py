@@ -79,8 +79,9 @@ def largest_difference(got, want):
     ("num_ranks", "ep", "options"),
     [
         (2, 2, {}),
-        (4, 4, {"param_dtype": "bfloat16"}),
-        (4, 2, {"reshard": "always"}),  # each expert's rows are on two ranks
+        pytest.param(4, 4, {"param_dtype": "bfloat16"}, marks=pytest.mark.long),
+        # Each expert's rows are on two ranks.
+        pytest.param(4, 2, {"reshard": "always"}, marks=pytest.mark.long),
     ],
 )
 def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
@@ -103,6 +104,7 @@ def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
     assert max(r[3] for r in balanced) < mean + 4 * titan.LAYERS + 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_activation_checkpoints_change_no_bit(checkpointing):
     want = run(2, train, "1", 2)
@@ -150,6 +152,7 @@ def save_and_load(world, steps, folder):
     return found
 
 
+@pytest.mark.long
 def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
     """Bit for bit, with the optimizer's moments, and on other numbers of ranks."""
     folder = str(tmp_path)
@@ -181,6 +184,7 @@ def evaluate(world):
         return {name: float(grad.norm()) for name, grad in titan.gradients(model).items()}
 
 
+@pytest.mark.long
 def test_a_batch_without_gradients_may_come_between():
     first, second = run(2, evaluate)
     assert first == second
@@ -194,6 +198,7 @@ def turned_off(world):
         return float(titan.loss_of(model, titan.batch_of(world.rank(), 0)))
 
 
+@pytest.mark.long
 def test_with_lplb_ep_0_the_model_is_plain():
     plain = [of_rank[0][0] for of_rank in run(2, train, "plain", 2)]
     assert run(2, turned_off) == plain
@@ -220,6 +225,7 @@ def test_torchtitan_s_compiler_is_refused_by_name():
     assert all("leave `model` out of compile.comp" in message for _, message in error.value.errors)
 
 
+@pytest.mark.long
 def test_a_graph_of_another_compiler_breaks_there():
     run(2, compiled, False)
 

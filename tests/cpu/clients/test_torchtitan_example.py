@@ -13,6 +13,7 @@ pytest.importorskip("torchtitan")
 EXAMPLE = Path(__file__).parents[3] / "examples" / "torchtitan_moe.py"
 
 
+@pytest.mark.long
 def test_plain_and_balanced_runs_learn_the_same(tmp_path):
     sizes = "--ranks 2 --steps 4 --dim 64 --width 64 --sequences 4 --checkpointing selective"
     runs = ["--runs", "plain,balanced", "--out", str(tmp_path / "picture.png")]
