@@ -125,9 +125,8 @@ def refuse_state_outside_parameters(experts: nn.Module) -> None:
     """Raises ValueError where copies of parameters would not copy all that experts compute with."""
     for path, module in experts.named_modules():
         # Not by `state_dict`, before which FSDP2 takes gathered parameters away.
-        persistent = module._buffers.keys() - module._non_persistent_buffers_set
-        for name in persistent:
-            if module._buffers[name] is not None:
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
                 raise ValueError(
                     f"experts must have no persistent buffers, got {f'{path}.{name}'.strip('.')}. "
                     "Make a weight a parameter with requires_grad=False, and a constant a buffer "
