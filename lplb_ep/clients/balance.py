@@ -133,7 +133,7 @@ class Balance:
     """A model that a client balances, until `remove`."""
 
     layers: list[BalancedLayer] = field(default_factory=list)
-    """None while LPLB_EP is 0."""
+    """Empty while LPLB_EP is 0 or unset."""
     pools: list[GuestPool] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What was changed in the model beside its MoE layers."""

@@ -26,7 +26,7 @@ class Check(NamedTuple):
     """The checks of one method."""
 
     form: Callable[[Call], Form]
-    """All that `arguments` looks at in a call. None: they are wrong."""
+    """All that the checks look at in a call. None: such a call is checked each time."""
     arguments: Callable[[Any, BufferState, Placement, Call], None]
     """Of a buffer, its state, the placement in force and a call."""
 
