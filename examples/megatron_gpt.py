@@ -234,6 +234,17 @@ class Trainer:
         self.optimizer.step()
         return sum(float(loss["loss"]) for loss in out) / len(out)
 
+    def free(self) -> None:
+        """Frees weights, gradients and the optimizer's state: DDP's hooks keep the model alive."""
+        tensors = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+            for state in optimizer.optimizer.state.values():
+                tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+        tensors += self.model.parameters()
+        for tensor in [*tensors, *(t.grad for t in tensors), *map(main_grad, tensors)]:
+            if tensor is not None:
+                tensor.untyped_storage().resize_(0)
+
     def run(self, mode: str, seed: int, progress) -> Record:
         """Trains. Collective."""
         args, batches = self.args, self.batches()
@@ -267,6 +278,11 @@ class Trainer:
         )
 
 
+def main_grad(parameter: torch.Tensor) -> torch.Tensor | None:
+    """Where Megatron-Core's DDP collects a parameter's gradients."""
+    return getattr(parameter, "main_grad", None)
+
+
 def tokens_a_second(args: argparse.Namespace, record: Record) -> float:
     """Of all ranks, by the median step behind the first tenth."""
     per_step = args.ranks * args.micro_batches * args.sequences * args.sequence
@@ -281,8 +297,7 @@ def run(args: argparse.Namespace, mode: str, seed: int, load=None) -> Record:
         trainer = Trainer(args, mode, seed, load)
         record = trainer.run(mode, seed, progress)
         trainer.balance.remove()
-    # Hooks of DDP refer to it where no collector sees it, and the model refers to itself.
-    trainer.model.grad_accs.clear()
+    trainer.free()
     del trainer
     gc.collect()
     if args.device.type == "cuda":

@@ -198,8 +198,6 @@ class Training:
 
     def close(self):
         self.balance.remove()
-        for chunk in self.chunks:
-            chunk.grad_accs.clear()  # their hooks refer to the DDP, which no collector sees
 
     def batches(self):
         """Micro-batches of tokens, the same in every run."""
