@@ -249,8 +249,9 @@ def run_rank(args: argparse.Namespace) -> None:
     local = int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(1)
     args.device = torch.device("cpu")
-    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-        args.device = torch.device("cuda", local)
+    num_gpus, shared = torch.cuda.device_count(), "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
+    if num_gpus >= (1 if shared else int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        args.device = torch.device("cuda", local % num_gpus)
         torch.cuda.set_device(args.device)
     else:  # torchtitan takes a machine without a GPU for one that has some
         os.environ["LPLB_EP_BACKEND"] = "embedded"

@@ -12,6 +12,14 @@ import torch
 _CONTROL = "nvidia-cuda-mps-control"
 
 
+def has_gpu_each(num_ranks: int = 2) -> bool:
+    """Whether each rank has a GPU, or all are told to do with parts by LPLB_TEST_SHARE_GPU=1.
+
+    Ranks that share a GPU want NCCL of 2.30 at least, with NCCL_MULTI_RANK_GPU_ENABLE=1.
+    """
+    return torch.cuda.device_count() >= num_ranks or os.environ.get("LPLB_TEST_SHARE_GPU") == "1"
+
+
 @contextlib.contextmanager
 def service():
     """Starts a daemon of our own, and ends it and all ranks.

@@ -1,5 +1,6 @@
 """DeepEP V2's `ElasticBuffer`, balanced: every token arrives, where it was planned."""
 
+import mps
 import numpy as np
 import over_deep_ep
 import pytest
@@ -22,7 +23,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not hasattr(over_deep_ep.deep_ep(), "ElasticBuffer"), reason="no DeepEP V2"),
     # Ranks that share a GPU are refused by NCCL.
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no GPU for each rank"),
+    pytest.mark.skipif(not mps.has_gpu_each(), reason="no GPU for each rank"),
 ]
 
 HIDDEN = 2048

@@ -2,6 +2,7 @@
 picks and other tables of experts. Every token's result is held against plain DeepEP's, which goes
 where the engine's own picks say."""
 
+import mps
 import numpy as np
 import oracle
 import over_deep_ep
@@ -19,7 +20,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(over_deep_ep.deep_ep() is None, reason="no DeepEP"),
     # Its kernels want all of a GPU at once.
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no GPU for each rank"),
+    pytest.mark.skipif(not mps.has_gpu_each(), reason="no GPU for each rank"),
 ]
 
 HIDDEN, MOST = 2048, 64

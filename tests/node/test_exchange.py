@@ -427,7 +427,7 @@ def by_nccl(group, num_batches):
     dist.destroy_process_group(nccl)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+@pytest.mark.skipif(not mps.has_gpu_each(), reason="NCCL wants a GPU for each rank")
 def test_counts_over_nccl(node):
     node(2, by_nccl, 50)
 
@@ -469,7 +469,7 @@ def missed_over_nccl(group):
     return said.lines
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL wants a GPU for each rank")
+@pytest.mark.skipif(not mps.has_gpu_each(), reason="NCCL wants a GPU for each rank")
 def test_a_rank_that_does_not_come_is_named_over_nccl(node):
     *others, last = node(2, missed_over_nccl)
     assert last == []

@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import mps
 import numpy as np
 import over_deep_ep
 import pytest
@@ -16,7 +17,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(importlib.util.find_spec("deep_ep") is None, reason="no DeepEP"),
     # Its kernels want all of a GPU at once.
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no GPU for each rank"),
+    pytest.mark.skipif(not mps.has_gpu_each(), reason="no GPU for each rank"),
 ]
 
 HIDDEN, MOST = 2048, 64
