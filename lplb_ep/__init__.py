@@ -27,6 +27,7 @@ _PUBLIC = {
     "Plan": "planning.plan",
     "Planner": "planning.planner",
     "Problem": "problem",
+    "CostModel": "cost",
     "check_plan": "planning.check",
     "Replicas": "weights.replicas",
     "Guests": "weights.guests",

@@ -1,5 +1,6 @@
 from typing import Any
 
+from .cost import CostModel as CostModel
 from .deepep.context import attach as attach
 from .deepep.context import use as use
 from .errors import CompileError as CompileError

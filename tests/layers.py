@@ -11,6 +11,7 @@ LAYERS = [
     "",
     "errors",
     "settings",
+    "cost",
     "gpu",
     "gpu.abi",
     "gpu.toolchain",

@@ -1,0 +1,172 @@
+"""What the rows of a rank cost: the time of its experts' computation, in whole nanoseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+Int64 = npt.NDArray[np.int64]
+
+MAX_STEPS = 128
+"""Steps of a table; kernels keep them in shared memory."""
+_KEY, _VERSION = "lplb_ep_cost", 1
+_LARGEST = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The time of a rank: `fixed`, and for each of its slots what its rows cost.
+
+    A slot without rows costs nothing. Rows count in tiles: one beyond a tile costs a whole one. The
+    first step has what an active slot costs for itself, too. Base loads cost like a slot's rows.
+
+    Raises:
+        ValueError: a field is out of range; the message names it.
+    """
+
+    name: str
+    """Of the table, for people."""
+    tile: int
+    """Rows of a step, at least 1."""
+    steps: tuple[int, ...]
+    """Nanoseconds of a slot with 1 to `tile` rows, up to twice as many, and so on. At most
+    `MAX_STEPS`, and none is below the one before."""
+    slope: int
+    """Nanoseconds of each tile beyond the last step."""
+    fixed: int = 0
+    """Nanoseconds of a rank, whatever its rows."""
+    about: str = field(default="", compare=False)
+    """Where the numbers come from."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        for name, values, least in (
+            ("tile", (self.tile,), 1),
+            ("steps", self.steps, 0),
+            ("slope", (self.slope,), 0),
+            ("fixed", (self.fixed,), 0),
+        ):
+            for value in values:
+                if type(value) is not int or not least <= value <= _LARGEST:
+                    raise ValueError(
+                        f"{name} of a cost model must be whole numbers in [{least}, {_LARGEST}]; "
+                        f"got {value!r}"
+                    )
+        if not 1 <= len(self.steps) <= MAX_STEPS:
+            raise ValueError(
+                f"a cost model must have 1 to {MAX_STEPS} steps; got {len(self.steps)}"
+            )
+        if list(self.steps) != sorted(self.steps):
+            raise ValueError("steps of a cost model must not decrease")
+
+    def of_slots(self, rows: npt.ArrayLike) -> Int64:
+        """Nanoseconds of slots by their rows, integers of any shape that are not negative."""
+        tiles, last = -(-np.asarray(rows, np.int64) // self.tile), len(self.steps)
+        return self._table[np.minimum(tiles, last)] + self.slope * np.maximum(tiles - last, 0)
+
+    def least_of_experts(self, load: npt.ArrayLike) -> Int64:
+        """A lower bound of what experts cost by their loads, over any number of copies."""
+        tiles = -(-np.asarray(load, np.int64) // self.tile)
+        least, (cost, per) = self._least
+        # Beyond the table: as many tiles as cost least for their number.
+        beyond = np.maximum(least[-1], tiles * cost // per)
+        return np.where(tiles < least.size, least[np.minimum(tiles, least.size - 1)], beyond)
+
+    def most_rows(self, cost: npt.ArrayLike) -> Int64:
+        """The most rows of a slot that cost at most so much, whole tiles of them; -1 below 0."""
+        left = np.asarray(cost, np.int64)
+        tiles = np.searchsorted(self._table, left, side="right") - 1
+        more = (left - self._table[-1]) // self.slope if self.slope else _LARGEST
+        tiles = np.where(left >= self._table[-1], len(self.steps) + more, tiles)
+        return np.where(left < 0, -1, np.minimum(tiles * self.tile, _LARGEST))
+
+    @cached_property
+    def _table(self) -> Int64:
+        """[1 + steps] by tiles."""
+        return np.array([0, *self.steps])
+
+    @cached_property
+    def _least(self) -> tuple[Int64, tuple[int, int]]:
+        """The same where a load may be cut into fragments; and the cheapest number of tiles."""
+        least = self._table.copy()
+        for tiles in range(2, least.size):
+            least[tiles] = min(least[tiles], (least[1:tiles] + least[tiles - 1 : 0 : -1]).min())
+        rates = [(Fraction(cost, i), cost, i) for i, cost in enumerate(self.steps, 1)]
+        _, cost, per = min([*rates, (Fraction(self.slope), self.slope, 1)])
+        return least, (cost, per)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file that `load` reads, and that `LPLB_EP_COST` may name.
+
+        Raises:
+            OSError: the file is not writable.
+        """
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({_KEY: _VERSION, **asdict(self)}, file, indent=1)
+            file.write("\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> CostModel:
+        """Reads a file of `save`, or one that `lplb-ep calibrate` wrote.
+
+        Raises:
+            ValueError: it is another file, or a field is out of range; file and field are named.
+            OSError: the file is not readable.
+        """
+        where = os.fspath(path)
+        with open(path, encoding="utf-8") as file:
+            try:
+                content = json.load(file)
+            except ValueError as error:
+                raise ValueError(f"{where} is not a cost model: {error}") from None
+        if not isinstance(content, dict) or content.pop(_KEY, None) != _VERSION:
+            raise ValueError(f"{where} is not a cost model saved by this version")
+        try:
+            return cls(**content)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+def _h200() -> CostModel:
+    """DeepSeek-V3's experts (7168 and 2048 wide) in bf16 by torch's grouped GEMM on an H200.
+
+    Measured with 34 slots of equal rows: 1.09 ms with 128 rows in each, 1.28 with 256, 2.30 with
+    257. With 512 it was 2.63 ms, with 1024 4.81, with 1025 5.88. With 4 rows it was 0.07 ms for one
+    active slot and 1.04 for 34: about 0.04 are a rank's, whatever it has. A tile of the kernel has
+    256 rows, and the second half of the first tile costs extra. Other steps are interpolated.
+    """
+    to_512 = [30_900, 36_500, 71_300, 76_200]
+    per_tile = 32_050  # as from 512 rows to 1024
+    halves = [(103_300, 108_250), (135_400, 140_300)]
+    rest = [(2 * (140_300 + i * per_tile,)) for i in range(1, 29)]
+    steps = [*to_512, *(step for pair in (*halves, *rest) for step in pair)]
+    about = "DeepSeek-V3's experts in bf16, torch's grouped GEMM, one H200"
+    return CostModel("h200", 128, tuple(steps), per_tile // 2, 40_000, about)
+
+
+H200 = _h200()
+"""The built-in table. No other GPU has one: their own is made by `lplb-ep calibrate`."""
+
+
+def choose_cost(request: str = "", device: str | None = None) -> tuple[CostModel, str]:
+    """The cost model of a request, and why.
+
+    Args:
+        request: a file of `CostModel.save`; "": the built-in table.
+        device: the GPU's name; None: there is none.
+
+    Raises:
+        ValueError, OSError: as `CostModel.load`.
+    """
+    if request:
+        return CostModel.load(request), "asked for"
+    if device is not None and "H200" in device:
+        return H200, "measured on such a GPU"
+    of = "of the CPU" if device is None else f"of {device}"
+    return H200, f"no table {of} is built in, so an H200's serves; `lplb-ep calibrate` makes one"
