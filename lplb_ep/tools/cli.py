@@ -1,4 +1,4 @@
-"""The command `lplb-ep`: `doctor`, `replay`, `place`, `demo`, `bench`, `compile` and `run`."""
+"""`lplb-ep`: `doctor`, `replay`, `place`, `demo`, `bench`, `calibrate`, `compile` and `run`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import bench, compile, doctor, place, replay, run
+from .commands import bench, calibrate, compile, doctor, place, replay, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lplb-ep {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (doctor, replay, place, bench, compile, run):
+    for module in (doctor, replay, place, bench, calibrate, compile, run):
         module.add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "takes_rest"):

@@ -360,7 +360,7 @@ def test_unknown_arguments_are_refused(capsys, argv):
 def test_documents_name_all_commands(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
-    commands = re.findall(r"^    (\w+) ", capsys.readouterr().out, re.MULTILINE)
+    commands = re.findall(r"^    (\w+)(?: |$)", capsys.readouterr().out, re.MULTILINE)
     architecture = Path(__file__).parents[2] / "docs" / "architecture.md"
     (row,) = re.findall(r"^\| `tools/cli\.py` \| (.*) \|$", architecture.read_text(), re.MULTILINE)
     assert len(commands) > 5
