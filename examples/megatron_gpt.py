@@ -357,8 +357,7 @@ def prepared(args: argparse.Namespace, **rendezvous):
     args.dtype = args.dtype or ("bfloat16" if num_gpus else "float32")
     if num_gpus:
         torch.cuda.set_device(args.device)
-    own_gpu = num_gpus and not args.shared
-    dist.init_process_group("cpu:gloo,cuda:nccl" if own_gpu else "gloo", **rendezvous)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if num_gpus else "gloo", **rendezvous)
     args.text = text()
     provide_buffers()  # (1)
     # Megatron-Core says what it lacks: Transformer Engine, Apex. Compiling would take a minute.

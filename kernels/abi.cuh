@@ -59,7 +59,13 @@ constexpr int NUM_TARGETS = 8;  // limits of fills in a later round
 
 constexpr int CLOSE = 9;  // levels within 2 to the minus this are equal
 
-__constant__ const int RULES[16] = {16637, 248, 16636, 65784, 65544, 131321, 2, 131322, 131072, 8, 252, 131320, 65788, 65544, 17, 32784};  // of each fill, see `Rule`
+constexpr int FILLS = 16;  // of a round
+
+// How fill i decides: a `Rule`.
+__device__ inline int rule_of(int i) {
+    constexpr int table[] = {16637, 248, 16636, 65784, 65544, 131321, 2, 131322, 131072, 8, 252, 131320, 65788, 65544, 17, 32784};
+    return table[i];
+}
 
 constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 

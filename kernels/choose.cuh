@@ -9,8 +9,6 @@
 
 namespace lplb {
 
-constexpr int FILLS = sizeof(RULES) / sizeof(RULES[0]);
-
 // What the blocks of a component tell one another. Each has its own in shared memory, and all get the same.
 struct Verdicts {
     int4 of_fill[NUM_ROUNDS][FILLS];  // see below
@@ -219,7 +217,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
     if (block == 0 && warp == 0) tell<V>(verdicts, 0, &verdicts.level, level, level <= target ? ~0u : 0u);
     fills &= own < FILLS;
     Fill<V> fill(shared + warp * num_bytes, start.num_experts, start.num_places);
-    Rule rule(RULES[fills ? own : 0]);
+    Rule rule(rule_of(fills ? own : 0));
     unsigned best_bucket = ~0u, best_rest = ~0u;
     int low = target, high = 0, width = max(1, target >> CLOSE), steps = start.ranks * (8 + G), best = 0;
     bool is_better = false;

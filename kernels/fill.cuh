@@ -7,7 +7,7 @@
 
 namespace lplb {
 
-// How a fill decides, from a word of `RULES`.
+// How a fill decides, from a word of `rule_of`.
 struct Rule {
     bool by_excess;  // the rank with most excess gives next, else that with the highest priority
     bool widest;     // guests go to the rank with most slack, else to the one where they fit best

@@ -233,9 +233,15 @@ def constant_text(type_name: str, name: str, value: int, meaning: str) -> str:
 
 
 def table_text(name: str, values: Sequence[int], meaning: str) -> str:
-    """C++: a table of integers in constant memory."""
+    """C++: a function that reads a table of integers.
+
+    A table outside a function would be in every kernel's constant memory, used or not.
+    """
     numbers = ", ".join(map(str, values))
-    return f"__constant__ const int {name}[{len(values)}] = {{{numbers}}};  // {meaning}"
+    return (
+        f"// {meaning}\n__device__ inline int {name}(int i) {{\n"
+        f"    constexpr int table[] = {{{numbers}}};\n    return table[i];\n}}"
+    )
 
 
 def header(command: str, parts: Iterable[str]) -> str:
