@@ -10,6 +10,7 @@ PACKAGE = ROOT / "lplb_ep"
 LAYERS = [
     "",
     "errors",
+    "plain_files",
     "settings",
     "cost",
     "gpu",
@@ -127,6 +128,8 @@ LAYERS = [
     "clients",
     "tools",
     "tools.tables",
+    "tools.recording_files",
+    "tools.routed_ids",
     "tools.recordings",
     "tools.replay",
     "tools.timeline",

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status. 0: done. 1: the reader of the output left, as `head` does. 2: `doctor`
-        finds packages missing or settings invalid.
+        finds packages missing or settings invalid. 130: interrupted, by Ctrl-C.
 
     Raises:
         SystemExit: 2 for a mistake of the caller, reported in one line on stderr.
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The rest of the buffer goes nowhere, for Python flushes stdout once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print("\nlplb-ep: interrupted", file=sys.stderr)
+        return 130
     return status
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +12,22 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..plain_files import write_json
 from ..problem import MAX_TOTAL
+from .recording_files import read_arrays
+from .routed_ids import count_ids
 
 LAYOUTS = {
     "counts": "[layers, experts] or [batches, layers, experts]",
     "layer-token": "[layers, tokens, k] expert ids",
     "token-layer": "[tokens, layers, k] expert ids (vLLM's routed_experts)",
 }
+WRITTEN = (".npz", ".json", ".pt")
+"""The ends of names that `save_recording` knows."""
+# What a batch of a layer is scaled to at least where it has fractions, to keep the shares.
+_WHOLE_ENOUGH = 2**24
+
+Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -33,41 +40,56 @@ class Recording:
     """The L layers' numbers in the model. Layers that route nothing (dense ones) are left out."""
     source: str
     """Where the counts come from, in words."""
+    scale: float = 1.0
+    """`counts` are this many times what was recorded, rounded. It is not 1 where that has
+    fractions, or totals that no solver takes: only shares matter there."""
+    num_dropped: int = 0
+    """Rows of tokens that were padding, of recorded expert ids."""
 
     @classmethod
     def of(
-        cls, counts: torch.Tensor, source: str, *, layers: Sequence[int] | None = None
+        cls,
+        counts: npt.ArrayLike | torch.Tensor,
+        source: str,
+        *,
+        layers: Sequence[int] | None = None,
+        num_dropped: int = 0,
     ) -> Recording:
         """A recording of `counts` without its idle batches and layers.
 
         Args:
-            counts: [L, E] or [N, L, E] whole numbers of at least 0, of any dtype.
+            counts: [L, E] or [N, L, E] numbers of at least 0, of any dtype: tokens, or means.
             source: where they come from, in words.
             layers: the L layers' numbers; by default 0, 1, …
+            num_dropped: rows that are not in `counts`.
 
         Raises:
-            ValueError: another shape, values that are not counts or too large for a solver, or
-                nothing but zeros.
+            ValueError: another shape, values that are not counts, or nothing but zeros.
         """
-        whole = counts.detach().cpu().long()
-        if whole.ndim not in (2, 3) or not whole.numel():
+        array = _numbers(counts)
+        if array.ndim not in (2, 3) or not array.size or array.dtype.kind not in "iuf":
             raise ValueError(
-                f"{source}: counts must be {LAYOUTS['counts']}; got shape {list(counts.shape)}"
+                f"{source}: counts must be {LAYOUTS['counts']}; got {array.dtype} "
+                f"{list(array.shape)}"
             )
-        if (whole < 0).any() or (counts.is_floating_point() and not whole.equal(counts.cpu())):
-            raise ValueError(f"{source}: counts must be whole numbers of at least 0")
-        if (whole > MAX_TOTAL).any():  # sums could leave 64 bits
+        array = array.reshape(-1, *array.shape[-2:])
+        numbers = np.arange(array.shape[1]) if layers is None else np.asarray(layers)
+        if numbers.shape != array.shape[1:2]:
+            raise ValueError(f"{source}: layers must have {array.shape[1]} numbers")
+        wrong = np.argwhere(~((array >= 0) & np.isfinite(array)))
+        if len(wrong):
+            batch, layer, expert = wrong[0].tolist()
             raise ValueError(
-                f"{source}: counts must be at most {MAX_TOTAL} each; got {int(whole.max())}"
+                f"{source}: counts must be finite numbers of at least 0; got "
+                f"{array[batch, layer, expert]} for batch {batch}, layer {layer}, expert {expert}"
             )
-        whole = whole.reshape(-1, *whole.shape[-2:])
-        numbers = torch.arange(whole.shape[1]) if layers is None else torch.tensor(layers)
-        if numbers.shape != whole.shape[1:2]:
-            raise ValueError(f"{source}: layers must have {whole.shape[1]} numbers")
-        batch, layer = whole.sum((1, 2)) > 0, whole.sum((0, 2)) > 0
-        if not batch.any():
+        busy = array > 0
+        batches, used = busy.any((1, 2)), busy.any((0, 2))
+        if not batches.any():
             raise ValueError(f"{source}: all counts are 0")
-        return cls(whole[batch][:, layer], tuple(numbers[layer].tolist()), source)
+        whole, scale = _whole(array[batches][:, used])
+        kept = tuple(numbers[used].tolist())
+        return cls(torch.from_numpy(whole), kept, source, scale, num_dropped)
 
     @property
     def num_experts(self) -> int:
@@ -76,29 +98,54 @@ class Recording:
 
     @property
     def load(self) -> torch.Tensor:
-        """[L, E] int64: each layer's load over all batches, what a placement can be learned on."""
-        return self.counts.sum(0)
+        """[L, E] int64: each layer's load over all batches, what a placement can be learned on.
+
+        Where the sums are more than a solver takes, they are scaled down: only shares matter."""
+        return torch.from_numpy(_whole(self.counts.sum(0).numpy())[0])
+
+    def notes(self) -> list[str]:
+        """What a reader of the counts must know, each in a sentence."""
+        notes = []
+        if self.num_dropped:
+            notes.append(f"{self.num_dropped} rows of tokens are padding and left out")
+        if self.scale != 1:
+            notes.append(f"counts are scaled by {self.scale:.6g}: only shares matter")
+        return notes
 
 
 def save_recording(path: str | os.PathLike[str], recording: Recording) -> None:
     """Writes a recording for `load_recording`.
 
     Args:
-        path: the file, its name ending in `.npz`.
+        path: the file. A name that ends in `.npz` makes one that keeps everything. `.json` and
+            `.pt` make SGLang's `logical_count` [N, layers, E], which its `--init-expert-location`
+            takes (`python/sglang/srt/eplb/expert_location.py`); layers left out are zeros.
         recording: what to write.
 
     Raises:
         ValueError: the name ends in something else.
+        OSError: the file is not writable.
     """
-    if Path(path).suffix != ".npz":
-        raise ValueError(f"path must end in .npz; got {os.fspath(path)}")
-    np.savez_compressed(
-        path,
-        lplb_ep_recording=1,
-        counts=recording.counts.numpy(),
-        layers=np.array(recording.layers),
-        source=recording.source,
-    )
+    end = Path(path).suffix
+    if end not in WRITTEN:
+        raise ValueError(f"path must end in {', '.join(WRITTEN)}; got {os.fspath(path)}")
+    if end == ".npz":
+        np.savez_compressed(
+            path,
+            lplb_ep_recording=1,
+            counts=recording.counts.numpy(),
+            layers=np.array(recording.layers),
+            source=recording.source,
+            scale=recording.scale,
+        )
+        return
+    counts = recording.counts
+    whole = counts.new_zeros(len(counts), max(recording.layers) + 1, recording.num_experts)
+    whole[:, list(recording.layers)] = counts
+    if end == ".json":
+        write_json(path, {"logical_count": whole.tolist()})
+    else:
+        torch.save({"logical_count": whole}, path)
 
 
 def load_recording(
@@ -114,6 +161,10 @@ def load_recording(
     These can be read:
     - files of `save_recording`;
     - an array or tensor of counts or of expert ids in `.npy`, `.npz` or `.pt`;
+    - counts as nested lists in `.json`, or by the numbers of layers;
+    - a `.csv` of counts, a row for each layer; or with columns layer, expert, count, and batch;
+    - a directory of `.npy`, `.json` or `.csv` files, each some batches, in the order of the last
+      numbers in their names. Files with `rank0`, `rank1`, … in their names are added up;
     - SGLang's expert-distribution dumps, one file or a directory with one for each rank. Of
       `stat` and `stat_approx` that is one `logical_count`. Of `per_pass` and `per_token` it is
       records of physical counts, which are added up over the ranks.
@@ -130,34 +181,24 @@ def load_recording(
             rest; by default all tokens are one batch.
 
     Returns:
-        The recording, without idle batches and layers. In ids, a layer whose picks are all the
-        same expert is idle too: vLLM fills the dense layers with zeros.
+        The recording, without idle batches and layers, and without padding (see `count_ids`).
 
     Raises:
-        ValueError: what the file holds is none of this; the message names the file, what it holds
-            and what was expected.
+        ValueError: the file holds none of this, or a part of it comes twice or is missing. The
+            message names the file, what it holds and what was expected.
         OSError: the file cannot be read.
     """
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     file = Path(path)
-    if file.is_dir() or file.suffix in (".pt", ".pth"):
-        content = _load_torch(file)
-        if not isinstance(content, torch.Tensor):
-            if layout not in (None, "counts") or tokens_per_batch is not None:
-                raise ValueError(f"{file}: holds counts; layout and tokens_per_batch are for ids")
-            return _checked(Recording.of(*content), num_experts, key)
-        arrays = {"": (content.double() if content.is_floating_point() else content).numpy()}
-    elif file.suffix in (".npy", ".npz"):
-        arrays = _load_numpy(file)
-    else:
-        raise ValueError(
-            f"{file}: a recording is a .npy, .npz or .pt file, or a directory of .pt files"
-        )
+    arrays, kind, layers = read_arrays(file)
     if "lplb_ep_recording" in arrays:
-        saved = torch.from_numpy(arrays["counts"])
-        recording = Recording.of(saved, str(arrays["source"]), layers=arrays["layers"].tolist())
-        return _checked(recording, num_experts, key)
+        return _checked(_saved(file, arrays), num_experts, key)
+    if kind or layers is not None:
+        if layout not in (None, "counts") or tokens_per_batch is not None:
+            raise ValueError(f"{file}: holds counts; layout and tokens_per_batch are for ids")
+        source = f"{file.name}: {kind}" if kind else file.name
+        return _checked(Recording.of(arrays[""], source, layers=layers), num_experts, key)
 
     name, array = _pick(file, arrays, key)
     source = f"{file.name}: {name}" if name else file.name
@@ -170,11 +211,26 @@ def load_recording(
     if layout in (None, "counts"):
         if tokens_per_batch is not None:
             raise ValueError(f"{source}: tokens_per_batch is for ids; these are counts")
-        return _checked(Recording.of(torch.from_numpy(array), source), num_experts)
-    if array.ndim != 3 or array.dtype.kind == "f":
+        return _checked(Recording.of(array, source), num_experts)
+    if array.ndim != 3 or array.dtype.kind == "f" or not array.size:
         raise ValueError(f"{source}: layout {layout} is {LAYOUTS[layout]}, integers; {held}")
     ids = array if layout == "layer-token" else array.transpose(1, 0, 2)
-    return _count_ids(ids, source, num_experts, tokens_per_batch)
+    found = count_ids(ids, source, num_experts, tokens_per_batch)
+    return Recording.of(found.counts, source, num_dropped=found.num_dropped)
+
+
+def _saved(file: Path, arrays: Mapping[str, Array]) -> Recording:
+    try:
+        layers, source = arrays["layers"].tolist(), str(arrays["source"])
+        scale, counts = float(arrays.get("scale", np.array(1.0))), arrays["counts"]
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(f"{file}: lacks parts of a recording, or has others") from None
+    if not np.issubdtype(arrays["layers"].dtype, np.integer) or len(set(layers)) < len(layers):
+        raise ValueError(f"{file}: layers must be different whole numbers; got {layers}")
+    if min(layers, default=0) < 0 or not 0 < scale < np.inf:
+        raise ValueError(f"{file}: lacks parts of a recording, or has others")
+    found = Recording.of(counts, source, layers=layers)
+    return Recording(found.counts, found.layers, source, scale * found.scale)
 
 
 def _checked(recording: Recording, num_experts: int | None, key: str | None = None) -> Recording:
@@ -188,17 +244,7 @@ def _checked(recording: Recording, num_experts: int | None, key: str | None = No
     return recording
 
 
-def _load_numpy(file: Path) -> dict[str, npt.NDArray[Any]]:
-    try:
-        content = np.load(file, allow_pickle=False)
-        return {"": content} if file.suffix == ".npy" else dict(content)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file}: not a NumPy file of plain arrays: {error}") from error
-
-
-def _pick(
-    file: Path, arrays: Mapping[str, npt.NDArray[Any]], key: str | None
-) -> tuple[str, npt.NDArray[Any]]:
+def _pick(file: Path, arrays: Mapping[str, Array], key: str | None) -> tuple[str, Array]:
     named = ", ".join(f"{name} {list(a.shape)}" for name, a in arrays.items() if name)
     if key is not None:
         if key not in arrays:
@@ -209,85 +255,32 @@ def _pick(
     return next(iter(arrays.items()))
 
 
-def _load_torch(file: Path) -> torch.Tensor | tuple[torch.Tensor, str]:
-    """The tensor of a `.pt` file, or counts and source of SGLang's dumps (`file` a directory: all
-    in it)."""
-    paths = sorted(file.glob("*.pt")) if file.is_dir() else [file]
-    if not paths:
-        raise ValueError(f"{file}: no .pt file in this directory")
-    contents = []
-    for path in paths:
-        try:
-            contents.append(torch.load(path, map_location="cpu", weights_only=True))
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{path}: not a file of plain tensors: {reason}") from error
-    first = contents[0]
-    if isinstance(first, torch.Tensor) and len(contents) == 1:
-        return first
-    if all(isinstance(c, dict) and "records" in c for c in contents):
-        return _sglang_records(file, contents)
-    if isinstance(first, dict) and isinstance(first.get("logical_count"), torch.Tensor):
-        if len(contents) > 1:
-            raise ValueError(f"{file}: each of its {len(paths)} files is a recording; name one")
-        return first["logical_count"], f"{file.name}: SGLang logical_count"
-    keys = ", ".join(map(str, first)) if isinstance(first, dict) else type(first).__name__
-    raise ValueError(
-        f"{paths[0]}: expected a tensor, or SGLang's dump with logical_count or records; it holds "
-        f"{keys}"
-    )
+def _numbers(values: npt.ArrayLike | torch.Tensor) -> Array:
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        # bfloat16 has no NumPy counterpart.
+        return (values.double() if values.is_floating_point() else values).numpy()
+    return np.asarray(values)
 
 
-def _sglang_records(file: Path, dumps: Sequence[dict[str, Any]]) -> tuple[torch.Tensor, str]:
-    """Adds up the ranks' physical counts of each forward pass, and maps them to logical experts."""
-    passes: dict[int, torch.Tensor] = {}
-    ranks = set()
-    for dump in dumps:
-        try:
-            table = dump["last_physical_to_logical_map"].long()
-            for record in dump["records"]:
-                physical = record["global_physical_count"].long()
-                logical = physical.new_zeros(physical.shape[0], int(table.max()) + 1)
-                logical.scatter_add_(1, table, physical)
-                number = record["forward_pass_id"]
-                passes[number] = passes.get(number, 0) + logical
-                ranks.add(record["rank"])
-        except (KeyError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"{file}: not SGLang's records: {error!r}") from error
-    if not passes:
-        raise ValueError(f"{file}: no forward pass was recorded")
-    counts = torch.stack([passes[number] for number in sorted(passes)])
-    return counts, f"{file.name}: SGLang records of {len(ranks)} rank(s)"
+def _whole(values: Array) -> tuple[npt.NDArray[np.int64], float]:
+    """Numbers [.., E] as whole ones whose totals a solver takes, and what they are multiplied by.
 
-
-def _count_ids(
-    ids: npt.NDArray[Any], source: str, num_experts: int | None, tokens_per_batch: int | None
-) -> Recording:
-    """ids: [L, T, K] integers, -1 = no pick."""
-    num_layers, num_tokens, _ = ids.shape
-    size = num_tokens if tokens_per_batch is None else tokens_per_batch
-    if not 1 <= size <= num_tokens:
-        raise ValueError(f"{source}: tokens_per_batch must be in [1, {num_tokens}]; got {size}")
-    ids = ids.astype(np.int64)
-    largest = int(ids.max(initial=-1))
-    experts = largest + 1 if num_experts is None else num_experts
-    if largest >= experts or int(ids.min(initial=0)) < -1:
-        raise ValueError(f"{source}: ids must be -1 or in [0, {experts}); got up to {largest}")
-    num_batches = num_tokens // size
-    counts = np.zeros((num_batches, num_layers, experts), np.int64)
-    for layer, picks in enumerate(ids[:, : num_batches * size]):
-        if (picks == picks.flat[0]).all():
-            continue
-        ordered = np.sort(picks, axis=1)
-        twice = np.flatnonzero(
-            ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != -1)).any(1)
-        )
-        if twice.size:
-            raise ValueError(
-                f"{source}: token {twice[0]} of layer {layer} picks an expert twice: "
-                f"{picks[twice[0]].tolist()}; are these ids, and is the layout right?"
-            )
-        batch = np.repeat(np.arange(num_batches), size)[:, None]
-        cell = (batch * experts + picks)[picks != -1]
-        counts[:, layer] = np.bincount(cell, minlength=num_batches * experts).reshape(-1, experts)
-    return Recording.of(torch.from_numpy(counts), source)
+    Each total of an [E] is rounded as a whole, by the largest remainders.
+    """
+    exact = values.astype(np.float64)
+    shrink = max(1.0, float(exact.max()) / 2.0**62)  # sums of the largest are no numbers
+    exact /= shrink
+    most = float(exact.sum(-1).max())
+    whole = values.dtype.kind != "f" or bool((exact == np.rint(exact)).all())
+    if whole and most <= MAX_TOTAL and shrink == 1:
+        return values.astype(np.int64), 1.0
+    scale = 1.0 if whole else 2.0 ** max(0, np.ceil(np.log2(_WHOLE_ENOUGH / most)))
+    if most * scale > MAX_TOTAL:
+        scale = (MAX_TOTAL // 2) / most
+    exact *= scale
+    out = np.floor(exact).astype(np.int64)
+    rest = exact - out
+    missing = np.rint(rest.sum(-1)).astype(np.int64)
+    place = np.argsort(np.argsort(-rest, axis=-1, kind="stable"), axis=-1)
+    return out + (place < missing[..., None]), scale / shrink

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,7 @@ def replay(
     solver: str = "auto",
     guest_tolerance: float | None = None,
     guest_min_tokens: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, num_layers: None,
 ) -> Replay:
     """What a recording's batches would have been on these placements.
 
@@ -145,6 +146,7 @@ def replay(
         recording: the batches.
         placements: one for each of the L layers; E experts each.
         solver, guest_tolerance, guest_min_tokens: as for `solve`.
+        progress: is called with the number of layers done, and of all layers.
 
     Returns:
         The imbalances; and what guests move, where a placement has guest slots.
@@ -192,6 +194,7 @@ def replay(
         moved.append(_copies_moved(solution.guests, placement))
         if placement.num_ranks_per_node < R:
             leaves.append(_leave_node(solution, placement))
+        progress(layer + 1, len(placements))
     stacked = {name: torch.stack(values, 1) for name, values in columns.items()}
     away = torch.tensor(leaves, dtype=torch.float64).T if leaves else None
     if not any(placement.num_guests_per_rank for placement in placements):

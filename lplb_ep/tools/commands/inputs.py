@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from ...placement.table import Placement
     from ..recordings import Recording
 
+_SILENCE_S = 10
+
 
 def add_recording(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Adds the file to read and how to read it."""
@@ -21,7 +24,7 @@ def add_recording(parser: argparse.ArgumentParser, required: bool = True) -> Non
         "file",
         metavar="FILE",
         nargs=None if required else "?",
-        help="a recording: .npy, .npz, .pt or a directory",
+        help="a recording: .npz, .npy, .pt, .json, .csv or a directory of its parts",
     )
     parser.add_argument("--key", help="which array of an .npz that holds several")
     parser.add_argument(
@@ -105,19 +108,40 @@ def learn_for_lp(
     from ...placement.table import Placement
 
     placements: list[Placement] = []
-    names = dict(OPTIONS)
+    progress, names = Progress("placing"), dict(OPTIONS)
     if options["num_redundant_per_rank"] is None:
         names["num_redundant_per_rank"] = "the number of redundant slots of --start"
     for layer in range(len(learned.layers)):
         with as_typed(names):
             before = None if start is None else start[layer]
             placements.append(Placement.for_lp(learned.counts[:, layer], start=before, **options))
-        show_progress(layer + 1, len(learned.layers))
+        progress(layer + 1, len(learned.layers))
     return placements
 
 
-def show_progress(done: int, num_layers: int) -> None:
-    """Counts the layers on a terminal."""
-    if sys.stderr.isatty():
-        end = "\n" if done == num_layers else ""
-        print(f"\rlayer {done} of {num_layers}", end=end, file=sys.stderr, flush=True)
+def print_notes(recording: Recording) -> None:
+    """What a reader of the recording's counts must know."""
+    for note in recording.notes():
+        print(f"note       {note}")
+
+
+class Progress:
+    """Counts layers on stderr: on a terminal each, elsewhere every ten seconds.
+
+    Args:
+        what: the word for what happens to them.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, num_layers: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done == num_layers else ""
+            print(
+                f"\r{self._what} layer {done} of {num_layers}", end=end, file=sys.stderr, flush=True
+            )
+        elif time.monotonic() - self._last > _SILENCE_S:
+            self._last = time.monotonic()
+            print(f"{self._what} layer {done} of {num_layers}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -50,7 +51,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # not a mistake: `main` ends quietly
         raise
-    except (OSError, ValueError, MissingPackageError, CompileError) as error:
+    except OSError as error:
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        print(f"lplb-ep: error: {where}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (ValueError, MissingPackageError, CompileError) as error:
         print(f"lplb-ep: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

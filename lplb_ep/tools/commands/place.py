@@ -6,7 +6,14 @@ import argparse
 import re
 from typing import Any
 
-from .inputs import add_guests, add_recording, learn_for_lp, read_placements, read_recording
+from .inputs import (
+    add_guests,
+    add_recording,
+    learn_for_lp,
+    print_notes,
+    read_placements,
+    read_recording,
+)
 from .options import OPTIONS, as_typed, check_least, check_outputs, one_line_errors
 
 
@@ -84,6 +91,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             names = [_name(args.names, layer) for layer in recording.layers]
             save_placements(args.output, dict(zip(names, placements, strict=True)))
         print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
+        print_notes(recording)
         print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
         lines, worst = describe(recording, placements, start)
         print(lines)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from ...settings import Settings
 from .inputs import (
+    Progress,
     add_guests,
     add_recording,
     learn_for_lp,
+    print_notes,
     read_another,
     read_placements,
     read_recording,
-    show_progress,
 )
 from .options import OPTIONS, as_typed, check_least, check_outputs, one_line_errors, write_json
 
@@ -128,7 +129,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         _check_guest_options(args, placements)
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
-        result = replay(recording, placements, **rule)
+        result = replay(recording, placements, progress=Progress("replaying"), **rule)
 
         num_batches, num_layers, _ = recording.counts.shape
         about = _about(args, learned, placements)
@@ -143,6 +144,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             about_picture = {"title": recording.source, "footnote": where}
             plot_replay(args.png, result, by_batch=args.by_batch, **about_picture)
         print(f"recording  {recording.source}: {num_batches} batch(es), {num_layers} layers")
+        print_notes(recording)
         print(f"placement  {where}")
         print("imbalance  max rank load / mean rank load; 1.000 is ideal")
         if result.guests is not None:
@@ -236,7 +238,7 @@ def _replay_over_time(
 
     with as_typed(OPTIONS):
         result = replay_over_time(
-            workloads, placements, settings, num_groups=args.groups, progress=show_progress
+            workloads, placements, settings, num_groups=args.groups, progress=Progress("replaying")
         )
     moved = sum(move.num_copies for move in result.moves)
     about: dict[str, Any] = {
@@ -252,12 +254,15 @@ def _replay_over_time(
 
         title = f"{recording.source}, and replicas that follow"
         plot_timeline(args.png, result, title=title, footnote=where)
+    for workload in workloads:
+        print_notes(workload)
     print(f"placement  {where}")
     print("imbalance  max rank load / mean rank load, median / worst over batches and layers\n")
     print(result.table())
     layers = len({move.layer for move in result.moves})
     print(
-        f"\nrefreshes  {len(result.moves)} of {layers} layers: {moved} replicas moved "
+        f"\nrefreshes  {len(result.moves)}, in {layers} of {len(result.layers)} layers: {moved} "
+        f"replicas moved "
         f"(EPLB anew each time: {about['num_anew']} copies)"
         + (f", {about['bytes_moved'] / 1e9:.2f} GB out" if args.expert_bytes is not None else "")
     )
@@ -326,15 +331,17 @@ def _placements(
     names = dict(OPTIONS)
     if args.experts is None:
         names["num_experts"] = "the number of experts"
-    with as_typed(names):
-        if topology:
-            return [
-                Placement.from_topology(kind, num_experts=learned.num_experts, load=load, **shape)
-                for load in learned.load
-            ]
-        return [
-            Placement.from_history(load, num_groups=args.groups, **shape) for load in learned.load
-        ]
+    made, progress = [], Progress("placing")
+    for load in learned.load:
+        with as_typed(names):
+            if topology:
+                experts = learned.num_experts
+                placement = Placement.from_topology(kind, num_experts=experts, load=load, **shape)
+            else:
+                placement = Placement.from_history(load, num_groups=args.groups, **shape)
+        made.append(placement)
+        progress(len(made), num_layers)
+    return made
 
 
 def _homes_in_order(args: argparse.Namespace, num_experts: int, guests: int) -> Placement:

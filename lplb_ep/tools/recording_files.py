@@ -1,0 +1,300 @@
+"""What files of recordings hold: arrays, and the dumps of engines, in one file or several."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..plain_files import read_plain
+
+Array = npt.NDArray[Any]
+ENDS = (".npz", ".npy", ".pt", ".pth", ".json", ".csv")
+_IN_DIRECTORIES = (".pt", ".npy", ".csv", ".json")
+_COLUMNS = ("layer", "expert", "count")
+
+
+def read_arrays(path: Path) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+    """The arrays of a recording's files.
+
+    Args:
+        path: the file, or a directory with the parts of one recording.
+
+    Returns:
+        Arrays by name, or one by ""; what an engine calls them, else ""; the numbers of the layers
+        where the file says them. What an engine has named, and layers with numbers, are counts.
+
+    Raises:
+        ValueError: the content is none of a recording; or a part comes twice, or is missing.
+        OSError: a file cannot be read.
+    """
+    if path.is_dir():
+        return _read_directory(path)
+    if path.suffix.lower() not in ENDS:
+        raise ValueError(f"{path}: a recording is a directory, or a file that ends in {_or(ENDS)}")
+    content = read_plain(path)
+    if path.suffix.lower() in (".pt", ".pth"):
+        return _of_torch(path, [path], [content])
+    if path.suffix.lower() == ".csv":
+        array, layers = _of_csv(path, content)
+        return {"": array}, "", layers
+    if path.suffix.lower() == ".json":
+        return _of_json(path, content)
+    return (content if isinstance(content, dict) else {"": content}), "", None
+
+
+def _read_directory(path: Path) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in _IN_DIRECTORIES)
+    kinds = sorted({file.suffix.lower() for file in files})
+    if not files:
+        raise ValueError(f"{path}: no {_or(_IN_DIRECTORIES)} file in this directory")
+    if len(kinds) > 1:
+        raise ValueError(f"{path}: has {' and '.join(kinds)} files; a recording's are of one kind")
+    if kinds == [".pt"]:
+        return _of_torch(path, files, [read_plain(file) for file in files])
+    parts = [read_arrays(file) for file in files]
+    arrays = [next(iter(arrays.values())) for arrays, _, _ in parts]
+    for file, array in zip(files, arrays, strict=True):
+        if array.ndim not in (2, 3) or array.shape[-2:] != arrays[0].shape[-2:]:
+            raise ValueError(
+                f"{file}: parts of one recording must be alike, [layers, experts] or [batches, "
+                f"layers, experts]; got {list(array.shape)} beside {list(arrays[0].shape)}"
+            )
+    if len({layers for _, _, layers in parts}) > 1:
+        raise ValueError(f"{path}: its files differ in the numbers of their layers")
+    batches = [a.reshape(-1, *a.shape[-2:]) for a in arrays]
+    return {"": _in_order(path, files, batches)}, "counts", parts[0][2]
+
+
+def _in_order(path: Path, files: Sequence[Path], batches: Sequence[Array]) -> Array:
+    """Puts parts behind one another by the last number of their names; adds up those of ranks."""
+    ranks = [re.search(r"rank[-_.]?(\d+)", file.stem, re.IGNORECASE) for file in files]
+    if any(ranks) and not all(ranks):
+        odd = files[ranks.index(None)]
+        raise ValueError(f"{path}: the names of some files have a rank; {odd.name} has none")
+    cells: dict[tuple[int, int], tuple[Path, Array]] = {}
+    for number, (file, rank, batch) in enumerate(zip(files, ranks, batches, strict=True)):
+        stem = file.stem if rank is None else file.stem[: rank.start()] + file.stem[rank.end() :]
+        steps = re.findall(r"\d+", stem)
+        step = int(steps[-1]) if steps else (0 if rank else number)
+        key = (step, int(rank[1]) if rank else 0)
+        if key in cells:
+            raise ValueError(f"{path}: {cells[key][0].name} and {file.name} are the same part")
+        cells[key] = (file, batch)
+    steps_found = sorted({step for step, _ in cells})
+    ranks_found = sorted({rank for _, rank in cells})
+    _check_steps(path, steps_found)
+    for step in steps_found:
+        absent = [rank for rank in range(ranks_found[-1] + 1) if (step, rank) not in cells]
+        if absent:
+            name = cells[next(key for key in cells if key[0] == step)][0].name
+            raise ValueError(f"{path}: rank {absent[0]} is missing beside {name}")
+    added = []
+    for step in steps_found:
+        parts = [cells[step, rank] for rank in ranks_found]
+        for file, part in parts:
+            if part.shape != parts[0][1].shape:
+                raise ValueError(f"{file}: has {len(part)} batches; others have {len(parts[0][1])}")
+        added.append(np.sum([part for _, part in parts], axis=0))
+    return np.concatenate(added)
+
+
+def _check_steps(path: Path, steps: Sequence[int]) -> None:
+    """Refuses a gap: a distance that is a multiple of the most common one."""
+    distances = np.diff(steps).tolist()
+    usual = max(set(distances), key=distances.count, default=1)
+    for before, distance in zip(steps, distances, strict=False):
+        if distance > usual and distance % usual == 0 and distances.count(usual) > 1:
+            raise ValueError(
+                f"{path}: number {before + usual} is missing between {before} and "
+                f"{before + distance}"
+            )
+
+
+def _of_json(path: Path, content: Any) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+    """Nested lists; SGLang's `logical_count`; or the counts of layers by their numbers."""
+    if isinstance(content, dict) and "logical_count" in content:
+        return {"": _array(path, content["logical_count"])}, "SGLang logical_count", None
+    if isinstance(content, dict):
+        if not content or not all(re.fullmatch(r"\d{1,9}", key) for key in content):
+            raise ValueError(
+                f"{path}: expected lists of counts, logical_count, or layers by number; it has "
+                f"{_names(content)}"
+            )
+        layers = tuple(int(key) for key in content)
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{path}: a layer comes twice")
+        return {"": _array(path, list(content.values()))}, "counts", layers
+    return {"": _array(path, content)}, "", None
+
+
+def _of_csv(path: Path, rows: Sequence[Sequence[str]]) -> tuple[Array, tuple[int, ...] | None]:
+    """A row of counts for each layer; or a row for each count, with the columns' names above."""
+    if not rows:
+        raise ValueError(f"{path}: it has no rows")
+    head = [cell.lower() for cell in rows[0]]
+    named = not all(map(_is_number, rows[0]))
+    if named and set(_COLUMNS) <= set(head):
+        return _of_cells(path, head, rows[1:])
+    numbers = []
+    for line, row in enumerate(rows[int(named) :], 1 + named):
+        if len(row) != len(head) or not all(map(_is_number, row)):
+            raise ValueError(
+                f"{path}: row {line} must be {len(head)} numbers; got {', '.join(row)}"
+            )
+        numbers.append([float(cell) for cell in row])
+    table = _array(path, numbers)
+    if named and head[0] == "layer" and table.size:
+        layers = tuple(_number(path, "layer", row[0]) for row in rows[1:])
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"{path}: a layer comes twice")
+        return table[:, 1:], layers
+    return table, None
+
+
+def _of_cells(
+    path: Path, head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[Array, tuple[int, ...]]:
+    """Counts by `layer` and `expert`, and by `batch` where there is such a column; else 0."""
+    wrong = set(head) - {*_COLUMNS, "batch"}
+    if wrong or len(set(head)) < len(head):
+        raise ValueError(
+            f"{path}: columns must be layer, expert, count and perhaps batch; got {', '.join(head)}"
+        )
+    cells: dict[tuple[int, int, int], float] = {}
+    for line, row in enumerate(rows, 2):
+        if len(row) != len(head):
+            raise ValueError(
+                f"{path}: row {line} must have {len(head)} cells; got {', '.join(row)}"
+            )
+        cell = dict(zip(head, row, strict=True))
+        place = [_number(path, n, cell.get(n, "0")) for n in ("batch", "layer", "expert")]
+        if not _is_number(cell["count"]):
+            raise ValueError(f"{path}: row {line}: count must be a number; got {cell['count']}")
+        key = (place[0], place[1], place[2])
+        if key in cells:
+            raise ValueError(
+                f"{path}: row {line}: batch {place[0]}, layer {place[1]}, expert {place[2]} comes "
+                "twice"
+            )
+        cells[key] = float(cell["count"])
+    if not cells:
+        raise ValueError(f"{path}: it has no rows")
+    batches, layers = (sorted({key[i] for key in cells}) for i in (0, 1))
+    counts = np.zeros((len(batches), len(layers), 1 + max(key[2] for key in cells)))
+    for (batch, layer, expert), count in cells.items():
+        counts[batches.index(batch), layers.index(layer), expert] = count
+    return counts, tuple(layers)
+
+
+def _of_torch(
+    path: Path, files: Sequence[Path], contents: Sequence[Any]
+) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+    """A tensor, or the dumps of SGLang's recorder: `python/sglang/srt/eplb/expert_distribution.py`.
+
+    `stat` and `stat_approx` write one `logical_count` [steps, layers, experts], `per_pass` and
+    `per_token` a file of records for each rank.
+    """
+    first = contents[0]
+    if len(files) == 1 and hasattr(first, "numpy"):
+        return {"": _array(path, first)}, "", None
+    if all(isinstance(c, dict) and "records" in c for c in contents):
+        counts, num_ranks = _add_records(path, files, contents)
+        return {"": counts}, f"SGLang records of {num_ranks} rank(s)", None
+    if isinstance(first, dict) and "logical_count" in first:
+        if len(files) > 1:
+            raise ValueError(f"{path}: each of its {len(files)} files is a recording; name one")
+        return {"": _array(path, first["logical_count"])}, "SGLang logical_count", None
+    held = _names(first) if isinstance(first, dict) else f"a {type(first).__name__}"
+    raise ValueError(
+        f"{files[0]}: expected a tensor, or SGLang's dump with logical_count or records; it holds "
+        f"{held}"
+    )
+
+
+def _add_records(
+    path: Path, files: Sequence[Path], dumps: Sequence[Mapping[str, Any]]
+) -> tuple[Array, int]:
+    """[passes, layers, experts]: the ranks' physical counts of each pass, by logical experts.
+
+    Raises:
+        ValueError: a rank's part of a pass comes twice, or is missing.
+    """
+    parts: dict[tuple[int, int, str], tuple[Path, Array]] = {}
+    for file, dump in zip(files, dumps, strict=True):
+        try:
+            table = np.asarray(dump["last_physical_to_logical_map"].long())
+            for record in dump["records"]:
+                physical = np.asarray(record["global_physical_count"].long())
+                key = (int(record["forward_pass_id"]), int(record["rank"]))
+                part = (*key, str(record.get("gatherer_key", "")))
+                if part in parts:
+                    raise ValueError(
+                        f"{path}: pass {key[0]} of rank {key[1]} comes twice, in "
+                        f"{parts[part][0].name} and {file.name}: two runs in one directory?"
+                    )
+                logical = np.zeros((len(physical), int(table.max()) + 1), np.int64)
+                np.add.at(logical, (np.arange(len(physical))[:, None], table), physical)
+                parts[part] = (file, logical)
+        except (KeyError, AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"{file}: not SGLang's records: {error!r}") from None
+    if not parts:
+        raise ValueError(f"{path}: no forward pass was recorded")
+    passes, ranks = sorted({key[0] for key in parts}), sorted({key[1] for key in parts})
+    shapes = {counts.shape for _, counts in parts.values()}
+    if len(shapes) > 1:
+        raise ValueError(f"{path}: its records are of different models: {sorted(shapes)}")
+    there = {key[:2] for key in parts}
+    for number in passes:
+        absent = [rank for rank in range(ranks[-1] + 1) if (number, rank) not in there]
+        if absent:
+            raise ValueError(
+                f"{path}: pass {number} of rank {absent[0]} is missing; each of the ranks 0 to "
+                f"{ranks[-1]} must have recorded the same passes"
+            )
+    counts = np.zeros((len(passes), *shapes.pop()), np.int64)
+    for (number, _, _), (_, logical) in parts.items():
+        counts[passes.index(number)] += logical
+    return counts, len(ranks)
+
+
+def _array(path: Path, values: Any) -> Array:
+    """Numbers as an array, of a tensor or of nested lists."""
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        # bfloat16 has no NumPy counterpart.
+        return np.asarray(values.double() if values.is_floating_point() else values)
+    try:
+        array = np.asarray(values)
+    except (ValueError, OverflowError):
+        array = np.asarray(None)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"{path}: expected numbers in lists of equal length")
+    return array
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _number(path: Path, name: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ValueError(f"{path}: {name} must be whole numbers of at least 0; got {text!r}")
+    return int(text)
+
+
+def _names(content: Mapping[Any, Any]) -> str:
+    names = [str(key) for key in content]
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "") if names else "nothing"
+
+
+def _or(ends: Sequence[str]) -> str:
+    return f"{', '.join(ends[:-1])} or {ends[-1]}"
