@@ -68,38 +68,58 @@ __device__ bool fill_copies(const Component<V>& c, const int* load) {
     return !__syncthreads_or(lacks);  // all experts are looked at before any thread decides
 }
 
-// Lays the component out in shared memory and makes the start of the flow.
-template <typename V, bool general>
-__device__ Component<V> begin(const Problem& p, char* shared, const Edge* edges, int* __restrict__ quota,
-                              Ending& ending) {
+// What a thread adds up first, loaded early.
+struct Addend {
+    int sharing;  // neighbouring threads that share the rows of an expert
+    int packed;   // the thread's first expert
+    int base;     // what stays on the thread's rank
+
+    template <typename V>
+    __device__ static Addend of(const Problem& p, int g, int ranks) {
+        const Network& net = p.net;
+        // Where there are more threads than experts.
+        int sharing = 1;
+        while (sharing < 32 && 2 * sharing <= p.counts.num_rows && 2 * sharing * net.max_experts <= V::threads)
+            sharing *= 2;
+        int expert = threadIdx.x / sharing;
+        int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
+        return {sharing, packed,
+                p.base && threadIdx.x < ranks ? p.base[net.ranks[g * V::size + threadIdx.x]] : 0};
+    }
+};
+
+// Lays the component g out in shared memory; the counts are not needed yet.
+template <typename V>
+__device__ Component<V> lay_out_component(const Problem& p, int g, char* shared, const Edge* edges, Addend& addend) {
     const Network& net = p.net;
-    int g = blockIdx.x;
     // What the flow reads most lies where the compiler knows.
     __shared__ typename V::Set targets[V::size], layers[V::size];
     __shared__ int first_of_rank[V::size], second_of_rank[V::size];
     int* tokens = reinterpret_cast<int*>(shared);
     Arc* arcs = reinterpret_cast<Arc*>(tokens + net.max_arcs);
-    int* load = reinterpret_cast<int*>(arcs + net.max_arcs);  // [max_arcs] of experts, by place
+    int* load = reinterpret_cast<int*>(arcs + net.max_arcs);
     short* copies = reinterpret_cast<short*>(load + net.max_arcs);
-
-    // Neighbouring threads share the rows of one expert where there are more threads than experts.
-    int sharing = 1;
-    while (sharing < 32 && 2 * sharing <= p.counts.num_rows && 2 * sharing * net.max_experts <= V::threads)
-        sharing *= 2;
-    int expert = threadIdx.x / sharing;
-    int packed = expert < net.max_experts ? net.experts[g * net.max_experts + expert] : -1;
     Component<V> c{arcs, copies, tokens, first_of_rank, second_of_rank, targets, layers, net.shape[g],
                    edges, net.ranks + g * V::size, p.speed, p.cap, 0};
-    int base = p.base && threadIdx.x < c.shape.ranks ? p.base[c.ranks[threadIdx.x]] : 0;
+    addend = Addend::of<V>(p, g, c.shape.ranks);
     if (threadIdx.x < V::size) {
-        c.staying()[threadIdx.x] = base;
+        c.staying()[threadIdx.x] = addend.base;
         c.movable()[threadIdx.x] = 0;
     }
     for (int a = threadIdx.x; a < net.max_arcs; a += V::threads) {
         arcs[a] = net.arcs[g * net.max_arcs + a];
         copies[a] = net.copies[g * net.max_arcs + a];
     }
-    ending = add_up<V, general>(p, load, c.staying(), quota, sharing, packed, base);
+    return c;
+}
+
+// Adds up the counts and makes the start of the flow, behind `lay_out_component` in `shared`.
+template <typename V, bool general>
+__device__ Ending begin(const Problem& p, const Component<V>& c, char* shared, const Addend& addend,
+                        int* __restrict__ quota) {
+    int* load = reinterpret_cast<int*>(shared + p.net.max_arcs * (sizeof(int) + sizeof(Arc)));  // of experts, by place
+    Ending ending =
+        add_up<V, general>(p, load, c.staying(), quota, addend.sharing, addend.packed, addend.base);
     ending.status = max(ending.status, p.status);
     if (general && p.cap != nullptr) {
         if (!fill_copies(c, load)) ending.status = max(ending.status, INFEASIBLE);
@@ -107,7 +127,7 @@ __device__ Component<V> begin(const Problem& p, char* shared, const Edge* edges,
         split_evenly(c, load);
     }
     __syncthreads();  // all copies have their tokens, and ranks their sums, before any thread reads them
-    return c;
+    return ending;
 }
 
 }  // namespace lplb

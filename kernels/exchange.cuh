@@ -75,6 +75,27 @@ __device__ void receive(const Window& window, int batch, int size, long long dea
     }
 }
 
+// Sends this rank's row to every rank of the node; with one block. `row` is in shared memory, `unread` as the state has
+// it. Returns until when to wait for the rows of all ranks.
+template <int threads>
+__device__ long long send_row(const Window& window, const int* row, int size, bool unread) {
+    __syncthreads();  // the row is whole, and all have read the state, before either is used
+    int batch = row[HEAD_BATCH];
+    // Unread rows say that the others have read those of the batch before, whose place this one's take.
+    if (unread) {
+        receive<threads>(window, (batch - 1) & MAX_TOTAL, size, nanoseconds() + window.limit_ns);
+        __syncthreads();  // late rows of that batch are completed before this one's take their place
+    }
+    for (int i = threadIdx.x; i < window.num_ranks * size; i += threads) {
+        Word* to = window.peers[i / size];
+        if (to != nullptr)
+            store_relaxed(to + place_of(window, batch, window.rank, size) + i % size, word_of(batch, row[i % size]));
+    }
+    long long start = nanoseconds();
+    if (threadIdx.x == 0) *window.state = {0, !window.waits, start};
+    return start + window.limit_ns;
+}
+
 // Sends this rank's row to every rank of the node and waits for those of all ranks, by the last block that
 // calls it. Leaves the row zeroed. `shared`: [HEAD + E].
 template <int threads>
@@ -92,21 +113,8 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
         shared[i] = __ldcg(row + i);
         row[i] = 0;
     }
-    long long start = nanoseconds();
-    bool unread = window.state->unread;
-    __syncthreads();  // the row is in `shared`, and all have read the state, before either changes
-    int batch = shared[HEAD_BATCH];
-    // Unread rows say that the others have read those of the batch before, whose place this one's take.
-    if (unread) receive<threads>(window, (batch - 1) & MAX_TOTAL, size, start + window.limit_ns);
-    __syncthreads();  // late rows of that batch are completed before this one's take their place
-    for (int i = threadIdx.x; i < window.num_ranks * size; i += threads) {
-        Word* to = window.peers[i / size];
-        if (to != nullptr)
-            store_relaxed(to + place_of(window, batch, window.rank, size) + i % size, word_of(batch, shared[i % size]));
-    }
-    start = nanoseconds();
-    if (threadIdx.x == 0) *window.state = {0, !window.waits, start};
-    if (window.waits) receive<threads>(window, batch, size, start + window.limit_ns);
+    long long deadline = send_row<threads>(window, shared, size, window.state->unread);
+    if (window.waits) receive<threads>(window, shared[HEAD_BATCH], size, deadline);
 }
 
 }  // namespace lplb

@@ -146,8 +146,31 @@ __device__ void number_picks(const Problem& p, char* shared) {
                        reinterpret_cast<int*>(shared));
 }
 
-// One block solves one component of the replica graph for one batch: `start` may better the even split, and
-// the flow makes it exact. Where the rounds do not suffice the quotas are whole, but not the best.
+// Solves a component that has begun: `start` may better the even split, and the flow makes it exact. Where the
+// rounds do not suffice the quotas are whole, but not the best. `rank`: this thread's, of those of the component.
+template <typename V, bool general, typename Start>
+__device__ void finish(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns], int rank,
+                       Ending& ending, int* quota, int* rank_load, Start start) {
+    if (ending.status != OPTIMAL || c.shape.ranks == 0) return;
+    if (c.shape.arcs > 0) {  // else nothing can move
+        start(c);
+        if (threadIdx.x < V::pushing && !balance<V, general>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
+        __syncthreads();  // tokens and loads are final before any thread reads them
+    }
+    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
+    if (threadIdx.x < c.shape.ranks)
+        rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
+}
+
+// This thread's edges in the component g, ready for use, and where its rank has all of them.
+template <typename V>
+__device__ const Edge* first_edges(const Problem& p, int g, ResidualEdge<V> (&edges)[V::turns]) {
+    const Edge* of_rank = p.net.edges + (g * V::size + threadIdx.x / V::parts) * p.net.max_edges;
+    make_ready<V>(of_rank, threadIdx.x < V::pushing ? p.net.max_edges : 0, 0, edges);
+    return of_rank;
+}
+
+// One block solves one component of the replica graph for one batch.
 template <typename V, bool general, typename Start>
 __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int batch = blockIdx.y, g = blockIdx.x;
@@ -159,22 +182,12 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     // Loads whose values are needed late begin early.
     int rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
-    bool balances = threadIdx.x < V::pushing;
-    const Edge* of_rank = p.net.edges + (g * V::size + threadIdx.x / V::parts) * p.net.max_edges;
     ResidualEdge<V> edges[V::turns];
-    make_ready<V>(of_rank, balances ? p.net.max_edges : 0, 0, edges);
-    Ending ending;
-    Component<V> c = begin<V, general>(p, shared, of_rank, quota, ending);
-    if (ending.status == OPTIMAL && c.shape.ranks > 0) {
-        if (c.shape.arcs > 0) {  // else nothing can move
-            start(c);
-            if (balances && !balance<V, general>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
-            __syncthreads();  // tokens and loads are final before any thread reads them
-        }
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
-        if (threadIdx.x < c.shape.ranks)
-            rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
-    }
+    const Edge* of_rank = first_edges<V>(p, g, edges);
+    Addend addend;
+    Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
+    Ending ending = begin<V, general>(p, c, shared, addend, quota);
+    finish<V, general>(p, c, edges, rank, ending, quota, rank_load, start);
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }
 

@@ -43,14 +43,14 @@ FAULTS = [
     ),
     Fault("a head without its planner", "abi.cuh", "HEAD = 5;", "HEAD = 4;"),
     # Counting
-    Fault("one id too many", "route.cu", "id >= num_ids ?", "id > num_ids ?"),
-    Fault("-1 is out of range", "route.cu", "expert < 0 && id != -1", "expert < 0"),
-    Fault("a last pick is not compared", "route.cu", "later > 0; --later", "later > 1; --later"),
-    Fault("picks of the next token are compared", "route.cu", "num_topk - 1 - n", "num_topk - n"),
-    Fault("the number of the batch stays", "route.cu", "(words.w + 1) &", "words.w &"),
+    Fault("one id too many", "count.cuh", "id >= num_ids ?", "id > num_ids ?"),
+    Fault("-1 is out of range", "count.cuh", "expert < 0 && id != -1", "expert < 0"),
+    Fault("a last pick is not compared", "count.cuh", "later > 0; --later", "later > 1; --later"),
+    Fault("picks of the next token are compared", "count.cuh", "num_topk - 1 - n", "num_topk - n"),
+    Fault("the number of the batch stays", "count.cuh", "(words.w + 1) &", "words.w &"),
     Fault(
         "a status lowers another",
-        "route.cu",
+        "count.cuh",
         "atomicMax(&row[HEAD_STATUS], status);",
         "row[HEAD_STATUS] = status;",
     ),
@@ -291,7 +291,10 @@ FAULTS = [
         "remote[c] - remote[c] - 0 * overlap(filled",
     ),
     Fault(
-        "the last pick of a share goes on", "route.cu", "position >= ends[c]", "position > ends[c]"
+        "the last pick of a share goes on",
+        "rewrite.cuh",
+        "position >= ends[c]",
+        "position > ends[c]",
     ),
     Fault(
         "only the worst component of a thread counts",
@@ -302,7 +305,7 @@ FAULTS = [
     ),
     Fault(
         "a total of 2**31 - 1 is too large",
-        "route.cu",
+        "rewrite.cuh",
         "total.value() > MAX_TOTAL ?",
         "total.value() >= MAX_TOTAL ?",
     ),
@@ -581,6 +584,7 @@ TESTS = {
     "abi.cuh": "route",
     "barrier.cu": "exchange",
     "component.cuh": "solvers",
+    "count.cuh": "route",
     "counts.cuh": "solvers",
     "exchange.cuh": "exchange",
     "choose.cuh": "guests",
@@ -591,6 +595,7 @@ TESTS = {
     "number.cuh": "route",
     "push.cuh": "solvers",
     "relay.cuh": "exchange",
+    "rewrite.cuh": "route",
     "route.cu": "route",
     "rows.cuh": "solvers",
     "shares.cuh": "route",

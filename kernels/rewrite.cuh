@@ -1,0 +1,131 @@
+// Rewriting a rank's picks to slots, by the quotas of a batch.
+#pragma once
+
+#include "counts.cuh"
+#include "number.cuh"
+#include "shares.cuh"
+
+namespace lplb {
+
+// What a block rewrites by, in shared memory.
+struct Routes {
+    int E, M, N, nodes;
+    int* lookup;                        // [E] as the struct Table has it, and so is `first`
+    int* first;                         // [M + 1]
+    int *rank, *node, *slot;            // [N] of each copy
+    int *local, *remote;                // [N] its tokens of its own rank, and of others
+    int* ends;                          // [N] where its share of this rank's tokens ends
+    int* supply;                        // [M, nodes] tokens of each node
+    int *before, *mine;                 // [M] of earlier ranks of this node, of this rank
+
+    __device__ Routes(const Table& table, int* shared)
+        : E(table.num_experts), M(table.num_several), N(table.num_copies),
+          nodes(table.num_ranks / table.num_ranks_per_node), lookup(shared), first(lookup + E), rank(first + M + 1),
+          node(rank + N), slot(node + N), local(slot + N), remote(local + N), ends(remote + N), supply(ends + N),
+          before(supply + M * nodes), mine(before + M) {}
+
+    // Loads what the copies get, and what the ranks have. A rank's counts lie `stride` from the next one's.
+    template <int threads>
+    __device__ void load(const Table& table, const int* counts, int stride, const int* quota, int this_rank) const {
+        for (int e = threadIdx.x; e < E; e += threads) lookup[e] = table.lookup[e];
+        for (int m = threadIdx.x; m <= M; m += threads) first[m] = table.first[m];
+        for (int i = threadIdx.x; i < N; i += threads) {
+            Copy copy = table.copies[i];
+            int tokens = quota[copy.quota];
+            int number = min(counts[copy.rank * stride + copy.expert], tokens);
+            rank[i] = copy.rank;
+            node[i] = copy.node;
+            slot[i] = copy.slot;
+            local[i] = number;
+            remote[i] = tokens - number;
+        }
+        // By the last threads, while the first wait for the copies' loads. With a single node its tokens
+        // are not asked for.
+        int size = table.num_ranks_per_node, home = this_rank / size;
+        for (int i = threads - 1 - threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += threads) {
+            int n = i / M, m = i - n * M, sum = 0;
+            int begin = (n < nodes ? n : home) * size, last = n < nodes ? begin + size : this_rank;
+            const int* count = counts + begin * stride + table.experts[m];
+            if (n == nodes) mine[m] = count[(this_rank - begin) * stride];
+            each<16>(count, begin, last, 1, stride, [&](int number) { sum += number; });
+            if (n < nodes) supply[m * nodes + n] = sum;
+            else before[m] = sum;
+        }
+    }
+
+    // Shares the quotas out to this rank, behind a barrier.
+    template <int threads>
+    __device__ void share_out(int status, int this_rank, int home) const {
+        for (int m = threadIdx.x; m < M; m += threads) {
+            int at = first[m], number = first[m + 1] - at;
+            if (status == OPTIMAL) {
+                Expert one{number, rank + at, node + at, local + at, remote + at, supply + m * nodes, nodes};
+                one.share_out(this_rank, home, mine[m], before[m], ends + at);
+            }
+            for (int c = 0; c < number; ++c)
+                ends[at + c] = status != OPTIMAL ? int(MAX_TOTAL) : ends[at + c] + (c ? ends[at + c - 1] : 0);
+        }
+    }
+
+    // The slot of a pick, behind a barrier; -1: none.
+    __device__ int slot_of(int expert, int position) const {
+        int at = expert < 0 ? -1 : lookup[expert];
+        if (expert < 0 || at >= 0) return at;
+        int c = first[~at], last = first[~at + 1] - 1;
+        // More picks than were counted go to the last copy: any computes them right.
+        while (c < last && position >= ends[c]) ++c;
+        return slot[c];
+    }
+};
+
+// How the batch ends, by the worst status that each thread saw. The same to every thread of every block, for
+// no block writes what it goes by.
+template <int threads>
+__device__ int conclude(const Batch& batch, int worst) {
+    __shared__ int status;
+    __shared__ Total total;
+    bool fine = !__syncthreads_or(worst);  // all endings are read; the tables of the caller are whole, too
+    if (fine && batch.num_components == 1) return OPTIMAL;
+    if (threadIdx.x == 0) {
+        status = OPTIMAL;
+        total = {0, 0};
+    }
+    __syncthreads();  // both are there before any thread adds to them
+    if (worst != OPTIMAL) atomicMax(&status, worst);
+    // Components know their own totals only.
+    #pragma unroll 1
+    for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += threads)
+        total.add(g < batch.num_components ? batch.endings[g].total : 0);
+    __syncthreads();  // all is added before it is read
+    return total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
+}
+
+// Sends all tokens home; with invalid counts, none.
+template <int threads>
+__device__ void send_home(const Table& table, const Batch& batch, bool counted) {
+    int first = blockIdx.x * threads + threadIdx.x, step = gridDim.x * threads, lane = threadIdx.x % 32;
+    int E = table.num_experts, C = table.max_replicas, R = table.num_ranks;
+    for (int i = first; i < E * C; i += step) {
+        int load = 0;
+        for (int r = 0; counted && i % C == 0 && r < R; ++r) load += batch.counts[size_t(r) * E + i / C];
+        batch.quota[i] = load;
+    }
+    for (int rank = first / 32; rank < R; rank += step / 32) {
+        int load = 0;
+        for (int i = lane; counted && i < R * E; i += 32)
+            if (table.home_rank[i % E] == rank) load += batch.counts[i];
+        load = __reduce_add_sync(~0u, load);
+        if (lane == 0) batch.rank_load[rank] = load;
+    }
+    for (int i = first; !counted && i < R * E; i += step) batch.counts[i] = 0;
+    for (int i = first; i < batch.num_guests; i += step) batch.guests[i] = -1;
+}
+
+// Says how the batch ends; by one thread.
+__device__ void end_batch(const Batch& batch, int status) {
+    *batch.status = status;
+    ++batch.num_by_status[status];
+    if (status != OPTIMAL) batch.error_flags[status] = 1;
+}
+
+}  // namespace lplb
