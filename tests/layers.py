@@ -32,6 +32,7 @@ LAYERS = [
     "comm.copies",
     "comm.alltoall",
     "placement.inputs",
+    "placement.active",
     "placement.copies",
     "placement.homes",
     "placement.optimum",

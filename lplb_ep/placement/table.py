@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from ..errors import PlacementError
 from . import files
+from .active import take_part
 from .eplb import fill_from_history
 from .guests import fill_in_order
 from .inputs import engine_map
@@ -62,14 +63,24 @@ class Placement(Value):
         num_guests_per_rank: int = 0,
         *,
         num_ranks_per_node: int | None = None,
+        active_ranks: npt.ArrayLike | None = None,
     ) -> Placement:
-        """Experts in order, E / R on each rank, and no replicas: nothing need be known of loads.
+        """Experts in order, as many on each rank, and no replicas: nothing need be known of loads.
+
+        Args:
+            num_experts: E, a multiple of the number of ranks that take part.
+            num_ranks: R.
+            num_guests_per_rank: empty guest slots behind the homes, as for `Placement`.
+            num_ranks_per_node: as for `Placement`.
+            active_ranks: the ranks that take part, integers in [0, R); the slots of others are
+                empty. Default: all. With guest slots, all.
 
         Raises:
-            PlacementError: R does not divide E, or another argument does not fit.
+            PlacementError: these ranks do not divide E, or another argument does not fit.
         """
-        homes = fill_in_order(num_experts, num_ranks, num_ranks_per_node)
-        return cls(**homes).with_guest_slots(num_guests_per_rank)
+        active = take_part(active_ranks, num_ranks, num_ranks_per_node, num_guests_per_rank)
+        homes = fill_in_order(num_experts, active.num_active, active.num_active_per_node)
+        return cls(**active.on_all_ranks(homes)).with_guest_slots(num_guests_per_rank)
 
     @classmethod
     def from_topology(
@@ -82,6 +93,7 @@ class Placement(Value):
         load: npt.ArrayLike | None = None,
         num_ranks_per_node: int | None = None,
         num_guests_per_rank: int = 0,
+        active_ranks: npt.ArrayLike | None = None,
     ) -> Placement:
         """LPLB's placement: each rank's hottest experts get one replica each, on fixed ranks.
 
@@ -111,19 +123,21 @@ class Placement(Value):
             load: [E] or [N, E] (summed) numbers of at least 0, in any unit.
             num_ranks_per_node: as for `Placement`.
             num_guests_per_rank: empty guest slots behind those, as for `Placement`.
+            active_ranks: as for `homes_only`. The topology is one of these ranks, in their order.
 
         Raises:
             PlacementError: names the argument that does not fit, or the rank and column of `r2o`.
         """
+        active = take_part(active_ranks, num_ranks, num_ranks_per_node, num_guests_per_rank)
         filled = fill_by_topology(
             topology,
             num_experts=num_experts,
-            num_ranks=num_ranks,
+            num_ranks=active.num_active,
             num_redundant_per_rank=num_redundant_per_rank,
             load=load,
-            num_ranks_per_node=num_ranks_per_node,
+            num_ranks_per_node=active.num_active_per_node,
         )
-        return cls(**filled).with_guest_slots(num_guests_per_rank)
+        return cls(**active.on_all_ranks(filled)).with_guest_slots(num_guests_per_rank)
 
     @classmethod
     def from_history(
@@ -135,6 +149,7 @@ class Placement(Value):
         num_ranks_per_node: int | None = None,
         num_groups: int | None = None,
         num_guests_per_rank: int = 0,
+        active_ranks: npt.ArrayLike | None = None,
     ) -> Placement:
         """EPLB's placement of one layer: the hottest experts get most copies, packed by load.
 
@@ -160,14 +175,16 @@ class Placement(Value):
                 divide E. With a multiple of the number of nodes the policy is hierarchical,
                 otherwise, as by default, global.
             num_guests_per_rank: empty guest slots behind those, as for `Placement`.
+            active_ranks: as for `homes_only`. Where nodes have unequal numbers of these ranks, they
+                are placed as those of one node.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
         """
-        filled = fill_from_history(
-            load, num_ranks, num_redundant_per_rank, num_ranks_per_node, num_groups
-        )
-        return cls(**filled).with_guest_slots(num_guests_per_rank)
+        active = take_part(active_ranks, num_ranks, num_ranks_per_node, num_guests_per_rank)
+        shape = active.num_active, num_redundant_per_rank, active.num_active_per_node
+        filled = fill_from_history(load, *shape, num_groups)
+        return cls(**active.on_all_ranks(filled)).with_guest_slots(num_guests_per_rank)
 
     @classmethod
     def for_lp(
@@ -189,6 +206,7 @@ class Placement(Value):
         max_steps: int | None = None,
         time_budget_s: float | None = None,
         num_guests_per_rank: int | None = None,
+        active_ranks: npt.ArrayLike | None = None,
     ) -> Placement:
         """A placement on which the linear program does best on the loads that may come.
 
@@ -228,6 +246,8 @@ class Placement(Value):
                 step that is under way and an exact judgement come on top.
             num_guests_per_rank: empty guest slots behind those, as for `Placement`; the search
                 knows nothing of guests. Default: none; with `start` its own.
+            active_ranks: as for `from_history`. Default: all; with `start` those that hold experts
+                there.
 
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
@@ -238,6 +258,8 @@ class Placement(Value):
             check_placement(start)
             guests = start.num_guests_per_rank if num_guests_per_rank is None else guests
             start = start.with_guest_slots(0)
+        if active_ranks is not None and guests:
+            raise PlacementError("active_ranks does not go with num_guests_per_rank")
         filled = fill_for_lp(
             samples,
             num_ranks=num_ranks,
@@ -254,6 +276,7 @@ class Placement(Value):
             seed=seed,
             max_steps=max_steps,
             time_budget_s=time_budget_s,
+            active_ranks=active_ranks,
         )
         return cls(**filled).with_guest_slots(guests)
 

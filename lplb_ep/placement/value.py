@@ -198,6 +198,39 @@ class Value:
         return self.copy_rank[:, 0]
 
     @cached_property
+    def active_ranks(self) -> IntArray:
+        """[A] int32: the ranks that take part. They hold an expert, or have guest slots.
+
+        The mean rank load, by which imbalance is measured, is that of these ranks.
+        """
+        ranks = np.flatnonzero(self.physical_to_logical >= 0) // self.num_local_slots
+        return _frozen(range(self.num_ranks) if self.num_guests_per_rank else np.unique(ranks))
+
+    def on_ranks(self: Self, ranks: npt.ArrayLike, num_ranks_per_node: int) -> Self:
+        """The placement of some ranks by themselves, which must hold all experts.
+
+        Args:
+            ranks: [A] integers, in order.
+            num_ranks_per_node: of the A.
+
+        Raises:
+            PlacementError: another rank holds an expert.
+        """
+        kept = integers("ranks", ranks)
+        left_out = np.setdiff1d(self.active_ranks, kept)
+        if left_out.size:
+            raise PlacementError(f"rank {left_out[0]} holds experts, and takes no part")
+        rank, slot = np.divmod(self.home, self.num_local_slots)
+        return type(self)(
+            self.physical_to_logical.reshape(self.num_ranks, -1)[kept].ravel(),
+            len(kept),
+            num_experts=self.num_experts,
+            num_ranks_per_node=num_ranks_per_node,
+            home=np.searchsorted(kept, rank) * self.num_local_slots + slot,
+            max_replicas=self.max_replicas,
+        )
+
+    @cached_property
     def node(self) -> IntArray:
         """[R] int32: the node of each rank."""
         return _frozen(np.arange(self.num_ranks) // self.num_ranks_per_node)

@@ -296,7 +296,7 @@ def plot_placement(
     R, weight = placement.num_ranks, load.double().numpy()
     home = np.bincount(placement.home_rank, weight, R)
     plan = solve(load, placement).rank_load.numpy()
-    mean = max(weight.sum() / R, 1e-9)
+    mean = max(weight.sum() / placement.active_ranks.size, 1e-9)
     shared = np.zeros((R, R))
     for expert, ranks in enumerate(placement.copy_rank):
         held = ranks[ranks >= 0]
@@ -376,7 +376,8 @@ def plot_timeline(
         for shift, (name, (colour, _)) in zip((-0.2, 0.2), looks.items(), strict=True):
             load = getattr(timeline, name)[-1, chosen].numpy()
             bars.bar(ranks + shift, load, 0.4, color=colour)
-        bars.axhline(load.mean(), color="0.35", lw=1, ls=(0, (4, 3)))
+        mean = load.sum() / timeline.num_active_ranks[chosen]
+        bars.axhline(mean, color="0.35", lw=1, ls=(0, (4, 3)))
         layer = timeline.layers[chosen]
         bars.set_title(f"Rank loads of layer {layer}, last batch", loc="left", fontsize=10)
         bars.set_xticks(ranks[:: max(1, len(ranks) // 8)])

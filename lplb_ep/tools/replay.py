@@ -21,11 +21,12 @@ from .tables import text_table
 class Replay:
     """Imbalance (max rank load / mean rank load) of N batches and L layers, each [N, L] float64.
 
-    A layer that is idle in a batch counts as balanced: 1.
+    The mean is that of the ranks that take part (`Placement.active_ranks`). A layer that is idle
+    in a batch counts as balanced: 1.
     """
 
     in_order: torch.Tensor
-    """Without a placement: E / R consecutive experts on each rank, no replicas."""
+    """Without a placement: as many consecutive experts on each active rank, no replicas."""
     home: torch.Tensor
     """Every token at its expert's home slot."""
     even: torch.Tensor
@@ -167,20 +168,21 @@ def replay(
         "guest_min_tokens": guest_min_tokens,
     }
     for layer, placement in enumerate(placements):
-        R, E = placement.num_ranks, placement.num_experts
+        R, E, active = placement.num_ranks, placement.num_experts, placement.active_ranks
         if recording.num_experts != E:
             raise ValueError(
                 f"placements must have the recording's {recording.num_experts} experts; got {E}"
             )
         load = recording.counts[:, layer]
-        mean = (load.sum(1) / R).double()
+        mean = load.sum(1).double() / active.size
         solution = solve(load, placement, solver, **rule)
         residents = solution
         if placement.num_guests_per_rank:
             residents = solve(load, placement.with_guest_slots(0), solver)
         slots = np.flatnonzero(placement.physical_to_logical >= 0)
+        in_order = active[np.arange(E) * active.size // E]
         rank_loads = {
-            "in_order": _even_rank_load(load, np.arange(E), np.arange(E) * R // E, R),
+            "in_order": _even_rank_load(load, np.arange(E), in_order, R),
             "home": _even_rank_load(load, np.arange(E), placement.home_rank, R),
             "even": _even_rank_load(
                 load, placement.physical_to_logical[slots], slots // placement.num_local_slots, R
@@ -274,7 +276,7 @@ def describe(
     for i, (layer, load, placement) in enumerate(
         zip(recording.layers, recording.load, placements, strict=True)
     ):
-        mean = float(load.sum()) / placement.num_ranks
+        mean = float(load.sum()) / placement.active_ranks.size
         filled, placement = placement, placement.with_guest_slots(0)
         solution = solve(load, placement)
         home = _at_home(solution.quota)

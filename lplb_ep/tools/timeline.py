@@ -80,10 +80,12 @@ class Timeline:
     """The L layers' numbers."""
     interval: int
     """Batches between two looks of the refresher."""
+    num_active_ranks: torch.Tensor
+    """[L] int64: the ranks of each layer that take part, by whose mean imbalance is measured."""
 
     def imbalance(self) -> dict[str, torch.Tensor]:
         """[N, L] float64 max / mean rank load, 1 where a layer is idle, by column."""
-        mean = self.kept.double().mean(2)
+        mean = self.kept.sum(2) / self.num_active_ranks.double()
         return {
             name: torch.where(mean > 0, getattr(self, name).amax(2) / mean, 1.0)
             for name in ("home", "kept", "refreshed")
@@ -195,6 +197,7 @@ def replay_over_time(
         workloads=tuple((w.source, start) for w, start in zip(workloads, starts, strict=True)),
         layers=first.layers,
         interval=interval,
+        num_active_ranks=torch.tensor([p.active_ranks.size for p in placements]),
     )
 
 
@@ -255,11 +258,13 @@ def _refresh(
 
 def _anew(placement: Placement, loads: Int64, num_groups: int | None) -> Placement:
     """EPLB's, of the same shape."""
-    base = -(-placement.num_experts // placement.num_ranks)
+    active = placement.with_guest_slots(0).active_ranks
+    base = -(-placement.num_experts // active.size)
     return Placement.from_history(
         loads,
         num_ranks=placement.num_ranks,
         num_redundant_per_rank=placement.num_resident_slots - base,
         num_ranks_per_node=placement.num_ranks_per_node,
         num_groups=num_groups,
+        active_ranks=active,
     )

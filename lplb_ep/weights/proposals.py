@@ -106,8 +106,9 @@ def imbalance(loads: Int64, placement: Placement) -> npt.NDArray[np.float64]:
     Guests do not count: the better the residents are, the fewer guests a batch needs.
     """
     scaled = torch.from_numpy(loads // (1 + loads.sum(1, keepdims=True) // MAX_TOTAL))
-    mean = scaled.sum(1) / placement.num_ranks
-    return (solve(scaled, placement.with_guest_slots(0), "cpu").lower_bound / mean).numpy()
+    residents = placement.with_guest_slots(0)
+    mean = scaled.sum(1) / residents.active_ranks.size
+    return (solve(scaled, residents, "cpu").lower_bound / mean).numpy()
 
 
 def widened(placement: Placement) -> Placement:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import PlacementError
+from ..active import take_part
 from ..copies import slots_of_experts
 from ..homes import homes_first
 from ..inputs import (
@@ -17,7 +18,6 @@ from ..inputs import (
     expert_groups,
     loads,
     optional_whole,
-    ranks_per_node,
     slots_per_rank,
     whole,
 )
@@ -48,6 +48,13 @@ class Start(Protocol):
     copy_rank: npt.NDArray[np.int32]
 
     @property
+    def active_ranks(self) -> npt.NDArray[np.int32]:
+        """[A]: the ranks that hold an expert."""
+
+    def on_ranks(self, ranks: npt.ArrayLike, num_ranks_per_node: int) -> Start:
+        """The same of these ranks by themselves."""
+
+    @property
     def home(self) -> npt.NDArray[np.int32]:
         """[E]: the slot of each expert's home."""
 
@@ -72,6 +79,7 @@ def fill_for_lp(
     seed: int,
     max_steps: int | None,
     time_budget_s: float | None,
+    active_ranks: npt.ArrayLike | None,
 ) -> dict[str, Any]:
     """The arguments of the placement that `Placement.for_lp` makes, which documents these.
 
@@ -83,12 +91,18 @@ def fill_for_lp(
     if start is not None:
         given = (num_ranks, num_redundant_per_rank, num_ranks_per_node, experts)
         num_ranks, num_redundant_per_rank, num_ranks_per_node = _shape_of(start, given)
+        active_ranks = start.active_ranks if active_ranks is None else active_ranks
     elif fixed_homes or max_changes is not None:
         raise PlacementError("fixed_homes and max_changes need a start")
     elif max_copies is not None:
         raise PlacementError("max_copies needs a start")
-    num_ranks = whole("num_ranks", num_ranks)
-    node = ranks_per_node(num_ranks, num_ranks_per_node)
+    active = take_part(active_ranks, num_ranks, num_ranks_per_node)
+    num_ranks, node = active.num_active, active.num_active_per_node
+    if within_node and node == num_ranks and active.num_ranks_per_node < active.num_ranks:
+        raise PlacementError("within_node needs as many active_ranks on each node")
+    if start is not None:
+        start = start.on_ranks(active.ranks, node)
+        num_redundant_per_rank = start.num_local_slots + -experts // num_ranks
     whole("num_redundant_per_rank", num_redundant_per_rank, least=0)
     nodes, groups = _nodes_and_groups(experts, num_ranks // node, num_groups, within_node)
     slots = slots_per_rank(experts, num_ranks, num_redundant_per_rank, nodes)
@@ -122,13 +136,8 @@ def fill_for_lp(
     else:
         kept = table[start.home] == np.arange(experts)
         home = np.where(kept, start.home, slots_of_experts(table, num_ranks, experts)[:, 0])
-    return {
-        "physical_to_logical": table,
-        "num_ranks": num_ranks,
-        "num_experts": experts,
-        "num_ranks_per_node": node,
-        "home": home,
-    }
+    filled = {"physical_to_logical": table, "num_experts": experts, "home": home}
+    return active.on_all_ranks(filled)
 
 
 def optimize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -55,6 +56,27 @@ def add_guests(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--guests", type=int, metavar="G", help=f"guest slots on each rank; default: {default}"
     )
+
+
+def add_active_ranks(parser: argparse.ArgumentParser) -> None:
+    """Adds the ranks that take part."""
+    parser.add_argument(
+        "--active-ranks",
+        type=_ranks,
+        metavar="RANKS",
+        help="that take part, such as 0-5,7; the slots of others stay empty; default: all",
+    )
+
+
+def _ranks(text: str) -> list[int]:
+    """Ranks and ranges of them, with commas between."""
+    ranks: list[int] = []
+    for part in text.split(","):
+        ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
+        if not ends:
+            raise argparse.ArgumentTypeError(f"must be ranks such as 0-5,7; got {text!r}")
+        ranks += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+    return ranks
 
 
 def read_another(

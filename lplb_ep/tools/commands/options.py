@@ -19,6 +19,7 @@ OPTIONS = {
     "num_redundant_per_rank": "--redundant",
     "num_ranks_per_node": "--ranks-per-node",
     "num_groups": "--groups",
+    "active_ranks": "--active-ranks",
     "num_guests_per_rank": "--guests",
     "num_experts": "--experts",
     "tokens_per_batch": "--tokens-per-batch",

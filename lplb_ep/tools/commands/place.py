@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from .inputs import (
+    add_active_ranks,
     add_guests,
     add_recording,
     learn_for_lp,
@@ -34,6 +35,7 @@ def add(commands: Any) -> None:
         "--redundant", type=int, metavar="D", help="on each rank; with --start its own"
     )
     place.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
+    add_active_ranks(place)
     add_guests(place, "none; with --start its own")
     place.add_argument("--groups", type=int, metavar="G", help="the router's expert groups")
     place.add_argument(
@@ -84,6 +86,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             seed=args.seed,
             time_budget_s=args.seconds,
             num_guests_per_rank=args.guests,
+            active_ranks=args.active_ranks,
         )
         if args.names is None:
             save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
@@ -130,7 +133,11 @@ def _place_homes(args: argparse.Namespace) -> int:
         raise ValueError("place needs a recording, or --experts, --ranks and --guests")
     with as_typed(OPTIONS):
         placement = Placement.homes_only(
-            args.experts, args.ranks, args.guests, num_ranks_per_node=args.ranks_per_node
+            args.experts,
+            args.ranks,
+            args.guests,
+            num_ranks_per_node=args.ranks_per_node,
+            active_ranks=args.active_ranks,
         )
     placement.save(args.output)
     print(placement)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ...settings import Settings
 from .inputs import (
     Progress,
+    add_active_ranks,
     add_guests,
     add_recording,
     learn_for_lp,
@@ -63,6 +64,7 @@ def add(commands: Any) -> None:
     replay.add_argument(
         "--learn-layout", metavar="LAYOUT", help="of --learn-from; default: as --layout"
     )
+    add_active_ranks(replay)
     add_guests(replay, "those of a placement file")
     replay.add_argument(
         "--guest-tolerance",
@@ -303,7 +305,7 @@ def _placements(
         if not Path(kind).exists():
             raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
         # With a refresher groups are those by which it is compared with EPLB.
-        unfit = ["ranks", "redundant", "ranks_per_node", "learn_from"]
+        unfit = ["ranks", "redundant", "ranks_per_node", "active_ranks", "learn_from"]
         unfit += [] if getattr(args, "refresh", None) else ["groups"]
         given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
         if given:
@@ -325,6 +327,7 @@ def _placements(
         "num_redundant_per_rank": args.redundant,
         "num_ranks_per_node": args.ranks_per_node,
         "num_guests_per_rank": guests,
+        "active_ranks": args.active_ranks,
     }
     if kind == "lp":
         return learn_for_lp(learned, num_groups=args.groups, **shape)
@@ -354,7 +357,11 @@ def _homes_in_order(args: argparse.Namespace, num_experts: int, guests: int) -> 
         raise ValueError("--placement homes needs --ranks")
     with as_typed({**OPTIONS, "num_experts": "the number of experts"}):
         return Placement.homes_only(
-            num_experts, args.ranks, guests, num_ranks_per_node=args.ranks_per_node
+            num_experts,
+            args.ranks,
+            guests,
+            num_ranks_per_node=args.ranks_per_node,
+            active_ranks=args.active_ranks,
         )
 
 
