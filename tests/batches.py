@@ -41,8 +41,10 @@ def stack(rows, like):
 
 
 def nothing(t):
-    """Whether memory is as DeepEP would leave it: here, all bits set."""
-    return bool((t.contiguous().flatten().view(torch.uint8) == 255).all())
+    """Whether memory is as DeepEP would leave it: NaN here, or numbers that are no result."""
+    if t.is_floating_point():
+        return bool((t.contiguous().flatten().view(torch.uint8) == 255).all())
+    return bool(((t == 0) | (t > torch.iinfo(t.dtype).max // 2)).all())
 
 
 def ranks_of(batch, t, L):

@@ -26,6 +26,7 @@ from .rows import (
     OptionalTensor,
     Rows,
     align,
+    check_agreement,
     differences,
     exchange_rows,
     exchange_tokens,
@@ -276,6 +277,10 @@ class ElasticBuffer:
         if do_zero_padding and not do_expand:
             raise ValueError("do_zero_padding must be False without do_expand; got True")
 
+        if handle is None:
+            sizes = {"num_max_tokens_per_rank": limit, "x": data.shape[1]}
+            sizes["num_experts"] = num_local_experts * self.num_ranks
+            check_agreement(self.group, data.device, **sizes)
         in_rank = tokens_in_ranks(topk_idx, num_local_experts, self.num_ranks)
         optional = [t for t in (scales, topk_weights) if t is not None]
         rows, received = exchange_tokens(

@@ -29,6 +29,7 @@ from .rows import (
     OptionalTensor,
     Rows,
     align,
+    check_agreement,
     differences,
     exchange_rows,
     exchange_tokens,
@@ -239,6 +240,8 @@ class Buffer(LowLatencyCalls):
         )
         num_local_experts = self._check_picks(topk_idx, topk_weights, in_rank, counts)
         check_alignment(expert_alignment)
+        sizes = {"x": data.shape[1], "num_experts": num_local_experts * self.group_size}
+        check_agreement(self.group, data.device, **sizes)
         # Row s: how many tokens rank s sends to each rank, then how many for each expert.
         table = gather_rows(counts, self.group)
         received = table[:, self.rank].tolist()
@@ -258,6 +261,7 @@ class Buffer(LowLatencyCalls):
         if picks:
             local = local_experts(rows[1], self.rank, num_local_experts)
             recv_topk_idx = pad_rows(local, size)
+            recv_topk_idx[len(local) :] = -1  # as DeepEP's kernel does
             recv_topk_weights = pad_rows(rows[2].masked_fill(local < 0, 0), size)
         new_handle = (
             table[:, : self.group_size].cumsum(0, dtype=torch.int32),

@@ -25,6 +25,7 @@ from .rows import (
     LowLatencyHandle,
     OptionalTensor,
     Rows,
+    check_agreement,
     exchange_rows,
     place_rows,
     reduce_rows,
@@ -54,6 +55,7 @@ class LowLatencyCalls:
         self._pending: Hook | None = None
         self._combine_dtype = torch.bfloat16
         self._combine_buffer: OptionalTensor = None
+        self._held: list[Sequence[torch.Tensor]] = []
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
@@ -142,6 +144,8 @@ class LowLatencyCalls:
         check_statistics("dispatch_wait_recv_cost_stats", waits, self.group_size, torch.int64)
         self._start_low_latency(slots, hidden, num_experts, async_finish, return_recv_hook)
         self._combine_dtype = x.dtype
+        sizes = {"num_max_dispatch_tokens_per_rank": slots, "num_experts": num_experts}
+        check_agreement(self.group, x.device, **sizes, x=hidden)
 
         token, pick = (topk_idx >= 0).nonzero(as_tuple=True)
         expert, order = topk_idx[token, pick].sort(stable=True)
@@ -169,6 +173,7 @@ class LowLatencyCalls:
         outputs = [unwritten(torch.empty_like(result)) for result in results]
         hook = self._arrive(results, outputs, return_recv_hook, statistics)
         *recv_x, source, layout_range, recv_count = outputs
+        self._hold(recv_x)
         handle = (source, layout_range, slots, hidden, num_experts)
         event = finished_event(async_finish)
         return (recv_x[0], recv_x[1]) if use_fp8 else recv_x[0], recv_count, handle, event, hook
@@ -227,8 +232,6 @@ class LowLatencyCalls:
         check_tensor("out", out, (len(topk_idx), hidden), (x.dtype,))
         if zero_copy:
             x = self._take_combine_buffer(x, use_logfmt)
-        if (layout_range < 0).any():
-            raise ContractError("call the dispatch's hook before combining")
         self._start_low_latency(slots, hidden, num_experts, async_finish, return_recv_hook)
 
         returned = (layout_range & 0xFFFFFFFF).t()
@@ -255,6 +258,7 @@ class LowLatencyCalls:
         index.masked_fill_(topk_idx < 0, -1)
         combined = reduce_rows(rows, index, weights=topk_weights)
         hook = self._arrive([combined], [out], return_recv_hook)
+        self._hold([out])
         return out, finished_event(async_finish), hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -309,6 +313,13 @@ class LowLatencyCalls:
             return hook
         arrive()
         return None
+
+    def _hold(self, results: Sequence[torch.Tensor]) -> None:
+        """Ends the life of the results of the call before the last: DeepEP has two buffers."""
+        if len(self._held) == 2:
+            for result in self._held.pop(0):
+                unwritten(result.detach())
+        self._held.append(results)
 
     def _check_open(self) -> None:
         if self._destroyed:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
+from ..comm.collectives import gather_rows
+
 OptionalTensor = torch.Tensor | None
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 """Data, or data and scales."""
@@ -55,12 +57,33 @@ def send_positions(in_rank: torch.Tensor) -> torch.Tensor:
 
 
 def unwritten(fresh: torch.Tensor) -> torch.Tensor:
-    """Memory that DeepEP leaves uninitialised, with every bit set.
+    """Memory that DeepEP leaves uninitialised, filled so that code which reads it shows it.
 
-    That is NaN in any floating dtype and -1 in signed integers: code that reads such rows shows it.
+    Floating dtypes get NaN. Integers get 0, which looks like an expert or a row, and a number far
+    beyond all of them, in turns. Never -1, which code takes for none.
     """
-    fresh.untyped_storage().fill_(255)  # type: ignore[attr-defined]
+    storage = fresh.untyped_storage()
+    storage.fill_(255)  # type: ignore[attr-defined]
+    if not fresh.is_floating_point() and fresh.dtype != torch.bool:
+        values = torch.empty(0, dtype=fresh.dtype, device=fresh.device).set_(storage)
+        values[0::2] = 0
+        values[1::2] = torch.iinfo(fresh.dtype).max // 3 * 2
     return fresh
+
+
+def check_agreement(group: dist.ProcessGroup, device: torch.device, **sizes: int) -> None:
+    """Holds sizes that a call brings against the other ranks'. Collective.
+
+    Kernels do not compare them: rows would land in each other's place, or never arrive.
+
+    Raises:
+        ValueError: they differ, on all ranks alike; names the argument and the values.
+    """
+    own = torch.tensor(list(sizes.values()), dtype=torch.int64, device=device)
+    every = gather_rows(own, group)
+    for name, values in zip(sizes, every.t().tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks; got {values}")
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:

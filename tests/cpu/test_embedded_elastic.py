@@ -86,6 +86,7 @@ def elastic_round_trip(group, case, alignment=1, pair=False, sync=True, multiple
     same(recv_idx[:N], torch.tensor(picks, dtype=b.idx.dtype).view(N, K))
     same(recv_w[:N], weights)
     assert nothing(data[N:])
+    assert nothing(recv_idx[N:]), "no -1, which callers take for none"
     for (i, k), slot in slots.items():
         same(expanded_data[slot], rows[i])
         same(expanded_w[slot], weights[i, k])

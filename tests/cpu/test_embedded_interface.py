@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from batches import BF16, F64, SIZES, H, make_batches, ranks_of
+from batches import BF16, F64, SIZES, H, make_batches, nothing, ranks_of
 
 from lplb_ep import embedded
 from lplb_ep.embedded import (
@@ -252,3 +252,66 @@ def test_documented_example():
     text = (Path(__file__).parents[2] / "docs" / "embedded.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
     ranks.run(2, documented_example, code)
+
+
+def held_too_long(group):
+    """Results of low-latency calls are there until the call after the next: DeepEP has two buffers.
+
+    Two micro-batches may be under way at a time, each dispatched before the other is combined.
+    """
+    x = torch.full((2, H), 1.0 + group.rank(), dtype=BF16)
+    idx, w = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    buffer = Buffer(group, 0, 1 << 20, low_latency_mode=True)
+
+    def dispatch():
+        return buffer.low_latency_dispatch(x, idx, 2, 2, use_fp8=False)
+
+    (one, _, of_one, _, _), (two, _, of_two, _, _) = dispatch(), dispatch()
+    kept = one.clone()
+    first, _, _ = buffer.low_latency_combine(one, idx, w, of_one)
+    assert nothing(one), "the third call takes the memory of the first"
+    assert not nothing(two)
+    second, _, _ = buffer.low_latency_combine(two, idx, w, of_two)
+    assert first.equal(x)
+    assert second.equal(x)
+    dispatch()
+    assert nothing(first)
+    assert not nothing(kept)
+
+
+def test_results_of_low_latency_calls_do_not_last():
+    ranks.run(2, held_too_long)
+
+
+def disagree(group, name):
+    """One rank's size is another's with one more."""
+    rank, b = group.rank(), make_batches(2, (4, 4))[group.rank()]
+    sizes = {"x": H, "num_experts": 16, "slots": 4}
+    sizes[name] += {"x": 128, "num_experts": 2, "slots": 1}[name] * rank
+    x = torch.zeros(4, sizes["x"], dtype=BF16)
+    buffer = Buffer(group, 1 << 20, 1 << 22, low_latency_mode=True)
+    elastic = ElasticBuffer(group, num_max_tokens_per_rank=sizes["slots"], hidden=H)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(b.idx, sizes["num_experts"])
+    calls = {
+        "low latency": lambda: buffer.low_latency_dispatch(
+            x, b.idx, sizes["slots"], sizes["num_experts"], use_fp8=False
+        ),
+        "elastic": lambda: elastic.dispatch(x, b.idx, b.w, num_experts=sizes["num_experts"]),
+        "legacy": lambda: buffer.dispatch(x, None, per_rank, None, in_rank, per_expert, b.idx, b.w),
+    }
+    if name == "slots":
+        del calls["legacy"]  # it has no such limit
+    said = {}
+    for call, make in calls.items():
+        with pytest.raises(ValueError, match="must be the same on all ranks; got ") as error:
+            make()
+        said[call] = str(error.value)
+    return said
+
+
+@pytest.mark.parametrize("name", ["x", "num_experts", "slots"])
+def test_sizes_that_differ_between_ranks_are_named_on_all(name):
+    first, second = ranks.run(2, disagree, name)
+    assert first == second
+    shown = {"slots": "num_max_"}.get(name, name)
+    assert all(message.startswith(shown) for message in first.values())

@@ -271,7 +271,7 @@ MISTAKES = {
     "low combine: no buffer": "zero_copy needs get_next_low_latency_combine_buffer() first",
     "low combine: logfmt": "zero_copy must be False with use_logfmt=True; got True",
     "dispatch before the hook": "call the hook of the previous low-latency call first",
-    "combine before the hook": "call the dispatch's hook before combining",
+    "combine before the hook": "call the hook of the previous low-latency call first",
     "hook twice": "this hook was called before",
     "elastic: no sizes": "num_max_tokens_per_rank and hidden must be positive; got 0 and 0",
     "elastic: bytes": "num_bytes must be a positive multiple of 2097152; got 1000",
