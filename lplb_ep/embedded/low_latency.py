@@ -132,12 +132,8 @@ class LowLatencyCalls:
         check_tensor("x", x, (None, None), FLOATS)
         _, num_local_experts = check_topk_idx(topk_idx, len(x), num_experts, self.group_size)
         check_limit("num_max_dispatch_tokens_per_rank", slots, len(x))
-        if use_ue8m0 and not round_scale:
-            raise ValueError("use_ue8m0 must be False without round_scale; got True")
         hidden = x.shape[1]
-        block = 512 if use_ue8m0 else 128
-        if use_fp8 and hidden % block:
-            raise ValueError(f"x must have rows of a multiple of {block} with FP8; got {hidden}")
+        _check_cast(hidden, use_fp8, round_scale, use_ue8m0)
         statistics = cumulative_local_expert_recv_stats
         check_statistics("cumulative_local_expert_recv_stats", statistics, num_local_experts)
         waits = dispatch_wait_recv_cost_stats
@@ -345,6 +341,14 @@ class LowLatencyCalls:
         if self._pending is not None:
             raise ContractError("call the hook of the previous low-latency call first")
         self._combine_buffer = None
+
+
+def _check_cast(hidden: int, use_fp8: bool, round_scale: bool, use_ue8m0: bool) -> None:
+    if use_ue8m0 and not round_scale:
+        raise ValueError("use_ue8m0 must be False without round_scale; got True")
+    block = 512 if use_ue8m0 else 128
+    if use_fp8 and hidden % block:
+        raise ValueError(f"x must have rows of a multiple of {block} with FP8; got {hidden}")
 
 
 def _ranges(first: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
