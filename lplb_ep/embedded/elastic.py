@@ -273,14 +273,10 @@ class ElasticBuffer:
         topk_idx, num_local_experts = check_topk_idx(picks, len(data), num_experts, self.num_ranks)
         _check_picks(topk_idx, topk_weights, limit)
         check_statistics("cumulative_local_expert_recv_stats", statistics, num_local_experts)
-        check_alignment(alignment)
-        if do_zero_padding and not do_expand:
-            raise ValueError("do_zero_padding must be False without do_expand; got True")
-
+        _check_layout(alignment, do_zero_padding, do_expand)
         if handle is None:
-            sizes = {"num_max_tokens_per_rank": limit, "x": data.shape[1]}
-            sizes["num_experts"] = num_local_experts * self.num_ranks
-            check_agreement(self.group, data.device, **sizes)
+            self._check_agreement(data, limit, num_local_experts)
+
         in_rank = tokens_in_ranks(topk_idx, num_local_experts, self.num_ranks)
         optional = [t for t in (scales, topk_weights) if t is not None]
         rows, received = exchange_tokens(
@@ -420,6 +416,11 @@ class ElasticBuffer:
                 f"num_qps must be at most the {self.num_allocated_qps} allocated; got {num_qps}"
             )
 
+    def _check_agreement(self, data: torch.Tensor, limit: int, num_local_experts: int) -> None:
+        sizes = {"num_max_tokens_per_rank": limit, "x": data.shape[1]}
+        sizes["num_experts"] = num_local_experts * self.num_ranks
+        check_agreement(self.group, data.device, **sizes)
+
     def _settings(
         self,
         handle: EPHandle | None,
@@ -452,6 +453,12 @@ def _check_free(topk_idx: Any, statistics: Any, do_cpu_sync: bool | None) -> Non
             "topk_idx, cumulative_local_expert_recv_stats and do_cpu_sync must not be given with "
             "a handle"
         )
+
+
+def _check_layout(alignment: int, do_zero_padding: bool, do_expand: bool) -> None:
+    check_alignment(alignment)
+    if do_zero_padding and not do_expand:
+        raise ValueError("do_zero_padding must be False without do_expand; got True")
 
 
 def _check_picks(topk_idx: torch.Tensor, topk_weights: Any, limit: int) -> None:
