@@ -16,6 +16,7 @@ LAYERS = [
     "gpu",
     "gpu.abi",
     "gpu.toolchain",
+    "gpu.cache",
     "gpu.jit",
     "gpu.device",
     "gpu.launch",

@@ -8,19 +8,19 @@ toolkit's nor the standard library's. So the cache's key, which has their text i
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CompileError
 from ..settings import cache_directory
+from . import cache
 from .toolchain import LINK_OPTIONS, CuSolverDx, build, versions
 
 log = logging.getLogger(__name__)
@@ -100,8 +100,9 @@ def compile_cubin(program: Program, arch: str = "sm_90") -> Cubin:
     """The machine code of a program, from the cache or compiled now.
 
     Of several processes that miss the same entry one compiles and the others wait for it. An entry
-    that is cut short, damaged or another program's is compiled anew. Where the cache cannot be
-    written, that is logged as a warning and the cubin is good for this process only.
+    that is cut short, damaged or another program's is compiled anew. So is one that another user
+    can have written. Where the cache cannot be written, that is logged as a warning, and the cubin
+    is good for this process only.
 
     Args:
         program: what to compile.
@@ -127,8 +128,8 @@ def compile_cubin(program: Program, arch: str = "sm_90") -> Cubin:
     key = hashlib.sha256(repr(recipe).encode()).hexdigest()
     path = cache_directory() / f"{source.stem}-{arch}-{key}.cubin"
 
-    with _lock(path.with_suffix(".lock")):
-        data = _read(path, key)
+    with cache.lock(path.with_suffix(".lock")):
+        data = cache.read(path, key)
         if data is not None:
             return Cubin(str(program), arch, data, path, cached=True)
         # A warning, not to leave a user waiting for seconds without a word.
@@ -140,69 +141,14 @@ def compile_cubin(program: Program, arch: str = "sm_90") -> Cubin:
             error.source = _save(path.parent / "failed" / path.stem, texts) / source.name
             raise
         log.info("compiled %s for %s in %.1f s", program, arch, time.perf_counter() - start)
-        _write(path, key, data)
+        cache.write(path, key, data)
     return Cubin(str(program), arch, data, path, cached=False)
-
-
-# --- the cache ------------------------------------------------------------------------------------
-
-
-def _footer(key: str, data: bytes) -> bytes:
-    """What ends an entry. ELF readers pass over bytes behind the image."""
-    return f"\nlplb_ep {key} {len(data):016d} {hashlib.sha256(data).hexdigest()}\n".encode()
-
-
-def _read(path: Path, key: str) -> bytes | None:
-    """The entry's cubin, or None where there is no whole one of this key."""
-    try:
-        entry = path.read_bytes()
-    except OSError:
-        return None
-    data = entry[: -len(_footer(key, b""))]
-    if entry != data + _footer(key, data):
-        log.warning("%s is damaged or not ours: compiling it anew", path)
-        return None
-    return data
-
-
-def _write(path: Path, key: str, data: bytes) -> None:
-    # Not by tempfile, which would keep other users from reading a cache that is shared.
-    private = path.with_suffix(f".{os.urandom(8).hex()}")
-    try:
-        try:
-            with open(private, "xb") as file:
-                file.write(data + _footer(key, data))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(private, path)
-        finally:
-            private.unlink(missing_ok=True)
-    except OSError as error:
-        log.warning("%s cannot be kept, and LPLB_EP_CACHE_DIR may say where: %s", path, error)
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time in, where the file system has locks.
-
-    It only spares work: without it several compile, and the last to rename leaves the same bytes.
-    """
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fcntl.flock(stack.enter_context(open(path, "wb")), fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            # Whoever still waits on this file looks for the entry next, and finds it.
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def _save(directory: Path, texts: Mapping[str, str]) -> Path:
     """Keeps the sources that did not compile; the log matters more than the copy."""
     with contextlib.suppress(OSError):
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name, text in texts.items():
             (directory / name).write_text(text, "utf-8")
     return directory

@@ -50,10 +50,43 @@ def test_doctor_tells_choices_and_reasons(capsys, monkeypatch):
 
 def test_doctor_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda distribution: None)
+    monkeypatch.setattr(doctor, "_importable", lambda module: None)
     assert cli.main(["doctor"]) == 0
     told = sections(capsys.readouterr().out)
     assert "pip install '.[plot]' in a checkout" in told["Packages"]["matplotlib"]
     assert told["Packages"]["deep_ep"].startswith("missing")
+
+
+def test_doctor_knows_a_deep_ep_without_metadata(tmp_path, capsys, monkeypatch):
+    """As it is where it was built in place."""
+    (tmp_path / "deep_ep").mkdir()
+    (tmp_path / "deep_ep" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.main(["doctor"]) == 0
+    told = sections(capsys.readouterr().out)
+    assert told["Packages"]["deep_ep"].startswith("no metadata ")
+    assert "github.com" not in told["Packages"]["deep_ep"]
+
+
+@pytest.mark.parametrize("fault", ["a file", "not writable", "open to others"])
+def test_a_cache_that_cannot_be_kept_is_found_before_the_work(
+    tmp_path, capsys, monkeypatch, fails, fault
+):
+    cache = tmp_path / "cache"
+    if fault == "a file":
+        cache.write_text("")
+    elif fault == "open to others":
+        cache.mkdir()
+        cache.chmod(0o770)
+    else:
+        cache = Path("/proc/lplb_ep")
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(cache))
+    monkeypatch.setattr("lplb_ep.gpu.jit.compile_all", None)  # it is not come to
+    says = {"a file": "is no directory", "not writable": "cannot be written"}
+    says = says.get(fault, "chmod go-w it, or set LPLB_EP_CACHE_DIR")
+    assert says in fails("compile")
+    assert cli.main(["doctor"]) == 2
+    assert says in sections(capsys.readouterr().out)["Used"]["kernels"]
 
 
 def test_doctor_without_torch():

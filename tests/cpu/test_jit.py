@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from lplb_ep import CompileError, MissingPackageError
-from lplb_ep.gpu import jit, launch
+from lplb_ep.gpu import cache, jit, launch
 from lplb_ep.gpu.toolchain import CuSolverDx
 from lplb_ep.settings import cache_directory
 
@@ -242,6 +242,44 @@ def test_a_cache_that_cannot_be_written(scale, monkeypatch, tmp_path, caplog):
     cubin = jit.compile_cubin(scale)
     assert is_kernel(elf(cubin.data)[1]["scale"])
     assert "LPLB_EP_CACHE_DIR" in caplog.text
+
+
+def test_the_cache_is_for_its_owner_alone(scale, monkeypatch, tmp_path):
+    old = os.umask(0)
+    try:
+        monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path / "deep" / "cache"))
+        path = jit.compile_cubin(scale).path
+    finally:
+        os.umask(old)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("what", ["entry", "directory"])
+@pytest.mark.parametrize("how", ["others may write it", "another owns it", "it is a link"])
+def test_what_others_can_have_written_is_not_run(scale, caplog, monkeypatch, tmp_path, what, how):
+    """A planted cubin, whole and with the right key. A directory may be a link to one's own."""
+    monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(tmp_path / "cache"))
+    cubin = jit.compile_cubin(scale)
+    planted = b"\x7fELF planted" + cubin.data
+    cache.write(cubin.path, cubin.path.stem.split("-")[-1], planted)
+    assert jit.compile_cubin(scale).data == planted, "nothing else than the owner tells"
+    place = cubin.path if what == "entry" else cubin.path.parent
+    if how == "others may write it":
+        place.chmod(place.stat().st_mode | 0o020)
+    elif how == "another owns it":
+        if os.getuid() == 0:
+            os.chown(place, 12345, -1)
+        else:
+            monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
+    else:
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    own = what == "directory" and how == "it is a link"
+    assert jit.compile_cubin(scale).data == (planted if own else cubin.data)
+    if how != "it is a link":
+        assert "it is not used, and kernels are compiled anew" in caplog.text
 
 
 def test_where_the_cache_is(monkeypatch, tmp_path):

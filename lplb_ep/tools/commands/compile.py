@@ -6,6 +6,7 @@ import argparse
 import logging
 from typing import Any
 
+from ...settings import cache_directory
 from .options import one_line_errors
 
 
@@ -23,8 +24,10 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with one_line_errors():
+        from ...gpu.cache import make_directory
         from ...gpu.jit import compile_all
         from ...planning.kernels import programs
 
+        make_directory(cache_directory())  # what cannot be kept is not worth the time
         compile_all(programs(), args.arch or ["sm_90", "sm_100"])
     return 0

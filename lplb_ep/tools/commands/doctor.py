@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,14 +12,19 @@ from typing import Any
 
 from ... import __version__
 from ...errors import MissingPackageError
-from ...settings import Settings
+from ...settings import Settings, cache_directory
 
 # name, distributions that bring it, what it is for, how to get it
 _PACKAGES = (
     ("torch", ("torch",), "tensors and groups", "pip install torch"),
     ("numpy", ("numpy",), "plans on the CPU", "pip install numpy"),
     ("scipy", ("scipy",), "maximum flows", "pip install scipy"),
-    ("deep_ep", ("deep_ep",), "moves tokens between GPUs", "https://github.com/deepseek-ai/DeepEP"),
+    (
+        "deep_ep",
+        ("deep_ep", "deep-ep"),
+        "moves tokens between GPUs",
+        "https://github.com/deepseek-ai/DeepEP",
+    ),
     ("matplotlib", ("matplotlib",), "pictures", "pip install '.[plot]' in a checkout"),
 )
 _CUDA = "pip install '.[cuda]' in a checkout"
@@ -52,7 +58,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     ):
         print(f"\n{heading}")
         for name, distributions, purpose, install in packages:
-            found = next(filter(None, map(_version, distributions)), None)
+            found = next(filter(None, map(_version, distributions)), None) or _importable(name)
             _line(name, found or "missing", purpose if found else f"{purpose}: {install}")
 
     print("\nDevices")
@@ -107,6 +113,7 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     from ...planning.solvers import choose_solver
 
     choices: dict[str, Callable[[], tuple[str, str]]] = {
+        "kernels": _kernel_cache,
         "buffer": lambda: choose_backend(settings.backend),
         "counts": lambda: _choose_counts(settings),
         "solver": lambda: choose_solver(settings.solver),
@@ -121,6 +128,22 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
         )
         choices["guests"] = lambda: _describe_guests(settings)
     return choices
+
+
+def _kernel_cache() -> tuple[str, str]:
+    """Where compiled kernels are kept.
+
+    Raises:
+        OSError: they cannot be kept there, or would not be trusted.
+    """
+    from ...gpu.cache import fault_of_directory
+
+    directory = cache_directory()
+    fault = fault_of_directory(directory)
+    if fault is not None:
+        raise OSError(f"compiled kernels are not kept: {fault}")
+    entries = len(list(directory.glob("*.cubin")))
+    return str(directory), f"{entries} compiled kernel(s)"
 
 
 def _describe_guests(settings: Settings) -> tuple[str, str]:
@@ -155,6 +178,15 @@ def _choose_counts(settings: Settings) -> tuple[str, str]:
 
 def _line(name: str, value: str, note: str, *, width: int = 12) -> None:
     print(f"  {name:<{width}} {value:<16} {note}".rstrip())
+
+
+def _importable(module: str) -> str | None:
+    """Says that a package without metadata is there: built in place, or on the path by itself."""
+    try:
+        there = importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):  # a parent that breaks, or a module without a spec
+        there = module in sys.modules
+    return "no metadata" if there else None
 
 
 def _version(distribution: str) -> str | None:
