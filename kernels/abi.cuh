@@ -45,6 +45,29 @@ enum ErrorFlag {
     FLAG_MISCOUNTED = 10,
 };
 
+// Sums over batches whose counts are known: of a status below BAD_COUNTS.
+enum Tally {
+    TALLY_ROWS = 0,
+    TALLY_LOAD = 1,
+    TALLY_HOME = 2,
+    TALLY_GOT = 3,
+    TALLY_BOUND = 4,
+    TALLY_OWN_HOME = 5,
+    TALLY_OWN = 6,
+    TALLY_GUESTS = 7,
+    TALLY_SENT = 8,
+    TALLY_RECEIVED = 9,
+    TALLY_WORST_HOME = 10,
+    TALLY_WORST_HOME_LOAD = 11,
+    TALLY_WORST = 12,
+    TALLY_WORST_LOAD = 13,
+    TALLY_WINDOW = 14,
+};
+
+constexpr int NUM_TALLIES = 15;  // sums over batches
+
+constexpr int NUM_TOTALS = 23;  // tallies, then batches of each status
+
 constexpr int NUM_ERROR_FLAGS = 11;  // statuses, then the others
 
 constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
@@ -323,6 +346,25 @@ LPLB_PLACE(Table, num_ranks_per_node, 52);
 LPLB_PLACE(Table, num_experts, 56);
 LPLB_PLACE(Table, max_replicas, 60);
 
+// Where a planner keeps what its batches come to.
+struct Statistics {
+    long long* totals;  // [NUM_TOTALS + 1] see there; then the window, which the host sets
+    int* samples;       // [num_samples, E] loads of sampled batches
+    int* sampled;       // [num_samples] how many batches came before each; -1: none is there
+    const int* base;    // [R] load that stays on each rank, or null: none
+    const int* speed;   // [R] of each rank, or null: all the same
+    int num_samples;    // kept at once; 0: none are taken
+    int every;          // batches from one sample to the next
+};
+LPLB_SIZE(Statistics, 48);
+LPLB_PLACE(Statistics, totals, 0);
+LPLB_PLACE(Statistics, samples, 8);
+LPLB_PLACE(Statistics, sampled, 16);
+LPLB_PLACE(Statistics, base, 24);
+LPLB_PLACE(Statistics, speed, 32);
+LPLB_PLACE(Statistics, num_samples, 40);
+LPLB_PLACE(Statistics, every, 44);
+
 // What was solved, and where to say how the batch ends.
 struct Batch {
     int* counts;                // [R, E] of all ranks
@@ -331,26 +373,26 @@ struct Batch {
     const Ending* endings;      // [G] of each component
     int* status;                // [1] how the batch ends
     int* guests;                // [num_guests] the expert in each guest slot, -1: none
-    int* num_by_status;         // [NUM_STATUSES] batches that ended so
+    Statistics statistics;      // which one more block of the grid keeps
     volatile int* error_flags;  // [NUM_ERROR_FLAGS] in the host's memory
     int* row;                   // [HEAD + E] to be zeroed for the next count, or null
     int num_components;         // G
     int rank;                   // this rank
     int num_guests;             // guest slots of all ranks
 };
-LPLB_SIZE(Batch, 88);
+LPLB_SIZE(Batch, 128);
 LPLB_PLACE(Batch, counts, 0);
 LPLB_PLACE(Batch, quota, 8);
 LPLB_PLACE(Batch, rank_load, 16);
 LPLB_PLACE(Batch, endings, 24);
 LPLB_PLACE(Batch, status, 32);
 LPLB_PLACE(Batch, guests, 40);
-LPLB_PLACE(Batch, num_by_status, 48);
-LPLB_PLACE(Batch, error_flags, 56);
-LPLB_PLACE(Batch, row, 64);
-LPLB_PLACE(Batch, num_components, 72);
-LPLB_PLACE(Batch, rank, 76);
-LPLB_PLACE(Batch, num_guests, 80);
+LPLB_PLACE(Batch, statistics, 48);
+LPLB_PLACE(Batch, error_flags, 96);
+LPLB_PLACE(Batch, row, 104);
+LPLB_PLACE(Batch, num_components, 112);
+LPLB_PLACE(Batch, rank, 116);
+LPLB_PLACE(Batch, num_guests, 120);
 
 // A parameter of every expert that guests travel with, or its gradient.
 struct Parameter {

@@ -78,6 +78,16 @@ struct Routes {
     }
 };
 
+// The worst status of the components that this thread looks at.
+template <int threads>
+__device__ int look_at_endings(const Batch& batch) {
+    int worst = OPTIMAL;
+    #pragma unroll 1
+    for (int g = threadIdx.x; g < batch.num_components; g += threads)
+        worst = max(worst, batch.endings[g].status);
+    return worst;
+}
+
 // How the batch ends, by the worst status that each thread saw. The same to every thread of every block, for
 // no block writes what it goes by.
 template <int threads>
@@ -100,10 +110,10 @@ __device__ int conclude(const Batch& batch, int worst) {
     return total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
 }
 
-// Sends all tokens home; with invalid counts, none.
+// Sends all tokens home; with invalid counts, none. By the first blocks of the grid.
 template <int threads>
-__device__ void send_home(const Table& table, const Batch& batch, bool counted) {
-    int first = blockIdx.x * threads + threadIdx.x, step = gridDim.x * threads, lane = threadIdx.x % 32;
+__device__ void send_home(const Table& table, const Batch& batch, bool counted, int num_blocks) {
+    int first = blockIdx.x * threads + threadIdx.x, step = num_blocks * threads, lane = threadIdx.x % 32;
     int E = table.num_experts, C = table.max_replicas, R = table.num_ranks;
     for (int i = first; i < E * C; i += step) {
         int load = 0;
@@ -124,7 +134,6 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted) 
 // Says how the batch ends; by one thread.
 __device__ void end_batch(const Batch& batch, int status) {
     *batch.status = status;
-    ++batch.num_by_status[status];
     if (status != OPTIMAL) batch.error_flags[status] = 1;
 }
 

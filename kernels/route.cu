@@ -3,6 +3,7 @@
 #include "count.cuh"
 #include "relay.cuh"
 #include "rewrite.cuh"
+#include "statistics.cuh"
 
 using namespace lplb;
 
@@ -90,17 +91,32 @@ extern "C" __global__ void split(
     }
 }
 
+// Keeps the statistics, by a block of its own. It writes nothing that the others read.
+__device__ void keep_statistics(const Table& table, const Batch& batch, int* at_home /* [R] shared */) {
+    long long word = word_of_totals(batch.statistics);
+    for (int r = threadIdx.x; r < table.num_ranks; r += threads) at_home[r] = 0;
+    int status = conclude<threads>(batch, look_at_endings<threads>(batch));  // behind its barrier all are 0
+    if (status < BAD_COUNTS) {
+        int* sample = sample_of(batch.statistics, table.num_experts, word);
+        add_at_home(table, batch.counts, table.num_experts, sample, at_home, threadIdx.x, threads);
+    }
+    __syncthreads();  // all is added before the first warp reads it
+    if (threadIdx.x < 32) tally(batch.statistics, table, batch, status, at_home, word);
+}
+
+// One block for each chunk of picks, and one more.
 extern "C" __global__ void __launch_bounds__(threads) route(
     const Picks picks, const Table table, const Batch batch,
     Index* __restrict__ physical) {  // [num_picks] slots, -1: none
     extern __shared__ int shared[];
+    if (blockIdx.x == picks.num_chunks) {
+        keep_statistics(table, batch, shared);
+        return;
+    }
     Routes routes(table, shared);
     int n = first_pick(picks, blockIdx.x) + threadIdx.x, end = first_pick(picks, blockIdx.x + 1);
     int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
-    int worst = OPTIMAL;
-    #pragma unroll 1
-    for (int g = threadIdx.x; g < batch.num_components; g += threads)
-        worst = max(worst, batch.endings[g].status);
+    int worst = look_at_endings<threads>(batch);
     routes.load<threads>(table, batch.counts, table.num_experts, batch.quota, batch.rank);
     int status = conclude<threads>(batch, worst);  // behind its barrier the tables above are whole
     routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
@@ -112,7 +128,7 @@ extern "C" __global__ void __launch_bounds__(threads) route(
             position = picks.positions[n + threads];
         }
     }
-    if (status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS);
+    if (status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
     if (blockIdx.x != 0) return;
     for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + picks.num_experts; i += threads) batch.row[i] = 0;
     if (threadIdx.x == 0) end_batch(batch, status);

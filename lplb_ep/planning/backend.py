@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ import torch
 from ..comm.exchange import Exchange
 from ..placement.table import Placement
 from .plan import Plan
+from .statistics import Statistics
 from .structs import Status
 
 REASONS = {
@@ -96,5 +96,6 @@ class Backend(Protocol):
             RankError: another rank's fault, or a rank that is missing.
         """
 
-    def num_batches(self) -> collections.Counter[Status]:
-        """Batches planned so far, by status; waits for all of them."""
+    @property
+    def statistics(self) -> Statistics:
+        """What its batches come to."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +46,7 @@ class DeviceBackend:
         windows: where kernels exchange rows; None: rows travel by other means.
         timeout_s: how long a batch waits for the rows, in seconds.
         abort_on_timeout: whether the process ends when a row does not come in that time.
+        sample_every: as `DeviceStatistics` has `every`.
 
     Raises:
         ValueError, MissingPackageError, CompileError: as `DeviceTables`.
@@ -69,6 +69,7 @@ class DeviceBackend:
         windows: Windows | None = None,
         timeout_s: float = 60,
         abort_on_timeout: bool = False,
+        sample_every: int = 0,
     ) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._index: int = self._device.index
@@ -87,7 +88,9 @@ class DeviceBackend:
             windows,
             round(1e9 * timeout_s),
             MAX_ROUNDS,
+            sample_every,
         )
+        self.statistics = self.workspace.statistics
         self._number = number_of(self.workspace.head)
         self._windows = windows
         self._is_one_graph = windows is not None and windows.relay is None
@@ -103,12 +106,6 @@ class DeviceBackend:
     def num_bytes(self) -> int:
         """Device memory that the backend holds between batches."""
         return self.tables.num_bytes + self.workspace.num_bytes
-
-    def num_batches(self) -> collections.Counter[Status]:
-        """As `Backend.num_batches`."""
-        self.synchronize()
-        numbers = self.workspace.num_by_status.tolist()
-        return collections.Counter({s: numbers[s] for s in Status if numbers[s]})
 
     def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
         """As `Backend.prepare`. Captured graphs then plan with the new copies, too."""

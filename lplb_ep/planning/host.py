@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import functools
 import logging
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from .backend import REASONS, Batch
 from .guests import guests_of
 from .plan import Plan, Results, number_of
 from .solve import rank_load
+from .statistics import HostStatistics, batches_by_status
 from .structs import HEAD, Head, Status
 
 log = logging.getLogger(__name__)
@@ -33,21 +33,24 @@ class HostBackend:
         head: the integers that an exchanged row begins with, between its status and the number of
             the batch.
         row_size: integers of an exchanged row; those behind the counts stay 0.
+        sample_every: as `HostStatistics` has `every`.
     """
 
     capturable = False
     checks_late = False
 
     def __init__(
-        self, placement: Placement, problem: Problem, rank: int, head: list[int], row_size: int
+        self,
+        placement: Placement,
+        problem: Problem,
+        rank: int,
+        head: list[int],
+        row_size: int,
+        sample_every: int = 0,
     ) -> None:
         self._placement, self._problem, self._rank, self._head = placement, problem, rank, head
         self._row_size, self._num_exchanges = row_size, 0
-        self._num_batches: collections.Counter[Status] = collections.Counter()
-
-    def num_batches(self) -> collections.Counter[Status]:
-        """As `Backend.num_batches`."""
-        return self._num_batches.copy()
+        self.statistics = HostStatistics(sample_every)
 
     def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
         """As `Backend.prepare`."""
@@ -144,14 +147,16 @@ class HostBackend:
             quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
             quota[:, 0] = load
             physical = reference.rewrite_home(picks, self._placement)
-            if self._num_batches[status] == 0:
+            if not batches_by_status(self.statistics.totals)[status]:
                 log_home(self._placement, status)
-        self._num_batches[status] += 1
+        on_ranks, bounds = rank_load(quota, filled), self._problem.bounds
+        about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]
+        self.statistics.add(status, load, on_ranks, *about)
         results = functools.partial(
             Results,
             counts,
             quota,
-            rank_load(quota, filled).int(),
+            on_ranks.int(),
             torch.tensor(int(status), dtype=torch.int32),
             torch.from_numpy(guests),
         )

@@ -17,6 +17,7 @@ from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
 from .inputs import logical_table, num_ids
 from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
+from .statistics import DeviceStatistics
 from .structs import HEAD, Status
 
 _CHUNK_MULTIPLE = 128  # picks: whole cache lines of every kind of index
@@ -38,6 +39,7 @@ class Workspace:
         windows: where kernels exchange rows; None: rows travel by other means.
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
+        sample_every: as `DeviceStatistics` has `every`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Workspace:
         windows: Windows | None,
         limit_ns: int,
         max_rounds: int,
+        sample_every: int = 0,
     ) -> None:
         p, device = tables.placement, tables.device
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
@@ -62,8 +65,7 @@ class Workspace:
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
         """[HEAD - 1] integers of the head behind its status. The last is the number of the batch,
         which `count` raises, in replays of a graph, too."""
-        self.num_by_status = zeros(len(Status))
-        """[number of statuses] batches planned so far that ended so."""
+        self.statistics = DeviceStatistics(p, device, sample_every)
         self.histograms = zeros(MAX_CHUNKS, p.num_experts)
         self.logical = logical_table(p, device).clone()
         """The expert of each slot of an engine, rewritten in place when replicas move."""
@@ -101,7 +103,8 @@ class Workspace:
         """Device memory that it takes."""
         held = [one for one in vars(self).values() if isinstance(one, torch.Tensor)]
         held += [*self._outgrown, *(one for one in self.bounds if one is not None)]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
+        of_tensors = sum(tensor.numel() * tensor.element_size() for tensor in held)
+        return of_tensors + self.statistics.num_bytes
 
     def reserve(self, num_picks: int) -> None:
         """Makes `scratch` large enough for a batch."""
@@ -169,7 +172,7 @@ class Launches:
                     endings=0,
                     status=0,
                     guests=0,
-                    num_by_status=workspace.num_by_status.data_ptr(),
+                    statistics=workspace.statistics.pack(*workspace.bounds[:2]),
                     error_flags=flags,
                     row=workspace.row.data_ptr() if exchanged else 0,
                     num_components=tables.num_components,
@@ -263,7 +266,7 @@ class Launches:
         self._shape, self._scratch = shape, workspace.scratch
         self._count.resize(num_chunks)
         self._solve.resize(workspace.tables.num_solver_blocks(num_chunks))
-        self._route.resize(num_chunks)
+        self._route.resize(num_chunks + 1)
 
     def set_batch(
         self, topk_idx: torch.Tensor, status: Status, physical: int, results: int

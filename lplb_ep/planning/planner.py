@@ -28,6 +28,7 @@ from .host import HostBackend
 from .inputs import check_counts, check_topk_idx, logical_picks
 from .plan import Plan
 from .solvers import choose_solver, solver_fact
+from .statistics import Statistics, batches_by_status, read_totals
 from .structs import HEAD, Status
 
 # Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
@@ -67,6 +68,7 @@ class Planner:
         timeout_s: how long a rank waits for another rank's counts, in seconds.
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
         guest_tolerance, guest_min_tokens: as in `Problem`, where the layer's problem has none.
+        sample_every: batches from one whose loads are kept for a recording to the next; 0: none.
 
     Raises:
         TypeError: `placement` is neither a layer nor a placement.
@@ -101,6 +103,7 @@ class Planner:
         abort_on_timeout: bool = False,
         guest_tolerance: float | None = None,
         guest_min_tokens: int | None = None,
+        sample_every: int = 0,
     ) -> None:
         ranks = group if compare else None
         with together(ranks, "Planner") as facts:
@@ -139,16 +142,17 @@ class Planner:
         self._head = [tag_of(placement, self._problem), slot, number]
         self._backend: Backend
         with together(ranks, "Planner"):
-            self._backend = self._make_backend(timeout_s, abort_on_timeout)
+            self._backend = self._make_backend(timeout_s, abort_on_timeout, sample_every)
         if group is not None and number:
             _num_made[group] = number
         self.layer.planners.add(self)
 
-    def _make_backend(self, timeout_s: float, abort_on_timeout: bool) -> Backend:
+    def _make_backend(self, timeout_s: float, abort_on_timeout: bool, sample_every: int) -> Backend:
         size = HEAD + self.placement.num_experts
         row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         if self.solver == "cpu":
-            return HostBackend(self.placement, self._problem, self.rank, self._head, row_size)
+            about = self.placement, self._problem, self.rank, self._head, row_size
+            return HostBackend(*about, sample_every)
         return DeviceBackend(
             self.placement,
             self._problem,
@@ -161,12 +165,19 @@ class Planner:
             windows=None if self.exchange is None else self.exchange.windows,
             timeout_s=timeout_s,
             abort_on_timeout=abort_on_timeout,
+            sample_every=sample_every,
         )
 
     @property
     def num_batches(self) -> collections.Counter[Status]:
         """Batches planned so far, by status; waits for the GPU."""
-        return self._backend.num_batches()
+        self._backend.synchronize()
+        return batches_by_status(*read_totals([self.statistics]))
+
+    @property
+    def statistics(self) -> Statistics:
+        """What its batches come to."""
+        return self._backend.statistics
 
     @property
     def is_outdated(self) -> bool:

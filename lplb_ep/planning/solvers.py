@@ -200,7 +200,8 @@ def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
     capacity = capacity_for(placement, refreshable)
     num_nodes = placement.num_ranks // placement.num_ranks_per_node
     several, copies = capacity.num_several, capacity.num_copies
-    return 4 * (placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2))
+    integers = placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
+    return 4 * max(integers, placement.num_ranks)  # which the block with the statistics has
 
 
 def check_fit(

@@ -11,6 +11,7 @@ from ..gpu.abi import Signature, Struct, constant_text, enum_text, header, table
 from ..gpu.jit import KERNELS
 from ..problem import GUEST_PARTS, MAX_TOTAL
 from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
+from .tallies import Tally
 
 
 class Status(enum.IntEnum):
@@ -86,6 +87,9 @@ MAX_EXPERTS = 512
 MAX_PLACES = 544
 """Slots of a rank, where there are guest slots: a multiple of 32."""
 
+NUM_TALLIES = len(Tally)
+NUM_TOTALS = NUM_TALLIES + len(Status)
+"""Words of a planner's statistics: each `Tally`, then how many batches ended with each `Status`."""
 HEAD = len(Head)
 """Integers before the counts of an exchanged row."""
 NUM_ERROR_FLAGS = len(Status) + len(ErrorFlag)
@@ -242,6 +246,17 @@ TABLE = Struct(
     ("int", "num_experts", "E"),
     ("int", "max_replicas", "C"),
 )
+STATISTICS = Struct(
+    "Statistics",
+    "Where a planner keeps what its batches come to.",
+    ("long long*", "totals", "[NUM_TOTALS + 1] see there; then the window, which the host sets"),
+    ("int*", "samples", "[num_samples, E] loads of sampled batches"),
+    ("int*", "sampled", "[num_samples] how many batches came before each; -1: none is there"),
+    ("const int*", "base", "[R] load that stays on each rank, or null: none"),
+    ("const int*", "speed", "[R] of each rank, or null: all the same"),
+    ("int", "num_samples", "kept at once; 0: none are taken"),
+    ("int", "every", "batches from one sample to the next"),
+)
 BATCH = Struct(
     "Batch",
     "What was solved, and where to say how the batch ends.",
@@ -251,7 +266,7 @@ BATCH = Struct(
     ("const Ending*", "endings", "[G] of each component"),
     ("int*", "status", "[1] how the batch ends"),
     ("int*", "guests", "[num_guests] the expert in each guest slot, -1: none"),
-    ("int*", "num_by_status", "[NUM_STATUSES] batches that ended so"),
+    (STATISTICS, "statistics", "which one more block of the grid keeps"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
     ("int*", "row", "[HEAD + E] to be zeroed for the next count, or null"),
     ("int", "num_components", "G"),
@@ -428,7 +443,19 @@ def _word_of(rule: Rule) -> int:
 def abi_header() -> str:
     """The text of `kernels/abi.cuh`."""
     structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY]
-    structs += [ARC, EDGE, SHAPE, NETWORK, PROBLEM, COPY, TABLE, BATCH, PARAMETER, TRAVEL]
+    structs += [
+        ARC,
+        EDGE,
+        SHAPE,
+        NETWORK,
+        PROBLEM,
+        COPY,
+        TABLE,
+        STATISTICS,
+        BATCH,
+        PARAMETER,
+        TRAVEL,
+    ]
     structs += [RESIDENT, REPLICA, GUESTS]
     parts = [
         "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
@@ -437,6 +464,9 @@ def abi_header() -> str:
         enum_text(Head, "HEAD_"),
         constant_text("int", "HEAD", HEAD, "integers before the counts of an exchanged row"),
         enum_text(ErrorFlag, "FLAG_"),
+        enum_text(Tally, "TALLY_"),
+        constant_text("int", "NUM_TALLIES", NUM_TALLIES, "sums over batches"),
+        constant_text("int", "NUM_TOTALS", NUM_TOTALS, "tallies, then batches of each status"),
         constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
         constant_text("int", "GUEST_PARTS", GUEST_PARTS, "of 1, in which a tolerance is counted"),
         constant_text("int", "MAX_EXPERTS", MAX_EXPERTS, "of a component"),

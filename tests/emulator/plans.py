@@ -15,7 +15,7 @@ from lplb_ep.placement.table import Placement
 from lplb_ep.planning import guest_layout, kernels, layout, solvers, structs
 from lplb_ep.planning.device_tables import MAX_ROUNDS
 from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS, Variant
-from lplb_ep.planning.structs import HEAD, Status
+from lplb_ep.planning.structs import HEAD
 from lplb_ep.problem import Problem
 
 FOREVER = 10**15  # ns
@@ -112,6 +112,7 @@ class Rank:
         chunk: picks of a block, a multiple of 32.
         tag: of the placement, for the head of a row.
         given: whether guests are given instead of chosen.
+        num_samples, every: of the loads of sampled batches, as `Statistics` has them.
     """
 
     def __init__(
@@ -127,6 +128,8 @@ class Rank:
         chunk: int = 128,
         tag: int = 77,
         given: bool = False,
+        num_samples: int = 0,
+        every: int = 0,
     ) -> None:
         self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
         self._dtype = np.dtype(dtype)
@@ -156,7 +159,10 @@ class Rank:
         self.row = memory.zeros(HEAD + p.num_experts)
         self.head = memory.array([tag, 2, 3, 0], np.int32)
         self.error_flags = memory.zeros(structs.NUM_ERROR_FLAGS)
-        self.num_by_status = memory.zeros(len(Status))
+        self.totals = memory.zeros(structs.NUM_TOTALS + 1, np.int64)
+        self.samples = memory.zeros((num_samples, p.num_experts))
+        self.sampled = memory.zeros(num_samples)
+        self._every = every
         self.missing = memory.zeros(p.num_ranks)
         self.state = memory.zeros(4)
         self.peers = memory.zeros(p.num_ranks, np.int64)
@@ -342,15 +348,30 @@ class Rank:
             grid, self._num_threads, self._num_solver_bytes, **arguments
         )
 
-    def route(self, picks: Picks, plan: Plan, *, exchanged: bool = True) -> emulator.Operation:
-        """The launch of `route`."""
+    @property
+    def num_by_status(self) -> np.ndarray:
+        """How many batches ended with each status."""
+        return self.totals[structs.NUM_TALLIES : -1]
+
+    def route(
+        self, picks: Picks, plan: Plan, *, exchanged: bool = True, **bounds: np.ndarray
+    ) -> emulator.Operation:
+        """The launch of `route`; `bounds`: base loads and speeds, for the statistics."""
+        statistics = structs.STATISTICS.pack(
+            totals=self.totals.ctypes.data,
+            samples=self.samples.ctypes.data,
+            sampled=self.sampled.ctypes.data,
+            num_samples=len(self.samples),
+            every=self._every,
+            **{b: bounds[b].ctypes.data if b in bounds else 0 for b in ("base", "speed")},
+        )
         batch = structs.BATCH.pack(
             counts=plan.counts.ctypes.data,
             quota=plan.quota.ctypes.data,
             rank_load=plan.rank_load.ctypes.data,
             endings=plan.endings.ctypes.data,
             status=plan.status.ctypes.data,
-            num_by_status=self.num_by_status.ctypes.data,
+            statistics=statistics,
             error_flags=self.error_flags.ctypes.data,
             row=self.row.ctypes.data if exchanged else 0,
             guests=plan.guests.ctypes.data,
@@ -359,7 +380,7 @@ class Rank:
             num_guests=plan.guests.size,
         )
         return self.route_library.kernel("route")(
-            (picks.num_chunks, 1),
+            (picks.num_chunks + 1, 1),
             kernels.NUM_THREADS,
             self._num_route_bytes,
             picks=picks.struct,

@@ -10,12 +10,13 @@ import emulator
 import numpy as np
 import oracle
 import pytest
+import tallied
 import torch
 
 from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange, WindowExchange, Windows
 from lplb_ep.gpu import launch
-from lplb_ep.planning import device, device_tables, kernels, planner, reference
+from lplb_ep.planning import device, device_tables, kernels, planner, reference, statistics
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.structs import HEAD, Head
 
@@ -34,6 +35,10 @@ class Driver:
 
     def __init__(self, library):
         self._library, self._kernels = library, []
+        # A walk over all objects takes long, and most of them are older than the test.
+        gc.collect()
+        self._older = [one for one in gc.get_objects() if type(one) is torch.Tensor]
+        gc.freeze()
         self.layouts = {}  # of the arguments, by function
 
     def load(self, program, index):
@@ -56,7 +61,7 @@ class Driver:
         kernel, memory = self._kernels[function - 1], emulator.Memory()
         storages = {
             storage.data_ptr(): storage.nbytes()
-            for one in gc.get_objects()
+            for one in (*self._older, *gc.get_objects())
             if type(one) is torch.Tensor and (storage := one.untyped_storage()).nbytes()
         }
         for address, size in storages.items():
@@ -146,6 +151,11 @@ class Torch:
         return getattr(torch, name)
 
 
+def copy_at_once(index, pairs):
+    for to, source in pairs:
+        to.copy_(source)
+
+
 @pytest.fixture
 def make(library, monkeypatch):
     """Makes the planner of a layer and exchange on such a GPU."""
@@ -163,9 +173,10 @@ def make(library, monkeypatch):
     monkeypatch.setattr(planner, "choose_solver", lambda solver, *asked: (solver, ""))
     monkeypatch.setattr(planner, "solver_fact", lambda *asked: "flow")
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(statistics, "copy_beside", copy_at_once)
 
-    def make(target, exchange=None):
-        made = Planner(target, rank=RANK, counts="given", solver="flow")
+    def make(target, exchange=None, **arguments):
+        made = Planner(target, rank=RANK, counts="given", solver="flow", **arguments)
         made._backend._index = -1
         made.exchange = exchange
         return made
@@ -175,6 +186,7 @@ def make(library, monkeypatch):
         cache.cache_clear()
     make.graphs = graphs
     yield make
+    gc.unfreeze()
     for cache in caches:
         cache.cache_clear()
 
@@ -474,3 +486,88 @@ def test_batches_that_grow_leave_little_behind(make):
         if T == 1:
             at_first = given._backend.workspace.num_bytes
     assert given._backend.workspace.num_bytes - at_first <= 4 * 6 * 40
+
+
+@pytest.mark.parametrize("kind", ["plain", "bounded", "guests"])
+def test_statistics_are_those_of_the_plans(kind, make):
+    rng, rows = np.random.default_rng(8), Rows()
+    problem, bounds = Problem(guest_min_tokens=1), {}
+    if kind == "bounded":
+        bounds = {"base_load": torch.tensor([9, 30]), "speed": torch.tensor([2, 5])}
+        problem = Problem(**bounds)
+    placement = WITH_SLOTS if kind == "guests" else TWO
+    given, exchanging = make(Layer(placement, problem)), make(Layer(placement, problem), rows)
+    expected = {one: tallied.Tallied(RANK, **bounds) for one in (given, exchanging)}
+    for i in range(334):
+        weight = rng.dirichlet(np.ones(E))
+        topks = [torch.from_numpy(rng.choice(E, (T, 2), p=weight)) for T in rng.integers(0, 50, R)]
+        rows.counts = torch.stack([reference.count(topk, E) for topk in topks])
+        topk, stale = topks[RANK], bool(rng.random() < 0.1)
+        if rng.random() < 0.5:
+            counts = rows.counts.long()
+            if rng.random() < 0.05:
+                counts[0, 1] = 2**31 - 1
+            one, plan = given, given(topk, counts=counts, stale=stale)
+        else:
+            one, plan = exchanging, exchanging(topk, stale=stale)
+        expected[one].add(plan, placement)
+        if rng.random() < 0.05:
+            one.statistics.begin_window()
+            expected[one].begin_window(expected[one].window + 1)
+        else:
+            assert tallied.read(one) == expected[one].totals, i
+        if i % 50 == 0:
+            plan = exchanging(topk)
+            exchanging.route(topk)  # whose plan nobody asks for
+            for _ in range(2):
+                expected[exchanging].add(plan, placement)
+    for one, its in expected.items():
+        assert one.num_batches == its.batches
+
+
+def test_samples_are_taken_when_their_batches_are_done(make):
+    rng = np.random.default_rng(9)
+    given = make(TWO, sample_every=3)
+    expected, taken = tallied.Tallied(RANK, every=3), {}
+
+    def plan(number):
+        for _ in range(number):
+            topk, counts = batch(rng, rng.integers(0, 50, R))
+            counts = counts.long()
+            if rng.random() < 0.1:
+                counts[0, 0] = 2**31 - 1
+            expected.add(given(topk, counts=counts), TWO)
+
+    def as_lists(samples):
+        return {b: load.tolist() for b, load in samples.items()}
+
+    for number in (1, 2, 1, 40):
+        plan(number)
+        taken |= given.statistics.take_samples()
+    assert as_lists(taken) == {b: load for b, load in expected.samples.items() if b < 43}
+    taken |= given.statistics.take_samples(all_done=True)
+    assert as_lists(taken) == expected.samples
+    assert not given.statistics.take_samples(all_done=True)
+    plan(3 * statistics.MAX_SAMPLES + 30)
+    last = as_lists(given.statistics.take_samples(all_done=True))
+    assert last.items() <= expected.samples.items()
+    assert max(last) == max(expected.samples)
+    assert len(last) > statistics.MAX_SAMPLES * 0.7  # some batches had no counts
+
+
+def test_copies_that_differ_are_made_again(make, monkeypatch):
+    given, counts = make(TWO), torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]])
+    topk, planned = torch.tensor([[0, 1]]), []
+
+    def copy_while_batches_come(index, pairs):
+        for to, source in pairs:
+            to.copy_(source)
+            if len(planned) < 5:
+                planned.append(given(topk, counts=counts))
+
+    monkeypatch.setattr(statistics, "copy_beside", copy_while_batches_come)
+    assert given.num_batches == {Status.OPTIMAL: 5}
+    monkeypatch.setattr(statistics, "copy_beside", lambda index, pairs: None)
+    given.statistics._read[0] += 1
+    with pytest.raises(RuntimeError, match="faster than"):
+        given.num_batches  # noqa: B018

@@ -1,9 +1,12 @@
 """The kernels of route.cu, emulated: bit for bit the CPU's steps in every order of threads."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import oracle
 import plans
 import pytest
+import tallied
 import torch
 from emulator import ORDERS
 
@@ -139,8 +142,13 @@ def expected_positions(topk):
     return [int((flat[:i] == e).sum()) if e >= 0 else 0 for i, e in enumerate(flat)]
 
 
-def run_plan(memory, rank, topk, counts, *, order=0, given=False, status=0, max_rounds=10_000):
-    """All three launches of a batch with the counts of the other ranks in its memory."""
+def run_plan(
+    memory, rank, topk, counts, *, order=0, given=False, status=0, max_rounds=10_000, of_ranks=()
+):
+    """All three launches of a batch with the counts of the other ranks in its memory.
+
+    `of_ranks`: base loads and speeds.
+    """
     E = rank.placement.num_experts
     rows = np.zeros((rank.placement.num_ranks, (0 if given else HEAD) + E), np.int64)
     rows[:, -E:] = counts
@@ -158,8 +166,9 @@ def run_plan(memory, rank, topk, counts, *, order=0, given=False, status=0, max_
             head=0 if given else HEAD,
             status=status if given else 0,
             max_rounds=max_rounds,
+            **dict(of_ranks),
         ),
-        rank.route(picks, plan, exchanged=not given),
+        rank.route(picks, plan, exchanged=not given, **dict(of_ranks)),
     ]
     memory.run(launches, order=order)
     return plan
@@ -348,3 +357,32 @@ def test_a_mask_keeps_what_was_no_pick(dtype, memory, library):
         launch = kernel((2, 1), 256, 0, given=given, planned=planned, out=out, num_picks=700)
         memory.run([launch], order=2)
         assert (out == expected).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(("R", "E"), [(4, 36), (8, 1200), (16, 32), (40, 80)])
+def test_statistics_are_those_of_the_plan(R, E, order, memory, library):
+    """Of few experts and many ranks, whose rows threads share; of many; of many components."""
+    rng = np.random.default_rng(R)
+    placement = Placement(np.arange(E), R)
+    if (R, E) == (4, 36):
+        placement = oracle.random_placement(rng, R, E, 1)
+    bounds = {"base_load": torch.from_numpy(rng.integers(0, 50, R)), "speed": torch.arange(R) + 1}
+    on_device = {
+        "base": memory.array(bounds["base_load"].numpy(), np.int32),
+        "speed": memory.array(bounds["speed"].numpy(), np.int32),
+    }
+    rank = plans.Rank(memory, placement, 1, library, num_samples=2, every=2)
+    expected = tallied.Tallied(1, every=2, **bounds)
+    for i in range(3):
+        topks = [topk_of(rng, placement, int(rng.integers(0, 90)), 2) for _ in range(R)]
+        counts = np.stack([cpu.count(torch.from_numpy(t), E).numpy() for t in topks])
+        rank.head[3] = 0
+        rank.totals[-1] = expected.window
+        plan = run_plan(memory, rank, topks[1], counts, order=order, of_ranks=on_device)
+        tensors = {name: torch.from_numpy(values) for name, values in vars(plan).items()}
+        expected.add(SimpleNamespace(**tensors), placement)
+        assert rank.totals[:-1].tolist() == expected.totals
+        expected.begin_window(i + 3)
+    assert rank.sampled.tolist() == [0, 2]
+    assert rank.samples.tolist() == [*expected.samples.values()]

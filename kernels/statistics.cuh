@@ -1,0 +1,112 @@
+// What a planner's batches come to: sums that the kernels keep, and loads of some batches.
+#pragma once
+
+#include "counts.cuh"
+
+namespace lplb {
+
+// This lane's word of the totals, to be read early: `tally` writes it.
+__device__ long long word_of_totals(const Statistics& statistics) {
+    int lane = threadIdx.x % 32;
+    return lane < NUM_TOTALS ? statistics.totals[lane] : 0;
+}
+
+// Where the loads [E] of the batch go, if it is sampled; else null. By whole warps, of a batch whose counts
+// are known. Thread 0 is among them.
+__device__ int* sample_of(const Statistics& statistics, int num_experts, long long word) {
+    if (statistics.num_samples == 0) return nullptr;
+    unsigned lane = threadIdx.x % 32;
+    unsigned before = __reduce_add_sync(~0u, lane >= NUM_TALLIES ? unsigned(word) : 0u);
+    if (before % statistics.every != 0) return nullptr;
+    unsigned place = before / statistics.every % statistics.num_samples;
+    if (threadIdx.x == 0) statistics.sampled[place] = int(before);
+    return statistics.samples + size_t(place) * num_experts;
+}
+
+// Adds up what each rank would have to do, had every token gone home: to `at_home` [R] in shared memory, all 0
+// before. By the threads from 0 up to `num_threads`. A rank's counts lie `stride` from the next one's.
+__device__ void add_at_home(const Table& table, const int* counts, int stride, int* sample, int* at_home,
+                            int thread, int num_threads) {
+    int E = table.num_experts, R = table.num_ranks;
+    // Several threads share the rows of an expert, unless its load is asked for.
+    int parts = sample != nullptr ? 1 : max(1, min(num_threads / E, R / 16));
+    for (int i = thread; i < E * parts; i += num_threads) {
+        int part = i / E, e = i - part * E, load = 0;
+        each<16>(counts + part * stride + e, part, R, parts, stride, [&](int number) { load += number; });
+        atomicAdd(&at_home[table.home_rank[e]], load);
+        if (sample != nullptr) sample[e] = load;
+    }
+}
+
+// Adds a batch to the totals, by one warp: the CPU's `add_batch` is the definition. `at_home` is whole where the
+// counts are known, `word` this lane's word of the totals.
+__device__ void tally(const Statistics& statistics, const Table& table, const Batch& batch, int status,
+                      const int* at_home, long long word) {
+    int R = table.num_ranks, rank = batch.rank, lane = threadIdx.x % 32, total_speed = 0;
+    bool is_counted = status < BAD_COUNTS, is_planned = status == OPTIMAL;
+    for (int r = lane; statistics.speed != nullptr && r < R; r += 32) total_speed += statistics.speed[r];
+    total_speed = __reduce_add_sync(~0u, total_speed);
+    int rows = 0, stays = 0, home = 0, got = 0, guests = 0, sent = 0, received = 0;
+    for (int r = lane; is_counted && r < R; r += 32) {
+        int base = statistics.base == nullptr ? 0 : statistics.base[r];
+        auto at_mean_speed = [&](long long load) {
+            if (statistics.speed == nullptr) return int(load);
+            long long speed = (long long)statistics.speed[r] * R;
+            return int(min((load * total_speed + speed - 1) / speed, (long long)MAX_TOTAL));
+        };
+        rows += at_home[r];
+        stays += base;
+        home = max(home, at_mean_speed(at_home[r] + base));
+        if (is_planned) got = max(got, at_mean_speed(batch.rank_load[r] + base));
+    }
+    #pragma unroll 4
+    for (int i = lane; is_planned && i < batch.num_guests; i += 32) {
+        int expert = batch.guests[i];
+        if (expert < 0) continue;
+        ++guests;
+        sent += table.home_rank[expert] == rank;
+        received += i / (batch.num_guests / R) == rank;
+    }
+    rows = __reduce_add_sync(~0u, rows);
+    int load = rows + __reduce_add_sync(~0u, stays);
+    home = __reduce_max_sync(~0u, home);
+    got = __reduce_max_sync(~0u, is_planned ? got : home);
+    guests = __reduce_add_sync(~0u, guests);
+    sent = __reduce_add_sync(~0u, sent);
+    received = __reduce_add_sync(~0u, received);
+
+    // What another lane has. NVRTC 13.5 crashes on a shuffle here for sm_80.
+    auto of_lane = [&](int other) { return __reduce_max_sync(~0u, lane == other ? int(word) : 0); };
+    int window = int(statistics.totals[NUM_TOTALS]);
+    bool begins = of_lane(TALLY_WINDOW) != window;
+    if (begins && lane >= TALLY_WORST_HOME && lane < TALLY_WINDOW) word = 0;
+    // Whether a quotient is larger than the window's before, of two words.
+    auto is_worse = [&](long long largest, int first_word) {
+        long long before = of_lane(first_word), load_before = of_lane(first_word + 1);
+        return load > 0 && (load_before == 0 || largest * load_before > before * load);
+    };
+    bool worse_home = is_worse(home, TALLY_WORST_HOME), worse = is_worse(got, TALLY_WORST);
+    switch (lane) {
+        case TALLY_ROWS: word += rows; break;
+        case TALLY_LOAD: word += load; break;
+        case TALLY_HOME: word += home; break;
+        case TALLY_GOT: word += got; break;
+        case TALLY_BOUND: word += is_planned ? got : load / R + (load % R != 0); break;
+        case TALLY_OWN_HOME: word += is_counted ? at_home[rank] : 0; break;
+        case TALLY_OWN:
+            word += !is_counted ? 0 : is_planned ? batch.rank_load[rank] : at_home[rank];
+            break;
+        case TALLY_GUESTS: word += guests; break;
+        case TALLY_SENT: word += sent; break;
+        case TALLY_RECEIVED: word += received; break;
+        case TALLY_WORST_HOME: word = worse_home ? home : word; break;
+        case TALLY_WORST_HOME_LOAD: word = worse_home ? load : word; break;
+        case TALLY_WORST: word = worse ? got : word; break;
+        case TALLY_WORST_LOAD: word = worse ? load : word; break;
+        case TALLY_WINDOW: word = window; break;
+        default: word += lane == NUM_TALLIES + status;
+    }
+    if (lane < NUM_TOTALS) statistics.totals[lane] = word;
+}
+
+}  // namespace lplb
