@@ -298,7 +298,7 @@ FAULTS = [
     ),
     Fault(
         "only the worst component of a thread counts",
-        "route.cu",
+        "rewrite.cuh",
         "worst = max(worst, batch.endings[g].status)",
         "worst = batch.endings[g].status",
         "a thread has one, with 1,024 components or fewer",
@@ -312,8 +312,8 @@ FAULTS = [
     Fault(
         "INFEASIBLE batches have no counts",
         "route.cu",
-        "status < BAD_COUNTS",
-        "status < INFEASIBLE",
+        "(table, batch, status < BAD_COUNTS",
+        "(table, batch, status < INFEASIBLE",
     ),
     Fault(
         "the row is not zeroed behind a plan",
@@ -570,6 +570,28 @@ FAULTS = [
         "(number_of<V>(holders & below<V>(rank)) < own % number)",
         "(number_of<V>(holders & ~below<V>(rank)) <= own % number)",
     ),
+    # Statistics
+    Fault("a sample too few", "statistics.cuh", "before % statistics.every != 0", "before != 0"),
+    Fault("samples lie in one place", "statistics.cuh", "% statistics.num_samples;", "% 1;"),
+    Fault("threads share all rows", "statistics.cuh", "int part = i / E,", "int part = 0,"),
+    Fault(
+        "times are rounded down", "statistics.cuh", "* total_speed + speed - 1)", "* total_speed)"
+    ),
+    Fault("no base loads at home", "statistics.cuh", "(at_home[r] + base)", "(at_home[r])"),
+    Fault("the mean is rounded down", "statistics.cuh", "load / R + (load % R != 0)", "load / R"),
+    Fault("the worst batch is the last", "statistics.cuh", "load_before == 0 ||", "true ||"),
+    Fault(
+        "windows go on",
+        "statistics.cuh",
+        "begins = of_lane(TALLY_WINDOW) != window",
+        "begins = false",
+    ),
+    Fault(
+        "batches with no counts are summed up",
+        "route.cu",
+        "    if (status < BAD_COUNTS) {",
+        "    {",
+    ),
     Fault("a mask keeps all", "route.cu", "given[n] < 0 ? Index(-1)", "false ? Index(-1)"),
 ]
 
@@ -600,6 +622,7 @@ TESTS = {
     "rows.cuh": "solvers",
     "shares.cuh": "route",
     "speeds.cuh": "solvers",
+    "statistics.cuh": "route",
     "weights.cu": "weights",
 }
 """The file of tests for each source."""
