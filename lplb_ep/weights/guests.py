@@ -103,7 +103,7 @@ class Guests:
         }
         self._rank = 0 if group is None else group.rank()
         self._generation = 0
-        self._state: tuple[int, list[tuple[int, int]]] = 0, []
+        self._state: tuple[tuple[int, int], list[tuple[int, int]]] = (0, 0), []
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._said = ""
         self._scan()
@@ -389,11 +389,14 @@ class Guests:
         """A number that grows where home weights may have changed.
 
         FSDP2 frees a gathered parameter's memory in its storage, and gathers it there again. That
-        is no change, unless some optimizer has stepped meanwhile.
+        is no change, unless some optimizer has stepped meanwhile: it holds the sharded parameter,
+        and nothing of the gathered one need show the step.
         """
-        if not self._watch.is_intact:
+        steps = self._watch.num_steps
+        step = steps, 0 if steps else last_step()
+        if self._state[0] != step or not self._watch.is_intact:
             self._rescan()
-            state = last_step(), [(id(p), local_part(p)._version) for p in self._parameters]
+            state = step, [(id(p), local_part(p)._version) for p in self._parameters]
             storages = [local_part(p).untyped_storage() for p in self._parameters]
             same = state == self._state and all(
                 ref() is storage for ref, storage in zip(self._storages, storages, strict=True)

@@ -56,6 +56,8 @@ class Watch:
             for name, _ in module.named_parameters(recurse=False):
                 self._owners.append((module._parameters, name))
                 _watches.setdefault(module, weakref.WeakSet()).add(self)
+        self.num_steps = 0
+        """That optimizers have made of these very parameters."""
         self.clear()
         _live.add(self)
         _register_hooks()
@@ -145,6 +147,7 @@ def _stepped(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for watch in list(_live):
         if watch.holds_any_of(stepped):
+            watch.num_steps += 1
             watch.clear()
 
 

@@ -600,6 +600,50 @@ def test_a_step_between_forward_and_backward_is_refused(form, change):
     ranks.run(2, stepped, form, change)
 
 
+def gather(parameter, sharded):
+    """As FSDP2: into the storage that the parameter keeps, unseen by its version counter."""
+    storage = parameter.untyped_storage()
+    if storage.nbytes():  # other memory; the old is taken meanwhile
+        size = storage.nbytes()
+        storage.resize_(0)
+        taken = torch.empty(size, dtype=torch.uint8)
+        storage.resize_(size)
+        del taken
+    with torch.autograd._unsafe_preserve_version_counter(parameter), torch.no_grad():
+        parameter.copy_(sharded)
+
+
+def step_of_sharded(group):
+    """Gathered weights are at the same address behind a step, and move before the backward pass."""
+    guests = made(group, "stacked")
+    sharded = [p.detach().clone().requires_grad_() for p in guests.experts.parameters()]
+    optimizer = torch.optim.SGD(sharded, lr=0.1)
+    moved = []
+    for _ in range(2):
+        first, second = Batch(guests, 0, 0), Batch(guests, 1, 1)
+        first.dispatch()
+        out = first.experts(first.x)
+        second.dispatch()
+        second.experts(second.x)
+        for parameter, own in zip(guests.experts.parameters(), sharded, strict=True):
+            before = parameter.data_ptr()
+            gather(parameter, own)
+            moved.append(before != parameter.data_ptr())
+        first.dispatch_again()
+        out.backward()
+        for own in sharded:
+            own.grad = torch.ones_like(own)
+        optimizer.step()
+        for parameter, own in zip(guests.experts.parameters(), sharded, strict=True):
+            with torch.autograd._unsafe_preserve_version_counter(parameter), torch.no_grad():
+                parameter.copy_(own)
+    assert any(moved)
+
+
+def test_a_step_of_sharded_weights_counts_from_the_next_batch_on():
+    ranks.run(2, step_of_sharded)
+
+
 def stepped_on_one(group):
     """The other rank waits for its weights: it raises at once, and both go on."""
     guests = made(group, "stacked")
