@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .cost import H200, CostModel
 from .errors import InfeasibleError
 from .placement.table import Placement
-from .settings import Settings
+from .settings import OBJECTIVES, Settings
 
 MAX_TOTAL = 2**31 - 1
 """Tokens of a batch on all ranks, base loads included."""
 MAX_TOTAL_SPEED = 2**15 - 1
-COSTS = ("tokens",)
-"""What a rank's cost can be counted in."""
 GUEST_PARTS = 10_000
 """The unit in which kernels and CPU count the tolerance: its parts of 1."""
 
@@ -32,7 +31,9 @@ class GuestRule(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """The linear program of a layer's batches, but for the placement.
+    """What a layer's plans minimise, and what bounds them, but for the placement.
+
+    With the objective `tokens` it is a linear program.
 
     minimise T subject to sum_c quota[e, c] = load[e] and
     (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
@@ -51,8 +52,12 @@ class Problem:
     """[R]: positive relative speeds that sum to at most 32767; default 1."""
     max_quota: torch.Tensor | None = None
     """[E, C]: the most tokens of each copy; default: no limit."""
-    cost: str = "tokens"
-    """One of `COSTS`: what the ranks' largest cost counts."""
+    objective: str | None = None
+    """What the largest rank has the least of, one of `OBJECTIVES`. `tokens`: the linear program.
+    `experts`: active slots, and then tokens. `cost`: nanoseconds by `cost`. `auto`: of these and of
+    all tokens at home, what costs least. None: the setting, or its default."""
+    cost: CostModel | None = None
+    """What rows cost; None: the setting's, or an H200's."""
     guest_tolerance: float | None = None
     """A batch takes no guests where the residents' T* is at most 1 + this times the mean: the total
     load over the total speed. Of several nodes it is the largest mean of one. In [0, 1], counted
@@ -61,8 +66,18 @@ class Problem:
     """The least tokens that a guest must take, from 1; None: the setting, or its default."""
 
     @property
+    def objective_name(self) -> str:
+        """The objective, its default filled in."""
+        return Settings.objective if self.objective is None else self.objective
+
+    @property
+    def cost_model(self) -> CostModel:
+        """What rows cost, its default filled in."""
+        return H200 if self.cost is None else self.cost
+
+    @property
     def bounds(self) -> dict[str, torch.Tensor | None]:
-        """All but the load and the cost, by name."""
+        """Those of the linear program, by name."""
         return {"base_load": self.base_load, "speed": self.speed, "max_quota": self.max_quota}
 
     @property
@@ -74,25 +89,22 @@ class Problem:
             Settings.guest_min_tokens if tokens is None else tokens,
         )
 
-    def with_guest_defaults(self, tolerance: float | None, min_tokens: int | None) -> Problem:
-        """The same, with another rule for guests where this one says none."""
-        return replace(
-            self,
-            guest_tolerance=tolerance if self.guest_tolerance is None else self.guest_tolerance,
-            guest_min_tokens=min_tokens if self.guest_min_tokens is None else self.guest_min_tokens,
-        )
+    def with_defaults(self, **defaults: Any) -> Problem:
+        """The same, with these values of fields where this one says none."""
+        missing = {name: v for name, v in defaults.items() if getattr(self, name) is None}
+        return replace(self, **missing)
 
     def checked(self, placement: Placement) -> Problem:
         """The same, with int64 tensors on the CPU, and the load as [B, E].
 
         Raises:
             TypeError: a field is no tensor.
-            ValueError: a field's shape, dtype or range, or the cost; the message names it. Or
-                `max_quota` for a placement with guest slots.
+            ValueError: a field's shape, dtype or range, or the objective; the message names it. Or
+                `max_quota` for a placement with guest slots. Or speeds, limits of copies or guest
+                slots with another objective than `tokens`.
             InfeasibleError: an expert whose copies' `max_quota` sum below its load.
         """
-        if self.cost not in COSTS:
-            raise ValueError(f"cost must be one of {', '.join(COSTS)}; got {self.cost!r}")
+        self._check_objective(placement)
         self._check_guest_rule()
         if placement.num_guests_per_rank and self.max_quota is not None:
             raise ValueError(
@@ -126,7 +138,9 @@ class Problem:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of what bounds the plans of every batch; ranks compare it."""
-        state: list[Any] = [self.cost]
+        state: list[Any] = [self.objective_name]
+        if self.objective_name != "tokens":
+            state.append(self.cost_model)
         if self.guest_rule != Problem().guest_rule:
             state.append(tuple(self.guest_rule))
         for bound in self.bounds.values():
@@ -139,12 +153,28 @@ class Problem:
         return (
             all(bound is None for bound in self.bounds.values())
             and self.guest_rule == Problem().guest_rule
+            and self.objective_name == "tokens"
         )
 
     def _capacity(self, placement: Placement) -> torch.Tensor:
         """[E] the most tokens of each expert, by `max_quota`."""
         assert self.max_quota is not None, "there is no capacity without a limit"
         return (self.max_quota * torch.tensor(placement.copy_rank >= 0)).sum(1)
+
+    def _check_objective(self, placement: Placement) -> None:
+        name = self.objective_name
+        if name not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {name!r}")
+        if not isinstance(self.cost, (CostModel, type(None))):
+            raise TypeError(f"cost must be a CostModel; got a {type(self.cost).__name__}")
+        others = {
+            "speed": self.speed is not None,
+            "max_quota": self.max_quota is not None,
+            "guest slots": bool(placement.num_guests_per_rank),
+        }
+        if name != "tokens" and any(others.values()):
+            given = " and ".join(other for other, is_given in others.items() if is_given)
+            raise ValueError(f"the objective {name!r} does not go with {given}: use 'tokens'")
 
     def _check_guest_rule(self) -> None:
         tolerance, tokens = self.guest_tolerance, self.guest_min_tokens

@@ -19,6 +19,9 @@ SOLVERS = ("auto", "cpu", *GPU_SOLVERS)
 COUNTS = ("auto", "nvshmem", "ipc", "torch")
 """Requests for an exchange of counts; `comm.connect` makes each."""
 
+OBJECTIVES = ("tokens", "experts", "cost", "auto")
+"""What plans minimise on the largest rank; `problem.Problem` says what each is."""
+
 _Range = tuple[str, Callable[[float], bool]]
 """In words, and whether a number lies in it."""
 _AT_LEAST_0: _Range = ("of at least 0", lambda number: 0 <= number < math.inf)
@@ -96,6 +99,20 @@ class Settings:
         "Which solver makes the quotas. `auto` takes `flow`, on the GPU, where there is one and it "
         "takes the placement.",
         SOLVERS,
+    )
+    objective: str = _setting(
+        "LPLB_EP_OBJECTIVE",
+        "tokens",
+        "What the largest rank has the least of: `tokens`, active slots and then tokens "
+        "(`experts`), or nanoseconds by the cost model (`cost`). `auto`: of these plans and of all "
+        "tokens at home, the one that costs least. It holds where a layer's `Problem` has none.",
+        OBJECTIVES,
+    )
+    cost: str = _setting(
+        "LPLB_EP_COST",
+        "",
+        "A file of `lplb-ep calibrate`, what rows cost on this GPU; by default an H200's built-in "
+        "table. It holds where a layer's `Problem` has none.",
     )
     indices: str = _setting(
         "LPLB_EP_INDICES",

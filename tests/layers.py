@@ -63,6 +63,7 @@ LAYERS = [
     "planning.structs",
     "planning.inputs",
     "planning.reference",
+    "planning.objectives",
     "planning.layout",
     "planning.guest_layout",
     "planning.solvers",

@@ -12,7 +12,7 @@ from fractions import Fraction
 import networkx
 import numpy as np
 import scipy.sparse
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from lplb_ep.placement.table import Placement
 
@@ -62,6 +62,123 @@ def fits(time, placement, load, base_load=None, speed=None, max_quota=None) -> b
                 edge = {} if max_quota is None else {"capacity": int(max_quota[expert, column])}
                 graph.add_edge(("expert", expert), ("rank", rank), **edge)
     return networkx.maximum_flow_value(graph, "source", "sink") == int(np.sum(load))
+
+
+def least_active(placement, load, base_load=None) -> int:
+    """The fewest active slots that the fullest rank can have: by networkx's bipartite matching.
+
+    Each rank has that many seats, less one where load stays. Every expert with tokens takes a seat
+    of a rank that holds a copy.
+    """
+    R = placement.num_ranks
+    active = np.flatnonzero(np.asarray(load) > 0).tolist()
+    taken = np.zeros(R, int) if base_load is None else (np.asarray(base_load) > 0).astype(int)
+    for most in range(int(taken.max()), len(active) + 2):
+        graph = networkx.Graph()
+        graph.add_nodes_from(("expert", e) for e in active)
+        for e in active:
+            for rank in placement.copy_rank[e][placement.copy_rank[e] >= 0].tolist():
+                seats = range(most - int(taken[rank]))
+                graph.add_edges_from((("expert", e), ("seat", rank, seat)) for seat in seats)
+        top = [("expert", e) for e in active]
+        matching = networkx.bipartite.hopcroft_karp_matching(graph, top_nodes=top)
+        if all(expert in matching for expert in top):
+            return most
+    raise AssertionError("every expert has a copy")
+
+
+def cost_of_rows(steps, tile, slope, rows) -> int:
+    """Nanoseconds of a slot, by the definition of a cost model."""
+    tiles = -(-int(rows) // tile)
+    if tiles <= len(steps):
+        return (0, *steps)[tiles]
+    return steps[-1] + slope * (tiles - len(steps))
+
+
+def least_cost(placement, load, steps, tile, slope, base_load=None, seconds=20.0):
+    """The least largest rank cost, `fixed` left out: a mixed-integer program, by HiGHS.
+
+    Each copy has one variable for each number of tiles that it may have.
+
+    Returns:
+        The best value found, or None; and a bound of all plans.
+    """
+    expert, column = np.nonzero(placement.copy_rank >= 0)
+    rank, n = placement.copy_rank[expert, column], len(expert)
+    most = [-(-int(load[e]) // tile) for e in expert]
+    first = np.append(0, np.cumsum(most)) + 1 + n  # T, the rows, then tiles of each copy
+    size = int(first[-1])
+    rows, low, high = [], [], []
+
+    def add(entries, least, greatest):
+        rows.append(entries)
+        low.append(least)
+        high.append(greatest)
+
+    for i in range(n):
+        tiles = [(int(first[i]) + k, k + 1) for k in range(most[i])]
+        add([(1 + i, 1.0), *((v, -float(tile * k)) for v, k in tiles)], -np.inf, 0)
+        add([(v, 1.0) for v, _ in tiles], 0, 1)
+    for e in range(placement.num_experts):
+        add([(1 + i, 1.0) for i in np.flatnonzero(expert == e)], load[e], load[e])
+    for r in range(placement.num_ranks):
+        base = 0 if base_load is None else cost_of_rows(steps, tile, slope, base_load[r])
+        of_rank = [
+            (int(first[i]) + k, cost_of_rows(steps, tile, slope, tile * (k + 1)))
+            for i in np.flatnonzero(rank == r)
+            for k in range(most[i])
+        ]
+        add([(0, -1.0), *of_rank], -np.inf, -base)
+    is_whole = np.ones(size)
+    is_whole[: 1 + n] = 0
+    upper = np.ones(size)
+    upper[: 1 + n] = np.inf
+    return _milp(rows, low, high, size, is_whole, upper, seconds)
+
+
+def least_tokens_of_whole(placement, load, most_active, base_load=None, seconds=20.0):
+    """The fewest tokens of the fullest rank, experts whole and at most so many active on a rank.
+
+    Returns:
+        As `least_cost`.
+    """
+    expert, column = np.nonzero((placement.copy_rank >= 0) & (np.asarray(load) > 0)[:, None])
+    rank, n = placement.copy_rank[expert, column], len(expert)
+    rows, low, high = [], [], []
+    for e in np.unique(expert):
+        rows.append([(1 + i, 1.0) for i in np.flatnonzero(expert == e)])
+        low.append(1)
+        high.append(1)
+    for r in range(placement.num_ranks):
+        base = 0 if base_load is None else int(base_load[r])
+        mine = np.flatnonzero(rank == r)
+        rows += [
+            [(1 + i, 1.0) for i in mine],
+            [(0, -1.0), *((1 + i, float(load[expert[i]])) for i in mine)],
+        ]
+        low += [-np.inf, -np.inf]
+        high += [most_active - (base > 0), -base]
+    upper = np.ones(1 + n)
+    upper[0] = np.inf
+    is_whole = np.ones(1 + n)
+    is_whole[0] = 0
+    return _milp(rows, low, high, 1 + n, is_whole, upper, seconds)
+
+
+def _milp(rows, low, high, size, is_whole, upper, seconds):
+    """Minimises the first variable; each of `rows` lists (variable, coefficient)."""
+    entries = [(i, v, value) for i, row in enumerate(rows) for v, value in row]
+    i, v, values = (np.array(one) for one in zip(*entries, strict=True))
+    matrix = scipy.sparse.csr_array((values, (i, v)), shape=(len(rows), size))
+    result = milp(
+        np.eye(1, size)[0],
+        constraints=LinearConstraint(matrix, low, high),
+        integrality=is_whole,
+        bounds=Bounds(np.zeros(size), upper),
+        options={"time_limit": seconds, "mip_rel_gap": 1e-6},
+    )
+    best = None if result.x is None else float(result.fun)
+    return best, best if result.mip_dual_bound is None else float(result.mip_dual_bound)
 
 
 def with_guests(placement, guests):

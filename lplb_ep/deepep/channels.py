@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from ..comm.collectives import everyone, together
+from ..cost import CostModel, choose_cost
 from ..errors import ContractError
 from ..layer import Layer, channels, check_slot, layer_of
 from ..placement.table import Placement
@@ -50,6 +51,8 @@ class PlannerSettings(NamedTuple):
     abort_on_timeout: bool
     guest_tolerance: float
     guest_min_tokens: int
+    objective: str
+    cost: CostModel | None
 
     @classmethod
     def of(cls, settings: Settings) -> PlannerSettings:
@@ -64,6 +67,9 @@ class PlannerSettings(NamedTuple):
             abort_on_timeout=settings.on_timeout == "abort",
             guest_tolerance=settings.guest_tolerance,
             guest_min_tokens=settings.guest_min_tokens,
+            # At home no objective decides, and a layer's placement may not go with it.
+            objective=settings.objective if balances else "tokens",
+            cost=choose_cost(settings.cost)[0] if balances else None,
         )
 
 

@@ -9,7 +9,7 @@ from ..problem import Problem
 from . import reference
 from .guests import guests_of
 from .plan import Plan
-from .solve import best_time, rank_load, slowest_time
+from .solve import judge, least_value, rank_load
 from .structs import Status
 
 
@@ -87,10 +87,18 @@ def check_plan(
     if status is Status.OPTIMAL:
         if problem.max_quota is not None:
             hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")
-        reached, best = (
-            slowest_time(quota, placement, problem),
-            best_time(counts.sum(0), placement, problem),
-        )
-        hold(reached == best, f"the largest rank load is {reached}, not {best}")
+        fault = _fault_of(quota, counts.long().sum(0), placement, problem)
+        hold(not fault, fault)
     else:
         hold((quota[:, 1:] == 0).all(), "a plan that is not optimal must send every token home")
+
+
+def _fault_of(
+    quota: torch.Tensor, load: torch.Tensor, placement: Placement, problem: Problem
+) -> str:
+    how = judge(quota, load, placement, problem)
+    best = least_value(how, quota, load, placement, problem)
+    if best is None or how.value == best:
+        return ""
+    what = "active slots" if problem.objective_name == "experts" else "load"
+    return f"the largest rank {what} is {how.value}, not {best}"

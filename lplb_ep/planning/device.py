@@ -19,7 +19,9 @@ from .host import split_on_host
 from .inputs import logical_table
 from .kernels import NUM_THREADS, route_kernel
 from .launches import Launches, Workspace
+from .objectives import Reached
 from .plan import Plan, Results, number_of
+from .solve import judge
 from .structs import Status
 
 NUM_SPLIT_THREADS = 64
@@ -73,7 +75,7 @@ class DeviceBackend:
     ) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._index: int = self._device.index
-        self._rank = rank
+        self._rank, self._problem = rank, problem
         self.tables = DeviceTables(placement, self._device, solver, refreshable, moves_homes)
         self.error_flags = ErrorFlags(placement, timeout_s, abort_on_timeout)
         self.raise_errors = self.error_flags.raise_errors  # called for each batch
@@ -235,7 +237,7 @@ class DeviceBackend:
     ) -> Plan:
         """The plan of a batch that was launched."""
         if not batch.wants_plan and batch.topk_idx.get_device() == self._index:
-            return Plan(physical, _not_kept, _not_kept)
+            return Plan(physical, _not_kept, _not_kept, _not_kept)
         # A captured plan's numbers are those of the last replay, by the placement in force then.
         made_on = None if batch.is_captured else self.tables.placement
         if batch.topk_idx.get_device() != self._index:
@@ -247,6 +249,7 @@ class DeviceBackend:
             physical,
             lambda: self._results(results),
             lambda *solved: self._split(made_on, results, *solved),
+            lambda quota, load: self._judge(made_on, results, quota, load),
             number,
         )
 
@@ -292,6 +295,18 @@ class DeviceBackend:
             ),
         )
         return shares.to(counts.device)
+
+    def _judge(
+        self,
+        made_on: Placement | None,
+        results: torch.Tensor,
+        quota: torch.Tensor,
+        load: torch.Tensor,
+    ) -> Reached:
+        placement = made_on or self.tables.placement
+        if placement.num_guests_per_rank:
+            placement = placement.with_guests(self._results(results).guests.cpu().numpy())
+        return judge(quota, load, placement, self._problem)
 
     def _make_launches(
         self, dtype: torch.dtype, indices: str, distinct: bool, exchanged: bool

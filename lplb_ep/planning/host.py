@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from ..comm.exchange import Exchange
@@ -15,8 +16,9 @@ from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch
 from .guests import guests_of
+from .objectives import quotas_by_objective
 from .plan import Plan, Results, number_of
-from .solve import rank_load
+from .solve import judge, rank_load
 from .statistics import HostStatistics, batches_by_status
 from .structs import HEAD, Head, Status
 
@@ -140,7 +142,8 @@ class HostBackend:
         if status is Status.OPTIMAL:
             if guests.size:
                 filled = self._placement.with_guests(guests)
-            quota = reference.solve(load, filled, **self._problem.bounds).quota
+            found = quotas_by_objective(load.numpy(), filled, self._problem)
+            quota = torch.from_numpy(found.astype(np.int32))
             shares = reference.split(counts, quota, filled)
             physical = reference.rewrite(picks, shares[self._rank], filled)
         else:
@@ -162,7 +165,8 @@ class HostBackend:
         )
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
-        return Plan(physical.to(topk_idx.device), results, split, number)
+        judged = functools.partial(judge, placement=filled, problem=self._problem)
+        return Plan(physical.to(topk_idx.device), results, split, judged, number)
 
 
 def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

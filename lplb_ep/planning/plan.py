@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from .objectives import Reached
 from .structs import Status as Status
 
 
@@ -33,6 +34,7 @@ class Plan:
         topk_idx: the slots of the picks.
         results: makes the results when they are first asked for. Most callers ask for none.
         split: makes the split [R, E, C] of counts [R, E] and quotas [E, C].
+        judge: says of quotas [E, C] of a load [E], on the CPU, what they come to.
         number: of the batch, where there are guest slots and counts were exchanged.
     """
 
@@ -49,10 +51,11 @@ class Plan:
         topk_idx: torch.Tensor,
         results: Callable[[], Results],
         split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        judge: Callable[[torch.Tensor, torch.Tensor], Reached],
         number: torch.Tensor | None = None,
     ) -> None:
         self.topk_idx, self.number = topk_idx, number
-        self._make_results, self._split = results, split
+        self._make_results, self._split, self._judge = results, split, judge
 
     @functools.cached_property
     def _results(self) -> Results:
@@ -94,3 +97,11 @@ class Plan:
         It is made when it is asked for: routing a rank's picks takes its own shares only.
         """
         return self._split(self.counts, self.quota)
+
+    @functools.cached_property
+    def reached(self) -> Reached:
+        """What the largest rank has in the unit of the objective, and the bound of all plans.
+
+        The CPU finds it when it is asked for, from counts and quotas, which waits for a GPU.
+        """
+        return self._judge(self.quota.cpu(), self.counts.cpu().long().sum(0))

@@ -15,6 +15,7 @@ from .. import __version__
 from ..comm.collectives import everyone, together
 from ..comm.connect import connect
 from ..comm.exchange import Exchange, Limit
+from ..cost import CostModel
 from ..errors import ContractError
 from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
@@ -67,7 +68,8 @@ class Planner:
         check: verify every batch and its plan at once, which waits for the GPU.
         timeout_s: how long a rank waits for another rank's counts, in seconds.
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
-        guest_tolerance, guest_min_tokens: as in `Problem`, where the layer's problem has none.
+        guest_tolerance, guest_min_tokens, objective, cost: as in `Problem`, where the layer's
+            problem has none.
         sample_every: batches from one whose loads are kept for a recording to the next; 0: none.
 
     Raises:
@@ -103,14 +105,20 @@ class Planner:
         abort_on_timeout: bool = False,
         guest_tolerance: float | None = None,
         guest_min_tokens: int | None = None,
+        objective: str | None = None,
+        cost: CostModel | None = None,
         sample_every: int = 0,
     ) -> None:
         ranks = group if compare else None
         with together(ranks, "Planner") as facts:
             self.layer = layer_of(placement)
             self.placement = placement = self.layer.placement
-            rule = guest_tolerance, guest_min_tokens
-            self._problem = self.layer.problem.with_guest_defaults(*rule).checked(placement)
+            self._problem = self.layer.problem.with_defaults(
+                guest_tolerance=guest_tolerance,
+                guest_min_tokens=guest_min_tokens,
+                objective=objective,
+                cost=cost,
+            ).checked(placement)
             self.rank = _own_rank(placement, group, rank)
             check_slot(slot)
             if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
@@ -118,7 +126,7 @@ class Planner:
                     "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
                     f"got {timeout_s!r}"
                 )
-            asked = solver, placement, self.layer.is_refreshable, self._problem.cost
+            asked = solver, placement, self.layer.is_refreshable, self._problem.objective_name
             self.solver, _ = choose_solver(*asked)
             facts["placement"] = placement.fingerprint()
             facts["problem"] = self._problem.fingerprint()

@@ -1,20 +1,25 @@
-"""`solve`: the exact linear program of a batch, by whichever solver; input and result checked."""
+"""`solve`: the plan of a batch's load, by whichever solver; input and result checked."""
 
 from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
+from ..cost import CostModel
 from ..placement.table import Placement, check_placement
 from ..problem import MAX_TOTAL, Problem
+from ..settings import Settings
 from . import reference
 from .device_tables import solve_on_device
 from .guests import guests_of
+from .objectives import Reached, quotas_by_objective
+from .objectives import reached as reached_by_objective
 from .solvers import choose_solver
 from .structs import Status
 
@@ -23,18 +28,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Solution:
-    """Quotas that no plan on the placement can better, and the proof."""
+    """Quotas, and the proof of how good they are. By `tokens` no plan on the placement is better,
+    and by `experts` none has fewer active slots on its fullest rank."""
 
     quota: torch.Tensor
     """[.., E, C] int32: tokens of each copy; rows sum to the expert's load."""
     rank_load: torch.Tensor
     """[.., R] int32: tokens of each rank, base loads not included."""
     lower_bound: torch.Tensor
-    """[..] float64: T*, the optimum of the linear program. At unit speed the largest of
-    `rank_load` + `base_load` is exactly ceil(T*)."""
+    """[..] float64: no plan on the placement has less on its largest rank, in the unit of the
+    objective. By `tokens` it is T*, the optimum of the linear program. At unit speed the largest of
+    `rank_load` + `base_load` is exactly ceil(T*), and so are active slots by `experts`."""
     tight_ranks: torch.Tensor
     """[.., R] bool: the certificate. What these ranks must keep between them, whatever the plan
-    (see `must_keep`), is T* times the sum of their speeds."""
+    (see `rank_set_bound`), is T* times the sum of their speeds."""
+    reached: torch.Tensor
+    """[..] float64: what the largest rank has by these quotas, in the same unit: tokens over speed,
+    active slots, or nanoseconds. Base loads are included."""
+    objective: str
+    """What the largest rank was to have the least of."""
     guests: torch.Tensor
     """[.., R, G] int32: the expert that each guest slot holds, -1 = none. Quotas, T* and its
     certificate are those of `placement.with_guests(guests)`."""
@@ -54,6 +66,8 @@ def solve(
     max_quota: torch.Tensor | None = None,
     guest_tolerance: float | None = None,
     guest_min_tokens: int | None = None,
+    objective: str | None = None,
+    cost: CostModel | None = None,
 ) -> Solution:
     """Splits each expert's load over its copies so that the slowest rank is as fast as can be.
 
@@ -63,7 +77,8 @@ def solve(
     (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
 
     Quotas are whole, not negative, and at most `max_quota`. The problem is a flow's, so at unit
-    speed the whole-numbered optimum is T* rounded up, exactly.
+    speed the whole-numbered optimum is T* rounded up, exactly. With another objective than
+    `tokens`, quotas are those of `quotas_by_objective`.
 
     The CPU always finds the bound and its certificate, and proves a GPU's quotas by them. A
     `Planner` on a GPU does without. A load on which the GPU's solver runs out of rounds is logged,
@@ -79,6 +94,7 @@ def solve(
         max_quota: [E, C] integers, the most tokens for each copy; default: no limit. It does not
             go with guest slots.
         guest_tolerance, guest_min_tokens: when guests are taken, as in `Problem`.
+        objective, cost: what the largest rank has the least of, as in `Problem`.
 
     Returns:
         A `Solution` on the device of `load`, with a leading B where `load` has one.
@@ -93,7 +109,7 @@ def solve(
     check_placement(placement)
     if solver == "auto" and isinstance(load, torch.Tensor) and load.device.type == "cpu":
         solver = "cpu"
-    name, _ = choose_solver(solver, placement)
+    name, _ = choose_solver(solver, placement, objective=objective or Settings.objective)
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
     G = placement.num_guests_per_rank
     if not isinstance(load, torch.Tensor):
@@ -105,44 +121,63 @@ def solve(
         max_quota,
         guest_tolerance=guest_tolerance,
         guest_min_tokens=guest_min_tokens,
+        objective=objective,
+        cost=cost,
     ).checked(placement)
     loads = problem.load
     assert loads is not None, "a load that is None is refused"
+    quotas, guests = _made_by(name, loads, placement, problem)
+    num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
+    filled = [placement.with_guests(chosen) if chosen.size else placement for chosen in guests]
+    proven = [
+        _prove(name, row, quota, one, problem)
+        for row, quota, one in zip(loads, quotas, filled, strict=True)
+    ]
+    loaded = [rank_load(quota, one) for (quota, _), one in zip(proven, filled, strict=True)]
+    shape, device = load.shape[:-1], load.device
+
+    def stacked(rows: list[torch.Tensor], *of_load: int) -> torch.Tensor:
+        whole = torch.stack(rows) if rows else torch.zeros(0, *of_load)
+        return whole.reshape(*shape, *of_load).to(device)
+
+    def numbers(values: list[Fraction | int]) -> torch.Tensor:
+        as_floats = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        return as_floats.reshape(shape).to(device)
+
+    return Solution(
+        stacked([quota for quota, _ in proven], E, C).int(),
+        stacked(loaded, R).int(),
+        numbers([how.bound for _, how in proven]),
+        stacked([how.tight_ranks for _, how in proven], R).bool(),
+        numbers([how.value for _, how in proven]),
+        problem.objective_name,
+        stacked([torch.from_numpy(chosen) for chosen in guests], R, G).int(),
+        name,
+        num_unfinished,
+    )
+
+
+def _made_by(
+    solver: str, loads: torch.Tensor, placement: Placement, problem: Problem
+) -> tuple[list[torch.Tensor | None], list[npt.NDArray[np.int32]]]:
+    """A solver's quotas of each load, None where the CPU makes them; and the guests."""
     quotas: list[torch.Tensor | None] = [None] * len(loads)
     guests = [guests_of(Status.OPTIMAL, row.numpy(), placement, problem) for row in loads]
-    if name != "cpu" and len(loads):
-        quotas, chosen = solve_on_device(loads, placement, name, problem)
-        wrong = np.flatnonzero((chosen.numpy() != np.array(guests)).any(axis=(1, 2)))
-        assert not wrong.size, f"the {name} solver chose other guests than the CPU for load {wrong}"
-    num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
+    if solver == "cpu" or not len(loads):
+        return quotas, guests
+    quotas, chosen = solve_on_device(loads, placement, solver, problem)
+    wrong = np.flatnonzero((chosen.numpy() != np.array(guests)).any(axis=(1, 2)))
+    assert not wrong.size, f"the {solver} solver chose other guests than the CPU for load {wrong}"
+    num_unfinished = sum(quota is None for quota in quotas)
     if num_unfinished:
         log.warning(
             "the solver %s ran out of rounds on %d of %d loads, which the CPU solves: please "
             "report them",
-            name,
+            solver,
             num_unfinished,
             len(loads),
         )
-    filled = [placement.with_guests(chosen) if chosen.size else placement for chosen in guests]
-    optima = [
-        _prove(name, row, quota, one, problem)
-        for row, quota, one in zip(loads, quotas, filled, strict=True)
-    ]
-    rank_loads = [rank_load(o.quota, one) for o, one in zip(optima, filled, strict=True)]
-    all_loads = torch.stack(rank_loads) if optima else torch.zeros(0, R)
-    all_quotas = torch.stack([o.quota for o in optima]) if optima else torch.zeros(0, E, C).int()
-    bounds = torch.tensor([float(o.bound) for o in optima], dtype=torch.float64)
-    tight = torch.stack([o.tight_ranks for o in optima]) if optima else torch.zeros(0, R).bool()
-    shape, device = load.shape[:-1], load.device
-    return Solution(
-        all_quotas.reshape(*shape, E, C).to(device),
-        all_loads.int().reshape(*shape, R).to(device),
-        bounds.reshape(shape).to(device),
-        tight.reshape(*shape, R).to(device),
-        torch.from_numpy(np.array(guests, np.int32)).reshape(*shape, R, G).to(device),
-        name,
-        num_unfinished,
-    )
+    return quotas, guests
 
 
 def _prove(
@@ -151,36 +186,53 @@ def _prove(
     quota: torch.Tensor | None,
     placement: Placement,
     problem: Problem,
-) -> reference.Optimum:
+) -> tuple[torch.Tensor, Reached]:
     """The proof of a solver's quotas, with these quotas; None: with those that the CPU finds.
 
     Raises:
-        AssertionError: they are no optimum.
+        AssertionError: they are not what the objective asks for.
     """
-    if quota is not None:
+    if quota is None:
+        found = quotas_by_objective(load.numpy(), placement, problem)
+        quota = torch.from_numpy(found.astype(np.int32))
+    else:
         most = MAX_TOTAL if problem.max_quota is None else problem.max_quota
         capacity = torch.tensor(placement.copy_rank >= 0) * most
         legal = ((quota >= 0) & (quota <= capacity)).all() and (quota.sum(1) == load).all()
         assert legal, f"the {solver} solver made quotas beyond their limits, or of another load"
+    how = judge(quota, load, placement, problem)
+    best = least_value(how, quota, load, placement, problem)
+    assert best is None or how.value == best, (
+        f"the {solver} solver reached {how.value}; the optimum is {best}"
+    )
+    return quota, how
+
+
+def judge(
+    quota: torch.Tensor, load: torch.Tensor, placement: Placement, problem: Problem
+) -> Reached:
+    """What quotas [E, C] of a load [E] come to by the problem's objective, and the bound."""
+    if problem.objective_name != "tokens":
+        arrays = quota.numpy().astype(np.int64), load.numpy().astype(np.int64)
+        return reached_by_objective(*arrays, placement, problem)
     optimum = reference.solve(load, placement, start=quota, **problem.bounds)
-    best = _best_time(optimum, placement, problem)
-    if quota is not None:
-        optimum = replace(optimum, quota=quota)
-    reached = slowest_time(optimum.quota, placement, problem)
-    assert reached == best, f"the {solver} solver reached {reached}; the optimum is {best}"
-    return optimum
+    value = slowest_time(quota, placement, problem)
+    return Reached(value, optimum.bound, optimum.tight_ranks)
 
 
-def best_time(load: torch.Tensor, placement: Placement, problem: Problem) -> Fraction | int:
-    """The least time of the slowest rank that whole quotas of a load [E] reach."""
-    return _best_time(reference.solve(load, placement, **problem.bounds), placement, problem)
-
-
-def _best_time(
-    optimum: reference.Optimum, placement: Placement, problem: Problem
-) -> Fraction | int:
+def least_value(
+    how: Reached,
+    quota: torch.Tensor,
+    load: torch.Tensor,
+    placement: Placement,
+    problem: Problem,
+) -> Fraction | int | None:
+    """What a plan must reach, by its judgement; None: any value, for costs have no exact plan."""
+    if problem.objective_name in ("cost", "auto"):
+        return None
     if problem.speed is None:
-        return math.ceil(optimum.bound)
+        return math.ceil(how.bound)
+    optimum = reference.solve(load, placement, start=quota, **problem.bounds)
     return slowest_time(optimum.quota, placement, problem)
 
 

@@ -66,8 +66,8 @@ class DeviceSolver:
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
-    costs: tuple[str, ...] = ("tokens",)
-    """The costs of `problem.COSTS` that its kernels minimise."""
+    objectives: tuple[str, ...] = ("tokens",)
+    """Those of `settings.OBJECTIVES` that its kernels minimise."""
 
     def variants(self) -> list[Variant]:
         """All variants: whole warps of threads, and no more than hide each other's latencies."""
@@ -247,7 +247,7 @@ def choose_solver(
     solver: str,
     placement: Placement | None = None,
     refreshable: bool = False,
-    cost: str = "tokens",
+    objective: str = "tokens",
 ) -> tuple[str, str]:
     """The solver that runs for a request, and why.
 
@@ -258,10 +258,10 @@ def choose_solver(
         solver: one of `SOLVERS`.
         placement: the copies; None: any that fits.
         refreshable: whether any other replicas must fit, too.
-        cost: one of `problem.COSTS`.
+        objective: one of `settings.OBJECTIVES`.
 
     Raises:
-        ValueError: `solver` is not one of `SOLVERS`, does not minimise that cost, or the placement
+        ValueError: `solver` is not one of `SOLVERS`, does not minimise that, or the placement
             is too large for it.
         MissingPackageError: `solver` needs a device or a package that is not there.
     """
@@ -275,9 +275,9 @@ def choose_solver(
         if placement is not None:
             most = max_shared_bytes(torch.cuda.current_device())
             check_fit(placement, name, most, refreshable, torch.cuda.get_device_capability())
-        costs = DEVICE_SOLVERS[name].costs
-        if cost not in costs:
-            raise ValueError(f"the solver {name} minimises {' or '.join(costs)}, not {cost}")
+        able = DEVICE_SOLVERS[name].objectives
+        if objective not in able:
+            raise ValueError(f"the solver {name} minimises {' or '.join(able)}, not {objective}")
     except (MissingPackageError, ValueError) as error:
         if solver != "auto":
             raise
@@ -289,14 +289,14 @@ def solver_fact(
     solver: str,
     placement: Placement | None = None,
     refreshable: bool = False,
-    cost: str = "tokens",
+    objective: str = "tokens",
 ) -> str:
     """What ranks must agree on: the solver of a request, and the GPU that it runs on.
 
     Raises:
         ValueError, MissingPackageError: as `choose_solver`.
     """
-    name, _ = choose_solver(solver, placement, refreshable, cost)
+    name, _ = choose_solver(solver, placement, refreshable, objective)
     if name == "cpu":
         return name
     major, minor = torch.cuda.get_device_capability()

@@ -82,6 +82,19 @@ class Missing(enum.IntEnum):
     """It came, to say that it does not push the batch again."""
 
 
+CHAIN = 4
+"""Moves of a chain at most, in the search for a plan by active slots or cost."""
+MAX_SEARCHES = 64
+"""Steps of a search at most; some forty have been seen."""
+FINEST = 9
+"""A search ends where no step of 2 to the minus this of its bound is left."""
+SHRINK = 2
+"""A step that leads nowhere becomes 2 to the minus this of it."""
+NO_LIMIT = 2**31 - 1
+"""Active slots of a rank that has as many as it likes."""
+LARGEST_COUNT = 2**46 - 1
+"""What ranks count is compared up to this: in nanoseconds nineteen hours."""
+
 MAX_EXPERTS = 512
 """Of one component: their tables lie in shared memory, and with guest slots a thread has each."""
 MAX_PLACES = 544

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lplb_ep import Placement, save_placements
+from lplb_ep import CostModel, Placement, save_placements
 from lplb_ep.planning import kernels
 from lplb_ep.tools import cli
 from lplb_ep.tools.commands import doctor, run
@@ -46,6 +46,24 @@ def test_doctor_tells_choices_and_reasons(capsys, monkeypatch):
     assert told["Used"]["counts"].startswith("torch")
     assert told["Used"]["solver"].startswith("cpu")
     assert "cuda" in told["Devices"] or "cuda:0" in told["Devices"]
+
+
+def test_doctor_says_what_rows_cost(capsys, monkeypatch, tmp_path):
+    assert cli.main(["doctor"]) == 0
+    said = sections(capsys.readouterr().out)["Used"]["cost"]
+    assert said.startswith("h200")
+    assert said.endswith("; the objective tokens takes no costs")
+    path = tmp_path / "cost.json"
+    CostModel("mine", 64, (10,), 10, about="my GPU").save(path)
+    monkeypatch.setenv("LPLB_EP_COST", str(path))
+    monkeypatch.setenv("LPLB_EP_OBJECTIVE", "auto")
+    assert cli.main(["doctor"]) == 0
+    said = sections(capsys.readouterr().out)["Used"]["cost"]
+    assert said.split(maxsplit=1) == ["mine", "asked for (my GPU)"]
+    path.write_text("{}")
+    assert cli.main(["doctor"]) == 2
+    said = sections(capsys.readouterr().out)["Used"]["cost"]
+    assert "is not a cost model saved by this version" in said
 
 
 def test_doctor_says_what_to_install(capsys, monkeypatch):

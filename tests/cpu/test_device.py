@@ -11,7 +11,7 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import Layer, MissingPackageError, Placement, Planner, Problem, problem
+from lplb_ep import Layer, MissingPackageError, Placement, Planner, Problem
 from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu import jit
 from lplb_ep.gpu.launch import Kernel
@@ -244,13 +244,12 @@ def test_what_the_kernels_do_not_take_is_planned_on_the_cpu(device):
         choose_solver("flow")
 
 
-def test_a_cost_that_the_kernels_do_not_minimise_is_planned_on_the_cpu(device, monkeypatch):
-    monkeypatch.setattr(problem, "COSTS", ("tokens", "tiles"))
+def test_an_objective_that_the_kernels_do_not_minimise_is_planned_on_the_cpu(device):
     placement = Placement([0, 1, 2, 0], 2)
-    assert choose_solver("auto", placement, cost="tokens")[0] == "flow"
-    why = "the solver flow minimises tokens, not tiles"
-    assert choose_solver("auto", placement, cost="tiles") == ("cpu", why)
-    layer = Layer(placement, Problem(cost="tiles"))
+    assert choose_solver("auto", placement, objective="tokens")[0] == "flow"
+    why = "the solver flow minimises tokens, not cost"
+    assert choose_solver("auto", placement, objective="cost") == ("cpu", why)
+    layer = Layer(placement, Problem(objective="cost"))
     assert Planner(layer, rank=0, counts="given").solver == "cpu"
     with pytest.raises(ValueError, match=why):
         Planner(layer, rank=0, counts="given", solver="flow")

@@ -316,7 +316,7 @@ def test_ranks_compare_the_rule():
     for other in (Problem(guest_tolerance=0.02), Problem(guest_min_tokens=9)):
         assert other.fingerprint() != Problem().fingerprint()
         assert not other.is_plain
-    filled = Problem(guest_min_tokens=9).with_guest_defaults(0.5, 7)
+    filled = Problem(guest_min_tokens=9).with_defaults(guest_tolerance=0.5, guest_min_tokens=7)
     assert filled.guest_rule == (5000, 9)
 
 

@@ -442,7 +442,7 @@ def test_check_plan_can_fail():
     def changed(topk_idx=None, split=None, **results):
         whole = plan._results._replace(**results)
         topk_idx = plan.topk_idx if topk_idx is None else topk_idx
-        return Plan(topk_idx, lambda: whole, split or plan._split)
+        return Plan(topk_idx, lambda: whole, split or plan._split, plan._judge)
 
     topk = torch.tensor([[0, 1], [0, 2]])
     counts = torch.tensor([[2, 1, 1], [3, 0, 0]])

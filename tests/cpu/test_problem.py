@@ -78,7 +78,18 @@ def test_check_plan_finds_quotas_above_their_limits():
         (Problem(base_load=torch.tensor([1])), ValueError, r"base_load must have shape \[2\]"),
         (Problem(base_load=[1, 2]), TypeError, "base_load must be a tensor; got a list"),
         (Problem(speed=torch.tensor([1, 0])), ValueError, r"speed must be in \[1, "),
-        (Problem(cost="tiles"), ValueError, "cost must be one of tokens; got 'tiles'"),
+        (Problem(objective="tiles"), ValueError, "objective must be one of tokens, experts, cost,"),
+        (Problem(cost="h200"), TypeError, "cost must be a CostModel; got a str"),
+        (
+            Problem(objective="cost", speed=torch.tensor([1, 2])),
+            ValueError,
+            "the objective 'cost' does not go with speed: use 'tokens'",
+        ),
+        (
+            Problem(objective="auto", max_quota=torch.ones(3, 2).long()),
+            ValueError,
+            "the objective 'auto' does not go with max_quota",
+        ),
         (Problem(load=torch.tensor([1, 2, 3])), ValueError, "comes with each batch"),
         (
             Problem(load=torch.tensor([9, 0, 0]), max_quota=torch.ones(3, 2).int()),

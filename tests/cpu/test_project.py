@@ -208,6 +208,7 @@ def test_unknown_names_are_attribute_errors():
             "lp",
             f"LPLB_EP_SOLVER must be one of {', '.join(SOLVERS)}; got 'lp'",
         ),
+        ("LPLB_EP_OBJECTIVE", "time", "must be one of tokens, experts, cost, auto; got 'time'"),
         ("LPLB_EP_INDICES", "both", "LPLB_EP_INDICES must be one of logical, physical; got 'both'"),
         ("LPLB_EP_REPLICAS", "1", "LPLB_EP_REPLICAS must be one of tracked, valid; got '1'"),
         ("LPLB_EP_NUM_PHYSICAL_EXPERTS", "-3", "_EXPERTS must be a whole number; got '-3'"),

@@ -222,7 +222,7 @@ def test_a_proof_starts_from_any_quotas():
 
 def answering(monkeypatch, quotas):
     """As if a GPU's solver answered with `quotas`."""
-    monkeypatch.setattr(solver, "choose_solver", lambda *_: ("flow", "asked for"))
+    monkeypatch.setattr(solver, "choose_solver", lambda *_, **__: ("flow", "asked for"))
     no_guests = torch.zeros(len(quotas), PAIR.num_ranks, 0, dtype=torch.int32)
     monkeypatch.setattr(solver, "solve_on_device", lambda *_: (quotas, no_guests))
 

@@ -14,7 +14,7 @@ from lplb_ep import Placement
 from lplb_ep.planning import layout
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.guests import choose_guests
-from lplb_ep.planning.solve import best_time, slowest_time
+from lplb_ep.planning.solve import judge, least_value
 from lplb_ep.planning.solvers import GUEST_SOLVERS
 from lplb_ep.planning.structs import MAX_TOTAL, Status
 from lplb_ep.problem import Problem
@@ -211,9 +211,9 @@ def check_choice(memory, rank, loads, orders=ORDERS, problem=None, **bounds):
     for load, chosen, given, loaded in zip(loads, guests, quota, rank_load, strict=True):
         filled = rank.placement.with_guests(chosen)
         check_legal(filled, load[None], given[None], loaded[None])
-        assert slowest_time(torch.from_numpy(given), filled, problem) == best_time(
-            torch.from_numpy(load), filled, problem
-        )
+        solved = torch.from_numpy(given), torch.from_numpy(load), filled, problem
+        how = judge(*solved)
+        assert how.value == least_value(how, *solved)
     return int((guests >= 0).sum())
 
 

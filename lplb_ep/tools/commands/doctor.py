@@ -116,7 +116,8 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
         "kernels": _kernel_cache,
         "buffer": lambda: choose_backend(settings.backend),
         "counts": lambda: _choose_counts(settings),
-        "solver": lambda: choose_solver(settings.solver),
+        "solver": lambda: choose_solver(settings.solver, objective=settings.objective),
+        "cost": lambda: _describe_cost(settings),
     }
     if settings.placement:
         choices["placement"] = lambda: (
@@ -163,6 +164,19 @@ def _describe_guests(settings: Settings) -> tuple[str, str]:
         f"T* exceeds {1 + settings.guest_tolerance:g} x the mean, "
         f"each for {settings.guest_min_tokens} tokens or more",
     )
+
+
+def _describe_cost(settings: Settings) -> tuple[str, str]:
+    """The cost model, why it, where its numbers come from, and who goes by it."""
+    import torch
+
+    from ...cost import choose_cost
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    model, why = choose_cost(settings.cost, device)
+    is_used = settings.objective in ("cost", "auto")
+    used = "" if is_used else f"; the objective {settings.objective} takes no costs"
+    return model.name, f"{why} ({model.about}){used}"
 
 
 def _choose_counts(settings: Settings) -> tuple[str, str]:

@@ -1,0 +1,426 @@
+"""Plans by active slots and by cost: the definition, on the CPU and in whole numbers.
+
+An *exact* solution comes from the flow: of tokens, or of one unit for each expert with tokens. A
+search improves it. The largest rank passes rows on, along a chain of experts' copies, until no rank
+of the chain exceeds what the search aims at. On a GPU one block does the same, bit for bit, from
+its own exact solutions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..cost import CostModel
+from ..placement.table import Placement
+from ..problem import Problem
+from . import reference
+from .structs import CHAIN, FINEST, LARGEST_COUNT, MAX_SEARCHES, NO_LIMIT, SHRINK
+
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+
+class Exact(NamedTuple):
+    """Solutions of the flow, on which the others build."""
+
+    tokens: Int64
+    """[E, C] quotas with the fewest tokens on the fullest rank."""
+    whole: Int64
+    """[E, C] 1 where an expert with tokens is, with the fewest of them on the fullest rank."""
+
+
+class Reached(NamedTuple):
+    """What a plan comes to, in the unit of its objective, and what no plan betters."""
+
+    value: Fraction | int
+    """Of the largest rank, with base loads: tokens over speed, active slots, or nanoseconds."""
+    bound: Fraction
+    """No plan on the placement has less."""
+    tight_ranks: torch.Tensor
+    """[R] bool: ranks that together prove the bound."""
+
+
+def exact_solutions(load: Int64, placement: Placement, problem: Problem) -> Exact:
+    """Those that the CPU's flow finds, for a load [E]."""
+    whole = _active(load, placement, problem).quota.numpy().astype(np.int64)
+    return Exact(_tokens(load, placement, problem), whole)
+
+
+def quotas_by_objective(
+    load: Int64, placement: Placement, problem: Problem, exact: Exact | None = None
+) -> Int64:
+    """The quotas of a load by the problem's objective.
+
+    - `experts`: the fewest active slots on the fullest rank, exactly. Then the fewest tokens on the
+      fullest rank that a search finds within that number. Experts stay whole, but for those with
+      more rows than a tile.
+    - `cost`: the search from the solution for `experts` or `tokens`, the first that costs less.
+    - `auto`: of all tokens at home, `experts`, `tokens` and `cost`, the first that costs least.
+
+    What a plan costs is its largest rank cost. Each component of the placement goes by itself.
+
+    Args:
+        load: [E] whole numbers, tokens of each expert.
+        placement: the copies.
+        problem: the objective, and base loads; checked.
+        exact: where the searches start; None: from the CPU's.
+
+    Returns:
+        [E, C] whole numbers, rows sum to the load.
+    """
+    if problem.objective_name == "tokens":
+        return _tokens(load, placement, problem) if exact is None else exact.tokens
+    exact = exact_solutions(load, placement, problem) if exact is None else exact
+    base = _base(problem, placement)
+    out = exact.tokens.copy()
+    for label in range(int(placement.component.max()) + 1):
+        part = _Component(placement, placement.component == label, load, base)
+        rows = part.solve(problem.objective_name, problem.cost_model, exact)
+        out[part.expert, part.column] = rows
+    return out
+
+
+def reached(quota: Int64, load: Int64, placement: Placement, problem: Problem) -> Reached:
+    """What quotas [E, C] of a load [E] come to by `experts`, `cost` or `auto`, and the bound."""
+    base = _base(problem, placement)
+    active = _active(load, placement, problem)
+    if problem.objective_name == "experts":
+        value = int(_of_ranks(quota > 0, base > 0, placement).max())
+        return Reached(value, active.bound, active.tight_ranks)
+    # Costs have two bounds. One is of the least that each expert costs over any copies, split at
+    # will. The other is of the active slots, each of which costs the first step.
+    cost = problem.cost_model
+    costs = torch.from_numpy(cost.least_of_experts(load))
+    split = reference.solve(costs, placement, base_load=torch.from_numpy(cost.of_slots(base)))
+    by_slots = -(-active.bound.numerator // active.bound.denominator) * cost.steps[0]
+    bound, tight_ranks = split.bound, split.tight_ranks
+    if by_slots > bound:
+        bound, tight_ranks = Fraction(by_slots), active.tight_ranks
+    value = int(rank_costs(quota, placement, problem).max())
+    return Reached(value, cost.fixed + bound, tight_ranks)
+
+
+def rank_costs(quota: Int64, placement: Placement, problem: Problem) -> Int64:
+    """[R] nanoseconds of each rank, by quotas [E, C]."""
+    cost, base = problem.cost_model, _base(problem, placement)
+    return cost.fixed + _of_ranks(cost.of_slots(quota), cost.of_slots(base), placement)
+
+
+def _tokens(load: Int64, placement: Placement, problem: Problem) -> Int64:
+    optimum = reference.solve(torch.from_numpy(load), placement, **problem.bounds)
+    return optimum.quota.numpy().astype(np.int64)
+
+
+def _active(load: Int64, placement: Placement, problem: Problem) -> reference.Optimum:
+    """The flow with one unit for each expert that has tokens, and for each base load."""
+    base = torch.from_numpy((_base(problem, placement) > 0).astype(np.int64))
+    return reference.solve(torch.from_numpy((load > 0).astype(np.int64)), placement, base_load=base)
+
+
+def _base(problem: Problem, placement: Placement) -> Int64:
+    base = problem.base_load
+    return np.zeros(placement.num_ranks, np.int64) if base is None else base.numpy()
+
+
+def _of_ranks(
+    of_copies: npt.NDArray[np.generic], base: Int64 | Bool, placement: Placement
+) -> Int64:
+    """[R]: sums of [E, C] over the copies of each rank, on top of [R]."""
+    expert, column = np.nonzero(placement.copy_rank >= 0)
+    out = base.astype(np.int64)
+    np.add.at(out, placement.copy_rank[expert, column], of_copies[expert, column])
+    return out
+
+
+class _Measure(Protocol):
+    """What rows of a slot count."""
+
+    def of_slots(self, rows: npt.ArrayLike) -> Int64:
+        """Of slots by their rows."""
+
+    def most_rows(self, cost: npt.ArrayLike) -> Int64:
+        """The most rows of a slot that count at most so much; negative below 0."""
+
+
+class _Tokens:
+    """Rows count as they are."""
+
+    def of_slots(self, rows: npt.ArrayLike) -> Int64:
+        return np.asarray(rows, np.int64)
+
+    most_rows = of_slots
+
+
+class _Limits(NamedTuple):
+    """What a search goes by."""
+
+    measure: _Measure
+    least: int
+    """A lower bound of the largest rank, where the search ends."""
+    most_active: int
+    """Slots of a rank that may have rows."""
+    splits: Bool
+    """[arcs] whether a part of an expert may move."""
+
+
+class _Component:
+    """A component's ranks and copies. An *arc* is a copy of an expert with several.
+
+    Args:
+        placement: the copies.
+        members: [R] bool, the component's ranks.
+        load: [E] tokens of each expert.
+        base: [R] tokens that stay.
+    """
+
+    def __init__(self, placement: Placement, members: Bool, load: Int64, base: Int64) -> None:
+        copies = placement.copy_rank
+        local = np.cumsum(members) - 1
+        is_here = members[placement.home_rank]
+        several = (copies >= 0).sum(1) > 1
+        expert, column = np.nonzero((copies >= 0) & (several & is_here)[:, None])
+        rank = local[copies[expert, column]]
+        order = np.lexsort((expert, rank))
+        self.expert, self.column, self.rank = expert[order], column[order], rank[order]
+        """[arcs] each, by local rank, then expert."""
+        self.load, self.base = load, base[members]
+        single = np.flatnonzero(is_here & ~several)
+        self._of_single, self._single_rank = load[single], local[copies[single, 0]]
+        self._several = np.flatnonzero(is_here & several)
+        same = (self.expert[:, None] == self.expert) & (self.rank[:, None] != self.rank)
+        self.source, self.target = np.nonzero(same)
+        """[edges] arcs, from one copy of an expert to another."""
+
+    def solve(self, objective: str, cost: CostModel, exact: Exact) -> Int64:
+        """[arcs] the rows of each."""
+        tokens = exact.tokens[self.expert, self.column]
+        whole = exact.whole[self.expert, self.column] * self.load[self.expert]
+        most_active = int((self._staying_active() + self._sums(whole > 0)).max())
+        splits = self.load[self.expert] > cost.tile
+        # Base loads and experts, on as many ranks.
+        total = int(self.base.sum() + self._of_single.sum() + self.load[self._several].sum())
+        by_tokens = self._limits(_Tokens(), total, most_active, splits)
+        experts = self._search(whole, by_tokens)
+        if objective == "experts":
+            return experts
+        total = int(
+            self._staying(cost).sum() + cost.least_of_experts(self.load[self._several]).sum()
+        )
+        by_cost = self._limits(cost, total, NO_LIMIT, np.ones_like(splits))
+        start = min(experts, tokens, key=lambda rows: self.largest(rows, cost))
+        best = self._search(start, by_cost)
+        if objective == "cost":
+            return best
+        home = np.where(self.column == 0, self.load[self.expert], 0)
+        return min(home, experts, tokens, best, key=lambda rows: self.largest(rows, cost))
+
+    def largest(self, rows: Int64, measure: _Measure) -> int:
+        """What the largest rank counts with these rows of the arcs."""
+        return int((self._staying(measure) + self._sums(measure.of_slots(rows))).max())
+
+    def _limits(self, measure: _Measure, total: int, most_active: int, splits: Bool) -> _Limits:
+        mean = -(-total // len(self.base))
+        return _Limits(measure, max(mean, int(self._staying(measure).max())), most_active, splits)
+
+    def _staying(self, measure: _Measure) -> Int64:
+        """[R] what experts with one copy and base loads count."""
+        out = measure.of_slots(self.base).copy()
+        np.add.at(out, self._single_rank, measure.of_slots(self._of_single))
+        return out
+
+    def _staying_active(self) -> Int64:
+        out = (self.base > 0).astype(np.int64)
+        np.add.at(out, self._single_rank, self._of_single > 0)
+        return out
+
+    def _sums(self, of_arcs: npt.NDArray[np.generic]) -> Int64:
+        """[R] sums of [arcs]."""
+        out = np.zeros(len(self.base), np.int64)
+        np.add.at(out, self.rank, of_arcs)
+        return out
+
+    def _search(self, rows: Int64, limits: _Limits) -> Int64:
+        """[arcs] improved rows.
+
+        Each step takes the rank that counts most, the first of several, and aims below it. At first
+        it aims halfway to the bound. `_chain` finds what to move: as little as suffices, or else
+        whole fragments. Where there is no chain the step shrinks, down to 2 to the minus `FINEST`
+        of the bound. There are at most `MAX_SEARCHES` steps.
+        """
+        rows = rows.copy()
+        finest = max(1, limits.least >> FINEST)
+        step = 0
+        for _ in range(MAX_SEARCHES):
+            state = self._state(rows, limits.measure)
+            worst = int(state.amount.argmax())
+            above = int(state.amount[worst]) - limits.least
+            if above <= 0:
+                break
+            step = step or max(finest, above // 2)
+            aim = limits.least + max(0, above - step)
+            chain = self._chain(state, worst, aim, limits, False)
+            chain = chain or self._chain(state, worst, aim, limits, True)
+            for arc, to, moved in chain:
+                rows[arc] -= moved
+                rows[to] += moved
+            if not chain:
+                if step <= finest:
+                    break
+                step = max(finest, step >> SHRINK)
+        return rows
+
+    def _state(self, rows: Int64, measure: _Measure) -> _State:
+        amount = self._staying(measure) + self._sums(measure.of_slots(rows))
+        return _State(rows, amount, self._staying_active() + self._sums(rows > 0))
+
+    def _chain(
+        self, state: _State, worst: int, aim: int, limits: _Limits, is_whole: bool
+    ) -> list[tuple[int, int, int]]:
+        """Moves (from arc, to arc, rows), the last first, of a chain from `worst`; none: no chain.
+
+        After them all ranks that they touch are within the aim and the limit of active slots. It is
+        a search by breadth. A rank passes on what brings it within the aim, and the next one may
+        have to pass on rows of another expert. The last may be `worst` again. Each rank is reached
+        once, by the best of the moves (`_moves`).
+        """
+        found = _Reach(state, worst)
+        front = np.arange(len(state.amount)) == worst
+        for length in range(CHAIN):
+            moves = self._moves(state, found, front, worst, aim, limits, is_whole, length > 0)
+            if not moves.arc.size:
+                break
+            if not moves.is_over[0]:
+                return [moves.at(0), *found.back_from(int(self.rank[moves.arc[0]]), self.rank)]
+            front = np.zeros_like(front)
+            for i in range(moves.arc.size):
+                to = int(self.rank[moves.to[i]])
+                if to != worst and not found.seen[to]:
+                    found.take(i, to, moves, self.rank)
+                    front[to] = True
+        return []
+
+    def _moves(
+        self,
+        state: _State,
+        found: _Reach,
+        front: Bool,
+        worst: int,
+        aim: int,
+        limits: _Limits,
+        is_whole: bool,
+        may_close: bool,
+    ) -> _Moves:
+        """The moves from ranks of the front, the best first.
+
+        That is by whether they end a chain, and whether the target's active slots are within their
+        limit. Then it is by what the target counts, by arc, and by target."""
+        rows, of = state.rows, limits.measure.of_slots
+        rank, to_rank = self.rank[self.source], self.rank[self.target]
+        closes = (to_rank == worst) & may_close & (self.target != found.root[rank])
+        able = front[rank] & (rows[self.source] > 0) & (found.entered[rank] != self.source)
+        able &= ~found.seen[to_rank] | closes
+        arc, to = self.source[able], self.target[able]
+        rank, to_rank, closes = rank[able], to_rank[able], closes[able]
+        own = of(rows[arc])
+        # The most that may stay, so that the rank is within the aim without the rest.
+        keep = np.minimum(limits.measure.most_rows(own - found.amount[rank] + aim), rows[arc] - 1)
+        must_leave = is_whole | ~limits.splits[arc] | (found.active[rank] > limits.most_active)
+        keep = np.where(must_leave, np.minimum(keep, 0), keep)
+        moved = rows[arc] - keep
+        amount = np.where(closes, found.root_amount[rank], state.amount[to_rank])
+        amount = amount - of(rows[to]) + of(rows[to] + moved)
+        active = np.where(closes, found.root_active[rank], state.active[to_rank]) + (rows[to] == 0)
+        left = np.where(keep >= 0, found.active[rank] - (keep == 0), 0)
+        is_possible = (keep >= 0) & (left <= limits.most_active)
+        crowds = active > limits.most_active
+        is_over = (amount > aim) | crowds
+        order = np.lexsort((to_rank, arc, np.minimum(amount, LARGEST_COUNT), crowds, is_over))
+        order = order[is_possible[order]]
+        all_moves = _Moves(
+            arc,
+            to,
+            moved,
+            amount,
+            active,
+            is_over,
+            found.amount[rank] - own + of(np.maximum(keep, 0)),
+            left,
+        )
+        return _Moves(*(values[order] for values in all_moves))
+
+
+@dataclass(frozen=True)
+class _State:
+    """A component's rows, and what they come to."""
+
+    rows: Int64
+    """[arcs]"""
+    amount: Int64
+    """[R] what each rank counts."""
+    active: Int64
+    """[R] slots with rows."""
+
+
+class _Moves(NamedTuple):
+    """Moves of rows along edges, in their order."""
+
+    arc: Int64
+    to: Int64
+    """The arcs that rows leave and enter."""
+    moved: Int64
+    """Rows."""
+    amount: Int64
+    active: Int64
+    """Of the target's rank, after the move."""
+    is_over: Bool
+    """Whether it must pass on rows."""
+    rest: Int64
+    left: Int64
+    """What the source's rank counts after it, and its active slots."""
+
+    def at(self, i: int) -> tuple[int, int, int]:
+        """Arc, arc and rows of one."""
+        return int(self.arc[i]), int(self.to[i]), int(self.moved[i])
+
+
+class _Reach:
+    """The ranks that a chain's search has reached, and how; [R] each."""
+
+    def __init__(self, state: _State, worst: int) -> None:
+        size = len(state.amount)
+        self.seen = np.arange(size) == worst
+        self.amount, self.active = state.amount.copy(), state.active.copy()
+        """After the move that reached the rank."""
+        self.entered = np.full(size, -1)
+        """The arc that it came to."""
+        self.root = np.full(size, -1)
+        """The arc by which the chain left `worst`."""
+        self.root_amount, self.root_active = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        """Of `worst` after that."""
+        self.moves: dict[int, tuple[int, int, int]] = {}
+
+    def take(self, i: int, to: int, moves: _Moves, rank: Int64) -> None:
+        """Reaches a rank by move `i`."""
+        arc = int(moves.arc[i])
+        source = int(rank[arc])
+        self.seen[to], self.moves[to] = True, moves.at(i)
+        self.amount[to], self.active[to] = moves.amount[i], moves.active[i]
+        self.entered[to] = moves.to[i]
+        is_first = source not in self.moves
+        self.root[to] = arc if is_first else self.root[source]
+        self.root_amount[to] = moves.rest[i] if is_first else self.root_amount[source]
+        self.root_active[to] = moves.left[i] if is_first else self.root_active[source]
+
+    def back_from(self, at: int, rank: Int64) -> list[tuple[int, int, int]]:
+        """The moves that lead to a rank, the last first."""
+        chain = []
+        while at in self.moves:
+            chain.append(self.moves[at])
+            at = int(rank[self.moves[at][0]])
+        return chain

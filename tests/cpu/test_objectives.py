@@ -1,0 +1,224 @@
+"""Plans by active slots and by cost, judged by a matching and by mixed-integer programs."""
+
+import itertools
+
+import numpy as np
+import oracle
+import pytest
+import torch
+
+from lplb_ep import CostModel, Layer, Placement, Planner, Problem, Settings, check_plan, solve
+from lplb_ep.cost import H200
+from lplb_ep.deepep.channels import PlannerSettings
+from lplb_ep.planning import objectives, reference
+from lplb_ep.planning.plan import Status
+from lplb_ep.planning.solve import rank_load, rank_set_bound
+
+PAIR = Placement([0, 1, 2, 0], 2)
+TILES = CostModel("tiles", 10, (100, 180), 70, 5)
+
+
+def quota_of(load, placement, objective, cost=TILES, base_load=None):
+    load = torch.tensor(load)
+    base = None if base_load is None else torch.tensor(base_load)
+    return solve(load, placement, "cpu", objective=objective, cost=cost, base_load=base)
+
+
+def instance(seed, most=1500):
+    """A small placement, a load, base loads and a cost model."""
+    rng = np.random.default_rng(seed)
+    R = int(rng.integers(2, 6))
+    E = int(rng.integers(R, 4 * R))
+    placement = oracle.random_placement(rng, R, E, int(rng.integers(1, 3)))
+    load = oracle.random_load(rng, E, scale=float(rng.choice([3, 30, 100, 200])))
+    base = rng.integers(0, 300, R) if rng.random() < 0.3 else np.zeros(R, np.int64)
+    cost = CostModel("scaled", int(rng.choice([32, 64, 128])), H200.steps, H200.slope, 700)
+    return placement, np.minimum(load, most), base, cost
+
+
+def test_few_rows_stay_on_one_copy():
+    """Two copies of an expert with few rows cost two slots."""
+    assert quota_of([4, 3, 3], PAIR, "tokens").quota[0].tolist() == [2, 2]
+    for objective in ("experts", "cost", "auto"):
+        found = quota_of([4, 3, 3], PAIR, objective)
+        assert sorted(found.quota[0].tolist()) == [0, 4]
+        assert found.objective == objective
+        assert found.reached == (2 if objective == "experts" else 205)
+
+
+def test_fragments_end_on_tiles():
+    """Tokens are even with 11 and 9 rows, which are three tiles."""
+    assert sorted(quota_of([20, 2, 4], PAIR, "tokens").quota[0].tolist()) == [9, 11]
+    found = quota_of([20, 2, 4], PAIR, "cost")
+    assert found.quota[0].tolist() == [10, 10]
+    assert found.reached == 5 + 100 + 100
+
+
+def test_base_loads_are_active_slots():
+    found = quota_of([4, 0, 0], PAIR, "experts", base_load=[3, 0])
+    assert found.rank_load.tolist() == [0, 4]
+    assert (found.reached, found.lower_bound) == (1, 1)
+    found = quota_of([4, 0, 0], PAIR, "cost", base_load=[0, 11])
+    assert found.rank_load.tolist() == [4, 0]
+    assert found.reached == 5 + 180
+
+
+def test_an_expert_of_more_rows_than_a_tile_may_be_split():
+    assert quota_of([30, 6, 6], PAIR, "experts").quota[0].tolist() == [15, 15]
+    assert sorted(quota_of([10, 6, 6], PAIR, "experts").quota[0].tolist()) == [0, 10]
+    # Not where it took a slot more than the fewest.
+    assert quota_of([30, 6, 0], PAIR, "experts").quota[0].tolist() == [0, 30]
+
+
+def test_auto_takes_the_first_of_the_cheapest():
+    home = quota_of([4, 3, 3], PAIR, "auto")
+    assert home.quota[0].tolist() == [4, 0]  # costs no more than another plan
+    for seed in range(60):
+        placement, load, base, cost = instance(seed)
+        problem = Problem(base_load=torch.from_numpy(base), cost=cost)
+        exact = objectives.exact_solutions(load, placement, problem)
+
+        def costs(name, problem=problem, load=load, placement=placement, exact=exact):
+            with_name = problem.with_defaults(objective=name)
+            quota = objectives.quotas_by_objective(load, placement, with_name, exact)
+            return objectives.rank_costs(quota, placement, with_name).max()
+
+        auto, others = costs("auto"), [costs(n) for n in ("experts", "tokens", "cost")]
+        assert auto <= min(others)
+        assert others[2] <= min(others[:2])
+
+
+@pytest.mark.parametrize("objective", ["experts", "cost", "auto"])
+@pytest.mark.parametrize("seed", range(8))
+def test_plans_are_legal_and_prove_their_bounds(objective, seed):
+    placement, load, base, cost = instance(100 + seed)
+    found = quota_of(load, placement, objective, cost, base)
+    quota = found.quota.long()
+    assert (quota >= 0).all()
+    assert (quota.sum(1) == torch.from_numpy(load)).all()
+    assert (quota[torch.tensor(placement.copy_rank < 0)] == 0).all()
+    assert (rank_load(quota, placement) == found.rank_load).all()
+    assert found.reached >= found.lower_bound
+    if objective == "experts":
+        active, stays = torch.from_numpy(load > 0), torch.from_numpy(base > 0)
+        proof = rank_set_bound(found.tight_ranks, active, placement, base_load=stays.long())
+        assert float(proof) == found.lower_bound
+        of_ranks = rank_load((quota > 0).long(), placement) + stays
+        assert of_ranks.max() == found.reached == found.lower_bound.ceil()
+    else:
+        of_slots = np.vectorize(lambda n: oracle.cost_of_rows(cost.steps, cost.tile, cost.slope, n))
+        of_ranks = torch.from_numpy(of_slots(base) + cost.fixed)
+        of_ranks += rank_load(torch.from_numpy(of_slots(quota.numpy())), placement)
+        assert of_ranks.max() == found.reached
+
+
+def test_active_slots_are_those_of_a_matching():
+    for seed in range(300):
+        placement, load, base, _ = instance(1000 + seed)
+        problem = Problem(base_load=torch.from_numpy(base), objective="experts")
+        quota = objectives.quotas_by_objective(load, placement, problem)
+        how = objectives.reached(quota, load, placement, problem)
+        assert how.value == oracle.least_active(placement, load, base)
+
+
+def test_costs_are_close_to_a_mixed_integer_program():
+    """`benchmarks/objectives.py` has a thousand more, and larger ones."""
+    gaps = []
+    for seed in range(60):
+        placement, load, base, cost = instance(2000 + seed)
+        problem = Problem(base_load=torch.from_numpy(base), objective="cost", cost=cost)
+        quota = objectives.quotas_by_objective(load, placement, problem)
+        found = objectives.rank_costs(quota, placement, problem).max() - cost.fixed
+        shape = cost.steps, cost.tile, cost.slope
+        best, bound = oracle.least_cost(placement, load, *shape, base)
+        tokens = objectives.exact_solutions(load, placement, problem).tokens
+        assert found + cost.fixed <= objectives.rank_costs(tokens, placement, problem).max()
+        assert found >= bound - 1e-3 * bound
+        assert objectives.reached(quota, load, placement, problem).bound - cost.fixed <= best + 1
+        gaps.append(found / best - 1 if best else 0)
+    assert np.mean(np.array(gaps) <= 0.01) >= 0.95
+
+
+def test_whole_experts_are_close_to_a_mixed_integer_program():
+    gaps = []
+    for seed in range(80):
+        placement, load, base, cost = instance(3000 + seed, most=30)
+        problem = Problem(base_load=torch.from_numpy(base), objective="experts", cost=cost)
+        quota = objectives.quotas_by_objective(load, placement, problem)
+        assert ((quota > 0).sum(1) <= 1).all(), "no expert has more rows than a tile"
+        found = (rank_load(torch.from_numpy(quota), placement) + torch.from_numpy(base)).max()
+        most = objectives.reached(quota, load, placement, problem).value
+        best, bound = oracle.least_tokens_of_whole(placement, load, int(most), base)
+        assert found >= bound - 1e-6
+        gaps.append(float(found) / best - 1 if best else 0)
+    assert np.mean(np.array(gaps) <= 0.05) >= 0.95
+
+
+@pytest.mark.parametrize("objective", ["experts", "cost", "auto"])
+def test_planners_go_by_their_layers_objective(objective):
+    rng = np.random.default_rng(5)
+    placement = oracle.random_placement(rng, 4, 16, 2)
+    layer = Layer(placement, Problem(objective=objective, cost=TILES))
+    topks = [torch.from_numpy(oracle.random_topk(rng, 30, 2, rng.random(16))) for _ in range(4)]
+    counts = torch.stack([reference.count(topk, 16) for topk in topks])
+    load = counts.sum(0)
+    expected = solve(load, placement, "cpu", objective=objective, cost=TILES)
+    for rank, topk in enumerate(topks):
+        plan = Planner(layer, rank=rank, counts="given", check=True)(topk, counts=counts)
+        check_plan(plan, topk, placement, rank, layer.problem)
+        assert int(plan.status) == Status.OPTIMAL
+        assert plan.quota.equal(expected.quota)
+        assert (plan.reached.value, float(plan.reached.bound)) == (
+            expected.reached,
+            expected.lower_bound,
+        )
+
+
+def test_a_planners_own_objective_holds_where_its_layer_has_none():
+    counts, topk = torch.tensor([[6, 0, 2], [0, 0, 0]]), torch.tensor([[0]] * 6 + [[2]] * 2)
+    made = {"rank": 0, "counts": "given", "cost": TILES}
+    plan = Planner(PAIR, objective="experts", **made)(topk, counts=counts)
+    assert plan.quota[0].tolist() == [6, 0]
+    layer = Layer(PAIR, Problem(objective="tokens"))
+    plan = Planner(layer, objective="experts", **made)(topk, counts=counts)
+    assert plan.quota[0].tolist() == [4, 2]
+    with pytest.raises(AssertionError, match="the largest rank active slots is 2, not 1"):
+        check_plan(plan, topk, PAIR, 0, Problem(objective="experts"))
+
+
+def test_guests_go_by_tokens_alone():
+    with pytest.raises(ValueError, match="the objective 'auto' does not go with guest slots"):
+        Planner(
+            Placement.homes_only(4, 2, num_guests_per_rank=1),
+            rank=0,
+            counts="given",
+            objective="auto",
+        )
+
+
+def test_ranks_compare_objective_and_cost():
+    plain = Problem().fingerprint()
+    assert Problem(objective="tokens", cost=TILES).fingerprint() == plain
+    assert Problem(cost=TILES).is_plain
+    others = [
+        Problem(objective="experts"),
+        Problem(objective="cost"),
+        Problem(objective="cost", cost=TILES),
+    ]
+    prints = [plain, *(problem.fingerprint() for problem in others)]
+    assert all(a != b for a, b in itertools.combinations(prints, 2))
+    assert not any(problem.is_plain for problem in others)
+
+
+def test_settings_reach_a_buffers_planners(tmp_path):
+    path = tmp_path / "cost.json"
+    TILES.save(path)
+    settings = Settings(mode="1", objective="auto", cost=str(path))
+    of_buffer = PlannerSettings.of(settings)
+    assert (of_buffer.objective, of_buffer.cost) == ("auto", TILES)
+    assert PlannerSettings.of(Settings(mode="1")).cost is H200
+    at_home = PlannerSettings.of(Settings(mode="home", objective="auto", cost="missing.json"))
+    assert (at_home.objective, at_home.cost) == ("tokens", None)
+    planner = Planner(PAIR, rank=0, **{**of_buffer._asdict(), "counts": "given"})
+    counts, topk = torch.tensor([[6, 0, 2], [0, 0, 0]]), torch.tensor([[0]] * 6 + [[2]] * 2)
+    assert planner(topk, counts=counts).quota[0].tolist() == [6, 0]
