@@ -1,8 +1,10 @@
-"""What tests of placement builders share: loads, and where copies are."""
+"""What several tests build: loads, placements, small problems, and where copies are."""
 
 import numpy as np
+import oracle
 
-from lplb_ep import Placement
+from lplb_ep import CostModel, Placement
+from lplb_ep.cost import H200
 
 
 def history(seed, num_experts, power=1):
@@ -27,3 +29,15 @@ def circulant(rng, R, num_edges):
     for g, group in enumerate(groups):
         table += [g * R + (ranks - d) % R for d in group]
     return Placement(np.stack(table, 1).ravel(), R)
+
+
+def cost_instance(seed, most=1500):
+    """A small placement, a load of at most so many rows an expert, base loads and a cost model."""
+    rng = np.random.default_rng(seed)
+    R = int(rng.integers(2, 6))
+    E = int(rng.integers(R, 4 * R))
+    placement = oracle.random_placement(rng, R, E, int(rng.integers(1, 3)))
+    load = oracle.random_load(rng, E, scale=float(rng.choice([3, 30, 100, 200])))
+    base = rng.integers(0, 300, R) if rng.random() < 0.3 else np.zeros(R, np.int64)
+    cost = CostModel("scaled", int(rng.choice([32, 64, 128])), H200.steps, H200.slope, 700)
+    return placement, np.minimum(load, most), base, cost

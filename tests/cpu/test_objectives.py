@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from builders import cost_instance
 
 from lplb_ep import CostModel, Layer, Placement, Planner, Problem, Settings, check_plan, solve
 from lplb_ep.cost import H200
@@ -22,18 +23,6 @@ def quota_of(load, placement, objective, cost=TILES, base_load=None):
     load = torch.tensor(load)
     base = None if base_load is None else torch.tensor(base_load)
     return solve(load, placement, "cpu", objective=objective, cost=cost, base_load=base)
-
-
-def instance(seed, most=1500):
-    """A small placement, a load, base loads and a cost model."""
-    rng = np.random.default_rng(seed)
-    R = int(rng.integers(2, 6))
-    E = int(rng.integers(R, 4 * R))
-    placement = oracle.random_placement(rng, R, E, int(rng.integers(1, 3)))
-    load = oracle.random_load(rng, E, scale=float(rng.choice([3, 30, 100, 200])))
-    base = rng.integers(0, 300, R) if rng.random() < 0.3 else np.zeros(R, np.int64)
-    cost = CostModel("scaled", int(rng.choice([32, 64, 128])), H200.steps, H200.slope, 700)
-    return placement, np.minimum(load, most), base, cost
 
 
 def test_few_rows_stay_on_one_copy():
@@ -74,7 +63,7 @@ def test_auto_takes_the_first_of_the_cheapest():
     home = quota_of([4, 3, 3], PAIR, "auto")
     assert home.quota[0].tolist() == [4, 0]  # costs no more than another plan
     for seed in range(60):
-        placement, load, base, cost = instance(seed)
+        placement, load, base, cost = cost_instance(seed)
         problem = Problem(base_load=torch.from_numpy(base), cost=cost)
         exact = objectives.exact_solutions(load, placement, problem)
 
@@ -91,7 +80,7 @@ def test_auto_takes_the_first_of_the_cheapest():
 @pytest.mark.parametrize("objective", ["experts", "cost", "auto"])
 @pytest.mark.parametrize("seed", range(8))
 def test_plans_are_legal_and_prove_their_bounds(objective, seed):
-    placement, load, base, cost = instance(100 + seed)
+    placement, load, base, cost = cost_instance(100 + seed)
     found = quota_of(load, placement, objective, cost, base)
     quota = found.quota.long()
     assert (quota >= 0).all()
@@ -114,7 +103,7 @@ def test_plans_are_legal_and_prove_their_bounds(objective, seed):
 
 def test_active_slots_are_those_of_a_matching():
     for seed in range(300):
-        placement, load, base, _ = instance(1000 + seed)
+        placement, load, base, _ = cost_instance(1000 + seed)
         problem = Problem(base_load=torch.from_numpy(base), objective="experts")
         quota = objectives.quotas_by_objective(load, placement, problem)
         how = objectives.reached(quota, load, placement, problem)
@@ -125,7 +114,7 @@ def test_costs_are_close_to_a_mixed_integer_program():
     """`benchmarks/objectives.py` has a thousand more, and larger ones."""
     gaps = []
     for seed in range(60):
-        placement, load, base, cost = instance(2000 + seed)
+        placement, load, base, cost = cost_instance(2000 + seed)
         problem = Problem(base_load=torch.from_numpy(base), objective="cost", cost=cost)
         quota = objectives.quotas_by_objective(load, placement, problem)
         found = objectives.rank_costs(quota, placement, problem).max() - cost.fixed
@@ -142,7 +131,7 @@ def test_costs_are_close_to_a_mixed_integer_program():
 def test_whole_experts_are_close_to_a_mixed_integer_program():
     gaps = []
     for seed in range(80):
-        placement, load, base, cost = instance(3000 + seed, most=30)
+        placement, load, base, cost = cost_instance(3000 + seed, most=30)
         problem = Problem(base_load=torch.from_numpy(base), objective="experts", cost=cost)
         quota = objectives.quotas_by_objective(load, placement, problem)
         assert ((quota > 0).sum(1) <= 1).all(), "no expert has more rows than a tile"
