@@ -51,7 +51,7 @@ faults: $(VENV)/installed
 bench:
 	$(PYTHON) -m lplb_ep.tools.cli bench
 
-# The tables of modules (docs/architecture.md) and of settings (README.md).
+# The tables of modules (docs/architecture.md) and of settings (docs/settings.md).
 docs:
 	$(PYTHON) tests/written.py
 

@@ -297,7 +297,7 @@ def put_first_on_python_path(directory: Path) -> None:
 
 
 def settings_table() -> str:
-    """The settings as a Markdown table; README's is this text (a test compares them)."""
+    """The settings as a Markdown table; docs/settings.md is written from it."""
     rows = ["| variable | values | default | meaning |", "| --- | --- | --- | --- |"]
     for f in fields(Settings):
         default = f.default

@@ -12,6 +12,7 @@ import tokenize
 from pathlib import Path
 
 MOST_WORDS = 25
+MOST_IN_DOCUMENTS = 30
 PRIVATE_WORDS = re.compile(
     r"\b(?:room|told|spread|wire|cargo|halves|what is|that which|cannot be(?=[.,;:]))\b",
     re.IGNORECASE,
@@ -28,16 +29,22 @@ _RULER = re.compile(r"[-=─/*#|\s]{3,}")
 
 def faults(path):
     """Yields a line for each sentence under `path`, a file or folder, that is not plain."""
+    sentences_of = {
+        ".py": sentences_of_python,
+        ".cu": sentences_of_cuda,
+        ".cuh": sentences_of_cuda,
+        ".md": sentences_of_markdown,
+    }
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
-        if file.suffix not in (".py", ".cu", ".cuh"):
+        if file.suffix not in sentences_of:
             continue
-        sentences = sentences_of_python if file.suffix == ".py" else sentences_of_cuda
-        for line, sentence in sentences(file.read_text()):
+        most = MOST_IN_DOCUMENTS if file.suffix == ".md" else MOST_WORDS
+        for line, sentence in sentences_of[file.suffix](file.read_text()):
             private, words = (
                 PRIVATE_WORDS.search(_ONE_WORD.sub(" x ", sentence)),
                 num_words(sentence),
             )
-            if private or words > MOST_WORDS:
+            if private or words > most:
                 why = repr(private[0]) if private else f"{words} words"
                 yield f"{file}:{line}: {why}: {sentence}"
 
@@ -69,6 +76,19 @@ def sentences_of_cuda(text):
     for match in found:
         plain = re.sub(r"^[ \t]*(?://+|/\*+|\*/|\*(?!/))|\*/", "", match[0], flags=re.MULTILINE)
         yield from _sentences(text.count("\n", 0, match.start()) + 1, plain)
+
+
+def sentences_of_markdown(text):
+    """Yields (line, sentence) of Markdown: no code, no tables, and of links what is read."""
+    blank = lambda match: "\n" * match[0].count("\n")  # noqa: E731  (lines keep their numbers)
+    text = re.sub(r"^ *```.*?^ *```", blank, text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"<!--.*?-->|<[^>\n]+>", blank, text, flags=re.DOTALL)
+    text = re.sub(r"^ *\|.*$|^#.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
+    line = 1
+    for paragraph in re.split(r"(\n\s*\n)", text):
+        yield from _sentences(line, paragraph)
+        line += paragraph.count("\n")
 
 
 def num_words(sentence):

@@ -11,9 +11,14 @@ sys.path.insert(0, str(ROOT))  # a checkout that is not installed
 
 from lplb_ep.settings import settings_table
 
-ARCHITECTURE, README = ROOT / "docs" / "architecture.md", ROOT / "README.md"
+ARCHITECTURE, SETTINGS = ROOT / "docs" / "architecture.md", ROOT / "docs" / "settings.md"
 START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules -->\n"
-FIRST_ROW = settings_table().partition("\n")[0]
+ABOUT_SETTINGS = """# Settings
+
+Every setting is an environment variable, read when a buffer is made. An unknown `LPLB_EP…` variable
+is an error. Ranks must agree on those that decide how batches are planned, which is checked then.
+
+"""
 
 
 def with_modules(text):
@@ -22,12 +27,11 @@ def with_modules(text):
     return before + START + modules_table() + END + rest.split(END)[1]
 
 
-def with_settings(text):
-    """The text of README.md with the table of settings as it should be."""
-    before, rest = text.split(FIRST_ROW)
-    return before + settings_table() + rest[rest.index("\n\n") + 1 :]
+def settings():
+    """The text of docs/settings.md."""
+    return ABOUT_SETTINGS + settings_table()
 
 
 if __name__ == "__main__":
     ARCHITECTURE.write_text(with_modules(ARCHITECTURE.read_text()))
-    README.write_text(with_settings(README.read_text()))
+    SETTINGS.write_text(settings())
