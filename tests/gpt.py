@@ -19,6 +19,7 @@ class Run:
     """One training run."""
 
     ep: int = 2
+    tp: int = 1
     pp: int = 1
     vpp: int | None = None
     steps: int = 2
@@ -28,6 +29,8 @@ class Run:
     optimizer: dict = dataclasses.field(default_factory=dict)
     balance: dict = dataclasses.field(default_factory=lambda: {"guests": 2})
     skew: float = 1.0
+    frozen: str = ""
+    """Part of the names of parameters that are not trained."""
 
 
 joined = None
@@ -41,16 +44,18 @@ def join(parallel_state, run):
     no collector sees them. So runs of the same sizes share theirs.
     """
     global joined
-    if joined == (run.ep, run.pp, run.vpp):
+    sizes = run.tp, run.ep, run.pp, run.vpp
+    if joined == sizes:
         return
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=run.tp,
         pipeline_model_parallel_size=run.pp,
         virtual_pipeline_model_parallel_size=run.vpp,
         expert_model_parallel_size=run.ep,
         expert_tensor_parallel_size=1,
     )
-    joined = run.ep, run.pp, run.vpp
+    joined = sizes
 
 
 @contextlib.contextmanager
@@ -68,10 +73,44 @@ def megatron(run):
 
             logging.getLogger("megatron").setLevel(logging.ERROR)
             join(parallel_state, run)
-            with without_gpu():
-                yield
+            from megatron.core.transformer.moe import fused_a2a
+
+            kept = [(fused_a2a, name, getattr(fused_a2a, name)) for name in ("Buffer", "_buffer")]
+            with without_gpu(), norms_of_parts(run):
+                try:
+                    yield
+                finally:  # also where a model stays balanced
+                    for module, name, value in kept:
+                        setattr(module, name, value)
     finally:
         unpatch()
+
+
+@contextlib.contextmanager
+def norms_of_parts(run):
+    """torch's norms where each tensor-parallel rank has a part of the sequence.
+
+    Megatron-Core has them with Transformer Engine or Apex alone.
+    """
+    from megatron.core.models import backends
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+
+    class Norm(torch.nn.LayerNorm):
+        def __init__(self, config, hidden_size, eps=1e-5, **_):
+            super().__init__(hidden_size, eps=eps)
+            for parameter in self.parameters():
+                parameter.sequence_parallel = True  # so that gradients are summed
+
+    with contextlib.ExitStack() as stack:
+        if run.tp > 1:
+            for module, name in (
+                (backends, "LNImpl"),
+                (gpt_layer_specs, "LNImpl"),
+                (transformer_block, "LayerNormImpl"),
+            ):
+                stack.enter_context(mock.patch.object(module, name, Norm))
+        yield
 
 
 def config_of(run):
@@ -84,6 +123,8 @@ def config_of(run):
         ffn_hidden_size=48,
         moe_ffn_hidden_size=48,
         num_moe_experts=EXPERTS,
+        tensor_model_parallel_size=run.tp,
+        sequence_parallel=run.tp > 1,
         pipeline_model_parallel_size=run.pp,
         virtual_pipeline_model_parallel_size=run.vpp,
         expert_model_parallel_size=run.ep,
@@ -125,6 +166,7 @@ def chunks_of(run, config):
         )
         for name, parameter in chunk.named_parameters():
             initialize(chunk, name, parameter, run)
+            parameter.requires_grad = not run.frozen or run.frozen not in name
         chunks.append(Float16Module(config, chunk) if config.bf16 else chunk)
     return chunks
 
@@ -197,7 +239,8 @@ class Training:
             self.config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
 
     def close(self):
-        self.balance.remove()
+        if not self.balance.stays:
+            self.balance.remove()
 
     def batches(self):
         """Micro-batches of tokens, the same in every run."""
@@ -255,7 +298,8 @@ def trained(training):
     for step in range(run.steps):
         losses += training.gradients(batches if run.vpp else batches[0])
         if step == 0:
-            gradients = {n: p.main_grad.clone() for n, p in training.named_parameters()}
+            trained = [(n, p) for n, p in training.named_parameters() if p.requires_grad]
+            gradients = {n: p.main_grad.clone() for n, p in trained}
         norms.append(float(training.optimizer.step()[1]))
     for chunk in training.chunks if run.ddp.get("overlap_param_gather") else []:
         chunk.start_param_sync(force_sync=True)
@@ -367,3 +411,21 @@ def refusal(group, run, change):
         except ContractError as error:
             return str(error)
     return ""
+
+
+def refusal_of(group, run, options, twice=False):
+    """The error of a call of `balance`, and what its layers are before and after it."""
+    from lplb_ep.clients.megatron import balance
+
+    with megatron(run):
+        chunks = chunks_of(run, config_of(run))
+        first = balance(chunks) if twice else None
+        before, said = seams(chunks[0]), ""
+        try:
+            balance(chunks, **options)
+        except (ContractError, ValueError) as error:
+            said = str(error)
+        after = seams(chunks[0])
+        if first is not None:
+            first.remove()
+        return said, before, after

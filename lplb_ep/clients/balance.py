@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -137,6 +137,8 @@ class Balance:
     pools: list[GuestPool] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     """What was changed in the model beside its MoE layers."""
+    stays: str = ""
+    """Why `remove` cannot give the model back; empty: it can."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def undo_with(self, function: Callable[[], None]) -> None:
@@ -161,7 +163,13 @@ class Balance:
         return "\n".join([*lines, *map(str, self.report())])
 
     def remove(self) -> None:
-        """Gives the model back as it was. Local; no batch may be in flight."""
+        """Gives the model back as it was. Local; no batch may be in flight.
+
+        Raises:
+            ContractError: it has changed for good; nothing is done then.
+        """
+        if self.stays:
+            raise ContractError(f"the balanced model cannot be given back: {self.stays}")
         for layer in self.layers:
             layer.stop()
         while self._undo:
@@ -173,34 +181,28 @@ class Balance:
 
 def make_guests(
     balance: Balance,
-    experts: dict[str, nn.Module],
-    num_experts: int,
+    experts: Mapping[str, nn.Module],
+    placements: Sequence[Placement],
     group: dist.ProcessGroup,
-    guests: int | None,
-    layer_waits: bool = False,
 ) -> list[BalancedLayer]:
-    """Gives layers guest slots behind homes in the router's order, and one pool. Collective.
+    """Gives layers guest slots, and one pool. Collective.
 
     Args:
         balance: what the layers are added to.
         experts: by the names of their layers, what holds the E / R experts of this rank, as
             `Guests` takes them.
-        num_experts: E.
+        placements: of each layer, all with as many guest slots.
         group: the expert-parallel group.
-        guests: guest slots a rank; None: `guests_for`.
-        layer_waits: as `Guests` has it.
 
     Returns:
         The layers, in order.
     """
-    num_guests = guests_for(num_experts, group.size()) if guests is None else guests
-    placement = Placement.homes_only(num_experts, group.size(), num_guests)
-    pool = GuestPool(group, num_guests, [*experts.values()])
+    pool = GuestPool(group, placements[0].num_guests_per_rank, [*experts.values()])
     balance.pools.append(pool)
     made = []
-    for name, module in experts.items():
+    for (name, module), placement in zip(experts.items(), placements, strict=True):
         layer = Layer(placement)
-        made.append(BalancedLayer(name, layer, Guests(module, layer, group, pool, layer_waits)))
+        made.append(BalancedLayer(name, layer, Guests(module, layer, group, pool)))
     balance.layers += made
     return made
 

@@ -23,7 +23,10 @@ from ..layer import Layer
 from ..placement.table import Placement
 from ..weights.slots import is_distributed
 from .balance import Balance, is_off, make_guests, refuse
-from .megatron_replicas import StaticCopies, placements_for, send_home_with_ddp
+from .megatron_experts import experts_of, obstacles
+from .megatron_homes import are_in_order, check_movable, move_home, saves_by_expert
+from .megatron_placements import placements_for
+from .megatron_replicas import StaticCopies, send_home_with_ddp
 
 log = logging.getLogger(__name__)
 
@@ -59,29 +62,26 @@ def balance(
         guests: guest slots of a rank; by default 3 for 16 of its experts, from 1 to 8.
         replicas: static copies of a rank, in the place of guests. They need DDP without
             `overlap_grad_reduce`.
-        load: [L, E] tokens of the layers' experts, for which replicas are chosen; default: equal.
-        placement: where replicas are, for all layers or by `layer_number`; homes in the router's
-            order.
+        load: [L, E] tokens of the layers' experts, the same on all ranks. Replicas are chosen for
+            it, and with guests homes are placed by it.
+        placement: homes with replicas, or with guest slots, for all layers or by `layer_number`.
+            Each rank's first E / R slots are homes. Where these are not in the router's order,
+            weights are moved there. Call it before DDP and the optimizer are made, then.
 
     Returns:
-        The balanced layers. Keep them as long as the model; `remove()` gives the model back.
+        The balanced layers. Keep them as long as the model; `remove()` gives the model back, if its
+        homes are in the router's order.
 
     Raises:
-        ContractError: a layer uses something that is not supported. The message names all of it.
-        ValueError, RankError: as `Guests`; guests and replicas were both asked for.
+        ContractError: a layer uses something that is not supported, or the placement does not fit.
+            The message names all of it.
+        PlacementError, ValueError, RankError: what was asked for does not fit, or differs by rank.
     """
     if is_off():
         return Balance()
     layers = dict(_moe_layers(model))
     refuse("this model", [] if layers else ["it has no MoELayer with several expert ranks"])
-    made = _with_buffers(layers)
-    if replicas or placement is not None:
-        if guests:
-            raise ValueError("guests and replicas do not go together: say one of them")
-        _with_replicas(made, layers, placements_for(layers, replicas, load, placement))
-    else:
-        _with_guests(made, layers, guests)
-    return made
+    return _balanced(layers, guests, replicas, load, placement)
 
 
 kept: list[Balance] = []
@@ -115,45 +115,73 @@ def balance_when_called(kind: Any) -> None:
                 if module.ep_group.size() > 1
             }
             if layers and not is_off():
-                kept.append(_with_buffers(layers))
-                _with_guests(kept[-1], layers, None)
+                kept.append(_balanced(layers))
         return call(self, *args, **kwargs)
 
     kind.__init__, kind.forward = __init__, forward
 
 
-def _with_buffers(layers: dict[str, Any]) -> Balance:
-    """Has layers, which are checked, call buffers that plan."""
-    from megatron.core.transformer.moe import fused_a2a
-
-    made = Balance()
+def _balanced(
+    layers: dict[str, Any],
+    guests: int | None = None,
+    replicas: int = 0,
+    load: Tensor | None = None,
+    placement: Any = None,
+) -> Balance:
+    """Balances layers, or leaves them as they are if it fails."""
     for name, module in layers.items():
         refuse(name, [*_obstacles(module)])
+    placements = placements_for(layers, guests, replicas, load, placement)
+    made = Balance()
+    try:
+        _give_buffers(made)
+        _give_slots(made, layers, placements)
+    except BaseException:
+        made.remove()
+        raise
+    if not all(map(are_in_order, placements)):
+        made.stays = (
+            "its experts are not in the router's order. Save a distributed checkpoint, which is, "
+            "and load it with LPLB_EP=0"
+        )
+    return made
+
+
+def _give_buffers(made: Balance) -> None:
+    """Has all layers call buffers that plan."""
+    from megatron.core.transformer.moe import fused_a2a
+
     # The class that is looked up with each buffer, which is made when the first batch comes.
     made.replace(fused_a2a, "Buffer", drop_in.Buffer)
     fused_a2a._buffer = None
     made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
-    return made
 
 
-def _with_guests(made: Balance, layers: dict[str, Any], guests: int | None) -> None:
-    manager = next(iter(layers.values())).token_dispatcher._comm_manager
-    experts = {name: module.experts.local_experts for name, module in layers.items()}
-    balanced = make_guests(made, experts, manager.num_experts, manager.group, guests)
-    for layer, module in zip(balanced, layers.values(), strict=True):
-        assert layer.guests is not None, "it was made with guests"
-        _install(made, module, layer.layer, layer.guests.modules, lambda: None)
-
-
-def _with_replicas(made: Balance, layers: dict[str, Any], placements: list[Placement]) -> None:
-    copies = []
-    for (name, module), placement in zip(layers.items(), placements, strict=True):
-        group = module.token_dispatcher._comm_manager.group
-        static = StaticCopies(name, module.experts.local_experts, placement, group)
-        _install(made, module, static.balanced.layer, static.modules, static.prepare)
-        made.layers.append(static.balanced)
-        copies.append(static)
-    send_home_with_ddp(made, copies)
+def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placement]) -> None:
+    """Gives layers guest slots or replicas, and moves experts home."""
+    group = next(iter(layers.values())).token_dispatcher._comm_manager.group
+    experts = {name: experts_of(module) for name, module in layers.items()}
+    moved = {n: p for n, p in zip(experts, placements, strict=True) if not are_in_order(p)}
+    for name, placement in moved.items():
+        check_movable(name, experts[name], placement, group)
+    local = {name: own.local for name, own in experts.items()}
+    if placements[0].num_guests_per_rank:
+        for one in make_guests(made, local, placements, group):
+            assert one.guests is not None, "it was made with guests"
+            _install(made, layers[one.name], one.layer, experts[one.name].forward(one.guests))
+    else:
+        copies = []
+        for (name, module), placement in zip(layers.items(), placements, strict=True):
+            static = StaticCopies(name, local[name], placement, group)
+            forward = experts[name].forward(static)
+            _install(made, module, static.balanced.layer, forward, static.prepare)
+            made.layers.append(static.balanced)
+            copies.append(static)
+        send_home_with_ddp(made, copies)
+    for name, placement in moved.items():
+        saved = saves_by_expert(experts[name], placement, group.rank())
+        made.replace(layers[name].experts, "sharded_state_dict", saved)
+        move_home(experts[name], placement, group)
 
 
 def _moe_layers(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
@@ -170,8 +198,6 @@ def _moe_layers(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, A
 
 def _obstacles(module: Any) -> Iterator[str]:
     """What of a layer is not supported."""
-    from megatron.core.transformer.moe.experts import SequentialMLP
-
     config, dispatcher = module.config, module.token_dispatcher
     if config.moe_token_dispatcher_type != "flex":
         yield (
@@ -182,8 +208,9 @@ def _obstacles(module: Any) -> Iterator[str]:
         yield f"moe_flex_dispatcher_backend is {config.moe_flex_dispatcher_backend!r}: set 'deepep'"
     if dispatcher.tp_size > 1:
         yield f"expert_tensor_parallel_size is {dispatcher.tp_size}: set 1"
-    if not isinstance(module.experts, SequentialMLP):
-        yield f"its experts are a {type(module.experts).__name__}: build a SequentialMLP"
+    if "dispatch" in vars(getattr(dispatcher, "_comm_manager", None) or object):
+        yield "it is balanced already: remove() that first"
+    yield from obstacles(module.experts)
     for name in (
         "fp8",
         "fp4",
@@ -203,18 +230,18 @@ def _obstacles(module: Any) -> Iterator[str]:
             break
 
 
-Slots = Callable[[Tensor], tuple[Tensor, list[Any]]]
-"""From received rows to rows to go on with, and a module for each slot, as `Guests.modules`."""
-
-
 def _install(
-    made: Balance, module: Any, layer: Layer, slots: Slots, prepare: Callable[[], None]
+    made: Balance,
+    module: Any,
+    layer: Layer,
+    forward: Callable[..., Any],
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """Puts a layer's dispatch and experts in the place of Megatron's."""
     manager, experts = module.token_dispatcher._comm_manager, module.experts
     made.replace(manager, "num_local_experts", layer.placement.num_local_slots)
     made.replace(manager, "dispatch", _dispatch(manager.dispatch, layer, experts, prepare))
-    made.replace(experts, "forward", _forward(experts, slots))
+    made.replace(experts, "forward", forward)
     for linear in experts.modules():
         for name in _FUSED:
             if getattr(linear, name, False):
@@ -245,25 +272,3 @@ def _await_parameters(modules: Sequence[nn.Module]) -> None:
         for hook in module._forward_pre_hooks.values():
             if hook.__module__ == _DDP:
                 hook(module, ())
-
-
-def _forward(experts: Any, slots: Slots) -> Callable[..., Any]:
-    """The experts' own forward pass, over the slots of a rank."""
-    own = type(experts).forward
-
-    def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
-        rows, modules = slots(rows)
-        return own(_WithSlots(experts, modules), rows, tokens_per_expert, probs)
-
-    return forward
-
-
-class _WithSlots:
-    """Experts as `SequentialMLP.forward` sees them, with others in their place."""
-
-    def __init__(self, experts: Any, slots: Sequence[Callable[..., Any]]) -> None:
-        self._experts = experts
-        self.local_experts, self.num_local_experts = slots, len(slots)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._experts, name)

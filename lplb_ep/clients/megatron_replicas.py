@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
-from ..planning.solve import solve
 from ..weights.replicas import Replicas
 from .balance import Balance, BalancedLayer, refuse
 
@@ -29,8 +28,8 @@ class StaticCopies:
 
     Args:
         name: of the layer.
-        local_experts: this rank's own, in the router's order.
-        placement: homes in the router's order, and replicas behind them.
+        local_experts: this rank's own.
+        placement: their homes, and replicas behind them.
         group: the expert-parallel group.
     """
 
@@ -43,16 +42,22 @@ class StaticCopies:
         layer = Layer(placement)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(name, layer, replicas=self.replicas)
-        self._first = next(local_experts.parameters())
+        trained = [p for p in local_experts.parameters() if p.requires_grad]
+        self._first = trained[0] if trained else None
         self._are_old, self._are_trained = True, False
 
-    def modules(self, rows: Tensor) -> tuple[Tensor, list[nn.Module]]:
+    def modules(self, x: Tensor) -> tuple[Tensor, list[Callable[..., Any]]]:
         """The rows, and what computes each local slot."""
-        return rows, [*self.slots]
+        return x, [*self.slots]
+
+    def weights(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[list[Tensor]]]]:
+        """The rows, and by name the weights of each local slot."""
+        named = [dict(slot.named_parameters()) for slot in self.slots]
+        return x, {name: ([of_slot[name] for of_slot in named],) for name in named[0]}
 
     def is_of(self, ddp: Any) -> bool:
         """Whether a DDP reduces the gradients of this layer's homes."""
-        return self._first in ddp.param_to_bucket_group
+        return self._first is not None and self._first in ddp.param_to_bucket_group
 
     def prepare(self) -> None:
         """Brings weights where they are due: a batch is to be dispatched. Collective.
@@ -60,7 +65,7 @@ class StaticCopies:
         Raises:
             ContractError: gradients are wanted, and no DDP of Megatron-Core takes them.
         """
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self._first is not None:
             if not hasattr(self._first, "main_grad"):
                 raise ContractError(
                     "gradients of replicas go home before Megatron-Core's "
@@ -78,65 +83,6 @@ class StaticCopies:
             self._are_old, self._are_trained = True, False
 
 
-def placements_for(
-    layers: Mapping[str, Any], replicas: int, load: Tensor | None, given: Any
-) -> list[Placement]:
-    """A placement for each layer, homes in the router's order.
-
-    Args:
-        layers: the MoE layers, by name.
-        replicas: D, of a rank.
-        load: [L, E] tokens; None: equal.
-        given: a placement for all layers, or by the layers' numbers; None: made for the load.
-
-    Raises:
-        ContractError: homes are elsewhere, or a layer has no placement.
-        ValueError: the shape of `load`.
-    """
-    manager = next(iter(layers.values())).token_dispatcher._comm_manager
-    num_experts, num_ranks = manager.num_experts, manager.group.size()
-    if given is None:
-        loads = torch.ones(len(layers), num_experts) if load is None else load
-        if loads.shape != (len(layers), num_experts):
-            raise ValueError(
-                f"load must be [{len(layers)}, {num_experts}], layers and experts; got "
-                f"{list(loads.shape)}"
-            )
-        return [placement_for(row, num_ranks, replicas) for row in loads]
-    placements = []
-    for name, module in layers.items():
-        found = given if isinstance(given, Placement) else given.get(module.layer_number)
-        refuse(name, [*_misfits(found, num_experts, num_ranks)])
-        placements.append(found)
-    return placements
-
-
-def placement_for(load: Tensor, num_ranks: int, replicas: int) -> Placement:
-    """Replicas for a load, homes in the router's order: those that a batch of it takes as guests.
-
-    Slots that no guest takes get the expert with most load that is on another rank.
-
-    Args:
-        load: [E] tokens.
-        num_ranks: R.
-        replicas: D, of a rank.
-    """
-    num_experts = len(load)
-    homes = Placement.homes_only(num_experts, num_ranks, replicas)
-    scaled = (load.double() / load.double().sum().clamp(min=1) * 2**20).long().cpu()
-    guests = solve(scaled, homes, guest_tolerance=0.0, guest_min_tokens=1).guests
-    assert guests is not None, "the placement has guest slots"
-    own, slots = num_experts // num_ranks, []
-    for rank, chosen in enumerate(guests.tolist()):
-        here = [*range(rank * own, (rank + 1) * own), *(e for e in chosen if e >= 0)]
-        others = sorted(
-            set(range(num_experts)) - set(here),
-            key=lambda e: (-int(scaled[e]), (e // own - rank) % num_ranks, e),
-        )
-        slots += [*here, *others[: own + replicas - len(here)]]
-    return Placement(slots, num_ranks)
-
-
 def send_home_with_ddp(made: Balance, copies: Sequence[StaticCopies]) -> None:
     """Has gradients of copies sent home before a DDP reduces any, until `made` is removed."""
     from megatron.core.distributed import DistributedDataParallel
@@ -152,26 +98,6 @@ def send_home_with_ddp(made: Balance, copies: Sequence[StaticCopies]) -> None:
         return original(self, *args, **kwargs)
 
     made.replace(DistributedDataParallel, "finish_grad_sync", finish_grad_sync)
-
-
-def _misfits(placement: Placement | None, num_experts: int, num_ranks: int) -> list[str]:
-    if placement is None:
-        return ["no placement is given for it"]
-    if (placement.num_experts, placement.num_ranks) != (num_experts, num_ranks):
-        return [
-            f"it has {num_experts} experts on {num_ranks} ranks, and its placement "
-            f"{placement.num_experts} on {placement.num_ranks}"
-        ]
-    if placement.num_guests_per_rank:
-        return ["its placement has guest slots: say guests="]
-    own = num_experts // num_ranks
-    homes = [e // own * placement.num_local_slots + e % own for e in range(num_experts)]
-    if placement.home.tolist() != homes:
-        return [
-            "its placement has homes elsewhere than in the router's order, which weights and "
-            "checkpoints have"
-        ]
-    return []
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -10,8 +10,10 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import EXPERTS, Run, load, refusal, removed, save, train
+from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, train
 from layers import ROOT
+
+from lplb_ep import Placement
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
@@ -28,6 +30,8 @@ def _ranks_of_their_own():
 OFF = {"LPLB_EP": "0"}
 HOME = {"LPLB_EP": "home"}
 ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
+HOMES = Placement.homes_only(EXPERTS, 2)
+GUESTS = Placement.homes_only(EXPERTS, 2, 1)
 # Sums of float32 in another order. Adam makes much of small gradients: its steps are of 0.01.
 CLOSE = dict(rtol=2e-4, atol=2e-4)
 COARSE = dict(rtol=0.05, atol=0.02)
@@ -98,6 +102,41 @@ RUNS = {
         ),
     ),
     "interleaved pipeline": (4, Run(pp=2, vpp=2, config=dict(num_layers=4))),
+    "interleaved pipeline, overlapped, recomputed": (
+        4,
+        Run(
+            pp=2,
+            vpp=2,
+            ddp={**OVERLAPPED["ddp"], "align_param_gather": True},
+            config=dict(num_layers=4, recompute_granularity="selective", recompute_modules=["moe"]),
+        ),
+    ),
+    "interleaved pipeline, replicas": (
+        4,
+        Run(pp=2, vpp=2, config=dict(num_layers=4), balance={"replicas": 2}, steps=3),
+    ),
+    "tensor parallel": (4, Run(tp=2, ep=4, steps=3)),
+    "tokens are dropped, replicas": (
+        2,
+        Run(
+            config=dict(moe_expert_capacity_factor=0.5, moe_token_drop_policy="position"),
+            balance={"replicas": 2},
+        ),
+    ),
+    "router in bfloat16": (
+        2,
+        Run(
+            config=dict(
+                bf16=True,
+                params_dtype=torch.bfloat16,
+                pipeline_dtype=torch.bfloat16,
+                moe_router_dtype=None,
+            ),
+        ),
+    ),
+    "frozen experts": (2, Run(frozen="local_experts")),
+    "frozen first layers, replicas": (2, Run(frozen="linear_fc1", balance={"replicas": 2})),
+    "frozen experts, replicas": (2, Run(frozen="local_experts", balance={"replicas": 2})),
 }
 
 
@@ -182,7 +221,7 @@ def test_off_nothing_is_changed_and_removed_all_is_as_before():
         ({"config.overlap_moe_expert_parallel_comm": True}, "parallel_comm is True: turn it off"),
         ({"config.cuda_graph_impl": "local"}, "cuda_graph_impl is 'local'"),
         ({"config.fp8": "e4m3"}, "fp8 is 'e4m3': turn it off"),
-        ({"experts": torch.nn.Identity()}, "its experts are a Identity: build a SequentialMLP"),
+        ({"experts": torch.nn.Identity()}, "its experts are a Identity: build a SequentialMLP or"),
     ],
 )
 def test_models_that_are_not_supported_are_refused_by_name(change, message):
@@ -191,9 +230,54 @@ def test_models_that_are_not_supported_are_refused_by_name(change, message):
         assert message in said
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guests": 0}, "guests must be a whole number from 1, or None; got 0"),
+        ({"guests": 1, "replicas": 1}, "say one of them"),
+        ({"load": torch.ones(3, EXPERTS)}, "load must be [2, 8], layers and experts; got [3, 8]"),
+        ({"placement": {1: HOMES}, "guests": 1}, "leave guests, replicas and load out"),
+        ({"placement": {1: HOMES}}, "layers.0.mlp cannot be balanced: its placement has neither"),
+        ({"placement": {2: GUESTS}}, "layers.0.mlp cannot be balanced: no placement is given"),
+        ({"placement": {1: GUESTS}}, "layers.1.mlp cannot be balanced: no placement is given"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_and_nothing_is_changed(options, message):
+    for said, before, after in ranks.run(2, refusal_of, Run(), options, environ=ON):
+        assert message in said
+        assert before == after
+
+
+def test_a_balanced_model_is_not_balanced_again():
+    for said, before, after in ranks.run(2, refusal_of, Run(), {}, True, environ=ON):
+        assert "decoder.layers.0.mlp cannot be balanced: it is balanced already: rem" in said
+        assert before == after
+
+
+def test_guests_stay_on_the_nodes_that_deep_ep_has():
+    """Its `Buffer` has nodes of eight ranks."""
+    from types import SimpleNamespace
+
+    from lplb_ep.clients.megatron_placements import placements_for
+
+    def placed(num_ranks, **options):
+        group = SimpleNamespace(size=lambda: num_ranks)
+        manager = SimpleNamespace(num_experts=32, group=group)
+        layer = SimpleNamespace(token_dispatcher=SimpleNamespace(_comm_manager=manager))
+        given = {"guests": None, "replicas": 0, "load": None, "given": None, **options}
+        return placements_for({"a": layer}, **given)[0]
+
+    assert placed(8).num_ranks_per_node == 8
+    assert placed(16).num_ranks_per_node == 8
+    load = torch.arange(32.0)[None]
+    homes = placed(16, load=load)
+    assert (homes.num_ranks_per_node, homes.num_guests_per_rank) == (8, 1)
+    assert len({int(load[0, homes.home_rank == rank].sum()) for rank in range(16)}) == 1
+
+
 def test_replicas_are_placed_by_load_behind_homes_in_order():
     from lplb_ep import solve
-    from lplb_ep.clients.megatron_replicas import placement_for
+    from lplb_ep.clients.megatron_placements import placement_for
 
     load = torch.tensor([900, 300, 200, 100, 150, 150, 100, 100])
     placement = placement_for(load, num_ranks=4, replicas=1)
@@ -210,8 +294,6 @@ def test_replicas_are_refused_by_name_where_their_gradients_would_come_late():
     run = Run(balance={"replicas": 1}, ddp=dict(overlap_grad_reduce=True))
     with pytest.raises(ranks.RanksFailedError, match="overlap_grad_reduce is True: turn it off"):
         ranks.run(2, train, run, environ=ON)
-    with pytest.raises(ranks.RanksFailedError, match="say one of them"):
-        ranks.run(2, train, Run(balance={"replicas": 1, "guests": 1}), environ=ON)
 
 
 SCRIPT = """

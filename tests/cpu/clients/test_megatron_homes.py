@@ -1,0 +1,109 @@
+"""Megatron-Core: experts at homes that a load has placed, and checkpoints that know them."""
+
+import importlib.util
+
+import pytest
+import ranks
+import torch
+from gpt import Run
+from gpt_checkpoints import FULLY, go, load_of, settled
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ranks_of_their_own():
+    """Whatever Megatron-Core leaves in the ranks' processes must not burden other tests."""
+    yield
+    ranks.close()
+
+
+OFF = {"LPLB_EP": "0"}
+ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
+CLOSE = dict(rtol=2e-4, atol=2e-4)
+SHARDED = dict(use_distributed_optimizer=True)
+
+
+def placed(seed, **options):
+    return Run(balance={"load": load_of(seed)}, **options)
+
+
+def whole(results, part):
+    """Of all ranks: the experts are on one or several, all else on each."""
+    found = {}
+    for result in results:
+        for name, value in result[part].items():
+            torch.testing.assert_close(found.setdefault(name, value), value, rtol=0, atol=0)
+    return found
+
+
+def same(results, others, part, **tolerance):
+    one, other = whole(results, part), whole(others, part)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            other[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "options"),
+    [
+        (2, {}),
+        pytest.param(
+            4,
+            dict(ddp=dict(**SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)),
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
+    plain = ranks.run(num_ranks, go, Run(**options), environ=OFF)
+    moved = ranks.run(num_ranks, go, placed(0, **options), environ=ON)
+    same(plain, moved, 0, rtol=0, atol=0)
+    for part in (3, 1):
+        same(plain, moved, part, **CLOSE)
+    assert [r[2] for r in moved] == [pytest.approx(r[2], rel=1e-5) for r in plain]
+    for *_, report in moved:
+        assert all(set(row.batches) == {"OPTIMAL"} for row in report)
+        assert all(row.imbalance < 1.1 for row in report)
+
+
+@pytest.mark.parametrize("ddp", [{}, SHARDED])
+def test_a_checkpoint_goes_to_other_homes_and_numbers_of_ranks_with_the_optimizer(tmp_path, ddp):
+    paths = [str(tmp_path / name) for name in "abc"]
+    for path in paths:
+        (tmp_path / path).mkdir()
+    first = ranks.run(2, go, Run(ddp=ddp), None, paths[0], FULLY, environ=OFF)
+    here = first
+    for number, (num_ranks, run, environ) in enumerate(
+        [
+            (4, placed(0, ep=4, ddp=ddp), ON),  # to other homes, on more ranks
+            (2, placed(1, ddp=ddp), ON),  # from homes to homes
+            (2, Run(ddp=ddp), OFF),  # and back
+        ]
+    ):
+        source, target = paths[number], [*paths[1:], None][number]
+        loaded = ranks.run(num_ranks, go, run, source, target, FULLY, environ=environ)
+        same([(result[1],) for result in here], loaded, 0, rtol=0, atol=0)
+        plain = ranks.run(num_ranks, go, Run(ep=run.ep, ddp=ddp), source, None, FULLY, environ=OFF)
+        same(plain, loaded, 1, **CLOSE)
+        here = loaded
+
+
+def test_homes_are_refused_where_they_come_too_late_or_differ():
+    for name, message in ranks.run(2, settled, Run(), True, environ=ON):
+        assert name == "ContractError"
+        assert "has its experts already: call balance() before these" in message
+    # Each half of the ranks has all experts, and they agree among themselves alone.
+    for name, message in ranks.run(4, settled, Run(), False, environ=ON):
+        assert name == "RankError"
+        assert message.startswith("homes of decoder.layers.0.mlp: ranks differ in placement: ")
+
+
+def test_formats_that_know_the_optimizer_s_state_by_place_are_refused(tmp_path):
+    run, by_place = placed(0, ddp=SHARDED), {"distrib_optim_sharding_type": "dp_reshardable"}
+    with pytest.raises(ranks.RanksFailedError, match="'dp_reshardable', which knows"):
+        ranks.run(2, go, run, None, str(tmp_path), by_place, environ=ON)
