@@ -8,6 +8,7 @@ import warnings
 from unittest import mock
 
 import torch
+from grouped import grouped_experts, without_fp8
 
 from lplb_ep import ContractError
 
@@ -29,6 +30,8 @@ class Run:
     optimizer: dict = dataclasses.field(default_factory=dict)
     balance: dict = dataclasses.field(default_factory=lambda: {"guests": 2})
     skew: float = 1.0
+    grouped: str = ""
+    """Experts are a `TEGroupedMLP`, if it is "grouped" or "fused" (see `grouped_experts`)."""
     frozen: str = ""
     """Part of the names of parameters that are not trained."""
 
@@ -76,7 +79,7 @@ def megatron(run):
             from megatron.core.transformer.moe import fused_a2a
 
             kept = [(fused_a2a, name, getattr(fused_a2a, name)) for name in ("Buffer", "_buffer")]
-            with without_gpu(), norms_of_parts(run):
+            with without_gpu(), norms_of_parts(run), without_fp8():
                 try:
                     yield
                 finally:  # also where a model stays balanced
@@ -150,13 +153,19 @@ def chunks_of(run, config):
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.transformer.module import Float16Module
 
+    kind = grouped_experts(run.grouped == "fused") if run.grouped else contextlib.nullcontext()
+    with kind:
+        spec = [
+            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage)
+            for stage in range(run.vpp or 1)
+        ]
     chunks = []
     for stage in range(run.vpp or 1):
         first = parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage)
         last = parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage)
         chunk = GPTModel(
             config,
-            get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=stage),
+            spec[stage],
             vocab_size=VOCABULARY,
             max_sequence_length=SEQUENCE,
             pre_process=first,
@@ -177,12 +186,11 @@ def initialize(chunk, name, parameter, run):
     if "layers" in parts:
         number = parts.index("layers") + 1
         parts[number] = str(chunk.decoder.layers[int(parts[number])].layer_number)
-    if "local_experts" in parts:
-        number = parts.index("local_experts") + 1
+    if "experts" in parts:
         from megatron.core import parallel_state
 
         first = parallel_state.get_expert_model_parallel_rank() * (EXPERTS // run.ep)
-        parts[number] = str(first + int(parts[number]))
+        renumber(parts, lambda place: first + place)
     is_norm = "layernorm" in name
     if is_norm and not name.endswith("pre_mlp_layernorm.bias"):
         return
@@ -192,6 +200,16 @@ def initialize(chunk, name, parameter, run):
     with torch.no_grad():
         values = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         parameter.copy_(values * scale * parameter.shape[-1] ** -0.5)
+
+
+def renumber(parts, number_of):
+    """Has a parameter's name an expert's number in the place of its place on the rank."""
+    if "local_experts" in parts:
+        at = parts.index("local_experts") + 1
+        parts[at] = str(number_of(int(parts[at])))
+    else:  # weight0, weight1, … of grouped experts
+        kind = parts[-1].rstrip("0123456789")
+        parts[-1] = f"{kind}{number_of(int(parts[-1][len(kind) :]))}"
 
 
 class Training:

@@ -6,9 +6,10 @@ import queue
 from unittest import mock
 
 import torch
-from gpt import EXPERTS, Training, chunks_of, config_of, megatron
+from gpt import EXPERTS, Run, Training, chunks_of, config_of, megatron, renumber
 
 FULLY = {"distrib_optim_sharding_type": "fully_reshardable"}
+SHARDED = dict(use_distributed_optimizer=True)
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -65,11 +66,10 @@ def by_expert(training, value=lambda p: p.detach()):
     found = {}
     for name, parameter in training.named_parameters():
         parts = name.split(".")
-        if "local_experts" in parts:
-            number = parts.index("local_experts") + 1
-            place, layer = int(parts[number]), ".".join(parts[1 : number - 2])
-            default = [*range(rank * own, (rank + 1) * own)]
-            parts[number] = str(here.get(layer, default)[place])
+        if "experts" in parts:
+            layer = ".".join(parts[1 : parts.index("experts")])
+            in_order = range(rank * own, (rank + 1) * own)
+            renumber(parts, here.get(layer, in_order).__getitem__)
         found[".".join(parts)] = value(parameter).float().clone()
     return found
 
@@ -141,3 +141,25 @@ def load_of(seed):
     """Tokens of the experts of two layers; homes for them are in no order."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(2, EXPERTS, generator=generator)
+
+
+def placed(seed, **options):
+    return Run(balance={"load": load_of(seed)}, **options)
+
+
+def whole(results, part):
+    """Of all ranks: the experts are on one or several, all else on each."""
+    found = {}
+    for result in results:
+        for name, value in result[part].items():
+            torch.testing.assert_close(found.setdefault(name, value), value, rtol=0, atol=0)
+    return found
+
+
+def same(results, others, part, **tolerance):
+    one, other = whole(results, part), whole(others, part)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            other[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance
+        )

@@ -11,6 +11,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, train
+from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
 from layers import ROOT
 
 from lplb_ep import Placement
@@ -27,32 +28,8 @@ def _ranks_of_their_own():
     ranks.close()
 
 
-OFF = {"LPLB_EP": "0"}
-HOME = {"LPLB_EP": "home"}
-ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
 HOMES = Placement.homes_only(EXPERTS, 2)
 GUESTS = Placement.homes_only(EXPERTS, 2, 1)
-# Sums of float32 in another order. Adam makes much of small gradients: its steps are of 0.01.
-CLOSE = dict(rtol=2e-4, atol=2e-4)
-COARSE = dict(rtol=0.05, atol=0.02)
-
-
-def compare(plain, other, **tolerance):
-    """Losses, norms, first gradients and last weights of runs, by rank."""
-    for want, got in zip(plain, other, strict=True):
-        for part, expected in zip(got[:4], want[:4], strict=True):
-            torch.testing.assert_close(part, expected, **tolerance)
-
-
-def check_balanced(results, replicas=False):
-    reports = [row for result in results for row in result[4]]
-    assert reports
-    assert all(set(row.batches) == {"OPTIMAL"} for row in reports)
-    assert (sum(row.num_guests for row in reports) > 0) != replicas
-    assert max(row.home_imbalance for row in reports) > 1.3
-    assert all(row.imbalance < 1.1 for row in reports)
-
-
 OVERLAPPED = dict(
     ddp=dict(
         overlap_grad_reduce=True,

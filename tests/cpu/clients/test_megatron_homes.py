@@ -4,9 +4,9 @@ import importlib.util
 
 import pytest
 import ranks
-import torch
 from gpt import Run
-from gpt_checkpoints import FULLY, go, load_of, settled
+from gpt_checkpoints import FULLY, SHARDED, go, placed, same, settled
+from gpt_checks import CLOSE, OFF, ON
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
@@ -18,34 +18,6 @@ def _ranks_of_their_own():
     """Whatever Megatron-Core leaves in the ranks' processes must not burden other tests."""
     yield
     ranks.close()
-
-
-OFF = {"LPLB_EP": "0"}
-ON = {"LPLB_EP": "1", "LPLB_EP_GUEST_MIN_TOKENS": "1", "LPLB_EP_CHECK": "1"}
-CLOSE = dict(rtol=2e-4, atol=2e-4)
-SHARDED = dict(use_distributed_optimizer=True)
-
-
-def placed(seed, **options):
-    return Run(balance={"load": load_of(seed)}, **options)
-
-
-def whole(results, part):
-    """Of all ranks: the experts are on one or several, all else on each."""
-    found = {}
-    for result in results:
-        for name, value in result[part].items():
-            torch.testing.assert_close(found.setdefault(name, value), value, rtol=0, atol=0)
-    return found
-
-
-def same(results, others, part, **tolerance):
-    one, other = whole(results, part), whole(others, part)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(
-            other[name], value, msg=lambda m, n=name: f"{n}: {m}", **tolerance
-        )
 
 
 @pytest.mark.parametrize(
