@@ -51,7 +51,32 @@ def read_plain(path: str | os.PathLike[str]) -> Any:
     file = Path(path)
     if file.suffix.lower() not in _KINDS:
         raise ValueError(f"{file}: the name must end in one of {', '.join(_KINDS)}")
-    what, read, beginnings = _KINDS[file.suffix.lower()]
+    return _read(file, *_KINDS[file.suffix.lower()])
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """What a JSON file holds, whatever its name.
+
+    Raises:
+        ValueError: the content is no JSON, or it names a key twice.
+        OSError: the file cannot be read.
+    """
+    return _read(Path(path), *_JSON)
+
+
+def write_json(path: str | os.PathLike[str], content: Any) -> None:
+    """Writes lists, dictionaries, numbers and texts as JSON.
+
+    Raises:
+        OSError: the file is not writable.
+    """
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file)
+
+
+def _read(
+    file: Path, what: str, read: Callable[[Path], Any], beginnings: bytes | tuple[bytes, ...]
+) -> Any:
     with open(file, "rb") as content:  # what the system refuses is not the content's fault
         head = content.read(16)
     if not head.startswith(beginnings):
@@ -65,16 +90,6 @@ def read_plain(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"{file} is not {what}: {error}") from None
     except _OF_PARSERS:
         raise ValueError(f"{file} is not {what}: it is damaged, or has more than that") from None
-
-
-def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Writes lists, dictionaries, numbers and texts as JSON.
-
-    Raises:
-        OSError: the file is not writable.
-    """
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
 
 
 class _ContentError(Exception):

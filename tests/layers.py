@@ -41,6 +41,7 @@ LAYERS = [
     "placement.guests",
     "placement.value",
     "placement.files",
+    "placement.engine_files",
     "placement.eplb",
     "placement.topology",
     "placement.optimize",
@@ -140,6 +141,7 @@ LAYERS = [
     "tools.recording_files",
     "tools.routed_ids",
     "tools.recordings",
+    "tools.sample",
     "tools.replay",
     "tools.timeline",
     "tools.plots",
@@ -157,6 +159,7 @@ LAYERS = [
     "tools.commands.calibrate",
     "tools.commands.compile",
     "tools.commands.run",
+    "tools.commands.sample",
     "tools.cli",
 ]
 

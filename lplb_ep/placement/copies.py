@@ -48,6 +48,10 @@ def slots_of_experts(
     columns = int(count.max())
     if max_replicas is not None:
         columns = whole("max_replicas", max_replicas)
+        if columns > table.size:
+            raise PlacementError(
+                f"max_replicas must be at most the {table.size} slots; got {columns}"
+            )
         if count.max() > columns:
             raise PlacementError(
                 f"expert {count.argmax()} has {count.max()} copies, more than max_replicas = "

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from ..errors import PlacementError
+from ..plain_files import read_json, write_json
 
 T = TypeVar("T")
 Path = str | os.PathLike[str]
 
 # The first key of a file names its kind; the value is the version of the format.
-_ONE, _SEVERAL = "lplb_ep_placement", "lplb_ep_placements"
+_ONE, SEVERAL = "lplb_ep_placement", "lplb_ep_placements"
 _VERSION = 1
 
 
@@ -27,7 +27,7 @@ def write_one(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file is not writable.
     """
-    _write(path, {_ONE: _VERSION, **state})
+    write_json(path, {_ONE: _VERSION, **state})
 
 
 def write_layers(path: Path, states: Mapping[int | str, Mapping[str, Any]]) -> None:
@@ -45,7 +45,7 @@ def write_layers(path: Path, states: Mapping[int | str, Mapping[str, Any]]) -> N
         if isinstance(layer, str) and (not layer or layer.isdecimal()):
             raise PlacementError(f"the name of a layer must be that of a module; got {layer!r}")
     layers = {str(layer): state for layer, state in states.items()}
-    _write(path, {_SEVERAL: _VERSION, "layers": layers})
+    write_json(path, {SEVERAL: _VERSION, "layers": layers})
 
 
 def read_one(path: Path, make: Callable[..., T]) -> T:
@@ -59,8 +59,8 @@ def read_one(path: Path, make: Callable[..., T]) -> T:
         PlacementError: the file is of another kind, or its placement is invalid.
         OSError: the file is not readable.
     """
-    content = _read(path)
-    if isinstance(content, dict) and _SEVERAL in content:
+    content = read_content(path)
+    if isinstance(content, dict) and SEVERAL in content:
         made = read_layers(path, make)
         if len(made) == 1:
             return next(iter(made.values()))
@@ -84,29 +84,19 @@ def read_layers(path: Path, make: Callable[..., T]) -> dict[int | str, T]:
         PlacementError: the file is of another kind, or a placement is invalid.
         OSError: the file is not readable.
     """
-    content = _read(path)
-    if not isinstance(content, dict) or content.get(_SEVERAL) != _VERSION:
+    content = read_content(path)
+    if not isinstance(content, dict) or content.get(SEVERAL) != _VERSION:
         raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
     layers = content.get("layers")
     if not isinstance(layers, dict) or "" in layers:
         raise PlacementError(f"{os.fspath(path)}: layers must be placements by number or name")
-    return {
-        int(layer) if layer.isdecimal() else layer: _made(
-            state, make, f"{os.fspath(path)}, layer {layer}"
-        )
-        for layer, state in layers.items()
-    }
-
-
-def has_several(path: Path) -> bool:
-    """Whether the file is one of several layers.
-
-    Raises:
-        PlacementError: the file is not JSON.
-        OSError: the file is not readable.
-    """
-    content = _read(path)
-    return isinstance(content, dict) and _SEVERAL in content
+    made: dict[int | str, T] = {}
+    for name, state in layers.items():
+        layer = int(name) if name.isdecimal() else name
+        if layer in made:
+            raise PlacementError(f"{os.fspath(path)}: layer {layer} comes twice")
+        made[layer] = _made(state, make, f"{os.fspath(path)}, layer {name}")
+    return made
 
 
 def _made(state: Any, make: Callable[..., T], where: str) -> T:
@@ -118,14 +108,14 @@ def _made(state: Any, make: Callable[..., T], where: str) -> T:
         raise PlacementError(f"{where}: {error}") from error
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(content, file)
+def read_content(path: Path) -> Any:
+    """What a JSON file holds.
 
-
-def _read(path: Path) -> Any:
-    with open(path, encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except ValueError as error:
-            raise PlacementError(f"{os.fspath(path)} is not JSON: {error}") from error
+    Raises:
+        PlacementError: the file is not JSON.
+        OSError: the file is not readable.
+    """
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise PlacementError(str(error)) from None

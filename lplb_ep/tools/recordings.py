@@ -126,9 +126,8 @@ def save_recording(path: str | os.PathLike[str], recording: Recording) -> None:
         ValueError: the name ends in something else.
         OSError: the file is not writable.
     """
+    check_name(path)
     end = Path(path).suffix
-    if end not in WRITTEN:
-        raise ValueError(f"path must end in {', '.join(WRITTEN)}; got {os.fspath(path)}")
     if end == ".npz":
         np.savez_compressed(
             path,
@@ -146,6 +145,12 @@ def save_recording(path: str | os.PathLike[str], recording: Recording) -> None:
         write_json(path, {"logical_count": whole.tolist()})
     else:
         torch.save({"logical_count": whole}, path)
+
+
+def check_name(path: str | os.PathLike[str]) -> None:
+    """Raises ValueError unless `save_recording` knows the end of the name."""
+    if Path(path).suffix not in WRITTEN:
+        raise ValueError(f"path must end in {', '.join(WRITTEN)}; got {os.fspath(path)}")
 
 
 def load_recording(

@@ -268,8 +268,8 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
         (
             ["--key", "new", "--placement", "kube", "--ranks", "8"],
             "--placement must be cube, hypercube, torus, ring (or ring:SIZE, torus:ROWSxCOLUMNS), "
-            "eplb, lp, homes (experts in order), or a file written by place or Placement.save; "
-            "got 'kube'",
+            "eplb, lp, homes (experts in order), or a file of place, Placement.save, SGLang, "
+            "TensorRT-LLM, vllm-ascend or vLLM; got 'kube'",
         ),
         (
             ["--key", "new", "--placement", "cube", "--ranks", "8", "--groups", "2"],
@@ -286,7 +286,7 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
             ["--key", "new", "--placement", "cube", "--ranks", "32", "--experts", "16"],
             "--ranks must divide --experts: 32 does not divide 16",
         ),
-        (["--key", "new", "--placement", __file__, "--ranks", "8"], "--ranks does not go with"),
+        (["--key", "new", "--placement", __file__, "--ranks", "8"], "is not JSON"),
         (["--json", "none/out.json"], "--json none/out.json: there is no directory none"),
         (["--png", "none/out.png"], "--png none/out.png: there is no directory none"),
         (["--png", "out.jpg"], "--png must end in .png; got out.jpg"),

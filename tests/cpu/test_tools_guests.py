@@ -236,7 +236,7 @@ def test_place_needs_no_recording_for_homes(recording, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--ranks", 4], "place needs a recording, or --experts, --ranks and --guests"),
+        (["--ranks", 4], "place needs a recording, or --start, or --experts, --ranks and"),
         (["--experts", 10, "--ranks", 4, "--guests", 1], "--ranks must divide --experts"),
         (["--experts", 8, "--ranks", 4, "--guests", -1], "--guests must be a whole number"),
         (

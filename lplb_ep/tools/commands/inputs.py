@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import OPTIONS, as_typed
+from .options import OPTIONS, as_typed, check_least
 
 if TYPE_CHECKING:
     from ...placement.table import Placement
@@ -33,6 +34,13 @@ def add_recording(parser: argparse.ArgumentParser, required: bool = True) -> Non
     )
     parser.add_argument("--experts", type=int, metavar="E", help="the number of logical experts")
     parser.add_argument(
+        "--first-layer",
+        type=int,
+        default=0,
+        metavar="N",
+        help="the number in the model of the first layer in FILE; 0",
+    )
+    parser.add_argument(
         "--tokens-per-batch", type=int, metavar="T", help="cut expert ids into batches of T tokens"
     )
 
@@ -41,14 +49,22 @@ def read_recording(args: argparse.Namespace) -> Recording:
     """The recording that the arguments of `add_recording` name."""
     from ..recordings import load_recording
 
+    check_least(args, "first_layer")
     with as_typed(OPTIONS):
-        return load_recording(
+        recording = load_recording(
             args.file,
             key=args.key,
             layout=args.layout,
             num_experts=args.experts,
             tokens_per_batch=args.tokens_per_batch,
         )
+    return _numbered(recording, args)
+
+
+def _numbered(recording: Recording, args: argparse.Namespace) -> Recording:
+    """With the layers' numbers in the model."""
+    layers = tuple(layer + args.first_layer for layer in recording.layers)
+    return dataclasses.replace(recording, layers=layers)
 
 
 def add_guests(parser: argparse.ArgumentParser, default: str) -> None:
@@ -100,27 +116,26 @@ def read_another(
     options = {**OPTIONS, "key": f"{option} FILE:KEY"}
     options["layout"] = "--learn-layout" if option == "--learn-from" else "--layout"
     with as_typed(options):
-        return load_recording(
+        another = load_recording(
             named[0],
             key=named[1],
             layout=layout,
             num_experts=args.experts,
             tokens_per_batch=tokens_per_batch,
         )
+    return _numbered(another, args)
 
 
-def read_placements(path: str, layers: Sequence[int]) -> list[Placement]:
-    """The layers' placements from a file with one for each of them, or one for all."""
-    from ...placement import Placement, load_placements
+def read_placements(path: str, args: argparse.Namespace, recording: Recording) -> list[Placement]:
+    """The placements of a recording's layers, from a file of ours or of a serving engine."""
+    from ...placement.layer_files import engine_of, placements_of_layers
 
-    with open(path, "rb") as file:
-        if b'"lplb_ep_placements"' not in file.read(64):
-            return [Placement.load(path)] * len(layers)
-    placements = load_placements(path)
-    missing = [layer for layer in layers if layer not in placements]
-    if missing:
-        raise ValueError(f"{path} has no placement for layer {missing[0]}")
-    return [placements[layer] for layer in layers]
+    shape = {}
+    if engine_of(path) is not None:  # ours have a shape of their own
+        shape = {"num_ranks": args.ranks, "num_ranks_per_node": args.ranks_per_node}
+        shape["num_experts"] = recording.num_experts
+    with as_typed(OPTIONS):
+        return placements_of_layers(path, recording.layers, **shape)
 
 
 def learn_for_lp(

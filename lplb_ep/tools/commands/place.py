@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from .inputs import (
     add_active_ranks,
@@ -17,6 +18,9 @@ from .inputs import (
 )
 from .options import OPTIONS, as_typed, check_least, check_outputs, one_line_errors
 
+if TYPE_CHECKING:
+    from ...placement.table import Placement
+
 
 def add(commands: Any) -> None:
     """Adds the command to the parser's."""
@@ -25,11 +29,17 @@ def add(commands: Any) -> None:
         help="a placement for every layer of a recording, made for the linear program",
         description="Learns a placement of each layer on recorded routing (Placement.for_lp). "
         "Writes them to a file for replay, and shows the imbalance on the same load. "
-        "Without a recording: experts in order and guest slots, one placement for all layers.",
+        "Without a recording: those of --start in another format, or experts in order and guest "
+        "slots, one placement for all layers.",
     )
     place.set_defaults(command=_run)
     add_recording(place, required=False)
-    place.add_argument("-o", "--output", required=True, metavar="PATH", help="the JSON to write")
+    place.add_argument("-o", "--output", required=True, metavar="PATH", help="the file to write")
+    place.add_argument(
+        "--format",
+        help="lplb-ep (.json), sglang (.json, .pt), tensorrt-llm (.yaml), vllm-ascend (.json) or "
+        "vllm (.npy, .pt); default: by the end of PATH",
+    )
     place.add_argument("--ranks", type=int, metavar="R", help="with --start its own")
     place.add_argument(
         "--redundant", type=int, metavar="D", help="on each rank; with --start its own"
@@ -46,7 +56,11 @@ def add(commands: Any) -> None:
     )
     place.add_argument("--seed", type=int, default=0, help="0")
     place.add_argument("--seconds", type=float, metavar="S", help="end a layer's search after S")
-    place.add_argument("--start", metavar="FILE", help="improve the placements of this file")
+    place.add_argument(
+        "--start",
+        metavar="FILE",
+        help="improve the placements of this file, of ours or of an engine",
+    )
     place.add_argument("--fixed-homes", action="store_true", help="move replicas of --start only")
     place.add_argument("--max-changes", type=int, metavar="M", help="slots of --start to change")
     place.add_argument(
@@ -61,15 +75,13 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
         check_least(args, "seed", "seconds")
+        _check_format(args)
         if args.file is None:
-            return _place_homes(args)
-        if args.names is not None:
-            _name(args.names, 0)  # raised before the search
-        from ...placement.layer_files import save_placements
+            return _place_homes(args) if args.start is None else _convert(args)
         from ..replay import describe
 
         recording = read_recording(args)
-        start = None if args.start is None else read_placements(args.start, recording.layers)
+        start = None if args.start is None else read_placements(args.start, args, recording)
         if start is None and (args.ranks is None or args.redundant is None):
             raise ValueError("place needs --ranks and --redundant, or --start")
         placements = learn_for_lp(
@@ -88,11 +100,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             num_guests_per_rank=args.guests,
             active_ranks=args.active_ranks,
         )
-        if args.names is None:
-            save_placements(args.output, dict(zip(recording.layers, placements, strict=True)))
-        else:
-            names = [_name(args.names, layer) for layer in recording.layers]
-            save_placements(args.output, dict(zip(names, placements, strict=True)))
+        _save(args, dict(zip(recording.layers, placements, strict=True)))
         print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
         print_notes(recording)
         print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
@@ -105,6 +113,56 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             title = f"{recording.source}, layer {layer}"
             plot_placement(args.png, placements[worst], recording.load[worst], title=title)
     return 0
+
+
+def _check_format(args: argparse.Namespace) -> None:
+    """Refuses a file that could not be written, before the search."""
+    from ...placement.engine_files import format_of
+
+    with as_typed({"format": "--format"}):
+        kind = format_of(args.output, args.format)
+    if args.names is not None:
+        _name(args.names, 0)
+        if kind != "lplb-ep":
+            raise ValueError(f"--names does not go with a file of {kind}")
+    if args.guests and kind != "lplb-ep":
+        raise ValueError(f"--guests does not go with a file of {kind}")
+
+
+def _save(args: argparse.Namespace, placements: Mapping[int, Placement]) -> None:
+    from ...placement.layer_files import save_placements
+
+    if args.names is None:
+        save_placements(args.output, placements, args.format)
+    else:
+        named = {_name(args.names, layer): one for layer, one in placements.items()}
+        save_placements(args.output, named)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    """Writes the placements of --start in another format, or with names."""
+    from ...placement.layer_files import load_placements
+
+    _refuse_learning(args, but="names")
+    shape = {"num_experts": args.experts, "num_ranks_per_node": args.ranks_per_node}
+    with as_typed(OPTIONS):
+        placements = load_placements(args.start, args.ranks, **shape)
+        if args.guests is not None:
+            placements = {k: p.with_guest_slots(args.guests) for k, p in placements.items()}
+    numbered = {layer: p for layer, p in placements.items() if isinstance(layer, int)}
+    if len(numbered) < len(placements):
+        raise ValueError(f"--start {args.start} has layers by name, and needs a recording")
+    _save(args, numbered)
+    print(f"{len(numbered)} layer(s): {next(iter(numbered.values()))}")
+    return 0
+
+
+def _refuse_learning(args: argparse.Namespace, but: str = "") -> None:
+    """Refuses options that nothing asks for without a recording."""
+    learning = ("key", "layout", "tokens_per_batch", "redundant", "groups", "percentile", "seconds")
+    for name in (*learning, "names", "fixed_homes", "max_changes", "png"):
+        if getattr(args, name) not in (None, False) and name != but:
+            raise ValueError(f"--{name.replace('_', '-')} needs a recording")
 
 
 def _name(pattern: str, layer: int) -> str:
@@ -125,12 +183,9 @@ def _place_homes(args: argparse.Namespace) -> int:
     """Writes the placement of a model whose loads are not known yet."""
     from ...placement.table import Placement
 
-    learning = ("key", "layout", "tokens_per_batch", "redundant", "groups", "percentile", "seconds")
-    for name in (*learning, "names", "start", "fixed_homes", "max_changes", "png"):
-        if getattr(args, name) not in (None, False):
-            raise ValueError(f"--{name.replace('_', '-')} needs a recording")
+    _refuse_learning(args)
     if None in (args.experts, args.ranks, args.guests):
-        raise ValueError("place needs a recording, or --experts, --ranks and --guests")
+        raise ValueError("place needs a recording, or --start, or --experts, --ranks and --guests")
     with as_typed(OPTIONS):
         placement = Placement.homes_only(
             args.experts,

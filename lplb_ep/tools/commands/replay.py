@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _TOPOLOGIES = ("cube", "hypercube", "torus", "ring")
 _KINDS = (
     f"{', '.join(_TOPOLOGIES)} (or ring:SIZE, torus:ROWSxCOLUMNS), eplb, lp, homes (experts in "
-    "order), or a file written by place or Placement.save"
+    "order), or a file of place, Placement.save, SGLang, TensorRT-LLM, vllm-ascend or vLLM"
 )
 
 
@@ -45,7 +45,9 @@ def add(commands: Any) -> None:
     replay.add_argument(
         "--placement", metavar="KIND", help=f"{_KINDS}; default with --guests: homes"
     )
-    replay.add_argument("--ranks", type=int, metavar="R", help="ranks; not with a placement file")
+    replay.add_argument(
+        "--ranks", type=int, metavar="R", help="ranks; of a placement file where it has none"
+    )
     replay.add_argument(
         "--redundant",
         type=int,
@@ -290,6 +292,7 @@ def _placements(
     args: argparse.Namespace, recording: Recording, learned: Recording
 ) -> list[Placement]:
     """One for each layer, made from the learned load or read from the file."""
+    from ...placement.layer_files import engine_of
     from ...placement.table import Placement
 
     if args.placement is None:
@@ -305,12 +308,13 @@ def _placements(
         if not Path(kind).exists():
             raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
         # With a refresher groups are those by which it is compared with EPLB.
-        unfit = ["ranks", "redundant", "ranks_per_node", "active_ranks", "learn_from"]
+        unfit = ["redundant", "active_ranks", "learn_from"]
+        unfit += ["ranks", "ranks_per_node"] if engine_of(kind) is None else []
         unfit += [] if getattr(args, "refresh", None) else ["groups"]
         given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
         if given:
             raise ValueError(f"{given[0]} does not go with a placement file ({kind})")
-        return _with_guests(read_placements(kind, recording.layers), args.guests)
+        return _with_guests(read_placements(kind, args, recording), args.guests)
     if args.ranks is None or (args.redundant is None and not topology):
         raise ValueError(
             f"--placement {kind} needs --ranks{'' if topology else ' and --redundant'}"
