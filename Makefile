@@ -55,9 +55,10 @@ bench:
 docs:
 	$(PYTHON) tests/written.py
 
-# The kernels' side of what is declared in lplb_ep/planning/structs.py; a test compares the two.
+# The kernels' side of what is declared in structs.py of planning/ and weights/; a test compares them.
 abi: $(VENV)/installed
 	$(BIN)/python -m lplb_ep.planning.structs
+	$(BIN)/python -m lplb_ep.weights.structs
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

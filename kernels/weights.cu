@@ -15,6 +15,7 @@
 // begin elsewhere bring a third less in the same time.
 
 #include "abi.cuh"
+#include "travel.cuh"
 #include "ptx.cuh"
 
 namespace lplb {

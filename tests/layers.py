@@ -83,6 +83,7 @@ LAYERS = [
     "planning.device",
     "planning.planner",
     "weights",
+    "weights.structs",
     "weights.slots",
     "weights.transfers",
     "weights.gradients",

@@ -32,6 +32,7 @@ from lplb_ep.gpu.device import check_device
 from lplb_ep.gpu.jit import compile_all
 from lplb_ep.planning import structs
 from lplb_ep.planning.kernels import programs
+from lplb_ep.weights import structs as weights_structs
 
 FOUND = 99
 """The exit status of compute-sanitizer where it found something."""
@@ -48,8 +49,7 @@ OWN_KERNELS = [
         *(structs.COUNT, structs.SOLVE, structs.SOLVE_GENERAL, structs.ROUTE, structs.SPLIT),
         *(structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
         *(structs.MASK, structs.GATHER, structs.BROADCAST, BARRIER),
-        *(structs.PUSH_GUESTS, structs.AWAIT_GUESTS, structs.MEET),
-        *(structs.LAY_GRADIENTS, structs.ADD_GRADIENTS),
+        *weights_structs.SIGNATURES.values(),
     )
     for option in ("--kernel-name", f"kernel_name={signature.name}")
 ]

@@ -62,26 +62,6 @@ class ErrorFlag(enum.IntEnum):
     """Given counts were not those of the picks."""
 
 
-class Sum(enum.IntEnum):
-    """How a guest's gradient is added to its home's: the types of the home's and the guest's."""
-
-    FLOATS = 0
-    """Of 32 bits both."""
-    BFLOATS = 1
-    """bfloat16 both; each sum is rounded."""
-    BFLOATS_TO_FLOATS = 2
-    """The guest's is bfloat16, its home's of 32 bits."""
-
-
-class Missing(enum.IntEnum):
-    """Why a rank's guests are missing, in the host's memory; 0: they are not."""
-
-    LATE = 1
-    """It did not come in time."""
-    REFUSES = 2
-    """It came, to say that it does not push the batch again."""
-
-
 CHAIN = 4
 """Moves of a chain at most, in the search for a plan by active slots or cost."""
 MAX_SEARCHES = 64
@@ -335,48 +315,6 @@ GUESTS = Struct(
     ),
     ("int", "min_tokens", "the least tokens that a guest must take"),
 )
-MAX_GUESTS = 512
-"""Guest slots of the ranks of a node."""
-PARAMETER = Struct(
-    "Parameter",
-    "A parameter of every expert that guests travel with, or its gradient.",
-    ("const Word*", "homes", "[num_local_slots] where those of this rank lie; or of its guests"),
-    ("long long", "offset", "where guest slot 0 has it in a rank's guest memory, in bytes"),
-    ("long long", "bytes", "of a home; the guest slots' follow one another"),
-    ("int", "first_chunk", "its first among the chunks of an expert"),
-    ("int", "sum", "a Sum; of weights FLOATS"),
-)
-TRAVEL = Struct(
-    "Travel",
-    "A batch's guests, and the memory of the ranks that they travel between.",
-    ("const int*", "guests", "[R, num_guests] the expert of each guest slot, -1: none; or null"),
-    ("const int*", "status", "[1] how the batch ends, or null: OPTIMAL"),
-    ("const Word*", "batch", "[1] a number that no other batch has, or null: `num_used` counts"),
-    ("Word*", "num_used", "[1] tables with guests that travelled without a number"),
-    ("int*", "met", "[1] whether the last meeting was complete"),
-    ("const int*", "homes", "[E] the slot of each home"),
-    ("const Parameter*", "parameters", "[num_parameters]"),
-    ("char* const*", "memory", "[R] each rank's guest memory, null on other nodes"),
-    ("Word* const*", "arrived", "[R] each rank's [R]: the ticket of the last push from each rank"),
-    ("Word* const*", "present", "[R] each rank's [2, R]: where each came last, and what it left"),
-    ("Word*", "last", "[R] the last meeting, if that rank came to it, or 0"),
-    ("Word*", "refused", "[1] the number of the last batch that a rank refused"),
-    ("int*", "num_done", "[1] blocks that have pushed, 0 between launches"),
-    ("volatile int*", "missing", "[R] in the host's memory: a Missing, or 0"),
-    ("long long", "limit_ns", "how long to wait for it"),
-    ("int", "use", "uses of the batch's number that came before"),
-    ("int", "has_met", "1: the ranks met instead of exchanging rows"),
-    ("int", "refuses", "1: this rank meets to refuse the batch"),
-    ("int", "num_parameters", "of an expert"),
-    ("int", "num_chunks", "of an expert's parameters"),
-    ("int", "num_guests", "guest slots of a rank"),
-    ("int", "num_local_slots", "of a rank, guest slots included"),
-    ("int", "num_ranks", "R"),
-    ("int", "first_rank", "of this rank's node"),
-    ("int", "node_size", "ranks of a node"),
-    ("int", "rank", "this rank"),
-)
-
 COUNT = Signature(
     "count",
     ("const Index*", "topk_idx", "[num_picks] ids in [0, num_ids), -1: none"),
@@ -431,20 +369,14 @@ MASK = Signature(
     ("Index*", "out", "[num_picks] may be either of them"),
     ("int", "num_picks", "T times K"),
 )
-PUSH_GUESTS = Signature("push_guests", (TRAVEL, "travel", "of the weights"))
-AWAIT_GUESTS = Signature("await_guests", *PUSH_GUESTS.arguments)
-MEET = Signature("meet", *PUSH_GUESTS.arguments)
-LAY_GRADIENTS = Signature("lay_gradients", (TRAVEL, "travel", "of what guests have"))
-ADD_GRADIENTS = Signature("add_gradients", (TRAVEL, "travel", "of the gradients"))
 SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
         *(SPLIT, ROUTE, MASK),
-        *(PUSH_GUESTS, AWAIT_GUESTS, MEET, LAY_GRADIENTS, ADD_GRADIENTS),
     )
 }
-"""Of every kernel of a plan, and of its guests' weights, by name."""
+"""Of every kernel of a plan, by name."""
 
 
 def _word_of(rule: Rule) -> int:
@@ -455,21 +387,8 @@ def _word_of(rule: Rule) -> int:
 
 def abi_header() -> str:
     """The text of `kernels/abi.cuh`."""
-    structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY]
-    structs += [
-        ARC,
-        EDGE,
-        SHAPE,
-        NETWORK,
-        PROBLEM,
-        COPY,
-        TABLE,
-        STATISTICS,
-        BATCH,
-        PARAMETER,
-        TRAVEL,
-    ]
-    structs += [RESIDENT, REPLICA, GUESTS]
+    structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY, ARC, EDGE, SHAPE, NETWORK, PROBLEM]
+    structs += [COPY, TABLE, STATISTICS, BATCH, RESIDENT, REPLICA, GUESTS]
     parts = [
         "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
         enum_text(Status),
@@ -490,9 +409,6 @@ def abi_header() -> str:
         constant_text("int", "FILLS", len(RULES), "of a round"),
         table_text("rule_of", [_word_of(rule) for rule in RULES], "How fill i decides: a `Rule`."),
         constant_text("unsigned", "MAX_TOTAL", MAX_TOTAL, "tokens of a batch; and its number"),
-        constant_text("int", "MAX_GUESTS", MAX_GUESTS, "guest slots of the ranks of a node"),
-        enum_text(Sum, "SUM_"),
-        enum_text(Missing, "MISSING_"),
         *(one.text for one in structs),
     ]
     return header("python -m lplb_ep.planning.structs", parts)

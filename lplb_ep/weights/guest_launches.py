@@ -15,10 +15,10 @@ from torch import Tensor
 from ..gpu.abi import Signature
 from ..gpu.device import captures_go_on
 from ..gpu.launch import Launch
-from ..planning import structs
 from ..planning.kernels import CHUNK, NUM_COPY_THREADS, NUM_STAGES, weights_kernel
-from ..planning.structs import Sum
+from . import structs
 from .guest_transport import GuestLayout
+from .structs import Sum
 
 _NO_TIMING = 2  # of an event, of CUDA's `driver_types.h`
 

@@ -18,7 +18,6 @@ from ..comm.watchdog import look, newly_missing, watch
 from ..errors import RankError
 from ..gpu.launch import on_device
 from ..planning.kernels import CHUNK, NUM_STAGES
-from ..planning.structs import Missing, Sum
 from .guest_launches import (
     NO_TABLE,
     Batch,
@@ -32,6 +31,7 @@ from .guest_launches import (
     rows_of,
 )
 from .guest_transport import BatchNumber, GuestLayout, refusal
+from .structs import Missing, Sum
 
 _ALIGNMENT = 256  # bytes, of blocks of gradients
 _MAX_TABLES = 64  # of addresses; beyond it they are made anew

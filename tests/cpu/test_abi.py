@@ -13,6 +13,7 @@ from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu.abi import Signature, Struct, constant_text, enum_text, header
 from lplb_ep.gpu.jit import KERNELS
 from lplb_ep.planning import structs
+from lplb_ep.weights import structs as weights_structs
 
 INNER = Struct("Inner", "Inside.", ("short", "a", "one"), ("long long", "b", "two"))
 OUTER = Struct(
@@ -78,9 +79,10 @@ def test_arrays_of_structs_have_their_layout():
     assert edge[1:].tobytes() == structs.EDGE.pack(**values)
 
 
-def test_the_header_is_the_one_that_is_declared():
-    text = (KERNELS / "abi.cuh").read_text("utf-8")
-    assert text == structs.abi_header(), "run `make abi`"
+def test_the_headers_are_those_that_are_declared():
+    headers = {"abi.cuh": structs.abi_header(), "travel.cuh": weights_structs.travel_header()}
+    for name, text in headers.items():
+        assert (KERNELS / name).read_text("utf-8") == text, "run `make abi`"
 
 
 @pytest.mark.parametrize("fault", [None, "size", "place"])
@@ -137,6 +139,10 @@ def test_kernels_take_the_arguments_that_are_declared():
         found.update(parameters(path.read_text("utf-8")))
     declared = {
         name: [(argument.type_name, argument.name) for argument in one.arguments]
-        for name, one in {**structs.SIGNATURES, BARRIER.name: BARRIER}.items()
+        for name, one in {
+            **structs.SIGNATURES,
+            **weights_structs.SIGNATURES,
+            BARRIER.name: BARRIER,
+        }.items()
     }
     assert found == declared

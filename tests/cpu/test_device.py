@@ -19,6 +19,7 @@ from lplb_ep.planning import device_tables, layout, solvers, structs
 from lplb_ep.planning.kernels import programs
 from lplb_ep.planning.solvers import DEVICE_SOLVERS, STATIC_SHARED_BYTES, check_fit, choose_solver
 from lplb_ep.settings import SOLVERS
+from lplb_ep.weights import structs as weights_structs
 
 
 def tables_of(placement):
@@ -279,7 +280,7 @@ def parameter_sizes(info):
     return [found[number] for number in sorted(found)]
 
 
-SIGNATURES = {**structs.SIGNATURES, BARRIER.name: BARRIER}
+SIGNATURES = {**structs.SIGNATURES, **weights_structs.SIGNATURES, BARRIER.name: BARRIER}
 
 
 def test_every_kernel_compiles(each_kernel, kernel_cache, monkeypatch):

@@ -24,6 +24,7 @@ import numpy as np
 from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu.jit import KERNELS, Program
 from lplb_ep.planning.structs import SIGNATURES
+from lplb_ep.weights import structs as weights_structs
 
 HERE = Path(__file__).parent
 ORDERS = (0, 1, 2)
@@ -31,7 +32,7 @@ ORDERS = (0, 1, 2)
 MAX_SHARED_BYTES = 227 * 1024
 ALIGNMENT = 256  # of an array, as of an allocation on a GPU
 
-_SIGNATURES = {**SIGNATURES, BARRIER.name: BARRIER}
+_SIGNATURES = {**SIGNATURES, **weights_structs.SIGNATURES, BARRIER.name: BARRIER}
 # No symbols that libraries of other variants share.
 _OPTIONS = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 _CHECKED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-extern-tls-init")
@@ -98,10 +99,13 @@ def runtime() -> ctypes.CDLL:
 
 
 def _calls(
-    program: Program, kernels: Sequence[tuple[str, str]], dynamic: Sequence[str], declares: bool
+    program: Program,
+    kernels: Sequence[tuple[str, str]],
+    dynamic: Sequence[str],
+    declarations: Sequence[str],
 ) -> str:
     """C++: for each kernel a function that takes its arguments as a launch does."""
-    headers = ("cuda.h", *(["abi.cuh"] if declares else []), "module.h")
+    headers = ("cuda.h", *declarations, "module.h")
     lines = [f'#include "{name}"' for name in headers]
     if "INDEX" in program.defines:
         lines.append("typedef INDEX Index;")
@@ -159,7 +163,8 @@ def build(
         (work / name).write_text(text)
     text = "".join(texts.values())
     names, dynamic = (sorted({*re.findall(pattern, text)}) for pattern in (_KERNEL, _DYNAMIC))
-    (work / "calls.cpp").write_text(_calls(program, names, dynamic, "abi.cuh" in texts))
+    declarations = [name for name in ("abi.cuh", "travel.cuh") if name in texts]
+    (work / "calls.cpp").write_text(_calls(program, names, dynamic, declarations))
     defines = [
         f"-D{key}={value if isinstance(value, str) else int(value)}"
         for key, value in program.defines.items()

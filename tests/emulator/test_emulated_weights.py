@@ -9,8 +9,9 @@ from emulator import ORDERS, EmulationError
 from plans import FOREVER
 
 from lplb_ep.gpu.jit import Program
-from lplb_ep.planning import structs
-from lplb_ep.planning.structs import Status, Sum
+from lplb_ep.planning.structs import Status
+from lplb_ep.weights import structs
+from lplb_ep.weights.structs import Sum
 
 SEEDS = (*ORDERS, 3, 4, 5)
 THREADS, CHUNK, NUM_STAGES = 64, 1024, 4
