@@ -15,8 +15,9 @@ ARCHITECTURE, SETTINGS = ROOT / "docs" / "architecture.md", ROOT / "docs" / "set
 START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules -->\n"
 ABOUT_SETTINGS = """# Settings
 
-Every setting is an environment variable, read when a buffer is made. An unknown `LPLB_EP…` variable
-is an error. Ranks must agree on those that decide how batches are planned, which is checked then.
+Settings change how batches are balanced, with no change to the program. Every setting is an
+environment variable, read when a buffer is made. An unknown `LPLB_EP…` variable is an error. Ranks
+must agree on those that decide how batches are planned, which is checked then.
 
 """
 
