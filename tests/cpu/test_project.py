@@ -34,10 +34,9 @@ NAMES_DEEP_EP = {
 }
 # Files and folders whose every sentence is short and free of private words.
 PLAIN = [
+    "CONTRIBUTING.md",
     "README.md",
-    "docs/README.md",
-    "docs/architecture.md",
-    "docs/placements.md",
+    "docs",
     "kernels",
     "lplb_ep",
     "tests/cpu/deepep",
