@@ -76,15 +76,8 @@ def megatron(run):
 
             logging.getLogger("megatron").setLevel(logging.ERROR)
             join(parallel_state, run)
-            from megatron.core.transformer.moe import fused_a2a
-
-            kept = [(fused_a2a, name, getattr(fused_a2a, name)) for name in ("Buffer", "_buffer")]
             with without_gpu(), norms_of_parts(run), without_fp8():
-                try:
-                    yield
-                finally:  # also where a model stays balanced
-                    for module, name, value in kept:
-                        setattr(module, name, value)
+                yield
     finally:
         unpatch()
 
@@ -257,8 +250,8 @@ class Training:
             self.config.param_sync_func = [chunk.start_param_sync for chunk in self.chunks]
 
     def close(self):
-        if not self.balance.stays:
-            self.balance.remove()
+        self.balance.stays = ""  # the model is not used again
+        self.balance.remove()
 
     def batches(self):
         """Micro-batches of tokens, the same in every run."""
@@ -447,3 +440,27 @@ def refusal_of(group, run, options, twice=False):
         if first is not None:
             first.remove()
         return said, before, after
+
+
+def two_models(group, run):
+    """Losses and norms of two models: plain, balanced, when the first is given back, and both."""
+    from lplb_ep.clients.megatron import balance
+
+    with megatron(run):
+        plain = dataclasses.replace(run, balance={"off": True})
+        trainings = [Training(plain), Training(plain)]
+
+        def losses(of):
+            return [[*t.gradients(t.batches()), norm(t)] for t in of]
+
+        def norm(training):
+            return float(sum(p.main_grad.norm() for _, p in training.named_parameters()))
+
+        found, balances = [losses(trainings)], [balance(t.chunks, **run.balance) for t in trainings]
+        found.append(losses(trainings))
+        balances[0].remove()
+        found.append(losses(trainings[1:]) * 2)  # the first may not share its buffer
+        during = len(balances[1].report()[0].batches)
+        balances[1].remove()
+        found.append(losses(trainings))
+        return found, during

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -177,6 +178,35 @@ class Balance:
         self.layers.clear()
         self.pools.clear()
         self.notes.clear()
+
+
+class SharedReplacement:
+    """Another attribute of an object that all balanced models need, until the last is removed."""
+
+    def __init__(self) -> None:
+        self._num_users = 0
+
+    def give(
+        self, balance: Balance, target: object, name: str, make: Callable[[Any], object]
+    ) -> None:
+        """Replaces the attribute, if that was not done for another model.
+
+        Args:
+            balance: of a model that needs it.
+            target: the object, always the same one.
+            name: of its attribute.
+            make: returns the new value, given the old one.
+        """
+        if not self._num_users:
+            self._old = getattr(target, name)
+            setattr(target, name, make(self._old))
+        self._num_users += 1
+        balance.undo_with(lambda: self._take(target, name))
+
+    def _take(self, target: object, name: str) -> None:
+        self._num_users -= 1
+        if not self._num_users:
+            setattr(target, name, self._old)
 
 
 def make_guests(

@@ -22,7 +22,7 @@ from ..deepep.patch import provide
 from ..layer import Layer
 from ..placement.table import Placement
 from ..weights.slots import is_distributed
-from .balance import Balance, is_off, make_guests, refuse
+from .balance import Balance, SharedReplacement, is_off, make_guests, refuse
 from .megatron_experts import experts_of, obstacles
 from .megatron_homes import are_in_order, check_movable, move_home, saves_by_expert
 from .megatron_placements import placements_for
@@ -147,14 +147,20 @@ def _balanced(
     return made
 
 
+_buffers = SharedReplacement()
+
+
 def _give_buffers(made: Balance) -> None:
     """Has all layers call buffers that plan."""
     from megatron.core.transformer.moe import fused_a2a
 
-    # The class that is looked up with each buffer, which is made when the first batch comes.
-    made.replace(fused_a2a, "Buffer", drop_in.Buffer)
-    fused_a2a._buffer = None
-    made.undo_with(lambda: setattr(fused_a2a, "_buffer", None))
+    def forget() -> None:
+        fused_a2a._buffer = None  # the class is looked up when the next batch comes
+
+    made.undo_with(forget)
+    _buffers.give(made, fused_a2a, "Buffer", lambda _: drop_in.Buffer)
+    if not hasattr(fused_a2a._buffer, "_lplb_state"):
+        forget()
 
 
 def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placement]) -> None:

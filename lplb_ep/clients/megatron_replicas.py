@@ -7,6 +7,7 @@ A copy's gradients go home before DDP hands gradients on, and its weights come a
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
 from ..weights.replicas import Replicas
-from .balance import Balance, BalancedLayer, refuse
+from .balance import Balance, BalancedLayer, SharedReplacement, refuse
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -83,21 +84,33 @@ class StaticCopies:
             self._are_old, self._are_trained = True, False
 
 
+_alive: list[StaticCopies] = []
+_finish_grad_sync = SharedReplacement()
+
+
 def send_home_with_ddp(made: Balance, copies: Sequence[StaticCopies]) -> None:
     """Has gradients of copies sent home before a DDP reduces any, until `made` is removed."""
     from megatron.core.distributed import DistributedDataParallel
 
-    original: Callable[..., Any] = DistributedDataParallel.finish_grad_sync
+    _finish_grad_sync.give(made, DistributedDataParallel, "finish_grad_sync", _behind_homes)
+    _alive.extend(copies)
+    for layer in copies:
+        made.undo_with(functools.partial(_alive.remove, layer))
 
+
+def _behind_homes(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DDP's end of a step's gradients, once those of copies are home."""
+
+    @functools.wraps(original)
     def finish_grad_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = [layer for layer in copies if layer.is_of(self)]
+        own = [layer for layer in _alive if layer.is_of(self)]
         if own and self.ddp_config.overlap_grad_reduce:
             refuse("a model with replicas", ["overlap_grad_reduce is True: turn it off"])
         for layer in own:
             layer.reduce_gradients()
         return original(self, *args, **kwargs)
 
-    made.replace(DistributedDataParallel, "finish_grad_sync", finish_grad_sync)
+    return finish_grad_sync
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, train
+from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, train, two_models
 from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
 from layers import ROOT
 
@@ -229,6 +229,15 @@ def test_a_balanced_model_is_not_balanced_again():
     for said, before, after in ranks.run(2, refusal_of, Run(), {}, True, environ=ON):
         assert "decoder.layers.0.mlp cannot be balanced: it is balanced already: rem" in said
         assert before == after
+
+
+@pytest.mark.parametrize("options", [{"guests": 2}, {"replicas": 2}])
+def test_of_two_balanced_models_either_may_be_given_back(options):
+    for found, during in ranks.run(2, two_models, Run(balance=options), environ=ON):
+        assert during
+        for runs in found[1:]:
+            for got, want in zip(runs, found[0], strict=True):
+                assert got == pytest.approx(want, rel=1e-5)
 
 
 def test_guests_stay_on_the_nodes_that_deep_ep_has():
