@@ -46,10 +46,14 @@ _PUBLIC = {
     "attach": "deepep.context",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+_MODULES = ("metrics",)
+
+__all__ = ["__version__", *_PUBLIC, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"lplb_ep.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'lplb_ep' has no attribute {name!r}")
     return getattr(importlib.import_module(f"lplb_ep.{_PUBLIC[name]}"), name)

@@ -1,5 +1,6 @@
 from typing import Any
 
+from . import metrics as metrics
 from .cost import CostModel as CostModel
 from .deepep.context import attach as attach
 from .deepep.context import use as use

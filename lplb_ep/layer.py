@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -41,6 +42,10 @@ class GuestWeights(Protocol):
     """Whether the layer itself waits for guests, and its dispatch does not."""
 
     @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert."""
+
+    @property
     def is_valid(self) -> bool:
         """Whether guests can be had here."""
 
@@ -77,6 +82,7 @@ class Layer:
         placement: the copies that are in force at first.
         problem: what bounds the plans of every batch beside its counts: base loads, say. Planners
             and buffers go by it.
+        name: for messages and statistics, most often that of its module in the model.
 
     Raises:
         TypeError: `placement` is not a `Placement`.
@@ -93,9 +99,14 @@ class Layer:
     """Each is called with the counts [R, E] of every batch that is planned."""
     planners: WeakSet[Any]
     """The planners that were made for this layer, of whatever group."""
+    name: str
+    """For messages and statistics; empty: it has none."""
 
-    def __init__(self, placement: Placement, problem: Problem | None = None) -> None:
+    def __init__(
+        self, placement: Placement, problem: Problem | None = None, name: str = ""
+    ) -> None:
         check_placement(placement)
+        self.name = name
         self._problem = Problem() if problem is None else problem.checked(placement)
         if self._problem.load is not None:
             raise ValueError("a layer's load comes with each batch; its problem must have none")
@@ -125,9 +136,20 @@ class Layer:
     def __repr__(self) -> str:
         return f"Layer({self.placement!r})"
 
-    def __reduce__(self) -> tuple[type[Layer], tuple[Placement, Problem]]:
+    def __reduce__(self) -> tuple[type[Layer], tuple[Placement, Problem, str]]:
         """Pickles and copies are layers of their own, of whose weights nothing is known."""
-        return Layer, (self.placement, self.problem)
+        return Layer, (self.placement, self.problem, self.name)
+
+    @property
+    def label(self) -> str:
+        """Its name, or its number among the layers that were planned with."""
+        return self.name or f"layer {planned_layers.get(self, len(planned_layers))}"
+
+    def add_planner(self, planner: Any) -> None:
+        """Adds a planner, which the layer holds weakly."""
+        self.planners.add(planner)
+        if self not in planned_layers:
+            planned_layers[self] = next(_numbers)
 
     @property
     def is_valid(self) -> bool:
@@ -222,6 +244,10 @@ def check_slot(slot: int) -> None:
     if not (isinstance(slot, int) and 0 <= slot < 2**31):
         raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
 
+
+_numbers = itertools.count()
+planned_layers: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()
+"""The layers that planners were made for, in that order, and the number of each."""
 
 channels: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[Layer, int, Hashable], Any]]
 channels = WeakKeyDictionary()

@@ -33,8 +33,10 @@ def _setting(  # type: ignore[no-untyped-def]
     meaning: str,
     choices: tuple[str, ...] = (),
     within: _Range = _AT_LEAST_0,
+    ends_in: str = "",
 ):
     metadata = {"variable": variable, "meaning": meaning, "choices": choices, "within": within}
+    metadata["ends_in"] = ends_in
     return field(default=default, metadata=metadata)
 
 
@@ -191,6 +193,32 @@ class Settings:
         False,
         "`1`: verify every batch and its plan at once (slow; for debugging).",
     )
+    log: str = _setting(
+        "LPLB_EP_LOG",
+        "program",
+        "`info`, `debug`: the package's messages go to standard error from that level on. "
+        "`program`: they go where the program has Python's `logging` send them.",
+        ("program", "info", "debug"),
+    )
+    log_every: int = _setting(
+        "LPLB_EP_LOG_EVERY",
+        1000,
+        "Every so many batches of a layer the first rank of its group logs, at INFO, what they "
+        "came to (docs/metrics.md); 0: never.",
+    )
+    record: str = _setting(
+        "LPLB_EP_RECORD",
+        "",
+        "A file that ends in `.npz`: the first rank of each group writes loads of its layers "
+        "there, as `lplb-ep replay` and `place` read them.",
+        ends_in=".npz",
+    )
+    record_every: int = _setting(
+        "LPLB_EP_RECORD_EVERY",
+        16,
+        "The loads of every so many batches are recorded, at least 1; fewer in long runs.",
+        within=("of at least 1", lambda batches: batches >= 1),
+    )
     cache_dir: str = _setting(
         "LPLB_EP_CACHE_DIR",
         "",
@@ -203,6 +231,9 @@ class Settings:
             choices, (words, lies_within) = f.metadata["choices"], f.metadata["within"]
             if choices and value not in choices:
                 raise ValueError(f"{variable} must be one of {', '.join(choices)}; got {value!r}")
+            if value and f.metadata["ends_in"] and not value.endswith(f.metadata["ends_in"]):
+                end = f.metadata["ends_in"]
+                raise ValueError(f"{variable} must be a file that ends in {end}; got {value}")
             if type(f.default) not in _TYPES:
                 continue
             kind, a_kind = _TYPES[type(f.default)]

@@ -231,7 +231,7 @@ def make_guests(
     balance.pools.append(pool)
     made = []
     for (name, module), placement in zip(experts.items(), placements, strict=True):
-        layer = Layer(placement)
+        layer = Layer(placement, name=name)
         made.append(BalancedLayer(name, layer, Guests(module, layer, group, pool)))
     balance.layers += made
     return made

@@ -71,7 +71,7 @@ class EngineLayers:
         self._seen, self._rows = self._look()
         self.layers = {}
         for number in numbers:
-            self.layers[number] = layer = Layer(self._placement(number))
+            self.layers[number] = layer = Layer(self._placement(number), name=f"layer {number}")
             layer.is_refreshable = layer.moves_homes = True
             layer.mark_valid()
 

@@ -40,7 +40,7 @@ class StaticCopies:
         self.slots = nn.ModuleList(local_experts)
         for _ in range(placement.num_local_slots - len(local_experts)):
             self.slots.append(_twin(local_experts[0]))
-        layer = Layer(placement)
+        layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(name, layer, replicas=self.replicas)
         trained = [p for p in local_experts.parameters() if p.requires_grad]

@@ -15,6 +15,7 @@ from ..comm.collectives import everyone, together
 from ..cost import CostModel, choose_cost
 from ..errors import ContractError
 from ..layer import Layer, channels, check_slot, layer_of
+from ..metrics.reporter import report
 from ..placement.table import Placement
 from ..planning.planner import Planner
 from ..settings import Settings
@@ -53,6 +54,7 @@ class PlannerSettings(NamedTuple):
     guest_min_tokens: int
     objective: str
     cost: CostModel | None
+    sample_every: int
 
     @classmethod
     def of(cls, settings: Settings) -> PlannerSettings:
@@ -70,6 +72,7 @@ class PlannerSettings(NamedTuple):
             # At home no objective decides, and a layer's placement may not go with it.
             objective=settings.objective if balances else "tokens",
             cost=choose_cost(settings.cost)[0] if balances else None,
+            sample_every=settings.record_every if settings.record else 0,
         )
 
 
@@ -236,9 +239,12 @@ def _existing(state: BufferState, use: LayerUse) -> Planner | None:
 
 
 def _make(state: BufferState, use: LayerUse, *, compare: bool) -> Planner:
-    planner = Planner(
-        use.layer, state.group, slot=use.slot, compare=compare, **state.planner_settings._asdict()
-    )
+    settings = state.planner_settings._asdict()
+    if state.group.rank() != 0:  # all know the loads, and one records them
+        settings["sample_every"] = 0
+    planner = Planner(use.layer, state.group, slot=use.slot, compare=compare, **settings)
     of_group = channels.setdefault(state.group, {})
     of_group[use.layer, use.slot, state.planner_settings] = planner
+    if planner.rank == 0 and state.settings.mode == "1":
+        report(state.settings)
     return planner

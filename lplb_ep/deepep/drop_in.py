@@ -21,7 +21,9 @@ from .. import __version__
 from ..comm.collectives import together
 from ..comm.nvshmem import has_started_nvshmem
 from ..errors import ContractError, MissingPackageError
-from ..layer import Layer
+from ..layer import Layer, channels
+from ..logs import show
+from ..metrics.layers import LayerStats, stats_of
 from ..placement.table import Placement
 from ..planning.solvers import solver_fact
 from ..settings import Settings
@@ -86,7 +88,7 @@ def overrides(base: type) -> dict[str, Any]:
         methods[name] = refuse_unknown(base, name)
     if hasattr(base, _SIZE_HINT):
         methods[_SIZE_HINT] = size_hint(getattr(base, _SIZE_HINT))
-    return {**methods, "__init__": _init(base, contract), "view": _view}
+    return {**methods, "__init__": _init(base, contract), "view": _view, "stats": _stats}
 
 
 @functools.cache
@@ -134,6 +136,7 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
         with together(group if isinstance(group, dist.ProcessGroup) else None, "settings") as facts:
             original.bind(self, *args, **kwargs)
             settings = Settings.from_env()
+            show(settings.log)
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
             own = _own_layers(settings, placement, num_local_slots)
@@ -260,6 +263,20 @@ def _view(self: Any, placement: Layer | Placement, slot: int = 0) -> Any:
     view.__dict__ = self.__dict__
     view._lplb_use = use
     return view
+
+
+def _stats(self: Any) -> list[LayerStats]:
+    """What the batches of each layer come to that plans in this buffer's group; a view's alone.
+
+    It waits for no batch, and nothing is exchanged: a rank knows all of it.
+
+    Returns:
+        The statistics since `lplb_ep.metrics.reset`, as of the last batch that is done.
+    """
+    state, own = state_of(self), getattr(self, "_lplb_use", None)
+    if own is not None:
+        return stats_of([own.layer])
+    return stats_of(dict.fromkeys(layer for layer, *_ in channels.get(state.group, {})))
 
 
 @functools.cache

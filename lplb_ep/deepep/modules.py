@@ -80,10 +80,10 @@ class NamedLayers:
             for name in self._names_of(parts):
                 found[name, parts] = module  # a wrapper is replaced by what it wraps
         self._check(found)
-        for (name, _), module in found.items():
+        for (name, parts), module in found.items():
             if module not in self._attached:
                 self._attached.add(module)
-                self._attach(module, self._placements[name])
+                self._attach(module, self._placements[name], ".".join(parts))
 
     def remove(self) -> None:
         """Names no further modules. Those that are attached stay so."""
@@ -119,7 +119,7 @@ class NamedLayers:
                     "name of one, or a pattern for all of them"
                 )
 
-    def _attach(self, module: torch.nn.Module, placement: Placement) -> None:
+    def _attach(self, module: torch.nn.Module, placement: Placement, name: str) -> None:
         """With a layer of its own: modules of one placement have different weights."""
         experts = getattr(module, "experts", None)
         # Of a list it is known how many there are. Other experts may be laid out in any way.
@@ -127,7 +127,7 @@ class NamedLayers:
         if isinstance(experts, torch.nn.ModuleList):
             checked = experts
         slots = placement.num_local_slots
-        attach(module, Layer(placement), num_local_slots=slots, experts=checked)
+        attach(module, Layer(placement, name=name), num_local_slots=slots, experts=checked)
 
 
 _of_files: dict[str, Layer | NamedLayers] = {}

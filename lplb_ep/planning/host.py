@@ -154,7 +154,8 @@ class HostBackend:
                 log_home(self._placement, status)
         on_ranks, bounds = rank_load(quota, filled), self._problem.bounds
         about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]
-        self.statistics.add(status, load, on_ranks, *about)
+        by_tokens = self._problem.objective_name == "tokens"
+        self.statistics.add(status, load, on_ranks, *about, by_tokens=by_tokens)
         results = functools.partial(
             Results,
             counts,

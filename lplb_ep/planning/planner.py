@@ -153,7 +153,7 @@ class Planner:
             self._backend = self._make_backend(timeout_s, abort_on_timeout, sample_every)
         if group is not None and number:
             _num_made[group] = number
-        self.layer.planners.add(self)
+        self.layer.add_planner(self)
 
     def _make_backend(self, timeout_s: float, abort_on_timeout: bool, sample_every: int) -> Backend:
         size = HEAD + self.placement.num_experts

@@ -57,6 +57,8 @@ def add_batch(
     rank: int,
     base_load: torch.Tensor | None = None,
     speed: torch.Tensor | None = None,
+    *,
+    by_tokens: bool = True,
 ) -> None:
     """Adds a batch to the totals, in whole numbers.
 
@@ -70,6 +72,7 @@ def add_batch(
         placement: the copies.
         rank: this rank.
         base_load, speed: [R] of the problem.
+        by_tokens: whether a planned batch has the least largest load.
     """
     totals[NUM_TALLIES + status] += 1
     if totals[Tally.WINDOW] != window:
@@ -97,7 +100,7 @@ def add_batch(
         (Tally.LOAD, total),
         (Tally.HOME, home),
         (Tally.GOT, got),
-        (Tally.BOUND, got if status is Status.OPTIMAL else -(-total // R)),
+        (Tally.BOUND, got if status is Status.OPTIMAL and by_tokens else -(-total // R)),
         (Tally.OWN_HOME, at_home[rank]),
         (Tally.OWN, own[rank]),
         (Tally.GUESTS, taken.size),
@@ -125,12 +128,14 @@ class HostStatistics:
             maxlen=MAX_SAMPLES
         )
 
-    def add(self, status: Status, load: torch.Tensor, *rest: Any, **bounds: Any) -> None:
+    def add(self, status: Status, load: torch.Tensor, *rest: Any, by_tokens: bool) -> None:
         """As `add_batch`."""
-        before = int(self.totals[NUM_TALLIES:].sum())
+        totals = self.totals.copy()  # another thread may read the old ones
+        before = int(totals[NUM_TALLIES:].sum())
         if self._every and before % self._every == 0 and status < Status.BAD_COUNTS:
             self._samples.append((before, load.numpy().astype(np.int32)))
-        add_batch(self.totals, self._window, status, load, *rest, **bounds)
+        add_batch(totals, self._window, status, load, *rest, by_tokens=by_tokens)
+        self.totals = totals
 
     def begin_window(self) -> None:
         """As `Statistics.begin_window`."""
@@ -240,7 +245,7 @@ def read_totals(many: Iterable[Statistics]) -> list[Totals]:
     """
     given = list(many)
     found: dict[Statistics, Totals] = {}
-    found.update({one: one.totals.copy() for one in given if isinstance(one, HostStatistics)})
+    found.update({one: one.totals for one in given if isinstance(one, HostStatistics)})
     on_gpu = [one for one in given if isinstance(one, DeviceStatistics)]
     for _ in range(_MAX_TRIES):
         left = [one for one in on_gpu if one not in found]

@@ -21,7 +21,8 @@ class Tally(enum.IntEnum):
     GOT = 3
     """The largest load."""
     BOUND = 4
-    """Of a planned batch its optimum, T*; of one that went home the mean load, rounded up."""
+    """The optimum, T*, of a batch that was planned by tokens; of others the mean load, rounded up.
+    """
     OWN_HOME = 5
     """Rows of this rank, had every token gone home."""
     OWN = 6

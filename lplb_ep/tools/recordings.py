@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..metrics.recording_file import write_recording
 from ..plain_files import write_json
 from ..problem import MAX_TOTAL
 from .recording_files import read_arrays
@@ -129,14 +130,8 @@ def save_recording(path: str | os.PathLike[str], recording: Recording) -> None:
     check_name(path)
     end = Path(path).suffix
     if end == ".npz":
-        np.savez_compressed(
-            path,
-            lplb_ep_recording=1,
-            counts=recording.counts.numpy(),
-            layers=np.array(recording.layers),
-            source=recording.source,
-            scale=recording.scale,
-        )
+        about = recording.layers, recording.source, recording.scale
+        write_recording(path, recording.counts.numpy(), *about)
         return
     counts = recording.counts
     whole = counts.new_zeros(len(counts), max(recording.layers) + 1, recording.num_experts)

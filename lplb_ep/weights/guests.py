@@ -113,6 +113,11 @@ class Guests:
     def __repr__(self) -> str:
         return f"Guests({self.layer.placement!r})"
 
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert, as they travel."""
+        return sum(self._layout.slot_bytes)
+
     # --- what a plan asks -------------------------------------------------------------------------
 
     @property

@@ -374,15 +374,21 @@ def test_statistics_are_those_of_the_plan(R, E, order, memory, library):
     }
     rank = plans.Rank(memory, placement, 1, library, num_samples=2, every=2)
     expected = tallied.Tallied(1, every=2, **bounds)
-    for i in range(3):
+    statuses = [0, Status.STALE, 0, 0, Status.BAD_COUNTS, Status.STALE, 0]
+    for i, status in enumerate(statuses):
+        if i == 4:
+            expected.begin_window(7)
         topks = [topk_of(rng, placement, int(rng.integers(0, 90)), 2) for _ in range(R)]
         counts = np.stack([cpu.count(torch.from_numpy(t), E).numpy() for t in topks])
+        if status == Status.BAD_COUNTS:
+            counts[2, 3] = -1
         rank.head[3] = 0
         rank.totals[-1] = expected.window
-        plan = run_plan(memory, rank, topks[1], counts, order=order, of_ranks=on_device)
+        plan = run_plan(
+            memory, rank, topks[1], counts, order=order, status=status, of_ranks=on_device
+        )
         tensors = {name: torch.from_numpy(values) for name, values in vars(plan).items()}
         expected.add(SimpleNamespace(**tensors), placement)
-        assert rank.totals[:-1].tolist() == expected.totals
-        expected.begin_window(i + 3)
-    assert rank.sampled.tolist() == [0, 2]
-    assert rank.samples.tolist() == [*expected.samples.values()]
+        assert rank.totals[:-1].tolist() == expected.totals, i
+    assert rank.sampled.tolist() == [0, 6]  # none of the batch without counts
+    assert rank.samples.tolist() == [expected.samples[0], expected.samples[6]]

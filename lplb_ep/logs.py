@@ -1,0 +1,49 @@
+"""Messages of the package: each begins with its name and the rank, whoever shows it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch.distributed as dist
+
+
+class _Prefixed(logging.LoggerAdapter):
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Puts the package and the rank before a message."""
+        return f"{_prefix()}: {msg}", kwargs
+
+
+def logger(name: str) -> _Prefixed:
+    """The logger of a module, by its `__name__`."""
+    return _Prefixed(logging.getLogger(name), {})
+
+
+def show(level: str) -> None:
+    """Shows the package's messages on standard error, as `Settings.log` asks for.
+
+    Args:
+        level: "info" or "debug"; else they are left to the program, which may have set up logging.
+    """
+    package = logging.getLogger("lplb_ep")
+    if level not in ("info", "debug") or any(type(h) is _Shown for h in package.handlers):
+        return
+    handler = _Shown(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package.addHandler(handler)
+    package.setLevel(level.upper())
+    package.propagate = False  # or the program would show them, too
+
+
+class _Shown(logging.StreamHandler):
+    """The handler that `show` adds."""
+
+
+def _prefix() -> str:
+    if dist.is_available() and dist.is_initialized():
+        return f"lplb_ep rank {dist.get_rank()}"
+    return "lplb_ep"

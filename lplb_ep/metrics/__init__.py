@@ -1,0 +1,28 @@
+"""What balancing comes to in a running program, for all layers of a process.
+
+    from lplb_ep import metrics
+
+    for layer in metrics.snapshot():
+        print(layer)
+    metrics.reset()
+
+docs/metrics.md says what each number means, and how to send them on.
+"""
+
+from __future__ import annotations
+
+from .exporters import register_prometheus as register_prometheus
+from .exporters import scalars as scalars
+from .exporters import write_tensorboard as write_tensorboard
+from .layers import LayerStats as LayerStats
+from .layers import reset as reset
+from .layers import snapshot as snapshot
+
+__all__ = [
+    "LayerStats",
+    "register_prometheus",
+    "reset",
+    "scalars",
+    "snapshot",
+    "write_tensorboard",
+]

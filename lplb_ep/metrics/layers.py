@@ -1,0 +1,215 @@
+"""What the batches of each layer come to, over a window. Reading it waits for no batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from ..layer import Layer, planned_layers
+from ..planning.statistics import Totals, batches_by_status, read_totals
+from ..planning.structs import NUM_TOTALS, Status
+from ..planning.tallies import Tally
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """What the batches of one layer come to, on all micro-batch slots, since `reset`.
+
+    A batch is one plan: a forward pass of the layer, and once more where it is recomputed. Rows are
+    picks of experts: a token has K of them. Imbalances are the sum of the batches' largest rank
+    loads over the sum of their mean ones. So 1.25 says that the slowest ranks had 25 % more to do
+    than the average. They are 1 where there was nothing to do. Batches with no counts, such as
+    those that timed out, are in `by_status` alone.
+
+    All is of the whole expert-parallel group, the same on each of its ranks, but for the fields
+    that begin with `rank` and `own`.
+    """
+
+    layer: str
+    """The layer's name, or its number among those of the process."""
+    rank: int
+    """This rank in its group."""
+    num_ranks: int
+    """R"""
+    batches: int
+    """All that were planned."""
+    by_status: dict[str, int]
+    """How many ended with each `Status`, by its name."""
+    sent_home: int
+    """Batches of which every token went to its home: all that are not OPTIMAL."""
+    rows: int
+    """Picks of all ranks."""
+    own_rows: int
+    """Rows that this rank computed."""
+    own_rows_at_home: int
+    """Rows that it would have computed without balance."""
+    home_imbalance: float
+    """Largest / mean rank load, had every token gone home."""
+    imbalance: float
+    """Largest / mean rank load, as it was."""
+    bound: float
+    """T* / mean rank load: no plan on these copies and guests has less. Of batches that were sent
+    home T* is not known, and 1 is in its place."""
+    worst_home_imbalance: float
+    """Of the one batch with the largest, had every token gone home."""
+    worst_imbalance: float
+    """Of the one batch with the largest, as it was."""
+    guests: int
+    """Experts that were copied to other ranks for a batch, in forward passes."""
+    own_guests_sent: int
+    """Those that this rank sent."""
+    own_guests_received: int
+    """Those that came to this rank."""
+    guest_bytes: int
+    """Weights of all guests, in bytes; 0 where the layer has no `Guests` any more. A backward pass
+    may bring them once more, which is not counted."""
+    largest_home_load: int
+    """Sum over batches of the largest rank load at home, in rows, base loads included."""
+    largest_load: int
+    """The same, as it was."""
+    bound_load: int
+    """The same, of T*."""
+    mean_load: float
+    """Sum over batches of the mean rank load, in rows, base loads included."""
+
+    @property
+    def stale(self) -> int:
+        """Batches that were sent home since copies were not known to be valid."""
+        return self.by_status.get("STALE", 0)
+
+    @property
+    def timed_out(self) -> int:
+        """Batches of which a rank's counts did not come in time."""
+        return self.by_status.get("TIMED_OUT", 0)
+
+    def __str__(self) -> str:
+        """In one line."""
+        if not self.batches:
+            return f"{self.layer}: no batches"
+        said = [
+            f"{self.layer}: {self.batches} batches, imbalance {self.home_imbalance:.3f} at home, "
+            f"{self.imbalance:.3f} as planned, T* {self.bound:.3f}"
+        ]
+        said.append(f"{self.rows / self.batches:.0f} rows a batch")
+        if self.guests:
+            moved = f" ({self.guest_bytes / self.batches / 1e6:.1f} MB)" if self.guest_bytes else ""
+            said.append(f"{self.guests / self.batches:.1f} guests a batch{moved}")
+        others = {name: n for name, n in self.by_status.items() if name != "OPTIMAL"}
+        if others:
+            said.append("sent home: " + ", ".join(f"{n} {name}" for name, n in others.items()))
+        return "; ".join(said)
+
+
+class Window:
+    """Statistics since a moment that each layer may have of its own; at first since the beginning.
+
+    Sums on a device never go back. So windows are differences, and do not disturb each other.
+    """
+
+    def __init__(self) -> None:
+        self._since: WeakKeyDictionary[Any, Totals] = WeakKeyDictionary()
+
+    def stats(self, layers: Iterable[Layer], renew_at: int | None = None) -> list[LayerStats]:
+        """The statistics of some layers.
+
+        Args:
+            layers: these.
+            renew_at: a layer's window begins anew behind the result where it has so many batches;
+                None: it goes on.
+
+        Raises:
+            RuntimeError: batches come faster than they can be read.
+        """
+        chosen = [(layer, [*layer.planners]) for layer in layers]
+        planners = [planner for _, several in chosen for planner in several]
+        read = dict(zip(planners, read_totals(p.statistics for p in planners), strict=True))
+        found = []
+        for layer, several in chosen:
+            of_planners = [
+                (planner, read[planner], self._since.get(planner)) for planner in several
+            ]
+            found.append(_stats(layer, of_planners))
+            if renew_at is not None and found[-1].batches >= renew_at:
+                self._since.update({planner: read[planner] for planner in several})
+        return found
+
+
+_window = Window()
+
+
+def snapshot() -> list[LayerStats]:
+    """The statistics of all layers that this process has planned with, in that order.
+
+    They are of the batches that are done by now, replays of CUDA graphs included, and wait for no
+    other. Any thread may call it, at any time.
+
+    Raises:
+        RuntimeError: batches come faster than they can be read.
+    """
+    return stats_of(all_layers())
+
+
+def stats_of(layers: Iterable[Layer]) -> list[LayerStats]:
+    """As `snapshot`, of some layers."""
+    return _window.stats(layers)
+
+
+def reset() -> None:
+    """Begins a new window on all layers of this process."""
+    layers = all_layers()
+    _window.stats(layers, renew_at=0)
+    for layer in layers:
+        for planner in layer.planners:
+            planner.statistics.begin_window()
+
+
+def all_layers() -> list[Layer]:
+    """Those that this process has planned with, while another thread may add some."""
+    return [layer for known in planned_layers.keyrefs() if (layer := known()) is not None]
+
+
+def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -> LayerStats:
+    sums, worst = np.zeros(NUM_TOTALS, np.int64), {Tally.WORST_HOME: 0.0, Tally.WORST: 0.0}
+    num_ranks = len(layer.placement.active_ranks)
+    for _, totals, before in of_planners:
+        sums += totals if before is None else totals - before
+        # With none in this window, the worst are those of an earlier one.
+        is_new = before is None or totals[Tally.WINDOW] != before[Tally.WINDOW]
+        for first in worst if is_new else ():
+            largest, load = totals[first : first + 2].tolist()
+            worst[first] = max(worst[first], largest * num_ranks / load if load else 0.0)
+    by_status = batches_by_status(sums)
+    mean = int(sums[Tally.LOAD]) / num_ranks
+    guests, weights = int(sums[Tally.GUESTS]), layer.guests
+
+    def over_mean(tally: Tally) -> float:
+        return int(sums[tally]) / mean if mean else 1.0
+
+    return LayerStats(
+        layer=layer.label,
+        rank=of_planners[0][0].rank if of_planners else 0,
+        num_ranks=layer.placement.num_ranks,
+        batches=by_status.total(),
+        by_status={Status(s).name: n for s, n in by_status.items()},
+        sent_home=by_status.total() - by_status[Status.OPTIMAL],
+        rows=int(sums[Tally.ROWS]),
+        own_rows=int(sums[Tally.OWN]),
+        own_rows_at_home=int(sums[Tally.OWN_HOME]),
+        home_imbalance=over_mean(Tally.HOME),
+        imbalance=over_mean(Tally.GOT),
+        bound=over_mean(Tally.BOUND),
+        worst_home_imbalance=worst[Tally.WORST_HOME] or 1.0,
+        worst_imbalance=worst[Tally.WORST] or 1.0,
+        guests=guests,
+        own_guests_sent=int(sums[Tally.SENT]),
+        own_guests_received=int(sums[Tally.RECEIVED]),
+        guest_bytes=0 if weights is None else guests * weights.expert_bytes,
+        largest_home_load=int(sums[Tally.HOME]),
+        largest_load=int(sums[Tally.GOT]),
+        bound_load=int(sums[Tally.BOUND]),
+        mean_load=mean,
+    )

@@ -1,0 +1,117 @@
+"""A thread beside the program: lines about its layers in the log, and a recording of its loads.
+
+It reads what planners keep on their devices, so replays of CUDA graphs are seen, too. The program
+waits for nothing of it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..layer import Layer
+from ..logs import logger
+from ..settings import Settings
+from .layers import Window, all_layers
+from .recorder import Recorder
+
+log = logger(__name__)
+
+INTERVAL_S = 1.0
+
+
+class Reporter:
+    """Reports on the layers of which this process has the first rank of a group.
+
+    Args:
+        log_every: batches of a layer from one line to the next; 0: there are none.
+        recorder: takes samples of loads; None: none are taken.
+    """
+
+    def __init__(self, log_every: int, recorder: Recorder | None) -> None:
+        self._log_every, self._recorder = log_every, recorder
+        self._window, self._lock = Window(), threading.Lock()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lplb_ep reporter", daemon=True)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to report."""
+        return self._recorder is not None or self._logs
+
+    @property
+    def _logs(self) -> bool:
+        return self._log_every > 0 and log.isEnabledFor(logging.INFO)
+
+    def start(self) -> None:
+        """Reports from now on, until the process ends."""
+        self._thread.start()
+        atexit.register(self.stop)
+
+    def stop(self) -> None:
+        """Reports what there is, for the last time."""
+        self._ends.set()
+        self._thread.join(10 * INTERVAL_S)
+        self.look(last=True)
+
+    def look(self, *, last: bool = False) -> None:
+        """Reports news. Planners that another thread makes meanwhile may wait for the next.
+
+        Args:
+            last: whether this is the end.
+        """
+        with self._lock:
+            layers = [layer for layer in all_layers() if _is_first(layer)]
+            if self._logs:
+                for stats in self._window.stats(layers, renew_at=self._log_every):
+                    if stats.batches >= self._log_every:
+                        log.info("%s", stats)
+            if self._recorder is not None:
+                self._recorder.take(layers, all_done=last and _is_idle())
+                self._recorder.write(now=last)
+
+    def _run(self) -> None:
+        while not self._ends.wait(INTERVAL_S):
+            try:
+                self.look()
+            except RuntimeError as error:  # a set that changed, batches that come too fast
+                log.debug("no report now: %s", error)
+
+
+def _is_first(layer: Layer) -> bool:
+    return any(planner.rank == 0 for planner in layer.planners)
+
+
+def _is_idle() -> bool:
+    return not torch.cuda.is_initialized() or torch.cuda.current_stream().query()
+
+
+_reporters: list[Reporter] = []
+_lock = threading.Lock()
+
+
+def report(settings: Settings) -> None:
+    """Has one thread of this process report, as the first settings that ask for it say."""
+    with _lock:
+        if _reporters:
+            return
+        recorder = None
+        if settings.record:
+            recorder = Recorder(_path_of_rank(Path(settings.record)), settings.record_every)
+            if not recorder.is_writable():
+                recorder = None
+        reporter = Reporter(settings.log_every, recorder)
+        if reporter.has_work:
+            _reporters.append(reporter)
+            reporter.start()
+
+
+def _path_of_rank(path: Path) -> Path:
+    """A file for each process that records: the first rank of each group."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")
