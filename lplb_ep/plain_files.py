@@ -8,6 +8,7 @@ import os
 import pickle
 import struct
 import tokenize
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable
@@ -85,9 +86,15 @@ def _read(
             f"{file} is not {what}: it {f'begins with {began}' if head else 'is empty'}"
         )
     try:
-        return read(file)
+        with warnings.catch_warnings():  # a mistake is one line
+            warnings.simplefilter("ignore")
+            return read(file)
     except _ContentError as error:
         raise ValueError(f"{file} is not {what}: {error}") from None
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{file} is not {what}: it has offsets that lie outside of it") from None
     except _OF_PARSERS:
         raise ValueError(f"{file} is not {what}: it is damaged, or has more than that") from None
 
@@ -134,7 +141,8 @@ def _read_yaml(file: Path) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        raise _ContentError(f"{where}{getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or str(error)
+        raise _ContentError(f"{where}{' '.join(problem.split())}") from None
 
 
 def _read_csv(file: Path) -> list[list[str]]:

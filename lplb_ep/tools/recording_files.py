@@ -140,6 +140,12 @@ def _of_csv(path: Path, rows: Sequence[Sequence[str]]) -> tuple[Array, tuple[int
     named = not all(map(_is_number, rows[0]))
     if named and set(_COLUMNS) <= set(head):
         return _of_cells(path, head, rows[1:])
+    experts = head[1:] if head[0] == "layer" else head
+    if named and [re.sub(r"\D", "", name) for name in experts] != [*map(str, range(len(experts)))]:
+        raise ValueError(
+            f"{path}: columns must be layer, expert and count, or e0, e1, … for the experts; got "
+            f"{', '.join(head)[:80]}"
+        )
     numbers = []
     for line, row in enumerate(rows[int(named) :], 1 + named):
         if len(row) != len(head) or not all(map(_is_number, row)):

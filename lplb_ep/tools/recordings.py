@@ -89,6 +89,10 @@ class Recording:
         if not batches.any():
             raise ValueError(f"{source}: all counts are 0")
         whole, scale = _whole(array[batches][:, used])
+        vanished = np.argwhere(~whole.any((0, 2)))
+        if len(vanished):
+            layer = int(numbers[used][vanished[0, 0]])
+            raise ValueError(f"{source}: the counts of layer {layer} vanish beside those of others")
         kept = tuple(numbers[used].tolist())
         return cls(torch.from_numpy(whole), kept, source, scale, num_dropped)
 

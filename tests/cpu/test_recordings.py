@@ -271,6 +271,11 @@ def test_means_keep_their_shares(dtype):
     assert recording.scale > 1
 
 
+def test_layers_that_vanish_beside_others_are_named():
+    with pytest.raises(ValueError, match="the counts of layer 1 vanish beside those of others"):
+        Recording.of(np.array([[1e25, 1.0], [3.0, 4.0]]), "a test")
+
+
 @pytest.mark.parametrize("values", [[1e308, 1e308], [1e-300, 2e-300], [2**63, 2**63]])
 def test_numbers_of_any_size(values):
     found = Recording.of(np.array([values], dtype=np.float64), "a test").counts[0, 0]
@@ -415,6 +420,8 @@ def test_parts_that_come_twice_or_are_missing(tmp_path, kind, says):
         ("a.csv", "layer,expert,count\n0,x,1\n", "expert must be whole numbers"),
         ("a.csv", "layer,expert,count,rank\n0,0,1,1\n", "columns must be layer, expert, count"),
         ("a.csv", "layer,expert,count\n0,0,many\n", "row 2: count must be a number; got many"),
+        ("a.csv", "laer,expert,count\n0,0,1\n", "columns must be layer, expert and count, or e0"),
+        ("a.csv", "a,b\n0,0\n", "columns must be layer, expert and count, or e0, e1"),
         ("a.csv", "", "it has no rows"),
         ("a.csv", "layer,expert,count\n", "it has no rows"),
     ],
