@@ -1,237 +1,182 @@
-"""What balancing saves of a layer's compute, on recorded loads, at the sizes of DeepSeek-V3.
+"""What a layer's experts take on one GPU, by objective and by size, on recorded loads.
 
-    python benchmarks/layer.py FILE --key LIVE --learn-from LEARNED [--every 6] [--json FILE]
+    python benchmarks/layer.py FILE --key LIVE --learn-from LEARNED [--ranks 8 32]
+        [--tokens 8 32 128 512 1024 4096] [--cost FILE] [--json FILE] [--markdown FILE]
 
-8 ranks of 32 experts and 2 redundant slots, hidden 7168, expert width 2048, top-8, 4096 tokens a
-rank. The computation of each rank (a grouped GEMM in and one out, bfloat16) runs alone on the
-whole GPU with the rows that its plan gives it; a layer takes what its slowest rank takes.
-Compared: experts in order, as plain DeepEP has them; copies by EPLB and by `Placement.for_lp`, each
-with an even split and balanced; and the ideal, every rank at the mean with equal experts, as a
-router that is forced into balance makes them: 1024 rows, whole tiles of a GEMM; and "ragged", 1024
-rows on average and as many odd ones as real experts have: what rows that fill no tile cost, no
-balance brings back.
+Experts of DeepSeek-V3's size (7168 and 2048 wide, bfloat16, two grouped GEMMs), two redundant slots
+a rank. A batch's picks are drawn with the live load as weights. The computation
+of each rank runs alone on the whole GPU, with the rows that its plan gives it, and a layer takes
+what its slowest rank takes. Tokens do not move: that is `benchmarks/whole_layer.py`.
 
-Where DeepEP is installed a second table has what its calls take on the same layers, by 8 ranks that
-share the GPU under MPS, each with a part of it: no figures of NVLink. Picks are drawn with the
-load as weights; with a plan the layout's call makes it, on EPLB's copies.
+- plain: no copies, experts in order, as DeepEP alone has them
+- even: EPLB's copies, each with an equal part of its expert's tokens
+- tokens, experts, cost, auto: `Placement.for_lp`'s copies, by that objective
+- ideal: every rank has the mean number of tokens, and equal experts
+
+Each figure is the mean over batches of milliseconds of a layer. `best` says how far `auto` is above
+the fastest column but the ideal. Ranks are timed that cost at least three quarters of the dearest
+by the cost model, which `lplb-ep calibrate` has made, or is made at the start.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import itertools
 import json
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
-import lplb_ep
-from lplb_ep import Placement
-from lplb_ep.planning import reference as cpu
+from lplb_ep import Placement, Problem
+from lplb_ep.cost import CostModel
+from lplb_ep.planning.objectives import exact_solutions, quotas_by_objective
+from lplb_ep.settings import OBJECTIVES
 from lplb_ep.tools import bench
+from lplb_ep.tools.calibrate import calibrate
+from lplb_ep.tools.grouped_gemms import Experts
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.tables import text_table
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import mps
-import ranks
+Int64 = npt.NDArray[np.int64]
 
-NUM_RANKS, NUM_REDUNDANT, HIDDEN, WIDTH = 8, 2, 7168, 2048
-NUM_EXPERTS, NUM_TOKENS, NUM_TOPK = 256, 4096, 8
-NUM_PICKS = NUM_RANKS * NUM_TOKENS * NUM_TOPK
-NUM_WARM, NUM_RUNS = 3, 10
-COLUMNS = (
-    "in order",
-    "EPLB, even",
-    "EPLB, balanced",
-    "LP, even",
-    "LP, balanced",
-    "ideal, ragged",
-    "ideal",
-)
+NUM_REDUNDANT, HIDDEN, WIDTH = 2, 7168, 2048
+COLUMNS = ("plain", "even", *OBJECTIVES, "ideal")
+NEAR = 0.75  # of the dearest rank by the model: those are timed
 
 
-class Experts:
-    """A rank's slots: a gated feed-forward network each."""
+class Clock:
+    """Times ranks by their rows; the same rows are timed once."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.enter = torch.randn(num_slots, HIDDEN, 2 * WIDTH, device="cuda").bfloat16()
-        self.leave = torch.randn(num_slots, WIDTH, HIDDEN, device="cuda").bfloat16()
+    def __init__(self, num_slots: int, max_rows: int) -> None:
+        self._experts = Experts(num_slots, HIDDEN, WIDTH, "bfloat16", "torch", max_rows)
+        self._num_slots = num_slots
+        self._known: dict[tuple[int, ...], float] = {}
 
-    def milliseconds(self, rows: torch.Tensor) -> float:
-        """For [slots] rows of each slot: the median time of a pass."""
-        ends = rows.cumsum(0).int().cuda()
-        x = torch.randn(int(rows.sum()), HIDDEN, device="cuda").bfloat16()
-        times = []
-        for _ in range(NUM_WARM + NUM_RUNS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            gate, up = torch._grouped_mm(x, self.enter[: len(rows)], offs=ends).chunk(2, 1)
-            hidden = torch.nn.functional.silu(gate) * up
-            torch._grouped_mm(hidden, self.leave[: len(rows)], offs=ends)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times[NUM_WARM:])
+    def rank(self, rows: Sequence[int]) -> float:
+        """Nanoseconds of a rank; slots that it lacks have no rows."""
+        key = (*sorted(rows, reverse=True), *[0] * (self._num_slots - len(rows)))
+        if key not in self._known:
+            self._known[key] = self._experts.nanoseconds(key)
+        return self._known[key]
+
+    def layer(self, rows: Int64, cost: CostModel) -> float:
+        """Nanoseconds of the slowest rank of [R, slots]."""
+        costs = cost.of_slots(rows).sum(1)
+        return max(
+            self.rank(rows[rank].tolist()) for rank in np.flatnonzero(costs >= NEAR * costs.max())
+        )
 
 
-def slots_of(quota: torch.Tensor, placement: Placement) -> torch.Tensor:
+def slots_of(quota: Int64, placement: Placement) -> Int64:
     """[R, P / R] rows of each slot, from the quotas [E, C]."""
-    slot = torch.tensor(placement.logical_to_physical.tolist())
-    rows = torch.zeros(placement.num_physical_experts, dtype=torch.int64)
-    rows[slot[slot >= 0]] = quota.long()[slot >= 0]
-    return rows.view(placement.num_ranks, -1)
+    slot = placement.logical_to_physical
+    rows = np.zeros(placement.num_physical_experts, np.int64)
+    rows[slot[slot >= 0]] = quota[slot >= 0]
+    return rows.reshape(placement.num_ranks, -1)
 
 
-def even(load: torch.Tensor, placement: Placement) -> torch.Tensor:
+def even(load: Int64, placement: Placement) -> Int64:
     """The quotas of an even split over an expert's copies."""
-    here = torch.tensor((placement.logical_to_physical >= 0).tolist())
-    number = here.sum(1, keepdim=True)
+    here = placement.logical_to_physical >= 0
+    number = here.sum(1, keepdims=True)
     first = load[:, None] // number + (here.cumsum(1) <= load[:, None] % number)
-    return torch.where(here, first, 0)
+    return np.where(here, first, 0)
 
 
-def rows_of(load: torch.Tensor, learned: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[R, slots] rows by every way of dividing the load."""
-    sizes: dict[str, Any] = dict(num_ranks=NUM_RANKS, num_redundant_per_rank=NUM_REDUNDANT)
-    placements = {
-        "EPLB": Placement.from_history(learned, **sizes),
-        "LP": Placement.for_lp(learned[None], **sizes),
-    }
-    in_order = load.view(NUM_RANKS, -1)
-    mean = int(load.sum()) // NUM_RANKS
-    found = {
-        "in order": in_order,
-        "ideal": torch.full_like(in_order, mean // in_order.shape[1]),
-    }
-    odd = 2 * torch.arange(1 - in_order.shape[1], in_order.shape[1], 2)  # -62 to 62, in all 0
-    found["ideal, ragged"] = found["ideal"] + odd
-    for name, placement in placements.items():
-        found[f"{name}, even"] = slots_of(even(load, placement), placement)
-        found[f"{name}, balanced"] = slots_of(cpu.solve(load, placement).quota, placement)
-    return found
+def rows_of(
+    load: Int64, placement: Placement, eplb: Placement, cost: CostModel
+) -> dict[str, Int64]:
+    """[R, slots] rows by every way of dividing a load."""
+    size, number = placement.num_ranks, placement.num_experts // placement.num_ranks
+    exact = exact_solutions(load, placement, Problem())
+    found = {"plain": load.reshape(size, -1), "even": slots_of(even(load, eplb), eplb)}
+    for objective in OBJECTIVES:
+        problem = Problem(objective=objective, cost=cost)
+        quota = quotas_by_objective(load, placement, problem, exact)
+        found[objective] = slots_of(quota, placement)
+    mean = np.full((1, number), load.sum() // (size * number))
+    mean[0, : load.sum() // size - mean.sum()] += 1
+    return {**found, "ideal": mean}
 
 
-def scaled(load: np.ndarray, total: int) -> torch.Tensor:
-    """A load of so many picks in the same proportions."""
-    exact = load * (total / load.sum())
-    whole = np.floor(exact).astype(np.int64)
-    largest = np.argsort(whole - exact, kind="stable")[: total - whole.sum()]
-    whole[largest] += 1
-    return torch.from_numpy(whole)
+def drawn(weights: Int64, num_tokens: int, num_topk: int, seed: int) -> Int64:
+    """[E] a batch's picks: for each token so many different experts."""
+    generator = torch.Generator().manual_seed(seed)
+    chances = torch.from_numpy(weights).double().clamp(min=1e-9).expand(num_tokens, -1)
+    picks = torch.multinomial(chances, num_topk, generator=generator)
+    return np.bincount(picks.flatten().numpy(), minlength=len(weights)).astype(np.int64)
 
 
-def calls(group: dist.ProcessGroup, loads: list[torch.Tensor], learned: list[torch.Tensor]) -> Any:
-    """Of one rank: by layer, {way: milliseconds of layout, dispatch and combine}."""
-    import deep_ep
-
-    torch.cuda.set_device(group.rank() % torch.cuda.device_count())
-    # All of a kernel's blocks must run at once, on an eighth of a GPU.
-    deep_ep.Buffer.set_num_sms(4)
-    num_bytes = deep_ep.Buffer.get_dispatch_config(NUM_RANKS).get_nvl_buffer_size_hint(
-        2 * HIDDEN, NUM_RANKS
+def measure(args: argparse.Namespace, num_ranks: int, cost: CostModel | None) -> dict[str, Any]:
+    """{tokens: {column: [milliseconds of each batch]}} of a number of ranks."""
+    live, learned = (
+        load_recording(args.recording, key=key, layout=args.layout).counts.sum(0)
+        for key in (args.key, args.learn_from)
     )
-    plain = deep_ep.Buffer(group, num_bytes)
-    balanced = lplb_ep.Buffer(group, num_bytes)
-    torch.manual_seed(group.rank())
-    x = torch.randn(NUM_TOKENS, HIDDEN, device="cuda").bfloat16()
-    found = []
-    for load, history in zip(loads, learned, strict=True):
-        placement = Placement.from_history(
-            history, num_ranks=NUM_RANKS, num_redundant_per_rank=NUM_REDUNDANT
-        )
-        topk_idx = torch.multinomial(load.double().expand(NUM_TOKENS, -1), NUM_TOPK).cuda()
-        ways = {"in order": plain, "balanced": balanced.view(placement)}
-        found.append({way: one_layer(group, b, x, topk_idx) for way, b in ways.items()})
+    num_slots = live.shape[1] // num_ranks + NUM_REDUNDANT
+    clock = Clock(num_slots, num_ranks * max(args.tokens) * args.topk // 2)
+    cost = cost or calibrate(clock.rank, num_slots, 2048, torch.cuda.get_device_name()).model
+    found: dict[int, dict[str, list[float]]] = {
+        tokens: {column: [] for column in COLUMNS} for tokens in args.tokens
+    }
+    for layer in np.linspace(0, len(live) - 1, args.layers).round().astype(int):
+        sizes: dict[str, Any] = dict(num_ranks=num_ranks, num_redundant_per_rank=NUM_REDUNDANT)
+        history = torch.as_tensor(np.asarray(learned[layer]))
+        eplb = Placement.from_history(history, **sizes)
+        placement = Placement.for_lp(history[None], time_budget_s=2, **sizes)
+        for tokens, times in found.items():
+            load = drawn(np.asarray(live[layer]), num_ranks * tokens, args.topk, int(layer))
+            for column, rows in rows_of(load, placement, eplb, cost).items():
+                times[column].append(clock.layer(rows, cost) / 1e6)
     return found
 
 
-def one_layer(
-    group: dist.ProcessGroup, buffer: Any, x: torch.Tensor, topk_idx: torch.Tensor
-) -> list[float]:
-    weights = torch.ones(topk_idx.shape, device="cuda")
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-    times = []
-    for _ in range(NUM_WARM + NUM_RUNS):
-        dist.barrier(group)
-        marks[0].record()
-        layout = buffer.get_dispatch_layout(topk_idx, NUM_EXPERTS)
-        marks[1].record()
-        received, *_, handle, _ = buffer.dispatch(
-            x,
-            topk_idx=topk_idx,
-            topk_weights=weights,
-            num_tokens_per_rank=layout[0],
-            is_token_in_rank=layout[3],
-            num_tokens_per_expert=layout[2],
-        )
-        marks[2].record()
-        buffer.combine(received, handle)
-        marks[3].record()
-        torch.cuda.synchronize()
-        times.append([a.elapsed_time(b) for a, b in itertools.pairwise(marks)])
-    return [statistics.median(column) for column in zip(*times[NUM_WARM:], strict=True)]
-
-
-def call_table(loads: list[torch.Tensor], learned: list[torch.Tensor]) -> str:
-    environ = {"LPLB_EP": "1", "LPLB_EP_REPLICAS": "valid"}
-    with mps.service() as environ_of:
-        of_ranks = ranks.run(
-            NUM_RANKS,
-            calls,
-            loads,
-            learned,
-            environ={**environ_of(NUM_RANKS), **environ},
-            timeout=300,
-        )
+def table_of(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """A row for each number of ranks and tokens."""
     rows = []
-    for way in ("in order", "balanced"):
-        slowest = [
-            [max(of_rank[layer][way][call] for of_rank in of_ranks) for layer in range(len(loads))]
-            for call in range(3)
-        ]
-        rows.append([way, *(f"{statistics.median(times):.2f}" for times in slowest)])
-    return text_table(["slowest rank, median layer; ms", "layout", "dispatch", "combine"], rows)
+    for name, times_of in found.items():
+        for tokens, times in times_of.items():
+            means = {column: statistics.mean(times[column]) for column in COLUMNS}
+            best = min(means[c] for c in COLUMNS if c not in ("auto", "ideal"))
+            rows.append(
+                [
+                    f"{name}, {tokens} tokens a rank",
+                    *(f"{means[column]:.3f}" for column in COLUMNS),
+                    f"{means['auto'] / best - 1:+.1%}",
+                ]
+            )
+    return ["ms", *COLUMNS, "auto above the best"], rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recording")
     parser.add_argument("--key")
-    parser.add_argument("--learn-from", metavar="KEY", required=True)
-    parser.add_argument("--every", type=int, default=6, help="of how many layers to take one")
+    parser.add_argument("--learn-from", metavar="KEY")
+    parser.add_argument("--layout", help="of ids, as load_recording takes it")
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 128, 512, 1024, 4096])
+    parser.add_argument("--layers", type=int, default=5, help="of the recording, evenly chosen")
+    parser.add_argument("--cost", metavar="FILE", help="of lplb-ep calibrate, for these experts")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--markdown", metavar="FILE")
     args = parser.parse_args()
-    live, learned = (
-        load_recording(args.recording, key=key).counts.sum(0) for key in (args.key, args.learn_from)
-    )
-    experts = Experts(live.shape[1] // NUM_RANKS + NUM_REDUNDANT)
-    table, found = [], {}
-    for layer in range(0, len(live), args.every):
-        rows = rows_of(scaled(np.asarray(live[layer]), NUM_PICKS), torch.as_tensor(learned[layer]))
-        times = {c: max(experts.milliseconds(of_rank) for of_rank in rows[c]) for c in COLUMNS}
-        found[layer] = times
-        table.append([str(layer), *(f"{times[c]:.2f}" for c in COLUMNS)])
-    medians = {c: statistics.median(times[c] for times in found.values()) for c in COLUMNS}
-    worst = {c: max(times[c] / times["ideal"] for times in found.values()) for c in COLUMNS}
-    table += [
-        [],
-        ["median", *(f"{medians[c]:.2f}" for c in COLUMNS)],
-        ["worst / ideal", *(f"{worst[c]:.3f}" for c in COLUMNS)],
-    ]
-    print(text_table(["layer; ms", *COLUMNS], table))
-    if importlib.util.find_spec("deep_ep") is not None:
-        layers = range(0, len(live), args.every)
-        print()
-        print(call_table([live[i] for i in layers], [learned[i] for i in layers]))
-    if args.json:
-        Path(args.json).write_text(json.dumps({**bench.conditions(), "ms": found}, indent=1))
+    cost = CostModel.load(args.cost) if args.cost else None
+    found = {}
+    for num_ranks in args.ranks:
+        found[f"EP{num_ranks}"] = measure(args, num_ranks, cost)
+        head, rows = table_of(found)
+        print(text_table(head, rows), flush=True)
+        if args.markdown:
+            lines = [head, ["---"] * len(head), *rows]
+            Path(args.markdown).write_text("\n".join(f"| {' | '.join(r)} |" for r in lines) + "\n")
+        if args.json:
+            Path(args.json).write_text(json.dumps({**bench.conditions(), "ms": found}, indent=1))
 
 
 if __name__ == "__main__":
