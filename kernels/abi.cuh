@@ -72,6 +72,27 @@ constexpr int NUM_ERROR_FLAGS = 11;  // statuses, then the others
 
 constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
 
+// What the largest rank is to have the least of, beside tokens.
+enum Aim {
+    AIM_EXPERTS = 0,
+    AIM_COST = 1,
+    AIM_AUTO = 2,
+};
+
+constexpr int MAX_COST_STEPS = 128;  // of a cost model
+
+constexpr int CHAIN = 4;  // moves of a chain, at most
+
+constexpr int MAX_SEARCHES = 64;  // steps of a search, at most
+
+constexpr int FINEST = 9;  // 2 to the minus this of a bound is its last step
+
+constexpr int SHRINK = 2;  // a step without a chain becomes 2 to the minus this of it
+
+constexpr int NO_LIMIT = 2147483647;  // of active slots
+
+constexpr long long LARGEST_COUNT = 70368744177663;  // of a rank, as compared
+
 constexpr int MAX_EXPERTS = 512;  // of a component
 
 constexpr int MAX_PLACES = 544;  // slots of a rank that has guest slots
@@ -447,6 +468,25 @@ LPLB_PLACE(Guests, max_several, 88);
 LPLB_PLACE(Guests, max_copies, 92);
 LPLB_PLACE(Guests, tolerance, 96);
 LPLB_PLACE(Guests, min_tokens, 100);
+
+// What the largest rank is to have the least of, and what rows cost.
+struct Objective {
+    const int* costs;  // [2, MAX_COST_STEPS + 1] by tiles: of a slot, and the least of an expert over any copies
+    int kind;          // an Aim
+    int num_steps;     // of the table
+    int tile;          // rows of a step
+    int slope;         // of each tile beyond the last step
+    int least_cost;    // of an expert beyond the table, for `least_tiles`
+    int least_tiles;   // tiles that cost that
+};
+LPLB_SIZE(Objective, 32);
+LPLB_PLACE(Objective, costs, 0);
+LPLB_PLACE(Objective, kind, 8);
+LPLB_PLACE(Objective, num_steps, 12);
+LPLB_PLACE(Objective, tile, 16);
+LPLB_PLACE(Objective, slope, 20);
+LPLB_PLACE(Objective, least_cost, 24);
+LPLB_PLACE(Objective, least_tiles, 28);
 
 #undef LPLB_SIZE
 #undef LPLB_PLACE

@@ -83,13 +83,20 @@ class CostModel:
         left = np.asarray(cost, np.int64)
         tiles = np.searchsorted(self._table, left, side="right") - 1
         more = (left - self._table[-1]) // self.slope if self.slope else _LARGEST
-        tiles = np.where(left >= self._table[-1], len(self.steps) + more, tiles)
+        most = len(self.steps) + np.minimum(more, _LARGEST)
+        tiles = np.where(left >= self._table[-1], most, tiles)
         return np.where(left < 0, -1, np.minimum(tiles * self.tile, _LARGEST))
 
     @cached_property
     def _table(self) -> Int64:
         """[1 + steps] by tiles."""
         return np.array([0, *self.steps])
+
+    @property
+    def tables(self) -> tuple[Int64, Int64, tuple[int, int]]:
+        """For kernels: [1 + steps] costs of a slot by tiles, and the least of an expert over any
+        copies. Then what an expert beyond the table costs, for how many tiles."""
+        return self._table, *self._least
 
     @cached_property
     def _least(self) -> tuple[Int64, tuple[int, int]]:

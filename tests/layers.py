@@ -62,6 +62,7 @@ LAYERS = [
     "planning",
     "planning.fill_rules",
     "planning.tallies",
+    "planning.search_rules",
     "planning.structs",
     "planning.inputs",
     "planning.reference",

@@ -36,7 +36,12 @@ from lplb_ep.planning import planner as planner_module  # noqa: E402
 from lplb_ep.planning.device import DeviceBackend  # noqa: E402
 from lplb_ep.planning.layout import capacity_for  # noqa: E402
 from lplb_ep.planning.plan import Plan  # noqa: E402
-from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS, Variant  # noqa: E402
+from lplb_ep.planning.solvers import (  # noqa: E402
+    DEVICE_SOLVERS,
+    GUEST_SOLVERS,
+    OBJECTIVE_SOLVERS,
+    Variant,
+)
 from lplb_ep.planning.structs import HEAD, Status, Sum  # noqa: E402
 from lplb_ep.weights.guest_launches import (  # noqa: E402
     Batch,
@@ -77,6 +82,14 @@ def cases() -> list[Case]:
             GUEST_SOLVERS["flow"].program(v),
         )
         for v in GUEST_SOLVERS["flow"].variants()
+    ]
+    out += [
+        Case(
+            f"objective-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
+            functools.partial(run_objective, v),
+            OBJECTIVE_SOLVERS["flow"].program(v),
+        )
+        for v in OBJECTIVE_SOLVERS["flow"].variants()
     ]
     others = [p for p in kernels.programs() if p.source in ("route.cu", "barrier.cu")]
     for program in others:
@@ -163,6 +176,19 @@ def run_solver(solver: str, variant: Variant) -> None:
     plan_once(Layer(placement, Problem(base_load=base)), solver, topk.int(), counts, True)
     bounded = Problem(base_load=base, speed=speed, max_quota=limit)
     plan_once(Layer(placement, bounded), solver, topk, counts, False)
+
+
+def run_objective(variant: Variant) -> None:
+    """The kernel of a variant, for every objective but tokens."""
+    placement, rng = placement_of(variant), np.random.default_rng(variant.size)
+    picked = OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement))
+    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
+    base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
+    for objective in ("experts", "cost", "auto"):
+        plan_once(Layer(placement, Problem(objective=objective)), "flow", topk, counts, False)
+    bounded = Layer(placement, Problem(objective="auto", base_load=base))
+    plan_once(bounded, "flow", topk, counts, True)
 
 
 def guest_placement_of(variant: Variant) -> Placement:

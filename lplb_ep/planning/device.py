@@ -75,8 +75,10 @@ class DeviceBackend:
     ) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._index: int = self._device.index
-        self._rank, self._problem = rank, problem
-        self.tables = DeviceTables(placement, self._device, solver, refreshable, moves_homes)
+        self._rank, self.problem = rank, problem
+        self.tables = DeviceTables(
+            placement, self._device, solver, refreshable, moves_homes, problem
+        )
         self.error_flags = ErrorFlags(placement, timeout_s, abort_on_timeout)
         self.raise_errors = self.error_flags.raise_errors  # called for each batch
         self.workspace = Workspace(
@@ -306,7 +308,7 @@ class DeviceBackend:
         placement = made_on or self.tables.placement
         if placement.num_guests_per_rank:
             placement = placement.with_guests(self._results(results).guests.cpu().numpy())
-        return judge(quota, load, placement, self._problem)
+        return judge(quota, load, placement, self.problem)
 
     def _make_launches(
         self, dtype: torch.dtype, indices: str, distinct: bool, exchanged: bool

@@ -21,11 +21,22 @@ from .guest_layout import (
     pack_guests,
 )
 from .kernels import solver_kernel
-from .layout import Routes, Tables, capacity_for, pack_network, pack_table, routes, tables
+from .layout import (
+    Routes,
+    Tables,
+    capacity_for,
+    cost_table,
+    pack_network,
+    pack_objective,
+    pack_table,
+    routes,
+    tables,
+)
 from .solvers import check_fit, num_route_bytes, solver_record
 from .structs import Status
 
-_USUAL_RULE = Problem().guest_rule
+_USUAL = Problem()
+_USUAL_RULE = _USUAL.guest_rule
 
 MAX_BATCH = 65_535
 """Loads that a launch solves; a grid's limit."""
@@ -42,6 +53,7 @@ class DeviceTables:
         device: the GPU; the solver's kernels are compiled now, if they never were.
         solver: one of `DEVICE_SOLVERS`.
         refreshable, moves_homes: as for `capacity_for`.
+        problem: what plans minimise, checked.
 
     Raises:
         ValueError: the placement is too large; names the size.
@@ -56,10 +68,12 @@ class DeviceTables:
         solver: str = "flow",
         refreshable: bool = False,
         moves_homes: bool = False,
+        problem: Problem = _USUAL,
     ) -> None:
-        capability = torch.cuda.get_device_capability(device)
-        check_fit(placement, solver, max_shared_bytes(device.index), refreshable, capability)
-        p, record = placement, solver_record(solver, placement)
+        capability, objective = torch.cuda.get_device_capability(device), problem.objective_name
+        most_bytes = max_shared_bytes(device.index)
+        check_fit(placement, solver, most_bytes, refreshable, capability, objective)
+        p, record = placement, solver_record(solver, placement, objective)
         self.placement, self.device = placement, device
         self._capacity = capacity = capacity_for(placement, refreshable, moves_homes)
         variant = record.variant(capacity)
@@ -82,11 +96,16 @@ class DeviceTables:
         """The struct `Network`."""
         self.table = pack_table(p, capacity, _addresses(self._routes))
         """The struct `Table`."""
+        self._costs, self._objective = torch.empty(0, device=device), b""
+        if objective != "tokens":
+            cost = problem.cost_model
+            self._costs = torch.from_numpy(cost_table(cost)).to(device)
+            self._objective = pack_objective(objective, cost, self._costs.data_ptr())
 
     @property
     def num_bytes(self) -> int:
         """Device memory that the tables take."""
-        held = (*self._tables.values(), *self._routes.values())
+        held = (*self._tables.values(), *self._routes.values(), self._costs)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def num_solver_blocks(self, num_chunks: int = 0) -> int:
@@ -104,6 +123,8 @@ class DeviceTables:
             chosen: where guests are written, [B, R, G].
             routes: whether tables to rewrite by are made for the guests; else there is one batch.
         """
+        if self._objective:
+            return [problem, self._objective]
         if not self.placement.num_guests_per_rank:
             return [problem]
         routed = _addresses(self._routes) if routes else {}
@@ -159,14 +180,20 @@ class LoadSolver:
     """Solves loads on one GPU: the exact quotas alone, without a plan.
 
     Args:
-        placement, device, solver: as for `DeviceTables`.
+        placement, device, solver, problem: as for `DeviceTables`.
 
     Raises:
         ValueError, MissingPackageError, CompileError: as `DeviceTables`.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, solver: str = "flow") -> None:
-        self._tables = DeviceTables(placement, device, solver)
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        solver: str = "flow",
+        problem: Problem = _USUAL,
+    ) -> None:
+        self._tables = DeviceTables(placement, device, solver, problem=problem)
         self.max_rounds = MAX_ROUNDS
 
     def __call__(
@@ -302,7 +329,7 @@ def solve_on_device(
         guests: [B, R, G] int32 on the CPU.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    solve_batch = LoadSolver(placement, device, solver)
+    solve_batch = LoadSolver(placement, device, solver, problem)
     quotas: list[torch.Tensor | None] = []
     chosen: list[torch.Tensor] = []
     for part in loads.split(MAX_BATCH):

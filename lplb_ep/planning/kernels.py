@@ -10,7 +10,7 @@ from ..comm.copies import barrier_program
 from ..gpu.abi import Signature
 from ..gpu.jit import Program
 from ..gpu.launch import Kernel, Kernels, load
-from .solvers import DEVICE_SOLVERS, GUEST_SOLVERS, DeviceSolver, Variant
+from .solvers import DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS, DeviceSolver, Variant
 
 NUM_THREADS = 1024
 """Threads of a block that counts or rewrites."""
@@ -24,7 +24,7 @@ shared memory."""
 
 def programs() -> list[Program]:
     """Every variant of every kernel, for `lplb-ep compile`."""
-    records = *DEVICE_SOLVERS.values(), *GUEST_SOLVERS.values()
+    records = [r for by in (DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS) for r in by.values()]
     return [
         *(record.program(v) for record in records for v in record.variants()),
         *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),

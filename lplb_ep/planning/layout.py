@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cost import MAX_STEPS, CostModel
 from ..placement.optimum import components
 from ..placement.table import Placement
 from . import structs
+from .search_rules import Aim
 from .structs import ARC, COPY, EDGE, MAX_EXPERTS, MAX_PLACES
 
 MAX_RANKS = 64
@@ -290,6 +292,28 @@ def pack_network(capacity: Capacity, addresses: Mapping[str, int]) -> bytes:
         max_arcs=capacity.max_arcs,
         max_edges=max(1, capacity.max_edges),
         max_experts=capacity.max_experts,
+    )
+
+
+def cost_table(cost: CostModel) -> npt.NDArray[np.int32]:
+    """[2, MAX_STEPS + 1] as the struct `Objective` has its costs; 0 behind the last step."""
+    out = np.zeros((2, MAX_STEPS + 1), np.int32)
+    for row, values in zip(out, cost.tables[:2], strict=True):
+        row[: values.size] = values
+    return out
+
+
+def pack_objective(objective: str, cost: CostModel, address: int) -> bytes:
+    """The struct `Objective`, by the address of its costs on a device."""
+    least_cost, least_tiles = cost.tables[2]
+    return structs.OBJECTIVE.pack(
+        costs=address,
+        kind=Aim[objective.upper()],
+        num_steps=len(cost.steps),
+        tile=cost.tile,
+        slope=cost.slope,
+        least_cost=least_cost,
+        least_tiles=least_tiles,
     )
 
 

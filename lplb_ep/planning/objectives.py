@@ -20,7 +20,7 @@ from ..cost import CostModel
 from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
-from .structs import CHAIN, FINEST, LARGEST_COUNT, MAX_SEARCHES, NO_LIMIT, SHRINK
+from .search_rules import CHAIN, FINEST, LARGEST_COUNT, MAX_SEARCHES, NO_LIMIT, SHRINK
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]

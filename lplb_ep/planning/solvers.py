@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..cost import MAX_STEPS
 from ..errors import MissingPackageError
 from ..gpu.abi import Signature
 from ..gpu.device import check_device
@@ -66,8 +67,6 @@ class DeviceSolver:
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
-    objectives: tuple[str, ...] = ("tokens",)
-    """Those of `settings.OBJECTIVES` that its kernels minimise."""
 
     def variants(self) -> list[Variant]:
         """All variants: whole warps of threads, and no more than hide each other's latencies."""
@@ -119,6 +118,12 @@ def _guest_bytes(capacity: Capacity, num_blocks: int) -> int:
     num_filling = num_blocks - (num_blocks > 1 and c.max_replicas > 0)
     choice = max(start + -(-len(RULES) // num_filling) * of_fill, 4 * c.num_components)
     return _multiple(16, of_experts + of_ranks) + max(of_arcs, choice)
+
+
+def _objective_bytes(capacity: Capacity, num_blocks: int) -> int:
+    """As `kernels/objective.cuh` and `kernels/search.cuh` lay out a component behind the flow."""
+    of_ranks, tables = capacity.size * (7 * 8 + 8 * 4), 8 * (MAX_STEPS + 1)
+    return _flow_bytes(capacity, num_blocks) + of_ranks + tables + 8 * capacity.max_arcs
 
 
 def _multiple(unit: int, number: int) -> int:
@@ -177,14 +182,39 @@ GUEST_SOLVERS = {
     )
 }
 """Those of them that take guest slots, with the kernels that do."""
+OBJECTIVE_SOLVERS = {
+    one.name: one
+    for one in (
+        DeviceSolver(
+            "flow",
+            "objective.cu",
+            (structs.SOLVE_BY_OBJECTIVE, structs.SOLVE_BY_OBJECTIVE),
+            ((4, 3, 1),),
+            libraries=(),
+            functions=lambda variant: (),
+            num_flow_bytes=_objective_bytes,
+            num_own_bytes=lambda capacity: 0,
+        ),
+    )
+}
+"""Those that minimise another objective than tokens, with the kernels that do."""
 
 
-def solver_record(solver: str, placement: Placement) -> DeviceSolver:
-    """The record of a solver's kernels for a placement.
+def solver_record(solver: str, placement: Placement, objective: str = "tokens") -> DeviceSolver:
+    """The record of a solver's kernels for a placement and an objective.
 
     Raises:
-        ValueError: they take no guest slots, and the placement has some.
+        ValueError: they take no guest slots, and the placement has some. Or they minimise tokens
+            alone, and the objective is another one.
     """
+    if objective != "tokens":
+        if solver not in OBJECTIVE_SOLVERS or placement.num_guests_per_rank:
+            raise ValueError(
+                f"the solver {solver} minimises tokens"
+                f"{' where there are guest slots' if placement.num_guests_per_rank else ''}, "
+                f"not {objective}; {' or '.join(OBJECTIVE_SOLVERS)} does without guest slots"
+            )
+        return OBJECTIVE_SOLVERS[solver]
     if not placement.num_guests_per_rank:
         return DEVICE_SOLVERS[solver]
     if solver not in GUEST_SOLVERS:
@@ -210,6 +240,7 @@ def check_fit(
     max_bytes: int,
     refreshable: bool = False,
     capability: tuple[int, int] = (9, 0),
+    objective: str = "tokens",
 ) -> None:
     """Checks whether the kernels take a placement.
 
@@ -219,13 +250,14 @@ def check_fit(
         max_bytes: shared memory of a block.
         refreshable: whether any other replicas must fit, too.
         capability: of the GPU.
+        objective: one of `settings.OBJECTIVES`.
 
     Raises:
         ValueError: a component is too large for one block, or a block has not enough shared memory;
-            names the sizes. Or the solver takes no guest slots.
+            names the sizes. Or the solver takes no guest slots, or not the objective.
     """
     capacity = capacity_for(placement, refreshable)
-    record = solver_record(solver, placement)
+    record = solver_record(solver, placement, objective)
     num_blocks = record.num_blocks(capability)
     of_solver = record.num_shared_bytes(capacity, placement.num_experts, num_blocks)
     copies, guests = (placement.copy_rank >= 0).sum(1), placement.num_guests_per_rank
@@ -274,10 +306,8 @@ def choose_solver(
         check_device(*DEVICE_SOLVERS[name].libraries)
         if placement is not None:
             most = max_shared_bytes(torch.cuda.current_device())
-            check_fit(placement, name, most, refreshable, torch.cuda.get_device_capability())
-        able = DEVICE_SOLVERS[name].objectives
-        if objective not in able:
-            raise ValueError(f"the solver {name} minimises {' or '.join(able)}, not {objective}")
+            capability = torch.cuda.get_device_capability()
+            check_fit(placement, name, most, refreshable, capability, objective)
     except (MissingPackageError, ValueError) as error:
         if solver != "auto":
             raise

@@ -11,6 +11,7 @@ from ..gpu.abi import Signature, Struct, constant_text, enum_text, header, table
 from ..gpu.jit import KERNELS
 from ..problem import GUEST_PARTS, MAX_TOTAL
 from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
+from .search_rules import SEARCH_CONSTANTS, Aim
 from .tallies import Tally
 
 
@@ -61,19 +62,6 @@ class ErrorFlag(enum.IntEnum):
     MISCOUNTED = OUT_OF_RANGE + 2
     """Given counts were not those of the picks."""
 
-
-CHAIN = 4
-"""Moves of a chain at most, in the search for a plan by active slots or cost."""
-MAX_SEARCHES = 64
-"""Steps of a search at most; some forty have been seen."""
-FINEST = 9
-"""A search ends where no step of 2 to the minus this of its bound is left."""
-SHRINK = 2
-"""A step that leads nowhere becomes 2 to the minus this of it."""
-NO_LIMIT = 2**31 - 1
-"""Active slots of a rank that has as many as it likes."""
-LARGEST_COUNT = 2**46 - 1
-"""What ranks count is compared up to this: in nanoseconds nineteen hours."""
 
 MAX_EXPERTS = 512
 """Of one component: their tables lie in shared memory, and with guest slots a thread has each."""
@@ -209,6 +197,21 @@ PROBLEM = Struct(
     ("int", "max_replicas", "C"),
     ("int", "max_rounds", "of the flow"),
     ("int", "status", "of the batch, as far as the counts do not say it"),
+)
+OBJECTIVE = Struct(
+    "Objective",
+    "What the largest rank is to have the least of, and what rows cost.",
+    (
+        "const int*",
+        "costs",
+        "[2, MAX_COST_STEPS + 1] by tiles: of a slot, and the least of an expert over any copies",
+    ),
+    ("int", "kind", "an Aim"),
+    ("int", "num_steps", "of the table"),
+    ("int", "tile", "rows of a step"),
+    ("int", "slope", "of each tile beyond the last step"),
+    ("int", "least_cost", "of an expert beyond the table, for `least_tiles`"),
+    ("int", "least_tiles", "tiles that cost that"),
 )
 COPY = Struct(
     "Copy",
@@ -348,6 +351,11 @@ SOLVE_GUESTS = Signature(
     (GUESTS, "guests", "and where they are written"),
 )
 SOLVE_GUESTS_GENERAL = Signature("solve_guests_general", *SOLVE_GUESTS.arguments)
+SOLVE_BY_OBJECTIVE = Signature(
+    "solve_by_objective",
+    (PROBLEM, "problem", "and where its solution goes"),
+    (OBJECTIVE, "objective", "and what rows cost"),
+)
 SPLIT = Signature(
     "split",
     (TABLE, "table", "the placement"),
@@ -373,7 +381,7 @@ SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
-        *(SPLIT, ROUTE, MASK),
+        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, MASK),
     )
 }
 """Of every kernel of a plan, by name."""
@@ -388,7 +396,7 @@ def _word_of(rule: Rule) -> int:
 def abi_header() -> str:
     """The text of `kernels/abi.cuh`."""
     structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY, ARC, EDGE, SHAPE, NETWORK, PROBLEM]
-    structs += [COPY, TABLE, STATISTICS, BATCH, RESIDENT, REPLICA, GUESTS]
+    structs += [COPY, TABLE, STATISTICS, BATCH, RESIDENT, REPLICA, GUESTS, OBJECTIVE]
     parts = [
         "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
         enum_text(Status),
@@ -401,6 +409,8 @@ def abi_header() -> str:
         constant_text("int", "NUM_TOTALS", NUM_TOTALS, "tallies, then batches of each status"),
         constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
         constant_text("int", "GUEST_PARTS", GUEST_PARTS, "of 1, in which a tolerance is counted"),
+        enum_text(Aim, "AIM_"),
+        *(constant_text(*one) for one in SEARCH_CONSTANTS),
         constant_text("int", "MAX_EXPERTS", MAX_EXPERTS, "of a component"),
         constant_text("int", "MAX_PLACES", MAX_PLACES, "slots of a rank that has guest slots"),
         constant_text("int", "NUM_ROUNDS", NUM_ROUNDS, "of fills, at most"),

@@ -147,7 +147,9 @@ def time_graph(call: Callable[[int], Any]) -> float:
     return statistics.median(times[NUM_WARM:])
 
 
-def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dict[str, float]:
+def measure(
+    placement: Placement, batches: Batches, solver: str = "flow", objective: str = "tokens"
+) -> dict[str, float]:
     """Times of the steps and of the whole plan, by CUDA graphs on the current device.
 
     The other ranks' rows lie in device memory, and this rank counts into its own row among them.
@@ -157,13 +159,14 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
         placement: the copies.
         batches: of its numbers of ranks and experts.
         solver: one on the GPU.
+        objective: one of `settings.OBJECTIVES`.
 
     Returns:
         Microseconds of each step: "count", "solve + number" (the kernel of a plan) and "route"
         (split and rewrite). "solve" is the solver alone, on loads that are summed already.
         "plan" is all steps. "eager" is the wall time, in microseconds, of a `Planner` call on
-        the CPU. "above": tokens of the worst batch above its optimum. "workspace": bytes that a
-        planner holds.
+        the CPU. "above": tokens of the worst batch above the fewest that any plan has.
+        "workspace": bytes that a planner holds.
     """
     topks = [topk.cuda() for topk in batches.topk_idx]
     rows = torch.zeros(
@@ -173,15 +176,16 @@ def measure(placement: Placement, batches: Batches, solver: str = "flow") -> dic
     rows[:, :, Head.BATCH] = torch.arange(1, len(topks) + 1)[:, None]
     rows[:, :, HEAD:] = batches.counts
     return {
-        **_measure_plan(placement, topks, rows, solver),
-        **_measure_steps(placement, topks, rows.cuda(), solver),
-        "eager": _measure_eager(placement, topks, batches.counts.cuda(), solver),
+        **_measure_plan(placement, topks, rows, solver, objective),
+        **_measure_steps(placement, topks, rows.cuda(), solver, objective),
+        "eager": _measure_eager(placement, topks, batches.counts.cuda(), solver, objective),
     }
 
 
-def _make_backend(placement: Placement, solver: str) -> DeviceBackend:
+def _make_backend(placement: Placement, solver: str, objective: str) -> DeviceBackend:
     rank, row_size = placement.num_ranks // 2, HEAD + placement.num_experts
-    return DeviceBackend(placement, Problem(), rank, [1, 0, 0], row_size, solver=solver)
+    problem = Problem(objective=objective)
+    return DeviceBackend(placement, problem, rank, [1, 0, 0], row_size, solver=solver)
 
 
 class _Steps:
@@ -224,10 +228,14 @@ class _Steps:
 
 
 def _measure_plan(
-    placement: Placement, topks: list[torch.Tensor], full: torch.Tensor, solver: str
+    placement: Placement,
+    topks: list[torch.Tensor],
+    full: torch.Tensor,
+    solver: str,
+    objective: str,
 ) -> dict[str, float]:
     """Of `measure`: plan, count, above and workspace."""
-    backend, rows = _make_backend(placement, solver), full.cuda()
+    backend, rows = _make_backend(placement, solver, objective), full.cuda()
     rows[:, backend.workspace.rank] = 0  # counted anew by every replay, and zero again after it
     of_batch = [
         _Steps(backend, topk, of_all, of_all[backend.workspace.rank])
@@ -261,19 +269,24 @@ def _measure_plan(
 
 
 def _measure_steps(
-    placement: Placement, topks: list[torch.Tensor], rows: torch.Tensor, solver: str
+    placement: Placement,
+    topks: list[torch.Tensor],
+    rows: torch.Tensor,
+    solver: str,
+    objective: str,
 ) -> dict[str, float]:
     """Of `measure`: solve, solve + number and route."""
     loads = rows[:, :, HEAD:].sum(1, dtype=torch.int32)
     # A backend for each batch: the next count would overwrite the notes on the picks of the last.
-    backends = [_make_backend(placement, solver) for _ in topks]
+    backends = [_make_backend(placement, solver, objective) for _ in topks]
     of_batch = [
         _Steps(backend, topk, of_all, backend.workspace.row)
         for backend, topk, of_all in zip(backends, topks, rows, strict=True)
     ]
     for steps in of_batch:
         steps.count()
-    alone = LoadSolver(placement, torch.device("cuda", torch.cuda.current_device()), solver)
+    device, problem = torch.device("cuda", torch.cuda.current_device()), backends[0].problem
+    alone = LoadSolver(placement, device, solver, problem)
     times = {
         "solve": time_graph(lambda i: alone(loads[i : i + 1])),
         "solve + number": time_graph(lambda i: of_batch[i].solve()),
@@ -284,9 +297,14 @@ def _measure_steps(
 
 
 def _measure_eager(
-    placement: Placement, topks: list[torch.Tensor], counts: torch.Tensor, solver: str
+    placement: Placement,
+    topks: list[torch.Tensor],
+    counts: torch.Tensor,
+    solver: str,
+    objective: str,
 ) -> float:
-    planner = Planner(placement, rank=placement.num_ranks // 2, counts="given", solver=solver)
+    rank = placement.num_ranks // 2
+    planner = Planner(placement, rank=rank, counts="given", solver=solver, objective=objective)
     taken = []
     for i in range(NUM_EAGER):
         topk, given = topks[i % NUM_BATCHES], counts[i % NUM_BATCHES]

@@ -53,6 +53,8 @@ int emulated_add(int* to, int value);
 unsigned emulated_or(unsigned* to, unsigned value);
 int emulated_max_at(int* to, int value);
 unsigned emulated_max_at_unsigned(unsigned* to, unsigned value);
+unsigned long long emulated_add_long(unsigned long long* to, unsigned long long value);
+unsigned long long emulated_min_at(unsigned long long* to, unsigned long long value);
 
 long long emulated_clock();
 unsigned long long emulated_load(const unsigned long long* from);
@@ -112,6 +114,12 @@ inline int atomicAdd(int* to, int value) { return emulated_add(to, value); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
     return unsigned(emulated_add(reinterpret_cast<int*>(to), int(value)));
 }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+    return emulated_add_long(to, value);
+}
+inline unsigned long long atomicMin(unsigned long long* to, unsigned long long value) {
+    return emulated_min_at(to, value);
+}
 inline int atomicSub(int* to, int value) { return emulated_add(to, int(0u - unsigned(value))); }
 inline unsigned atomicOr(unsigned* to, unsigned value) { return emulated_or(to, value); }
 inline int atomicMax(int* to, int value) { return emulated_max_at(to, value); }
@@ -142,4 +150,5 @@ inline int min(int a, int b) { return a < b ? a : b; }
 inline unsigned max(unsigned a, unsigned b) { return a > b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline unsigned min(unsigned a, unsigned b) { return a < b ? a : b; }
+inline long long max(long long a, long long b) { return a > b ? a : b; }
 inline long long min(long long a, long long b) { return a < b ? a : b; }

@@ -152,6 +152,20 @@ int emulated_add(int* to, int value) {
     return before;
 }
 
+unsigned long long emulated_add_long(unsigned long long* to, unsigned long long value) {
+    judge(to, 8, READ | WRITE | AT_ONCE, HERE);
+    unsigned long long before = *to;
+    *to = before + value;
+    return before;
+}
+
+unsigned long long emulated_min_at(unsigned long long* to, unsigned long long value) {
+    judge(to, 8, READ | WRITE | AT_ONCE, HERE);
+    unsigned long long before = *to;
+    *to = std::min(before, value);
+    return before;
+}
+
 unsigned emulated_or(unsigned* to, unsigned value) {
     judge(to, 4, READ | WRITE | AT_ONCE, HERE);
     unsigned before = *to;

@@ -14,7 +14,12 @@ from lplb_ep.gpu.jit import Program
 from lplb_ep.placement.table import Placement
 from lplb_ep.planning import guest_layout, kernels, layout, solvers, structs
 from lplb_ep.planning.device_tables import MAX_ROUNDS
-from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS, Variant
+from lplb_ep.planning.solvers import (
+    DEVICE_SOLVERS,
+    GUEST_SOLVERS,
+    OBJECTIVE_SOLVERS,
+    Variant,
+)
 from lplb_ep.planning.structs import HEAD
 from lplb_ep.problem import Problem
 
@@ -39,6 +44,10 @@ GUEST_VARIANTS = [v for v in GUEST_SOLVERS["flow"].variants() if v.size != 32]
 """Of the flow with guests; the others are `long`."""
 
 
+OBJECTIVE_VARIANTS = [v for v in OBJECTIVE_SOLVERS["flow"].variants() if v.size in (8, 64)]
+"""Of plans by another objective than tokens; the others are `long`."""
+
+
 def given_program(variant: Variant) -> Program:
     """The program of a variant for guests that are given."""
     return replace(GUEST_SOLVERS["flow"].program(variant), source="given.cu")
@@ -54,6 +63,7 @@ PROGRAMS = [
     *map(DEVICE_SOLVERS["flow"].program, VARIANTS),
     *map(given_program, GUEST_VARIANTS),
     *map(GUEST_SOLVERS["flow"].program, GUEST_VARIANTS),
+    *map(OBJECTIVE_SOLVERS["flow"].program, OBJECTIVE_VARIANTS),
     *map(DEVICE_SOLVERS["cusolverdx"].program, DEVICE_SOLVERS["cusolverdx"].variants()),
     *map(route_program, (np.int32, np.int64)),
     barrier_program(),
@@ -61,12 +71,14 @@ PROGRAMS = [
 """What every run of the tests builds: each kernel at least once."""
 
 
-def variant_for(placement: Placement, solver: str) -> Variant:
+def variant_for(placement: Placement, solver: str, objective: str = "tokens") -> Variant:
     """A variant of `PROGRAMS` that takes a placement, where possible of its own size."""
     own = layout.capacity_for(placement)
     variants = VARIANTS if solver == "flow" else DEVICE_SOLVERS[solver].variants()
     if placement.num_guests_per_rank:
         variants = GUEST_VARIANTS
+    if objective != "tokens":
+        variants = OBJECTIVE_VARIANTS
     return next(
         v for v in variants if v.size >= own.size and (v.more or v.parts * v.turns >= own.max_edges)
     )
@@ -130,12 +142,19 @@ class Rank:
         given: bool = False,
         num_samples: int = 0,
         every: int = 0,
+        problem: Problem | None = None,
     ) -> None:
         self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
         self._dtype = np.dtype(dtype)
-        variant = variant or variant_for(placement, solver)
+        objective = "tokens" if problem is None else problem.objective_name
+        variant = variant or variant_for(placement, solver, objective)
         capacity = replace(layout.capacity_for(placement), size=variant.size)
-        record = solvers.solver_record(solver, placement)
+        record = solvers.solver_record(solver, placement, objective)
+        self._objective = b""
+        if problem is not None and objective != "tokens":
+            costs = memory.array(layout.cost_table(problem.cost_model), np.int32)
+            at = costs.ctypes.data
+            self._objective = layout.pack_objective(objective, problem.cost_model, at)
         self.route_library = library(route_program(dtype))
         self._num_blocks = num_blocks = record.num_cluster_blocks
         self._num_solver_bytes = record.num_shared_bytes(
@@ -337,6 +356,8 @@ class Rank:
         routes: Mapping[str, int],
     ) -> emulator.Operation:
         arguments = {"problem": problem}
+        if self._objective:
+            arguments["objective"] = self._objective
         if self.placement.num_guests_per_rank:
             assert guests is not None, "guests are written somewhere"
             arguments["guests"] = guest_layout.pack_guests(

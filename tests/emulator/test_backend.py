@@ -13,11 +13,21 @@ import pytest
 import tallied
 import torch
 
-from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
+from lplb_ep import (
+    ContractError,
+    CostModel,
+    Layer,
+    Placement,
+    Planner,
+    Problem,
+    RankError,
+    check_plan,
+)
 from lplb_ep.comm.exchange import LocalExchange, WindowExchange, Windows
 from lplb_ep.gpu import launch
 from lplb_ep.planning import device, device_tables, kernels, planner, reference, statistics
 from lplb_ep.planning.plan import Status
+from lplb_ep.planning.solve import judge
 from lplb_ep.planning.structs import HEAD, Head
 
 E, R = 4, 2
@@ -284,6 +294,37 @@ def test_batches_end_as_on_the_cpu(make):
             assert same(values(plan), values(expected))
         seen.add(Status(int(plan.status)))
     assert seen == {Status.OPTIMAL, Status.STALE, Status.INFEASIBLE, Status.BAD_COUNTS}
+
+
+@pytest.mark.parametrize("objective", ["experts", "cost", "auto"])
+def test_other_objectives_than_tokens(make, objective):
+    """Of every kind of call, and behind a refresh."""
+    rng, rows = np.random.default_rng(4), Rows()
+    cost, base = CostModel("tiles", 10, (100, 180), 70, 5), torch.tensor([3, 0])
+    layer = Layer(TWO, Problem(objective=objective, cost=cost, base_load=base))
+    layer.is_refreshable = True
+    exchanging, given = make(layer, rows), make(layer)
+    tokens = make(Layer(TWO, Problem(base_load=base)))
+    for new in (None, TWO.with_copies([0, 1, 3, 3, 2, 1])):
+        if new is not None:
+            exchanging.prepare(new)()
+            given.prepare(new)()
+            layer.replace(new)
+        for num_tokens in ([0, 0], [3, 2], [40, 20], [200, 90]):
+            topk, rows.counts = batch(rng, num_tokens)
+            plan, load = exchanging(topk), rows.counts.sum(0)
+            assert int(plan.status) == Status.OPTIMAL
+            check_plan(plan, topk, layer.placement, RANK, layer.problem)
+            assert same(values(plan), values(given(topk, counts=rows.counts.long())))
+            host = Planner(layer, rank=RANK, counts="given", solver="cpu")
+            expected = host(topk, counts=rows.counts.long()).reached
+            assert plan.reached.bound == expected.bound
+            if objective == "experts" or new is not None:
+                continue
+            by_tokens = tokens(topk, counts=rows.counts.long()).quota
+            assert plan.reached.value <= judge(by_tokens, load, TWO, layer.problem).value
+    stale = given(topk, counts=rows.counts.long(), stale=True)
+    assert (int(stale.status), int(stale.quota[:, 1:].sum())) == (Status.STALE, 0)
 
 
 def test_replaced_copies_are_planned_with_in_every_kind_of_call(make):

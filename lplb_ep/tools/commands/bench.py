@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from ...settings import GPU_SOLVERS
+from ...settings import GPU_SOLVERS, OBJECTIVES
 from .options import OPTIONS, as_typed, check_outputs, one_line_errors, write_json
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
     bench.add_argument("--placement", metavar="KIND", help="a topology, homes or eplb, the default")
     bench.add_argument("--solver", choices=GPU_SOLVERS, help="on the GPU; flow")
+    bench.add_argument("--objective", choices=OBJECTIVES, default="tokens", help="tokens")
     bench.add_argument("--json", metavar="PATH", help="write all numbers")
 
 
@@ -71,17 +72,17 @@ def _measure_plans(args: argparse.Namespace) -> int:
 
     args.tokens = 8192 if args.tokens is None else args.tokens
     solver = args.solver or "flow"
-    choose_solver(solver)
+    choose_solver(solver, objective=args.objective)
     rows, used = [], []
     usual = bench.USUAL_WITH_GUESTS if args.guests else bench.USUAL
     for shape in usual if args.ranks is None else [_chosen(args, args.ranks)]:
         plan = _prepare(args, *shape)
-        rows.append((_name(args, *shape), bench.measure(*plan, solver)))
+        rows.append((_name(args, *shape), bench.measure(*plan, solver, args.objective)))
         used.append(plan)
     # A profiler, which counts launches, slows all launches down from then on.
     for (_, measured), plan in zip(rows, used, strict=True):
         measured["launches"] = bench.count_launches(*plan, solver)
-    about = {**bench.conditions(), "solver": solver}
+    about = {**bench.conditions(), "solver": solver, "objective": args.objective}
     _show(args, about, {"rows": dict(rows)}, bench.table(rows))
     return 0
 

@@ -1,0 +1,183 @@
+// Plans by active slots, by cost, or the cheapest of several: one block solves one component for one batch.
+//
+// The flow makes two exact solutions: of tokens, and of one unit for each expert with tokens. The search improves them.
+#pragma once
+
+#include "flow.cuh"
+#include "search.cuh"
+
+namespace lplb {
+
+// A component of a batch, by another objective than tokens.
+template <typename V>
+struct ByObjective {
+    const Problem& p;
+    const Objective& o;
+    Component<V> c;
+    int g;                      // of the component
+    const int* quota;           // [E, C] where loads of experts with one copy are written
+    const int* load;            // [arcs] of experts with several, by place
+    Ranks<V> ranks;
+    CountCosts costs;
+    const int* least;           // [1 + steps] the least that a load costs, by tiles
+    int *by_tokens, *by_experts;  // [arcs] rows by these objectives
+
+    __device__ void lay_out(char* at) {
+        at = ranks.lay_out(at);
+        int* steps = reinterpret_cast<int*>(at);
+        costs = {steps, o.num_steps, o.tile, o.slope};
+        least = steps + MAX_COST_STEPS + 1;
+        by_tokens = steps + 2 * (MAX_COST_STEPS + 1);
+        by_experts = by_tokens + p.net.max_arcs;
+        for (int i = threadIdx.x; i < 2 * (MAX_COST_STEPS + 1); i += V::threads) steps[i] = o.costs[i];
+    }
+
+    // The least that an expert of so many rows costs, over any copies.
+    __device__ Amount least_of(int rows) const {
+        int tiles = costs.tiles_of(rows);
+        if (tiles <= o.num_steps) return least[tiles];
+        return max(Amount(least[o.num_steps]), Amount(tiles) * o.least_cost / o.least_tiles);
+    }
+
+    // Counts what stays on each rank. `c.staying()` has the tokens.
+    __device__ void count_staying() const {
+        __syncthreads();  // the steps are there
+        if (threadIdx.x < V::size) {
+            int r = threadIdx.x, base = p.base != nullptr && r < c.shape.ranks ? p.base[c.ranks[r]] : 0;
+            ranks.staying_tokens[r] = c.staying()[r];
+            ranks.staying_cost[r] = costs.of(base);
+            ranks.staying_active[r] = base > 0;
+        }
+        __syncthreads();  // base loads are there before experts are added
+        for (int i = threadIdx.x; i < p.net.max_experts; i += V::threads) {
+            int packed = p.net.experts[g * p.net.max_experts + i], rank = packed >> 16;
+            if (packed < 0 || rank >= V::size) continue;
+            int rows = quota[(packed & 0xffff) * p.max_replicas];
+            if (rows == 0) continue;
+            atomicAdd(reinterpret_cast<Key*>(ranks.staying_cost) + rank, Key(costs.of(rows)));
+            atomicAdd(&ranks.staying_active[rank], 1);
+        }
+        __syncthreads();  // all are added before the sums are read
+    }
+
+    // The start of the second flow: a unit of each expert with tokens is on its first copy.
+    __device__ void start_units() const {
+        if (threadIdx.x < V::size) {
+            c.staying()[threadIdx.x] = ranks.staying_active[threadIdx.x];
+            c.movable()[threadIdx.x] = 0;
+        }
+        __syncthreads();  // sums of the other flow are gone
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+            Arc arc = c.arcs[a];
+            by_tokens[a] = c.tokens[a];
+            bool is_here = load[arc.place] > 0 && c.copies[arc.place] == a;
+            c.tokens[a] = is_here;
+            if (is_here) atomicAdd(&c.movable()[arc.rank], 1);
+        }
+        __syncthreads();  // units and their sums are there before the flow reads them
+    }
+
+    // The sum of what ranks count, and of what experts with several copies count at least, over the ranks.
+    template <typename Least>
+    __device__ Amount bound_of(const Amount* staying, Least least_rows) const {
+        __shared__ Amount total;
+        if (threadIdx.x == 0) total = 0;
+        __syncthreads();  // it is zero before any thread adds to it
+        Amount sum = threadIdx.x < c.shape.ranks ? staying[threadIdx.x] : 0;
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+            Arc arc = c.arcs[a];
+            if (c.copies[arc.place] == a) sum += least_rows(load[arc.place]);
+        }
+        if (sum != 0) atomicAdd(reinterpret_cast<Key*>(&total), Key(sum));
+        __syncthreads();  // the sum is whole
+        int who;
+        Amount mean = (total + c.shape.ranks - 1) / c.shape.ranks, most = largest_of(c, staying, who);
+        __syncthreads();  // all have read it before it is zero again
+        return max(mean, most);
+    }
+
+    // What the largest rank costs with these rows of the arcs.
+    template <typename Rows>
+    __device__ Amount cost_of(Rows rows_of) const {
+        int who;
+        add_up_ranks(c, ranks, costs, ranks.staying_cost, rows_of);
+        return largest_of(c, ranks.amount, who);
+    }
+
+    // Rows by the objective, from the two flows' solutions: `by_tokens`, and units in `c.tokens`.
+    __device__ void improve() const {
+        int most_active = 0;
+        for (int r = 0; r < c.shape.ranks; ++r) most_active = max(most_active, c.load()[r]);
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
+            c.tokens[a] = c.tokens[a] > 0 ? load[c.arcs[a].place] : 0;
+        Amount bound = bound_of(ranks.staying_tokens, [](int rows) { return Amount(rows); });
+        Search<V, CountTokens>{c, ranks, {}, ranks.staying_tokens, load, bound, most_active, o.tile}.run();
+        if (o.kind == AIM_EXPERTS) return;
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) by_experts[a] = c.tokens[a];
+        Amount of_experts = cost_of([&](int a) { return by_experts[a]; });
+        Amount of_tokens = cost_of([&](int a) { return by_tokens[a]; });
+        const int* start = of_experts <= of_tokens ? by_experts : by_tokens;
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) c.tokens[a] = start[a];
+        bound = bound_of(ranks.staying_cost, [&](int rows) { return least_of(rows); });
+        Search<V, CountCosts>{c, ranks, costs, ranks.staying_cost, load, bound, NO_LIMIT, -1}.run();
+        if (o.kind == AIM_COST) return;
+        auto at_home = [&](int a) { return c.arcs[a].quota % p.max_replicas == 0 ? load[c.arcs[a].place] : 0; };
+        Amount of_home = cost_of(at_home), of_best = cost_of([&](int a) { return c.tokens[a]; });
+        // The first of the cheapest, in this order.
+        Amount cheapest = min(min(of_home, of_experts), min(of_tokens, of_best));
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+            if (of_home == cheapest) c.tokens[a] = at_home(a);
+            else if (of_experts == cheapest) c.tokens[a] = by_experts[a];
+            else if (of_tokens == cheapest) c.tokens[a] = by_tokens[a];
+        }
+    }
+
+    // Adds up the tokens of each rank.
+    __device__ void add_up_loads() const {
+        __syncthreads();  // rows are final, and all have read the flow's sums
+        if (threadIdx.x < V::size) c.load()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x]);
+        __syncthreads();  // what stays is there before rows are added
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) atomicAdd(&c.load()[c.arcs[a].rank], c.tokens[a]);
+        __syncthreads();  // the sums are whole
+    }
+};
+
+// As `solve_component`, by another objective.
+template <typename V>
+__device__ void solve_by_objective(const Problem& p, const Objective& o, char* shared) {
+    int batch = blockIdx.y, g = blockIdx.x;
+    if (g >= p.num_components) {
+        number_picks<V>(p, shared);
+        return;
+    }
+    int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
+    int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
+    int rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
+    bool balances = threadIdx.x < V::pushing;
+    ResidualEdge<V> edges[V::turns];
+    const Edge* of_rank = first_edges<V>(p, g, edges);
+    Addend addend;
+    Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
+    Ending ending = begin<V, false>(p, c, shared, addend, quota);
+    if (ending.status == OPTIMAL && c.shape.ranks > 0) {
+        if (c.shape.arcs > 0) {  // else nothing can move
+            const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
+            ByObjective<V> by{p, o, c, g, quota, load, {}, {}, nullptr, nullptr, nullptr};
+            by.lay_out(reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
+            by.count_staying();
+            if (balances && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
+            __syncthreads();  // tokens are final before any thread reads them
+            by.start_units();
+            if (balances && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
+            __syncthreads();  // units are final before any thread reads them
+            by.improve();
+            by.add_up_loads();
+        }
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
+        if (threadIdx.x < c.shape.ranks)
+            rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
+    }
+    if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
+}
+
+}  // namespace lplb

@@ -1,0 +1,121 @@
+"""Plans by active slots and by cost, emulated: those of the CPU from the same exact solutions."""
+
+import numpy as np
+import oracle
+import plans
+import pytest
+import torch
+from emulator import ORDERS
+
+from lplb_ep import CostModel, Placement, Problem
+from lplb_ep.cost import H200
+from lplb_ep.planning import objectives
+from lplb_ep.planning.objectives import Exact
+from lplb_ep.planning.solvers import OBJECTIVE_SOLVERS
+from lplb_ep.planning.structs import Status
+
+OBJECTIVES = ("experts", "cost", "auto")
+LONG = [v for v in OBJECTIVE_SOLVERS["flow"].variants() if v not in plans.OBJECTIVE_VARIANTS]
+
+
+def solve(memory, rank, loads, order, base):
+    """Quotas and rank loads [B, ...] of loads."""
+    bounds = {} if base is None else {"base": memory.array(base, np.int32)}
+    launch, quota, rank_load, endings = rank.solve_loads(loads, **bounds)
+    memory.run([launch], order=order)
+    assert (endings[..., 0] == Status.OPTIMAL).all()
+    return quota.copy().astype(np.int64), rank_load.copy()
+
+
+def check(memory, library, placement, loads, cost, base=None, orders=ORDERS, variant=None):
+    """The kernel's quotas are the definition's, from the flow's solutions of the same variant."""
+    variant = variant or plans.variant_for(placement, "flow", "auto")
+    flow = plans.Rank(memory, placement, 0, library, variant=variant)
+    tokens, _ = solve(memory, flow, loads, 0, base)
+    active = None if base is None else base > 0
+    whole, _ = solve(memory, flow, (loads > 0).astype(np.int64), 0, active)
+    differ = []
+    for objective in OBJECTIVES:
+        problem = Problem(
+            objective=objective,
+            cost=cost,
+            base_load=None if base is None else torch.from_numpy(base),
+        ).checked(placement)
+        rank = plans.Rank(memory, placement, 0, library, variant=variant, problem=problem)
+        expected = [
+            objectives.quotas_by_objective(load, placement, problem, Exact(*exact))
+            for load, *exact in zip(loads, tokens, whole, strict=True)
+        ]
+        expert, column = np.nonzero(placement.copy_rank >= 0)
+        of_ranks = placement.copy_rank[expert, column]
+        for order in orders:
+            quota, rank_load = solve(memory, rank, loads, order, base)
+            assert (quota == np.stack(expected)).all(), f"other quotas in order {order}"
+            for given, loaded in zip(quota, rank_load, strict=True):
+                sums = np.bincount(of_ranks, given[expert, column], placement.num_ranks)
+                assert (sums == loaded).all()
+        differ.append(np.any(quota != tokens))
+    return differ
+
+
+def random_cost(rng):
+    """A table of an H200's shape, or of any; tiles of any size."""
+    if rng.random() < 0.5:
+        return CostModel("scaled", int(rng.choice([32, 100, 128])), H200.steps, H200.slope, 700)
+    steps = np.cumsum(rng.integers(0, 50, rng.integers(1, 20))).tolist()
+    return CostModel("any", int(rng.integers(1, 200)), tuple(steps), int(rng.integers(0, 40)))
+
+
+@pytest.mark.parametrize("R", [2, 5, 8, 24, 33, 64])
+def test_any_placement_is_planned_as_by_the_cpu(R, memory, library):
+    rng = np.random.default_rng(R)
+    differ = []
+    for _ in range(2):
+        E = int(rng.integers(R, 3 * R + 20))
+        copies = int(rng.integers(1, 4)), int(rng.integers(2, 9))
+        placement = oracle.random_placement(rng, R, E, *copies)
+        scales = [float(scale) for scale in rng.choice([3, 30, 100, 300], 3)]
+        loads = np.stack([oracle.random_load(rng, E, scale) for scale in scales])
+        base = rng.integers(0, 300, R) if rng.random() < 0.5 else None
+        orders = ORDERS if R <= 8 else ORDERS[-1:]
+        differ.append(check(memory, library, placement, loads, random_cost(rng), base, orders))
+    assert R == 2 or np.any(differ, axis=0).all(), "every objective has plans of its own"
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 256])
+def test_placements_of_real_size_are_planned_as_by_the_cpu(tokens, memory, library):
+    """Chains of several moves, and steps that shrink."""
+    rng = np.random.default_rng(tokens)
+    popularity = rng.lognormal(0, 0.7, 128)
+    placement = Placement.from_history(
+        torch.from_numpy(popularity), num_ranks=16, num_redundant_per_rank=2
+    )
+    drifted = popularity * rng.lognormal(0, 0.4, 128)
+    loads = rng.multinomial(16 * 8 * tokens, drifted / drifted.sum(), 2).astype(np.int64)
+    check(memory, library, placement, loads, H200, orders=ORDERS[:1])
+
+
+def test_ranks_that_share_nothing_and_empty_batches(memory, library):
+    placement = Placement([0, 1, 2, 0, 3, 4, 5, 3], 4, num_experts=6)
+    loads = np.array([[0] * 6, [4, 3, 3, 0, 0, 9], [700, 5, 5, 300, 1, 1]])
+    check(memory, library, placement, loads, H200, base=np.array([0, 3, 0, 200]))
+    alone = Placement([0, 1, 2, 3], 2)
+    check(memory, library, alone, np.array([[1, 2, 3, 4]]), H200)
+
+
+def test_loads_of_two_to_the_31_rows(memory, library):
+    placement = Placement([0, 1, 2, 0], 2)
+    loads = np.array([[2**31 - 1 - 200, 100, 100], [2**30, 2**30 - 1, 0]])
+    check(memory, library, placement, loads, H200)
+    steep = CostModel("steep", 1, (2**31 - 1,), 2**31 - 1)
+    check(memory, library, placement, loads, steep)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("variant", LONG, ids=lambda v: str(v.size))
+def test_further_variants_plan_as_the_cpu(variant, memory, library):
+    rng = np.random.default_rng(variant.size)
+    for R in (variant.size - 1, variant.size):
+        placement = oracle.random_placement(rng, R, 3 * R, 2)
+        loads = np.stack([oracle.random_load(rng, 3 * R, scale) for scale in (10.0, 200.0)])
+        check(memory, library, placement, loads, random_cost(rng), variant=variant)
