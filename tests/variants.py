@@ -42,7 +42,7 @@ from lplb_ep.planning.solvers import (  # noqa: E402
     OBJECTIVE_SOLVERS,
     Variant,
 )
-from lplb_ep.planning.structs import HEAD, Status, Sum  # noqa: E402
+from lplb_ep.planning.structs import HEAD, Status  # noqa: E402
 from lplb_ep.weights.guest_launches import (  # noqa: E402
     Batch,
     GuestLaunches,
@@ -51,6 +51,7 @@ from lplb_ep.weights.guest_launches import (  # noqa: E402
     rows_of,
 )
 from lplb_ep.weights.proposals import widened  # noqa: E402
+from lplb_ep.weights.structs import Sum  # noqa: E402
 
 
 @dataclass(frozen=True)
