@@ -1,13 +1,13 @@
 """What it costs that counts travel: plans with 2, 4 and 8 ranks that share one GPU under MPS.
 
-    python benchmarks/exchange.py [--json FILE]
+    python benchmarks/exchange.py [--ranks R ...] [--tokens T ...] [--json FILE]
 
-Microseconds of a plan (E = 256, top-8, 4096 tokens a rank, EPLB's copies), as replays of a CUDA
-graph by all ranks at once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the
-counts given, which waits for nobody; what the exchange adds is the difference. Beside them what
-others would do for the counts alone: NVSHMEM's `fcollect`, launched by the host, and gloo's
-all-gather, staged through it. With a GPU to share the ranks start MPS, and these are no figures of
-NVLink; with a GPU each they are.
+Microseconds of a plan (E = 256, top-8, EPLB's copies), as replays of a CUDA graph by all ranks at
+once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the counts given, which waits
+for nobody; what the exchange adds is the difference. Batches that one launch plans are planned in
+three, too: the columns "(3)". With `--alone`, beside them what others would do for the counts
+alone: NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged through it. With a
+GPU to share the ranks start MPS, and these are no figures of NVLink; with a GPU each they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from lplb_ep import Placement, Planner
+from lplb_ep.planning import launches
 from lplb_ep.planning import reference as cpu
 from lplb_ep.tools import bench
 from lplb_ep.tools.tables import text_table
@@ -33,10 +35,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import mps
 import ranks
 
-NUM_EXPERTS, NUM_TOPK, NUM_TOKENS = 256, 8, 4096
+NUM_EXPERTS, NUM_TOPK = 256, 8
 NUM_PLANS, NUM_REPLAYS = 20, 30  # plans of a graph; replays of it
 SLEEP_CYCLES = 20_000_000  # 10 ms: all ranks are there, with all that they will launch
-COLUMNS = ("given", "nvshmem", "ipc", "fcollect", "gloo")
 
 
 def microseconds(group: dist.ProcessGroup, enqueue: Callable[[], Any]) -> float:
@@ -99,23 +100,30 @@ def gloo_time(group: dist.ProcessGroup, row: torch.Tensor) -> float:
     return statistics.median(times)
 
 
-def measure(group: dist.ProcessGroup) -> dict[str, float]:
+def measure(group: dist.ProcessGroup, num_tokens: int, alone: bool) -> dict[str, float]:
     """Of one rank."""
     torch.cuda.set_device(group.rank() % torch.cuda.device_count())
     popularity = torch.randn(NUM_EXPERTS, generator=torch.Generator().manual_seed(0)).mul(0.6).exp()
     placement = Placement.from_history(popularity, num_ranks=group.size(), num_redundant_per_rank=2)
     torch.manual_seed(1 + group.rank())
-    topk_idx = torch.multinomial(popularity.expand(NUM_TOKENS, -1), NUM_TOPK).cuda()
+    topk_idx = torch.multinomial(popularity.expand(num_tokens, -1), NUM_TOPK).cuda()
     counts = torch.stack(ranks_counts(group, topk_idx)).cuda()
-    times = {}
-    for kind in ("nvshmem", "ipc"):
-        times[kind] = plan_time(
-            group, Planner(placement, group, counts=kind, solver="flow"), topk_idx
-        )
+    planners: dict[str, tuple[Planner, list[torch.Tensor]]] = {
+        kind: (Planner(placement, group, counts=kind, solver="flow"), [topk_idx])
+        for kind in ("nvshmem", "ipc")
+    }
     given = Planner(placement, rank=group.rank(), counts="given", solver="flow")
-    times["given"] = plan_time(group, given, topk_idx, counts)
-    times["fcollect"] = fcollect_time(group)
-    times["gloo"] = gloo_time(group, counts[group.rank()])
+    planners["given"] = given, [topk_idx, counts]
+    times = {}
+    for kind, (planner, arguments) in planners.items():
+        times[kind] = plan_time(group, planner, *arguments)
+        if topk_idx.numel() <= launches.MAX_PLAN_PICKS:
+            with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", -1):
+                again = Planner(placement, group, counts=kind, solver="flow", rank=group.rank())
+                times[f"{kind} (3)"] = plan_time(group, again, *arguments)
+    if alone:
+        times["fcollect"] = fcollect_time(group)
+        times["gloo"] = gloo_time(group, counts[group.rank()])
     return times
 
 
@@ -129,16 +137,26 @@ def ranks_counts(group: dist.ProcessGroup, topk_idx: torch.Tensor) -> list[torch
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[8, 32, 128, 256, 4096])
+    parser.add_argument("--alone", action="store_true", help="others' ways for the counts alone")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     with mps.service() as environ_of:
         for num_ranks in args.ranks:
-            of_ranks = ranks.run(num_ranks, measure, environ=environ_of(num_ranks), timeout=120)
-            found[num_ranks] = {c: max(times[c] for times in of_ranks) for c in COLUMNS}
-    header = ["ranks; us", "plan, given", "plan, nvshmem", "plan, ipc", "fcollect", "gloo"]
-    rows = [[str(n), *(f"{times[c]:.1f}" for c in COLUMNS)] for n, times in found.items()]
-    print(text_table(header, rows))
+            environ = environ_of(num_ranks)
+            for num_tokens in args.tokens:
+                asked = measure, num_tokens, args.alone
+                of_ranks = ranks.run(num_ranks, *asked, environ=environ, timeout=120)
+                found[f"{num_ranks} x {num_tokens}"] = {
+                    column: max(times[column] for times in of_ranks) for column in of_ranks[0]
+                }
+    columns = list(dict.fromkeys(column for times in found.values() for column in times))
+    rows = [
+        [name, *(f"{times[c]:.1f}" if c in times else "" for c in columns)]
+        for name, times in found.items()
+    ]
+    print(text_table(["ranks x tokens; us", *columns], rows))
     if args.json:
         Path(args.json).write_text(json.dumps({**bench.conditions(), "us": found}, indent=1))
 

@@ -5,21 +5,24 @@
 
 namespace lplb {
 
-// This lane's word of the totals, to be read early: `tally` writes it.
+static_assert(NUM_TOTALS < 32, "a lane has each of the totals, and one the window");
+
+// This lane's word of the totals, or the window; to be read early, since `tally` writes it.
 __device__ long long word_of_totals(const Statistics& statistics) {
     int lane = threadIdx.x % 32;
-    return lane < NUM_TOTALS ? statistics.totals[lane] : 0;
+    return lane <= NUM_TOTALS ? statistics.totals[lane] : 0;
 }
 
 // Where the loads [E] of the batch go, if it is sampled; else null. By whole warps, of a batch whose counts
-// are known. Thread 0 is among them.
-__device__ int* sample_of(const Statistics& statistics, int num_experts, long long word) {
+// are known; `thread` is 0 of one of them.
+__device__ int* sample_of(const Statistics& statistics, int num_experts, long long word, int thread) {
     if (statistics.num_samples == 0) return nullptr;
     unsigned lane = threadIdx.x % 32;
-    unsigned before = __reduce_add_sync(~0u, lane >= NUM_TALLIES ? unsigned(word) : 0u);
+    bool counts = lane >= NUM_TALLIES && lane < NUM_TOTALS;
+    unsigned before = __reduce_add_sync(~0u, counts ? unsigned(word) : 0u);
     if (before % statistics.every != 0) return nullptr;
     unsigned place = before / statistics.every % statistics.num_samples;
-    if (threadIdx.x == 0) statistics.sampled[place] = int(before);
+    if (thread == 0) statistics.sampled[place] = int(before);
     return statistics.samples + size_t(place) * num_experts;
 }
 
@@ -77,7 +80,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
 
     // What another lane has. NVRTC 13.5 crashes on a shuffle here for sm_80.
     auto of_lane = [&](int other) { return __reduce_max_sync(~0u, lane == other ? int(word) : 0); };
-    int window = int(statistics.totals[NUM_TOTALS]);
+    int window = of_lane(NUM_TOTALS);
     bool begins = of_lane(TALLY_WINDOW) != window;
     if (begins && lane >= TALLY_WORST_HOME && lane < TALLY_WINDOW) word = 0;
     // Whether a quotient is larger than the window's before, of two words.

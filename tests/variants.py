@@ -31,7 +31,7 @@ from lplb_ep import Layer, Placement, Planner, Problem, check_plan  # noqa: E402
 from lplb_ep.comm import copies  # noqa: E402
 from lplb_ep.comm.exchange import Relay, WindowExchange, Windows  # noqa: E402
 from lplb_ep.gpu.jit import Program  # noqa: E402
-from lplb_ep.planning import kernels, reference  # noqa: E402
+from lplb_ep.planning import kernels, launches, reference  # noqa: E402
 from lplb_ep.planning import planner as planner_module  # noqa: E402
 from lplb_ep.planning.device import DeviceBackend  # noqa: E402
 from lplb_ep.planning.layout import capacity_for  # noqa: E402
@@ -75,6 +75,15 @@ def cases() -> list[Case]:
         for name, solver in DEVICE_SOLVERS.items()
         for v in solver.variants()
     ]
+    out += [
+        Case(
+            f"plan-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
+            functools.partial(run_solver, "flow", v, launches.MAX_PLAN_PICKS),
+            DEVICE_SOLVERS["flow"].plan_program(v),
+        )
+        for v in DEVICE_SOLVERS["flow"].variants()
+    ]
+    out.append(Case("plan-windows", functools.partial(run_windows, torch.int64, True)))
     out.append(Case("guests", run_guests, kernels.weights_program()))
     out += [
         Case(
@@ -162,8 +171,8 @@ def plan_once(
     check(plan, topk, layer, rank)
 
 
-def run_solver(solver: str, variant: Variant) -> None:
-    """Both kernels of a variant."""
+def run_solver(solver: str, variant: Variant, most: int = -1) -> None:
+    """Both kernels of a variant. `most`: picks of a plan in one launch."""
     placement, rng = placement_of(variant), np.random.default_rng(variant.size)
     picked = DEVICE_SOLVERS[solver].variant(capacity_for(placement))
     assert picked == variant, f"the capacity picks {picked}, not {variant}"
@@ -173,10 +182,12 @@ def run_solver(solver: str, variant: Variant) -> None:
     base = torch.from_numpy(rng.integers(0, 800, R))
     speed = torch.from_numpy(rng.integers(1, 6, R))
     limit = load[:, None].expand(-1, placement.max_replicas) * 3 // 4 + 1
-    plan_once(Layer(placement), solver, topk, counts, False)
-    plan_once(Layer(placement, Problem(base_load=base)), solver, topk.int(), counts, True)
     bounded = Problem(base_load=base, speed=speed, max_quota=limit)
-    plan_once(Layer(placement, bounded), solver, topk, counts, False)
+    with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", most):
+        plan_once(Layer(placement), solver, topk, counts, False)
+        exchanged = most < 0  # between the launches
+        plan_once(Layer(placement, Problem(base_load=base)), solver, topk.int(), counts, exchanged)
+        plan_once(Layer(placement, bounded), solver, topk, counts, False)
 
 
 def run_objective(variant: Variant) -> None:
@@ -354,8 +365,14 @@ class OtherRanks:
         self.signals.copy_(torch.full((len(self.signals),), number))
 
 
-def run_windows(dtype: torch.dtype) -> None:
+def run_windows(dtype: torch.dtype, one: bool = False) -> None:
     """Rows in windows: plans, a batch that this rank refuses, and one whose rows come late."""
+    most = launches.MAX_PLAN_PICKS if one else -1
+    with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", most):
+        _run_windows(dtype)
+
+
+def _run_windows(dtype: torch.dtype) -> None:
     rng, rank = np.random.default_rng(4), 5
     layer = Layer(oracle.random_placement(rng, 8, 60, 2))
     others = OtherRanks(layer.placement, rank, relayed=False)

@@ -1,4 +1,4 @@
-"""Plans made on a GPU, bit for bit those of the host: three launches, and nothing that waits."""
+"""Plans made on a GPU, bit for bit those of the host: a launch or three, and nothing that waits."""
 
 from __future__ import annotations
 
@@ -97,7 +97,6 @@ class DeviceBackend:
         self.statistics = self.workspace.statistics
         self._number = number_of(self.workspace.head)
         self._windows = windows
-        self._is_one_graph = windows is not None and windows.relay is None
         # As functions of `torch.cuda`, without their objects and checks.
         self._current_device = torch._C._cuda_getDevice
         self._current_stream = torch._C._cuda_getCurrentRawStream
@@ -136,7 +135,8 @@ class DeviceBackend:
         launches = self._launches.get(key) or self._make_launches(*key)
         try:
             with on_device(self._index):
-                launches.set_batch(nothing, Status.REFUSED, 0, self.workspace.results.data_ptr())
+                results = self.workspace.results.data_ptr()
+                launches.set_batch(nothing, Status.REFUSED, 0, results, in_steps=True)
                 launches.count(self._enter_stream(), waits=False)
                 if self._windows is None:
                     exchange.gather(self.workspace.row)
@@ -169,14 +169,14 @@ class DeviceBackend:
         try:  # what takes memory or a compiler, before this rank's counts are sent
             topk_idx = self._on_device(batch.topk_idx)  # held until it is counted
             launches, physical, results = self._arrange(batch, topk_idx, batch.status, True)
-            graph = launches.graph if self._is_one_graph and not batch.is_captured else None
+            launch = launches.together(batch.is_captured)
         except Exception:
             self.refuse(exchange)
             raise
         stream = self._enter_stream()
         try:
-            if graph is not None:
-                graph(stream)
+            if launch is not None:
+                launch(stream)
             else:
                 launches.count(stream)
                 if self._windows is None:
@@ -200,13 +200,9 @@ class DeviceBackend:
             topk_idx = self._on_device(batch.topk_idx)  # held until it is counted
             launches, physical, results = self._arrange(batch, topk_idx, Status.OPTIMAL, False)
             launches.set_rows(counts, batch.status)
-            stream = self._enter_stream()
-            if batch.is_captured:
-                launches.count(stream)
-                launches.solve(stream)
-                launches.route(stream)
-            else:
-                launches.graph(stream)
+            launch = launches.together(batch.is_captured)
+            assert launch is not None, "no rows travel"
+            launch(self._enter_stream())
         return self._plan(batch, physical, results, False)
 
     def _on_device(self, topk_idx: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from .guest_layout import (
     pack_guest_network,
     pack_guests,
 )
-from .kernels import solver_kernel
+from .kernels import MAX_PLAN_PICKS, plan_kernel, solver_kernel
 from .layout import (
     Routes,
     Tables,
@@ -32,7 +32,13 @@ from .layout import (
     routes,
     tables,
 )
-from .solvers import check_fit, num_route_bytes, solver_record
+from .solvers import (
+    STATIC_SHARED_BYTES,
+    check_fit,
+    num_plan_bytes,
+    num_route_bytes,
+    solver_record,
+)
 from .structs import Status
 
 _USUAL = Problem()
@@ -76,11 +82,12 @@ class DeviceTables:
         p, record = placement, solver_record(solver, placement, objective)
         self.placement, self.device = placement, device
         self._capacity = capacity = capacity_for(placement, refreshable, moves_homes)
-        variant = record.variant(capacity)
+        self._record, self._variant = record, record.variant(capacity)
         self.solve_signature = record.kernels[0]
         """The arguments of both kernels that solve."""
         self.solve, self.solve_general = (
-            solver_kernel(record, variant, device.index, signature) for signature in record.kernels
+            solver_kernel(record, self._variant, device.index, signature)
+            for signature in record.kernels
         )
         self.num_components = capacity.num_components
         self.num_solver_threads = record.num_threads
@@ -90,6 +97,8 @@ class DeviceTables:
         """Dynamic shared memory of a block that solves."""
         self.num_route_bytes = num_route_bytes(placement, refreshable)
         """Dynamic shared memory of a block that rewrites."""
+        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_PLAN_PICKS)
+        """Dynamic shared memory of a block that makes a whole plan."""
         self._tables, self._routes = self._make(placement)
         pack = pack_guest_network if p.num_guests_per_rank else pack_network
         self.network = pack(capacity, _addresses(self._tables))
@@ -111,6 +120,22 @@ class DeviceTables:
     def num_solver_blocks(self, num_chunks: int = 0) -> int:
         """Blocks of a launch that solves, and numbers that many chunks of picks: whole clusters."""
         return self._num_blocks * (self.num_components + -(-num_chunks // self._num_blocks))
+
+    def plan_kernel(self, bounds: Sequence[torch.Tensor | None]) -> Kernel | None:
+        """The kernel of whole plans in one launch, compiled now if it never was.
+
+        None: the solver has none, there are several components, or a block has not enough shared
+        memory.
+
+        Raises:
+            MissingPackageError, CompileError: as `DeviceTables`.
+        """
+        num_bytes = self.num_plan_bytes + STATIC_SHARED_BYTES
+        fits = self.num_components == 1 and num_bytes <= max_shared_bytes(self.device.index)
+        if not self._record.plans or not fits:
+            return None
+        signature = structs.PLAN if is_plain(bounds) else structs.PLAN_GENERAL
+        return plan_kernel(self._record, self._variant, self.device.index, signature)
 
     def arguments(
         self, problem: bytes, rule: GuestRule, chosen: int = 0, *, routes: bool = True
@@ -280,8 +305,12 @@ def to_device(
 
 def kernel_of(tables: DeviceTables, bounds: Sequence[torch.Tensor | None]) -> Kernel:
     """The kernel for base loads, speeds and limits: speeds and limits need the general one."""
-    plain = all(bound is None for bound in bounds[1:])
-    return tables.solve if plain else tables.solve_general
+    return tables.solve if is_plain(bounds) else tables.solve_general
+
+
+def is_plain(bounds: Sequence[torch.Tensor | None]) -> bool:
+    """Whether there are neither speeds nor limits."""
+    return all(bound is None for bound in bounds[1:])
 
 
 def problem_of(

@@ -16,6 +16,8 @@ NUM_THREADS = 1024
 """Threads of a block that counts or rewrites."""
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are shared between."""
+MAX_PLAN_PICKS = 2048
+"""Picks of a batch that one launch plans. With more, blocks that share them are faster."""
 
 NUM_COPY_THREADS, CHUNK, NUM_STAGES = 256, 32768, 6
 """Of the kernels that move weights: threads of a block, bytes of a chunk, and chunks in a block's
@@ -27,6 +29,7 @@ def programs() -> list[Program]:
     records = [r for by in (DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS) for r in by.values()]
     return [
         *(record.program(v) for record in records for v in record.variants()),
+        *(record.plan_program(v) for record in records if record.plans for v in record.variants()),
         *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),
         weights_program(),
         barrier_program(),
@@ -54,6 +57,17 @@ def solver_kernel(
         CompileError: the kernel does not compile.
     """
     return _solver_kernels(record, variant, device).kernel(signature.name, signature.formats)
+
+
+def plan_kernel(
+    record: DeviceSolver, variant: Variant, device: int, signature: Signature
+) -> Kernel:
+    """A kernel of a solver's whole plans.
+
+    Raises:
+        MissingPackageError, CompileError: as `solver_kernel`.
+    """
+    return _plan_kernels(record, variant, device).kernel(signature.name, signature.formats)
 
 
 @functools.cache
@@ -84,6 +98,11 @@ def _weights_kernels(device: int, chunk: int, num_stages: int) -> Kernels:
 @functools.cache
 def _solver_kernels(record: DeviceSolver, variant: Variant, device: int) -> Kernels:
     return load(record.program(variant), device)
+
+
+@functools.cache
+def _plan_kernels(record: DeviceSolver, variant: Variant, device: int) -> Kernels:
+    return load(record.plan_program(variant), device)
 
 
 @functools.cache

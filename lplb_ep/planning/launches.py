@@ -16,7 +16,8 @@ from . import structs
 from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
 from .inputs import logical_table, num_ids
-from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
+from .kernels import MAX_CHUNKS, MAX_PLAN_PICKS, NUM_THREADS, route_kernel
+from .solvers import NUM_PLAN_THREADS
 from .statistics import DeviceStatistics
 from .structs import HEAD, Status
 
@@ -59,6 +60,8 @@ class Workspace:
         p, device = tables.placement, tables.device
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         self.tables, self.error_flags, self.rank = tables, error_flags, rank
+        self.plan = tables.plan_kernel(bounds)
+        """The kernel of whole plans of small batches, where there is one."""
         self.bounds, self.guest_rule, self.max_rounds = bounds, guest_rule, max_rounds
         self.row = zeros(row_size)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
@@ -136,26 +139,27 @@ class Launches:
     ) -> None:
         self._workspace, self._distinct, self._exchanged = workspace, distinct, exchanged
         tables, flags = workspace.tables, workspace.error_flags.address
-        p, no_picks = tables.placement, bytes(structs.PICKS.size)
+        p = tables.placement
         kernel = functools.partial(route_kernel, dtype, tables.device.index)
         physical = indices == "physical"
+        given: dict[str, int | bytes] = {
+            "topk_idx": 0,
+            "picks": bytes(structs.PICKS.size),
+            "logical": workspace.logical.data_ptr() if physical else 0,
+            "num_ids": num_ids(p, indices),
+            "num_topk": 0,
+            "head": workspace.head.data_ptr(),
+            "window": workspace.window if exchanged else bytes(structs.WINDOW.size),
+            "status": Status.OPTIMAL,
+        }
+        row = workspace.row.data_ptr() if exchanged else 0
+        problem = problem_of(tables, workspace.bounds, workspace.max_rounds, error_flags=flags)
+        batch = self._batch(row)
         self._count = kernel(structs.COUNT).prepare(
-            structs.COUNT.arrange(
-                topk_idx=0,
-                picks=no_picks,
-                logical=workspace.logical.data_ptr() if physical else 0,
-                num_ids=num_ids(p, indices),
-                num_topk=0,
-                row=workspace.row.data_ptr() if exchanged else 0,
-                head=workspace.head.data_ptr(),
-                error_flags=flags,
-                window=workspace.window if exchanged else bytes(structs.WINDOW.size),
-                status=Status.OPTIMAL,
-            ),
+            structs.COUNT.arrange(row=row, error_flags=flags, **given),
             NUM_THREADS,
             4 * (HEAD + p.num_experts),
         )
-        problem = problem_of(tables, workspace.bounds, workspace.max_rounds, error_flags=flags)
         self._solve = kernel_of(tables, workspace.bounds).prepare(
             tables.arguments(problem, workspace.guest_rule),
             tables.num_solver_threads,
@@ -163,34 +167,56 @@ class Launches:
         )
         self._route = kernel(structs.ROUTE).prepare(
             structs.ROUTE.arrange(
-                picks=no_picks,
-                table=tables.table,
-                batch=structs.BATCH.pack(
-                    counts=0,
-                    quota=0,
-                    rank_load=0,
-                    endings=0,
-                    status=0,
-                    guests=0,
-                    statistics=workspace.statistics.pack(*workspace.bounds[:2]),
-                    error_flags=flags,
-                    row=workspace.row.data_ptr() if exchanged else 0,
-                    num_components=tables.num_components,
-                    rank=workspace.rank,
-                    num_guests=p.num_ranks * p.num_guests_per_rank,
-                ),
-                physical=0,
+                picks=given["picks"], table=tables.table, batch=batch, physical=0
             ),
             NUM_THREADS,
             tables.num_route_bytes,
         )
+        self._plan: Launch | None = None
+        if workspace.plan is not None and self._by_kernels:
+            arguments = structs.PLAN.arrange(
+                problem=problem,
+                table=tables.table,
+                batch=self._batch(0),
+                physical=0,
+                wide=dtype == torch.int64,
+                **given,
+            )
+            self._plan = workspace.plan.prepare(arguments, NUM_PLAN_THREADS, tables.num_plan_bytes)
         self._relayed = self._relay_launches(kernel) if workspace.relay and exchanged else []
         self._make_writers()
         self._shape: Sequence[int] = ()
         self._scratch = workspace.scratch
+        self._is_one = False
         self._status, self._results = Status.OPTIMAL, 0
         if exchanged and workspace.rows.numel():
             self.set_rows(workspace.rows)
+
+    @property
+    def _by_kernels(self) -> bool:
+        """Whether nothing but kernels of this rank's GPU comes between its picks and its slots."""
+        return not self._exchanged or (
+            bool(self._workspace.rows.numel()) and self._workspace.relay is None
+        )
+
+    def _batch(self, row: int) -> bytes:
+        """The struct `Batch`. Results are named before a launch."""
+        workspace = self._workspace
+        p = workspace.tables.placement
+        return structs.BATCH.pack(
+            counts=0,
+            quota=0,
+            rank_load=0,
+            endings=0,
+            status=0,
+            guests=0,
+            statistics=workspace.statistics.pack(*workspace.bounds[:2]),
+            error_flags=workspace.error_flags.address,
+            row=row,
+            num_components=workspace.tables.num_components,
+            rank=workspace.rank,
+            num_guests=p.num_ranks * p.num_guests_per_rank,
+        )
 
     def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:
         """What takes rows to other nodes and back; a launch of `put` comes between the two."""
@@ -218,58 +244,65 @@ class Launches:
 
     def _make_writers(self) -> None:
         """Finds the fields that a batch overwrites."""
-
-        def count(*fields: str) -> Callable[..., None]:
-            return self._count.writer(*structs.COUNT.span(*fields))
-
-        def solve(*fields: str) -> Callable[..., None]:
-            paths = (f"problem.{field}" for field in fields)
-            return self._solve.writer(*signature.span(*paths))
-
-        def route(*fields: str) -> Callable[..., None]:
-            return self._route.writer(*structs.ROUTE.span(*fields))
-
-        def fields_of(name: str) -> list[str]:
-            return [f"{name}.{field.name}" for field in structs.PICKS.fields]
-
-        signature = self._workspace.tables.solve_signature
+        solves = self._workspace.tables.solve_signature
+        count, solve = (structs.COUNT, self._count), (solves, self._solve)
+        route, plan = (structs.ROUTE, self._route), (structs.PLAN, self._plan)
         self._chosen: int | None = None
         if self._workspace.tables.placement.num_guests_per_rank:
-            self._chosen = self._solve.word(*signature.span("guests.chosen"))
-        self._write_num_topk = count("num_topk")
-        self._write_status, self._write_waits = count("status"), count("window.waits")
-        self._write_picks = [write(*fields_of("picks")) for write in (count, solve, route)]
-        self._write_counts = solve(*(f"counts.{field.name}" for field in structs.COUNTS.fields))
-        self._write_solver_status = solve("status")
-        self._write_solution = solve("quota", "rank_load", "endings", "counted")
-        batch = ("counts", "quota", "rank_load", "endings", "status", "guests")
-        self._write_batch = route(*(f"batch.{field}" for field in batch))
+            self._chosen = self._solve.word(*solves.span("guests.chosen"))
+        of_picks = [field.name for field in structs.PICKS.fields]
+        self._write_picks = [
+            _writer("picks", of_picks, count),
+            _writer("problem.picks", of_picks, solve),
+            _writer("picks", of_picks, route),
+        ]
+        self._write_plan_picks = _writer("picks", of_picks, plan)
+        self._write_num_topk = _writer("", ["num_topk"], count, plan)
+        self._write_status = _writer("", ["status"], count, plan)
+        self._write_waits = _writer("window", ["waits"], count)
+        of_counts = [field.name for field in structs.COUNTS.fields]
+        self._write_counts = _writer("problem.counts", of_counts, solve, plan)
+        self._write_solver_status = _writer("problem", ["status"], solve, plan)
+        of_solution = ["quota", "rank_load", "endings", "counted"]
+        self._write_solution = _writer("problem", of_solution, solve, plan)
+        of_batch = ["counts", "quota", "rank_load", "endings", "status", "guests"]
+        self._write_batch = _writer("batch", of_batch, route, plan)
         self._topk_idx = self._count.word(*structs.COUNT.span("topk_idx"))
         self._physical = self._route.word(*structs.ROUTE.span("physical"))
+        if self._plan is not None:
+            words = ("topk_idx", "physical")
+            self._of_plan = [self._plan.word(*structs.PLAN.span(word)) for word in words]
 
-    def _set_shape(self, shape: Sequence[int]) -> None:
-        """Cuts the picks into chunks, and gives the kernels scratch memory for them."""
+    def _set_shape(self, shape: Sequence[int], in_steps: bool) -> None:
+        """Chooses the launches of a batch, and gives them scratch memory for its picks."""
         workspace, (num_tokens, num_topk) = self._workspace, shape
-        num_picks = num_tokens * num_topk
-        workspace.reserve(num_picks)
-        E = workspace.tables.placement.num_experts
-        chunk = -(-max(1, num_picks) // MAX_CHUNKS)
-        chunk = -(-chunk // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
-        num_chunks = max(1, -(-num_picks // chunk))
-        positions = workspace.scratch.data_ptr()
-        experts = positions + 4 * num_picks
-        for write in self._write_picks:
-            write(
-                experts, positions, workspace.histograms.data_ptr(), num_picks, num_chunks, chunk, E
-            )
+        num_picks, E = num_tokens * num_topk, workspace.tables.placement.num_experts
+        self._is_one = self._plan is not None and num_picks <= MAX_PLAN_PICKS and not in_steps
         self._write_num_topk(num_topk if self._distinct else 0)
-        self._shape, self._scratch = shape, workspace.scratch
-        self._count.resize(num_chunks)
-        self._solve.resize(workspace.tables.num_solver_blocks(num_chunks))
-        self._route.resize(num_chunks + 1)
+        if self._is_one:
+            self._write_plan_picks(0, 0, 0, num_picks, 1, num_picks, E)
+        else:
+            workspace.reserve(num_picks)
+            chunk = -(-max(1, num_picks) // MAX_CHUNKS)
+            chunk = -(-chunk // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE
+            num_chunks = max(1, -(-num_picks // chunk))
+            positions = workspace.scratch.data_ptr()
+            picks = positions + 4 * num_picks, positions, workspace.histograms.data_ptr()
+            for write in self._write_picks:
+                write(*picks, num_picks, num_chunks, chunk, E)
+            self._count.resize(num_chunks)
+            self._solve.resize(workspace.tables.num_solver_blocks(num_chunks))
+            self._route.resize(num_chunks + 1)
+        self._shape, self._scratch = () if in_steps else shape, workspace.scratch
 
     def set_batch(
-        self, topk_idx: torch.Tensor, status: Status, physical: int, results: int
+        self,
+        topk_idx: torch.Tensor,
+        status: Status,
+        physical: int,
+        results: int,
+        *,
+        in_steps: bool = False,
     ) -> None:
         """Names the batch of the launches that follow, and reserves scratch memory for it.
 
@@ -278,24 +311,44 @@ class Launches:
             status: of this rank, for the head of the row.
             physical: address of the slots [T, K], where picks are rewritten.
             results: address of the integers of `Workspace.result_sizes`.
+            in_steps: whether its steps are launched one by one: `count`, `solve` and `route`.
         """
         shape = topk_idx.shape
-        if shape != self._shape or self._scratch is not self._workspace.scratch:
-            self._set_shape(shape)
+        if in_steps or shape != self._shape or self._scratch is not self._workspace.scratch:
+            self._set_shape(shape, in_steps)
         if status is not self._status:
             self._write_status(status)
             self._status = status
         if results != self._results:
             self._set_results(results)
-        self._count.point(self._topk_idx, topk_idx.data_ptr())
-        self._route.point(self._physical, physical)
+        if self._is_one:
+            assert self._plan is not None, "it was chosen"
+            self._plan.point(self._of_plan[0], topk_idx.data_ptr())
+            self._plan.point(self._of_plan[1], physical)
+        else:
+            self._count.point(self._topk_idx, topk_idx.data_ptr())
+            self._route.point(self._physical, physical)
+
+    def together(self, is_captured: bool) -> Callable[[int], None] | None:
+        """What launches the whole batch on a stream, given by its address.
+
+        A small batch of one component is one launch, else it is three: as one graph, which no
+        stream that is being captured takes. None: rows travel by other means than this GPU's
+        kernels alone, and the steps are launched one by one.
+        """
+        if self._is_one:
+            return self._plan
+        if not self._by_kernels:
+            return None
+        return self._in_turn if is_captured else self._graph
+
+    def _in_turn(self, stream: int) -> None:
+        self.count(stream)
+        self.solve(stream)
+        self.route(stream)
 
     @functools.cached_property
-    def graph(self) -> LaunchGraph:
-        """`count`, `solve` and `route` as one, where kernels exchange the rows or counts are given.
-
-        No stream that is being captured takes it, and rows that a node relays need more launches.
-        """
+    def _graph(self) -> LaunchGraph:
         return LaunchGraph([self._count, self._solve, self._route])
 
     def count(self, stream: int, *, waits: bool = True) -> None:
@@ -356,3 +409,19 @@ class Launches:
         if self._chosen is not None:
             self._solve.point(self._chosen, guests)
         self._results = results
+
+
+def _writer(
+    prefix: str, fields: Sequence[str], *prepared: tuple[Signature, Launch | None]
+) -> Callable[..., None]:
+    """A function that overwrites neighbouring fields of several launches, by their signatures."""
+    paths = [f"{prefix}.{field}" if prefix else field for field in fields]
+    writes = [launch.writer(*signature.span(*paths)) for signature, launch in prepared if launch]
+    if len(writes) == 1:
+        return writes[0]
+
+    def write(*values: int) -> None:
+        for one in writes:
+            one(*values)
+
+    return write

@@ -20,10 +20,12 @@ from ..settings import SOLVERS
 from . import structs
 from .fill_rules import RULES
 from .layout import SIZES, Capacity, capacity_for
-from .structs import ARC, EDGE, RESIDENT
+from .structs import ARC, COPY, EDGE, HEAD, RESIDENT
 
 NUM_THREADS = 256
 """Threads of a block that solves; fewer would take long to add up the counts."""
+NUM_PLAN_THREADS = 512
+"""Threads of a block that makes a whole plan; more than push."""
 MAX_PUSHING_THREADS = 256
 """Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
 STATIC_SHARED_BYTES = 3 * 1024
@@ -67,6 +69,8 @@ class DeviceSolver:
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
+    plans: str = ""
+    """The file in `kernels/` of its whole plans in one launch; none: it has none."""
 
     def variants(self) -> list[Variant]:
         """All variants: whole warps of threads, and no more than hide each other's latencies."""
@@ -87,9 +91,15 @@ class DeviceSolver:
 
     def program(self, variant: Variant) -> Program:
         """The program of a variant."""
-        defines = {name.upper(): value for name, value in variant._asdict().items()}
-        defines["THREADS"], defines["BLOCKS"] = self.num_threads, self.num_cluster_blocks
-        return Program(self.source, defines, self.functions(variant))
+        own = {"THREADS": self.num_threads, "BLOCKS": self.num_cluster_blocks}
+        return Program(self.source, {**self._sizes(variant), **own}, self.functions(variant))
+
+    def _sizes(self, variant: Variant) -> dict[str, int]:
+        return {name.upper(): value for name, value in variant._asdict().items()}
+
+    def plan_program(self, variant: Variant) -> Program:
+        """The program of a variant that makes whole plans."""
+        return Program(self.plans, {**self._sizes(variant), "THREADS": NUM_PLAN_THREADS})
 
     def num_blocks(self, capability: tuple[int, int]) -> int:
         """Blocks that share a component on a GPU: clusters come with sm_90."""
@@ -149,6 +159,7 @@ DEVICE_SOLVERS = {
             functions=lambda variant: (),
             num_flow_bytes=_flow_bytes,
             num_own_bytes=lambda capacity: 0,
+            plans="plan.cu",
         ),
         DeviceSolver(
             "cusolverdx",
@@ -227,11 +238,25 @@ def solver_record(solver: str, placement: Placement, objective: str = "tokens") 
 
 def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
     """Dynamic shared memory, in bytes, of a block that splits and rewrites."""
-    capacity = capacity_for(placement, refreshable)
+    return _route_bytes(placement, capacity_for(placement, refreshable))
+
+
+def _route_bytes(placement: Placement, capacity: Capacity) -> int:
     num_nodes = placement.num_ranks // placement.num_ranks_per_node
     several, copies = capacity.num_several, capacity.num_copies
     integers = placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
     return 4 * max(integers, placement.num_ranks)  # which the block with the statistics has
+
+
+def num_plan_bytes(placement: Placement, capacity: Capacity, num_picks: int) -> int:
+    """Dynamic shared memory, in bytes, of a block that makes a whole plan, as `kernels/plan.cu`."""
+    p, c, row = placement, capacity, HEAD + placement.num_experts
+    of_component = _multiple(16, _flow_bytes(c, 1))
+    of_table = COPY.size * c.num_copies + 4 * (p.num_experts + 2 * c.num_several + 1)
+    of_rows = 16 * p.num_ranks + 4 * row * (p.num_ranks + 1)
+    of_quotas = 4 * p.num_experts * p.max_replicas
+    numbering = 4 * (1 + NUM_PLAN_THREADS // 32) * p.num_experts + 6 * num_picks
+    return of_component + of_table + of_rows + of_quotas + numbering + _route_bytes(p, c)
 
 
 def check_fit(

@@ -370,6 +370,23 @@ ROUTE = Signature(
     (BATCH, "batch", "what was solved"),
     ("Index*", "physical", "[num_picks] slots, -1: none"),
 )
+PLAN = Signature(
+    "plan",
+    ("const void*", "topk_idx", "[num_picks] ids in [0, num_ids), -1: none"),
+    (PICKS, "picks", "of one chunk; where they are laid out is not asked for"),
+    ("const int*", "logical", "as of COUNT, and so the next two"),
+    ("int", "num_ids", "E, or the slots where ids are physical"),
+    ("int", "num_topk", "picks of a token, where no two may be of one expert; or 0"),
+    ("int4*", "head", "what the row begins with behind its status"),
+    (WINDOW, "window", "where rows are exchanged, if its peers are given"),
+    ("int", "status", "of this rank"),
+    (PROBLEM, "problem", "of one component, and where its solution goes"),
+    (TABLE, "table", "the placement"),
+    (BATCH, "batch", "where to say how it ends"),
+    ("void*", "physical", "[num_picks] slots, -1: none"),
+    ("int", "wide", "1: ids and slots are of 8 bytes, not 4"),
+)
+PLAN_GENERAL = Signature("plan_general", *PLAN.arguments)
 MASK = Signature(
     "mask",
     ("const Index*", "given", "[num_picks] -1: none"),
@@ -381,7 +398,7 @@ SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
-        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, MASK),
+        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, PLAN, PLAN_GENERAL, MASK),
     )
 }
 """Of every kernel of a plan, by name."""

@@ -65,6 +65,7 @@ PROGRAMS = [
     *map(GUEST_SOLVERS["flow"].program, GUEST_VARIANTS),
     *map(OBJECTIVE_SOLVERS["flow"].program, OBJECTIVE_VARIANTS),
     *map(DEVICE_SOLVERS["cusolverdx"].program, DEVICE_SOLVERS["cusolverdx"].variants()),
+    *map(DEVICE_SOLVERS["flow"].plan_program, VARIANTS),
     *map(route_program, (np.int32, np.int64)),
     barrier_program(),
 ]
@@ -156,6 +157,7 @@ class Rank:
             at = costs.ctypes.data
             self._objective = layout.pack_objective(objective, problem.cost_model, at)
         self.route_library = library(route_program(dtype))
+        self.plan_library = library(record.plan_program(variant)) if record.plans else None
         self._num_blocks = num_blocks = record.num_cluster_blocks
         self._num_solver_bytes = record.num_shared_bytes(
             capacity, placement.num_experts, num_blocks
@@ -275,11 +277,25 @@ class Rank:
         **bounds: np.ndarray,
     ) -> emulator.Operation:
         """The launch of `solve`, or with speeds or capacities of `solve_general`."""
-        p = self.placement
-        problem = structs.PROBLEM.pack(
+        problem = self._problem(picks, plan, rows, head, status, max_rounds, bounds)
+        helpers = -(-picks.num_chunks // self._num_blocks)  # whole clusters of them
+        grid = self._num_blocks * (self.num_components + helpers), 1
+        return self._solve(grid, problem, bounds, plan.guests, self.routes)
+
+    def _problem(
+        self,
+        picks: Picks,
+        plan: Plan,
+        rows: np.ndarray,
+        head: int,
+        status: int,
+        max_rounds: int,
+        bounds: Mapping[str, np.ndarray],
+    ) -> bytes:
+        return structs.PROBLEM.pack(
             counts=structs.COUNTS.pack(
                 rows=rows.ctypes.data,
-                num_rows=p.num_ranks,
+                num_rows=self.placement.num_ranks,
                 stride=rows.shape[1],
                 batch_stride=0,
                 head=head,
@@ -294,9 +310,6 @@ class Rank:
             error_flags=self.error_flags.ctypes.data,
             **self._rest_of_problem(bounds, max_rounds, status),
         )
-        helpers = -(-picks.num_chunks // self._num_blocks)  # whole clusters of them
-        grid = self._num_blocks * (self.num_components + helpers), 1
-        return self._solve(grid, problem, bounds, plan.guests, self.routes)
 
     def solve_loads(
         self, loads: np.ndarray, guests: np.ndarray | None = None, **bounds: np.ndarray
@@ -378,28 +391,7 @@ class Rank:
         self, picks: Picks, plan: Plan, *, exchanged: bool = True, **bounds: np.ndarray
     ) -> emulator.Operation:
         """The launch of `route`; `bounds`: base loads and speeds, for the statistics."""
-        statistics = structs.STATISTICS.pack(
-            totals=self.totals.ctypes.data,
-            samples=self.samples.ctypes.data,
-            sampled=self.sampled.ctypes.data,
-            num_samples=len(self.samples),
-            every=self._every,
-            **{b: bounds[b].ctypes.data if b in bounds else 0 for b in ("base", "speed")},
-        )
-        batch = structs.BATCH.pack(
-            counts=plan.counts.ctypes.data,
-            quota=plan.quota.ctypes.data,
-            rank_load=plan.rank_load.ctypes.data,
-            endings=plan.endings.ctypes.data,
-            status=plan.status.ctypes.data,
-            statistics=statistics,
-            error_flags=self.error_flags.ctypes.data,
-            row=self.row.ctypes.data if exchanged else 0,
-            guests=plan.guests.ctypes.data,
-            num_components=self.num_components,
-            rank=self.rank,
-            num_guests=plan.guests.size,
-        )
+        batch = self._batch(plan, self.row.ctypes.data if exchanged else 0, bounds)
         return self.route_library.kernel("route")(
             (picks.num_chunks + 1, 1),
             kernels.NUM_THREADS,
@@ -408,6 +400,80 @@ class Rank:
             table=self.table,
             batch=batch,
             physical=plan.physical,
+        )
+
+    def _batch(self, plan: Plan, row: int, bounds: Mapping[str, np.ndarray]) -> bytes:
+        statistics = structs.STATISTICS.pack(
+            totals=self.totals.ctypes.data,
+            samples=self.samples.ctypes.data,
+            sampled=self.sampled.ctypes.data,
+            num_samples=len(self.samples),
+            every=self._every,
+            **{b: bounds[b].ctypes.data if b in bounds else 0 for b in ("base", "speed")},
+        )
+        return structs.BATCH.pack(
+            counts=plan.counts.ctypes.data,
+            quota=plan.quota.ctypes.data,
+            rank_load=plan.rank_load.ctypes.data,
+            endings=plan.endings.ctypes.data,
+            status=plan.status.ctypes.data,
+            statistics=statistics,
+            error_flags=self.error_flags.ctypes.data,
+            row=row,
+            guests=plan.guests.ctypes.data,
+            num_components=self.num_components,
+            rank=self.rank,
+            num_guests=plan.guests.size,
+        )
+
+    def whole(
+        self,
+        picks: Picks,
+        plan: Plan,
+        rows: np.ndarray,
+        *,
+        window: bytes = bytes(structs.WINDOW.size),
+        status: int = 0,
+        of_batch: int = 0,
+        logical: np.ndarray | None = None,
+        num_topk: int = 0,
+        max_rounds: int = MAX_ROUNDS,
+        **bounds: np.ndarray,
+    ) -> emulator.Operation:
+        """The launch of `plan`, or with speeds or capacities of `plan_general`.
+
+        `rows`: [R, E] given counts, or with a window [R, HEAD + E]. `status`: of this rank;
+        `of_batch`: as far as the counts do not say it.
+        """
+        given, size = picks.given, self._dtype.itemsize
+        packed = structs.PICKS.pack(
+            experts=0,
+            positions=0,
+            histograms=0,
+            num_picks=given.size,
+            num_chunks=1,
+            chunk=given.size,
+            num_experts=self.placement.num_experts,
+        )
+        head = rows.shape[1] - self.placement.num_experts
+        general = bool({"speed", "cap"} & bounds.keys())
+        return self.plan_library.kernel("plan_general" if general else "plan")(
+            (1, 1),
+            solvers.NUM_PLAN_THREADS,
+            solvers.num_plan_bytes(self.placement, self._capacity, given.size),
+            topk_idx=given,
+            picks=packed,
+            logical=0 if logical is None else logical,
+            num_ids=self.placement.num_experts if logical is None else len(logical),
+            num_topk=num_topk,
+            head=self.head,
+            window=window,
+            status=status,
+            problem=self._problem(picks, plan, rows, head, of_batch, max_rounds, bounds),
+            table=self.table,
+            batch=self._batch(plan, 0, bounds),
+            physical=plan.physical,
+            wide=size == 8,
         )
 
     def split(self, counts: np.ndarray, quota: np.ndarray) -> tuple[emulator.Operation, np.ndarray]:

@@ -11,15 +11,19 @@ from emulator import ORDERS, EmulationError
 from lplb_ep.comm.copies import barrier_program
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning import structs
-from lplb_ep.planning.structs import HEAD, MAX_TOTAL, Status
+from lplb_ep.planning.structs import HEAD, MAX_TOTAL, ErrorFlag, Status
 
 SEEDS = (*ORDERS, 3, 4, 5, 7, 9)
 
 
 class Group:
-    """Ranks with windows of each other's on their node, and relays between nodes."""
+    """Ranks with windows of each other's on their node, and relays between nodes.
 
-    def __init__(self, memory, placement, library, **arguments):
+    `ones`: the ranks that plan in one launch.
+    """
+
+    def __init__(self, memory, placement, library, ones=(), **arguments):
+        self.ones = ones
         R, size = placement.num_ranks, HEAD + placement.num_experts
         self.memory, self.placement, self.node_size = (
             memory,
@@ -69,15 +73,19 @@ class Group:
             puts.append(emulator.add(self.signals[other][node : node + 1], 1))
         return [gather, *puts, broadcast]
 
-    def batch(self, topks, statuses=None):
+    def batch(self, topks, limit_ns=plans.FOREVER):
         """The operations of each rank for a batch, and its plans."""
         streams, made = [], []
         for rank, topk in zip(self.ranks, topks, strict=True):
             plan = rank.plan(topk)
             picks = rank.picks(topk, plan)
-            status = 0 if statuses is None else statuses[rank.rank]
-            stream = self.count(rank, picks, plan, status=status)
-            streams.append([*stream, rank.solve(picks, plan, plan.rows), rank.route(picks, plan)])
+            if rank.rank in self.ones:
+                window = rank.window_struct(plan, limit_ns=limit_ns)
+                stream = [rank.whole(picks, plan, plan.rows, window=window)]
+            else:
+                stream = self.count(rank, picks, plan, limit_ns=limit_ns)
+                stream += [rank.solve(picks, plan, plan.rows), rank.route(picks, plan)]
+            streams.append(stream)
             made.append(plan)
         return streams, made
 
@@ -99,8 +107,9 @@ def check_batch(group, topks, made, number):
     quota = torch.from_numpy(made[0].quota.copy())
     shares = cpu.split(counts, quota, group.placement)
     for rank, topk, plan in zip(group.ranks, topks, made, strict=True):
-        assert (plan.rows[:, :HEAD] == [0, 77, 2, 3, number]).all()
-        assert (plan.rows[:, HEAD:] == counts.numpy()).all()
+        if rank.rank not in group.ones:
+            assert (plan.rows[:, :HEAD] == [0, 77, 2, 3, number]).all()
+            assert (plan.rows[:, HEAD:] == counts.numpy()).all()
         assert (plan.counts == counts.numpy()).all()
         assert plan.status.tolist() == [Status.OPTIMAL]
         assert (plan.quota == made[0].quota).all()
@@ -121,16 +130,22 @@ def run_batches(group, rng, order, number, first=1):
     for n, (topks, made) in enumerate(kept, first):
         check_batch(group, topks, made, n & MAX_TOTAL)
     for rank in group.ranks:
+        assert rank.head[3] == (first + number - 1) & MAX_TOTAL
         assert not rank.row.any()
         assert not rank.missing.any()
         assert not rank.error_flags.any()
 
 
+ONES = pytest.mark.parametrize("ones", [(), (0, 1, 2, 3, 4), (1, 3)], ids=("none", "all", "some"))
+"""Ranks that plan in one launch; the others do in three."""
+
+
 @pytest.mark.parametrize("order", SEEDS)
 @pytest.mark.parametrize("R", [1, 2, 5])
-def test_ranks_of_a_node_exchange_their_rows(R, order, memory, library):
+@ONES
+def test_ranks_of_a_node_exchange_their_rows(ones, R, order, memory, library):
     rng = np.random.default_rng(R)
-    group = random_group(rng, memory, library, R, chunk=64)
+    group = random_group(rng, memory, library, R, ones=ones, chunk=64)
     run_batches(group, rng, order, 5)
     for rank in group.ranks:
         assert rank.state.tolist()[:2] == [0, 0]
@@ -155,11 +170,11 @@ def test_the_number_of_a_batch_may_wrap_around(memory, library):
 
 
 @pytest.mark.parametrize("order", SEEDS)
-@pytest.mark.parametrize("node", [4, 2])
-def test_a_rank_that_refuses_waits_for_no_one(node, order, memory, library):
+@pytest.mark.parametrize(("node", "ones"), [(4, ()), (2, ()), (4, (0, 1, 2, 3)), (4, (1,))])
+def test_a_rank_that_refuses_waits_for_no_one(node, ones, order, memory, library):
     """Its next batch first reads the rows that it did not wait for."""
     rng = np.random.default_rng(1)
-    group = random_group(rng, memory, library, 4, node)
+    group = random_group(rng, memory, library, 4, node, ones=ones)
     refusing, nothing = group.ranks[1], np.zeros((0, 1), np.int64)
     streams, kept = [[], [], [], []], []
     for number in range(1, 7):
@@ -179,6 +194,7 @@ def test_a_rank_that_refuses_waits_for_no_one(node, order, memory, library):
             continue
         for plan in (made[0], made[2], made[3]):
             assert plan.status.tolist() == [Status.REFUSED]
+        for plan in made[:1] * (not ones):
             assert plan.rows[:, 0].tolist() == [0, Status.REFUSED, 0, 0]
 
 
@@ -186,26 +202,26 @@ LIMIT_NS = 60_000_000  # of the emulator's clock, which each look at it advances
 
 
 def late_batch(group, topks, absent):
-    streams, made = [], []
-    for rank, topk in zip(group.ranks, topks, strict=True):
-        plan = rank.plan(topk)
-        picks = rank.picks(topk, plan)
-        operations = group.count(rank, picks, plan, limit_ns=LIMIT_NS)
-        operations += [rank.solve(picks, plan, plan.rows), rank.route(picks, plan)]
-        streams.append([] if rank.rank in absent else operations)
-        made.append(plan)
-    return streams, made
+    streams, made = group.batch(topks, LIMIT_NS)
+    return [[] if r in absent else stream for r, stream in enumerate(streams)], made
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("node", "absent", "missing"),
-    [(4, [2], [2]), (4, [0, 3], [0, 3]), (2, [3], [3]), (2, [2], [2, 3])],
+    ("node", "absent", "missing", "ones"),
+    [
+        (4, [2], [2], ()),
+        (4, [2], [2], (0, 1, 3)),
+        (4, [0, 3], [0, 3], ()),
+        (4, [0, 3], [0, 3], (1,)),
+        (2, [3], [3], ()),
+        (2, [2], [2, 3], ()),
+    ],
 )
-def test_ranks_that_do_not_come_are_named(node, absent, missing, order, memory, library):
+def test_ranks_that_do_not_come_are_named(node, absent, missing, ones, order, memory, library):
     """Where the first rank of a node does not come, all of its node are missed on the others."""
     rng = np.random.default_rng(2)
-    group = random_group(rng, memory, library, 4, node)
+    group = random_group(rng, memory, library, 4, node, ones=ones)
     topks = random_topks(rng, group)
     streams, made = late_batch(group, topks, absent)
     memory.run(*streams, order=order)
@@ -217,17 +233,20 @@ def test_ranks_that_do_not_come_are_named(node, absent, missing, order, memory, 
             missed = [r for r in range(4) if r // node != rank.rank // node or r in absent]
         assert plan.status.tolist() == [Status.TIMED_OUT]
         assert np.flatnonzero(rank.missing).tolist() == missed
-        assert np.flatnonzero(plan.rows[:, 0]).tolist() == missed
-        assert not plan.rows[missed, 1:].any()
-        assert (plan.rows[rank.rank, HEAD:] == cpu.count(torch.from_numpy(topk), 24).numpy()).all()
+        if rank.rank not in ones:
+            own = cpu.count(torch.from_numpy(topk), 24).numpy()
+            assert np.flatnonzero(plan.rows[:, 0]).tolist() == missed
+            assert not plan.rows[missed, 1:].any()
+            assert (plan.rows[rank.rank, HEAD:] == own).all()
         home = cpu.rewrite_home(torch.from_numpy(topk), group.placement)
         assert (plan.physical == home.numpy()).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_late_rank_reads_what_it_missed(order, memory, library):
+@ONES
+def test_a_late_rank_reads_what_it_missed(ones, order, memory, library):
     rng = np.random.default_rng(3)
-    group = random_group(rng, memory, library, 3)
+    group = random_group(rng, memory, library, 3, ones=ones)
     topks = random_topks(rng, group)
     late, _ = late_batch(group, topks, [1])
     memory.run(*late, order=order)
@@ -244,9 +263,10 @@ def test_a_late_rank_reads_what_it_missed(order, memory, library):
 
 
 @pytest.mark.parametrize("order", SEEDS)
-def test_a_rank_that_refused_learns_later_who_is_missing(order, memory, library):
+@ONES
+def test_a_rank_that_refused_learns_later_who_is_missing(ones, order, memory, library):
     rng = np.random.default_rng(5)
-    group = random_group(rng, memory, library, 3)
+    group = random_group(rng, memory, library, 3, ones=ones)
     refusing, nothing = group.ranks[1], np.zeros((0, 1), np.int64)
     first, _ = late_batch(group, random_topks(rng, group), [2])
     plan = refusing.plan(nothing)
@@ -258,12 +278,53 @@ def test_a_rank_that_refused_learns_later_who_is_missing(order, memory, library)
     for rank, plan in zip(group.ranks[:2], made, strict=False):
         assert rank.missing[2] == 1
         assert plan.status.tolist() == [Status.TIMED_OUT]
-        assert plan.rows[2].tolist() == [Status.TIMED_OUT, *[0] * (HEAD - 1 + 24)]
+        if rank.rank not in ones:
+            assert plan.rows[2].tolist() == [Status.TIMED_OUT, *[0] * (HEAD - 1 + 24)]
 
 
-def test_another_placement_is_out_of_step(memory, library):
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_one_launch_refuses_what_it_may_not_take(dtype, order, memory, library):
+    """As `count` does: ids out of range, and experts that a token picks twice."""
+    rng = np.random.default_rng(6)
+    group = random_group(rng, memory, library, 2, ones=(0, 1), dtype=dtype)
+    good = np.stack([rng.permutation(24)[:3] for _ in range(50)])
+    wrong, twice, slots = good.copy(), good.copy(), group.placement.home[good]
+    wrong[33, 2], twice[21, 2] = (2**40 if dtype == np.int64 else 24), twice[21, 0]
+    logical = memory.array(group.placement.physical_to_logical, np.int32)
+    for topk, flags, arguments in (
+        (good, [], {"num_topk": 3}),
+        (wrong, [ErrorFlag.OUT_OF_RANGE], {}),
+        (twice, [ErrorFlag.REPEATED_PICK], {"num_topk": 3}),
+        (twice, [], {}),
+        (slots, [], {"logical": logical, "num_topk": 3}),
+        (
+            np.where(slots == slots[7, 1], len(logical), slots),
+            [ErrorFlag.OUT_OF_RANGE],
+            {"logical": logical},
+        ),
+    ):
+        streams, made = group.batch([topk, good])
+        first = group.ranks[0]
+        window = first.window_struct(made[0])
+        picks = first.picks(topk, made[0])
+        whole = first.whole(picks, made[0], made[0].rows, window=window, **arguments)
+        memory.run([whole], streams[1], order=order)
+        status = Status.REFUSED if flags else Status.OPTIMAL
+        for rank, plan, own in zip(group.ranks, made, (flags, []), strict=True):
+            assert plan.status.tolist() == [status]
+            ends = [status] if flags else []
+            assert np.flatnonzero(rank.error_flags).tolist() == [*ends, *own]
+            rank.error_flags[:] = 0
+        if not flags:
+            given = topk if topk is twice else good
+            assert (group.placement.physical_to_logical[made[0].physical] == given).all()
+
+
+@ONES
+def test_another_placement_is_out_of_step(ones, memory, library):
     rng = np.random.default_rng(4)
-    group = random_group(rng, memory, library, 3)
+    group = random_group(rng, memory, library, 3, ones=ones)
     group.ranks[2].head[0] = 78
     topks = random_topks(rng, group)
     streams, made = group.batch(topks)

@@ -143,9 +143,19 @@ def expected_positions(topk):
 
 
 def run_plan(
-    memory, rank, topk, counts, *, order=0, given=False, status=0, max_rounds=10_000, of_ranks=()
+    memory,
+    rank,
+    topk,
+    counts,
+    *,
+    order=0,
+    given=False,
+    one=False,
+    status=0,
+    max_rounds=10_000,
+    of_ranks=(),
 ):
-    """All three launches of a batch with the counts of the other ranks in its memory.
+    """A batch with the counts of the other ranks in its memory: three launches, or one.
 
     `of_ranks`: base loads and speeds.
     """
@@ -157,6 +167,13 @@ def run_plan(
         rows[0, 0] = status
     plan = rank.plan(topk)
     picks = rank.picks(topk, plan)
+    if one:
+        rows = memory.array(rows, np.int32)
+        whole = rank.whole(
+            picks, plan, rows, of_batch=status, max_rounds=max_rounds, **dict(of_ranks)
+        )
+        memory.run([whole], order=order)
+        return plan
     launches = [
         rank.count(picks, exchanged=not given),
         rank.solve(
@@ -174,7 +191,11 @@ def run_plan(
     return plan
 
 
-def check_routed(rank, plan, topk, counts):
+FORMS = ({}, {"given": True}, {"given": True, "one": True})
+"""Of a plan's launches: counts in exchanged rows, given, and given to one launch."""
+
+
+def check_routed(rank, plan, topk, counts, one=False):
     """Bit for bit what the CPU's steps make of the plan's quotas."""
     placement = rank.placement
     counts = torch.from_numpy(counts).int()
@@ -183,7 +204,7 @@ def check_routed(rank, plan, topk, counts):
     expected = cpu.rewrite(torch.from_numpy(topk), shares[rank.rank], placement)
     assert (plan.physical == expected.numpy()).all()
     assert (plan.counts == counts.numpy()).all()
-    assert plan.positions.tolist() == expected_positions(topk)
+    assert one or plan.positions.tolist() == expected_positions(topk)
     best = cpu.solve(counts.sum(0), placement).bound
     assert plan.rank_load.max() == -(-best.numerator // best.denominator)
 
@@ -211,13 +232,14 @@ def test_a_batch_is_routed_as_on_the_cpu(R, node, size, chunk, solver, order, me
     counts = np.stack([cpu.count(torch.from_numpy(t), 36).numpy() for t in topks])
     dtype = np.int32 if order == 1 else np.int64
     rank = plans.Rank(memory, placement, this, library, solver=solver, chunk=chunk, dtype=dtype)
-    for given in (False, True):
-        plan = run_plan(memory, rank, topks[this], counts, order=order, given=given)
-        check_routed(rank, plan, topks[this], counts)
+    forms = FORMS if solver == "flow" and rank.num_components == 1 else FORMS[:2]
+    for form in forms:
+        plan = run_plan(memory, rank, topks[this], counts, order=order, **form)
+        check_routed(rank, plan, topks[this], counts, form.get("one", False))
         assert not rank.row.any()
         assert not rank.error_flags.any()
         rank.head[3] = 0
-    assert rank.num_by_status[Status.OPTIMAL] == 2
+    assert rank.num_by_status[Status.OPTIMAL] == len(forms)
 
 
 def test_a_batch_of_several_components(memory, library):
@@ -269,10 +291,12 @@ def test_batches_that_do_not_end_well_go_home(order, memory, library):
 
     ends(Status.NOT_CONVERGED, max_rounds=1)
     ends(Status.BAD_COUNTS, wrong=-1)
+    ends(Status.NOT_CONVERGED, max_rounds=1, **FORMS[2])
     for status in (Status.STALE, Status.INFEASIBLE, Status.REFUSED, Status.TIMED_OUT):
-        ends(status, status=status)
-        ends(status, status=status, given=True)
+        for form in FORMS:
+            ends(status, status=status, **form)
         ends(max(status, Status.BAD_COUNTS), wrong=-1, status=status)
+        ends(max(status, Status.BAD_COUNTS), wrong=-1, status=status, **FORMS[2])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -318,13 +342,16 @@ def test_any_of_many_components_ends_the_batch(order, memory, library):
 
 def test_given_counts_of_other_picks_are_told(memory, library):
     rank = plans.Rank(memory, TWO, 0, library)
-    topk, counts = np.array([[0, 1], [0, 2]]), np.array([[2, 1, 1], [3, 0, 0]])
-    assert run_plan(memory, rank, topk, counts, given=True).status.tolist() == [0]
-    assert not rank.error_flags.any()
-    counts[0, 2] += 1
-    plan = run_plan(memory, rank, topk, counts, given=True)
-    assert np.flatnonzero(rank.error_flags).tolist() == [ErrorFlag.MISCOUNTED]
-    assert (TWO.physical_to_logical[plan.physical] == topk).all()
+    topk = np.array([[0, 1], [0, 2]])
+    for form in FORMS[1:]:
+        counts = np.array([[2, 1, 1], [3, 0, 0]])
+        rank.error_flags[:] = 0
+        assert run_plan(memory, rank, topk, counts, **form).status.tolist() == [0]
+        assert not rank.error_flags.any()
+        counts[0, 2] += 1
+        plan = run_plan(memory, rank, topk, counts, **form)
+        assert np.flatnonzero(rank.error_flags).tolist() == [ErrorFlag.MISCOUNTED]
+        assert (TWO.physical_to_logical[plan.physical] == topk).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -360,8 +387,10 @@ def test_a_mask_keeps_what_was_no_pick(dtype, memory, library):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(("R", "E"), [(4, 36), (8, 1200), (16, 32), (40, 80)])
-def test_statistics_are_those_of_the_plan(R, E, order, memory, library):
+@pytest.mark.parametrize(
+    ("R", "E", "form"), [(4, 36, {}), (4, 36, FORMS[2]), (8, 1200, {}), (16, 32, {}), (40, 80, {})]
+)
+def test_statistics_are_those_of_the_plan(R, E, form, order, memory, library):
     """Of few experts and many ranks, whose rows threads share; of many; of many components."""
     rng = np.random.default_rng(R)
     placement = Placement(np.arange(E), R)
@@ -384,9 +413,8 @@ def test_statistics_are_those_of_the_plan(R, E, order, memory, library):
             counts[2, 3] = -1
         rank.head[3] = 0
         rank.totals[-1] = expected.window
-        plan = run_plan(
-            memory, rank, topks[1], counts, order=order, status=status, of_ranks=on_device
-        )
+        launched = {"order": order, "status": status, "of_ranks": on_device, **form}
+        plan = run_plan(memory, rank, topks[1], counts, **launched)
         tensors = {name: torch.from_numpy(values) for name, values in vars(plan).items()}
         expected.add(SimpleNamespace(**tensors), placement)
         assert rank.totals[:-1].tolist() == expected.totals, i
