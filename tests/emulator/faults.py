@@ -615,6 +615,7 @@ TESTS = {
     "guests.cuh": "guests",
     "interior.cu": "solvers",
     "number.cuh": "route",
+    "plan.cu": "exchange",
     "push.cuh": "solvers",
     "relay.cuh": "exchange",
     "rewrite.cuh": "route",
