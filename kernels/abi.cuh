@@ -361,8 +361,9 @@ struct Statistics {
     const int* speed;   // [R] of each rank, or null: all the same
     int num_samples;    // kept at once; 0: none are taken
     int every;          // batches from one sample to the next
+    int by_tokens;      // 1: a planned batch has the least largest load
 };
-LPLB_SIZE(Statistics, 48);
+LPLB_SIZE(Statistics, 56);
 LPLB_PLACE(Statistics, totals, 0);
 LPLB_PLACE(Statistics, samples, 8);
 LPLB_PLACE(Statistics, sampled, 16);
@@ -370,6 +371,7 @@ LPLB_PLACE(Statistics, base, 24);
 LPLB_PLACE(Statistics, speed, 32);
 LPLB_PLACE(Statistics, num_samples, 40);
 LPLB_PLACE(Statistics, every, 44);
+LPLB_PLACE(Statistics, by_tokens, 48);
 
 // What was solved, and where to say how the batch ends.
 struct Batch {
@@ -386,7 +388,7 @@ struct Batch {
     int rank;                   // this rank
     int num_guests;             // guest slots of all ranks
 };
-LPLB_SIZE(Batch, 128);
+LPLB_SIZE(Batch, 136);
 LPLB_PLACE(Batch, counts, 0);
 LPLB_PLACE(Batch, quota, 8);
 LPLB_PLACE(Batch, rank_load, 16);
@@ -394,11 +396,11 @@ LPLB_PLACE(Batch, endings, 24);
 LPLB_PLACE(Batch, status, 32);
 LPLB_PLACE(Batch, guests, 40);
 LPLB_PLACE(Batch, statistics, 48);
-LPLB_PLACE(Batch, error_flags, 96);
-LPLB_PLACE(Batch, row, 104);
-LPLB_PLACE(Batch, num_components, 112);
-LPLB_PLACE(Batch, rank, 116);
-LPLB_PLACE(Batch, num_guests, 120);
+LPLB_PLACE(Batch, error_flags, 104);
+LPLB_PLACE(Batch, row, 112);
+LPLB_PLACE(Batch, num_components, 120);
+LPLB_PLACE(Batch, rank, 124);
+LPLB_PLACE(Batch, num_guests, 128);
 
 // An expert, and its resident copies: those that it has in every batch.
 struct __align__(16) Resident {

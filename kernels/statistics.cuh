@@ -94,7 +94,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         case TALLY_LOAD: word += load; break;
         case TALLY_HOME: word += home; break;
         case TALLY_GOT: word += got; break;
-        case TALLY_BOUND: word += is_planned ? got : load / R + (load % R != 0); break;
+        case TALLY_BOUND: word += is_planned && statistics.by_tokens ? got : load / R + (load % R != 0); break;
         case TALLY_OWN_HOME: word += is_counted ? at_home[rank] : 0; break;
         case TALLY_OWN:
             word += !is_counted ? 0 : is_planned ? batch.rank_load[rank] : at_home[rank];

@@ -7,8 +7,6 @@ import sys
 from collections.abc import MutableMapping
 from typing import Any
 
-import torch.distributed as dist
-
 
 class _Prefixed(logging.LoggerAdapter):
     def process(
@@ -21,6 +19,11 @@ class _Prefixed(logging.LoggerAdapter):
 def logger(name: str) -> _Prefixed:
     """The logger of a module, by its `__name__`."""
     return _Prefixed(logging.getLogger(name), {})
+
+
+def is_first(group: Any) -> bool:
+    """Whether this rank speaks for its group, where all ranks would say the same."""
+    return group is None or group.rank() == 0
 
 
 def show(level: str) -> None:
@@ -44,6 +47,7 @@ class _Shown(logging.StreamHandler):
 
 
 def _prefix() -> str:
-    if dist.is_available() and dist.is_initialized():
+    dist = sys.modules.get("torch.distributed")  # where it is not imported there is no rank
+    if dist is not None and dist.is_available() and dist.is_initialized():
         return f"lplb_ep rank {dist.get_rank()}"
     return "lplb_ep"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,11 +16,12 @@ from ..deepep.drop_in import choose_backend
 from ..deepep.patch import patch
 from ..errors import ContractError, PlacementError
 from ..layer import Layer
+from ..logs import logger
 from ..placement.table import Placement
 from ..planning.structs import Status
 from ..settings import Settings, put_in_environment
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 """For SGLang's processes, too; vLLM shows the lines of its own loggers only."""
 
 MAX_RANKS = 64

@@ -9,7 +9,6 @@ the optimizer, DDP's buckets and checkpoints.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from ..deepep import drop_in
 from ..deepep.context import use
 from ..deepep.patch import provide
 from ..layer import Layer
+from ..logs import logger
 from ..placement.table import Placement
 from ..weights.slots import is_distributed
 from .balance import Balance, SharedReplacement, is_off, make_guests, refuse
@@ -28,7 +28,7 @@ from .megatron_homes import are_in_order, check_movable, move_home, saves_by_exp
 from .megatron_placements import placements_for
 from .megatron_replicas import StaticCopies, send_home_with_ddp
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # A DDP of Megatron-Core registers its hooks from there.
 _DDP = "megatron.core.distributed.distributed_data_parallel"

@@ -6,7 +6,6 @@ It knows nothing of what the bytes are. The collective is `torch.distributed`'s.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,6 +17,7 @@ import torch.distributed as dist
 
 from ..errors import ContractError, MissingPackageError, RankError
 from ..gpu.device import check_device
+from ..logs import is_first, logger
 from ..settings import Settings
 from .collectives import everyone, together
 from .copies import PeerCopies
@@ -27,7 +27,7 @@ from .reachability import reachability
 from .torch_exchange import check_unbroken, wait_on_host
 from .watchdog import newly_missing, watch
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 TRANSPORTS = ("auto", "peers", "torch")
 BUFFER_BYTES = 64 << 20
@@ -264,11 +264,13 @@ def make_peers(
         found = next((f"rank {r}: {why}" for r, why in enumerate(of_ranks) if why), "")
         found = found or make(group)
     if not isinstance(found, str):
-        log.info("%s travel by %s", what, how)
+        if is_first(group):
+            log.info("%s travel by %s", what, how)
         return found
     if transport == "peers":
         raise ValueError(f"transport='peers' is not possible: {found}")
-    log.info("%s travel by torch.distributed (%s)", what, found)
+    if is_first(group):
+        log.info("%s travel by torch.distributed (%s)", what, found)
     return None
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-
 import torch.distributed as dist
 
 from .. import settings
 from ..errors import ContractError, MissingPackageError, RankError
+from ..logs import is_first, logger
 from .exchange import Exchange, Limit, LocalExchange, WindowExchange
 from .peers import peer_memory
 from .reachability import Reachability, reachability, rule_out
 from .torch_exchange import TorchExchange
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 COUNTS = (*settings.COUNTS, "given")
 
@@ -58,7 +57,8 @@ def connect(
                 raise
             rule_out(group, kind, str(error))
             continue
-        log.info("counts: %s (%s)", kind, reason)
+        if is_first(group):
+            log.info("counts: %s (%s)", kind, reason)
         return exchange
 
 

@@ -6,16 +6,16 @@ is over is missing. Nothing of this happens while all ranks come soon.
 
 from __future__ import annotations
 
-import logging
 import threading
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
+from ..logs import logger
 from .watchdog import late
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _INTERVAL_S = 0.1  # between two looks at the store
 _LEAVE_S = 1.0  # for the last write to the store

@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import numpy.typing as npt
 
-log = logging.getLogger(__name__)
+from ..logs import logger
+
+log = logger(__name__)
 
 INTERVAL_S = 0.25
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -19,12 +18,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import ContractError
 from ..layer import Layer
+from ..logs import logger
 from ..placement.table import Placement
 from ..settings import Settings
 from ..weights.slots import slot_parameters
 from .channels import BufferState, LayerUse, layer_use, register, state_of
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class _Entered(NamedTuple):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
+from ..logs import logger
 from ..settings import Settings
 from .drop_in import chosen_module, overrides, patched
 from .hooks import HOOKS
 from .modules import layers_of_file
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def provide() -> None:

@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import logging
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-log = logging.getLogger(__name__)
+from ..logs import logger
+
+log = logger(__name__)
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 

@@ -19,11 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CompileError
+from ..logs import logger
 from ..settings import cache_directory
 from . import cache
 from .toolchain import LINK_OPTIONS, CuSolverDx, build, versions
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
+progress = logging.getLogger(__name__)
+"""Lines for whoever waits, and not for a job's log: nothing stands before them."""
 
 KERNELS = Path(__file__).parents[1] / "kernels"
 MAX_THREADS = 8
@@ -90,7 +93,7 @@ def compile_all(programs: Iterable[Program], archs: Sequence[str]) -> list[Cubin
                 cubins.append(cubin)
                 origin = "in the cache" if cubin.cached else "compiled"
                 done = f"[{number}/{len(pairs)}] {pair[0]} for {pair[1]}"
-                log.info("%s: %s, %d bytes", done, origin, len(cubin.data))
+                progress.info("%s: %s, %d bytes", done, origin, len(cubin.data))
         finally:
             threads.shutdown(cancel_futures=True)
     return cubins

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from ctypes import byref, c_char_p, c_int, c_longlong, c_size_t, c_uint, c_void_p
@@ -18,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CompileError, MissingPackageError
+from ..logs import logger
 from ..settings import cuda_home
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 INSTALL = "pip install '.[cuda]' in a checkout of lplb_ep"
 LINK_OPTIONS = ("-lto", "-optimize-unused-variables")

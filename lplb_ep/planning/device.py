@@ -22,6 +22,7 @@ from .launches import Launches, Workspace
 from .objectives import Reached
 from .plan import Plan, Results, number_of
 from .solve import judge
+from .statistics import DeviceStatistics
 from .structs import Status
 
 NUM_SPLIT_THREADS = 64
@@ -79,8 +80,10 @@ class DeviceBackend:
         self.tables = DeviceTables(
             placement, self._device, solver, refreshable, moves_homes, problem
         )
-        self.error_flags = ErrorFlags(placement, timeout_s, abort_on_timeout)
+        self.error_flags = ErrorFlags(placement, rank, timeout_s, abort_on_timeout)
         self.raise_errors = self.error_flags.raise_errors  # called for each batch
+        by_tokens = problem.objective_name == "tokens"
+        self.statistics = DeviceStatistics(placement, self._device, sample_every, by_tokens)
         self.workspace = Workspace(
             self.tables,
             self.error_flags,
@@ -92,9 +95,8 @@ class DeviceBackend:
             windows,
             round(1e9 * timeout_s),
             MAX_ROUNDS,
-            sample_every,
+            self.statistics,
         )
-        self.statistics = self.workspace.statistics
         self._number = number_of(self.workspace.head)
         self._windows = windows
         # As functions of `torch.cuda`, without their objects and checks.

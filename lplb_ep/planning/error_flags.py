@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import functools
-import logging
 
 import torch
 
 from ..comm.watchdog import look, missing_ranks, newly_missing, watch
 from ..errors import RankError
+from ..logs import logger
 from ..placement.table import Placement
 from .backend import REASONS
 from .home import out_of_range
 from .host import log_home
 from .structs import NUM_ERROR_FLAGS, ErrorFlag, Status
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class ErrorFlags:
@@ -23,12 +23,15 @@ class ErrorFlags:
 
     Args:
         placement: names the planner in messages.
+        rank: this rank. What all ranks know the first one logs.
         timeout_s: how long kernels wait for another rank's counts, in seconds.
         abort_on_timeout: whether the process ends when a rank does not come in that time.
     """
 
-    def __init__(self, placement: Placement, timeout_s: float, abort_on_timeout: bool) -> None:
-        self._placement, self._timeout_s = placement, timeout_s
+    def __init__(
+        self, placement: Placement, rank: int, timeout_s: float, abort_on_timeout: bool
+    ) -> None:
+        self._placement, self._rank, self._timeout_s = placement, rank, timeout_s
         self._name = placement.fingerprint()[:8]
         self._memory = torch.zeros(placement.num_ranks + NUM_ERROR_FLAGS, dtype=torch.int32)
         self._memory = self._memory.pin_memory()
@@ -56,7 +59,8 @@ class ErrorFlags:
         self.flags[seen] = 0
         for status in (REASONS.keys() & seen) - self._logged:
             self._logged.add(status)
-            log_home(self._placement, status)
+            if self._rank == 0:
+                log_home(self._placement, status)
         faults = {
             ErrorFlag.OUT_OF_RANGE: out_of_range(self._placement),
             ErrorFlag.REPEATED_PICK: ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 
 from ..comm.exchange import Exchange
 from ..errors import RankError
+from ..logs import logger
 from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
@@ -22,7 +22,7 @@ from .solve import judge, rank_load
 from .statistics import HostStatistics, batches_by_status
 from .structs import HEAD, Head, Status
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class HostBackend:
@@ -150,7 +150,8 @@ class HostBackend:
             quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
             quota[:, 0] = load
             physical = reference.rewrite_home(picks, self._placement)
-            if not batches_by_status(self.statistics.totals)[status]:
+            is_new = not batches_by_status(self.statistics.totals)[status]
+            if is_new and self._rank == 0:  # all ranks know of it
                 log_home(self._placement, status)
         on_ranks, bounds = rank_load(quota, filled), self._problem.bounds
         about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]

@@ -40,7 +40,7 @@ class Workspace:
         windows: where kernels exchange rows; None: rows travel by other means.
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
-        sample_every: as `DeviceStatistics` has `every`.
+        statistics: what its batches come to.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Workspace:
         windows: Windows | None,
         limit_ns: int,
         max_rounds: int,
-        sample_every: int = 0,
+        statistics: DeviceStatistics,
     ) -> None:
         p, device = tables.placement, tables.device
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
@@ -68,7 +68,7 @@ class Workspace:
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
         """[HEAD - 1] integers of the head behind its status. The last is the number of the batch,
         which `count` raises, in replays of a graph, too."""
-        self.statistics = DeviceStatistics(p, device, sample_every)
+        self.statistics = statistics
         self.histograms = zeros(MAX_CHUNKS, p.num_experts)
         self.logical = logical_table(p, device).clone()
         """The expert of each slot of an engine, rewritten in place when replicas move."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from ..cost import CostModel
+from ..logs import logger
 from ..placement.table import Placement, check_placement
 from ..problem import MAX_TOTAL, Problem
 from ..settings import Settings
@@ -23,7 +23,7 @@ from .objectives import reached as reached_by_objective
 from .solvers import choose_solver
 from .structs import Status
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -156,10 +156,17 @@ class DeviceStatistics:
         placement: the copies.
         device: the GPU.
         every: batches from one sample of loads to the next; 0: none is taken.
+        by_tokens: as for `add_batch`.
     """
 
-    def __init__(self, placement: Placement, device: torch.device, every: int = 0) -> None:
-        self.device, self._every, self._taken = device, every, -1
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        every: int = 0,
+        by_tokens: bool = True,
+    ) -> None:
+        self.device, self._every, self._by_tokens, self._taken = device, every, by_tokens, -1
         self.num_samples = MAX_SAMPLES if every else 0
         self.totals = torch.zeros(NUM_TOTALS + 1, dtype=torch.int64, device=device)
         """[NUM_TOTALS + 1]; the last is the window."""
@@ -194,6 +201,7 @@ class DeviceStatistics:
             speed=0 if speed is None else speed.data_ptr(),
             num_samples=self.num_samples,
             every=self._every,
+            by_tokens=self._by_tokens,
         )
 
     def begin_window(self) -> None:

@@ -252,6 +252,7 @@ STATISTICS = Struct(
     ("const int*", "speed", "[R] of each rank, or null: all the same"),
     ("int", "num_samples", "kept at once; 0: none are taken"),
     ("int", "every", "batches from one sample to the next"),
+    ("int", "by_tokens", "1: a planned batch has the least largest load"),
 )
 BATCH = Struct(
     "Batch",

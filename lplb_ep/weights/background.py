@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import queue
@@ -16,10 +15,11 @@ from typing import IO
 
 import torch
 
+from ..logs import logger
 from ..settings import environment_for_one_core
 from .proposals import Job, Proposal, propose
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 class Background:

@@ -9,7 +9,6 @@ of guests are added to their homes' before anything else sees these.
 from __future__ import annotations
 
 import functools
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from operator import is_
@@ -23,6 +22,7 @@ from torch.func import functional_call
 from ..comm.collectives import together
 from ..errors import ContractError, RankError
 from ..layer import Layer, layer_of
+from ..logs import logger
 from ..placement.table import Placement
 from .guest_gradients import Homeward, TrainedBatch, counts_if_alone
 from .guest_transport import BatchNumber, GuestLayout
@@ -37,7 +37,7 @@ from .slots import (
 )
 from .validity import Watch, last_step
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Weights = dict[str, tuple[Any, Any]]
 

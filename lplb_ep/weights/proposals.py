@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..logs import logger
 from ..placement.table import Placement
 from ..planning.solve import solve
 from ..problem import MAX_TOTAL
 from ..settings import Settings
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Int64 = npt.NDArray[np.int64]
 Choose = Callable[..., Placement]

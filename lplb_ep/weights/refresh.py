@@ -8,7 +8,6 @@ switch. A failure before that leaves the old placement in force everywhere.
 from __future__ import annotations
 
 import functools
-import logging
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,14 @@ import torch.distributed as dist
 
 from ..comm.collectives import everyone, together
 from ..errors import RankError
+from ..logs import is_first, logger
 from ..placement.table import Placement
 from ..settings import Settings
 from .background import Background
 from .proposals import Choose, Job, Proposal, num_moved, widened
 from .replicas import Replicas
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 T = TypeVar("T")
 
@@ -176,7 +176,8 @@ class Refresher:
                 with together(self._group, what):
                     change.fetch()  # its collectives come before all that may fail on a rank
         except RankError as error:
-            log.warning("layer %d keeps its placement: %s", proposal.layer, error)
+            if is_first(self._group):
+                log.warning("layer %d keeps its placement: %s", proposal.layer, error)
             return None
         except Exception as error:
             rank = 0 if self._group is None else self._group.rank()
@@ -200,10 +201,11 @@ class Refresher:
     def _report(self, proposal: Proposal, old: Placement, new: Placement) -> Refreshed:
         moved = num_moved(old, new)
         before, after = proposal.imbalance_before, proposal.imbalance_after
-        log.info(
-            "layer %d refreshed after step %d: %d replicas moved, imbalance %.3f -> %.3f",
-            *(proposal.layer, self._num_steps, moved, before, after),
-        )
+        if is_first(self._group):
+            log.info(
+                "layer %d refreshed after step %d: %d replicas moved, imbalance %.3f -> %.3f",
+                *(proposal.layer, self._num_steps, moved, before, after),
+            )
         return Refreshed(proposal.layer, self._num_steps, new, moved, before, after)
 
 

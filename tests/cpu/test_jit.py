@@ -191,8 +191,8 @@ def test_the_second_time_comes_from_the_cache(scale, caplog):
     assert is_kernel(elf(first.data)[1]["scale"])
     assert is_kernel(elf(first.path.read_bytes())[1]["scale"])
     begin, end = (record.getMessage() for record in caplog.records)
-    assert begin == "compiling scale.cu (OFFSET=0) for sm_90, once ..."
-    assert end.startswith("compiled scale.cu (OFFSET=0) for sm_90 in ")
+    assert begin == "lplb_ep: compiling scale.cu (OFFSET=0) for sm_90, once ..."
+    assert end.startswith("lplb_ep: compiled scale.cu (OFFSET=0) for sm_90 in ")
 
 
 def test_every_change_has_its_own_entry(scale):
@@ -230,7 +230,7 @@ def test_damaged_and_foreign_entries_are_built_anew(scale, caplog, damage):
     assert (again.cached, again.data) == (False, cubin.data)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert [text for text in warnings if "compiling scale.cu" not in text] == [
-        f"{cubin.path} is damaged or not ours: compiling it anew"
+        f"lplb_ep: {cubin.path} is damaged or not ours: compiling it anew"
     ]
     assert cubin.path.read_bytes() == whole
     assert jit.compile_cubin(scale).cached

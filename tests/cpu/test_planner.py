@@ -236,7 +236,7 @@ def flags_of(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
     def make(*seen):
-        flags = error_flags.ErrorFlags(TWO, timeout_s=9, abort_on_timeout=False)
+        flags = error_flags.ErrorFlags(TWO, 0, timeout_s=9, abort_on_timeout=False)
         flags.flags[list(seen)] = 1
         return flags
 

@@ -409,6 +409,7 @@ class Rank:
             sampled=self.sampled.ctypes.data,
             num_samples=len(self.samples),
             every=self._every,
+            by_tokens=1,
             **{b: bounds[b].ctypes.data if b in bounds else 0 for b in ("base", "speed")},
         )
         return structs.BATCH.pack(
