@@ -11,8 +11,9 @@ from lplb_ep.planning.tallies import Tally
 class Tallied:
     """The totals that a planner must have, and its samples."""
 
-    def __init__(self, rank, base_load=None, speed=None, every=0):
+    def __init__(self, rank, base_load=None, speed=None, every=0, by_tokens=True):
         self.rank, self.base_load, self.speed, self.every = rank, base_load, speed, every
+        self.by_tokens = by_tokens
         self.sums, self.batches, self.samples = collections.Counter(), collections.Counter(), {}
         self.window = 0
         self.begin_window()
@@ -51,7 +52,7 @@ class Tallied:
             if total and (not of or Fraction(most[first], total) > Fraction(largest, of)):
                 self.worst[first] = most[first], total
         guests = [(r, e) for r, row in enumerate(plan.guests.tolist()) for e in row if e >= 0]
-        is_planned = status is Status.OPTIMAL
+        is_planned = status is Status.OPTIMAL and self.by_tokens
         self.sums.update(
             {
                 Tally.ROWS: sum(load),

@@ -29,7 +29,7 @@ def batches(rng, number):
         yield topk, counts
 
 
-@pytest.mark.parametrize("kind", ["plain", "bounded", "guests"])
+@pytest.mark.parametrize("kind", ["plain", "bounded", "guests", "experts"])
 def test_totals_are_those_of_a_thousand_plans(kind):
     rng = np.random.default_rng(len(kind))
     placement = oracle.random_placement(rng, R, E, 2)
@@ -38,12 +38,14 @@ def test_totals_are_those_of_a_thousand_plans(kind):
         base = torch.tensor([5, 0, 40, 3])
         given = {"base_load": base, "speed": torch.tensor([1, 2, 3, 2])}
         problem = Problem(**given, max_quota=torch.full((E, placement.max_replicas), 60))
+    if kind == "experts":
+        problem, given = Problem(objective="experts"), {"by_tokens": False}
     if kind == "guests":
         placement = Placement.homes_only(E, R, 2, num_ranks_per_node=2)
     planner, _ = planner_of(placement, problem)
     expected = tallied.Tallied(1, **given)
-    for i, (topk, counts) in enumerate(batches(rng, 334)):
-        if i in (100, 101, 200):
+    for i, (topk, counts) in enumerate(batches(rng, 250)):
+        if i in (100, 101, 180):
             planner.statistics.begin_window()
             expected.begin_window(expected.window + 1)
         plan = planner(topk, counts=counts, stale=bool(rng.random() < 0.1))

@@ -540,17 +540,19 @@ def test_batches_that_grow_leave_little_behind(make):
     assert given._backend.workspace.num_bytes - at_first <= 4 * 6 * 40
 
 
-@pytest.mark.parametrize("kind", ["plain", "bounded", "guests"])
+@pytest.mark.parametrize("kind", ["plain", "bounded", "guests", "experts"])
 def test_statistics_are_those_of_the_plans(kind, make):
     rng, rows = np.random.default_rng(8), Rows()
     problem, bounds = Problem(guest_min_tokens=1), {}
+    if kind == "experts":
+        problem, bounds = Problem(objective="experts"), {"by_tokens": False}
     if kind == "bounded":
         bounds = {"base_load": torch.tensor([9, 30]), "speed": torch.tensor([2, 5])}
         problem = Problem(**bounds)
     placement = WITH_SLOTS if kind == "guests" else TWO
     given, exchanging = make(Layer(placement, problem)), make(Layer(placement, problem), rows)
     expected = {one: tallied.Tallied(RANK, **bounds) for one in (given, exchanging)}
-    for i in range(334):
+    for i in range(250):
         weight = rng.dirichlet(np.ones(E))
         topks = [torch.from_numpy(rng.choice(E, (T, 2), p=weight)) for T in rng.integers(0, 50, R)]
         rows.counts = torch.stack([reference.count(topk, E) for topk in topks])
