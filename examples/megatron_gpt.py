@@ -387,6 +387,7 @@ def main(rank: int, args: argparse.Namespace, port: int | None) -> None:
 
 
 def show(args: argparse.Namespace, record: Record) -> None:
+    from lplb_ep import MissingPackageError
     from lplb_ep.tools.plots import plot_runs
 
     print(record.report)
@@ -396,14 +397,18 @@ def show(args: argparse.Namespace, record: Record) -> None:
     )
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     speed = {record.mode: tokens_a_second(args, record)}
-    plot_runs(
-        args.out,
-        losses={record.mode: record.losses},
-        imbalances={record.mode: record.imbalance},
-        tokens_a_second=speed,
-        title=f"Megatron-Core, {args.experts} experts on {args.ranks} ranks",
-    )
-    print(f"wrote {args.out}")
+    try:
+        plot_runs(
+            args.out,
+            losses={record.mode: record.losses},
+            imbalances={record.mode: record.imbalance},
+            tokens_a_second=speed,
+            title=f"Megatron-Core, {args.experts} experts on {args.ranks} ranks",
+        )
+    except MissingPackageError as error:
+        print(f"no picture: {error}")
+    else:
+        print(f"wrote {args.out}")
 
 
 def launch(function, args: argparse.Namespace) -> None:

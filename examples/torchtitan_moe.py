@@ -24,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -248,6 +249,8 @@ def run_rank(args: argparse.Namespace) -> None:
     """A rank, started by torchrun or by `launch`."""
     local = int(os.environ["LOCAL_RANK"])
     torch.set_num_threads(1)
+    # A linear layer returns a view. FSDP2 warns, for operations in place would break its hook.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     args.device = torch.device("cpu")
     num_gpus, shared = torch.cuda.device_count(), "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ
     if num_gpus >= (1 if shared else int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
@@ -395,4 +398,7 @@ if __name__ == "__main__":
         arguments.out.with_suffix(".json").write_text(json.dumps(found))
         if importlib.util.find_spec("matplotlib"):
             draw(found, arguments.out)
+            print(f"wrote {arguments.out}")
+        else:
+            print("no picture: matplotlib is not installed")
             print(f"{arguments.out}")
