@@ -80,8 +80,7 @@ def largest_difference(got, want):
     [
         (2, 2, {}),
         pytest.param(4, 4, {"param_dtype": "bfloat16"}, marks=pytest.mark.long),
-        # Each expert's rows are on two ranks.
-        pytest.param(4, 2, {"reshard": "always"}, marks=pytest.mark.long),
+        (4, 2, {"reshard": "always"}),  # each expert's rows are on two ranks
     ],
 )
 def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
@@ -104,7 +103,6 @@ def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
     assert max(r[3] for r in balanced) < mean + 4 * titan.LAYERS + 1
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_activation_checkpoints_change_no_bit(checkpointing):
     want = run(2, train, "1", 2)
@@ -152,7 +150,6 @@ def save_and_load(world, steps, folder):
     return found
 
 
-@pytest.mark.long
 def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
     """Bit for bit, with the optimizer's moments, and on other numbers of ranks."""
     folder = str(tmp_path)
@@ -184,7 +181,6 @@ def evaluate(world):
         return {name: float(grad.norm()) for name, grad in titan.gradients(model).items()}
 
 
-@pytest.mark.long
 def test_a_batch_without_gradients_may_come_between():
     first, second = run(2, evaluate)
     assert first == second

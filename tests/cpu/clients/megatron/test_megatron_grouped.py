@@ -1,7 +1,5 @@
 """Megatron-Core's `TEGroupedMLP`, over what stands for Transformer Engine's grouped layer."""
 
-import importlib.util
-
 import pytest
 import ranks
 import torch
@@ -11,18 +9,6 @@ from gpt_checkpoints import FULLY, SHARDED, go, placed, same, whole
 from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
 
 from lplb_ep import ContractError
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks_of_their_own():
-    """Whatever Megatron-Core leaves in the ranks' processes must not burden other tests."""
-    yield
-    ranks.close()
-
 
 BFLOAT16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 OVERLAPPED = dict(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=4000, **SHARDED)

@@ -1,23 +1,10 @@
 """Megatron-Core: experts at homes that a load has placed, and checkpoints that know them."""
 
-import importlib.util
-
 import pytest
 import ranks
 from gpt import Run
 from gpt_checkpoints import FULLY, SHARDED, go, placed, same, settled
 from gpt_checks import CLOSE, OFF, ON
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks_of_their_own():
-    """Whatever Megatron-Core leaves in the ranks' processes must not burden other tests."""
-    yield
-    ranks.close()
 
 
 @pytest.mark.parametrize(

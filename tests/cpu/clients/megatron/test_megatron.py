@@ -1,6 +1,5 @@
 """Megatron-Core's MoE layers over the embedded buffers: plain, at home, and balanced by guests."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,18 +14,6 @@ from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
 from layers import ROOT
 
 from lplb_ep import Placement
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed"
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ranks_of_their_own():
-    """Whatever Megatron-Core leaves in the ranks' processes must not burden other tests."""
-    yield
-    ranks.close()
-
 
 HOMES = Placement.homes_only(EXPERTS, 2)
 GUESTS = Placement.homes_only(EXPERTS, 2, 1)
