@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .cost import H200, CostModel
@@ -13,6 +15,8 @@ from .errors import InfeasibleError
 from .placement.table import Placement
 from .settings import OBJECTIVES, Settings
 
+Integers = torch.Tensor | npt.ArrayLike
+"""Whole numbers of any integer dtype: a tensor, an array, or nested lists."""
 MAX_TOTAL = 2**31 - 1
 """Tokens of a batch on all ranks, base loads included."""
 MAX_TOTAL_SPEED = 2**15 - 1
@@ -40,8 +44,8 @@ class Problem:
 
     Quotas are whole, not negative, and at most `max_quota`.
 
-    All tensors hold integers, int32 or int64, on any device. `solve` checks them, and so does a
-    `Planner` when it is made.
+    All numbers of tokens and speeds are integers of any dtype, tensors on any device, arrays or
+    lists. `solve` checks them, and so does a `Planner` when it is made.
     """
 
     load: torch.Tensor | None = None
@@ -98,7 +102,7 @@ class Problem:
         """The same, with int64 tensors on the CPU, and the load as [B, E].
 
         Raises:
-            TypeError: a field is no tensor.
+            TypeError: a field is no tensor, array or list.
             ValueError: a field's shape, dtype or range, or the objective; the message names it. Or
                 `max_quota` for a placement with guest slots. Or speeds, limits of copies or guest
                 slots with another objective than `tokens`.
@@ -114,12 +118,10 @@ class Problem:
         R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
         load = None
         if self.load is not None:
-            _check_tensor("load", self.load)
-            if self.load.ndim not in (1, 2) or self.load.shape[-1] != E:
-                raise ValueError(
-                    f"load must have shape [{E}] or [B, {E}]; got {list(self.load.shape)}"
-                )
-            load = _whole("load", self.load, self.load.shape).reshape(-1, E)
+            given = as_integers("load", self.load)
+            if given.ndim not in (1, 2) or given.shape[-1] != E:
+                raise ValueError(f"load must have shape [{E}] or [B, {E}]; got {list(given.shape)}")
+            load = _whole("load", given, given.shape).reshape(-1, E)
         out = replace(
             self,
             load=load,
@@ -207,18 +209,41 @@ class Problem:
                 )
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor; got a {type(value).__name__}")
+def as_integers(name: str, values: Integers) -> torch.Tensor:
+    """Whole numbers as a tensor: it itself, or int64 on the CPU of an array or of nested lists.
+
+    Args:
+        name: the argument, for messages.
+        values: of any integer dtype.
+
+    Raises:
+        TypeError: it is none of these.
+        ValueError: they are no integers, or rows differ in length.
+    """
+    if isinstance(values, torch.Tensor):
+        if values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+            raise ValueError(f"{name} must be integers; got {values.dtype}")
+        return values
+    if (
+        values is None
+        or isinstance(values, (str, bytes, dict, set))
+        or not hasattr(values, "__len__")
+    ):
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a tensor, an array or lists of integers; got a {kind}")
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, RuntimeError):
+        array = np.asarray(None)
+    if array.size and array.dtype.kind not in "iu":
+        what = "rows of equal length" if array.dtype.kind == "O" else "integers"
+        raise ValueError(f"{name} must be {what}; got {array.dtype} {list(array.shape)}")
+    return torch.from_numpy(array.astype(np.int64))
 
 
-def _whole(
-    name: str, value: torch.Tensor, shape: tuple[int, ...], at_least: int = 0
-) -> torch.Tensor:
+def _whole(name: str, value: Integers, shape: tuple[int, ...], at_least: int = 0) -> torch.Tensor:
     """`value` as int64 on the CPU, checked."""
-    _check_tensor(name, value)
-    if value.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64; got {value.dtype}")
+    value = as_integers(name, value)
     if tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}; got {list(value.shape)}")
     out = value.detach().cpu().long()

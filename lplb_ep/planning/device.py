@@ -251,6 +251,7 @@ class DeviceBackend:
             lambda *solved: self._split(made_on, results, *solved),
             lambda quota, load: self._judge(made_on, results, quota, load),
             number,
+            made_on,
         )
 
     def _results(self, results: torch.Tensor) -> Results:

@@ -168,7 +168,7 @@ class HostBackend:
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
         judged = functools.partial(judge, placement=filled, problem=self._problem)
-        return Plan(physical.to(topk_idx.device), results, split, judged, number)
+        return Plan(physical.to(topk_idx.device), results, split, judged, number, filled)
 
 
 def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

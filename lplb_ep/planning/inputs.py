@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..placement.table import Placement
+from ..problem import Integers, as_integers
 
 INDICES = ("logical", "physical")
 """What `topk_idx` names: experts, or slots that an engine has chosen itself. An engine knows of no
@@ -46,6 +47,32 @@ def check_topk_idx(topk_idx: torch.Tensor) -> None:
         )
     if topk_idx.numel() > MAX_PICKS:
         raise ValueError(f"topk_idx must have at most {MAX_PICKS} entries; got {topk_idx.numel()}")
+
+
+def as_picks(topk_idx: Integers) -> torch.Tensor:
+    """The checked `topk_idx` [T, K]: itself where kernels take its dtype, else as int64.
+
+    Raises:
+        TypeError: it is no tensor, array or list.
+        ValueError: as `check_topk_idx`.
+    """
+    if not isinstance(topk_idx, torch.Tensor) or topk_idx.dtype not in _DTYPES:
+        topk_idx = as_integers("topk_idx", topk_idx).long()
+    check_topk_idx(topk_idx)
+    return topk_idx
+
+
+def as_counts(counts: Integers, placement: Placement) -> torch.Tensor:
+    """The checked counts [R, E]: themselves where kernels take their dtype, else as int64.
+
+    Raises:
+        TypeError: they are no tensor, array or list.
+        ValueError: as `check_counts`.
+    """
+    if not isinstance(counts, torch.Tensor) or counts.dtype not in _DTYPES:
+        counts = as_integers("counts", counts).long()
+    check_counts(counts, placement)
+    return counts
 
 
 def logical_picks(

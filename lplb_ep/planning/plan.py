@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..placement.table import Placement
 from .objectives import Reached
 from .structs import Status as Status
 
@@ -36,6 +37,7 @@ class Plan:
         split: makes the split [R, E, C] of counts [R, E] and quotas [E, C].
         judge: says of quotas [E, C] of a load [E], on the CPU, what they come to.
         number: of the batch, where there are guest slots and counts were exchanged.
+        placement: by which it was made; None: by the one in force when it is looked at.
     """
 
     topk_idx: torch.Tensor
@@ -53,9 +55,29 @@ class Plan:
         split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         judge: Callable[[torch.Tensor, torch.Tensor], Reached],
         number: torch.Tensor | None = None,
+        placement: Placement | None = None,
     ) -> None:
-        self.topk_idx, self.number = topk_idx, number
+        self.topk_idx, self.number, self._placement = topk_idx, number, placement
         self._make_results, self._split, self._judge = results, split, judge
+
+    def __repr__(self) -> str:
+        """The imbalance (max / mean rank load) and what the largest rank has, beside the bound.
+
+        It waits for a GPU.
+        """
+        head = f"Plan({' x '.join(map(str, self.topk_idx.shape))} picks"
+        try:
+            load, status = self.rank_load.double(), Status(int(self.status))
+        except AssertionError:  # a batch that wanted none left no results
+            return f"{head}, no results kept)"
+        ranks = len(load) if self._placement is None else self._placement.active_ranks.size
+        imbalance = float(load.max() * ranks / load.sum()) if load.any() else 1.0
+        value, bound = map(float, self.reached[:2])
+        guests = int((self.guests >= 0).sum())
+        return (
+            f"{head}, {status.name}, imbalance {imbalance:.3f}, largest rank {value:g}, bound "
+            f"{bound:g}{f', {guests} guests' if guests else ''})"
+        )
 
     @functools.cached_property
     def _results(self) -> Results:

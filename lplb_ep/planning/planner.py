@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,14 +19,14 @@ from ..cost import CostModel
 from ..errors import ContractError
 from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
-from ..problem import Problem
+from ..problem import Integers, Problem
 from . import reference
 from .backend import Backend, Batch
 from .check import check_plan
 from .device import DeviceBackend
 from .home import HomeRoutes
 from .host import HostBackend
-from .inputs import check_counts, check_topk_idx, logical_picks
+from .inputs import as_counts, as_picks, check_topk_idx, logical_picks
 from .plan import Plan
 from .solvers import choose_solver, solver_fact
 from .statistics import Statistics, batches_by_status, read_totals
@@ -216,8 +216,8 @@ class Planner:
 
     def __call__(
         self,
-        topk_idx: torch.Tensor,
-        counts: torch.Tensor | None = None,
+        topk_idx: Integers,
+        counts: Integers | None = None,
         *,
         stale: bool = False,
         indices: str = "logical",
@@ -226,15 +226,17 @@ class Planner:
         """Plans one batch. Collective, unless `counts` are given.
 
         Args:
-            topk_idx: [T, K] int32 or int64, logical experts in [0, E), -1 = no pick; any T from 0.
-            counts: [R, E] integers, with counts="given" only; row `rank` must count `topk_idx`.
+            topk_idx: [T, K] integers, logical experts in [0, E), -1 = no pick; any T from 0. A
+                tensor, an array or lists: all but tensors of int32 become int64.
+            counts: [R, E] integers, likewise, with counts="given" only; row `rank` must count
+                `topk_idx`.
             stale: this rank's replica weights are out of date; one such rank sends all ranks'
                 tokens home. (A captured graph stays what it was captured with.)
             indices: "physical" where `topk_idx` names slots, numbered without guest slots.
             distinct: whether a token that picks one expert twice is refused.
 
         Raises:
-            TypeError: `topk_idx` or `counts` is no tensor.
+            TypeError: `topk_idx` or `counts` is no tensor, array or list.
             ValueError: `topk_idx` or `counts` of a wrong shape, dtype or range, or a repeated pick;
                 on the GPU, an earlier call's entries. The other ranks raise too.
             RankError: another rank refused its input, or plans with another placement (every rank
@@ -261,8 +263,8 @@ class Planner:
 
     def _route(
         self,
-        topk_idx: torch.Tensor,
-        counts: torch.Tensor | None,
+        topk_idx: Any,
+        counts: Any,
         stale: bool,
         indices: str,
         distinct: bool,
@@ -288,9 +290,9 @@ class Planner:
         try:
             backend.raise_errors()
             if wants_plan:
-                check_topk_idx(topk_idx)
+                topk_idx = as_picks(topk_idx)
             if counts is not None:
-                self._check_counts(counts)
+                counts = self._checked_counts(counts)
             picks = topk_idx
             if self._check or not backend.checks_late:
                 picks = logical_picks(topk_idx, self.placement, indices, distinct)
@@ -317,12 +319,12 @@ class Planner:
             observe(plan.counts)
         return plan
 
-    def _check_counts(self, counts: torch.Tensor) -> None:
+    def _checked_counts(self, counts: Integers) -> torch.Tensor:
         if self.exchange is not None:
             raise ValueError(
                 f"this planner's counts are {self.counts!r}: counts= must not be passed"
             )
-        check_counts(counts, self.placement)
+        return as_counts(counts, self.placement)
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
         """Makes ready for other copies in its layer (`Placement.with_copies`). Local.
@@ -408,11 +410,11 @@ class Planner:
         self._backend.refuse(self.exchange)
         raise error
 
-    def _check_capturable(self, **tensors: torch.Tensor | None) -> None:
+    def _check_capturable(self, **tensors: Any) -> None:
         if not self._backend.capturable:
             raise ContractError("plans are made on the CPU, which a CUDA graph cannot capture")
         for name, tensor in tensors.items():
-            if not getattr(tensor, "is_cuda", True):
+            if not getattr(tensor, "is_cuda", tensor is None):
                 raise ContractError(
                     f"{name} lies on the CPU, and a CUDA graph cannot capture a call that fetches "
                     "it"

@@ -13,7 +13,7 @@ import torch
 from ..cost import CostModel
 from ..logs import logger
 from ..placement.table import Placement, check_placement
-from ..problem import MAX_TOTAL, Problem
+from ..problem import MAX_TOTAL, Integers, Problem, as_integers
 from ..settings import Settings
 from . import reference
 from .device_tables import solve_on_device
@@ -26,7 +26,7 @@ from .structs import Status
 log = logger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Solution:
     """Quotas, and the proof of how good they are. By `tokens` no plan on the placement is better,
     and by `experts` none has fewer active slots on its fullest rank."""
@@ -55,15 +55,25 @@ class Solution:
     num_unfinished: int
     """Loads that it ran out of rounds on, and that the CPU solved in its place."""
 
+    def __repr__(self) -> str:
+        """What the largest rank has, beside the bound; of several loads the largest of each."""
+        number = self.reached.numel()
+        value, bound = (float(x.max()) if number else 0.0 for x in (self.reached, self.lower_bound))
+        of = "" if not self.reached.ndim else f"{number} loads, "
+        return (
+            f"Solution({of}{self.objective} by {self.solver}, largest rank {value:g}, bound "
+            f"{bound:g})"
+        )
+
 
 def solve(
-    load: torch.Tensor,
+    load: Integers,
     placement: Placement,
     solver: str = "auto",
     *,
-    base_load: torch.Tensor | None = None,
-    speed: torch.Tensor | None = None,
-    max_quota: torch.Tensor | None = None,
+    base_load: Integers | None = None,
+    speed: Integers | None = None,
+    max_quota: Integers | None = None,
     guest_tolerance: float | None = None,
     guest_min_tokens: int | None = None,
     objective: str | None = None,
@@ -85,8 +95,8 @@ def solve(
     counted and solved on the CPU.
 
     Args:
-        load: [E] or [B, E] int32 or int64, tokens of each logical expert; any device. A batch's
-            total, base loads included, is at most 2**31 - 1.
+        load: [E] or [B, E] integers, tokens of each logical expert: a tensor on any device, an
+            array or lists. A batch's total, base loads included, is at most 2**31 - 1.
         placement: the copies.
         solver: who makes the quotas, one of `SOLVERS`. "auto" is the CPU for a load on the CPU.
         base_load: [R] integers, tokens that stay on each rank (a shared expert's, say); default 0.
@@ -100,25 +110,23 @@ def solve(
         A `Solution` on the device of `load`, with a leading B where `load` has one.
 
     Raises:
-        TypeError: an argument is no tensor, or `placement` is not one.
+        TypeError: an argument is no tensor, array or list, or `placement` is not one.
         ValueError: an argument's shape, dtype or range; the message names it.
         MissingPackageError: the solver needs a GPU or a package that is not there.
         InfeasibleError: an expert whose copies' `max_quota` sum below its load.
         AssertionError: the solver's quotas are not those of an optimum.
     """
     check_placement(placement)
-    if solver == "auto" and isinstance(load, torch.Tensor) and load.device.type == "cpu":
+    load = as_integers("load", load)
+    bounds = {"base_load": base_load, "speed": speed, "max_quota": max_quota}
+    if solver == "auto" and load.device.type == "cpu":
         solver = "cpu"
     name, _ = choose_solver(solver, placement, objective=objective or Settings.objective)
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
     G = placement.num_guests_per_rank
-    if not isinstance(load, torch.Tensor):
-        raise TypeError(f"load must be a tensor; got a {type(load).__name__}")
     problem = Problem(
         load,
-        base_load,
-        speed,
-        max_quota,
+        **{name: None if v is None else as_integers(name, v) for name, v in bounds.items()},
         guest_tolerance=guest_tolerance,
         guest_min_tokens=guest_min_tokens,
         objective=objective,

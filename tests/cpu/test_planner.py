@@ -174,7 +174,7 @@ def differing_planner(group, what):
     elif what == "slot":
         Planner(placement, group, slot=int(odd))
     elif what == "tensor":
-        Planner(placement, group)([[0, 1]] if odd else torch.tensor([[0, 1]]))
+        Planner(placement, group)(None if odd else torch.tensor([[0, 1]]))
     else:
         planners = [Planner(placement, group) for _ in range(2)]
         planners[odd](torch.tensor([[0, 1]]))
@@ -187,7 +187,7 @@ def differing_planner(group, what):
         ("type", "rank 1: placement must be", "placement must be an lplb_ep.Placement; got a li"),
         ("counts", "differ in counts: auto on ranks [0]; given", "differ in counts"),
         ("slot", "differ in slot: 0 on ranks [0]; 1 on ranks [1]", "differ in slot"),
-        ("tensor", "ranks [1] refused", "topk_idx must be a tensor [T, K]; got a list"),
+        ("tensor", "ranks [1] refused", "topk_idx must be a tensor, an array or lists of integers"),
         ("order", "ranks [1] plan another batch", "ranks [0] plan another batch"),
     ],
 )
@@ -387,14 +387,14 @@ TWO = Placement([0, 1, 2, 0], 2)
     ("topk", "counts", "message"),
     [
         (torch.zeros(3).long(), None, r"topk_idx must be \[T, K\] of int32 or int64; got \[3\]"),
-        (torch.zeros(3, 2), None, "got .* of torch.float32"),
+        (torch.zeros(3, 2), None, "topk_idx must be integers; got torch.float32"),
         (
             torch.zeros(1, 1).int().expand(2**31, 1),
             None,
             "at most 2147467264 entries; got 21474836",
         ),
         (torch.tensor([[0, -2]]), None, r"topk_idx\[0, 1\] is -2"),
-        (torch.tensor([[0, 1]]), torch.ones(2, 3), r"counts must be \[2, 3\] of int32 or int64"),
+        (torch.tensor([[0, 1]]), torch.ones(2, 3), "counts must be integers; got torch.float32"),
         (torch.tensor([[0, 1]]), torch.ones(1, 3).int(), r"got \[1, 3\]"),
         (torch.tensor([[0, 1]]), torch.tensor([[1, 1, 0], [2**32 + 5, 0, 0]]), "got 4294967301"),
         (torch.tensor([[0, 1]]), torch.tensor([[1, 1, 0], [0, -1, 0]]), r"counts\[1, 1\] must be"),
@@ -469,3 +469,33 @@ def test_check_plan_can_fail():
     )
     with pytest.raises(AssertionError, match="the largest rank load is 6"):
         check_plan(home, topk, TWO, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int64])
+def test_picks_and_counts_may_be_arrays_or_lists_of_any_integers(dtype):
+    picks, counts = [[0, 1], [0, 2], [0, 1]], [[3, 2, 1], [9, 0, 4]]
+    planner = Planner(TWO, rank=0, counts="given")
+    expected = planner(torch.tensor(picks), torch.tensor(counts))
+    array, other = np.array(picks, dtype), np.array(counts, dtype)
+    for given in ((array, other), (torch.from_numpy(array), torch.from_numpy(other))):
+        plan = planner(*given)
+        assert plan.topk_idx.equal(expected.topk_idx)
+        assert plan.topk_idx.dtype == torch.int64
+    assert planner(picks, counts).topk_idx.equal(expected.topk_idx)
+    assert planner(torch.tensor(picks).int(), counts).topk_idx.dtype == torch.int32
+
+
+def test_a_plan_says_what_it_comes_to():
+    planner = Planner(TWO, rank=0, counts="given")
+    plan = planner(torch.tensor([[0, 1]]), torch.tensor([[1, 1, 0], [11, 0, 3]]))
+    assert repr(plan) == "Plan(1 x 2 picks, OPTIMAL, imbalance 1.000, largest rank 8, bound 8)"
+    idle = Planner(Placement([0, 1, 2, 0, -1, -1], 3), rank=0, counts="given")
+    plan = idle([[0, 1]], [[1, 1, 0], [11, 0, 3], [0, 0, 0]])
+    assert "imbalance 1.000" in repr(plan), "of the ranks that take part"
+    home = planner([[0, 1]], [[1, 1, 0], [11, 0, 3]], stale=True)
+    assert "STALE, imbalance 1.625" in repr(home)
+    assert repr(planner(np.zeros((0, 2), int), np.zeros((2, 3), int))).startswith(
+        "Plan(0 x 2 picks"
+    )
+    guests = Planner(Placement.homes_only(4, 2, 1), rank=0, counts="given", guest_min_tokens=1)
+    assert ", 1 guests)" in repr(guests([[0], [1]], [[1, 1, 0, 0], [39, 9, 0, 0]]))

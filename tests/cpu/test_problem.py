@@ -76,7 +76,7 @@ def test_check_plan_finds_quotas_above_their_limits():
     ("problem", "error", "message"),
     [
         (Problem(base_load=torch.tensor([1])), ValueError, r"base_load must have shape \[2\]"),
-        (Problem(base_load=[1, 2]), TypeError, "base_load must be a tensor; got a list"),
+        (Problem(base_load="12"), TypeError, "base_load must be a tensor, an array or lists of"),
         (Problem(speed=torch.tensor([1, 0])), ValueError, r"speed must be in \[1, "),
         (Problem(objective="tiles"), ValueError, "objective must be one of tokens, experts, cost,"),
         (Problem(cost="h200"), TypeError, "cost must be a CostModel; got a str"),

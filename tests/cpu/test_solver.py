@@ -162,7 +162,7 @@ def test_known_optima():
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("load", torch.tensor([1.0, 2.0, 3.0, 4.0]), "load must be int32 or int64"),
+        ("load", torch.tensor([1.0, 2.0, 3.0, 4.0]), "load must be integers; got torch.float32"),
         ("load", torch.tensor([1, 2, 3]), r"load must have shape \[4\] or \[B, 4\]; got \[3\]"),
         ("load", torch.tensor([1, 2, 3, -4]), r"load must be in \[0, 2147483647\]; got -4"),
         ("load", torch.tensor([2**62, 2**62, 0, 0]), "load must be in"),
@@ -265,3 +265,49 @@ def test_quotas_of_the_gpu_are_held_against_the_optimum(monkeypatch, quota, opti
     answering(monkeypatch, [torch.tensor(quota).int()])
     with pytest.raises(AssertionError, match=message):
         lplb_ep.solve(torch.tensor([4, 1, 1]), PAIR, "flow", **options)
+
+
+INTEGERS = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint32, np.int64, np.uint64]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_arrays_tensors_and_lists_of_any_integers_are_alike(dtype):
+    placement = Placement([0, 1, 2, 3, 0, 2], 2)
+    given = {"load": [90, 20, 7, 3], "base_load": [5, 0], "speed": [1, 2]}
+    expected = lplb_ep.solve(**{k: torch.tensor(v) for k, v in given.items()}, placement=placement)
+    for make in (np.asarray, lambda v, dtype: torch.from_numpy(np.asarray(v, dtype)), list_of):
+        found = lplb_ep.solve(**{k: make(v, dtype) for k, v in given.items()}, placement=placement)
+        assert found.quota.equal(expected.quota)
+        assert found.lower_bound == expected.lower_bound
+
+
+def list_of(values, dtype):
+    return [dtype(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("load", "error", "says"),
+    [
+        ([[1, 2], [3]], ValueError, "load must be rows of equal length"),
+        ([1.5, 2.0, 3.0, 4.0], ValueError, "load must be integers; got float64"),
+        (np.ones(4, bool), ValueError, "load must be integers; got bool"),
+        (np.array([2**63, 0, 0, 0], np.uint64), ValueError, r"load must be in \[0, 2147483647\]"),
+        (["a"] * 4, ValueError, "load must be integers"),
+        ("1234", TypeError, "load must be a tensor, an array or lists of integers; got a str"),
+        (None, TypeError, "load must be a tensor, an array or lists of integers; got a None"),
+        (7, TypeError, "load must be a tensor, an array or lists of integers; got a int"),
+    ],
+)
+def test_what_is_no_load_is_named(load, error, says):
+    with pytest.raises(error, match=says):
+        lplb_ep.solve(load, Placement([0, 1, 2, 3], 2))
+
+
+def test_a_solution_says_what_it_comes_to():
+    placement = Placement([0, 1, 2, 0], 2)
+    one = lplb_ep.solve([9, 1, 2], placement)
+    assert repr(one) == "Solution(tokens by cpu, largest rank 6, bound 6)"
+    assert repr(lplb_ep.solve([[9, 1, 2], [3, 0, 0]], placement)).startswith(
+        "Solution(2 loads, tokens by"
+    )
+    assert "0 loads" in repr(lplb_ep.solve(np.zeros((0, 3), int), placement))
