@@ -1,4 +1,4 @@
-"""The recipe of a shared expert as ballast: its picks, its placement, and what its example shows."""
+"""The recipe of a shared expert as ballast: its picks, its placement, and its example."""
 
 import importlib
 import re
