@@ -21,6 +21,7 @@ struct ByObjective {
     CountCosts costs;
     const int* least;           // [1 + steps] the least that a load costs, by tiles
     int *by_tokens, *by_experts;  // [arcs] rows by these objectives
+    Amount least_cost, of_home, of_experts;  // no plan costs less; what these plans cost
 
     __device__ void lay_out(char* at) {
         at = ranks.lay_out(at);
@@ -60,21 +61,32 @@ struct ByObjective {
         __syncthreads();  // all are added before the sums are read
     }
 
-    // The start of the second flow: a unit of each expert with tokens is on its first copy.
+    // The start of a flow: a unit of each expert with tokens is on its first copy.
     __device__ void start_units() const {
         if (threadIdx.x < V::size) {
             c.staying()[threadIdx.x] = ranks.staying_active[threadIdx.x];
             c.movable()[threadIdx.x] = 0;
         }
-        __syncthreads();  // sums of the other flow are gone
+        __syncthreads();  // sums are zero before units are added
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             Arc arc = c.arcs[a];
-            by_tokens[a] = c.tokens[a];
             bool is_here = load[arc.place] > 0 && c.copies[arc.place] == a;
             c.tokens[a] = is_here;
             if (is_here) atomicAdd(&c.movable()[arc.rank], 1);
         }
         __syncthreads();  // units and their sums are there before the flow reads them
+    }
+
+    // The start of the other flow: all tokens, split evenly.
+    __device__ void start_tokens() const {
+        __syncthreads();  // all have read the sums and rows before
+        if (threadIdx.x < V::size) {
+            c.staying()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x]);
+            c.movable()[threadIdx.x] = 0;
+        }
+        __syncthreads();  // sums are zero before tokens are added
+        split_evenly(c, load);
+        __syncthreads();  // tokens and their sums are there before the flow reads them
     }
 
     // The sum of what ranks count, and of what experts with several copies count at least, over the ranks.
@@ -104,25 +116,45 @@ struct ByObjective {
         return largest_of(c, ranks.amount, who);
     }
 
-    // Rows by the objective, from the two flows' solutions: `by_tokens`, and units in `c.tokens`.
-    __device__ void improve() const {
+    // The rows of an arc with all tokens at home.
+    __device__ int at_home(int a) const {
+        Arc arc = c.arcs[a];
+        return arc.quota % p.max_replicas == 0 ? load[arc.place] : 0;
+    }
+
+    // Rows by active slots, from the units of a flow in `c.tokens`. Whether that or home is what the objective asks
+    // for, the same to every thread.
+    __device__ bool improve_experts() {
         int most_active = 0;
         for (int r = 0; r < c.shape.ranks; ++r) most_active = max(most_active, c.load()[r]);
+        if (o.kind != AIM_EXPERTS) {
+            least_cost = max(bound_of(ranks.staying_cost, [&](int rows) { return least_of(rows); }),
+                             Amount(most_active) * costs.steps[1]);
+            of_home = cost_of([&](int a) { return at_home(a); });
+            if (o.kind == AIM_AUTO && of_home <= least_cost) {
+                for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) c.tokens[a] = at_home(a);
+                return true;
+            }
+        }
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
             c.tokens[a] = c.tokens[a] > 0 ? load[c.arcs[a].place] : 0;
         Amount bound = bound_of(ranks.staying_tokens, [](int rows) { return Amount(rows); });
         Search<V, CountTokens>{c, ranks, {}, ranks.staying_tokens, load, bound, most_active, o.tile}.run();
-        if (o.kind == AIM_EXPERTS) return;
+        if (o.kind == AIM_EXPERTS) return true;
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) by_experts[a] = c.tokens[a];
-        Amount of_experts = cost_of([&](int a) { return by_experts[a]; });
+        of_experts = cost_of([&](int a) { return by_experts[a]; });
+        return of_experts <= least_cost;
+    }
+
+    // Rows by cost, or of the cheapest plan, from the tokens of a flow in `c.tokens`.
+    __device__ void improve_cost() const {
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) by_tokens[a] = c.tokens[a];
         Amount of_tokens = cost_of([&](int a) { return by_tokens[a]; });
         const int* start = of_experts <= of_tokens ? by_experts : by_tokens;
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) c.tokens[a] = start[a];
-        bound = bound_of(ranks.staying_cost, [&](int rows) { return least_of(rows); });
-        Search<V, CountCosts>{c, ranks, costs, ranks.staying_cost, load, bound, NO_LIMIT, -1}.run();
+        Search<V, CountCosts>{c, ranks, costs, ranks.staying_cost, load, least_cost, NO_LIMIT, -1}.run();
         if (o.kind == AIM_COST) return;
-        auto at_home = [&](int a) { return c.arcs[a].quota % p.max_replicas == 0 ? load[c.arcs[a].place] : 0; };
-        Amount of_home = cost_of(at_home), of_best = cost_of([&](int a) { return c.tokens[a]; });
+        Amount of_best = cost_of([&](int a) { return c.tokens[a]; });
         // The first of the cheapest, in this order.
         Amount cheapest = min(min(of_home, of_experts), min(of_tokens, of_best));
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
@@ -162,15 +194,20 @@ __device__ void solve_by_objective(const Problem& p, const Objective& o, char* s
     if (ending.status == OPTIMAL && c.shape.ranks > 0) {
         if (c.shape.arcs > 0) {  // else nothing can move
             const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
-            ByObjective<V> by{p, o, c, g, quota, load, {}, {}, nullptr, nullptr, nullptr};
+            ByObjective<V> by{p, o, c, g, quota, load, {}, {}, nullptr, nullptr, nullptr, 0, 0, 0};
             by.lay_out(reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
+            auto flow = [&] {
+                if (balances && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
+                __syncthreads();  // what the flow moved is final before any thread reads it
+            };
             by.count_staying();
-            if (balances && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
-            __syncthreads();  // tokens are final before any thread reads them
             by.start_units();
-            if (balances && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
-            __syncthreads();  // units are final before any thread reads them
-            by.improve();
+            flow();
+            if (!by.improve_experts()) {
+                by.start_tokens();
+                flow();
+                by.improve_cost();
+            }
             by.add_up_loads();
         }
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];

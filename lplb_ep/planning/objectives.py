@@ -29,8 +29,8 @@ Bool = npt.NDArray[np.bool_]
 class Exact(NamedTuple):
     """Solutions of the flow, on which the others build."""
 
-    tokens: Int64
-    """[E, C] quotas with the fewest tokens on the fullest rank."""
+    tokens: Int64 | None
+    """[E, C] quotas with the fewest tokens on the fullest rank; not needed for `experts`."""
     whole: Int64
     """[E, C] 1 where an expert with tokens is, with the fewest of them on the fullest rank."""
 
@@ -49,7 +49,8 @@ class Reached(NamedTuple):
 def exact_solutions(load: Int64, placement: Placement, problem: Problem) -> Exact:
     """Those that the CPU's flow finds, for a load [E]."""
     whole = _active(load, placement, problem).quota.numpy().astype(np.int64)
-    return Exact(_tokens(load, placement, problem), whole)
+    is_needed = problem.objective_name != "experts"
+    return Exact(_tokens(load, placement, problem) if is_needed else None, whole)
 
 
 def quotas_by_objective(
@@ -75,10 +76,11 @@ def quotas_by_objective(
         [E, C] whole numbers, rows sum to the load.
     """
     if problem.objective_name == "tokens":
-        return _tokens(load, placement, problem) if exact is None else exact.tokens
+        return _tokens(load, placement, problem)
     exact = exact_solutions(load, placement, problem) if exact is None else exact
     base = _base(problem, placement)
-    out = exact.tokens.copy()
+    out = np.zeros_like(exact.whole)
+    out[:, 0] = load  # of experts with one copy
     for label in range(int(placement.component.max()) + 1):
         part = _Component(placement, placement.component == label, load, base)
         rows = part.solve(problem.objective_name, problem.cost_model, exact)
@@ -199,7 +201,6 @@ class _Component:
 
     def solve(self, objective: str, cost: CostModel, exact: Exact) -> Int64:
         """[arcs] the rows of each."""
-        tokens = exact.tokens[self.expert, self.column]
         whole = exact.whole[self.expert, self.column] * self.load[self.expert]
         most_active = int((self._staying_active() + self._sums(whole > 0)).max())
         splits = self.load[self.expert] > cost.tile
@@ -209,10 +210,13 @@ class _Component:
         experts = self._search(whole, by_tokens)
         if objective == "experts":
             return experts
-        total = int(
-            self._staying(cost).sum() + cost.least_of_experts(self.load[self._several]).sum()
-        )
+        assert exact.tokens is not None, "costs start from the tokens' solution, too"
+        tokens = exact.tokens[self.expert, self.column]
+        of_several = cost.least_of_experts(self.load[self._several])
+        total = int(self._staying(cost).sum() + of_several.sum())
         by_cost = self._limits(cost, total, NO_LIMIT, np.ones_like(splits))
+        by_slots = most_active * cost.steps[0]  # some rank has as many with rows
+        by_cost = by_cost._replace(least=max(by_cost.least, by_slots))
         start = min(experts, tokens, key=lambda rows: self.largest(rows, cost))
         best = self._search(start, by_cost)
         if objective == "cost":
