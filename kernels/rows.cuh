@@ -19,6 +19,18 @@ __device__ void check_heads(const Counts& counts, int* status) {
     }
 }
 
+constexpr int FEW_COLUMNS = 8;  // up to which a thread writes the quotas of its expert
+
+// Writes the quotas of experts as they are before the flow, by whole warps: a row of many columns takes few stores.
+// `mine`: whether this thread has an expert; `first` is the quota of its first copy.
+__device__ void write_rows(int* __restrict__ quota, int max_replicas, bool mine, int expert, int first) {
+    for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
+        int lane = __ffs(int(left)) - 1, row = __shfl_sync(~0u, expert, lane) * max_replicas;
+        int value = __shfl_sync(~0u, first, lane);
+        for (int c = threadIdx.x % 32; c < max_replicas; c += 32) quota[row + c] = c == 0 ? value : 0;
+    }
+}
+
 // Adds up the counts of the component's experts, and writes the quotas of those with one copy.
 //
 // `load` [arcs] gets the load of each expert with several copies, by its place. To `staying` [size] that of
@@ -65,11 +77,13 @@ __device__ Ending add_up(const Problem& p, int* load, int* staying, int* __restr
         if (mine) {
             if (home < V::size) atomicAdd(&staying[home], int(sum));
             else load[home - V::size] = int(sum);
-            for (int c = 0; !V::guests && c < max_replicas; ++c)
+            for (int c = 0; !V::guests && c < max_replicas && max_replicas <= FEW_COLUMNS; ++c)
                 quota[expert * max_replicas + c] = c == 0 && home < V::size ? int(sum) : 0;
             if (general && p.cap != nullptr && home < V::size && sum > p.cap[expert * max_replicas])
                 atomicMax(&status, INFEASIBLE);
         }
+        if (!V::guests && max_replicas > FEW_COLUMNS)
+            write_rows(quota, max_replicas, mine, expert, home < V::size ? int(sum) : 0);
         i += V::threads / sharing;
         if (i - threadIdx.x / sharing >= net.max_experts) break;
         packed = i < net.max_experts ? net.experts[component<V>() * net.max_experts + i] : -1;
