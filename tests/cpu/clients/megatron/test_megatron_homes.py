@@ -30,12 +30,16 @@ def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
         assert all(row.imbalance < 1.1 for row in report)
 
 
-@pytest.mark.parametrize("ddp", [{}, SHARDED])
-def test_a_checkpoint_goes_to_other_homes_and_numbers_of_ranks_with_the_optimizer(tmp_path, ddp):
+@pytest.mark.parametrize(
+    ("ddp", "metadata"), [({}, FULLY), (SHARDED, {**FULLY, "singleton_local_shards": True})]
+)
+def test_a_checkpoint_goes_to_other_homes_and_numbers_of_ranks_with_the_optimizer(
+    tmp_path, ddp, metadata
+):
     paths = [str(tmp_path / name) for name in "abc"]
     for path in paths:
         (tmp_path / path).mkdir()
-    first = ranks.run(2, go, Run(ddp=ddp), None, paths[0], FULLY, environ=OFF)
+    first = ranks.run(2, go, Run(ddp=ddp), None, paths[0], metadata, environ=OFF)
     here = first
     for number, (num_ranks, run, environ) in enumerate(
         [
@@ -45,9 +49,11 @@ def test_a_checkpoint_goes_to_other_homes_and_numbers_of_ranks_with_the_optimize
         ]
     ):
         source, target = paths[number], [*paths[1:], None][number]
-        loaded = ranks.run(num_ranks, go, run, source, target, FULLY, environ=environ)
+        loaded = ranks.run(num_ranks, go, run, source, target, metadata, environ=environ)
         same([(result[1],) for result in here], loaded, 0, rtol=0, atol=0)
-        plain = ranks.run(num_ranks, go, Run(ep=run.ep, ddp=ddp), source, None, FULLY, environ=OFF)
+        plain = ranks.run(
+            num_ranks, go, Run(ep=run.ep, ddp=ddp), source, None, metadata, environ=OFF
+        )
         same(plain, loaded, 1, **CLOSE)
         here = loaded
 
