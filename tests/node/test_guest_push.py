@@ -118,7 +118,7 @@ def replays(group, num_replays):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_graph_is_replayed_over_changing_guests(node, num_ranks):
-    node(num_ranks, replays, 1000, timeout=150)
+    node(num_ranks, replays, 10_000, timeout=150)
 
 
 def late(group):
