@@ -464,3 +464,13 @@ def two_models(group, run):
         balances[1].remove()
         found.append(losses(trainings))
         return found, during
+
+
+def stage(group, run):
+    """Whether this rank's stage has MoE layers, its losses, and what is said of its layers."""
+    with megatron(run):
+        training = Training(run)
+        has_experts = any("experts" in name for name, _ in training.named_parameters())
+        losses, said = training.gradients(training.batches()), str(training.balance)
+        training.close()
+        return has_experts, losses, said

@@ -158,7 +158,7 @@ class Balance:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "nothing is balanced: LPLB_EP is 0 or unset"
+            return "\n".join(self.notes) or "nothing is balanced: LPLB_EP is 0 or unset"
         memory = sum(pool.num_bytes for pool in self.pools)
         lines = [f"{len(self.layers)} MoE layers, {memory / 2**20:.1f} MiB for guests", *self.notes]
         return "\n".join([*lines, *map(str, self.report())])

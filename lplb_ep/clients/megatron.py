@@ -62,8 +62,8 @@ def balance(
         guests: guest slots of a rank; by default 3 for 16 of its experts, from 1 to 8.
         replicas: static copies of a rank, in the place of guests. They need DDP without
             `overlap_grad_reduce`.
-        load: [L, E] tokens of the layers' experts, the same on all ranks. Replicas are chosen for
-            it, and with guests homes are placed by it.
+        load: [L, E] tokens of the experts of this model's layers, the same on all ranks that have
+            these layers. Replicas are chosen for it, and with guests homes are placed by it.
         placement: homes with replicas, or with guest slots, for all layers or by `layer_number`.
             Each rank's first E / R slots are homes. Where these are not in the router's order,
             weights are moved there. Call it before DDP and the optimizer are made, then.
@@ -79,7 +79,10 @@ def balance(
     """
     if is_off():
         return Balance()
-    layers = dict(_moe_layers(model))
+    chunks = [model] if isinstance(model, nn.Module) else [*model]
+    layers = dict(_moe_layers(chunks))
+    if not layers and any(map(_is_stage, chunks)):
+        return Balance(notes=["this stage of the pipeline has no MoE layers"])
     refuse("this model", [] if layers else ["it has no MoELayer with several expert ranks"])
     return _balanced(layers, guests, replicas, load, placement)
 
@@ -190,11 +193,16 @@ def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placemen
         move_home(experts[name], placement, group)
 
 
-def _moe_layers(model: nn.Module | Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
+def _is_stage(chunk: nn.Module) -> bool:
+    """Whether other ranks have other layers of the model."""
+    configs = (getattr(module, "config", None) for module in chunk.modules())
+    return any(getattr(config, "pipeline_model_parallel_size", 1) > 1 for config in configs)
+
+
+def _moe_layers(chunks: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
     """The MoE layers whose experts are on several ranks, by name."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    chunks = [model] if isinstance(model, nn.Module) else model
     for number, chunk in enumerate(chunks):
         prefix = f"{number}." if len(chunks) > 1 else ""
         for name, module in chunk.named_modules():

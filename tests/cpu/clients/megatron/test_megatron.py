@@ -9,7 +9,7 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, train, two_models
+from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, stage, train, two_models
 from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
 from layers import ROOT
 
@@ -216,6 +216,16 @@ def test_a_balanced_model_is_not_balanced_again():
     for said, before, after in ranks.run(2, refusal_of, Run(), {}, True, environ=ON):
         assert "decoder.layers.0.mlp cannot be balanced: it is balanced already: rem" in said
         assert before == after
+
+
+def test_a_stage_of_the_pipeline_may_have_no_moe_layers():
+    run = Run(pp=2, config=dict(num_layers=4, moe_layer_freq=[0, 0, 1, 1]))
+    plain, balanced = (ranks.run(4, stage, run, environ=environ) for environ in (OFF, ON))
+    assert [has for has, *_ in balanced] == [False, False, True, True]
+    for (has, losses, said), (_, want, _) in zip(balanced, plain, strict=True):
+        assert losses == pytest.approx(want, rel=1e-5)
+        start = "2 MoE layers, " if has else "this stage of the pipeline has no MoE layers"
+        assert said.startswith(start)
 
 
 @pytest.mark.parametrize("options", [{"guests": 2}, {"replicas": 2}])
