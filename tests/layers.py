@@ -170,6 +170,7 @@ LAYERS = [
     "tools.commands.run",
     "tools.commands.sample",
     "tools.cli",
+    "__main__",
 ]
 
 
