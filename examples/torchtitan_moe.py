@@ -241,7 +241,7 @@ def train(args: argparse.Namespace) -> dict:
         "tokens_per_s": args.sequences * args.sequence * size / statistics.median(settled),
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "pool_mib": sum(pool.num_bytes for pool in balance.pools) / 2**20,
-        "batches": {layer.name: dict(layer.report().batches) for layer in balance.layers},
+        "batches": {layer.name: layer.report().by_status for layer in balance.layers},
     }
 
 

@@ -460,7 +460,7 @@ def two_models(group, run):
         found.append(losses(trainings))
         balances[0].remove()
         found.append(losses(trainings[1:]) * 2)  # the first may not share its buffer
-        during = len(balances[1].report()[0].batches)
+        during = len(balances[1].report()[0].by_status)
         balances[1].remove()
         found.append(losses(trainings))
         return found, during

@@ -20,7 +20,7 @@ def compare(plain, other, **tolerance):
 def check_balanced(results, replicas=False):
     reports = [row for result in results for row in result[4]]
     assert reports
-    assert all(set(row.batches) == {"OPTIMAL"} for row in reports)
-    assert (sum(row.num_guests for row in reports) > 0) != replicas
+    assert all(set(row.by_status) == {"OPTIMAL"} for row in reports)
+    assert (sum(row.guests for row in reports) > 0) != replicas
     assert max(row.home_imbalance for row in reports) > 1.3
     assert all(row.imbalance < 1.1 for row in reports)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import ContractError
 from ..layer import Layer
+from ..metrics.layers import LayerStats, stats_of
 from ..placement.table import Placement
-from ..planning.solve import solve
 from ..settings import Settings
 from ..weights.guests import Guests
 from ..weights.pool import GuestPool
@@ -59,74 +57,18 @@ class BalancedLayer:
     It keeps its layer's `Guests` and `Replicas` alive, which the layer refers to weakly.
     """
 
-    name: str
-    """Of its module in the model."""
     layer: Layer
     guests: Guests | None = None
     replicas: Replicas | None = None
-    counts: Tensor | None = None
-    """[R, E] of the last batch that was planned, where the planner left them."""
 
-    def __post_init__(self) -> None:
-        self.layer.observers.append(self._observe)
+    @property
+    def name(self) -> str:
+        """Of its module in the model."""
+        return self.layer.name
 
-    def _observe(self, counts: Tensor) -> None:
-        self.counts = counts
-
-    def stop(self) -> None:
-        """Ends the watch over the layer's batches."""
-        self.layer.observers.remove(self._observe)
-
-    def report(self) -> LayerReport:
-        """What has become of the layer's batches. Waits for the device."""
-        batches: Counter[str] = Counter()
-        for planner in self.layer.planners:
-            batches.update({s.name: n for s, n in planner.num_batches.items()})
-        if self.counts is None:
-            return LayerReport(self.name, batches)
-        placement, load = self.layer.placement, self.counts.sum(0).cpu().to(torch.int64)
-        at_home = torch.zeros(placement.num_ranks, dtype=torch.int64)
-        home = torch.as_tensor(placement.home.astype("int64"))
-        at_home.index_add_(0, home // placement.num_local_slots, load)
-        settings = Settings.from_env()
-        planned = solve(
-            load,
-            placement,
-            guest_tolerance=settings.guest_tolerance,
-            guest_min_tokens=settings.guest_min_tokens,
-        )
-        guests = planned.guests
-        return LayerReport(
-            self.name,
-            batches,
-            _imbalance(at_home),
-            _imbalance(planned.rank_load),
-            0 if guests is None else int((guests >= 0).sum()),
-        )
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What has become of a layer's batches."""
-
-    name: str
-    batches: Counter[str]
-    """How many ended with each status, of all planners that live."""
-    home_imbalance: float | None = None
-    """Of the last batch, had every token gone home; None before the first one."""
-    imbalance: float | None = None
-    """Of the last batch, as it was planned."""
-    num_guests: int = 0
-    """Guests of the last batch, on all ranks."""
-
-    def __str__(self) -> str:
-        ended = ", ".join(f"{n} {name}" for name, n in sorted(self.batches.items())) or "none"
-        if self.home_imbalance is None:
-            return f"{self.name}: batches: {ended}"
-        return (
-            f"{self.name}: imbalance {self.home_imbalance:.3f} at home, {self.imbalance:.3f} as "
-            f"planned, {self.num_guests} guests in the last batch; batches: {ended}"
-        )
+    def report(self) -> LayerStats:
+        """What has become of the layer's batches. Local, and waits for none."""
+        return stats_of([self.layer])[0]
 
 
 @dataclass(eq=False)
@@ -152,9 +94,9 @@ class Balance:
         setattr(target, name, value)
         self.undo_with(lambda: setattr(target, name, old) if had else delattr(target, name))
 
-    def report(self) -> list[LayerReport]:
-        """What has become of each layer's batches. Local, and waits for the device."""
-        return [layer.report() for layer in self.layers]
+    def report(self) -> list[LayerStats]:
+        """What has become of each layer's batches. Local, and waits for none."""
+        return stats_of(layer.layer for layer in self.layers)
 
     def __str__(self) -> str:
         if not self.layers:
@@ -171,8 +113,6 @@ class Balance:
         """
         if self.stays:
             raise ContractError(f"the balanced model cannot be given back: {self.stays}")
-        for layer in self.layers:
-            layer.stop()
         while self._undo:
             self._undo.pop()()
         self.layers.clear()
@@ -232,12 +172,6 @@ def make_guests(
     made = []
     for (name, module), placement in zip(experts.items(), placements, strict=True):
         layer = Layer(placement, name=name)
-        made.append(BalancedLayer(name, layer, Guests(module, layer, group, pool)))
+        made.append(BalancedLayer(layer, Guests(module, layer, group, pool)))
     balance.layers += made
     return made
-
-
-def _imbalance(load: Tensor) -> float:
-    """Largest rank load / mean rank load; 1 where there is none."""
-    total = int(load.sum())
-    return float(load.max()) * len(load) / total if total else 1.0

@@ -42,7 +42,7 @@ class StaticCopies:
             self.slots.append(_twin(local_experts[0]))
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
-        self.balanced = BalancedLayer(name, layer, replicas=self.replicas)
+        self.balanced = BalancedLayer(layer, replicas=self.replicas)
         trained = [p for p in local_experts.parameters() if p.requires_grad]
         self._first = trained[0] if trained else None
         self._are_old, self._are_trained = True, False

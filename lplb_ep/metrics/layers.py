@@ -91,12 +91,12 @@ class LayerStats:
         if not self.batches:
             return f"{self.layer}: no batches"
         said = [
-            f"{self.layer}: {self.batches} batches, imbalance {self.home_imbalance:.3f} at home, "
-            f"{self.imbalance:.3f} as planned, T* {self.bound:.3f}"
+            f"{self.layer}: imbalance {self.home_imbalance:.3f} at home, {self.imbalance:.3f} as "
+            f"planned, T* {self.bound:.3f}; {self.batches} {'batch' if self.batches == 1 else 'batches'}"
         ]
         said.append(f"{self.rows / self.batches:.0f} rows a batch")
         if self.guests:
-            moved = f" ({self.guest_bytes / self.batches / 1e6:.1f} MB)" if self.guest_bytes else ""
+            moved = f" ({_size(self.guest_bytes / self.batches)})" if self.guest_bytes else ""
             said.append(f"{self.guests / self.batches:.1f} guests a batch{moved}")
         others = {name: n for name, n in self.by_status.items() if name != "OPTIMAL"}
         if others:
@@ -170,6 +170,10 @@ def reset() -> None:
 def all_layers() -> list[Layer]:
     """Those that this process has planned with, while another thread may add some."""
     return [layer for known in planned_layers.keyrefs() if (layer := known()) is not None]
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
 def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -> LayerStats:

@@ -157,7 +157,7 @@ def test_guests_are_counted_with_their_bytes():
         assert stats["imbalance"] < 1.6
     assert [s["own_guests_sent"] for s, _ in (first, second)] == [1, 0]
     assert [s["own_guests_received"] for s, _ in (first, second)] == [0, 1]
-    assert "1.0 guests a batch (0.0 MB)" in first[1]
+    assert "1.0 guests a batch (0.1 kB)" in first[1]
 
 
 # --- the log --------------------------------------------------------------------------------------
@@ -184,7 +184,8 @@ def test_a_line_comes_every_so_many_batches(caplog):
     assert said() == []
     plan(planner, rng, 2)
     (line,) = said()
-    assert line.startswith("lplb_ep: a layer that logs: 5 batches, imbalance 1.")
+    assert line.startswith("lplb_ep: a layer that logs: imbalance 1.")
+    assert "; 5 batches; " in line
     assert said() == []
     planner(torch.empty(0, 1).long(), counts=torch.zeros(R, E).int(), stale=True)
     plan(planner, rng, 8)
@@ -416,4 +417,4 @@ def test_a_program_that_ends_leaves_its_recording_and_lines(tmp_path):
     assert recording.layers == (4,)
     (line,) = (line for line in done.stderr.splitlines() if "10 batches" in line)
     assert line.startswith("lplb_ep")
-    assert "model.layers.4.moe: 10 batches, imbalance 1.000 at home" in line
+    assert "model.layers.4.moe: imbalance 1.000 at home, 1.000 as planned, T* 1.000" in line

@@ -26,7 +26,7 @@ def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
         same(plain, moved, part, **CLOSE)
     assert [r[2] for r in moved] == [pytest.approx(r[2], rel=1e-5) for r in plain]
     for *_, report in moved:
-        assert all(set(row.batches) == {"OPTIMAL"} for row in report)
+        assert all(set(row.by_status) == {"OPTIMAL"} for row in report)
         assert all(row.imbalance < 1.1 for row in report)
 
 
