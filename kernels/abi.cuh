@@ -16,16 +16,17 @@ typedef unsigned long long Word;  // an integer of a row, and the number of its 
 // How a batch ends; where its parts differ, the largest holds.
 enum Status {
     OPTIMAL = 0,
-    STALE = 1,
-    NOT_CONVERGED = 2,
-    INFEASIBLE = 3,
-    BAD_COUNTS = 4,
-    REFUSED = 5,
-    OUT_OF_STEP = 6,
-    TIMED_OUT = 7,
+    STAYED = 1,
+    STALE = 2,
+    NOT_CONVERGED = 3,
+    INFEASIBLE = 4,
+    BAD_COUNTS = 5,
+    REFUSED = 6,
+    OUT_OF_STEP = 7,
+    TIMED_OUT = 8,
 };
 
-constexpr int NUM_STATUSES = 8;  // of a batch
+constexpr int NUM_STATUSES = 9;  // of a batch
 
 // The integers that an exchanged row begins with; the counts follow.
 enum Head {
@@ -40,9 +41,9 @@ constexpr int HEAD = 5;  // integers before the counts of an exchanged row
 
 // Flags in the host's memory that a kernel sets; behind those of each `Status`.
 enum ErrorFlag {
-    FLAG_OUT_OF_RANGE = 8,
-    FLAG_REPEATED_PICK = 9,
-    FLAG_MISCOUNTED = 10,
+    FLAG_OUT_OF_RANGE = 9,
+    FLAG_REPEATED_PICK = 10,
+    FLAG_MISCOUNTED = 11,
 };
 
 // Sums over batches whose counts are known: of a status below BAD_COUNTS.
@@ -66,9 +67,9 @@ enum Tally {
 
 constexpr int NUM_TALLIES = 15;  // sums over batches
 
-constexpr int NUM_TOTALS = 23;  // tallies, then batches of each status
+constexpr int NUM_TOTALS = 24;  // tallies, then batches of each status
 
-constexpr int NUM_ERROR_FLAGS = 11;  // statuses, then the others
+constexpr int NUM_ERROR_FLAGS = 12;  // statuses, then the others
 
 constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
 
@@ -114,13 +115,17 @@ __device__ inline int rule_of(int i) {
 constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 
 // How a component of the replica graph ends.
-struct __align__(8) Ending {
+struct __align__(16) Ending {
     int status;  // a Status
     int total;   // tokens of its experts, and base loads
+    int home;    // where `least_gain` is asked for: the most tokens of a rank at home
+    int bound;   // and what no plan is below
 };
-LPLB_SIZE(Ending, 8);
+LPLB_SIZE(Ending, 16);
 LPLB_PLACE(Ending, status, 0);
 LPLB_PLACE(Ending, total, 4);
+LPLB_PLACE(Ending, home, 8);
+LPLB_PLACE(Ending, bound, 12);
 
 // Counts of each rank for each expert, in rows; several batches of them lie one after another.
 struct Counts {
@@ -290,8 +295,9 @@ struct Problem {
     int max_replicas;           // C
     int max_rounds;             // of the flow
     int status;                 // of the batch, as far as the counts do not say it
+    int least_gain;             // tokens off the fullest rank for which a batch leaves home; 0: any
 };
-LPLB_SIZE(Problem, 232);
+LPLB_SIZE(Problem, 240);
 LPLB_PLACE(Problem, counts, 0);
 LPLB_PLACE(Problem, net, 32);
 LPLB_PLACE(Problem, picks, 104);
@@ -309,6 +315,7 @@ LPLB_PLACE(Problem, num_experts, 216);
 LPLB_PLACE(Problem, max_replicas, 220);
 LPLB_PLACE(Problem, max_rounds, 224);
 LPLB_PLACE(Problem, status, 228);
+LPLB_PLACE(Problem, least_gain, 232);
 
 // A copy of an expert that has several, for rewriting.
 struct __align__(16) Copy {
@@ -387,6 +394,7 @@ struct Batch {
     int num_components;         // G
     int rank;                   // this rank
     int num_guests;             // guest slots of all ranks
+    int least_gain;             // as the struct Problem has it
 };
 LPLB_SIZE(Batch, 136);
 LPLB_PLACE(Batch, counts, 0);
@@ -401,6 +409,7 @@ LPLB_PLACE(Batch, row, 112);
 LPLB_PLACE(Batch, num_components, 120);
 LPLB_PLACE(Batch, rank, 124);
 LPLB_PLACE(Batch, num_guests, 128);
+LPLB_PLACE(Batch, least_gain, 132);
 
 // An expert, and its resident copies: those that it has in every batch.
 struct __align__(16) Resident {

@@ -113,6 +113,30 @@ __device__ Component<V> lay_out_component(const Problem& p, int g, char* shared,
     return c;
 }
 
+// Whether it pays to leave home: the CPU's `stays_home` is the definition. A component that is the only one decides
+// here. Of several, `conclude` does.
+template <typename V>
+__device__ void look_at_home(const Problem& p, const Component<V>& c, const int* load, Ending& ending) {
+    __shared__ int at_home[V::size];
+    int lane = threadIdx.x % 32, stays = 0, home = 0, ranks = c.shape.ranks;
+    if (threadIdx.x < V::size) at_home[threadIdx.x] = c.staying()[threadIdx.x];
+    __syncthreads();  // what stays is there before other experts are added
+    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
+        if (c.arcs[a].quota % p.max_replicas == 0) atomicAdd(&at_home[c.arcs[a].rank], load[c.arcs[a].place]);
+    __syncthreads();  // the sums are whole before any thread reads them
+    #pragma unroll
+    for (int i = 0; i < V::words; ++i) {
+        if (lane + 32 * i >= V::size) continue;
+        stays = max(stays, c.staying()[lane + 32 * i]);
+        home = max(home, at_home[lane + 32 * i]);
+    }
+    stays = __reduce_max_sync(~0u, stays);
+    ending.home = __reduce_max_sync(~0u, home);
+    ending.bound = ranks == 0 ? 0 : max(stays, ending.total / ranks + (ending.total % ranks != 0));
+    if (p.num_components == 1 && ending.home - ending.bound < p.least_gain)
+        ending.status = max(ending.status, STAYED);
+}
+
 // Adds up the counts and makes the start of the flow, behind `lay_out_component` in `shared`.
 template <typename V, bool general>
 __device__ Ending begin(const Problem& p, const Component<V>& c, char* shared, const Addend& addend,
@@ -126,6 +150,7 @@ __device__ Ending begin(const Problem& p, const Component<V>& c, char* shared, c
     } else {
         split_evenly(c, load);
     }
+    if (!general && p.least_gain > 0) look_at_home<V>(p, c, load, ending);
     __syncthreads();  // all copies have their tokens, and ranks their sums, before any thread reads them
     return ending;
 }

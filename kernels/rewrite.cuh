@@ -92,12 +92,13 @@ __device__ int look_at_endings(const Batch& batch) {
 // no block writes what it goes by.
 template <int threads>
 __device__ int conclude(const Batch& batch, int worst) {
-    __shared__ int status;
+    __shared__ int status, home, bound;
     __shared__ Total total;
     bool fine = !__syncthreads_or(worst);  // all endings are read; the tables of the caller are whole, too
     if (fine && batch.num_components == 1) return OPTIMAL;
     if (threadIdx.x == 0) {
         status = OPTIMAL;
+        home = bound = 0;
         total = {0, 0};
     }
     __syncthreads();  // both are there before any thread adds to them
@@ -106,8 +107,14 @@ __device__ int conclude(const Batch& batch, int worst) {
     #pragma unroll 1
     for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += threads)
         total.add(g < batch.num_components ? batch.endings[g].total : 0);
+    #pragma unroll 1
+    for (int g = threadIdx.x; batch.least_gain > 0 && g < batch.num_components; g += threads) {
+        atomicMax(&home, batch.endings[g].home);
+        atomicMax(&bound, batch.endings[g].bound);
+    }
     __syncthreads();  // all is added before it is read
-    return total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
+    int ends = total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
+    return home - bound < batch.least_gain ? max(ends, STAYED) : ends;
 }
 
 // Sends all tokens home; with invalid counts, none. By the first blocks of the grid.
@@ -134,7 +141,7 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted, 
 // Says how the batch ends; by one thread.
 __device__ void end_batch(const Batch& batch, int status) {
     *batch.status = status;
-    if (status != OPTIMAL) batch.error_flags[status] = 1;
+    if (status > STAYED) batch.error_flags[status] = 1;
 }
 
 }  // namespace lplb

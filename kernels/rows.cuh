@@ -91,8 +91,8 @@ __device__ Ending add_up(const Problem& p, int* load, int* staying, int* __restr
     check_heads<V::threads>(counts, &status);
     if (p.base != nullptr) total.add(base);
     __syncthreads();  // all is added before the sums are read, and `load` and the arcs are there
-    if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0};
-    return {status, int(total.value())};
+    if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0, 0, 0};
+    return {status, int(total.value()), 0, 0};
 }
 
 }  // namespace lplb

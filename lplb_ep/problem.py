@@ -69,6 +69,11 @@ class Problem:
     guest_min_tokens: int | None = None
     """The least tokens that a guest must take, from 1; None: the setting, or its default."""
 
+    min_gain: int | None = None
+    """A `Planner`'s batch stays at home where no plan could take so many tokens off its fullest
+    rank (`planning.stay`); 0: none does. None: the setting, or its default. It goes with the
+    objective `tokens` alone, and neither with speeds, limits of copies nor guest slots."""
+
     @property
     def objective_name(self) -> str:
         """The objective, its default filled in."""
@@ -93,6 +98,11 @@ class Problem:
             Settings.guest_min_tokens if tokens is None else tokens,
         )
 
+    @property
+    def least_gain(self) -> int:
+        """`min_gain`, its default filled in."""
+        return Settings.min_gain if self.min_gain is None else self.min_gain
+
     def with_defaults(self, **defaults: Any) -> Problem:
         """The same, with these values of fields where this one says none."""
         missing = {name: v for name, v in defaults.items() if getattr(self, name) is None}
@@ -104,12 +114,14 @@ class Problem:
         Raises:
             TypeError: a field is no tensor, array or list.
             ValueError: a field's shape, dtype or range, or the objective; the message names it. Or
+                `min_gain` with what it does not go with. Or
                 `max_quota` for a placement with guest slots. Or speeds, limits of copies or guest
                 slots with another objective than `tokens`.
             InfeasibleError: an expert whose copies' `max_quota` sum below its load.
         """
         self._check_objective(placement)
         self._check_guest_rule()
+        self._check_min_gain(placement)
         if placement.num_guests_per_rank and self.max_quota is not None:
             raise ValueError(
                 "max_quota limits copies by their columns, and a placement with guest slots has "
@@ -145,6 +157,8 @@ class Problem:
             state.append(self.cost_model)
         if self.guest_rule != Problem().guest_rule:
             state.append(tuple(self.guest_rule))
+        if self.least_gain:
+            state.append(("min_gain", self.least_gain))
         for bound in self.bounds.values():
             state.append(None if bound is None else bound.tolist())
         return hashlib.sha256(repr(state).encode()).hexdigest()
@@ -156,6 +170,7 @@ class Problem:
             all(bound is None for bound in self.bounds.values())
             and self.guest_rule == Problem().guest_rule
             and self.objective_name == "tokens"
+            and not self.least_gain
         )
 
     def _capacity(self, placement: Placement) -> torch.Tensor:
@@ -169,14 +184,27 @@ class Problem:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {name!r}")
         if not isinstance(self.cost, (CostModel, type(None))):
             raise TypeError(f"cost must be a CostModel; got a {type(self.cost).__name__}")
+        given = self._beside_tokens(placement)
+        if name != "tokens" and given:
+            raise ValueError(f"the objective {name!r} does not go with {given}: use 'tokens'")
+
+    def _beside_tokens(self, placement: Placement) -> str:
+        """What of this goes with plain tokens alone; empty: nothing."""
         others = {
             "speed": self.speed is not None,
             "max_quota": self.max_quota is not None,
             "guest slots": bool(placement.num_guests_per_rank),
         }
-        if name != "tokens" and any(others.values()):
-            given = " and ".join(other for other, is_given in others.items() if is_given)
-            raise ValueError(f"the objective {name!r} does not go with {given}: use 'tokens'")
+        return " and ".join(other for other, is_given in others.items() if is_given)
+
+    def _check_min_gain(self, placement: Placement) -> None:
+        gain, given = self.least_gain, self._beside_tokens(placement)
+        if not (isinstance(gain, int) and 0 <= gain <= MAX_TOTAL):
+            raise ValueError(f"min_gain must be a whole number in [0, {MAX_TOTAL}]; got {gain!r}")
+        if gain and self.objective_name != "tokens":
+            given = " and ".join([f"the objective {self.objective_name!r}", *filter(None, [given])])
+        if gain and given:
+            raise ValueError(f"min_gain (LPLB_EP_MIN_GAIN) does not go with {given}: leave it 0")
 
     def _check_guest_rule(self) -> None:
         tolerance, tokens = self.guest_tolerance, self.guest_min_tokens

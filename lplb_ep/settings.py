@@ -176,6 +176,14 @@ class Settings:
         "The least tokens that a guest must take, at least 1; likewise.",
         within=("of at least 1, below 2**31", lambda tokens: 1 <= tokens < 2**31),
     )
+    min_gain: int = _setting(
+        "LPLB_EP_MIN_GAIN",
+        0,
+        "A batch keeps its home slots where no plan could take so many tokens off its fullest "
+        "rank; 0: every batch is balanced. It goes with the objective `tokens`, without guest "
+        "slots, and holds where a layer's `Problem` says no other.",
+        within=("of at least 0, below 2**31", lambda tokens: 0 <= tokens < 2**31),
+    )
     push_sms: int = _setting(
         "LPLB_EP_PUSH_SMS",
         16,

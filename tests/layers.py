@@ -67,6 +67,7 @@ LAYERS = [
     "planning.inputs",
     "planning.reference",
     "planning.objectives",
+    "planning.stay",
     "planning.layout",
     "planning.guest_layout",
     "planning.solvers",

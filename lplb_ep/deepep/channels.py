@@ -54,6 +54,7 @@ class PlannerSettings(NamedTuple):
     guest_min_tokens: int
     objective: str
     cost: CostModel | None
+    min_gain: int
     sample_every: int
 
     @classmethod
@@ -72,6 +73,7 @@ class PlannerSettings(NamedTuple):
             # At home no objective decides, and a layer's placement may not go with it.
             objective=settings.objective if balances else "tokens",
             cost=choose_cost(settings.cost)[0] if balances else None,
+            min_gain=settings.min_gain if balances else 0,
             sample_every=settings.record_every if settings.record else 0,
         )
 

@@ -10,6 +10,7 @@ from . import reference
 from .guests import guests_of
 from .plan import Plan
 from .solve import judge, least_value, rank_load
+from .stay import stays_home
 from .structs import Status
 
 
@@ -84,6 +85,9 @@ def check_plan(
 
     load = rank_load(quota, placement)
     hold((plan.rank_load.cpu() == load).all(), "rank_load is not the load of the quotas")
+    if status in (Status.OPTIMAL, Status.STAYED):
+        stays = stays_home(counts.long().sum(0).numpy(), placement, problem)
+        hold(stays == (status is Status.STAYED), "it stays at home, or not, against the rule")
     if status is Status.OPTIMAL:
         if problem.max_quota is not None:
             hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")

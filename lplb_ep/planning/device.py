@@ -92,6 +92,7 @@ class DeviceBackend:
             row_size,
             to_device(list(problem.bounds.values()), self._device),
             problem.guest_rule,
+            problem.least_gain,
             windows,
             round(1e9 * timeout_s),
             MAX_ROUNDS,

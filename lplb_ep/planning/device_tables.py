@@ -267,7 +267,7 @@ class LoadSolver:
         empty = functools.partial(torch.empty, dtype=torch.int32, device=device)
         quota = empty(len(load), p.num_experts, p.max_replicas)
         rank_load = empty(len(load), p.num_ranks)
-        endings = empty(len(load), self._tables.num_components, 2)
+        endings = empty(len(load), self._tables.num_components, structs.ENDING.size // 4)
         guests = empty(len(load), p.num_ranks, p.num_guests_per_rank)
         if len(load):
             problem = problem_of(
@@ -323,6 +323,7 @@ def problem_of(
     rank_load: int = 0,
     endings: int = 0,
     error_flags: int = 0,
+    least_gain: int = 0,
 ) -> bytes:
     """The struct `Problem`. Fields that are left out are written before a launch, or not needed."""
     p = tables.placement
@@ -345,6 +346,7 @@ def problem_of(
         max_replicas=p.max_replicas,
         max_rounds=max_rounds,
         status=Status.OPTIMAL,
+        least_gain=least_gain,
     )
 
 

@@ -20,6 +20,7 @@ from .objectives import quotas_by_objective
 from .plan import Plan, Results, number_of
 from .solve import judge, rank_load
 from .statistics import HostStatistics, batches_by_status
+from .stay import stays_home
 from .structs import HEAD, Head, Status
 
 log = logger(__name__)
@@ -137,6 +138,8 @@ class HostBackend:
             counts, load, status = counts * 0, load * 0, max(status, Status.BAD_COUNTS)
         elif not self._problem.is_feasible(load, self._placement):
             status = max(status, Status.INFEASIBLE)
+        elif status is Status.OPTIMAL and stays_home(load.numpy(), self._placement, self._problem):
+            status = Status.STAYED
         guests = guests_of(status, load.numpy(), self._placement, self._problem)
         filled = self._placement
         if status is Status.OPTIMAL:
@@ -151,7 +154,7 @@ class HostBackend:
             quota[:, 0] = load
             physical = reference.rewrite_home(picks, self._placement)
             is_new = not batches_by_status(self.statistics.totals)[status]
-            if is_new and self._rank == 0:  # all ranks know of it
+            if status in REASONS and is_new and self._rank == 0:  # all ranks know of it
                 log_home(self._placement, status)
         on_ranks, bounds = rank_load(quota, filled), self._problem.bounds
         about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]

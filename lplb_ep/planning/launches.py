@@ -37,6 +37,7 @@ class Workspace:
         row_size: integers of an exchanged row.
         bounds: base loads [R], speeds [R] and limits [E, C], int32 on the GPU; None: none.
         guest_rule: when a batch takes guests.
+        least_gain: tokens off the fullest rank for which a batch leaves home.
         windows: where kernels exchange rows; None: rows travel by other means.
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
@@ -52,6 +53,7 @@ class Workspace:
         row_size: int,
         bounds: Sequence[torch.Tensor | None],
         guest_rule: GuestRule,
+        least_gain: int,
         windows: Windows | None,
         limit_ns: int,
         max_rounds: int,
@@ -63,6 +65,7 @@ class Workspace:
         self.plan = tables.plan_kernel(bounds)
         """The kernel of whole plans of small batches, where there is one."""
         self.bounds, self.guest_rule, self.max_rounds = bounds, guest_rule, max_rounds
+        self.least_gain = least_gain
         self.row = zeros(row_size)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
@@ -95,7 +98,8 @@ class Workspace:
                 waits=self.relay is None,
             )
         R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
-        self.result_sizes = [2 * G, R * E, E * C, R, 1, R * p.num_guests_per_rank]
+        of_endings = structs.ENDING.size // 4 * G
+        self.result_sizes = [of_endings, R * E, E * C, R, 1, R * p.num_guests_per_rank]
         """Integers of what a plan consists of: endings, counts, quotas, rank loads, status and
         guests."""
         self.results = zeros(sum(self.result_sizes))
@@ -153,7 +157,13 @@ class Launches:
             "status": Status.OPTIMAL,
         }
         row = workspace.row.data_ptr() if exchanged else 0
-        problem = problem_of(tables, workspace.bounds, workspace.max_rounds, error_flags=flags)
+        problem = problem_of(
+            tables,
+            workspace.bounds,
+            workspace.max_rounds,
+            error_flags=flags,
+            least_gain=workspace.least_gain,
+        )
         batch = self._batch(row)
         self._count = kernel(structs.COUNT).prepare(
             structs.COUNT.arrange(row=row, error_flags=flags, **given),
@@ -216,6 +226,7 @@ class Launches:
             num_components=workspace.tables.num_components,
             rank=workspace.rank,
             num_guests=p.num_ranks * p.num_guests_per_rank,
+            least_gain=workspace.least_gain,
         )
 
     def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:

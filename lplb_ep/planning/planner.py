@@ -68,8 +68,8 @@ class Planner:
         check: verify every batch and its plan at once, which waits for the GPU.
         timeout_s: how long a rank waits for another rank's counts, in seconds.
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
-        guest_tolerance, guest_min_tokens, objective, cost: as in `Problem`, where the layer's
-            problem has none.
+        guest_tolerance, guest_min_tokens, objective, cost, min_gain: as in `Problem`, where the
+            layer's problem has none.
         sample_every: batches from one whose loads are kept for a recording to the next; 0: none.
 
     Raises:
@@ -107,6 +107,7 @@ class Planner:
         guest_min_tokens: int | None = None,
         objective: str | None = None,
         cost: CostModel | None = None,
+        min_gain: int | None = None,
         sample_every: int = 0,
     ) -> None:
         ranks = group if compare else None
@@ -118,6 +119,7 @@ class Planner:
                 guest_min_tokens=guest_min_tokens,
                 objective=objective,
                 cost=cost,
+                min_gain=min_gain,
             ).checked(placement)
             self.rank = _own_rank(placement, group, rank)
             check_slot(slot)

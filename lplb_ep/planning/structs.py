@@ -20,20 +20,22 @@ class Status(enum.IntEnum):
 
     OPTIMAL = 0
     """No plan on this placement has a smaller maximum rank load."""
-    STALE = 1
+    STAYED = 1
+    """No plan could gain `min_gain` tokens: every token stays at home."""
+    STALE = 2
     """Replica weights are out of date on some rank: every token goes home."""
-    NOT_CONVERGED = 2
+    NOT_CONVERGED = 3
     """The solver on the GPU ran out of rounds: every token goes home."""
-    INFEASIBLE = 3
+    INFEASIBLE = 4
     """The copies' capacities do not suffice for the load: every token goes home."""
-    BAD_COUNTS = 4
+    BAD_COUNTS = 5
     """The exchanged counts are invalid: every token goes home, and there are no quotas."""
-    REFUSED = 5
+    REFUSED = 6
     """On the GPU: a rank refused its input. There are no quotas, and every rank raises at a later
     call, or in `Planner.raise_errors`."""
-    OUT_OF_STEP = 6
+    OUT_OF_STEP = 7
     """On the GPU: ranks plan different batches. As REFUSED."""
-    TIMED_OUT = 7
+    TIMED_OUT = 8
     """On the GPU: a rank's counts did not come in time. As REFUSED, on the ranks that waited."""
 
 
@@ -80,7 +82,9 @@ ENDING = Struct(
     "How a component of the replica graph ends.",
     ("int", "status", "a Status"),
     ("int", "total", "tokens of its experts, and base loads"),
-    align=8,
+    ("int", "home", "where `least_gain` is asked for: the most tokens of a rank at home"),
+    ("int", "bound", "and what no plan is below"),
+    align=16,
 )
 COUNTS = Struct(
     "Counts",
@@ -197,6 +201,7 @@ PROBLEM = Struct(
     ("int", "max_replicas", "C"),
     ("int", "max_rounds", "of the flow"),
     ("int", "status", "of the batch, as far as the counts do not say it"),
+    ("int", "least_gain", "tokens off the fullest rank for which a batch leaves home; 0: any"),
 )
 OBJECTIVE = Struct(
     "Objective",
@@ -269,6 +274,7 @@ BATCH = Struct(
     ("int", "num_components", "G"),
     ("int", "rank", "this rank"),
     ("int", "num_guests", "guest slots of all ranks"),
+    ("int", "least_gain", "as the struct Problem has it"),
 )
 RESIDENT = Struct(
     "Resident",

@@ -125,6 +125,7 @@ class Rank:
         chunk: picks of a block, a multiple of 32.
         tag: of the placement, for the head of a row.
         given: whether guests are given instead of chosen.
+        least_gain: tokens off the fullest rank for which a batch leaves home.
         num_samples, every: of the loads of sampled batches, as `Statistics` has them.
     """
 
@@ -141,6 +142,7 @@ class Rank:
         chunk: int = 128,
         tag: int = 77,
         given: bool = False,
+        least_gain: int = 0,
         num_samples: int = 0,
         every: int = 0,
         problem: Problem | None = None,
@@ -183,7 +185,7 @@ class Rank:
         self.totals = memory.zeros(structs.NUM_TOTALS + 1, np.int64)
         self.samples = memory.zeros((num_samples, p.num_experts))
         self.sampled = memory.zeros(num_samples)
-        self._every = every
+        self._every, self.least_gain = every, least_gain
         self.missing = memory.zeros(p.num_ranks)
         self.state = memory.zeros(4)
         self.peers = memory.zeros(p.num_ranks, np.int64)
@@ -205,7 +207,7 @@ class Rank:
             counts=empty((p.num_ranks, p.num_experts)),
             quota=empty((p.num_experts, p.max_replicas)),
             rank_load=empty(p.num_ranks),
-            endings=empty((self.num_components, 2)),
+            endings=empty((self.num_components, structs.ENDING.size // 4)),
             guests=empty((p.num_ranks, p.num_guests_per_rank)),
             physical=empty(topk_idx.shape, self._dtype),
             status=empty(1),
@@ -322,7 +324,7 @@ class Rank:
         loads = self.memory.array(loads, np.int32)
         quota = empty((len(loads), p.num_experts, p.max_replicas))
         rank_load = empty((len(loads), p.num_ranks))
-        endings = empty((len(loads), self.num_components, 2))
+        endings = empty((len(loads), self.num_components, structs.ENDING.size // 4))
         problem = structs.PROBLEM.pack(
             counts=structs.COUNTS.pack(
                 rows=loads.ctypes.data,
@@ -358,6 +360,7 @@ class Rank:
             "max_replicas": p.max_replicas,
             "max_rounds": max_rounds,
             "status": status,
+            "least_gain": self.least_gain,
         }
 
     def _solve(
@@ -425,6 +428,7 @@ class Rank:
             num_components=self.num_components,
             rank=self.rank,
             num_guests=plan.guests.size,
+            least_gain=self.least_gain,
         )
 
     def whole(

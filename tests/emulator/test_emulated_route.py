@@ -10,8 +10,9 @@ import tallied
 import torch
 from emulator import ORDERS
 
-from lplb_ep import Placement
+from lplb_ep import Placement, Problem
 from lplb_ep.planning import reference as cpu
+from lplb_ep.planning.stay import stays_home
 from lplb_ep.planning.structs import HEAD, MAX_TOTAL, ErrorFlag, Status
 
 TWO = Placement([0, 1, 2, 0], 2)
@@ -420,3 +421,44 @@ def test_statistics_are_those_of_the_plan(R, E, form, order, memory, library):
         assert rank.totals[:-1].tolist() == expected.totals, i
     assert rank.sampled.tolist() == [0, 6]  # none of the batch without counts
     assert rank.samples.tolist() == [expected.samples[0], expected.samples[6]]
+
+
+def stays(load, placement, base, least_gain):
+    problem = Problem(base_load=torch.from_numpy(base), min_gain=least_gain).checked(placement)
+    return stays_home(load, placement, problem)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("is_cube", "form"), [(False, form) for form in FORMS] + [(True, form) for form in FORMS[:2]]
+)
+def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memory, library):
+    """By all components together; one that has none beside it does not solve."""
+    rng = np.random.default_rng(9)
+    R, E = (16, 64) if is_cube else (4, 40)
+    placement = oracle.random_placement(rng, R, E, 2, num_ranks_per_node=R // 2)
+    if is_cube:
+        placement = Placement.from_topology(
+            "cube", num_experts=E, num_ranks=R, num_redundant_per_rank=2
+        )
+    base = rng.integers(0, 40, R)
+    launched = {"order": order, "of_ranks": {"base": memory.array(base, np.int32)}, **form}
+    for _ in range(3):
+        topks = [topk_of(rng, placement, int(rng.integers(0, 90)), 4) for _ in range(R)]
+        counts = np.stack([cpu.count(torch.from_numpy(t), E).numpy() for t in topks])
+        load = counts.sum(0).astype(np.int64)
+        # What a plan could gain at most, and one more.
+        most = next(n for n in range(2 * load.sum() + 2) if stays(load, placement, base, n + 1))
+        for least_gain in (most, most + 1):
+            rank = plans.Rank(memory, placement, 1, library, least_gain=least_gain)
+            plan = run_plan(memory, rank, topks[1], counts, **launched)
+            status = Status.OPTIMAL if least_gain == most else Status.STAYED
+            assert plan.status.tolist() == [status]
+            assert not rank.error_flags.any()
+            assert rank.num_by_status[status] == 1
+            assert (plan.counts == counts).all()
+            if status == Status.STAYED:
+                homes = cpu.rewrite_home(torch.from_numpy(topks[1]), placement)
+                assert (plan.physical == homes.numpy()).all()
+                assert (plan.quota[:, 0] == load).all()
+                assert (plan.rank_load == np.bincount(placement.home_rank, load, R)).all()

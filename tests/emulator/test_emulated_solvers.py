@@ -202,7 +202,7 @@ def test_base_loads_count_towards_the_total(memory, library):
         bounds = {"base": [2, base - 2, 5, 0]}
         quota, rank_load, endings = solve(memory, rank, load, 0, **bounds)
         totals = endings[0, :, 1].astype(np.int64)
-        assert endings[0, 1].tolist() == [Status.OPTIMAL, 3 + 5]
+        assert endings[0, 1, :2].tolist() == [Status.OPTIMAL, 3 + 5]
         assert endings[0, 0, 0] == (Status.OPTIMAL if base + 4 <= MAX_TOTAL else status)
         if status == Status.OPTIMAL:
             assert totals[0] == 4 + base
