@@ -92,7 +92,8 @@ class LayerStats:
             return f"{self.layer}: no batches"
         said = [
             f"{self.layer}: imbalance {self.home_imbalance:.3f} at home, {self.imbalance:.3f} as "
-            f"planned, T* {self.bound:.3f}; {self.batches} {'batch' if self.batches == 1 else 'batches'}"
+            f"planned, T* {self.bound:.3f}",
+            f"{self.batches} {'batch' if self.batches == 1 else 'batches'}",
         ]
         said.append(f"{self.rows / self.batches:.0f} rows a batch")
         if self.guests:
