@@ -131,6 +131,7 @@ def solve(
         guest_min_tokens=guest_min_tokens,
         objective=objective,
         cost=cost,
+        min_gain=0,
     ).checked(placement)
     loads = problem.load
     assert loads is not None, "a load that is None is refused"
