@@ -162,6 +162,7 @@ LAYERS = [
     "tools.commands",
     "tools.commands.options",
     "tools.commands.inputs",
+    "tools.commands.placed",
     "tools.commands.doctor",
     "tools.commands.replay",
     "tools.commands.place",

@@ -1,9 +1,10 @@
-"""Pictures of replays, timelines, training runs and placements, as PNG."""
+"""Pictures of replays, timelines, training runs and placements, as PNG, SVG or PDF."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def plot_replay(
     With guests, the LP without them as well, and the copies that they move.
 
     Args:
-        path: the PNG to write.
+        path: the picture to write: .png, .svg or .pdf.
         result: what to draw; means over batches as lines, their range as a shade.
         by_batch: whether to draw each batch instead; means and ranges are over the layers.
         title: headline.
@@ -132,7 +133,7 @@ def plot_training(
     """Draws a training run: the ranks' loads at one step, and the imbalance over all steps.
 
     Args:
-        path: the PNG to write.
+        path: the picture to write: .png, .svg or .pdf.
         rank_load_before: [S, R] numbers, tokens of each rank with every token at its home slot.
         rank_load_after: [S, R] numbers, tokens of each rank by the plan.
         lower_bound: [S] numbers, T* in tokens.
@@ -229,7 +230,7 @@ def plot_runs(
     """Draws training runs beside one another: losses, imbalance at every step, and speed.
 
     Args:
-        path: the PNG to write.
+        path: the picture to write: .png, .svg or .pdf.
         losses: [S] by the runs' names, at most ten.
         imbalances: [S] by the same names: largest / mean rank load.
         tokens_a_second: by the same names.
@@ -284,7 +285,7 @@ def plot_placement(
     load that may go either way. A larger and darker rank has more load at its home slots.
 
     Args:
-        path: the PNG to write.
+        path: the picture to write: .png, .svg or .pdf.
         placement: the copies.
         load: [E] integers, tokens of each expert.
         title: headline.
@@ -353,7 +354,7 @@ def plot_timeline(
     """Draws the imbalance over time, with the moments of refresh, and the ranks' loads at the end.
 
     Args:
-        path: the PNG to write.
+        path: the picture to write: .png, .svg or .pdf.
         timeline: what to draw. The loads are of the last batch, in the layer that is the most
             unbalanced there on the placement that was kept.
         title: headline.
@@ -442,10 +443,10 @@ def _finish(axes: Axes) -> None:
 def _save_picture(
     path: str | os.PathLike[str], inches: tuple[float, float], draw: Callable[[Figure], None]
 ) -> None:
-    """Writes a figure as PNG.
+    """Writes a figure.
 
     Args:
-        path: the file.
+        path: the file, of the kind that the end of its name says; without one a PNG.
         inches: width and height.
         draw: is given the empty figure.
 
@@ -461,4 +462,4 @@ def _save_picture(
         ) from error
     figure = Figure(figsize=inches, dpi=160, layout="constrained", facecolor="white")
     draw(figure)
-    figure.savefig(path, format="png")
+    figure.savefig(path, format=Path(path).suffix[1:].lower() or "png")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,8 @@ class Replay:
     """[N, L] int64: copies of experts that a batch moves, over all ranks."""
     most_sent: torch.Tensor | None = None
     """[N, L] int64: the most of these copies that one rank sends."""
+    rank_loads: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[N, L, R] float64 by "home" and "lp": rank load / mean rank load, 1 where a layer is idle."""
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Median, mean and maximum over all batches and layers, by column."""
@@ -58,6 +60,16 @@ class Replay:
             }
             for name, values in self._columns().items()
         }
+
+    def rows(self) -> Iterator[list[Any]]:
+        """A table with a head and a row for each batch and layer, as CSV has it."""
+        columns: dict[str, torch.Tensor] = dict(self._columns())
+        if self.guests is not None and self.most_sent is not None:
+            columns |= {"guests": self.guests, "most_sent": self.most_sent}
+        yield ["batch", "layer", *columns]
+        for batch, layer in np.ndindex(*self.home.shape):
+            values = [column[batch, layer].item() for column in columns.values()]
+            yield [batch, self.layers[layer], *values]
 
     def to_json(self, expert_bytes: int | None = None) -> dict[str, Any]:
         """All numbers, as plain lists [N][L] and the summary.
@@ -161,6 +173,7 @@ def replay(
             f"got {len(placements)}"
         )
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in LABELS}
+    by_rank: dict[str, list[torch.Tensor]] = {"home": [], "lp": []}
     moved: list[torch.Tensor] = []
     leaves: list[list[float]] = []
     rule: dict[str, Any] = {
@@ -191,21 +204,26 @@ def replay(
             "lp": solution.rank_load,
             "bound": solution.lower_bound[:, None],
         }
+        for name in by_rank:
+            by_rank[name].append(
+                torch.where(mean[:, None] > 0, rank_loads[name] / mean[:, None], 1.0)
+            )
         for name, held in rank_loads.items():
             columns[name].append(torch.where(mean > 0, held.amax(1) / mean, 1.0))
         moved.append(_copies_moved(solution.guests, placement))
         if placement.num_ranks_per_node < R:
             leaves.append(_leave_node(solution, placement))
         progress(layer + 1, len(placements))
-    stacked = {name: torch.stack(values, 1) for name, values in columns.items()}
+    stacked: dict[str, Any] = {name: torch.stack(values, 1) for name, values in columns.items()}
     away = torch.tensor(leaves, dtype=torch.float64).T if leaves else None
+    found: dict[str, Any] = {"layers": recording.layers, "leaves_node": away}
+    if len({placement.num_ranks for placement in placements}) == 1:
+        found["rank_loads"] = {name: torch.stack(loads, 1) for name, loads in by_rank.items()}
     if not any(placement.num_guests_per_rank for placement in placements):
         del stacked["residents"]
-        return Replay(**stacked, layers=recording.layers, leaves_node=away)
+        return Replay(**stacked, **found)
     guests, most_sent = torch.stack(moved, 2)
-    return Replay(
-        **stacked, layers=recording.layers, leaves_node=away, guests=guests, most_sent=most_sent
-    )
+    return Replay(**stacked, **found, guests=guests, most_sent=most_sent)
 
 
 def _copies_moved(guests: torch.Tensor, placement: Placement) -> torch.Tensor:

@@ -114,6 +114,14 @@ class Timeline:
         ends = [f"the last {self.interval}: kept", "refreshed"]
         return text_table([*header, *ends], rows)
 
+    def rows(self) -> Iterator[list[Any]]:
+        """A table with a head and a row for each batch and layer, as CSV has it."""
+        columns = {**self.imbalance(), "guests_kept": self.guests_kept, "guests": self.guests}
+        yield ["batch", "layer", *columns]
+        for batch, layer in np.ndindex(*self.guests.shape):
+            values = [column[batch, layer].item() for column in columns.values()]
+            yield [batch, self.layers[layer], *values]
+
     def to_json(self) -> dict[str, Any]:
         """All numbers, as plain lists."""
         return {

@@ -1,5 +1,6 @@
 """`lplb-ep replay` and `lplb-ep place`."""
 
+import csv
 import json
 import os
 import subprocess
@@ -63,6 +64,32 @@ def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     imbalance = json.loads((tmp_path / "out.json").read_text())["imbalance"]
     assert imbalance["home"] == imbalance["in_order"]
+
+
+@pytest.mark.parametrize(
+    ("end", "begins"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".pdf", b"%PDF")]
+)
+def test_pictures_of_every_kind_and_a_table(recording, tmp_path, end, begins):
+    path, _ = recording
+    argv = ["replay", path, "--key", "old", "--placement", "eplb", "--ranks", 4, "--redundant", 1]
+    argv += ["--picture", tmp_path / f"out{end}", "--csv", tmp_path / "out.csv"]
+    assert cli.main([str(a) for a in [*argv, "--json", tmp_path / "out.json"]]) == 0
+    assert (tmp_path / f"out{end}").read_bytes().startswith(begins)
+    head, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert head == ["batch", "layer", "in_order", "home", "even", "lp", "bound"]
+    imbalance = json.loads((tmp_path / "out.json").read_text())["imbalance"]
+    found = [[float(cell) for cell in row] for row in rows]
+    assert found == [[0, n, *(imbalance[c][0][n] for c in head[2:])] for n in range(3)]
+
+
+def test_a_table_over_time(recording, tmp_path):
+    path, _ = recording
+    argv = ["replay", path, "--key", "old", "--then", "new", "--draw", 4, "--refresh", 2]
+    argv += ["--placement", "eplb", "--ranks", 4, "--redundant", 1, "--seconds", "inf"]
+    assert cli.main([str(a) for a in [*argv, "--csv", tmp_path / "out.csv"]]) == 0
+    head, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert head == ["batch", "layer", "home", "kept", "refreshed", "guests_kept", "guests"]
+    assert len(rows) == 8 * 3
 
 
 def test_place_writes_what_replay_reads(recording, tmp_path, capsys):
@@ -288,8 +315,9 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
         ),
         (["--key", "new", "--placement", __file__, "--ranks", "8"], "is not JSON"),
         (["--json", "none/out.json"], "--json none/out.json: there is no directory none"),
-        (["--png", "none/out.png"], "--png none/out.png: there is no directory none"),
-        (["--png", "out.jpg"], "--png must end in .png; got out.jpg"),
+        (["--png", "none/out.png"], "--picture none/out.png: there is no directory none"),
+        (["--csv", "none/out.csv"], "--csv none/out.csv: there is no directory none"),
+        (["--png", "out.jpg"], "--picture must end in .png, .svg, .pdf; got out.jpg"),
     ],
 )
 def test_replay_says_what_is_wrong_in_one_line(recording, fails, options, says):

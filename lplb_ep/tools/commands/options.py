@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,24 @@ OPTIONS = {
 """The library's arguments and settings, and the options for them."""
 
 
+PICTURES = (".png", ".svg", ".pdf")
+"""The ends of names of pictures."""
+
+
+def add_outputs(parser: argparse.ArgumentParser, drawn: str) -> None:
+    """Adds the files for programs, for spreadsheets and for people."""
+    parser.add_argument("--json", metavar="PATH", help="write all numbers")
+    parser.add_argument("--csv", metavar="PATH", help="write a row for each batch and layer")
+    add_picture(parser, drawn)
+
+
+def add_picture(parser: argparse.ArgumentParser, drawn: str) -> None:
+    """Adds the file of a picture."""
+    parser.add_argument(
+        "--picture", "--png", metavar="PATH", help=f"draw {drawn}: .png, .svg or .pdf"
+    )
+
+
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Ends the process with status 2 and one line for a mistake of the caller."""
@@ -78,15 +97,15 @@ def check_outputs(args: argparse.Namespace) -> None:
     Raises:
         ValueError: the directory does not exist, or the name is unfit; the option is named.
     """
-    png = getattr(args, "png", None)
-    paths = {"--json": getattr(args, "json", None), "--png": png}
+    picture = getattr(args, "picture", None)
+    paths = {f"--{name}": getattr(args, name, None) for name in ("json", "csv", "picture")}
     for option, path in {**paths, "-o": getattr(args, "output", None)}.items():
         if path and not Path(path).parent.is_dir():
             raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
         if path and Path(path).is_dir():
             raise ValueError(f"{option} {path} is a directory, not a file to write")
-    if png and Path(png).suffix != ".png":
-        raise ValueError(f"--png must end in .png; got {png}")
+    if picture and Path(picture).suffix.lower() not in PICTURES:
+        raise ValueError(f"--picture must end in {', '.join(PICTURES)}; got {picture}")
 
 
 def check_least(args: argparse.Namespace, *names: str) -> None:
@@ -99,6 +118,13 @@ def check_least(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and not value >= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 0; got {value}")
+
+
+def write_csv(path: str | None, rows: Iterable[Sequence[Any]]) -> None:
+    """Writes a table, its head first, if `--csv` asks for it."""
+    if path:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows(rows)
 
 
 def write_json(path: str | None, content: Mapping[str, Any]) -> None:

@@ -16,7 +16,14 @@ from .inputs import (
     read_placements,
     read_recording,
 )
-from .options import OPTIONS, as_typed, check_least, check_outputs, one_line_errors
+from .options import (
+    OPTIONS,
+    add_picture,
+    as_typed,
+    check_least,
+    check_outputs,
+    one_line_errors,
+)
 
 if TYPE_CHECKING:
     from ...placement.table import Placement
@@ -68,7 +75,7 @@ def add(commands: Any) -> None:
         metavar="PATTERN",
         help="name layers for `lplb-ep run`: 'layers.{}.mlp', {} = the number, {+3} = 3 more",
     )
-    place.add_argument("--png", metavar="PATH", help="draw the replica graph of the worst layer")
+    add_picture(place, "the replica graph of the worst layer")
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -106,12 +113,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
         lines, worst = describe(recording, placements, start)
         print(lines)
-        if args.png:
+        if args.picture:
             from ..plots import plot_placement
 
             layer = recording.layers[worst]
             title = f"{recording.source}, layer {layer}"
-            plot_placement(args.png, placements[worst], recording.load[worst], title=title)
+            plot_placement(args.picture, placements[worst], recording.load[worst], title=title)
     return 0
 
 
@@ -160,7 +167,7 @@ def _convert(args: argparse.Namespace) -> int:
 def _refuse_learning(args: argparse.Namespace, but: str = "") -> None:
     """Refuses options that nothing asks for without a recording."""
     learning = ("key", "layout", "tokens_per_batch", "redundant", "groups", "percentile", "seconds")
-    for name in (*learning, "names", "fixed_homes", "max_changes", "png"):
+    for name in (*learning, "names", "fixed_homes", "max_changes", "picture"):
         if getattr(args, name) not in (None, False) and name != but:
             raise ValueError(f"--{name.replace('_', '-')} needs a recording")
 
