@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
 import re
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +27,8 @@ _INTERVAL_S = 60
 _SHARE_OF_TIME = 0.02
 """Of the time of one core, that writing may take."""
 
-_Batch = tuple[int, int]
-"""How many batches came before, and the number of the planner in its layer."""
+_Batch = tuple[int, int, int]
+"""Which of the planners that one layer and slot has had, how many batches came before, the slot."""
 
 
 class Recorder:
@@ -45,6 +47,8 @@ class Recorder:
         self.path, self._every, self._max_bytes = path, every, max_bytes
         self._stride, self._num_new = 1, 0
         self._loads: dict[str, dict[_Batch, npt.NDArray[np.int32]]] = {}
+        self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+        self._num_known: collections.Counter[tuple[str, int]] = collections.Counter()
         self._next_write, self._said = time.monotonic() + _INTERVAL_S, ""
 
     def is_writable(self) -> bool:
@@ -68,10 +72,15 @@ class Recorder:
             all_done: as `Statistics.take_samples` has it.
         """
         for layer in layers:
-            for number, planner in enumerate(layer.planners):
+            for planner in [*layer.planners]:
+                if planner not in self._known:
+                    which = layer.label, planner.slot
+                    self._known[planner] = self._num_known[which]
+                    self._num_known[which] += 1
                 for before, load in planner.statistics.take_samples(all_done=all_done).items():
                     if before // self._every % self._stride == 0:
-                        self._loads.setdefault(layer.label, {})[before, number] = load
+                        batch = self._known[planner], before, planner.slot
+                        self._loads.setdefault(layer.label, {})[batch] = load
                         self._num_new += 1
         while self._num_bytes > self._max_bytes and self._thin_out():
             pass
@@ -101,7 +110,7 @@ class Recorder:
         self._stride *= 2
         before = self._num_bytes
         for loads in self._loads.values():
-            for batch in [b for b in loads if b[0] // self._every % self._stride]:
+            for batch in [b for b in loads if b[1] // self._every % self._stride]:
                 del loads[batch]
         return self._num_bytes < before
 
@@ -147,7 +156,7 @@ class Recorder:
             for row, batch in enumerate(batches):
                 if batch in loads:
                     counts[row, layer] = loads[batch]
-        return [*chosen], counts, [before for before, _ in batches]
+        return [*chosen], counts, [before for _, before, _ in batches]
 
     def _say(self, what: Any) -> None:
         """Logs an obstacle, once."""

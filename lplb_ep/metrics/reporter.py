@@ -57,7 +57,7 @@ class Reporter:
         """Reports what there is, for the last time."""
         self._ends.set()
         self._thread.join(10 * INTERVAL_S)
-        self.look(last=True)
+        self._try(last=True)
 
     def look(self, *, last: bool = False) -> None:
         """Reports news. Planners that another thread makes meanwhile may wait for the next.
@@ -77,10 +77,13 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._ends.wait(INTERVAL_S):
-            try:
-                self.look()
-            except RuntimeError as error:  # a set that changed, batches that come too fast
-                log.debug("no report now: %s", error)
+            self._try()
+
+    def _try(self, *, last: bool = False) -> None:
+        try:
+            self.look(last=last)
+        except RuntimeError as error:  # a set that changed, batches that come too fast, a lost GPU
+            log.debug("no report now: %s", error)
 
 
 def _is_first(layer: Layer) -> bool:

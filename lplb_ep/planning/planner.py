@@ -89,6 +89,8 @@ class Planner:
     """The kind of the exchange, or "given"."""
     solver: str
     """The solver that makes the quotas."""
+    slot: int
+    """Which of several planners of one layer and group it is."""
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class Planner:
             ).checked(placement)
             self.rank = _own_rank(placement, group, rank)
             check_slot(slot)
+            self.slot = slot
             if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
                 raise ValueError(
                     "timeout_s must be a number of seconds, more than 0 and less than 2**31; "

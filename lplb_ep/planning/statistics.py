@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -23,6 +24,8 @@ from .tallies import Tally
 MAX_SAMPLES = 64
 """Loads of sampled batches that a planner keeps until they are read."""
 _MAX_TRIES = 100
+_reading = threading.Lock()
+"""Held while copies of a GPU's words are made and read: threads share the memory that has them."""
 
 Totals = npt.NDArray[np.int64]
 """[NUM_TOTALS]: each `Tally`, then how many batches ended with each `Status`."""
@@ -206,8 +209,9 @@ class DeviceStatistics:
 
     def begin_window(self) -> None:
         """As `Statistics.begin_window`."""
-        self._window += 1
-        copy_beside(self.device.index, [(self.totals[-1:], self._window)])
+        with _reading:
+            self._window += 1
+            copy_beside(self.device.index, [(self.totals[-1:], self._window)])
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What `copy_beside` has to copy before `copied` is asked."""
@@ -226,6 +230,10 @@ class DeviceStatistics:
         """As `Statistics.take_samples`. A batch is known to be done when a later one is counted."""
         if not self.num_samples:
             return {}
+        with _reading:
+            return self._take_samples(all_done)
+
+    def _take_samples(self, all_done: bool) -> Samples:
         pairs = [(self._read[0], self.totals), (self._read_sampled, self.sampled)]
         pairs += [(self._read_samples, self.samples), (self._read[1], self.totals)]
         copy_beside(self.device.index, pairs)
@@ -259,10 +267,11 @@ def read_totals(many: Iterable[Statistics]) -> list[Totals]:
         left = [one for one in on_gpu if one not in found]
         if not left:
             return [found[one] for one in given]
-        for device in {one.device.index for one in left}:
-            there = (one for one in left if one.device.index == device)
-            copy_beside(device, [pair for one in there for pair in one.copies()])
-        found.update({one: totals for one in left if (totals := one.copied) is not None})
+        with _reading:
+            for device in {one.device.index for one in left}:
+                there = (one for one in left if one.device.index == device)
+                copy_beside(device, [pair for one in there for pair in one.copies()])
+            found.update({one: totals for one in left if (totals := one.copied) is not None})
     raise RuntimeError("batches come faster than their statistics can be read")
 
 

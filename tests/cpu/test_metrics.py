@@ -312,6 +312,29 @@ def test_a_recording_is_read_by_replay_and_place(tmp_path, capsys):
     assert len(load_recording(path).counts) == 6
 
 
+def test_batches_of_micro_batch_slots_and_of_new_planners_are_all_recorded(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "run.npz"
+    layers = [Layer(PLACEMENT, name=f"layers.{i}") for i in range(2)]
+    records, loads, kept = recorder.Recorder(path, 1), [], []
+
+    def of_slot(slot):
+        arguments = dict(rank=0, counts="given", solver="cpu", slot=slot, sample_every=1)
+        kept.append([Planner(layer, **arguments) for layer in layers])
+        return kept[-1]
+
+    first, second = of_slot(0), of_slot(1)
+    for number in range(2):
+        for planners in (first, second):
+            loads.append([plan(planner, rng)[0] for planner in planners])
+        records.take(layers)
+        kept += [of_slot(5 + number)]  # which puts planners in another order
+    later = of_slot(0)
+    loads.append([plan(planner, rng)[0] for planner in later])
+    records.take(layers)
+    records.write(now=True)
+    assert (load_recording(path).counts.numpy() == np.array(loads)).all()
+
+
 def test_a_recording_of_a_long_run_keeps_its_size(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "run.npz"
     made, records = recorded(path, every=1, max_bytes=10 * 2 * E * 4)

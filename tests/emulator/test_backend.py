@@ -545,6 +545,7 @@ def test_batches_that_grow_leave_little_behind(make):
 
 @pytest.mark.parametrize("kind", ["plain", "bounded", "guests", "experts"])
 def test_statistics_are_those_of_the_plans(kind, make):
+    """A thousand of them, by every kind of problem and of launch."""
     rng, rows = np.random.default_rng(8), Rows()
     problem, bounds = Problem(guest_min_tokens=1), {}
     if kind == "experts":
@@ -555,7 +556,7 @@ def test_statistics_are_those_of_the_plans(kind, make):
     placement = WITH_SLOTS if kind == "guests" else TWO
     given, exchanging = make(Layer(placement, problem)), make(Layer(placement, problem), rows)
     expected = {one: tallied.Tallied(RANK, **bounds) for one in (given, exchanging)}
-    for i in range(250):
+    for i in range(125):
         weight = rng.dirichlet(np.ones(E))
         topks = [torch.from_numpy(rng.choice(E, (T, 2), p=weight)) for T in rng.integers(0, 50, R)]
         rows.counts = torch.stack([reference.count(topk, E) for topk in topks])

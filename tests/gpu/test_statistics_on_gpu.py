@@ -12,7 +12,8 @@ from lplb_ep.planning.statistics import MAX_SAMPLES
 
 pytestmark = pytest.mark.gpu
 
-R, E, RANK, T, EVERY = 8, 64, 3, 40, 4
+R, E, RANK, EVERY = 8, 64, 3, 4
+SMALL, LARGE = 40, 1500  # tokens: by one launch and by three
 BASE, SPEED = torch.arange(R) * 10, 1 + torch.arange(R) % 3
 PLACEMENTS = {
     "plain": Placement.from_topology("cube", num_experts=E, num_ranks=R, num_redundant_per_rank=2),
@@ -23,15 +24,17 @@ PLACEMENTS = {
 }
 
 
-def batches(rng, number):
+def batches(rng, number, num_tokens=SMALL):
     """Picks [T, 4] of this rank, and the counts of all; those of a few are too large."""
-    for _ in range(number):
+    made = []
+    for _ in range(min(number, 40)):
         weights = rng.lognormal(0, 1.2, E)
-        topks = [torch.from_numpy(oracle.random_topk(rng, T, 4, weights)) for _ in range(R)]
+        topks = [torch.from_numpy(oracle.random_topk(rng, T, 4, weights)) for T in [num_tokens] * R]
         counts = torch.stack([cpu.count(topk, E) for topk in topks]).int()
         if rng.random() < 0.05:
             counts[RANK - 1, :2] = 2**31 - 1
-        yield topks[RANK].cuda(), counts.cuda()
+        made.append((topks[RANK].cuda(), counts.cuda()))
+    yield from (made[i] for i in rng.integers(0, len(made), number))
 
 
 def planner_of(kind):
@@ -54,13 +57,14 @@ def host(plan):
     return made
 
 
+@pytest.mark.parametrize("num_tokens", [SMALL, LARGE])
 @pytest.mark.parametrize("kind", PLACEMENTS)
-def test_calls_and_replays_count_alike(kind):
+def test_calls_and_replays_count_alike(kind, num_tokens):
     rng = np.random.default_rng(len(kind))
     planner, expected = planner_of(kind)
-    topk, counts = (tensor.clone() for tensor in next(batches(rng, 1)))
+    topk, counts = (tensor.clone() for tensor in next(batches(rng, 1, num_tokens)))
     placement, taken = planner.placement, {}
-    for given, new in batches(rng, 100):
+    for given, new in batches(rng, 100, num_tokens):
         expected.add(host(planner(given, counts=new, stale=bool(rng.random() < 0.1))), placement)
     torch.cuda.synchronize()
     assert tallied.read(planner) == expected.totals
@@ -68,7 +72,7 @@ def test_calls_and_replays_count_alike(kind):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         plan = planner(topk, counts=counts)
-    for i, (given, new) in enumerate(batches(rng, 1000)):
+    for i, (given, new) in enumerate(batches(rng, 1000, num_tokens)):
         topk.copy_(given)
         counts.copy_(new)
         graph.replay()
