@@ -8,6 +8,8 @@ from unittest import mock
 import torch
 from gpt import EXPERTS, Run, Training, chunks_of, config_of, megatron, renumber
 
+from lplb_ep import Placement
+
 FULLY = {"distrib_optim_sharding_type": "fully_reshardable"}
 SHARDED = dict(use_distributed_optimizer=True)
 
@@ -60,9 +62,9 @@ def by_expert(training, value=lambda p: p.detach()):
     own, rank = EXPERTS // training.run.ep, parallel_state.get_expert_model_parallel_rank()
     here = {}  # by the name of a layer
     for layer in training.balance.layers:
-        placement = layer.layer.placement
-        slots = placement.physical_to_logical.reshape(placement.num_ranks, -1)
-        here[layer.name] = slots[rank].tolist()
+        home = layer.layer.placement.home.tolist()  # the slot of each expert
+        by_slot = sorted(range(EXPERTS), key=home.__getitem__)
+        here[layer.name] = by_slot[rank * own : (rank + 1) * own]
     found = {}
     for name, parameter in training.named_parameters():
         parts = name.split(".")
@@ -144,7 +146,14 @@ def load_of(seed):
 
 
 def placed(seed, **options):
-    return Run(balance={"load": load_of(seed)}, **options)
+    """With homes that are in no order."""
+    return Run(**{"balance": {"load": load_of(seed)}, **options})
+
+
+def placements(redundant=0, guests=0):
+    """By the layers' numbers."""
+    sizes = dict(num_ranks=2, num_redundant_per_rank=redundant, num_guests_per_rank=guests)
+    return {n + 1: Placement.from_history(row.numpy(), **sizes) for n, row in enumerate(load_of(0))}
 
 
 def whole(results, part):

@@ -65,8 +65,8 @@ def balance(
         load: [L, E] tokens of the experts of this model's layers, the same on all ranks that have
             these layers. Replicas are chosen for it, and with guests homes are placed by it.
         placement: homes with replicas, or with guest slots, for all layers or by `layer_number`.
-            Each rank's first E / R slots are homes. Where these are not in the router's order,
-            weights are moved there. Call it before DDP and the optimizer are made, then.
+            Each rank has E / R homes. Where these are not in the router's order, weights are moved
+            there. Call it before DDP and the optimizer are made, then.
 
     Returns:
         The balanced layers. Keep them as long as the model; `remove()` gives the model back, if its

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,9 +27,7 @@ _BY_TENSOR = ("fully_reshardable", "fully_sharded_model_space")
 
 def experts_by_place(placement: Placement) -> list[int]:
     """The experts at home in each place, E / R of each rank one after the other."""
-    own = placement.num_experts // placement.num_ranks
-    table = placement.physical_to_logical.reshape(placement.num_ranks, -1)[:, :own]
-    return [int(expert) for expert in table.ravel()]
+    return [int(expert) for expert in placement.physical_to_logical[np.sort(placement.home)]]
 
 
 def are_in_order(placement: Placement) -> bool:
@@ -44,7 +43,7 @@ def check_movable(
     Args:
         name: of the layer.
         experts: of the layer, in the router's order.
-        placement: its homes are the first slots of each rank.
+        placement: has E / R homes on each rank.
         group: the expert-parallel group.
 
     Raises:

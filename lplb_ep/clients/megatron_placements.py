@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -121,8 +122,8 @@ def _misfits(placement: Placement | None, num_experts: int, num_ranks: int) -> I
         )
     else:
         own = num_experts // num_ranks
-        if (placement.home % placement.num_local_slots >= own).any():
-            yield f"its placement must have the homes of {own} experts first on each rank"
+        if (np.bincount(placement.home_rank, minlength=num_ranks) != own).any():
+            yield f"its placement must have the homes of {own} experts on each rank"
         elif placement.num_guests_per_rank and placement.num_resident_slots > own:
             yield "its placement has replicas and guest slots: it may have one of them"
         elif placement.num_local_slots == own:

@@ -30,16 +30,19 @@ class StaticCopies:
     Args:
         name: of the layer.
         local_experts: this rank's own.
-        placement: their homes, and replicas behind them.
+        placement: has their homes, and replicas in the other slots.
         group: the expert-parallel group.
     """
 
     def __init__(
         self, name: str, local_experts: nn.ModuleList, placement: Placement, group: Any
     ) -> None:
-        self.slots = nn.ModuleList(local_experts)
-        for _ in range(placement.num_local_slots - len(local_experts)):
-            self.slots.append(_twin(local_experts[0]))
+        first, own = group.rank() * placement.num_local_slots, iter(local_experts)
+        homes = {*placement.home.tolist()}
+        self.slots = nn.ModuleList(
+            next(own) if slot in homes else _twin(local_experts[0])
+            for slot in range(first, first + placement.num_local_slots)
+        )
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(layer, replicas=self.replicas)

@@ -3,7 +3,7 @@
 import pytest
 import ranks
 from gpt import Run
-from gpt_checkpoints import FULLY, SHARDED, go, placed, same, settled
+from gpt_checkpoints import FULLY, SHARDED, go, placed, placements, same, settled
 from gpt_checks import CLOSE, OFF, ON
 
 
@@ -11,6 +11,8 @@ from gpt_checks import CLOSE, OFF, ON
     ("num_ranks", "options"),
     [
         (2, {}),
+        (2, dict(balance={"placement": placements(guests=2)})),
+        (2, dict(balance={"placement": placements(redundant=4)})),
         pytest.param(
             4,
             dict(ddp=dict(**SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)),
@@ -19,7 +21,7 @@ from gpt_checks import CLOSE, OFF, ON
     ],
 )
 def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
-    plain = ranks.run(num_ranks, go, Run(**options), environ=OFF)
+    plain = ranks.run(num_ranks, go, Run(ddp=options.get("ddp", {})), environ=OFF)
     moved = ranks.run(num_ranks, go, placed(0, **options), environ=ON)
     same(plain, moved, 0, rtol=0, atol=0)
     for part in (3, 1):
