@@ -1,5 +1,5 @@
-"""The command `lplb-ep`: `doctor`, `replay`, `place`, `sample`, `demo`, `bench`, `calibrate`,
-`compile` and `run`."""
+"""The command `lplb-ep`: `doctor`, `replay`, `place`, `report`, `sample`, `demo`, `bench`,
+`calibrate`, `compile` and `run`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from .commands import bench, calibrate, compile, doctor, place, replay, run, sample
+from .commands import bench, calibrate, compile, doctor, place, replay, report, run, sample
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"lplb-ep {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (doctor, replay, place, sample, bench, calibrate, compile, run):
+    for module in (doctor, replay, place, report, sample, bench, calibrate, compile, run):
         module.add(commands)
     args, rest = parser.parse_known_args(argv)
     if rest and not hasattr(args, "takes_rest"):

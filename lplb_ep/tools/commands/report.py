@@ -1,0 +1,81 @@
+"""`lplb-ep report`: a page with charts of recorded routing, at home and balanced."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .inputs import Progress, add_recording
+from .options import check_outputs, one_line_errors, write_csv
+from .placed import (
+    about_placements,
+    add_placement,
+    check_guest_options,
+    guest_rule,
+    in_words,
+    placements_of,
+    recordings_of,
+)
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser's."""
+    parser = commands.add_parser(
+        "report",
+        help="a page with charts of recorded routing, at home and balanced",
+        description="Replays recorded routing on a placement and writes one HTML file: loads by "
+        "rank and layer, imbalance over time, the hottest experts. It needs no network.",
+    )
+    parser.set_defaults(command=_run)
+    add_recording(parser)
+    parser.add_argument(
+        "-o", "--output", metavar="PATH", default="report.html", help="the page; report.html"
+    )
+    parser.add_argument("--csv", metavar="PATH", help="write a row for each batch and layer")
+    add_placement(
+        parser, "default: homes, with guests on as many as 8 ranks unless --ranks says another"
+    )
+
+
+def _run(args: argparse.Namespace, rest: list[str]) -> int:
+    with one_line_errors():
+        check_outputs(args)
+        if Path(args.output).suffix.lower() not in (".html", ".htm"):
+            raise ValueError(f"-o must end in .html; got {args.output}")
+        rule = guest_rule(args)
+        from ..replay import replay
+        from ..report import page_of
+
+        recording, learned = recordings_of(args)
+        _fill_in(args, recording.num_experts)
+        placements = placements_of(args, recording, learned)
+        check_guest_options(args, placements)
+        if len({placement.num_ranks for placement in placements}) > 1:
+            raise ValueError(f"--placement {args.placement}: layers differ in their ranks")
+        result = replay(recording, placements, progress=Progress("replaying"), **rule)
+        where = in_words(args, about_placements(args, learned, placements), recording)
+        notes = [f"{note[0].upper()}{note[1:]}." for note in recording.notes()]
+        if args.learn_from is not None:
+            notes.append(f"Placements were learned from {learned.source}.")
+        page = page_of(
+            recording, result, placements, title=recording.source, about=where, notes=notes
+        )
+        Path(args.output).write_text(page, "utf-8")
+        write_csv(args.csv, result.rows())
+        summary = result.summary()
+        print(f"{args.output}: {recording.source}; {where}")
+        for name, said in (("home", "home slots"), ("lp", "balanced"), ("bound", "lower bound")):
+            found = summary[name]
+            print(f"{said:<12} median {found['median']:.3f}, worst {found['worst']:.3f}")
+    return 0
+
+
+def _fill_in(args: argparse.Namespace, num_experts: int) -> None:
+    """What is shown without a placement: what a job gains that has no history and no replicas."""
+    if args.placement is not None:
+        return
+    if args.ranks is None:
+        args.ranks = next(ranks for ranks in (8, 4, 2, 1) if num_experts % ranks == 0)
+    if args.guests is None:
+        args.guests = min(4, -(-num_experts // args.ranks // 8)) if args.ranks > 1 else 0
