@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _fill_in(args: argparse.Namespace, num_experts: int) -> None:
-    """What is shown without a placement: what a job gains that has no history and no replicas."""
+    """Without a placement it shows what a job gains that has no history and no replicas."""
     if args.placement is not None:
         return
     if args.ranks is None:
