@@ -22,8 +22,11 @@ def logger(name: str) -> _Prefixed:
 
 
 def is_first(group: Any) -> bool:
-    """Whether this rank speaks for its group, where all ranks would say the same."""
-    return group is None or group.rank() == 0
+    """Whether this rank speaks for its group, or for the job where there is none.
+
+    It does so where all ranks would say the same.
+    """
+    return not (_rank() if group is None else group.rank())
 
 
 def show(level: str) -> None:
@@ -47,7 +50,13 @@ class _Shown(logging.StreamHandler):
 
 
 def _prefix() -> str:
-    dist = sys.modules.get("torch.distributed")  # where it is not imported there is no rank
+    rank = _rank()
+    return "lplb_ep" if rank is None else f"lplb_ep rank {rank}"
+
+
+def _rank() -> int | None:
+    """In the job; None where it has no ranks."""
+    dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
-        return f"lplb_ep rank {dist.get_rank()}"
-    return "lplb_ep"
+        return int(dist.get_rank())
+    return None

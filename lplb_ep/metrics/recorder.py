@@ -23,7 +23,7 @@ log = logger(__name__)
 
 MAX_BYTES = 64 << 20
 """Of the loads that a recorder holds, and so of its file, but for compression."""
-_INTERVAL_S = 60
+_FIRST_S, _INTERVAL_S = 10, 60
 _SHARE_OF_TIME = 0.02
 """Of the time of one core, that writing may take."""
 
@@ -49,7 +49,7 @@ class Recorder:
         self._loads: dict[str, dict[_Batch, npt.NDArray[np.int32]]] = {}
         self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
         self._num_known: collections.Counter[tuple[str, int]] = collections.Counter()
-        self._next_write, self._said = time.monotonic() + _INTERVAL_S, ""
+        self._next_write, self._said = time.monotonic() + _FIRST_S, ""
 
     def is_writable(self) -> bool:
         """Whether the file can be written, now; if not, that is logged."""

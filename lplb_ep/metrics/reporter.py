@@ -6,9 +6,9 @@ waits for nothing of it.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
@@ -51,7 +51,8 @@ class Reporter:
     def start(self) -> None:
         """Reports from now on, until the process ends."""
         self._thread.start()
-        atexit.register(self.stop)
+        # Processes of multiprocessing end without what `atexit` has.
+        Finalize(None, self.stop, exitpriority=0)
 
     def stop(self) -> None:
         """Reports what there is, for the last time."""

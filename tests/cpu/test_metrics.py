@@ -213,11 +213,15 @@ def test_messages_are_shown_where_asked_for(capsys, monkeypatch):
 def rank_said(group):
     said = ranks.Said()
     logs.logger("lplb_ep.somewhere").error("%s", "what")
-    return said.lines
+    return said.lines, logs.is_first(group), logs.is_first(None)
 
 
 def test_messages_name_the_rank():
-    assert ranks.run(2, rank_said) == [["lplb_ep rank 0: what"], ["lplb_ep rank 1: what"]]
+    assert ranks.run(2, rank_said) == [
+        (["lplb_ep rank 0: what"], True, True),
+        (["lplb_ep rank 1: what"], False, False),
+    ]
+    assert logs.is_first(None)
 
 
 # --- exporters ------------------------------------------------------------------------------------
@@ -405,20 +409,31 @@ def test_wrong_settings_are_named(variable, value, message):
 
 
 PROGRAM = """
+import multiprocessing
 import sys
 import torch
 import torch.distributed as dist
 import lplb_ep
 
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
-layer = lplb_ep.Layer(lplb_ep.Placement([0, 1, 2, 0], 1), name="model.layers.4.moe")
-buffer = lplb_ep.Buffer(dist.group.WORLD, placement=layer, num_local_slots=4)
-for i in range(10):
-    buffer.get_dispatch_layout(torch.arange(3)[:, None].repeat(1 + i, 1), 3)
+def run():
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+    layer = lplb_ep.Layer(lplb_ep.Placement([0, 1, 2, 0], 1), name="model.layers.4.moe")
+    buffer = lplb_ep.Buffer(dist.group.WORLD, placement=layer, num_local_slots=4)
+    for i in range(10):
+        buffer.get_dispatch_layout(torch.arange(3)[:, None].repeat(1 + i, 1), 3)
+
+if __name__ == "__main__":
+    if sys.argv[2] == "itself":
+        run()
+    else:
+        process = multiprocessing.get_context(sys.argv[2]).Process(target=run)
+        process.start()
+        process.join()
 """
 
 
-def test_a_program_that_ends_leaves_its_recording_and_lines(tmp_path):
+@pytest.mark.parametrize("process", ["itself", "fork"])
+def test_a_process_that_ends_leaves_its_recording_and_lines(process, tmp_path):
     environ = {
         "LPLB_EP": "1",
         "LPLB_EP_REPLICAS": "valid",
@@ -429,7 +444,7 @@ def test_a_program_that_ends_leaves_its_recording_and_lines(tmp_path):
         "PYTHONPATH": str(Path(lplb_ep.__file__).parents[1]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "store")],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), process],
         env=environ,
         capture_output=True,
         text=True,
