@@ -8,30 +8,38 @@
 
 namespace lplb {
 
+// What the searches need beside the flow, in shared memory.
+template <typename V>
+struct Workplace {
+    Ranks<V> ranks;
+    int* steps;                 // [2, MAX_COST_STEPS + 1] what rows cost
+    int *by_tokens, *by_experts;  // [arcs] rows by these objectives
+
+    // Lays it out from `at`, a multiple of 8, and returns where it ends. Steps are there behind the next barrier.
+    __device__ char* lay_out(const Objective& o, int max_arcs, char* at) {
+        at = ranks.lay_out(at);
+        steps = reinterpret_cast<int*>(at);
+        by_tokens = steps + 2 * (MAX_COST_STEPS + 2);  // a multiple of 16 bytes in all
+        by_experts = by_tokens + max_arcs;
+        for (int i = threadIdx.x; i < 2 * (MAX_COST_STEPS + 1); i += V::threads) steps[i] = o.costs[i];
+        return reinterpret_cast<char*>(by_experts + max_arcs);
+    }
+};
+
 // A component of a batch, by another objective than tokens.
 template <typename V>
 struct ByObjective {
     const Problem& p;
     const Objective& o;
-    Component<V> c;
+    const Component<V>& c;
     int g;                      // of the component
     const int* quota;           // [E, C] where loads of experts with one copy are written
     const int* load;            // [arcs] of experts with several, by place
-    Ranks<V> ranks;
+    const Ranks<V>& ranks;
+    int *by_tokens, *by_experts;  // [arcs] rows by these objectives
     CountCosts costs;
     const int* least;           // [1 + steps] the least that a load costs, by tiles
-    int *by_tokens, *by_experts;  // [arcs] rows by these objectives
-    Amount least_cost, of_home, of_experts;  // no plan costs less; what these plans cost
-
-    __device__ void lay_out(char* at) {
-        at = ranks.lay_out(at);
-        int* steps = reinterpret_cast<int*>(at);
-        costs = {steps, o.num_steps, o.tile, o.slope};
-        least = steps + MAX_COST_STEPS + 1;
-        by_tokens = steps + 2 * (MAX_COST_STEPS + 1);
-        by_experts = by_tokens + p.net.max_arcs;
-        for (int i = threadIdx.x; i < 2 * (MAX_COST_STEPS + 1); i += V::threads) steps[i] = o.costs[i];
-    }
+    Amount least_cost = 0, of_home = 0, of_experts = 0;  // no plan costs less; what these plans cost
 
     // The least that an expert of so many rows costs, over any copies.
     __device__ Amount least_of(int rows) const {
@@ -42,7 +50,6 @@ struct ByObjective {
 
     // Counts what stays on each rank. `c.staying()` has the tokens.
     __device__ void count_staying() const {
-        __syncthreads();  // the steps are there
         if (threadIdx.x < V::size) {
             int r = threadIdx.x, base = p.base != nullptr && r < c.shape.ranks ? p.base[c.ranks[r]] : 0;
             ranks.staying_tokens[r] = c.staying()[r];
@@ -174,6 +181,36 @@ struct ByObjective {
     }
 };
 
+// As `finish`, by another objective, of the component g.
+template <typename V>
+__device__ void finish_by_objective(const Problem& p, const Objective& o, const Workplace<V>& place,
+                                    const Component<V>& c, int g, const ResidualEdge<V> (&edges)[V::turns], int rank,
+                                    Ending& ending, int* quota, int* rank_load) {
+    if (ending.status != OPTIMAL || c.shape.ranks == 0) return;
+    if (c.shape.arcs > 0) {  // else nothing can move
+        const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
+        CountCosts costs{place.steps, o.num_steps, o.tile, o.slope};
+        ByObjective<V> by{p, o, c, g, quota, load, place.ranks, place.by_tokens, place.by_experts, costs,
+                          place.steps + MAX_COST_STEPS + 1};
+        auto flow = [&] {
+            if (threadIdx.x < V::pushing && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
+            __syncthreads();  // what the flow moved is final before any thread reads it
+        };
+        by.count_staying();
+        by.start_units();
+        flow();
+        if (!by.improve_experts()) {
+            by.start_tokens();
+            flow();
+            by.improve_cost();
+        }
+        by.add_up_loads();
+    }
+    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
+    if (threadIdx.x < c.shape.ranks)
+        rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
+}
+
 // As `solve_component`, by another objective.
 template <typename V>
 __device__ void solve_by_objective(const Problem& p, const Objective& o, char* shared) {
@@ -185,35 +222,14 @@ __device__ void solve_by_objective(const Problem& p, const Objective& o, char* s
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     int rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
-    bool balances = threadIdx.x < V::pushing;
     ResidualEdge<V> edges[V::turns];
     const Edge* of_rank = first_edges<V>(p, g, edges);
     Addend addend;
     Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
+    Workplace<V> place;
+    place.lay_out(o, p.net.max_arcs, reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
     Ending ending = begin<V, false>(p, c, shared, addend, quota);
-    if (ending.status == OPTIMAL && c.shape.ranks > 0) {
-        if (c.shape.arcs > 0) {  // else nothing can move
-            const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
-            ByObjective<V> by{p, o, c, g, quota, load, {}, {}, nullptr, nullptr, nullptr, 0, 0, 0};
-            by.lay_out(reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
-            auto flow = [&] {
-                if (balances && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
-                __syncthreads();  // what the flow moved is final before any thread reads it
-            };
-            by.count_staying();
-            by.start_units();
-            flow();
-            if (!by.improve_experts()) {
-                by.start_tokens();
-                flow();
-                by.improve_cost();
-            }
-            by.add_up_loads();
-        }
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
-        if (threadIdx.x < c.shape.ranks)
-            rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
-    }
+    finish_by_objective<V>(p, o, place, c, g, edges, rank, ending, quota, rank_load);
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }
 

@@ -1,146 +1,18 @@
 // A whole plan in one launch, of a batch that one block holds.
-//
-// The steps are those of route.cu and flow.cu, by the same functions. What their launches leave each other in memory
-// stays in shared memory here. All tables are on their way before the first is used. Picks are numbered while the rows
-// of other ranks come.
 
-#include "count.cuh"
-#include "exchange.cuh"
-#include "flow.cuh"
-#include "rewrite.cuh"
-#include "statistics.cuh"
+#include "plan.cuh"
 
 using namespace lplb;
 
-typedef Variant<SIZE, PARTS, TURNS, MORE, THREADS> V;
-static_assert(V::pushing < V::threads, "threads that do not push have other work meanwhile");
+template <bool general>
+struct ByTokens {
+    __device__ char* lay_out(const Problem&, char* at) const { return at; }
 
-// An array on its way to shared memory. A thread's first elements are under way when it is made.
-template <typename T, int at_once = 1>
-struct Arriving {
-    const T* from;
-    int number;
-    T several[at_once];
-
-    __device__ Arriving(const T* from, int number) : from(from), number(number) {
-        #pragma unroll
-        for (int j = 0; j < at_once; ++j)
-            several[j] = threadIdx.x + j * V::threads < number ? from[threadIdx.x + j * V::threads] : T{};
-    }
-
-    __device__ const T* store(T* to) const {
-        #pragma unroll
-        for (int j = 0; j < at_once; ++j)
-            if (threadIdx.x + j * V::threads < number) to[threadIdx.x + j * V::threads] = several[j];
-        for (int i = threadIdx.x + at_once * V::threads; i < number; i += V::threads) to[i] = from[i];
-        return to;
+    __device__ void solve(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns], int rank,
+                          Ending& ending, int* quota, int* rank_load) const {
+        finish<V, general>(p, c, edges, rank, ending, quota, rank_load, [](const Component<V>&) {});
     }
 };
-
-// The next `number` elements of shared memory.
-template <typename T>
-__device__ T* take(char*& shared, int number) {
-    T* first = reinterpret_cast<T*>(shared);
-    shared += number * sizeof(T);
-    return first;
-}
-
-// The arguments are those of the kernels below; arrays that only the steps share are laid out in `shared`.
-template <bool general>
-__device__ void make_plan(const Given& given, const Ids& physical, Picks picks, int4* head, Window window, int status,
-                          Problem p, Table table, Batch batch, char* shared) {
-    int E = p.num_experts, R = p.num_ranks, M = table.num_several, C = p.max_replicas, size = HEAD + E;
-    bool exchanges = window.peers != nullptr;
-    p.counts.stride = exchanges ? size : E;
-
-    long long ids[4];
-    given.load<V::threads>(threadIdx.x, picks.num_picks, ids);
-    int4 words{};
-    bool unread = false;
-    if (exchanges) {
-        if (threadIdx.x == 0) words = *head;
-        unread = window.state->unread;
-    }
-    Arriving<Word*> peers(window.peers, exchanges ? R : 0);
-    Arriving<int, 4> counts(p.counts.rows, exchanges ? 0 : R * E);
-    Arriving<Copy> copies(table.copies, table.num_copies);
-    Arriving<int> lookup(table.lookup, E), experts(table.experts, M), first(table.first, M + 1);
-    long long word = word_of_totals(batch.statistics);
-    int rank = threadIdx.x < V::size ? p.net.ranks[threadIdx.x] : 0;
-    ResidualEdge<V> edges[V::turns];
-    const Edge* of_rank = first_edges<V>(p, 0, edges);
-    Addend addend;
-    Component<V> c = lay_out_component<V>(p, 0, shared, of_rank, addend);
-
-    __shared__ Ending of_component;
-    char* at = shared + (p.net.max_arcs * (2 * sizeof(int) + sizeof(Arc) + sizeof(short)) + 15) / 16 * 16;
-    table.copies = copies.store(take<Copy>(at, table.num_copies));
-    window.peers = exchanges ? peers.store(take<Word*>(at, R)) : nullptr;
-    window.rows = take<int>(at, R * p.counts.stride);
-    p.counts.rows = exchanges ? window.rows : counts.store(window.rows);
-    const int* all_counts = p.counts.rows + p.counts.head;  // of a rank `stride` from the next one's
-    int *row = take<int>(at, size), *quota = take<int>(at, E * C);
-    int *rank_load = take<int>(at, R), *at_home = take<int>(at, R);
-    table.lookup = lookup.store(take<int>(at, E));
-    table.experts = experts.store(take<int>(at, M));
-    table.first = first.store(take<int>(at, M + 1));
-    int* runs = take<int>(at, (1 + V::threads / 32) * E);
-    picks.positions = take<int>(at, picks.num_picks);
-    Routes routes(table, reinterpret_cast<int*>(at));
-    picks.experts = reinterpret_cast<short*>(routes.mine + M);
-    for (int i = threadIdx.x; i < size; i += V::threads) row[i] = 0;
-    for (int r = threadIdx.x; r < R; r += V::threads) at_home[r] = 0;
-    __syncthreads();  // all is zero before any thread counts
-
-    bool refused = count_picks<V::threads>(given, picks, 0, row + HEAD, p.error_flags, ids);
-    long long deadline = 0;
-    if (exchanges) {
-        if (refused) atomicMax(&row[HEAD_STATUS], REFUSED);
-        if (threadIdx.x == 0) begin_row(head, words, row, status);
-        deadline = send_row<V::threads>(window, row, size, unread);
-    } else {
-        __syncthreads();  // all have counted before picks are numbered
-    }
-    number<V::threads>(picks, 0, exchanges ? row + HEAD : all_counts + p.counts.rank * p.counts.stride, p.error_flags,
-                       runs);
-    if (exchanges) receive<V::threads>(window, row[HEAD_BATCH], size, deadline);
-
-    Ending ending = begin<V, general>(p, c, shared, addend, quota);
-    if (threadIdx.x >= V::pushing) {
-        constexpr int others = V::threads - V::pushing;
-        int other = threadIdx.x - V::pushing;
-        for (int i = other; i < R * E; i += others) batch.counts[i] = all_counts[i / E * p.counts.stride + i % E];
-        if (ending.status < BAD_COUNTS) {
-            int* sample = sample_of(batch.statistics, E, word, other);
-            add_at_home(table, all_counts, p.counts.stride, sample, at_home, other, others);
-        }
-    }
-    finish<V, general>(p, c, edges, rank, ending, quota, rank_load, [](const Component<V>&) {});
-    if (threadIdx.x == 0) of_component = ending;
-    __syncthreads();  // quotas and the ending are there before any thread goes by them
-
-    batch.endings = &of_component;
-    routes.load<V::threads>(table, all_counts, p.counts.stride, quota, batch.rank);
-    status = conclude<V::threads>(batch, of_component.status);  // behind its barrier the tables above are whole
-    routes.share_out<V::threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
-    __syncthreads();  // the ends of all shares are there before picks look for theirs
-    constexpr int rewriting = V::threads - 32;
-    if (threadIdx.x >= rewriting) {  // one warp keeps the statistics meanwhile
-        Batch solved = batch;
-        solved.rank_load = rank_load;
-        tally(batch.statistics, table, solved, status, at_home, word);
-    } else {
-        for (int n = threadIdx.x; n < picks.num_picks; n += rewriting)
-            physical.set(n, routes.slot_of(picks.experts[n], picks.positions[n]));
-    }
-    if (status == OPTIMAL) {
-        for (int i = threadIdx.x; i < E * C; i += V::threads) batch.quota[i] = quota[i];
-        for (int r = threadIdx.x; r < R; r += V::threads) batch.rank_load[r] = rank_load[r];
-    } else {
-        send_home<V::threads>(table, batch, status < BAD_COUNTS, 1);
-    }
-    if (threadIdx.x == 0) end_batch(batch, status);
-}
 
 extern "C" __global__ void __launch_bounds__(V::threads, 1) plan(
     const void* topk_idx,    // [num_picks] ids in [0, num_ids), -1: none
@@ -158,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) plan(
     int wide) {              // 1: ids and slots are of 8 bytes, not 4
     extern __shared__ __align__(16) char shared[];
     make_plan<false>({{const_cast<void*>(topk_idx), wide != 0}, logical, num_ids, num_topk}, {physical, wide != 0}, picks,
-                     head, window, status, problem, table, batch, shared);
+                     head, window, status, problem, table, batch, shared, ByTokens<false>{});
 }
 
 // With speeds or capacities.
@@ -168,5 +40,5 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) plan_general(
     int wide) {
     extern __shared__ __align__(16) char shared[];
     make_plan<true>({{const_cast<void*>(topk_idx), wide != 0}, logical, num_ids, num_topk}, {physical, wide != 0}, picks,
-                    head, window, status, problem, table, batch, shared);
+                    head, window, status, problem, table, batch, shared, ByTokens<true>{});
 }

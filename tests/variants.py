@@ -95,9 +95,13 @@ def cases() -> list[Case]:
     ]
     out += [
         Case(
-            f"objective-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
-            functools.partial(run_objective, v),
-            OBJECTIVE_SOLVERS["flow"].program(v),
+            f"{kind}-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
+            functools.partial(run_objective, v, most),
+            program(v),
+        )
+        for kind, most, program in (
+            ("objective", -1, OBJECTIVE_SOLVERS["flow"].program),
+            ("plan-objective", launches.MAX_PLAN_PICKS, OBJECTIVE_SOLVERS["flow"].plan_program),
         )
         for v in OBJECTIVE_SOLVERS["flow"].variants()
     ]
@@ -190,17 +194,18 @@ def run_solver(solver: str, variant: Variant, most: int = -1) -> None:
         plan_once(Layer(placement, bounded), solver, topk, counts, False)
 
 
-def run_objective(variant: Variant) -> None:
-    """The kernel of a variant, for every objective but tokens."""
+def run_objective(variant: Variant, most: int) -> None:
+    """The kernel of a variant, for every objective but tokens. `most`: as of `run_solver`."""
     placement, rng = placement_of(variant), np.random.default_rng(variant.size)
     picked = OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement))
     assert picked == variant, f"the capacity picks {picked}, not {variant}"
     topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
     base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
-    for objective in ("experts", "cost", "auto"):
-        plan_once(Layer(placement, Problem(objective=objective)), "flow", topk, counts, False)
     bounded = Layer(placement, Problem(objective="auto", base_load=base))
-    plan_once(bounded, "flow", topk, counts, True)
+    with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", most):
+        for objective in ("experts", "cost", "auto"):
+            plan_once(Layer(placement, Problem(objective=objective)), "flow", topk, counts, False)
+        plan_once(bounded, "flow", topk, counts, most < 0)
 
 
 def guest_placement_of(variant: Variant) -> Placement:

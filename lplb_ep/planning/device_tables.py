@@ -97,7 +97,7 @@ class DeviceTables:
         """Dynamic shared memory of a block that solves."""
         self.num_route_bytes = num_route_bytes(placement, refreshable)
         """Dynamic shared memory of a block that rewrites."""
-        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_PLAN_PICKS)
+        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_PLAN_PICKS, objective)
         """Dynamic shared memory of a block that makes a whole plan."""
         self._tables, self._routes = self._make(placement)
         pack = pack_guest_network if p.num_guests_per_rank else pack_network
@@ -105,11 +105,12 @@ class DeviceTables:
         """The struct `Network`."""
         self.table = pack_table(p, capacity, _addresses(self._routes))
         """The struct `Table`."""
-        self._costs, self._objective = torch.empty(0, device=device), b""
+        self._costs, self.objective = torch.empty(0, device=device), b""
+        """The struct `Objective`; empty: of tokens."""
         if objective != "tokens":
             cost = problem.cost_model
             self._costs = torch.from_numpy(cost_table(cost)).to(device)
-            self._objective = pack_objective(objective, cost, self._costs.data_ptr())
+            self.objective = pack_objective(objective, cost, self._costs.data_ptr())
 
     @property
     def num_bytes(self) -> int:
@@ -135,6 +136,7 @@ class DeviceTables:
         if not self._record.plans or not fits:
             return None
         signature = structs.PLAN if is_plain(bounds) else structs.PLAN_GENERAL
+        signature = structs.PLAN_BY_OBJECTIVE if self.objective else signature
         return plan_kernel(self._record, self._variant, self.device.index, signature)
 
     def arguments(
@@ -148,8 +150,8 @@ class DeviceTables:
             chosen: where guests are written, [B, R, G].
             routes: whether tables to rewrite by are made for the guests; else there is one batch.
         """
-        if self._objective:
-            return [problem, self._objective]
+        if self.objective:
+            return [problem, self.objective]
         if not self.placement.num_guests_per_rank:
             return [problem]
         routed = _addresses(self._routes) if routes else {}

@@ -184,12 +184,14 @@ class Launches:
         )
         self._plan: Launch | None = None
         if workspace.plan is not None and self._by_kernels:
-            arguments = structs.PLAN.arrange(
+            by = {"objective": tables.objective} if tables.objective else {}
+            arguments = self._plan_signature.arrange(
                 problem=problem,
                 table=tables.table,
                 batch=self._batch(0),
                 physical=0,
                 wide=dtype == torch.int64,
+                **by,
                 **given,
             )
             self._plan = workspace.plan.prepare(arguments, NUM_PLAN_THREADS, tables.num_plan_bytes)
@@ -201,6 +203,11 @@ class Launches:
         self._status, self._results = Status.OPTIMAL, 0
         if exchanged and workspace.rows.numel():
             self.set_rows(workspace.rows)
+
+    @property
+    def _plan_signature(self) -> Signature:
+        by_objective = bool(self._workspace.tables.objective)
+        return structs.PLAN_BY_OBJECTIVE if by_objective else structs.PLAN
 
     @property
     def _by_kernels(self) -> bool:
@@ -257,7 +264,7 @@ class Launches:
         """Finds the fields that a batch overwrites."""
         solves = self._workspace.tables.solve_signature
         count, solve = (structs.COUNT, self._count), (solves, self._solve)
-        route, plan = (structs.ROUTE, self._route), (structs.PLAN, self._plan)
+        route, plan = (structs.ROUTE, self._route), (self._plan_signature, self._plan)
         self._chosen: int | None = None
         if self._workspace.tables.placement.num_guests_per_rank:
             self._chosen = self._solve.word(*solves.span("guests.chosen"))
@@ -282,7 +289,7 @@ class Launches:
         self._physical = self._route.word(*structs.ROUTE.span("physical"))
         if self._plan is not None:
             words = ("topk_idx", "physical")
-            self._of_plan = [self._plan.word(*structs.PLAN.span(word)) for word in words]
+            self._of_plan = [self._plan.word(*self._plan_signature.span(word)) for word in words]
 
     def _set_shape(self, shape: Sequence[int], in_steps: bool) -> None:
         """Chooses the launches of a batch, and gives them scratch memory for its picks."""

@@ -132,8 +132,11 @@ def _guest_bytes(capacity: Capacity, num_blocks: int) -> int:
 
 def _objective_bytes(capacity: Capacity, num_blocks: int) -> int:
     """As `kernels/objective.cuh` and `kernels/search.cuh` lay out a component behind the flow."""
-    of_ranks, tables = capacity.size * (7 * 8 + 8 * 4), 8 * (MAX_STEPS + 1)
-    return _flow_bytes(capacity, num_blocks) + of_ranks + tables + 8 * capacity.max_arcs
+    return _flow_bytes(capacity, num_blocks) + _search_bytes(capacity)
+
+
+def _search_bytes(capacity: Capacity) -> int:
+    return capacity.size * (7 * 8 + 8 * 4) + 8 * (MAX_STEPS + 2) + 8 * capacity.max_arcs
 
 
 def _multiple(unit: int, number: int) -> int:
@@ -205,6 +208,7 @@ OBJECTIVE_SOLVERS = {
             functions=lambda variant: (),
             num_flow_bytes=_objective_bytes,
             num_own_bytes=lambda capacity: 0,
+            plans="plan_by_objective.cu",
         ),
     )
 }
@@ -248,10 +252,13 @@ def _route_bytes(placement: Placement, capacity: Capacity) -> int:
     return 4 * max(integers, placement.num_ranks)  # which the block with the statistics has
 
 
-def num_plan_bytes(placement: Placement, capacity: Capacity, num_picks: int) -> int:
-    """Dynamic shared memory, in bytes, of a block that makes a whole plan, as `kernels/plan.cu`."""
+def num_plan_bytes(
+    placement: Placement, capacity: Capacity, num_picks: int, objective: str = "tokens"
+) -> int:
+    """Dynamic shared memory, in bytes, of a block that makes a plan, as in `kernels/plan.cuh`."""
     p, c, row = placement, capacity, HEAD + placement.num_experts
     of_component = _multiple(16, _flow_bytes(c, 1))
+    of_component += 0 if objective == "tokens" else _search_bytes(c)
     of_table = COPY.size * c.num_copies + 4 * (p.num_experts + 2 * c.num_several + 1)
     of_rows = 16 * p.num_ranks + 4 * row * (p.num_ranks + 1)
     of_quotas = 4 * p.num_experts * p.max_replicas

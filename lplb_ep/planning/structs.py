@@ -394,6 +394,9 @@ PLAN = Signature(
     ("int", "wide", "1: ids and slots are of 8 bytes, not 4"),
 )
 PLAN_GENERAL = Signature("plan_general", *PLAN.arguments)
+PLAN_BY_OBJECTIVE = Signature(
+    "plan_by_objective", *PLAN.arguments, (OBJECTIVE, "objective", "and what rows cost")
+)
 MASK = Signature(
     "mask",
     ("const Index*", "given", "[num_picks] -1: none"),
@@ -405,7 +408,7 @@ SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
-        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, PLAN, PLAN_GENERAL, MASK),
+        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, PLAN, PLAN_GENERAL, PLAN_BY_OBJECTIVE, MASK),
     )
 }
 """Of every kernel of a plan, by name."""

@@ -273,7 +273,13 @@ FAULTS = [
         "their == most && they < who",
         "their == most && they > who",
     ),
-    Fault("a move may bring the whole back", "search.cuh", "|| ranks.entered[arc.rank] == a", ""),
+    Fault(
+        "rows go on along the arc by which they came",
+        "search.cuh",
+        "|| ranks.entered[arc.rank] == a",
+        "",
+        "one in five hundred random instances differs, none of the tests'",
+    ),
     Fault("experts are always split", "search.cuh", "load[arc.place] <= splits_above", "false"),
     Fault("full ranks keep a part", "search.cuh", " || active > most_active) keep", ") keep"),
     Fault(
@@ -289,6 +295,7 @@ FAULTS = [
         "search.cuh",
         "&& arc_on(arc, worst) != ranks.root[arc.rank]",
         "",
+        "none of three thousand random instances has such a chain",
     ),
     Fault(
         "the first rank is as before",
@@ -687,7 +694,7 @@ TESTS = {
     "interior.cu": "solvers",
     "number.cuh": "route",
     "objective.cuh": "objectives",
-    "plan.cu": "exchange",
+    "plan.cuh": "exchange",
     "push.cuh": "solvers",
     "relay.cuh": "exchange",
     "rewrite.cuh": "route",

@@ -64,6 +64,7 @@ PROGRAMS = [
     *map(given_program, GUEST_VARIANTS),
     *map(GUEST_SOLVERS["flow"].program, GUEST_VARIANTS),
     *map(OBJECTIVE_SOLVERS["flow"].program, OBJECTIVE_VARIANTS),
+    *map(OBJECTIVE_SOLVERS["flow"].plan_program, OBJECTIVE_VARIANTS),
     *map(DEVICE_SOLVERS["cusolverdx"].program, DEVICE_SOLVERS["cusolverdx"].variants()),
     *map(DEVICE_SOLVERS["flow"].plan_program, VARIANTS),
     *map(route_program, (np.int32, np.int64)),
@@ -462,10 +463,14 @@ class Rank:
         )
         head = rows.shape[1] - self.placement.num_experts
         general = bool({"speed", "cap"} & bounds.keys())
-        return self.plan_library.kernel("plan_general" if general else "plan")(
+        by = {"objective": self._objective} if self._objective else {}
+        name = "plan_by_objective" if by else "plan_general" if general else "plan"
+        objective = "auto" if by else "tokens"
+        return self.plan_library.kernel(name)(
             (1, 1),
             solvers.NUM_PLAN_THREADS,
-            solvers.num_plan_bytes(self.placement, self._capacity, given.size),
+            solvers.num_plan_bytes(self.placement, self._capacity, given.size, objective),
+            **by,
             topk_idx=given,
             picks=packed,
             logical=0 if logical is None else logical,
