@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import oracle
 import pytest
+import ranks
 import torch
 from builders import cost_instance
 
+import lplb_ep
 from lplb_ep import CostModel, Layer, Placement, Planner, Problem, Settings, check_plan, solve
 from lplb_ep.cost import H200
 from lplb_ep.deepep.channels import PlannerSettings
@@ -211,3 +213,32 @@ def test_settings_reach_a_buffers_planners(tmp_path):
     planner = Planner(PAIR, rank=0, **{**of_buffer._asdict(), "counts": "given"})
     counts, topk = torch.tensor([[6, 0, 2], [0, 0, 0]]), torch.tensor([[0]] * 6 + [[2]] * 2)
     assert planner(topk, counts=counts).quota[0].tolist() == [6, 0]
+
+
+def few_on_one_copy(group):
+    """The tokens that each slot gets through a buffer, by the settings' objective."""
+    layer = Layer(PAIR)
+    layer.mark_valid()
+    view = lplb_ep.Buffer(group).view(layer)
+    return view.get_dispatch_layout(torch.tensor([[0]] * 3), 3)[2].tolist()
+
+
+@pytest.mark.parametrize(("objective", "slots"), [("tokens", [3, 0, 0, 0]), ("experts", [3, 0])])
+def test_objectives_reach_the_buffers(objective, slots):
+    """Of two ranks with three tokens each, an expert of few rows is on one of them."""
+    environ = {"LPLB_EP": "1", "LPLB_EP_BACKEND": "embedded", "LPLB_EP_OBJECTIVE": objective}
+    first, second = ranks.run(2, few_on_one_copy, environ=environ)
+    whole = objective == "experts"
+    assert (first == second) == whole
+    assert sum(first) == sum(second) == 3
+    assert first[: len(slots)] == slots
+
+
+def planning_by_rank(group):
+    Planner(PAIR, group, objective=("tokens", "cost")[group.rank()])
+
+
+def test_ranks_with_other_objectives_find_out():
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, planning_by_rank)
+    assert "differ in problem" in str(failure.value)
