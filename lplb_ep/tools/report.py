@@ -16,6 +16,7 @@ import torch
 from ..placement.table import Placement
 from .recordings import Recording
 from .replay import Replay
+from .timeline import Timeline
 
 # ECharts 6.1.0 lies beside the page, with its licence. Nothing is fetched when a page is opened.
 _PAGE = Path(__file__).parent / "page"
@@ -35,6 +36,7 @@ def page_of(
     title: str,
     about: str,
     notes: Sequence[str] = (),
+    timeline: Timeline | None = None,
 ) -> str:
     """A page of HTML that needs nothing beside it.
 
@@ -47,6 +49,7 @@ def page_of(
         title: headline.
         about: what was replayed, in words.
         notes: what stands at the foot.
+        timeline: the same batches with replicas that follow them; None: it is not shown.
     """
     num_batches, num_layers, _ = recording.counts.shape
     num_ranks = placements[0].num_ranks
@@ -63,7 +66,13 @@ def page_of(
     columns = {name: getattr(result, name) for name in names}
     if torch.equal(result.home, result.even):  # there are no replicas
         columns |= {"even": None, "residents": None}
+    moves = []
+    if timeline is not None:
+        columns["refreshed"] = timeline.imbalance()["refreshed"]
+        place = {number: layer for layer, number in enumerate(recording.layers)}
+        moves = [[m.batch // size, place[m.layer], m.num_copies] for m in timeline.moves]
     data = {
+        "moves": moves,
         "title": title,
         "about": about,
         "notes": list(notes),

@@ -125,9 +125,26 @@ def test_the_command_takes_the_options_of_replay(tmp_path, capsys):
     assert data["notes"] == ["Placements were learned from sample, seed 0, workload 1."]
 
 
+def test_replicas_that_follow_are_shown_with_their_moves(tmp_path):
+    loads = np.ones((12, 3, 4), int) * 100
+    loads[:, 1] = [900, 500, 50, 50]
+    np.save(tmp_path / "a.npy", loads)
+    Placement([0, 1, 2, 2, 3, 3], 2).save(tmp_path / "p.json")
+    argv = ["report", str(tmp_path / "a.npy"), "--layout", "counts", "--first-layer", "7"]
+    argv += ["--placement", str(tmp_path / "p.json"), "--refresh", "2", "--seconds", "inf"]
+    assert cli.main([*argv, "-o", str(tmp_path / "a.html")]) == 0
+    data = data_of((tmp_path / "a.html").read_text())
+    assert [move[:2] for move in data["moves"]] == [[4, 1]], "of layer 8, in force at batch 4"
+    refreshed, kept = (data["imbalance"][name][:, 1, 0] for name in ("refreshed", "lp"))
+    assert (refreshed[:4] == kept[:4]).all()
+    assert (refreshed[4:] < kept[4:]).all()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--seconds", "1"], "--seconds needs --refresh"),
+        (["--refresh", "1"], "--refresh must be the number of batches between two looks"),
         (["-o", "a.txt"], "-o must end in .html; got a.txt"),
         (["-o", "none/a.html"], "there is no directory none"),
         (["--csv", "none/a.csv"], "there is no directory none"),

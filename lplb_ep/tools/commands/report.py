@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ...settings import Settings
 from .inputs import Progress, add_recording
-from .options import check_outputs, one_line_errors, write_csv
+from .options import OPTIONS, as_typed, check_outputs, one_line_errors, write_csv
 from .placed import (
     about_placements,
     add_placement,
@@ -33,6 +34,15 @@ def add(commands: Any) -> None:
         "-o", "--output", metavar="PATH", default="report.html", help="the page; report.html"
     )
     parser.add_argument("--csv", metavar="PATH", help="write a row for each batch and layer")
+    parser.add_argument(
+        "--refresh", type=int, metavar="N", help="replicas that follow, looked at every N batches"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="to choose the replicas of a layer at a refresh; inf: no limit of time",
+    )
     add_placement(
         parser, "default: homes, with guests on as many as 8 ranks unless --ranks says another"
     )
@@ -44,8 +54,10 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         if Path(args.output).suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"-o must end in .html; got {args.output}")
         rule = guest_rule(args)
+        settings = _refresh_settings(args, rule)
         from ..replay import replay
         from ..report import page_of
+        from ..timeline import replay_over_time
 
         recording, learned = recordings_of(args)
         _fill_in(args, recording.num_experts)
@@ -54,12 +66,28 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         if len({placement.num_ranks for placement in placements}) > 1:
             raise ValueError(f"--placement {args.placement}: layers differ in their ranks")
         result = replay(recording, placements, progress=Progress("replaying"), **rule)
+        timeline = None
+        if settings is not None:
+            with as_typed(OPTIONS):
+                progress = Progress("refreshing")
+                timeline = replay_over_time(
+                    [recording], placements, settings, num_groups=args.groups, progress=progress
+                )
         where = in_words(args, about_placements(args, learned, placements), recording)
         notes = [f"{note[0].upper()}{note[1:]}." for note in recording.notes()]
         if args.learn_from is not None:
             notes.append(f"Placements were learned from {learned.source}.")
+        if timeline is not None:
+            notes.append(f"Replicas were refreshed every {args.refresh} batches where it paid.")
+            notes.append("The lower bound is that of the placements of the beginning.")
         page = page_of(
-            recording, result, placements, title=recording.source, about=where, notes=notes
+            recording,
+            result,
+            placements,
+            title=recording.source,
+            about=where,
+            notes=notes,
+            timeline=timeline,
         )
         Path(args.output).write_text(page, "utf-8")
         write_csv(args.csv, result.rows())
@@ -69,6 +97,20 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             found = summary[name]
             print(f"{said:<12} median {found['median']:.3f}, worst {found['worst']:.3f}")
     return 0
+
+
+def _refresh_settings(args: argparse.Namespace, rule: dict[str, Any]) -> Settings | None:
+    """Those of --refresh, checked; None without it."""
+    if args.refresh is None:
+        if args.seconds is not None:
+            raise ValueError("--seconds needs --refresh")
+        return None
+    from ..timeline import check_interval
+
+    with as_typed(OPTIONS):
+        check_interval(args.refresh)
+        seconds = {} if args.seconds is None else {"refresh_seconds": args.seconds}
+        return Settings(refresh=args.refresh, **rule, **seconds)
 
 
 def _fill_in(args: argparse.Namespace, num_experts: int) -> None:

@@ -3,7 +3,7 @@ window.addEventListener("error", (event) => { document.body.dataset.error = even
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
-const SHOWN = { home: "at home", even: "even split over copies", residents: "LP, no guests", lp: "balanced", bound: "lower bound T*" };
+const SHOWN = { home: "at home", even: "even split over copies", residents: "LP, no guests", lp: "balanced", refreshed: "balanced, replicas refreshed", bound: "lower bound T*" };
 
 /* Numbers come as thousandths in 16 bits: base64 of little-endian words. */
 function unpack(text) {
@@ -35,7 +35,7 @@ const batchesOf = (window) => {
 };
 const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-const colours = () => ({ home: css("--home"), even: state.dark ? "#7fd1ff" : "#4a9ec9", residents: state.dark ? "#f0c05a" : "#a87900", lp: css("--lp"), bound: css("--text") });
+const colours = () => ({ home: css("--home"), even: state.dark ? "#7fd1ff" : "#4a9ec9", residents: state.dark ? "#f0c05a" : "#a87900", lp: css("--lp"), refreshed: state.dark ? "#7ddc9a" : "#1c7c3c", bound: css("--text") });
 
 /* The layer that is shown where one must be: the chosen one, or the most unbalanced at home. */
 function shownLayer() {
@@ -73,6 +73,10 @@ function drawLines() {
       line(`${SHOWN[name]}, worst layer`, everything.map((w) => Math.max(...of(w))), { lineStyle: { width: 1, type: "dashed" } });
     }
   }
+  /* Moments at which replicas moved. */
+  const moved = new Map();
+  for (const [w, layer, copies] of data.moves) if (state.layer < 0 || layer === state.layer) moved.set(w, (moved.get(w) || 0) + copies);
+  if (moved.size) drawn[drawn.length - 1].markLine = { symbol: "none", animation: false, lineStyle: { color: looks.refreshed, type: "solid", opacity: 0.45 }, label: { show: moved.size < 24, formatter: (mark) => `${moved.get(mark.data.xAxis)} moved`, color: css("--soft"), fontSize: 10 }, data: [...moved.keys()].map((w) => ({ xAxis: w })) };
   element("which").textContent = state.layer < 0 ? "all layers" : `layer ${data.layers[state.layer]}`;
   chart("lines", {
     grid: { left: 56, right: 20, top: 56, bottom: 78 },
