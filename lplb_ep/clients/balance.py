@@ -128,7 +128,7 @@ class SharedReplacement:
 
     def give(
         self, balance: Balance, target: object, name: str, make: Callable[[Any], object]
-    ) -> None:
+    ) -> bool:
         """Replaces the attribute, if that was not done for another model.
 
         Args:
@@ -136,12 +136,17 @@ class SharedReplacement:
             target: the object, always the same one.
             name: of its attribute.
             make: returns the new value, given the old one.
+
+        Returns:
+            Whether it was replaced now.
         """
-        if not self._num_users:
+        is_first = not self._num_users
+        if is_first:
             self._old = getattr(target, name)
             setattr(target, name, make(self._old))
         self._num_users += 1
         balance.undo_with(lambda: self._take(target, name))
+        return is_first
 
     def _take(self, target: object, name: str) -> None:
         self._num_users -= 1

@@ -161,8 +161,7 @@ def _give_buffers(made: Balance) -> None:
         fused_a2a._buffer = None  # the class is looked up when the next batch comes
 
     made.undo_with(forget)
-    _buffers.give(made, fused_a2a, "Buffer", lambda _: drop_in.Buffer)
-    if not hasattr(fused_a2a._buffer, "_lplb_state"):
+    if _buffers.give(made, fused_a2a, "Buffer", lambda _: drop_in.Buffer):
         forget()
 
 

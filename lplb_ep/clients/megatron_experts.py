@@ -171,6 +171,9 @@ def obstacles(experts: nn.Module) -> Iterator[str]:
         if type(parameter) is not nn.Parameter:
             yield f"its parameter experts.{name} is a {type(parameter).__name__}, and no plain one"
             break
+        if hasattr(parameter, "gtp_remat_size"):
+            yield f"its parameter experts.{name} is gathered for each batch (GTP)"
+            break
 
 
 class _StandIn:
