@@ -111,7 +111,8 @@ def make_placement(
     history: torch.Tensor,
     num_guests_per_rank: int = 0,
 ) -> Placement:
-    """By EPLB ("eplb"), along a topology, or experts in order alone ("homes").
+    """By EPLB ("eplb"), along a topology, experts in order alone ("homes"), or with a copy of the
+    first of them on every rank ("ballast").
 
     Raises:
         ValueError: there is no such placement; the message says why.
@@ -121,6 +122,12 @@ def make_placement(
         "num_redundant_per_rank": num_redundant_per_rank,
         "num_guests_per_rank": num_guests_per_rank,
     }
+    if kind == "ballast":
+        if num_guests_per_rank or len(history) % num_ranks:
+            raise ValueError("ballast goes without guest slots, and with as many experts a rank")
+        table = np.pad(np.arange(len(history)).reshape(num_ranks, -1), ((0, 0), (0, 1)))
+        table[0, -1] = -1
+        return Placement(table.ravel(), num_ranks)
     if kind == "homes":
         shape.pop("num_redundant_per_rank")
         return Placement.homes_only(len(history), **shape)

@@ -13,6 +13,13 @@ from lplb_ep.tools import bench, calls
 from lplb_ep.tools.cli import main
 
 
+def test_a_placement_with_ballast_has_a_copy_of_an_expert_on_every_rank():
+    placement = bench.make_placement("ballast", 4, 1, torch.ones(16))
+    assert sorted(placement.copy_rank[0].tolist()) == [0, 1, 2, 3]
+    assert (placement.copy_rank[1:, 1:] == -1).all()
+    assert placement.num_local_slots == 5
+
+
 def test_batches_are_the_same_every_time_and_skewed():
     one, two = (bench.make_batches(4, 64, 100, 8) for _ in range(2))
     assert len(one.topk_idx) == len(one.counts) == bench.NUM_BATCHES

@@ -95,6 +95,16 @@ def test_placements_of_real_size_are_planned_as_by_the_cpu(tokens, memory, libra
     check(memory, library, placement, loads, H200, orders=ORDERS[:1])
 
 
+def test_costs_that_favour_cuts(memory, library):
+    """Where two slots of half the rows cost less than one of all, no bound is of whole experts."""
+    convex = CostModel("convex", 16, (10, 30, 60, 100, 150, 210, 280), 80)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 6, 18, 2)
+        loads = rng.poisson(rng.lognormal(3.5, 0.6, (3, 18)))
+        check(memory, library, placement, loads, convex, orders=ORDERS[:1])
+
+
 def test_ranks_that_share_nothing_and_empty_batches(memory, library):
     placement = Placement([0, 1, 2, 0, 3, 4, 5, 3], 4, num_experts=6)
     loads = np.array([[0] * 6, [4, 3, 3, 0, 0, 9], [700, 5, 5, 300, 1, 1]])

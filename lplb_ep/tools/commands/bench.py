@@ -30,7 +30,8 @@ def add(commands: Any) -> None:
     bench.add_argument("--experts", type=int, default=256, metavar="E", help="256")
     bench.add_argument("--tokens", type=int, metavar="T", help="of a rank; 8192, with --calls 64")
     bench.add_argument("--topk", type=int, default=8, metavar="K", help="8")
-    bench.add_argument("--placement", metavar="KIND", help="a topology, homes or eplb, the default")
+    kinds = "a topology, homes, ballast (as of a shared expert), or eplb, the default"
+    bench.add_argument("--placement", metavar="KIND", help=kinds)
     bench.add_argument("--solver", choices=GPU_SOLVERS, help="on the GPU; flow")
     bench.add_argument("--objective", choices=OBJECTIVES, default="tokens", help="tokens")
     bench.add_argument("--json", metavar="PATH", help="write all numbers")
@@ -90,7 +91,7 @@ def _measure_plans(args: argparse.Namespace) -> int:
 def _chosen(args: argparse.Namespace, num_ranks: int) -> tuple[str, int, int]:
     """The placement's kind, ranks and redundant experts a rank."""
     kind = args.placement or "eplb"
-    usual = 0 if kind == "homes" else 2
+    usual = {"homes": 0, "ballast": 1}.get(kind, 2)
     return kind, num_ranks, usual if args.redundant is None else args.redundant
 
 
