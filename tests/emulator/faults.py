@@ -332,7 +332,10 @@ FAULTS = [
         "else if (of_experts < of_tokens)",
     ),
     Fault(
-        "loads without what stays", "objective.cuh", "int(ranks.staying_tokens[threadIdx.x])", "0"
+        "loads without what stays",
+        "objective.cuh",
+        "c.load()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x])",
+        "c.load()[threadIdx.x] = 0",
     ),
     # The interior-point method
     Fault(
