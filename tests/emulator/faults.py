@@ -402,6 +402,78 @@ FAULTS = [
         "batch.row[i] = 0;",
         "(void)batch.row[i];",
     ),
+    # Plans in one launch
+    Fault(
+        "what a launch refuses is sent as good",
+        "plan.cuh",
+        "if (refused) atomicMax(&row[HEAD_STATUS], REFUSED);",
+        "(void)refused;",
+    ),
+    Fault(
+        "a launch takes the place of rows that were not read",
+        "plan.cuh",
+        "send_row<V::threads>(window, row, size, unread)",
+        "send_row<V::threads>(window, row, size, false)",
+    ),
+    Fault(
+        "rows of a launch lie without their heads",
+        "plan.cuh",
+        "p.counts.stride = exchanges ? size : E;",
+        "p.counts.stride = E;",
+    ),
+    Fault(
+        "a launch leaves its last warp's picks",
+        "plan.cuh",
+        "n += rewriting)",
+        "n += V::threads)",
+    ),
+    Fault(
+        "arrays end with their first elements",
+        "plan.cuh",
+        "i < number; i += V::threads) to[i] = from[i];",
+        "false; i += V::threads) to[i] = from[i];",
+    ),
+    Fault(
+        "a launch does not keep its quotas",
+        "plan.cuh",
+        "batch.quota[i] = quota[i];",
+        "(void)quota[i];",
+    ),
+    Fault(
+        "a batch that is not counted is sampled",
+        "plan.cuh",
+        "if (ending.status < BAD_COUNTS) {",
+        "if (true) {",
+    ),
+    # Batches that stay at home
+    Fault(
+        "every copy is a home",
+        "component.cuh",
+        "c.arcs[a].quota % p.max_replicas == 0) atomicAdd(&at_home",
+        "true) atomicAdd(&at_home",
+    ),
+    Fault(
+        "the bound is the mean rounded down",
+        "component.cuh",
+        "ending.total / ranks + (ending.total % ranks != 0));",
+        "ending.total / ranks);",
+    ),
+    Fault(
+        "what stays is no bound", "component.cuh", "max(stays, ending.total", "max(0, ending.total"
+    ),
+    Fault(
+        "a gain as large as is asked for is too little",
+        "component.cuh",
+        "ending.home - ending.bound < p.least_gain",
+        "ending.home - ending.bound <= p.least_gain",
+    ),
+    Fault(
+        "the last component says whether the batch stays",
+        "rewrite.cuh",
+        "atomicMax(&home, batch.endings[g].home);",
+        "home = batch.endings[g].home;",
+    ),
+    Fault("a batch that stays is a fault", "rewrite.cuh", "status > STAYED", "status != OPTIMAL"),
     # Guests' weights and gradients
     Fault(
         "a stage is loaded before it is stored",
@@ -686,7 +758,7 @@ SURVIVING_BARRIERS = {
 TESTS = {
     "abi.cuh": "route",
     "barrier.cu": "exchange",
-    "component.cuh": "solvers",
+    "component.cuh": "solvers route",
     "count.cuh": "route",
     "counts.cuh": "solvers",
     "exchange.cuh": "exchange",
@@ -697,7 +769,7 @@ TESTS = {
     "interior.cu": "solvers",
     "number.cuh": "route",
     "objective.cuh": "objectives",
-    "plan.cuh": "exchange",
+    "plan.cuh": "exchange route",
     "push.cuh": "solvers",
     "relay.cuh": "exchange",
     "rewrite.cuh": "route",
@@ -709,7 +781,7 @@ TESTS = {
     "statistics.cuh": "route",
     "weights.cu": "weights",
 }
-"""The file of tests for each source."""
+"""The files of tests for each source."""
 
 
 def barriers() -> Iterator[Fault]:
@@ -735,7 +807,7 @@ def run(fault: Fault, kept: Path) -> str:
         text = source.read_text("utf-8")
         assert text.count(fault.old) == 1, f"{fault.name}: {text.count(fault.old)} places"
         source.write_text(text.replace(fault.old, fault.new), "utf-8")
-        tests = HERE / f"test_emulated_{TESTS[fault.source]}.py"
+        tests = [HERE / f"test_emulated_{name}.py" for name in TESTS[fault.source].split()]
         environ = {"LPLB_TEST_KERNELS": str(kernels), "LPLB_TEST_EMULATED": str(kept)}
         result = subprocess.run(
             [
@@ -747,7 +819,7 @@ def run(fault: Fault, kept: Path) -> str:
                 "--tb=short",
                 "-p",
                 "no:cacheprovider",
-                tests,
+                *tests,
             ],
             env={**os.environ, **environ},
             cwd=ROOT,
