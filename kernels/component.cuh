@@ -139,11 +139,11 @@ __device__ void look_at_home(const Problem& p, const Component<V>& c, const int*
 
 // Adds up the counts and makes the start of the flow, behind `lay_out_component` in `shared`.
 template <typename V, bool general>
-__device__ Ending begin(const Problem& p, const Component<V>& c, char* shared, const Addend& addend,
+__device__ Ending begin(const Problem& p, int g, const Component<V>& c, char* shared, const Addend& addend,
                         int* __restrict__ quota) {
     int* load = reinterpret_cast<int*>(shared + p.net.max_arcs * (sizeof(int) + sizeof(Arc)));  // of experts, by place
     Ending ending =
-        add_up<V, general>(p, load, c.staying(), quota, addend.sharing, addend.packed, addend.base);
+        add_up<V, general>(p, g, load, c.staying(), quota, addend.sharing, addend.packed, addend.base);
     ending.status = max(ending.status, p.status);
     if (general && p.cap != nullptr) {
         if (!fill_copies(c, load)) ending.status = max(ending.status, INFEASIBLE);

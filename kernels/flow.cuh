@@ -186,7 +186,7 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     const Edge* of_rank = first_edges<V>(p, g, edges);
     Addend addend;
     Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
-    Ending ending = begin<V, general>(p, c, shared, addend, quota);
+    Ending ending = begin<V, general>(p, g, c, shared, addend, quota);
     finish<V, general>(p, c, edges, rank, ending, quota, rank_load, start);
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }

@@ -355,7 +355,7 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[rank] : 0;
     clear_ranks(experts, c, base);
     if (threadIdx.x < V::size) c.movable()[threadIdx.x] = base;  // where fills add up what they begin from
-    Ending ending = add_up<V, general>(p, experts.load, c.staying(), quota, sharing, packed, base);
+    Ending ending = add_up<V, general>(p, component<V>(), experts.load, c.staying(), quota, sharing, packed, base);
     if (has_resident) {
         experts.residents[threadIdx.x] = resident;
         experts.ranks[threadIdx.x] = Set(resident.ranks);

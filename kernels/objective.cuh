@@ -228,7 +228,7 @@ __device__ void solve_by_objective(const Problem& p, const Objective& o, char* s
     Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
     Workplace<V> place;
     place.lay_out(o, p.net.max_arcs, reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
-    Ending ending = begin<V, false>(p, c, shared, addend, quota);
+    Ending ending = begin<V, false>(p, g, c, shared, addend, quota);
     finish_by_objective<V>(p, o, place, c, g, edges, rank, ending, quota, rank_load);
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }

@@ -8,8 +8,8 @@ template <bool general>
 struct ByTokens {
     __device__ char* lay_out(const Problem&, char* at) const { return at; }
 
-    __device__ void solve(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns], int rank,
-                          Ending& ending, int* quota, int* rank_load) const {
+    __device__ void solve(const Problem& p, int, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
+                          int rank, Ending& ending, int* quota, int* rank_load) const {
         finish<V, general>(p, c, edges, rank, ending, quota, rank_load, [](const Component<V>&) {});
     }
 };
@@ -23,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) plan(
     int4* head,              // what the row begins with behind its status
     const Window window,     // where rows are exchanged, if its peers are given; `rows` is not asked for
     int status,              // of this rank, for its row
-    const Problem problem,   // of one component
+    const Problem problem,
     const Table table,
     const Batch batch,
     void* physical,          // [num_picks] slots, -1: none

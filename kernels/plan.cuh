@@ -75,9 +75,9 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     Addend addend;
     Component<V> c = lay_out_component<V>(p, 0, shared, of_rank, addend);
 
-    __shared__ Ending of_component;
     char* at = shared + (p.net.max_arcs * (2 * sizeof(int) + sizeof(Arc) + sizeof(short)) + 15) / 16 * 16;
     at = solver.lay_out(p, at);
+    Ending* endings = take<Ending>(at, p.num_components);
     table.copies = copies.store(take<Copy>(at, table.num_copies));
     window.peers = exchanges ? peers.store(take<Word*>(at, R)) : nullptr;
     window.rows = take<int>(at, R * p.counts.stride);
@@ -109,23 +109,42 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
                        runs);
     if (exchanges) receive<V::threads>(window, row[HEAD_BATCH], size, deadline);
 
-    Ending ending = begin<V, general>(p, c, shared, addend, quota);
-    if (threadIdx.x >= V::pushing) {
-        constexpr int others = V::threads - V::pushing;
-        int other = threadIdx.x - V::pushing;
-        for (int i = other; i < R * E; i += others) batch.counts[i] = all_counts[i / E * p.counts.stride + i % E];
-        if (ending.status < BAD_COUNTS) {
-            int* sample = sample_of(batch.statistics, E, word, other);
-            add_at_home(table, all_counts, p.counts.stride, sample, at_home, other, others);
+    int g = 0;
+    #pragma unroll 1
+    for (;; ++g) {
+        if (g > 0) {
+            __syncthreads();  // all have read the component before
+            rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
+            of_rank = first_edges<V>(p, g, edges);
+            c = lay_out_component<V>(p, g, shared, of_rank, addend);
         }
+        // Tables of placements that may fall into more components end with some that are empty.
+        bool is_last = g + 1 == p.num_components || p.net.shape[g + 1].ranks == 0;
+        Ending ending = begin<V, general>(p, g, c, shared, addend, quota);
+        if (is_last && threadIdx.x >= V::pushing) {
+            constexpr int others = V::threads - V::pushing;
+            int other = threadIdx.x - V::pushing, worst = ending.status;
+            for (int i = other; i < R * E; i += others) batch.counts[i] = all_counts[i / E * p.counts.stride + i % E];
+            long long total = ending.total;
+            for (int before = 0; before < g; ++before) {
+                worst = max(worst, endings[before].status);
+                total += endings[before].total;
+            }
+            if (worst < BAD_COUNTS && total <= MAX_TOTAL) {
+                int* sample = sample_of(batch.statistics, E, word, other);
+                add_at_home(table, all_counts, p.counts.stride, sample, at_home, other, others);
+            }
+        }
+        solver.solve(p, g, c, edges, rank, ending, quota, rank_load);
+        if (threadIdx.x == 0) endings[g] = ending;
+        if (is_last) break;
     }
-    solver.solve(p, c, edges, rank, ending, quota, rank_load);
-    if (threadIdx.x == 0) of_component = ending;
-    __syncthreads();  // quotas and the ending are there before any thread goes by them
+    __syncthreads();  // quotas and endings are there before any thread goes by them
 
-    batch.endings = &of_component;
+    batch.endings = endings;
+    batch.num_components = g + 1;
     routes.load<V::threads>(table, all_counts, p.counts.stride, quota, batch.rank);
-    status = conclude<V::threads>(batch, of_component.status);  // behind its barrier the tables above are whole
+    status = conclude<V::threads>(batch, look_at_endings<V::threads>(batch));  // behind its barrier the tables above are whole
     routes.share_out<V::threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
     __syncthreads();  // the ends of all shares are there before picks look for theirs
     constexpr int rewriting = V::threads - 32;

@@ -11,9 +11,9 @@ struct ByAim {
 
     __device__ char* lay_out(const Problem& p, char* at) { return place.lay_out(objective, p.net.max_arcs, at); }
 
-    __device__ void solve(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns], int rank,
-                          Ending& ending, int* quota, int* rank_load) const {
-        finish_by_objective<V>(p, objective, place, c, 0, edges, rank, ending, quota, rank_load);
+    __device__ void solve(const Problem& p, int g, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
+                          int rank, Ending& ending, int* quota, int* rank_load) const {
+        finish_by_objective<V>(p, objective, place, c, g, edges, rank, ending, quota, rank_load);
     }
 };
 

@@ -95,7 +95,7 @@ __device__ int conclude(const Batch& batch, int worst) {
     __shared__ int status, home, bound;
     __shared__ Total total;
     bool fine = !__syncthreads_or(worst);  // all endings are read; the tables of the caller are whole, too
-    if (fine && batch.num_components == 1) return OPTIMAL;
+    if (fine && batch.num_components == 1 && batch.least_gain == 0) return OPTIMAL;
     if (threadIdx.x == 0) {
         status = OPTIMAL;
         home = bound = 0;

@@ -31,7 +31,7 @@ __device__ void write_rows(int* __restrict__ quota, int max_replicas, bool mine,
     }
 }
 
-// Adds up the counts of the component's experts, and writes the quotas of those with one copy.
+// Adds up the counts of the experts of component g, and writes the quotas of those with one copy.
 //
 // `load` [arcs] gets the load of each expert with several copies, by its place. To `staying` [size] that of
 // the other experts is added, by rank. `packed` is this thread's first expert, `base` the load that stays on
@@ -40,7 +40,7 @@ __device__ void write_rows(int* __restrict__ quota, int max_replicas, bool mine,
 // Returns the batch's status and total, the same to every thread. The status is BAD_COUNTS if a count is
 // negative or the total too large, and INFEASIBLE if an only copy may not have its tokens.
 template <typename V, bool general>
-__device__ Ending add_up(const Problem& p, int* load, int* staying, int* __restrict__ quota, int sharing,
+__device__ Ending add_up(const Problem& p, int g, int* load, int* staying, int* __restrict__ quota, int sharing,
                          int packed, int base) {
     const Counts& counts = p.counts;
     const Network& net = p.net;
@@ -86,7 +86,7 @@ __device__ Ending add_up(const Problem& p, int* load, int* staying, int* __restr
             write_rows(quota, max_replicas, mine, expert, home < V::size ? int(sum) : 0);
         i += V::threads / sharing;
         if (i - threadIdx.x / sharing >= net.max_experts) break;
-        packed = i < net.max_experts ? net.experts[component<V>() * net.max_experts + i] : -1;
+        packed = i < net.max_experts ? net.experts[g * net.max_experts + i] : -1;
     }
     check_heads<V::threads>(counts, &status);
     if (p.base != nullptr) total.add(base);

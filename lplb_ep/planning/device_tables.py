@@ -82,6 +82,7 @@ class DeviceTables:
         p, record = placement, solver_record(solver, placement, objective)
         self.placement, self.device = placement, device
         self._capacity = capacity = capacity_for(placement, refreshable, moves_homes)
+        self._moves_homes = moves_homes
         self._record, self._variant = record, record.variant(capacity)
         self.solve_signature = record.kernels[0]
         """The arguments of both kernels that solve."""
@@ -125,14 +126,17 @@ class DeviceTables:
     def plan_kernel(self, bounds: Sequence[torch.Tensor | None]) -> Kernel | None:
         """The kernel of whole plans in one launch, compiled now if it never was.
 
-        None: the solver has none, there are several components, or a block has not enough shared
-        memory.
+        None: the solver has none, there are several components for good, or a block has not enough
+        shared memory.
 
         Raises:
             MissingPackageError, CompileError: as `DeviceTables`.
         """
         num_bytes = self.num_plan_bytes + STATIC_SHARED_BYTES
-        fits = self.num_components == 1 and num_bytes <= max_shared_bytes(self.device.index)
+        # Of several components one would wait for the other. Where homes move there is one as a
+        # rule, and the tables hold more.
+        is_one = self.num_components == 1 or self._moves_homes
+        fits = is_one and num_bytes <= max_shared_bytes(self.device.index)
         if not self._record.plans or not fits:
             return None
         signature = structs.PLAN if is_plain(bounds) else structs.PLAN_GENERAL

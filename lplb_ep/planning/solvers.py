@@ -20,7 +20,7 @@ from ..settings import SOLVERS
 from . import structs
 from .fill_rules import RULES
 from .layout import SIZES, Capacity, capacity_for
-from .structs import ARC, COPY, EDGE, HEAD, RESIDENT
+from .structs import ARC, COPY, EDGE, ENDING, HEAD, RESIDENT
 
 NUM_THREADS = 256
 """Threads of a block that solves; fewer would take long to add up the counts."""
@@ -257,13 +257,13 @@ def num_plan_bytes(
 ) -> int:
     """Dynamic shared memory, in bytes, of a block that makes a plan, as in `kernels/plan.cuh`."""
     p, c, row = placement, capacity, HEAD + placement.num_experts
-    of_component = _multiple(16, _flow_bytes(c, 1))
-    of_component += 0 if objective == "tokens" else _search_bytes(c)
+    of_components = _multiple(16, _flow_bytes(c, 1)) + ENDING.size * c.num_components
+    of_components += 0 if objective == "tokens" else _search_bytes(c)
     of_table = COPY.size * c.num_copies + 4 * (p.num_experts + 2 * c.num_several + 1)
     of_rows = 16 * p.num_ranks + 4 * row * (p.num_ranks + 1)
     of_quotas = 4 * p.num_experts * p.max_replicas
     numbering = 4 * (1 + NUM_PLAN_THREADS // 32) * p.num_experts + 6 * num_picks
-    return of_component + of_table + of_rows + of_quotas + numbering + _route_bytes(p, c)
+    return of_components + of_table + of_rows + of_quotas + numbering + _route_bytes(p, c)
 
 
 def check_fit(

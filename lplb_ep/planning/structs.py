@@ -387,7 +387,7 @@ PLAN = Signature(
     ("int4*", "head", "what the row begins with behind its status"),
     (WINDOW, "window", "where rows are exchanged, if its peers are given"),
     ("int", "status", "of this rank"),
-    (PROBLEM, "problem", "of one component, and where its solution goes"),
+    (PROBLEM, "problem", "and where its solution goes"),
     (TABLE, "table", "the placement"),
     (BATCH, "batch", "where to say how it ends"),
     ("void*", "physical", "[num_picks] slots, -1: none"),

@@ -233,7 +233,7 @@ def test_a_batch_is_routed_as_on_the_cpu(R, node, size, chunk, solver, order, me
     counts = np.stack([cpu.count(torch.from_numpy(t), 36).numpy() for t in topks])
     dtype = np.int32 if order == 1 else np.int64
     rank = plans.Rank(memory, placement, this, library, solver=solver, chunk=chunk, dtype=dtype)
-    forms = FORMS if solver == "flow" and rank.num_components == 1 else FORMS[:2]
+    forms = FORMS if solver == "flow" else FORMS[:2]
     for form in forms:
         plan = run_plan(memory, rank, topks[this], counts, order=order, **form)
         check_routed(rank, plan, topks[this], counts, form.get("one", False))
@@ -251,9 +251,10 @@ def test_a_batch_of_several_components(memory, library):
     rank = plans.Rank(memory, cube, 5, library)
     assert rank.num_components == 2
     for order in ORDERS:
-        rank.head[3] = 0
-        plan = run_plan(memory, rank, topks[5], counts, order=order)
-        check_routed(rank, plan, topks[5], counts)
+        for form in FORMS:
+            rank.head[3] = 0
+            plan = run_plan(memory, rank, topks[5], counts, order=order, **form)
+            check_routed(rank, plan, topks[5], counts, form.get("one", False))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -300,8 +301,9 @@ def test_batches_that_do_not_end_well_go_home(order, memory, library):
         ends(max(status, Status.BAD_COUNTS), wrong=-1, status=status, **FORMS[2])
 
 
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[2]], ids=("rows", "one launch"))
 @pytest.mark.parametrize("order", ORDERS)
-def test_totals_are_summed_over_components(order, memory, library):
+def test_totals_are_summed_over_components(form, order, memory, library):
     """By every block alike, also of those that begin when others have sent the batch home."""
     apart = Placement([0, 1, 0, 1, 2, 3, 2, 3], 4)
     topk = np.arange(4).repeat(60)[:, None]
@@ -309,17 +311,18 @@ def test_totals_are_summed_over_components(order, memory, library):
     counts[0], counts[1, 1] = 60, 2**30
     counts[1, 2] = MAX_TOTAL - counts.sum()
     rank = plans.Rank(memory, apart, 0, library, chunk=32)
-    plan = run_plan(memory, rank, topk, counts, order=order)
-    check_routed(rank, plan, topk, counts)
+    plan = run_plan(memory, rank, topk, counts, order=order, **form)
+    check_routed(rank, plan, topk, counts, form.get("one", False))
     counts[1, 2] += 1
     rank.head[3] = 0
-    plan = run_plan(memory, rank, topk, counts, order=order)
+    plan = run_plan(memory, rank, topk, counts, order=order, **form)
     assert plan.status.tolist() == [Status.BAD_COUNTS]
     assert (plan.physical == cpu.rewrite_home(torch.from_numpy(topk), apart).numpy()).all()
 
 
+@pytest.mark.parametrize("form", [FORMS[0], FORMS[2]], ids=("rows", "one launch"))
 @pytest.mark.parametrize("order", ORDERS)
-def test_any_of_many_components_ends_the_batch(order, memory, library):
+def test_any_of_many_components_ends_the_batch(form, order, memory, library):
     """More than a warp has threads, and each knows its own status and total only."""
     placement = Placement(np.arange(80), 40)
     rank = plans.Rank(memory, placement, 0, library)
@@ -332,7 +335,7 @@ def test_any_of_many_components_ends_the_batch(order, memory, library):
         for expert, number in changed.items():
             given[7, int(expert[1:])] = number
         rank.head[3] = 0
-        return run_plan(memory, rank, topk, given, order=order).status.tolist()
+        return run_plan(memory, rank, topk, given, order=order, **form).status.tolist()
 
     assert status() == [Status.OPTIMAL]
     for expert in (0, 3, 71):
@@ -389,7 +392,16 @@ def test_a_mask_keeps_what_was_no_pick(dtype, memory, library):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
-    ("R", "E", "form"), [(4, 36, {}), (4, 36, FORMS[2]), (8, 1200, {}), (16, 32, {}), (40, 80, {})]
+    ("R", "E", "form"),
+    [
+        (4, 36, {}),
+        (4, 36, FORMS[2]),
+        (8, 1200, {}),
+        (16, 32, {}),
+        (16, 32, FORMS[2]),
+        (40, 80, {}),
+        (40, 80, FORMS[2]),
+    ],
 )
 def test_statistics_are_those_of_the_plan(R, E, form, order, memory, library):
     """Of few experts and many ranks, whose rows threads share; of many; of many components."""
@@ -429,9 +441,8 @@ def stays(load, placement, base, least_gain):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize(
-    ("is_cube", "form"), [(False, form) for form in FORMS] + [(True, form) for form in FORMS[:2]]
-)
+@pytest.mark.parametrize("form", FORMS, ids=("rows", "given", "one launch"))
+@pytest.mark.parametrize("is_cube", [False, True])
 def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memory, library):
     """By all components together; one that has none beside it does not solve."""
     rng = np.random.default_rng(9)
