@@ -15,6 +15,8 @@ from layers import ROOT
 
 from lplb_ep import Placement
 
+pytest.importorskip("megatron")
+
 HOMES = Placement.homes_only(EXPERTS, 2)
 GUESTS = Placement.homes_only(EXPERTS, 2, 1)
 OVERLAPPED = dict(

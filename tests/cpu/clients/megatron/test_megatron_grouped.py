@@ -10,6 +10,8 @@ from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
 
 from lplb_ep import ContractError
 
+pytest.importorskip("megatron")
+
 BFLOAT16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 OVERLAPPED = dict(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=4000, **SHARDED)
 RUNS = {

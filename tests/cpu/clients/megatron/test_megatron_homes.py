@@ -6,6 +6,8 @@ from gpt import Run
 from gpt_checkpoints import FULLY, SHARDED, go, placed, placements, same, settled
 from gpt_checks import CLOSE, OFF, ON
 
+pytest.importorskip("megatron")
+
 
 @pytest.mark.parametrize(
     ("num_ranks", "options"),
