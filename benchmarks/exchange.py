@@ -4,8 +4,8 @@
 
 Microseconds of a plan (E = 256, top-8, EPLB's copies), as replays of a CUDA graph by all ranks at
 once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the counts given, which waits
-for nobody; what the exchange adds is the difference. Batches that one launch plans are planned in
-three, too: the columns "(3)". With `--alone`, beside them what others would do for the counts
+for nobody; what the exchange adds is the difference. Batches that one launch can plan are planned
+so, too: the columns "(1)". With `--alone`, beside them what others would do for the counts
 alone: NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged through it. With a
 GPU to share the ranks start MPS, and these are no figures of NVLink; with a GPU each they are.
 """
@@ -17,7 +17,6 @@ import json
 import statistics
 import sys
 import time
-import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from lplb_ep import Placement, Planner
-from lplb_ep.planning import launches
 from lplb_ep.planning import reference as cpu
+from lplb_ep.settings import MAX_ONE_LAUNCH
 from lplb_ep.tools import bench
 from lplb_ep.tools.tables import text_table
 
@@ -117,10 +116,10 @@ def measure(group: dist.ProcessGroup, num_tokens: int, alone: bool) -> dict[str,
     times = {}
     for kind, (planner, arguments) in planners.items():
         times[kind] = plan_time(group, planner, *arguments)
-        if topk_idx.numel() <= launches.MAX_PLAN_PICKS:
-            with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", -1):
-                again = Planner(placement, group, counts=kind, solver="flow", rank=group.rank())
-                times[f"{kind} (3)"] = plan_time(group, again, *arguments)
+        if topk_idx.numel() <= MAX_ONE_LAUNCH:
+            options = {"solver": "flow", "rank": group.rank(), "one_launch": MAX_ONE_LAUNCH}
+            one = Planner(placement, group, counts=kind, slot=1, **options)
+            times[f"{kind} (1)"] = plan_time(group, one, *arguments)
     if alone:
         times["fcollect"] = fcollect_time(group)
         times["gloo"] = gloo_time(group, counts[group.rank()])

@@ -19,6 +19,8 @@ SOLVERS = ("auto", "cpu", *GPU_SOLVERS)
 COUNTS = ("auto", "nvshmem", "ipc", "torch")
 """Requests for an exchange of counts; `comm.connect` makes each."""
 
+MAX_ONE_LAUNCH = 2048
+"""Picks of a batch that one block can plan, at most; any that it has shared memory for."""
 OBJECTIVES = ("tokens", "experts", "cost", "auto")
 """What plans minimise on the largest rank; `problem.Problem` says what each is."""
 
@@ -183,6 +185,16 @@ class Settings:
         "rank; 0: every batch is balanced. It goes with the objective `tokens`, without guest "
         "slots, and holds where a layer's `Problem` says no other.",
         within=("of at least 0, below 2**31", lambda tokens: 0 <= tokens < 2**31),
+    )
+    one_launch: int = _setting(
+        "LPLB_EP_ONE_LAUNCH",
+        0,
+        "A rank's batch of at most so many picks (tokens times top-k) is planned on the GPU in one "
+        f"launch, not three. The most is {MAX_ONE_LAUNCH}; 0: none is.",
+        within=(
+            f"of at least 0, at most {MAX_ONE_LAUNCH}",
+            lambda picks: 0 <= picks <= MAX_ONE_LAUNCH,
+        ),
     )
     push_sms: int = _setting(
         "LPLB_EP_PUSH_SMS",

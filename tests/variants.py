@@ -31,7 +31,7 @@ from lplb_ep import Layer, Placement, Planner, Problem, check_plan  # noqa: E402
 from lplb_ep.comm import copies  # noqa: E402
 from lplb_ep.comm.exchange import Relay, WindowExchange, Windows  # noqa: E402
 from lplb_ep.gpu.jit import Program  # noqa: E402
-from lplb_ep.planning import kernels, launches, reference  # noqa: E402
+from lplb_ep.planning import kernels, reference  # noqa: E402
 from lplb_ep.planning import planner as planner_module  # noqa: E402
 from lplb_ep.planning.device import DeviceBackend  # noqa: E402
 from lplb_ep.planning.layout import capacity_for  # noqa: E402
@@ -43,6 +43,7 @@ from lplb_ep.planning.solvers import (  # noqa: E402
     Variant,
 )
 from lplb_ep.planning.structs import HEAD, Status  # noqa: E402
+from lplb_ep.settings import MAX_ONE_LAUNCH  # noqa: E402
 from lplb_ep.weights.guest_launches import (  # noqa: E402
     Batch,
     GuestLaunches,
@@ -78,7 +79,7 @@ def cases() -> list[Case]:
     out += [
         Case(
             f"plan-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
-            functools.partial(run_solver, "flow", v, launches.MAX_PLAN_PICKS),
+            functools.partial(run_solver, "flow", v, MAX_ONE_LAUNCH),
             DEVICE_SOLVERS["flow"].plan_program(v),
         )
         for v in DEVICE_SOLVERS["flow"].variants()
@@ -100,8 +101,8 @@ def cases() -> list[Case]:
             program(v),
         )
         for kind, most, program in (
-            ("objective", -1, OBJECTIVE_SOLVERS["flow"].program),
-            ("plan-objective", launches.MAX_PLAN_PICKS, OBJECTIVE_SOLVERS["flow"].plan_program),
+            ("objective", 0, OBJECTIVE_SOLVERS["flow"].program),
+            ("plan-objective", MAX_ONE_LAUNCH, OBJECTIVE_SOLVERS["flow"].plan_program),
         )
         for v in OBJECTIVE_SOLVERS["flow"].variants()
     ]
@@ -161,13 +162,18 @@ def check(
 
 
 def plan_once(
-    layer: Layer, solver: str, topk: torch.Tensor, counts: torch.Tensor, exchanged: bool
+    layer: Layer,
+    solver: str,
+    topk: torch.Tensor,
+    counts: torch.Tensor,
+    exchanged: bool,
+    most: int = 0,
 ) -> None:
-    """One plan of the rank in the middle, whose picks these are."""
+    """One plan of the rank in the middle, whose picks these are. `most`: of one launch."""
     from test_plan import Rows
 
     rank = layer.placement.num_ranks // 2
-    planner = Planner(layer, rank=rank, counts="given", solver=solver)
+    planner = Planner(layer, rank=rank, counts="given", solver=solver, one_launch=most)
     if exchanged:
         planner.exchange = Rows(counts.cuda(), rank)
     plan = planner(topk.cuda(), counts=None if exchanged else counts.cuda())
@@ -175,7 +181,7 @@ def plan_once(
     check(plan, topk, layer, rank)
 
 
-def run_solver(solver: str, variant: Variant, most: int = -1) -> None:
+def run_solver(solver: str, variant: Variant, most: int = 0) -> None:
     """Both kernels of a variant. `most`: picks of a plan in one launch."""
     placement, rng = placement_of(variant), np.random.default_rng(variant.size)
     picked = DEVICE_SOLVERS[solver].variant(capacity_for(placement))
@@ -187,11 +193,12 @@ def run_solver(solver: str, variant: Variant, most: int = -1) -> None:
     speed = torch.from_numpy(rng.integers(1, 6, R))
     limit = load[:, None].expand(-1, placement.max_replicas) * 3 // 4 + 1
     bounded = Problem(base_load=base, speed=speed, max_quota=limit)
-    with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", most):
-        plan_once(Layer(placement), solver, topk, counts, False)
-        exchanged = most < 0  # between the launches
-        plan_once(Layer(placement, Problem(base_load=base)), solver, topk.int(), counts, exchanged)
-        plan_once(Layer(placement, bounded), solver, topk, counts, False)
+    plan_once(Layer(placement), solver, topk, counts, False, most)
+    exchanged = not most  # between the launches
+    plan_once(
+        Layer(placement, Problem(base_load=base)), solver, topk.int(), counts, exchanged, most
+    )
+    plan_once(Layer(placement, bounded), solver, topk, counts, False, most)
 
 
 def run_objective(variant: Variant, most: int) -> None:
@@ -202,10 +209,10 @@ def run_objective(variant: Variant, most: int) -> None:
     topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
     base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
     bounded = Layer(placement, Problem(objective="auto", base_load=base))
-    with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", most):
-        for objective in ("experts", "cost", "auto"):
-            plan_once(Layer(placement, Problem(objective=objective)), "flow", topk, counts, False)
-        plan_once(bounded, "flow", topk, counts, most < 0)
+    for objective in ("experts", "cost", "auto"):
+        layer = Layer(placement, Problem(objective=objective))
+        plan_once(layer, "flow", topk, counts, False, most)
+    plan_once(bounded, "flow", topk, counts, not most, most)
 
 
 def guest_placement_of(variant: Variant) -> Placement:
@@ -342,11 +349,11 @@ class OtherRanks:
             else None,
         )
 
-    def planner(self, layer: Layer, timeout_s: float = 60) -> Planner:
+    def planner(self, layer: Layer, **options: Any) -> Planner:
         """This rank's planner."""
         exchange = WindowExchange("ipc", self.windows)
         with unittest.mock.patch.object(planner_module, "connect", return_value=exchange):
-            return Planner(layer, rank=self.rank, counts="ipc", solver="flow", timeout_s=timeout_s)
+            return Planner(layer, rank=self.rank, counts="ipc", solver="flow", **options)
 
     def send(
         self, planner: Planner, counts: torch.Tensor, ahead: int = 1, absent: int | None = None
@@ -372,16 +379,10 @@ class OtherRanks:
 
 def run_windows(dtype: torch.dtype, one: bool = False) -> None:
     """Rows in windows: plans, a batch that this rank refuses, and one whose rows come late."""
-    most = launches.MAX_PLAN_PICKS if one else -1
-    with unittest.mock.patch.object(launches, "MAX_PLAN_PICKS", most):
-        _run_windows(dtype)
-
-
-def _run_windows(dtype: torch.dtype) -> None:
     rng, rank = np.random.default_rng(4), 5
     layer = Layer(oracle.random_placement(rng, 8, 60, 2))
     others = OtherRanks(layer.placement, rank, relayed=False)
-    planner = others.planner(layer, timeout_s=0.2)
+    planner = others.planner(layer, timeout_s=0.2, one_launch=MAX_ONE_LAUNCH if one else 0)
     for _ in range(3):
         topk, counts = make_batch(rng, layer.placement, rank)
         others.send(planner, counts)

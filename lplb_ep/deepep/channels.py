@@ -55,6 +55,7 @@ class PlannerSettings(NamedTuple):
     objective: str
     cost: CostModel | None
     min_gain: int
+    one_launch: int
     sample_every: int
 
     @classmethod
@@ -74,6 +75,7 @@ class PlannerSettings(NamedTuple):
             objective=settings.objective if balances else "tokens",
             cost=choose_cost(settings.cost)[0] if balances else None,
             min_gain=settings.min_gain if balances else 0,
+            one_launch=settings.one_launch,
             sample_every=settings.record_every if settings.record else 0,
         )
 

@@ -49,6 +49,7 @@ class DeviceBackend:
         windows: where kernels exchange rows; None: rows travel by other means.
         timeout_s: how long a batch waits for the rows, in seconds.
         abort_on_timeout: whether the process ends when a row does not come in that time.
+        one_launch: as `Workspace` has it.
         sample_every: as `DeviceStatistics` has `every`.
 
     Raises:
@@ -72,6 +73,7 @@ class DeviceBackend:
         windows: Windows | None = None,
         timeout_s: float = 60,
         abort_on_timeout: bool = False,
+        one_launch: int = 0,
         sample_every: int = 0,
     ) -> None:
         self._device = torch.device("cuda", torch.cuda.current_device())
@@ -96,6 +98,7 @@ class DeviceBackend:
             windows,
             round(1e9 * timeout_s),
             MAX_ROUNDS,
+            one_launch,
             self.statistics,
         )
         self._number = number_of(self.workspace.head)

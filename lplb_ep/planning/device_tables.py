@@ -12,6 +12,7 @@ import torch
 from ..gpu.launch import Kernel, max_shared_bytes
 from ..placement.table import Placement
 from ..problem import GuestRule, Problem
+from ..settings import MAX_ONE_LAUNCH
 from . import structs
 from .guest_layout import (
     GuestTables,
@@ -20,7 +21,7 @@ from .guest_layout import (
     pack_guest_network,
     pack_guests,
 )
-from .kernels import MAX_PLAN_PICKS, plan_kernel, solver_kernel
+from .kernels import plan_kernel, solver_kernel
 from .layout import (
     Routes,
     Tables,
@@ -98,7 +99,7 @@ class DeviceTables:
         """Dynamic shared memory of a block that solves."""
         self.num_route_bytes = num_route_bytes(placement, refreshable)
         """Dynamic shared memory of a block that rewrites."""
-        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_PLAN_PICKS, objective)
+        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, objective)
         """Dynamic shared memory of a block that makes a whole plan."""
         self._tables, self._routes = self._make(placement)
         pack = pack_guest_network if p.num_guests_per_rank else pack_network

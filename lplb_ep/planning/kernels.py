@@ -16,8 +16,6 @@ NUM_THREADS = 1024
 """Threads of a block that counts or rewrites."""
 MAX_CHUNKS = 64
 """Blocks that a rank's picks are shared between."""
-MAX_PLAN_PICKS = 2048
-"""Picks of a batch that one launch plans. With more, blocks that share them are faster."""
 
 NUM_COPY_THREADS, CHUNK, NUM_STAGES = 256, 32768, 6
 """Of the kernels that move weights: threads of a block, bytes of a chunk, and chunks in a block's

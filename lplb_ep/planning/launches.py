@@ -16,7 +16,7 @@ from . import structs
 from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
 from .inputs import logical_table, num_ids
-from .kernels import MAX_CHUNKS, MAX_PLAN_PICKS, NUM_THREADS, route_kernel
+from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
 from .solvers import NUM_PLAN_THREADS
 from .statistics import DeviceStatistics
 from .structs import HEAD, Status
@@ -41,6 +41,7 @@ class Workspace:
         windows: where kernels exchange rows; None: rows travel by other means.
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
+        one_launch: the most picks of a batch that is planned in one launch; 0: none.
         statistics: what its batches come to.
     """
 
@@ -57,12 +58,14 @@ class Workspace:
         windows: Windows | None,
         limit_ns: int,
         max_rounds: int,
+        one_launch: int,
         statistics: DeviceStatistics,
     ) -> None:
         p, device = tables.placement, tables.device
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         self.tables, self.error_flags, self.rank = tables, error_flags, rank
-        self.plan = tables.plan_kernel(bounds)
+        self.one_launch = one_launch
+        self.plan = tables.plan_kernel(bounds) if one_launch else None
         """The kernel of whole plans of small batches, where there is one."""
         self.bounds, self.guest_rule, self.max_rounds = bounds, guest_rule, max_rounds
         self.least_gain = least_gain
@@ -295,7 +298,7 @@ class Launches:
         """Chooses the launches of a batch, and gives them scratch memory for its picks."""
         workspace, (num_tokens, num_topk) = self._workspace, shape
         num_picks, E = num_tokens * num_topk, workspace.tables.placement.num_experts
-        self._is_one = self._plan is not None and num_picks <= MAX_PLAN_PICKS and not in_steps
+        self._is_one = self._plan is not None and num_picks <= workspace.one_launch and not in_steps
         self._write_num_topk(num_topk if self._distinct else 0)
         if self._is_one:
             self._write_plan_picks(0, 0, 0, num_picks, 1, num_picks, E)

@@ -23,6 +23,7 @@ from ..planning.launches import Launches
 from ..planning.planner import Planner
 from ..planning.structs import HEAD, Head, Status
 from ..problem import Problem
+from ..settings import MAX_ONE_LAUNCH
 from .tables import text_table
 
 NUM_BATCHES, NUM_WARM, NUM_REPLAYS, NUM_EAGER = 32, 3, 20, 128
@@ -171,7 +172,8 @@ def measure(
     Returns:
         Microseconds of each step: "count", "solve + number" (the kernel of a plan) and "route"
         (split and rewrite). "solve" is the solver alone, on loads that are summed already.
-        "plan" is all steps. "eager" is the wall time, in microseconds, of a `Planner` call on
+        "plan" is all steps. "in one" is a plan in one launch, NaN where batches are too large for
+        it or the solver has none. "eager" is the wall time, in microseconds, of a `Planner` call on
         the CPU. "above": tokens of the worst batch above the fewest that any plan has.
         "workspace": bytes that a planner holds.
     """
@@ -185,6 +187,7 @@ def measure(
     return {
         **_measure_plan(placement, topks, rows, solver, objective),
         **_measure_steps(placement, topks, rows.cuda(), solver, objective),
+        "in one": _measure_one(placement, topks, batches.counts.cuda(), solver, objective),
         "eager": _measure_eager(placement, topks, batches.counts.cuda(), solver, objective),
     }
 
@@ -303,6 +306,28 @@ def _measure_steps(
     return times
 
 
+def _measure_one(
+    placement: Placement,
+    topks: list[torch.Tensor],
+    counts: torch.Tensor,
+    solver: str,
+    objective: str,
+) -> float:
+    if solver != "flow" or topks[0].numel() > MAX_ONE_LAUNCH:
+        return math.nan
+    planner = Planner(
+        placement,
+        rank=placement.num_ranks // 2,
+        counts="given",
+        solver=solver,
+        objective=objective,
+        one_launch=MAX_ONE_LAUNCH,
+    )
+    taken = time_graph(lambda i: planner(topks[i], counts=counts[i]))
+    planner.raise_errors()
+    return taken
+
+
 def _measure_eager(
     placement: Placement,
     topks: list[torch.Tensor],
@@ -355,7 +380,7 @@ def count_launches(placement: Placement, batches: Batches, solver: str = "flow")
     return sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events() or ())
 
 
-TIMES = ("count", "solve", "solve + number", "route", "plan", "eager")
+TIMES = ("count", "solve", "solve + number", "route", "plan", "in one", "eager")
 NUMBERS = ("above", "launches", "workspace")
 
 
@@ -364,7 +389,11 @@ def table(rows: Sequence[tuple[str, dict[str, float]]]) -> str:
     return text_table(
         ["us", *TIMES, "tokens above T*", "launches", "bytes"],
         [
-            [name, *(f"{m[c]:.1f}" for c in TIMES), *(f"{m[c]:.0f}" for c in NUMBERS)]
+            [
+                name,
+                *("–" if math.isnan(m[c]) else f"{m[c]:.1f}" for c in TIMES),
+                *(f"{m[c]:.0f}" for c in NUMBERS),
+            ]
             for name, m in rows
         ],
     )

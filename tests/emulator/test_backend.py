@@ -29,7 +29,6 @@ from lplb_ep.planning import (
     device,
     device_tables,
     kernels,
-    launches,
     planner,
     reference,
     statistics,
@@ -37,6 +36,7 @@ from lplb_ep.planning import (
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.solve import judge
 from lplb_ep.planning.structs import HEAD, Head
+from lplb_ep.settings import MAX_ONE_LAUNCH
 
 E, R = 4, 2
 TWO = Placement([0, 1, 2, 3, 2, 0], R, home=[0, 1, 4, 3])  # slots 2 and 5 are replicas
@@ -177,8 +177,6 @@ def copy_at_once(index, pairs):
 @pytest.fixture(params=["one launch", "three launches"])
 def make(request, library, monkeypatch):
     """Makes the planner of a layer and exchange on such a GPU, where that may be one launch."""
-    if request.param == "three launches":
-        monkeypatch.setattr(launches, "MAX_PLAN_PICKS", -1)
     driver, fake = Driver(library), Torch()
     graphs = Graphs(driver)
     monkeypatch.setattr(kernels, "load", driver.load)
@@ -196,6 +194,7 @@ def make(request, library, monkeypatch):
     monkeypatch.setattr(statistics, "copy_beside", copy_at_once)
 
     def make(target, exchange=None, **arguments):
+        arguments = {"one_launch": make.one_launch, **arguments}
         made = Planner(target, rank=RANK, counts="given", solver="flow", **arguments)
         made._backend._index = -1
         made.exchange = exchange
@@ -206,6 +205,7 @@ def make(request, library, monkeypatch):
     for cache in caches:
         cache.cache_clear()
     make.graphs, make.is_one = graphs, request.param == "one launch"
+    make.one_launch = MAX_ONE_LAUNCH if make.is_one else 0
     yield make
     gc.unfreeze()
     for cache in caches:
@@ -490,7 +490,7 @@ def test_a_batch_sets_what_changed_in_its_graph(make, monkeypatch):
     exchange = WindowExchange("ipc", Windows([window.data_ptr()]))
     monkeypatch.setattr(planner, "connect", lambda *_, **__: exchange)
     alone = Placement([0, 1, 2, 3, 0], 1)
-    windowed = Planner(alone, counts="ipc", solver="flow")
+    windowed = Planner(alone, counts="ipc", solver="flow", one_launch=make.one_launch)
     windowed._backend._index = -1
     topk, counts = torch.tensor([[0, 1], [2, -1]]), torch.tensor([[1, 1, 1, 0]])
     kept, num_set = [windowed.route(topk)], make.graphs.num_set

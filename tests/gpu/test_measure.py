@@ -1,5 +1,7 @@
 """What `lplb-ep bench` measures is what it says it is."""
 
+import math
+
 import pytest
 
 from lplb_ep.settings import GPU_SOLVERS
@@ -16,5 +18,8 @@ def test_every_step_is_measured_on_its_own_batch(solver):
     measured = bench.measure(placement, batches, solver)
     assert measured["above"] == 0
     for name in bench.TIMES:
-        assert 0 < measured[name] < 1e5, name
+        if name == "in one" and solver != "flow":
+            assert math.isnan(measured[name])
+        else:
+            assert 0 < measured[name] < 1e5, name
     assert bench.count_launches(placement, batches, solver) == 3

@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import variants
 
 from lplb_ep import ContractError, Layer, Placement, Planner, Problem, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
@@ -11,6 +12,7 @@ from lplb_ep.planning import device, launches
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.solvers import DEVICE_SOLVERS
+from lplb_ep.settings import MAX_ONE_LAUNCH
 
 pytestmark = pytest.mark.gpu
 
@@ -54,6 +56,16 @@ def compare(plan, topk, counts, placement, rank):
     assert torch.equal(plan.topk_idx.cpu(), cpu.rewrite(topk.cpu(), shares[rank], placement))
     assert plan.topk_idx.is_contiguous()
     assert int(plan.status) == Status.OPTIMAL
+
+
+@pytest.mark.parametrize("variant", DEVICE_SOLVERS["flow"].variants(), ids=str)
+def test_one_launch_plans_as_the_cpu_does(variant):
+    variants.run_solver("flow", variant, MAX_ONE_LAUNCH)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_one_launch_exchanges_rows(dtype):
+    variants.run_windows(dtype, True)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
