@@ -86,7 +86,6 @@ struct ByObjective {
 
     // The start of the other flow: all tokens, split evenly.
     __device__ void start_tokens() const {
-        __syncthreads();  // all have read the sums and rows before
         if (threadIdx.x < V::size) {
             c.staying()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x]);
             c.movable()[threadIdx.x] = 0;
@@ -96,7 +95,8 @@ struct ByObjective {
         __syncthreads();  // tokens and their sums are there before the flow reads them
     }
 
-    // The sum of what ranks count, and of what experts with several copies count at least, over the ranks.
+    // The sum of what ranks count, and of what experts with several copies count at least, over the ranks. Between two
+    // calls is a barrier.
     template <typename Least>
     __device__ Amount bound_of(const Amount* staying, Least least_rows) const {
         __shared__ Amount total;
@@ -111,7 +111,6 @@ struct ByObjective {
         __syncthreads();  // the sum is whole
         int who;
         Amount mean = (total + c.shape.ranks - 1) / c.shape.ranks, most = largest_of(c, staying, who);
-        __syncthreads();  // all have read it before it is zero again
         return max(mean, most);
     }
 
@@ -173,7 +172,6 @@ struct ByObjective {
 
     // Adds up the tokens of each rank.
     __device__ void add_up_loads() const {
-        __syncthreads();  // rows are final, and all have read the flow's sums
         if (threadIdx.x < V::size) c.load()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x]);
         __syncthreads();  // what stays is there before rows are added
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) atomicAdd(&c.load()[c.arcs[a].rank], c.tokens[a]);

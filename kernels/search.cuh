@@ -86,7 +86,7 @@ struct Ranks {
 template <typename V, typename Measure, typename Rows>
 __device__ void add_up_ranks(const Component<V>& c, const Ranks<V>& ranks, const Measure& measure,
                              const Amount* staying, Rows rows_of) {
-    __syncthreads();  // all have read the sums before
+    __syncthreads();  // earlier sums are read
     if (threadIdx.x < V::size) {
         ranks.amount[threadIdx.x] = staying[threadIdx.x];
         ranks.active[threadIdx.x] = ranks.staying_active[threadIdx.x];
@@ -308,7 +308,6 @@ struct Search {
             if (step <= finest) break;
             step = max(finest, step >> SHRINK);
         }
-        __syncthreads();  // all have read the sums before others take their place
     }
 };
 
