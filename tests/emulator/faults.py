@@ -442,7 +442,7 @@ FAULTS = [
     Fault(
         "a batch that is not counted is sampled",
         "plan.cuh",
-        "if (ending.status < BAD_COUNTS) {",
+        "if (worst < BAD_COUNTS && total <= MAX_TOTAL) {",
         "if (true) {",
     ),
     # Batches that stay at home
