@@ -212,7 +212,7 @@ LPLB_PLACE(Relay, node_size, 28);
 
 // A copy of an expert that has several.
 struct __align__(16) Arc {
-    unsigned long long ranks;  // local ranks that hold a copy, as bits
+    unsigned long long ranks;  // local ranks with a copy, as bits; of sizes above 64: copies, lower ones << 32
     int quota;                 // its place in [E, C]
     short place;               // where the expert's arcs begin in `copies`; the expert's number, too
     short rank;                // its own local rank

@@ -37,13 +37,27 @@ struct Component {              // the pointers lead to shared memory, but for t
     }
 };
 
+// How many copies the expert of an arc has.
+template <typename V>
+__device__ int number_of_copies(const Arc& arc) {
+    if constexpr (V::wide) return int(arc.ranks & 0xffffffff);
+    else return number_of<V>(arc.ranks);
+}
+
+// How many of them are on lower ranks.
+template <typename V>
+__device__ int nth_of_copies(const Arc& arc) {
+    if constexpr (V::wide) return int(arc.ranks >> 32);
+    else return number_of<V>(arc.ranks & ((typename V::Set(1) << arc.rank) - 1));
+}
+
 // Splits each expert evenly over its copies: half as many rounds of the flow as from the homes.
 template <typename V>
 __device__ void split_evenly(const Component<V>& c, const int* load) {
     for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
         Arc arc = c.arcs[a];
-        int total = load[arc.place], number = number_of<V>(arc.ranks);
-        int place = number_of<V>(arc.ranks & ((typename V::Set(1) << arc.rank) - 1));
+        int total = load[arc.place], number = number_of_copies<V>(arc);
+        int place = nth_of_copies<V>(arc);
         c.tokens[a] = total / number + (place < total % number);
         atomicAdd(&c.movable()[arc.rank], c.tokens[a]);
     }
@@ -57,7 +71,7 @@ __device__ bool fill_copies(const Component<V>& c, const int* load) {
         Arc arc = c.arcs[a];
         if (c.copies[arc.place] != a) continue;
         int total = load[arc.place];
-        for (int i = 0; i < number_of<V>(arc.ranks); ++i) {
+        for (int i = 0; i < number_of_copies<V>(arc); ++i) {
             int copy = c.copies[arc.place + i], most = min(total, c.cap[c.arcs[copy].quota]);
             c.tokens[copy] = most;
             atomicAdd(&c.movable()[c.arcs[copy].rank], most);

@@ -27,7 +27,7 @@ __device__ void sync_pushing() {
 // Ranks that the tokens of this thread's rank could go to.
 template <typename V, bool general>
 __device__ typename V::Set targets_of(const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns]) {
-    typename V::Set targets = 0;
+    typename V::Set targets{};
     #pragma unroll
     for (const ResidualEdge<V>& edge : edges)
         if (c.tokens[edge.arc] > 0 && (!general || c.capacity(edge.to) > 0)) targets |= edge.target;
@@ -35,10 +35,10 @@ __device__ typename V::Set targets_of(const Component<V>& c, const ResidualEdge<
     for (int i = V::chunk + threadIdx.x % V::parts; V::more && i < c.end_of_edges(); i += V::parts) {
         Edge edge = c.edges[i];
         if (edge.arc >= 0 && c.tokens[edge.arc] > 0 && (!general || c.capacity(edge.to) > 0))
-            targets |= typename V::Set(1) << edge.target;
+            targets |= only<typename V::Set>(edge.target);
     }
     #pragma unroll
-    for (int other = 1; other < V::parts; other *= 2) targets |= __shfl_xor_sync(~0u, targets, other);
+    for (int other = 1; other < V::parts; other *= 2) targets |= of_lane_xor(targets, other);
     return targets;
 }
 
@@ -60,7 +60,7 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
     // K of this thread's rank begins at the mean, or at what a rank cannot pass on. With speeds each rank has
     // a K of its own, and a lane has those of its ranks, too.
     int limit = max(least, total / c.shape.ranks + (total % c.shape.ranks != 0)), limits[V::words];
-    if (general && c.speed != nullptr) raise_limits<V>(c, ~Set(0), total, limits, limit, rank);
+    if (general && c.speed != nullptr) raise_limits<V>(c, ~Set{}, total, limits, limit, rank);
     int rise = limit - c.movable()[rank];  // of K since `excess` was written
     Set* layers = c.layers;
     keep_in_register(layers);  // or its address is made anew wherever it is used
@@ -83,31 +83,31 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             bool is_rank = lane + 32 * i < V::size;
-            next[i] = is_rank ? early(c.targets + lane + 32 * i) : 0;
+            next[i] = is_rank ? early(c.targets + lane + 32 * i) : Set{};
             above[i] = is_rank ? c.excess()[lane + 32 * i] : 0;
             flag[i] = above[i] > 0;
         }
         Set with_excess = vote<V>(flag);
-        if (with_excess == 0) break;
+        if (!any(with_excess)) break;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = above[i] < 0;
-        Set layer = vote<V>(flag), reached = layer, down = 0;
+        Set layer = vote<V>(flag), reached = layer, down{};
         int top = 0;
-        while (layer != 0 && (with_excess & ~reached) != 0) {
+        while (any(layer) && any(with_excess & ~reached)) {
             if (threadIdx.x == 0) layers[top] = layer;
             ++top;
             down = layer;
             #pragma unroll
-            for (int i = 0; i < V::words; ++i) flag[i] = (next[i] & layer) != 0;
+            for (int i = 0; i < V::words; ++i) flag[i] = any(next[i] & layer);
             layer = vote<V>(flag) & ~reached;
             reached |= layer;
         }
-        if (with_excess & ~reached) {
+        if (any(with_excess & ~reached)) {
             // What does not reach a rank below its limit is a cut: nothing leads out of it.
             int cut_load = 0, size = c.shape.ranks - number_of<V>(reached), before = limit;
             #pragma unroll
             for (int i = 0; i < V::words; ++i)
-                if (lane + 32 * i < c.shape.ranks && !(reached >> (lane + 32 * i) & 1))
+                if (lane + 32 * i < c.shape.ranks && !has(reached, lane + 32 * i))
                     cut_load += above[i] + (general && c.speed != nullptr ? limits[i] : 0);
             cut_load = __reduce_add_sync(~0u, cut_load);
             if (general && c.speed != nullptr) raise_limits<V>(c, ~reached, cut_load, limits, limit, rank);
@@ -121,7 +121,7 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
             int turns = general && c.cap != nullptr ? c.shape.ranks : 1;
             for (int turn = 0; turn < turns; ++turn) {
                 sync_pushing<V>();  // the layer above has pushed, and the layers are written
-                bool pushes = layer >> rank & 1 && (turns == 1 || rank == turn);
+                bool pushes = has(layer, rank) && (turns == 1 || rank == turn);
                 push<V, general>(c, edges, pushes, down, top == 1);
             }
             layer = down;

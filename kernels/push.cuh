@@ -12,6 +12,18 @@ struct ResidualEdge {           // along which tokens may move, ready for use
     unsigned same;              // edges of the same copy, as bits of the chunk
 };
 
+// The `number` bits from `begin` on that a chunk has.
+template <typename V>
+__device__ unsigned bits_of_chunk(int begin, int number) {
+    if constexpr (V::wide) {
+        int first = max(begin, 0), end = min(begin + number, V::chunk);
+        return unsigned((1ull << max(first, end)) - (1ull << first));
+    } else {
+        unsigned long long all = (1ull << number) - 1;
+        return unsigned(begin < 0 ? all >> -begin : all << begin);
+    }
+}
+
 // This thread's edges of the chunk that begins with a rank's edge number `chunk`.
 template <typename V>
 __device__ void make_ready(const Edge* edges, int number, int chunk, ResidualEdge<V> (&residual)[V::turns]) {
@@ -20,12 +32,11 @@ __device__ void make_ready(const Edge* edges, int number, int chunk, ResidualEdg
         int place = i * V::parts + threadIdx.x % V::parts;
         Edge edge{-1, -1, 0, 0, 0};
         if (chunk + place < number) edge = edges[chunk + place];
-        residual[i] = {typename V::Set(0), 0, 0, 0, 0};
+        residual[i] = {typename V::Set{}, 0, 0, 0, 0};
         if (edge.arc < 0) continue;
         int begin = place - edge.nth;
-        unsigned long long all = (1ull << edge.number) - 1;
-        residual[i] = {typename V::Set(1) << edge.target, edge.arc, edge.to, edge.target,
-                       unsigned(begin < 0 ? all >> -begin : all << begin)};
+        residual[i] = {only<typename V::Set>(edge.target), edge.arc, edge.to, edge.target,
+                       bits_of_chunk<V>(begin, edge.number)};
     }
 }
 
@@ -44,7 +55,7 @@ __device__ void push(const Component<V>& c, const ResidualEdge<V> (&first)[V::tu
         bool usable[V::turns];
         #pragma unroll
         for (int i = 0; i < V::turns; ++i) {
-            usable[i] = pushes && (edges[i].target & down) != 0;
+            usable[i] = pushes && any(edges[i].target & down);
             available[i] = usable[i] ? early(c.tokens + edges[i].arc) : 0;
             limit[i] = usable[i] && lowest ? early(c.deficit() + edges[i].rank) : MAX_TOTAL;
         }

@@ -16,12 +16,12 @@ __device__ void raise_limits(const Component<V>& c, typename V::Set set, int loa
     for (int i = 0; i < V::words; ++i) {
         int r = lane + 32 * i;
         speed[i] = r < c.shape.ranks ? c.speed[c.ranks[r]] : 1;
-        if (r < c.shape.ranks && set >> r & 1) speeds += speed[i];
+        if (r < c.shape.ranks && has(set, r)) speeds += speed[i];
     }
     speeds = __reduce_add_sync(~0u, speeds);
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
-        bool inside = lane + 32 * i < c.shape.ranks && set >> (lane + 32 * i) & 1;
+        bool inside = lane + 32 * i < c.shape.ranks && has(set, lane + 32 * i);
         done[i] = inside ? int(Long(load) * speed[i] / speeds) : -1;
         short_of -= __reduce_add_sync(~0u, inside ? done[i] : 0);
     }

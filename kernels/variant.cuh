@@ -1,10 +1,9 @@
-// What a kernel of the flow is compiled for, and sets of a component's ranks.
+// What a kernel of the flow is compiled for.
 #pragma once
 
-namespace lplb {
+#include "sets.cuh"
 
-template <int words> struct Bits { typedef unsigned long long Type; };
-template <> struct Bits<1> { typedef unsigned Type; };
+namespace lplb {
 
 template <int size_, int parts_, int turns_, bool more_, int threads_, bool guests_ = false, int blocks_ = 1>
 struct Variant {
@@ -20,7 +19,11 @@ struct Variant {
     static constexpr int chunk = parts * turns;     // edges of a rank that are pushed along at once
     typedef typename Bits<words>::Type Set;         // ranks, as bits
 
-    static_assert(size <= 64, "a set of ranks is one word of at most 64 bits");
+    static constexpr bool wide = words > 2;         // whether a set is several words
+
+    static_assert(size <= 256, "an edge has its target and its number in a byte each");
+    static_assert(!(wide && guests), "guests and what search.cuh moves have sets of one word");
+    static_assert(size <= threads, "a thread has each rank");
     static_assert(pushing % 32 == 0, "whole warps push: their votes and shuffles take all lanes");
     static_assert(pushing <= threads, "the threads that push are of the block");
     static_assert(32 % parts == 0, "the threads of a rank scan over their lanes, so they share a warp");
@@ -36,20 +39,18 @@ __device__ unsigned component() { return blockIdx.x / unsigned(V::blocks); }
 template <typename V>
 __device__ int block_of_component() { return int(blockIdx.x % unsigned(V::blocks)); }
 
-// The ranks whose flag is set; of a lane those of the rank `lane`, and `lane` + 32.
+// The ranks whose flag is set; of a lane those of the rank `lane`, `lane` + 32, ...
 template <typename V>
 __device__ typename V::Set vote(const bool (&flag)[V::words]) {
-    typename V::Set set = 0;
+    typename V::Set set{};
     #pragma unroll
     for (int i = 0; i < V::words; ++i)
-        set |= typename V::Set(__ballot_sync(~0u, flag[i])) << (32 * i);
+        put_word(set, i, __ballot_sync(~0u, flag[i]));
     return set;
 }
 
 template <typename V>
-__device__ int number_of(typename V::Set set) {
-    return V::words == 1 ? __popc(unsigned(set)) : __popcll(set);
-}
+__device__ int number_of(typename V::Set set) { return number_in(set); }
 
 // The lowest rank of a set that is not empty.
 template <typename V>
@@ -60,17 +61,5 @@ __device__ int lowest_of(typename V::Set set) {
 // The ranks below one.
 template <typename V>
 __device__ typename V::Set below(int rank) { return (typename V::Set(1) << rank) - 1; }
-
-// Adds a rank to a set in shared memory, to which other threads may add others.
-template <typename Set>
-__device__ void add_to_set(Set* set, int rank) {
-    atomicOr(reinterpret_cast<unsigned*>(set) + rank / 32, 1u << rank % 32);
-}
-
-// A load that stays where it is written, so that it is under way early, and in the order of a warp.
-template <typename T>
-__device__ T early(const T* at) {
-    return *static_cast<const volatile T*>(at);
-}
 
 }  // namespace lplb

@@ -82,7 +82,7 @@ def cases() -> list[Case]:
             functools.partial(run_solver, "flow", v, MAX_ONE_LAUNCH),
             DEVICE_SOLVERS["flow"].plan_program(v),
         )
-        for v in DEVICE_SOLVERS["flow"].variants()
+        for v in DEVICE_SOLVERS["flow"].plan_variants()
     ]
     out.append(Case("plan-windows", functools.partial(run_windows, torch.int64, True)))
     out.append(Case("guests", run_guests, kernels.weights_program()))
@@ -128,11 +128,16 @@ def cases() -> list[Case]:
 
 
 def placement_of(variant: Variant) -> Placement:
-    """A placement whose capacity picks a variant; of some, with a rank less than its size."""
+    """A placement whose capacity picks a variant; of some, with a rank less than its size.
+
+    Of sizes above 64 with the fewest ranks: one block holds a whole plan of these.
+    """
+    few = variant.size // 2 + 1
+    num_ranks = few if variant.size > 64 else variant.size - variant.turns % 2
     rng = np.random.default_rng(variant.size)
     num_edges = variant.parts * variant.turns + 2 * variant.more
     while True:
-        placement = circulant(rng, variant.size - variant.turns % 2, num_edges)
+        placement = circulant(rng, num_ranks, num_edges)
         if capacity_for(placement).num_components == 1:
             return placement
 

@@ -34,10 +34,10 @@ from .layout import (
     tables,
 )
 from .solvers import (
-    STATIC_SHARED_BYTES,
     check_fit,
     num_plan_bytes,
     num_route_bytes,
+    num_static_bytes,
     solver_record,
 )
 from .structs import Status
@@ -127,18 +127,18 @@ class DeviceTables:
     def plan_kernel(self, bounds: Sequence[torch.Tensor | None]) -> Kernel | None:
         """The kernel of whole plans in one launch, compiled now if it never was.
 
-        None: the solver has none, there are several components for good, or a block has not enough
+        None: the variant has none, there are several components for good, or a block has not enough
         shared memory.
 
         Raises:
             MissingPackageError, CompileError: as `DeviceTables`.
         """
-        num_bytes = self.num_plan_bytes + STATIC_SHARED_BYTES
+        num_bytes = self.num_plan_bytes + num_static_bytes(self._variant.size)
         # Of several components one would wait for the other. Where homes move there is one as a
         # rule, and the tables hold more.
         is_one = self.num_components == 1 or self._moves_homes
         fits = is_one and num_bytes <= max_shared_bytes(self.device.index)
-        if not self._record.plans or not fits:
+        if self._variant not in self._record.plan_variants() or not fits:
             return None
         signature = structs.PLAN if is_plain(bounds) else structs.PLAN_GENERAL
         signature = structs.PLAN_BY_OBJECTIVE if self.objective else signature

@@ -27,7 +27,7 @@ def programs() -> list[Program]:
     records = [r for by in (DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS) for r in by.values()]
     return [
         *(record.program(v) for record in records for v in record.variants()),
-        *(record.plan_program(v) for record in records if record.plans for v in record.variants()),
+        *(record.plan_program(v) for record in records for v in record.plan_variants()),
         *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),
         weights_program(),
         barrier_program(),

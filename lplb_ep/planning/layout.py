@@ -20,12 +20,12 @@ from . import structs
 from .search_rules import Aim
 from .structs import ARC, COPY, EDGE, MAX_EXPERTS, MAX_PLACES
 
-MAX_RANKS = 64
-"""Of one component: ranks are bits of a word."""
-
-
-SIZES = (8, 16, 32, 64)
+SIZES = (8, 16, 32, 64, 128, 256)
 """The numbers of ranks of a component that kernels are compiled for."""
+MAX_RANKS = SIZES[-1]
+"""Of one component: an edge has its target in a byte."""
+WORD_RANKS = 64
+"""Of one component whose ranks are bits of a word. Beyond, it takes tokens alone, and no guests."""
 
 NO_EDGE = np.array((-1, -1, 0, 0, 0), EDGE.dtype)
 
@@ -73,7 +73,12 @@ def own_capacity(placement: Placement) -> Capacity:
         ValueError: a component is too large for one block; names its size.
     """
     component = placement.component
-    num_ranks, num_experts = _sizes(placement, component)
+    num_ranks, num_experts = component_sizes(placement, component)
+    if num_ranks.max() > MAX_RANKS:
+        raise ValueError(
+            f"the GPU solver takes components of at most {MAX_RANKS} ranks; "
+            f"the largest has {num_ranks.max()}"
+        )
     useful = placement.copy_rank >= 0
     number = np.broadcast_to(useful.sum(1, keepdims=True), useful.shape)
     several = useful & (number > 1)
@@ -89,26 +94,36 @@ def own_capacity(placement: Placement) -> Capacity:
     )
 
 
-def _sizes(
+def component_sizes(
     placement: Placement, component: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Ranks and experts of each component.
+    """Ranks and experts of each component, whose label each rank [R] has.
 
     Raises:
-        ValueError: a component is too large for one block; names its size.
+        ValueError: there are too many experts in all; names their number.
     """
-    num_ranks = np.bincount(component)
-    num_experts = np.bincount(component[placement.home_rank])
-    if num_ranks.max() > MAX_RANKS or num_experts.max() > MAX_EXPERTS:
-        raise ValueError(
-            f"the GPU solver takes components of at most {MAX_RANKS} ranks and {MAX_EXPERTS} "
-            f"experts; the largest has {num_ranks.max()} ranks, {num_experts.max()} experts"
-        )
     if placement.num_experts >= 2**15:
         raise ValueError(
             f"the GPU solver takes at most {2**15 - 1} experts; got {placement.num_experts}"
         )
-    return num_ranks, num_experts
+    return np.bincount(component), np.bincount(component[placement.home_rank])
+
+
+def check_word(num_ranks: int, num_experts: int, what: str) -> None:
+    """Checks whether a component fits kernels that have its ranks as bits of a word.
+
+    Args:
+        num_ranks, num_experts: of the largest component.
+        what: the part that has such kernels.
+
+    Raises:
+        ValueError: it does not; names its size.
+    """
+    if num_ranks > WORD_RANKS or num_experts > MAX_EXPERTS:
+        raise ValueError(
+            f"{what} takes components of at most {WORD_RANKS} ranks and {MAX_EXPERTS} experts "
+            f"on the GPU; the largest has {num_ranks} ranks, {num_experts} experts"
+        )
 
 
 def _four(number: int) -> int:
@@ -123,7 +138,7 @@ def capacity_for(
     Args:
         placement: the copies.
         refreshable: whether any other replicas must fit, too, as long as they do not fall into more
-            components.
+            components, nor join more than 64 ranks or 512 experts where these do not.
         moves_homes: of one that is refreshable, whether any experts must fit in any slots.
 
     Raises:
@@ -136,12 +151,15 @@ def capacity_for(
         return own
     num_replicas = p.num_physical_experts - p.num_experts
     num_several = min(p.num_experts, num_replicas)
+    # Small components keep the kernels that are fast for them.
+    most_ranks = MAX_RANKS if moves_homes or own.size > WORD_RANKS else WORD_RANKS
+    most_experts = p.num_experts if moves_homes or own.max_experts > MAX_EXPERTS else MAX_EXPERTS
     return Capacity(
         num_components=p.num_ranks if moves_homes else own.num_components,
-        size=next(size for size in SIZES if size >= min(p.num_ranks, MAX_RANKS)),
+        size=next(size for size in SIZES if size >= min(p.num_ranks, most_ranks)),
         max_arcs=_four(num_replicas + num_several),
         max_edges=min(num_replicas, p.num_local_slots * (p.max_replicas - 1)),
-        max_experts=min(p.num_experts, MAX_EXPERTS),
+        max_experts=min(p.num_experts, most_experts),
         num_several=num_several,
         num_copies=num_replicas + num_several,
     )
@@ -172,7 +190,8 @@ def guest_capacity(placement: Placement, refreshable: bool = False) -> Capacity:
         ValueError: a component is too large for one block, or an expert has too many copies.
     """
     p, component = placement, guest_components(placement)
-    num_ranks, num_experts = _sizes(placement, component)
+    num_ranks, num_experts = component_sizes(placement, component)
+    check_word(num_ranks.max(), num_experts.max(), "a placement with guest slots")
     if p.max_replicas > 255 or p.num_local_slots > MAX_PLACES:
         raise ValueError(
             "with guest slots the GPU solver takes at most 255 copies of an expert and "
@@ -182,7 +201,7 @@ def guest_capacity(placement: Placement, refreshable: bool = False) -> Capacity:
     replicas = p.copy_rank[:, 1:]
     residents = int(np.bincount(component[replicas[replicas >= 0]], minlength=1).max())
     if refreshable:
-        ranks, experts = min(p.num_ranks, MAX_RANKS), min(p.num_experts, MAX_EXPERTS)
+        ranks, experts = min(p.num_ranks, WORD_RANKS), min(p.num_experts, MAX_EXPERTS)
         residents = p.num_physical_experts - p.num_experts - p.num_guests_per_rank * p.num_ranks
     added = residents + ranks * p.num_guests_per_rank
     several = min(experts, added)
@@ -252,10 +271,8 @@ def tables(placement: Placement, capacity: Capacity) -> Tables:
         mine = np.flatnonzero(component[rank] == g)
         mine = mine[np.lexsort((expert[mine], local[rank[mine]]))]
         e, r, n = expert[mine], local[rank[mine]], mine.size
-        holders = np.zeros(placement.num_experts, np.uint64)
-        np.bitwise_or.at(holders, e, np.uint64(1) << r.astype(np.uint64))
         by_expert = np.lexsort((r, e))
-        out.arcs["ranks"][g, :n] = holders[e]
+        out.arcs["ranks"][g, :n] = _holders(e, r, by_expert, size)
         out.arcs["quota"][g, :n] = e * placement.max_replicas + column[mine]
         out.arcs["place"][g, :n] = np.searchsorted(e[by_expert], e)
         out.arcs["rank"][g, :n] = r
@@ -271,6 +288,23 @@ def tables(placement: Placement, capacity: Capacity) -> Tables:
         most = max(of_rank.size for of_rank in edges)
         out.shape[g] = members.size, n, most, out.edges["nth"][g].max()
     return out
+
+
+def _holders(
+    expert: npt.NDArray[Any],
+    rank: npt.NDArray[Any],
+    by_expert: npt.NDArray[Any],
+    size: int,
+) -> npt.NDArray[np.uint64]:
+    """What each arc of a component knows of the copies of its expert: `ranks` of an `ARC`."""
+    if size > WORD_RANKS:
+        nth = np.empty(expert.size, np.int64)
+        sorted_experts = expert[by_expert]
+        nth[by_expert] = np.arange(expert.size) - np.searchsorted(sorted_experts, sorted_experts)
+        return (np.bincount(expert, minlength=1)[expert] | nth << 32).astype(np.uint64)
+    holders = np.zeros(expert.max(initial=0) + 1, np.uint64)
+    np.bitwise_or.at(holders, expert, np.uint64(1) << rank.astype(np.uint64))
+    return holders[expert]
 
 
 def _edges(expert: npt.NDArray[Any], rank: npt.NDArray[Any], size: int) -> list[npt.NDArray[Any]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -19,17 +19,27 @@ from ..placement.table import Placement
 from ..settings import SOLVERS
 from . import structs
 from .fill_rules import RULES
-from .layout import SIZES, Capacity, capacity_for
+from .layout import (
+    SIZES,
+    WORD_RANKS,
+    Capacity,
+    capacity_for,
+    check_word,
+    component_sizes,
+)
 from .structs import ARC, COPY, EDGE, ENDING, HEAD, RESIDENT
 
 NUM_THREADS = 256
 """Threads of a block that solves; fewer would take long to add up the counts."""
 NUM_PLAN_THREADS = 512
 """Threads of a block that makes a whole plan; more than push."""
+MAX_PLAN_RANKS = 128
+"""Ranks of such a plan: a block does not hold the rows of more."""
 MAX_PUSHING_THREADS = 256
 """Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
 STATIC_SHARED_BYTES = 3 * 1024
-"""The most shared memory that a kernel has beside its dynamic one, some of it CUDA's."""
+"""The most shared memory that a kernel has beside its dynamic one, some of it CUDA's, where
+components have at most `WORD_RANKS` ranks."""
 
 
 class Variant(NamedTuple):
@@ -69,6 +79,8 @@ class DeviceSolver:
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
+    wide: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
+    """The same of sizes above `WORD_RANKS`, which other solvers do not have."""
     plans: str = ""
     """The file in `kernels/` of its whole plans in one launch; none: it has none."""
 
@@ -79,9 +91,11 @@ class DeviceSolver:
             most = 0
             for parts, turns, more in self.shares:
                 fits = size * parts % 32 == 0 and size * parts <= MAX_PUSHING_THREADS
-                if fits and (more or parts * turns > most):
+                if size <= WORD_RANKS and fits and (more or parts * turns > most):
                     out.append(Variant(size, parts, turns, bool(more)))
                     most = parts * turns
+            wide = self.wide.get(size, ())
+            out += [Variant(size, parts, turns, bool(more)) for parts, turns, more in wide]
         return out
 
     def variant(self, capacity: Capacity) -> Variant:
@@ -96,6 +110,10 @@ class DeviceSolver:
 
     def _sizes(self, variant: Variant) -> dict[str, int]:
         return {name.upper(): value for name, value in variant._asdict().items()}
+
+    def plan_variants(self) -> list[Variant]:
+        """Those that make whole plans in one launch, too."""
+        return [v for v in self.variants() if self.plans and v.size <= MAX_PLAN_RANKS]
 
     def plan_program(self, variant: Variant) -> Program:
         """The program of a variant that makes whole plans."""
@@ -162,6 +180,7 @@ DEVICE_SOLVERS = {
             functions=lambda variant: (),
             num_flow_bytes=_flow_bytes,
             num_own_bytes=lambda capacity: 0,
+            wide={128: ((2, 3, 0), (2, 6, 1)), 256: ((1, 6, 1),)},
             plans="plan.cu",
         ),
         DeviceSolver(
@@ -240,6 +259,12 @@ def solver_record(solver: str, placement: Placement, objective: str = "tokens") 
     return GUEST_SOLVERS[solver]
 
 
+def num_static_bytes(size: int) -> int:
+    """The most shared memory, in bytes, that a kernel for components of a size has beside its
+    dynamic one: sets of ranks and numbers of them, as in `kernels/component.cuh`."""
+    return STATIC_SHARED_BYTES + 2 * max(0, size * (size // 8 + 4) - WORD_RANKS * 12)
+
+
 def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:
     """Dynamic shared memory, in bytes, of a block that splits and rewrites."""
     return _route_bytes(placement, capacity_for(placement, refreshable))
@@ -288,8 +313,13 @@ def check_fit(
         ValueError: a component is too large for one block, or a block has not enough shared memory;
             names the sizes. Or the solver takes no guest slots, or not the objective.
     """
-    capacity = capacity_for(placement, refreshable)
     record = solver_record(solver, placement, objective)
+    if not record.wide and not placement.num_guests_per_rank:
+        num_ranks, num_experts = component_sizes(placement, placement.component)
+        aims = "" if objective == "tokens" else f", where it minimises {objective},"
+        check_word(num_ranks.max(), num_experts.max(), f"the solver {solver}{aims}")
+    capacity = capacity_for(placement, refreshable)
+    static = num_static_bytes(capacity.size)
     num_blocks = record.num_blocks(capability)
     of_solver = record.num_shared_bytes(capacity, placement.num_experts, num_blocks)
     copies, guests = (placement.copy_rank >= 0).sum(1), placement.num_guests_per_rank
@@ -298,10 +328,10 @@ def check_fit(
         (f"the solver {solver}", of_solver),
         ("rewriting", num_route_bytes(placement, refreshable)),
     ):
-        if num_bytes + STATIC_SHARED_BYTES > max_bytes:
+        if num_bytes + static > max_bytes:
             raise ValueError(
                 f"a block has {max_bytes} bytes of shared memory, and {what} takes "
-                f"{num_bytes + STATIC_SHARED_BYTES} for {placement.num_experts} experts, "
+                f"{num_bytes + static} for {placement.num_experts} experts, "
                 f"{copies[copies > 1].sum()} copies of those with several, and "
                 f"{placement.num_ranks // placement.num_ranks_per_node} nodes{slots}"
             )

@@ -142,7 +142,11 @@ RELAY = Struct(
 ARC = Struct(
     "Arc",
     "A copy of an expert that has several.",
-    ("unsigned long long", "ranks", "local ranks that hold a copy, as bits"),
+    (
+        "unsigned long long",
+        "ranks",
+        "local ranks with a copy, as bits; of sizes above 64: copies, lower ones << 32",
+    ),
     ("int", "quota", "its place in [E, C]"),
     ("short", "place", "where the expert's arcs begin in `copies`; the expert's number, too"),
     ("short", "rank", "its own local rank"),

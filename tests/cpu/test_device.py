@@ -17,7 +17,7 @@ from lplb_ep.gpu import jit
 from lplb_ep.gpu.launch import Kernel
 from lplb_ep.planning import device_tables, layout, solvers, structs
 from lplb_ep.planning.kernels import programs
-from lplb_ep.planning.solvers import DEVICE_SOLVERS, STATIC_SHARED_BYTES, check_fit, choose_solver
+from lplb_ep.planning.solvers import DEVICE_SOLVERS, check_fit, choose_solver, num_static_bytes
 from lplb_ep.settings import SOLVERS
 from lplb_ep.weights import structs as weights_structs
 
@@ -118,11 +118,11 @@ def test_routes_hold_every_useful_copy_once():
 
 
 def random_layer(rng, R):
-    placement = oracle.random_placement(rng, R, int(rng.integers(R, 60)), 2)
+    placement = oracle.random_placement(rng, R, int(rng.integers(R, max(60, R + 20))), 2)
     return placement.with_copies(placement.physical_to_logical, 9)
 
 
-@pytest.mark.parametrize("R", [2, 8, 40])
+@pytest.mark.parametrize("R", [2, 8, 40, 100])
 def test_tables_of_a_refreshed_layer_have_room_for_any_other_replicas(R):
     rng = np.random.default_rng(R)
     for _ in range(4):
@@ -177,11 +177,11 @@ def test_tables_of_an_engine_have_room_for_any_experts_in_any_slots(R):
 
 
 def test_components_beyond_one_block_are_refused_by_size():
-    ring = Placement.from_topology("ring", num_experts=65, num_ranks=65)
-    with pytest.raises(
-        ValueError, match=r"at most 64 ranks and 512 experts; .* 65 ranks, 65 exper"
-    ):
+    ring = Placement.from_topology("ring", num_experts=257, num_ranks=257)
+    with pytest.raises(ValueError, match=r"components of at most 256 ranks; the largest has 257"):
         layout.capacity_for(ring)
+    with pytest.raises(ValueError, match=r"at most 32767 experts; got 32768"):
+        layout.capacity_for(Placement(np.arange(2**15), 1))
     # Many independent groups are no matter.
     many = Placement(np.arange(600), 100)
     assert len(tables_of(many).shape) == 100
@@ -203,6 +203,37 @@ def test_placements_must_fit_a_block_of_the_device():
     nodes = Placement(TWICE, 64, num_ranks_per_node=1)
     with pytest.raises(ValueError, match=r"rewriting takes 1\d{5} for .* and 64 nodes"):
         check_fit(nodes, "flow", SM_86)
+
+
+def test_only_tokens_without_guests_take_more_ranks_or_experts_than_a_word_and_a_block():
+    ring = Placement.from_topology("ring", num_experts=65, num_ranks=65)
+    many = Placement(np.tile(np.arange(513), 2), 2)
+    large = Placement(np.append(np.arange(1024), np.roll(np.arange(1024), 8)), 128)
+    guests = [Placement.homes_only(E, R, 1, num_ranks_per_node=R) for E, R in ((65, 65), (513, 27))]
+    for placement in (ring, many, large):
+        check_fit(placement, "flow", SM_86)
+        for solver, objective in (("cusolverdx", "tokens"), ("flow", "cost"), ("flow", "experts")):
+            with pytest.raises(ValueError, match=rf"{solver}.* at most 64 ranks and 512 experts"):
+                check_fit(placement, solver, SM_90, objective=objective)
+    for placement in guests:
+        with pytest.raises(ValueError, match=r"guest slots .* at most 64 ranks and 512 experts"):
+            check_fit(placement, "flow", SM_90)
+    with pytest.raises(ValueError, match=r"cost, .* the largest has 65 ranks, 65 experts"):
+        check_fit(ring, "flow", SM_90, objective="cost")
+    # Their sets of ranks take more of a block, too.
+    everywhere = Placement(np.tile(np.arange(28), 128), 128)
+    with pytest.raises(ValueError, match=r"flow takes \d+ for 28 experts, 3584 copies"):
+        check_fit(everywhere, "flow", 26 * 3584 + 6 * 1024)
+    check_fit(everywhere, "flow", SM_86)
+
+
+def test_a_refreshed_layer_of_small_components_keeps_their_kernels():
+    nodes = Placement(np.tile(np.arange(1024).reshape(16, 64), 2).ravel(), 128)
+    assert nodes.component.max() == 63
+    capacity = layout.capacity_for(nodes, refreshable=True)
+    assert (capacity.size, capacity.max_experts) == (64, 512)
+    capacity = layout.capacity_for(nodes, refreshable=True, moves_homes=True)
+    assert (capacity.size, capacity.max_experts) == (128, 1024)
 
 
 @pytest.mark.parametrize("solver", DEVICE_SOLVERS)
@@ -296,11 +327,13 @@ def test_every_variant_compiles(arch, kernel_cache, monkeypatch):
 def check_compiled(programs, arch, kernel_cache, monkeypatch):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(kernel_cache))
     kernels = set()
-    for cubin in jit.compile_all(programs, [arch]):
+    for program, cubin in zip(programs, jit.compile_all(programs, [arch]), strict=True):
         assert cubin.data[:4] == b"\x7fELF"
         assert cubin.path.parent == kernel_cache  # made in this session
         shared = [n for name, n, _ in sections(cubin.data) if name.startswith(".nv.shared.")]
-        most = 16384 if cubin.name.startswith("weights.cu") else STATIC_SHARED_BYTES
+        most = num_static_bytes(int(program.defines.get("SIZE", 0)))
+        if cubin.name.startswith("weights.cu"):
+            most = 16384
         assert max(shared, default=0) <= most
         assert max(shared, default=0) > 0 or cubin.name == "barrier.cu"
         for name, _, data in sections(cubin.data):

@@ -4,9 +4,14 @@ import pytest
 import sanitize
 import variants
 
-from lplb_ep.planning.kernels import programs
+from lplb_ep.planning.kernels import MAX_PLAN_PICKS, programs
 from lplb_ep.planning.layout import capacity_for
-from lplb_ep.planning.solvers import DEVICE_SOLVERS, GUEST_SOLVERS
+from lplb_ep.planning.solvers import (
+    DEVICE_SOLVERS,
+    GUEST_SOLVERS,
+    num_plan_bytes,
+    num_static_bytes,
+)
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RAN = 'while [ "$1" != --port ]; do shift; done; for name; do echo "ran $name in 0.0 s"; done; '
@@ -25,8 +30,12 @@ def test_every_program_has_a_case():
     ids=str,
 )
 def test_the_placement_of_a_variant_picks_it(solver, variant):
-    capacity = capacity_for(variants.placement_of(variant))
+    placement = variants.placement_of(variant)
+    capacity = capacity_for(placement)
     assert DEVICE_SOLVERS[solver].variant(capacity) == variant
+    if variant in DEVICE_SOLVERS[solver].plan_variants():
+        of_plan = num_plan_bytes(placement, capacity, MAX_PLAN_PICKS)
+        assert of_plan + num_static_bytes(variant.size) <= 227 * 1024
 
 
 @pytest.mark.parametrize("variant", GUEST_SOLVERS["flow"].variants(), ids=str)

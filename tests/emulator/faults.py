@@ -169,6 +169,55 @@ FAULTS = [
         "ending.status;",
     ),
     Fault("an even split loses its rest", "component.cuh", "(place < total % number)", "0"),
+    # Sets of several words
+    Fault(
+        "a rank is one of the first word",
+        "sets.cuh",
+        "set.word[i] = rank / 32 == i ?",
+        "set.word[i] = i == 0 ?",
+    ),
+    Fault(
+        "a vote fills the first word",
+        "sets.cuh",
+        "{ set.word[i] = word; }",
+        "{ set.word[0] = word; }",
+    ),
+    Fault(
+        "lanes show each other the first word",
+        "sets.cuh",
+        "__shfl_xor_sync(~0u, set.word[i], bit)",
+        "__shfl_xor_sync(~0u, set.word[0], bit)",
+    ),
+    Fault(
+        "a set with no rank in the first word is empty",
+        "sets.cuh",
+        "all |= set.word[i];",
+        "all |= set.word[0];",
+    ),
+    Fault(
+        "ranks of the first word are counted",
+        "sets.cuh",
+        "number += __popc(set.word[i]);",
+        "number += __popc(set.word[0]);",
+    ),
+    Fault(
+        "the first copies of many ranks get the rest",
+        "component.cuh",
+        "return int(arc.ranks >> 32);",
+        "return 0;",
+    ),
+    Fault(
+        "copies of many ranks are counted with lower ones",
+        "component.cuh",
+        "int(arc.ranks & 0xffffffff)",
+        "int(arc.ranks >> 32)",
+    ),
+    Fault(
+        "edges of a copy on many ranks do not share",
+        "push.cuh",
+        "return unsigned((1ull << max(first, end)) - (1ull << first));",
+        "return 0;",
+    ),
     Fault("missing copies go unannounced", "component.cuh", "lacks |= total > 0;", ""),
     # The flow
     Fault(
@@ -776,6 +825,7 @@ TESTS = {
     "route.cu": "route",
     "rows.cuh": "solvers",
     "search.cuh": "objectives",
+    "sets.cuh": "solvers",
     "shares.cuh": "route",
     "speeds.cuh": "solvers",
     "statistics.cuh": "route",

@@ -35,9 +35,10 @@ VARIANTS = [
         (32, 4, 3, False),
         (64, 2, 3, False),
         (64, 4, 3, True),
+        (128, 2, 6, True),
     )
 ]
-"""Of the flow: each number of edges once and each size twice. The others are `long`."""
+"""Of the flow: each number of edges once and each size to 64 twice. The others are `long`."""
 
 
 GUEST_VARIANTS = [v for v in GUEST_SOLVERS["flow"].variants() if v.size != 32]
@@ -160,7 +161,8 @@ class Rank:
             at = costs.ctypes.data
             self._objective = layout.pack_objective(objective, problem.cost_model, at)
         self.route_library = library(route_program(dtype))
-        self.plan_library = library(record.plan_program(variant)) if record.plans else None
+        plans_whole = variant in record.plan_variants()
+        self.plan_library = library(record.plan_program(variant)) if plans_whole else None
         self._num_blocks = num_blocks = record.num_cluster_blocks
         self._num_solver_bytes = record.num_shared_bytes(
             capacity, placement.num_experts, num_blocks

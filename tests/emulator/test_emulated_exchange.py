@@ -103,7 +103,8 @@ def random_topks(rng, group):
 
 def check_batch(group, topks, made, number):
     """The plan of each rank, as the CPU's steps make it of the same quotas."""
-    counts = torch.stack([cpu.count(torch.from_numpy(t), 24) for t in topks])
+    E = group.placement.num_experts
+    counts = torch.stack([cpu.count(torch.from_numpy(t), E) for t in topks])
     quota = torch.from_numpy(made[0].quota.copy())
     shares = cpu.split(counts, quota, group.placement)
     for rank, topk, plan in zip(group.ranks, topks, made, strict=True):
@@ -134,6 +135,20 @@ def run_batches(group, rng, order, number, first=1):
         assert not rank.row.any()
         assert not rank.missing.any()
         assert not rank.error_flags.any()
+
+
+@pytest.mark.parametrize(
+    ("R", "node", "E"), [(4, 2, 1024), pytest.param(66, 33, 96, marks=pytest.mark.long)]
+)
+def test_rows_longer_than_a_block_and_of_many_ranks(R, node, E, memory, library):
+    rng = np.random.default_rng(R)
+    placement = oracle.random_placement(rng, R, E, 2, num_ranks_per_node=node)
+    group = Group(memory, placement, library)
+    for number in (1, 2):
+        topks = [oracle.random_topk(rng, n, 8, np.ones(E)) for n in rng.integers(0, 60, R)]
+        streams, made = group.batch(topks)
+        memory.run(*streams, order=number)
+        check_batch(group, topks, made, number)
 
 
 ONES = pytest.mark.parametrize("ones", [(), (0, 1, 2, 3, 4), (1, 3)], ids=("none", "all", "some"))

@@ -243,6 +243,32 @@ def test_a_batch_is_routed_as_on_the_cpu(R, node, size, chunk, solver, order, me
     assert rank.num_by_status[Status.OPTIMAL] == len(forms)
 
 
+@pytest.mark.parametrize(
+    ("R", "node", "E", "one"),
+    [(96, 8, 512, False), (128, 16, 1024, False), (65, 65, 96, True)],
+    ids=str,
+)
+def test_a_batch_of_many_ranks_and_experts(R, node, E, one, memory, library):
+    """Experts beyond a byte, and more of them than the threads of a block that solves."""
+    rng = np.random.default_rng(R + E)
+    placement = oracle.random_placement(rng, R, E, 3, num_ranks_per_node=node)
+    this, weight = R - 1, rng.lognormal(0, 1.2, E)
+    topk = oracle.random_topk(rng, 200, 8, weight)
+    counts = rng.poisson(weight, (R, E))
+    counts[this] = cpu.count(torch.from_numpy(topk), E).numpy()
+    rank = plans.Rank(memory, placement, this, library, chunk=512)
+    for order in ORDERS:
+        for form in FORMS[2:] if one else FORMS[:2]:
+            rank.head[3] = 0
+            plan = run_plan(memory, rank, topk, counts, order=order, **form)
+            check_routed(rank, plan, topk, counts, one)
+            assert not rank.error_flags.any()
+    launch, shares = rank.split(plan.counts, plan.quota)
+    memory.run([launch])
+    counts, quota = torch.from_numpy(counts).int(), torch.from_numpy(plan.quota.copy())
+    assert (shares == cpu.split(counts, quota, placement).numpy()).all()
+
+
 def test_a_batch_of_several_components(memory, library):
     rng = np.random.default_rng(7)
     cube = Placement.from_topology("cube", num_experts=64, num_ranks=16, num_redundant_per_rank=2)

@@ -105,11 +105,30 @@ def test_any_placement_is_solved_exactly(R, solver, memory, library):
         check(memory, rank, np.stack([*random_loads(rng, E, 2), hot(rng, placement)]))
 
 
-@pytest.mark.parametrize("solver", DEVICE_SOLVERS)
-def test_experts_with_a_copy_on_every_rank(solver, memory, library):
+def long(*values):
+    return pytest.param(*values, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(
+    ("R", "E"),
+    [(65, 384), (96, 512), (128, 1024), *map(long, (72, 128, 129, 256), (256, 768, 600, 512))],
+)
+def test_more_ranks_than_a_word_has_bits(R, E, memory, library):
+    rng = np.random.default_rng(R + E)
+    placement = oracle.random_placement(rng, R, E, 3)
+    assert layout.own_capacity(placement).size == (128 if R <= 128 else 256)
+    variants = [v for v in DEVICE_SOLVERS["flow"].variants() if v.size == 256 and R > 128]
+    rank = plans.Rank(memory, placement, 0, library, variant=variants[0] if variants else None)
+    check(memory, rank, np.stack([*random_loads(rng, E, 2), hot(rng, placement)]))
+
+
+@pytest.mark.parametrize(
+    ("solver", "sizes"), [("flow", (8, 40)), ("cusolverdx", (8, 40)), ("flow", (100,))]
+)
+def test_experts_with_a_copy_on_every_rank(solver, sizes, memory, library):
     """Far more edges a rank than its threads take at once, and than a word has bits."""
     rng = np.random.default_rng(0)
-    for R in (8, 40):
+    for R in sizes:
         everywhere, once = np.repeat(np.arange(3), R), np.arange(3, 3 + 2 * R)
         table = np.concatenate([x.reshape(-1, R) for x in (everywhere, once)])
         placement = Placement(table.T.ravel(), R)
@@ -154,7 +173,7 @@ def slowest(rank_load, bounds):
     return max(Fraction(int(n), int(s)) for n, s in zip(load, paces, strict=True))
 
 
-@pytest.mark.parametrize("R", [1, 3, 8, 20, 33, 64])
+@pytest.mark.parametrize("R", [1, 3, 8, 20, 33, 64, 65, *map(long, (96, 128))])
 def test_base_loads_speeds_and_capacities(R, memory, library):
     rng = np.random.default_rng(100 + R)
     names = {"base": "base_load", "speed": "speed", "cap": "max_quota"}
