@@ -25,7 +25,8 @@ log = logger(__name__)
 """For SGLang's processes, too; vLLM shows the lines of its own loggers only."""
 
 MAX_RANKS = 64
-"""Ranks of an engine. It may join them all by copies, and a GPU's solver takes so many."""
+"""Ranks of an engine. It may join them all by copies. Tables for any components that copies make
+grow with the square of the ranks: of 128 a layer's would be 33 MB."""
 
 
 class EngineLayers:

@@ -138,7 +138,7 @@ def capacity_for(
     Args:
         placement: the copies.
         refreshable: whether any other replicas must fit, too, as long as they do not fall into more
-            components, nor join more than 64 ranks or 512 experts where these do not.
+            components. They join more than 64 ranks, or 512 experts, only where these replicas do.
         moves_homes: of one that is refreshable, whether any experts must fit in any slots.
 
     Raises:

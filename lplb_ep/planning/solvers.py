@@ -80,7 +80,7 @@ class DeviceSolver:
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
     wide: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
-    """The same of sizes above `WORD_RANKS`, which other solvers do not have."""
+    """`shares` of sizes above `WORD_RANKS`; none: it takes no such components."""
     plans: str = ""
     """The file in `kernels/` of its whole plans in one launch; none: it has none."""
 
@@ -260,9 +260,11 @@ def solver_record(solver: str, placement: Placement, objective: str = "tokens") 
 
 
 def num_static_bytes(size: int) -> int:
-    """The most shared memory, in bytes, that a kernel for components of a size has beside its
-    dynamic one: sets of ranks and numbers of them, as in `kernels/component.cuh`."""
-    return STATIC_SHARED_BYTES + 2 * max(0, size * (size // 8 + 4) - WORD_RANKS * 12)
+    """The most static shared memory, in bytes, of a kernel for components of a size.
+
+    Of each rank that is two sets and three numbers, as in `kernels/component.cuh`.
+    """
+    return STATIC_SHARED_BYTES + max(0, size * (size // 4 + 12) - WORD_RANKS * 28)
 
 
 def num_route_bytes(placement: Placement, refreshable: bool = False) -> int:

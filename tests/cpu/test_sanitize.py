@@ -4,7 +4,7 @@ import pytest
 import sanitize
 import variants
 
-from lplb_ep.planning.kernels import MAX_PLAN_PICKS, programs
+from lplb_ep.planning.kernels import programs
 from lplb_ep.planning.layout import capacity_for
 from lplb_ep.planning.solvers import (
     DEVICE_SOLVERS,
@@ -12,6 +12,7 @@ from lplb_ep.planning.solvers import (
     num_plan_bytes,
     num_static_bytes,
 )
+from lplb_ep.settings import MAX_ONE_LAUNCH
 
 CLEAN = "========= ERROR SUMMARY: 0 errors"
 RAN = 'while [ "$1" != --port ]; do shift; done; for name; do echo "ran $name in 0.0 s"; done; '
@@ -34,7 +35,7 @@ def test_the_placement_of_a_variant_picks_it(solver, variant):
     capacity = capacity_for(placement)
     assert DEVICE_SOLVERS[solver].variant(capacity) == variant
     if variant in DEVICE_SOLVERS[solver].plan_variants():
-        of_plan = num_plan_bytes(placement, capacity, MAX_PLAN_PICKS)
+        of_plan = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH)
         assert of_plan + num_static_bytes(variant.size) <= 227 * 1024
 
 

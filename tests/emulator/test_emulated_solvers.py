@@ -119,7 +119,9 @@ def test_more_ranks_than_a_word_has_bits(R, E, memory, library):
     assert layout.own_capacity(placement).size == (128 if R <= 128 else 256)
     variants = [v for v in DEVICE_SOLVERS["flow"].variants() if v.size == 256 and R > 128]
     rank = plans.Rank(memory, placement, 0, library, variant=variants[0] if variants else None)
-    check(memory, rank, np.stack([*random_loads(rng, E, 2), hot(rng, placement)]))
+    loads = np.stack([*random_loads(rng, E, 2), hot(rng, placement)])
+    # Where few tokens stay, the limit is that of a set of ranks.
+    check(memory, rank, np.concatenate([loads, loads * ((placement.copy_rank >= 0).sum(1) > 1)]))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def slowest(rank_load, bounds):
 def test_base_loads_speeds_and_capacities(R, memory, library):
     rng = np.random.default_rng(100 + R)
     names = {"base": "base_load", "speed": "speed", "cap": "max_quota"}
-    for _ in range(6):
+    for _ in range(6 if R <= 64 else 2):
         E = int(rng.integers(R, 2 * R + 20))
         placement = oracle.random_placement(rng, R, E, int(rng.integers(0, 4)))
         loads = random_loads(rng, E, 2)
