@@ -119,7 +119,8 @@ def measure(group: dist.ProcessGroup, num_tokens: int, alone: bool) -> dict[str,
         if topk_idx.numel() <= MAX_ONE_LAUNCH:
             options = {"solver": "flow", "rank": group.rank(), "one_launch": MAX_ONE_LAUNCH}
             one = Planner(placement, group, counts=kind, slot=1, **options)
-            times[f"{kind} (1)"] = plan_time(group, one, *arguments)
+            if one._backend.workspace.plan is not None:
+                times[f"{kind} (1)"] = plan_time(group, one, *arguments)
     if alone:
         times["fcollect"] = fcollect_time(group)
         times["gloo"] = gloo_time(group, counts[group.rank()])

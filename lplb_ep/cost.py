@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -107,6 +108,11 @@ class CostModel:
         rates = [(Fraction(cost, i), cost, i) for i, cost in enumerate(self.steps, 1)]
         _, cost, per = min([*rates, (Fraction(self.slope), self.slope, 1)])
         return least, (cost, per)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the numbers, which decide plans; ranks compare it."""
+        numbers = self.tile, self.steps, self.slope, self.fixed
+        return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a file that `load` reads, and that `LPLB_EP_COST` may name.

@@ -154,7 +154,7 @@ class Problem:
         """SHA-256 (hex) of what bounds the plans of every batch; ranks compare it."""
         state: list[Any] = [self.objective_name]
         if self.objective_name != "tokens":
-            state.append(self.cost_model)
+            state.append(self.cost_model.fingerprint())
         if self.guest_rule != Problem().guest_rule:
             state.append(tuple(self.guest_rule))
         if self.least_gain:

@@ -60,8 +60,16 @@ class PlannerSettings(NamedTuple):
 
     @classmethod
     def of(cls, settings: Settings) -> PlannerSettings:
-        """Those that a buffer's settings ask for."""
+        """Those that a buffer's settings ask for.
+
+        Raises:
+            ValueError: LPLB_EP_COST names no cost model.
+        """
         balances = settings.mode == "1"
+        try:
+            cost = choose_cost(settings.cost)[0] if balances else None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"LPLB_EP_COST: {error}") from error
         return cls(
             # At home nothing is exchanged or solved, and no kernel need be compiled.
             counts=settings.counts if balances else "given",
@@ -73,7 +81,7 @@ class PlannerSettings(NamedTuple):
             guest_min_tokens=settings.guest_min_tokens,
             # At home no objective decides, and a layer's placement may not go with it.
             objective=settings.objective if balances else "tokens",
-            cost=choose_cost(settings.cost)[0] if balances else None,
+            cost=cost,
             min_gain=settings.min_gain if balances else 0,
             one_launch=settings.one_launch,
             sample_every=settings.record_every if settings.record else 0,
@@ -85,6 +93,7 @@ class BufferState:
     """The drop-in's state of a buffer and its views."""
 
     settings: Settings
+    planner_settings: PlannerSettings
     group: Any
     contract: Contract
     low_latency_mode: bool
@@ -112,7 +121,6 @@ class BufferState:
     """Those that its calls have used. Their placements fit into DeepEP's limits."""
 
     def __post_init__(self) -> None:
-        self.planner_settings = PlannerSettings.of(self.settings)
         self.is_off = self.settings.mode == "0"
         self._keys: dict[str, Callable[[Any], Any]] = {}
 

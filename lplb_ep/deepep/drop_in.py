@@ -28,7 +28,7 @@ from ..placement.table import Placement
 from ..planning.solvers import solver_fact
 from ..settings import Settings
 from .calls import Original
-from .channels import BufferState, LayerUse, layer_use, register, state_of
+from .channels import BufferState, LayerUse, PlannerSettings, layer_use, register, state_of
 from .context import check_local_slots, refuse_when_off
 from .contract import Contract, contract_of, unknown_methods
 from .hooks import HOOKS, override, refuse_unknown, size_hint
@@ -139,6 +139,8 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
             show(settings.log)
             if indices is not None:
                 settings = dataclasses.replace(settings, indices=indices)
+            planner_settings = PlannerSettings.of(settings)
+            cost = planner_settings.cost
             own = _own_layers(settings, placement, num_local_slots)
             if settings.mode != "0" and not base.__module__.startswith("lplb_ep."):
                 _refuse_late_nvshmem(given)
@@ -151,13 +153,16 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
                 "LPLB_EP_SOLVER": settings.solver,
                 "LPLB_EP_GUEST_TOLERANCE": settings.guest_tolerance,
                 "LPLB_EP_GUEST_MIN_TOKENS": settings.guest_min_tokens,
+                "LPLB_EP_OBJECTIVE": settings.objective,
+                "LPLB_EP_COST": "none" if cost is None else cost.fingerprint(),
+                "LPLB_EP_MIN_GAIN": settings.min_gain,
                 # The solver that this comes to here: one rank may lack a package.
                 "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
                 "placement": _fingerprint(own),
                 "lplb_ep version": __version__,
             }
         original.function(self, *args, **kwargs)
-        self._lplb_state = _state(self, base, contract, settings, given)
+        self._lplb_state = _state(self, base, contract, settings, planner_settings, given)
         if isinstance(own, NamedLayers):
             self._lplb_state.find_modules = own.running
         elif own is not None:
@@ -194,7 +199,12 @@ def _fingerprint(own: LayerUse | NamedLayers | None) -> str:
 
 
 def _state(
-    buffer: Any, base: type, contract: Contract, settings: Settings, given: dict[str, Any]
+    buffer: Any,
+    base: type,
+    contract: Contract,
+    settings: Settings,
+    planner_settings: PlannerSettings,
+    given: dict[str, Any],
 ) -> BufferState:
     """The state of a buffer that was made just now."""
     for attribute in contract.attributes:
@@ -211,6 +221,7 @@ def _state(
     hint = getattr(base, _SIZE_HINT, None)
     return BufferState(
         settings,
+        planner_settings,
         group,
         contract,
         low_latency_mode=bool(given.get("low_latency_mode")),

@@ -52,8 +52,8 @@ class LayerStats:
     imbalance: float
     """Largest / mean rank load, as it was."""
     bound: float
-    """T* / mean rank load: no plan on these copies and guests has less. Of batches that were sent
-    home T* is not known, and 1 is in its place."""
+    """T* / mean rank load: no plan on these copies and guests has less. T* is not known of batches
+    that were sent home, or planned by another objective than tokens. 1 is in its place there."""
     worst_home_imbalance: float
     """Of the one batch with the largest, had every token gone home."""
     worst_imbalance: float

@@ -79,7 +79,7 @@ class DeviceSolver:
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
-    wide: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict)
+    wide: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict, hash=False)
     """`shares` of sizes above `WORD_RANKS`; none: it takes no such components."""
     plans: str = ""
     """The file in `kernels/` of its whole plans in one launch; none: it has none."""

@@ -323,6 +323,10 @@ def _measure_one(
         objective=objective,
         one_launch=MAX_ONE_LAUNCH,
     )
+    backend = planner._backend
+    assert isinstance(backend, DeviceBackend), "flow plans on the GPU"
+    if backend.workspace.plan is None:  # several components, or not enough shared memory
+        return math.nan
     taken = time_graph(lambda i: planner(topks[i], counts=counts[i]))
     planner.raise_errors()
     return taken

@@ -108,13 +108,13 @@ def test_costs_that_favour_cuts(memory, library):
 def test_all_tokens_at_home_are_as_cheap_as_any_plan(memory, library):
     """And above the bound, so that the others are made: with this table and these seeds."""
     steps = (30_900, 36_500, 71_300, 76_200, 103_300, 108_250, 135_400, 140_300)
-    halves = CostModel("halves of tiles", 128, steps, 16_025, 40_000)
+    stairs = CostModel("stairs", 128, steps, 16_025, 40_000)
     for seed in (2, 18, 36):
         rng = np.random.default_rng(seed)
         placement = oracle.random_placement(rng, 6, 18, 2)
         loads = rng.poisson(rng.lognormal(4.0, 0.8, 18))[None]
-        check(memory, library, placement, loads, halves, orders=ORDERS[:1])
-        problem = Problem(objective="auto", cost=halves)
+        check(memory, library, placement, loads, stairs, orders=ORDERS[:1])
+        problem = Problem(objective="auto", cost=stairs)
         home = np.pad(loads[0, :, None], ((0, 0), (0, placement.max_replicas - 1)))
         assert (objectives.quotas_by_objective(loads[0], placement, problem) == home).all()
 

@@ -34,6 +34,12 @@ DIFFERENT = {
     "LPLB_EP_SOLVER": ("auto", "cpu", "LPLB_EP_SOLVER: auto on ranks [0]; cpu on"),
     "LPLB_EP_GUEST_TOLERANCE": ("0.01", "0.02", "LPLB_EP_GUEST_TOLERANCE: 0.01 on ranks [0]; 0.02"),
     "LPLB_EP_GUEST_MIN_TOKENS": ("8", "9", "LPLB_EP_GUEST_MIN_TOKENS: 8 on ranks [0]; 9 on"),
+    "LPLB_EP_OBJECTIVE": (
+        "cost",
+        "auto",
+        "LPLB_EP_OBJECTIVE: cost on ranks [0]; auto on ranks [1]",
+    ),
+    "LPLB_EP_MIN_GAIN": ("8", "9", "LPLB_EP_MIN_GAIN: 8 on ranks [0]; 9 on ranks [1]"),
 }
 
 
@@ -71,6 +77,33 @@ def test_an_impossible_setting_on_one_rank_is_named_on_all(variable):
     assert "ranks [1] refused" in theirs
     assert variable in theirs
     assert variable in its
+
+
+def other_cost(group, paths):
+    import os
+
+    os.environ.update(LPLB_EP="1", LPLB_EP_COST=paths[group.rank()])
+    lplb_ep.Buffer(group)
+
+
+def test_cost_models_are_compared_by_their_numbers(tmp_path):
+    paths = [str(tmp_path / name) for name in ("a", "b", "c")]
+    for path, slope, about in zip(paths, (3, 3, 4), ("one GPU", "another", ""), strict=True):
+        lplb_ep.CostModel("of a test", 64, (5, 9), slope, about=about).save(path)
+    ranks.run(2, other_cost, paths[:2])
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, other_cost, paths[1:])
+    assert all("ranks differ in LPLB_EP_COST" in text for _, text in failure.value.errors)
+
+
+def test_a_cost_model_that_one_rank_lacks_is_named_on_all(tmp_path):
+    with pytest.raises(ranks.RanksFailedError) as failure:
+        ranks.run(2, other_cost, ["", str(tmp_path / "absent.json")])
+    (peer, theirs), (own, its) = failure.value.errors
+    assert (peer, own) == ("RankError", "ValueError")
+    for text in (theirs, its):
+        assert "LPLB_EP_COST: " in text
+        assert "absent.json" in text
 
 
 def solver_missing_on_one_rank(group):
