@@ -80,7 +80,8 @@ def largest_difference(got, want):
     [
         (2, 2, {}),
         pytest.param(4, 4, {"param_dtype": "bfloat16"}, marks=pytest.mark.long),
-        (4, 2, {"reshard": "always"}),  # each expert's rows are on two ranks
+        # Each expert's rows are on two ranks.
+        pytest.param(4, 2, {"reshard": "always"}, marks=pytest.mark.long),
     ],
 )
 def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
@@ -103,6 +104,7 @@ def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
     assert max(r[3] for r in balanced) < mean + 4 * titan.LAYERS + 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_activation_checkpoints_change_no_bit(checkpointing):
     want = run(2, train, "1", 2)
@@ -117,6 +119,7 @@ def test_activation_checkpoints_change_no_bit(checkpointing):
         assert largest_difference(unwrapped[1], one[2]) == 0
 
 
+@pytest.mark.long
 def save_and_load(world, steps, folder):
     """Each step: a mode, whether it trains, and from and to which of the checkpoints it goes."""
     found = []
@@ -166,6 +169,7 @@ def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
     assert not all(torch.equal(trained[name], first[0][name]) for name in trained)
 
 
+@pytest.mark.long
 def evaluate(world):
     """Batches without gradients between forward and backward passes of others."""
     with titan.torchtitan("1") as client:

@@ -230,6 +230,7 @@ def test_a_stage_of_the_pipeline_may_have_no_moe_layers():
         assert said.startswith(start)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("options", [{"guests": 2}, {"replicas": 2}])
 def test_of_two_balanced_models_either_may_be_given_back(options):
     for found, during in ranks.run(2, two_models, Run(balance=options), environ=ON):

@@ -47,6 +47,7 @@ RUNS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_grouped_experts_train_as_plain_ones(name):
     num_ranks, run = RUNS[name]

@@ -9,6 +9,7 @@ from gpt_checks import CLOSE, OFF, ON
 pytest.importorskip("megatron")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("num_ranks", "options"),
     [
@@ -34,6 +35,7 @@ def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
         assert all(row.imbalance < 1.1 for row in report)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ddp", "metadata"), [({}, FULLY), (SHARDED, {**FULLY, "singleton_local_shards": True})]
 )
