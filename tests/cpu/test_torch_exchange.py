@@ -233,7 +233,7 @@ def watched(group):
         events.append(Reached())
         return events[-1]
 
-    watchdog.log.addHandler(handler := Heard())
+    watchdog.log.logger.addHandler(handler := Heard())
     watch = GpuWatch(group, 1, make_event)
     watchdog.watch(watch, GpuWatch.find, abort=False)
     found = []
@@ -255,7 +255,7 @@ def watched(group):
     watch.record("layer 3")
     found += scanned(said, time.monotonic() + 50)
     dist.barrier(group)
-    watchdog.log.removeHandler(handler)
+    watchdog.log.logger.removeHandler(handler)
     return found
 
 
@@ -263,10 +263,10 @@ def test_missing_ranks_are_logged_where_only_the_gpu_waits():
     *waiting, absent = ranks.run(3, watched)
     all_wait = "counts did not arrive within 1 s (layer 3), though all ranks wait for them: "
     assert len(absent) == 1
-    assert absent[0].startswith(all_wait)
-    for first, second in waiting:
+    assert absent[0].startswith(f"lplb_ep rank 2: {all_wait}")
+    for rank, (first, second) in enumerate(waiting):
         assert first == (
-            "ranks [2] sent no counts within 1 s (layer 1): ended, hung or slow. "
-            "The GPU goes on waiting"
+            f"lplb_ep rank {rank}: ranks [2] sent no counts within 1 s (layer 1): "
+            "ended, hung or slow. The GPU goes on waiting"
         )
-        assert second.startswith(all_wait)
+        assert second.startswith(f"lplb_ep rank {rank}: {all_wait}")
