@@ -146,17 +146,40 @@ __device__ void number_picks(const Problem& p, char* shared) {
                        reinterpret_cast<int*>(shared));
 }
 
-// Solves a component that has begun: `start` may better the even split, and the flow makes it exact. Where the
-// rounds do not suffice the quotas are whole, but not the best. `rank`: this thread's, of those of the component.
+// Runs the flow of a component that has begun, by all threads. Where the rounds do not suffice the quotas are whole,
+// but not the best.
+template <typename V, bool general>
+__device__ void run_flow(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
+                         Ending& ending) {
+    if (threadIdx.x < V::pushing && !balance<V, general>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
+    __syncthreads();  // tokens and loads are final before any thread reads them
+}
+
+// A solver by tokens: `start` may better the even split, and the flow makes it exact.
 template <typename V, bool general, typename Start>
-__device__ void finish(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns], int rank,
-                       Ending& ending, int* quota, int* rank_load, Start start) {
-    if (ending.status != OPTIMAL || c.shape.ranks == 0) return;
-    if (c.shape.arcs > 0) {  // else nothing can move
+struct ByTokens {
+    Start start;
+
+    // Takes what it needs of shared memory from `at`, a multiple of 8, and returns where that ends.
+    __device__ char* lay_out(const Problem&, char* at) { return at; }
+
+    // Moves the tokens of the component g, where some can move.
+    __device__ void move(const Problem& p, int, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
+                         Ending& ending, const int*) const {
         start(c);
-        if (threadIdx.x < V::pushing && !balance<V, general>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
-        __syncthreads();  // tokens and loads are final before any thread reads them
+        run_flow<V, general>(p, c, edges, ending);
     }
+};
+
+template <typename V, bool general, typename Start>
+__device__ ByTokens<V, general, Start> by_tokens(Start start) { return {start}; }
+
+// Solves a component that has begun. `rank`: this thread's, of those of the component.
+template <typename V, typename Solver>
+__device__ void finish(const Problem& p, int g, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
+                       int rank, Ending& ending, int* quota, int* rank_load, const Solver& solver) {
+    if (ending.status != OPTIMAL || c.shape.ranks == 0) return;
+    if (c.shape.arcs > 0) solver.move(p, g, c, edges, ending, quota);
     for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
     if (threadIdx.x < c.shape.ranks)
         rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
@@ -171,8 +194,8 @@ __device__ const Edge* first_edges(const Problem& p, int g, ResidualEdge<V> (&ed
 }
 
 // One block solves one component of the replica graph for one batch.
-template <typename V, bool general, typename Start>
-__device__ void solve_component(const Problem& p, char* shared, Start start) {
+template <typename V, bool general, typename Solver>
+__device__ void solve_component(const Problem& p, char* shared, Solver solver) {
     int batch = blockIdx.y, g = blockIdx.x;
     if (g >= p.num_components) {
         number_picks<V>(p, shared);
@@ -186,8 +209,9 @@ __device__ void solve_component(const Problem& p, char* shared, Start start) {
     const Edge* of_rank = first_edges<V>(p, g, edges);
     Addend addend;
     Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
+    solver.lay_out(p, reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
     Ending ending = begin<V, general>(p, g, c, shared, addend, quota);
-    finish<V, general>(p, c, edges, rank, ending, quota, rank_load, start);
+    finish(p, g, c, edges, rank, ending, quota, rank_load, solver);
     if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
 }
 

@@ -216,11 +216,11 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) solve(const Problem 
                 words, reinterpret_cast<int*>(words + 1),
                 problem.net.first_arc + blockIdx.x * (V::size + 1)};
     lplb::solve_component<V, false>(problem, reinterpret_cast<char*>(x + 6 * n),
-                                    [&](const Component& c) { start(c, in); });
+                                    lplb::by_tokens<V, false>([&](const Component& c) { start(c, in); }));
 }
 
 // With speeds or capacities: the flow alone.
 extern "C" __global__ void __launch_bounds__(V::threads, 1) solve_general(const Problem problem) {
     extern __shared__ __align__(16) char shared[];
-    lplb::solve_component<V, true>(problem, shared, [](const Component&) {});
+    lplb::solve_component<V, true>(problem, shared, lplb::by_tokens<V, true>([](const Component&) {}));
 }

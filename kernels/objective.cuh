@@ -179,56 +179,30 @@ struct ByObjective {
     }
 };
 
-// As `finish`, by another objective, of the component g.
+// A solver by another objective than tokens, as `ByTokens` is one by them.
 template <typename V>
-__device__ void finish_by_objective(const Problem& p, const Objective& o, const Workplace<V>& place,
-                                    const Component<V>& c, int g, const ResidualEdge<V> (&edges)[V::turns], int rank,
-                                    Ending& ending, int* quota, int* rank_load) {
-    if (ending.status != OPTIMAL || c.shape.ranks == 0) return;
-    if (c.shape.arcs > 0) {  // else nothing can move
+struct ByAim {
+    const Objective& o;
+    Workplace<V> place{};
+
+    __device__ char* lay_out(const Problem& p, char* at) { return place.lay_out(o, p.net.max_arcs, at); }
+
+    __device__ void move(const Problem& p, int g, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
+                         Ending& ending, const int* quota) const {
         const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
         CountCosts costs{place.steps, o.num_steps, o.tile, o.slope};
         ByObjective<V> by{p, o, c, g, quota, load, place.ranks, place.by_tokens, place.by_experts, costs,
                           place.steps + MAX_COST_STEPS + 1};
-        auto flow = [&] {
-            if (threadIdx.x < V::pushing && !balance<V, false>(c, edges, p.max_rounds)) ending.status = NOT_CONVERGED;
-            __syncthreads();  // what the flow moved is final before any thread reads it
-        };
         by.count_staying();
         by.start_units();
-        flow();
+        run_flow<V, false>(p, c, edges, ending);
         if (!by.improve_experts()) {
             by.start_tokens();
-            flow();
+            run_flow<V, false>(p, c, edges, ending);
             by.improve_cost();
         }
         by.add_up_loads();
     }
-    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
-    if (threadIdx.x < c.shape.ranks)
-        rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
-}
-
-// As `solve_component`, by another objective.
-template <typename V>
-__device__ void solve_by_objective(const Problem& p, const Objective& o, char* shared) {
-    int batch = blockIdx.y, g = blockIdx.x;
-    if (g >= p.num_components) {
-        number_picks<V>(p, shared);
-        return;
-    }
-    int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
-    int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
-    int rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
-    ResidualEdge<V> edges[V::turns];
-    const Edge* of_rank = first_edges<V>(p, g, edges);
-    Addend addend;
-    Component<V> c = lay_out_component<V>(p, g, shared, of_rank, addend);
-    Workplace<V> place;
-    place.lay_out(o, p.net.max_arcs, reinterpret_cast<char*>(const_cast<short*>(c.copies) + p.net.max_arcs));
-    Ending ending = begin<V, false>(p, g, c, shared, addend, quota);
-    finish_by_objective<V>(p, o, place, c, g, edges, rank, ending, quota, rank_load);
-    if (threadIdx.x == 0) p.endings[batch * p.num_components + g] = ending;
-}
+};
 
 }  // namespace lplb

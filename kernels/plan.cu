@@ -4,16 +4,6 @@
 
 using namespace lplb;
 
-template <bool general>
-struct ByTokens {
-    __device__ char* lay_out(const Problem&, char* at) const { return at; }
-
-    __device__ void solve(const Problem& p, int, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
-                          int rank, Ending& ending, int* quota, int* rank_load) const {
-        finish<V, general>(p, c, edges, rank, ending, quota, rank_load, [](const Component<V>&) {});
-    }
-};
-
 extern "C" __global__ void __launch_bounds__(V::threads, 1) plan(
     const void* topk_idx,    // [num_picks] ids in [0, num_ids), -1: none
     const Picks picks,       // of one chunk; where they are laid out is not asked for
@@ -30,7 +20,7 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) plan(
     int wide) {              // 1: ids and slots are of 8 bytes, not 4
     extern __shared__ __align__(16) char shared[];
     make_plan<false>({{const_cast<void*>(topk_idx), wide != 0}, logical, num_ids, num_topk}, {physical, wide != 0}, picks,
-                     head, window, status, problem, table, batch, shared, ByTokens<false>{});
+                     head, window, status, problem, table, batch, shared, by_tokens<V, false>([](const Component<V>&) {}));
 }
 
 // With speeds or capacities.
@@ -40,5 +30,5 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) plan_general(
     int wide) {
     extern __shared__ __align__(16) char shared[];
     make_plan<true>({{const_cast<void*>(topk_idx), wide != 0}, logical, num_ids, num_topk}, {physical, wide != 0}, picks,
-                    head, window, status, problem, table, batch, shared, ByTokens<true>{});
+                    head, window, status, problem, table, batch, shared, by_tokens<V, true>([](const Component<V>&) {}));
 }

@@ -47,8 +47,8 @@ __device__ T* take(char*& shared, int number) {
     return first;
 }
 
-// The arguments are those of the kernels; arrays that only the steps share are laid out in `shared`. `solver` solves
-// what has begun, with memory of its own.
+// The arguments are those of the kernels; arrays that only the steps share are laid out in `shared`. `solver` is as in
+// `solve_component`.
 template <bool general, typename Solver>
 __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, int4* head, Window window, int status,
                           Problem p, Table table, Batch batch, char* shared, Solver solver) {
@@ -135,7 +135,7 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
                 add_at_home(table, all_counts, p.counts.stride, sample, at_home, other, others);
             }
         }
-        solver.solve(p, g, c, edges, rank, ending, quota, rank_load);
+        finish(p, g, c, edges, rank, ending, quota, rank_load, solver);
         if (threadIdx.x == 0) endings[g] = ending;
         if (is_last) break;
     }
