@@ -22,12 +22,17 @@ NUM_COPY_THREADS, CHUNK, NUM_STAGES = 256, 32768, 6
 shared memory."""
 
 
-def programs() -> list[Program]:
-    """Every variant of every kernel, for `lplb-ep compile`."""
+def programs(*, one_launch: bool = True) -> list[Program]:
+    """Every variant of every kernel, for `lplb-ep compile`.
+
+    Args:
+        one_launch: whether those of plans in one launch are among them.
+    """
     records = [r for by in (DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS) for r in by.values()]
+    plans = records if one_launch else []
     return [
         *(record.program(v) for record in records for v in record.variants()),
-        *(record.plan_program(v) for record in records for v in record.plan_variants()),
+        *(record.plan_program(v) for record in plans for v in record.plan_variants()),
         *(_route_program(dtype) for dtype in (torch.int32, torch.int64)),
         weights_program(),
         barrier_program(),

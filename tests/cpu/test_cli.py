@@ -436,7 +436,13 @@ def test_compile_builds_every_kernel_and_says_so(
     each_kernel, kernel_cache, monkeypatch, caplog, fails
 ):
     monkeypatch.setenv("LPLB_EP_CACHE_DIR", str(kernel_cache))
-    monkeypatch.setattr(kernels, "programs", lambda: each_kernel)
+    asked = []
+
+    def programs(*, one_launch):
+        asked.append(one_launch)
+        return each_kernel
+
+    monkeypatch.setattr(kernels, "programs", programs)
     with caplog.at_level(logging.INFO):
         assert cli.main(["compile", "--arch", "sm_90"]) == 0
     number = len(each_kernel)
@@ -444,7 +450,9 @@ def test_compile_builds_every_kernel_and_says_so(
     assert len(said) == number
     for i, (message, program) in enumerate(zip(said, each_kernel, strict=True), 1):
         assert message.startswith(f"[{i}/{number}] {program} for sm_90: ")
+    monkeypatch.setenv("LPLB_EP_ONE_LAUNCH", "8")
     assert "arch must be" in fails("compile", "--arch", "sm_1")
+    assert asked == [False, True]  # kernels that are off are not compiled
 
 
 @pytest.mark.long
@@ -452,7 +460,11 @@ def test_compile_builds_every_variant(kernel_cache):
     def compile_for(arch):
         return subprocess.run(
             [sys.executable, "-m", "lplb_ep.tools.cli", "compile", "--arch", arch],
-            env={**os.environ, "LPLB_EP_CACHE_DIR": str(kernel_cache)},
+            env={
+                **os.environ,
+                "LPLB_EP_CACHE_DIR": str(kernel_cache),
+                "LPLB_EP_ONE_LAUNCH": "2048",
+            },
             capture_output=True,
             text=True,
         )

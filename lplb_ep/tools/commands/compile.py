@@ -1,4 +1,4 @@
-"""`lplb-ep compile`: every kernel compiled beforehand, without a GPU."""
+"""`lplb-ep compile`: the kernels that the settings may need, beforehand and without a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import Any
 
-from ...settings import cache_directory
+from ...settings import Settings, cache_directory
 from .options import one_line_errors
 
 
@@ -29,5 +29,6 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         from ...planning.kernels import programs
 
         make_directory(cache_directory())  # what cannot be kept is not worth the time
-        compile_all(programs(), args.arch or ["sm_90", "sm_100"])
+        asked_for = programs(one_launch=bool(Settings.from_env().one_launch))
+        compile_all(asked_for, args.arch or ["sm_90", "sm_100"])
     return 0
