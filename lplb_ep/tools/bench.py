@@ -306,6 +306,19 @@ def _measure_steps(
     return times
 
 
+def _make_planner(
+    placement: Placement, solver: str, objective: str, one_launch: int = 0
+) -> Planner:
+    return Planner(
+        placement,
+        rank=placement.num_ranks // 2,
+        counts="given",
+        solver=solver,
+        objective=objective,
+        one_launch=one_launch,
+    )
+
+
 def _measure_one(
     placement: Placement,
     topks: list[torch.Tensor],
@@ -315,14 +328,7 @@ def _measure_one(
 ) -> float:
     if solver != "flow" or topks[0].numel() > MAX_ONE_LAUNCH:
         return math.nan
-    planner = Planner(
-        placement,
-        rank=placement.num_ranks // 2,
-        counts="given",
-        solver=solver,
-        objective=objective,
-        one_launch=MAX_ONE_LAUNCH,
-    )
+    planner = _make_planner(placement, solver, objective, MAX_ONE_LAUNCH)
     backend = planner._backend
     assert isinstance(backend, DeviceBackend), "flow plans on the GPU"
     if backend.workspace.plan is None:  # several components, or not enough shared memory
@@ -339,8 +345,7 @@ def _measure_eager(
     solver: str,
     objective: str,
 ) -> float:
-    rank = placement.num_ranks // 2
-    planner = Planner(placement, rank=rank, counts="given", solver=solver, objective=objective)
+    planner = _make_planner(placement, solver, objective)
     taken = []
     for i in range(NUM_EAGER):
         topk, given = topks[i % NUM_BATCHES], counts[i % NUM_BATCHES]
@@ -372,7 +377,7 @@ def conditions() -> dict[str, object]:
 def count_launches(placement: Placement, batches: Batches, solver: str = "flow") -> int:
     """Kernels, copies and fills that a plan puts on the GPU, by a profiler. From then on it slows
     all launches down: count when the times are taken."""
-    planner = Planner(placement, rank=placement.num_ranks // 2, counts="given", solver=solver)
+    planner = _make_planner(placement, solver, "tokens")
     topk_idx, counts = batches.topk_idx[0].cuda(), batches.counts[0].cuda()
     planner(topk_idx, counts=counts)
     activities = [torch.profiler.ProfilerActivity.CUDA]
