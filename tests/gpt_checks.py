@@ -1,6 +1,8 @@
 """How runs of the small GPT of `gpt.py` are compared: plain, with all at home, and balanced."""
 
+import ranks
 import torch
+from gpt import train
 
 OFF = {"LPLB_EP": "0"}
 HOME = {"LPLB_EP": "home"}
@@ -24,3 +26,12 @@ def check_balanced(results, replicas=False):
     assert (sum(row.guests for row in reports) > 0) != replicas
     assert max(row.home_imbalance for row in reports) > 1.3
     assert all(row.imbalance < 1.1 for row in reports)
+
+
+def check_run(num_ranks, run):
+    """Trains plain, with all at home and balanced. Home is plain bit for bit, balanced nearly."""
+    plain = ranks.run(num_ranks, train, run, environ=OFF)
+    compare(plain, ranks.run(num_ranks, train, run, environ=HOME), rtol=0, atol=0)
+    balanced = ranks.run(num_ranks, train, run, environ=ON)
+    compare(plain, balanced, **(COARSE if run.config.get("bf16") else CLOSE))
+    check_balanced(balanced, replicas="replicas" in run.balance)

@@ -58,7 +58,7 @@ def test_balanced_steps_equal_home_steps(tmp_path, copies, dtype, tolerance):
         rf"device: CPU; tokens: {dtype}; buffers: lplb_ep.embedded \(asked for\); counts: \w+; sol"
     )
     assert re.search(f"^{used}", out, re.MULTILINE)
-    plans = example_output.check(out, tolerance)
+    plans = example_output.check(out, tolerance, differs=True)
     if copies != "static":
         assert max(plans) < 1.3  # 32 tokens more are worth no guest here
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -233,4 +233,7 @@ def test_a_rank_that_comes_late_is_named(service):
     environ = {**service(2), "LPLB_EP_TIMEOUT_S": "1"}
     said, _ = ranks.run(2, late, environ=environ)
     ranks.close()
-    assert any("ranks [1] did not come to a copy of replica" in line for line in said)
+    assert any(
+        line.startswith("lplb_ep rank 0: ranks [1] did not come to a copy of replica")
+        for line in said
+    )

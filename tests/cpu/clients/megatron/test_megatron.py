@@ -10,7 +10,7 @@ import ranks
 import torch
 import torch.nn.functional as F
 from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, stage, train, two_models
-from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
+from gpt_checks import CLOSE, OFF, ON, check_run
 from layers import ROOT
 
 from lplb_ep import Placement
@@ -108,12 +108,7 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_balanced_run_is_the_plain_one(name):
-    num_ranks, run = RUNS[name]
-    plain = ranks.run(num_ranks, train, run, environ=OFF)
-    compare(plain, ranks.run(num_ranks, train, run, environ=HOME), rtol=0, atol=0)
-    balanced = ranks.run(num_ranks, train, run, environ=ON)
-    compare(plain, balanced, **(COARSE if run.config.get("bf16") else CLOSE))
-    check_balanced(balanced, replicas="replicas" in run.balance)
+    check_run(*RUNS[name])
 
 
 @pytest.mark.parametrize(("saving", "loading"), [(OFF, ON), (ON, OFF)])

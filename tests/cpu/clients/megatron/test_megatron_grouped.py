@@ -4,9 +4,9 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import Run, Training, megatron, refusal, train
+from gpt import Run, Training, megatron, refusal
 from gpt_checkpoints import FULLY, SHARDED, go, placed, same, whole
-from gpt_checks import CLOSE, COARSE, HOME, OFF, ON, check_balanced, compare
+from gpt_checks import OFF, ON, check_run
 
 from lplb_ep import ContractError
 
@@ -50,12 +50,7 @@ RUNS = {
 @pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_grouped_experts_train_as_plain_ones(name):
-    num_ranks, run = RUNS[name]
-    plain = ranks.run(num_ranks, train, run, environ=OFF)
-    compare(plain, ranks.run(num_ranks, train, run, environ=HOME), rtol=0, atol=0)
-    balanced = ranks.run(num_ranks, train, run, environ=ON)
-    compare(plain, balanced, **(COARSE if run.config.get("bf16") else CLOSE))
-    check_balanced(balanced, replicas="replicas" in run.balance)
+    check_run(*RUNS[name])
 
 
 def test_grouped_experts_are_saved_by_their_numbers_from_other_homes(tmp_path):
