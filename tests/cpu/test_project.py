@@ -30,6 +30,7 @@ NAMES_DEEP_EP = {
     "settings": "the choice of a backend",
     "tools.commands.doctor": "says whether it is installed",
 }
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
 # Files and folders whose every sentence is short and free of private words.
 PLAIN = [
     "CONTRIBUTING.md",
@@ -279,25 +280,39 @@ def test_the_settings_are_documented_as_they_are():
 
 
 def test_readme_names_only_files_that_exist():
-    links = re.findall(r"\]\((?!https?:)([^)#]+)", README)
     tree = re.findall(r"^(?:\w|\.)[\w./]*(?:/|\.py|\.md|\.toml)(?=\s)", README, re.MULTILINE)
-    assert links
-    for path in links + tree:
+    assert tree
+    for path in tree:
         assert (ROOT / path).exists(), path
+
+
+def anchors(document):
+    """The fragments of its headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_links_of_documents_lead_somewhere():
+    lost, num_links = [], 0
+    for document in DOCUMENTS:
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", document.read_text()):
+            path, _, fragment = link.partition("#")
+            target = (document.parent / path) if path else document
+            num_links += 1
+            if not target.exists() or (fragment and fragment not in anchors(target)):
+                lost.append(f"{document.relative_to(ROOT)}: {link}")
+    assert num_links > 100
+    assert not lost, "\n".join(lost)
 
 
 @pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/architecture.md"])
 def test_documents_name_only_files_and_targets_that_exist(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"`([\w./]+/[\w.]*|[\w./]+\.(?:py|toml|txt|cuh?|md))`", text))
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)", text)
     assert named
-    assert linked
     for path in named:
         # The table of modules names them within the package.
         assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
-    for path in linked:
-        assert ((ROOT / document).parent / path).exists(), path
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"`make ([\w-]+)", text)) <= set(targets)
 
