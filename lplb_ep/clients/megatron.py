@@ -60,8 +60,7 @@ def balance(
     Args:
         model: a module, or the model chunks of a pipeline.
         guests: guest slots of a rank; by default 3 for 16 of its experts, from 1 to 8.
-        replicas: static copies of a rank, in the place of guests. They need DDP without
-            `overlap_grad_reduce`.
+        replicas: static copies of a rank, in the place of guests. They need Megatron-Core's DDP.
         load: [L, E] tokens of the experts of this model's layers, the same on all ranks that have
             these layers. Replicas are chosen for it, and with guests homes are placed by it.
         placement: homes with replicas, or with guest slots, for all layers or by `layer_number`.

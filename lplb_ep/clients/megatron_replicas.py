@@ -1,7 +1,7 @@
 """Static copies of Megatron-Core's experts: modules of their own, beside those of the model.
 
 The model keeps its E / R experts on a rank, so that DDP, optimizer and checkpoints see no copies.
-A copy's gradients go home before DDP hands gradients on, and its weights come at the next dispatch.
+A copy's gradients go home before DDP hands a bucket on, and its weights come at the next dispatch.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
 from ..weights.replicas import Replicas
-from .balance import Balance, BalancedLayer, SharedReplacement, refuse
+from .balance import Balance, BalancedLayer, SharedReplacement
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -39,29 +40,35 @@ class StaticCopies:
     ) -> None:
         first, own = group.rank() * placement.num_local_slots, iter(local_experts)
         homes = {*placement.home.tolist()}
+        here = range(first, first + placement.num_local_slots)
         self.slots = nn.ModuleList(
-            next(own) if slot in homes else _twin(local_experts[0])
-            for slot in range(first, first + placement.num_local_slots)
+            next(own) if slot in homes else _twin(local_experts[0]) for slot in here
         )
+        # The same order on all ranks, wherever the homes are: autograd goes by it.
+        self._order = sorted(range(len(here)), key=lambda n: (here[n] not in homes, n))
+        self.num_own = len(local_experts)
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(layer, replicas=self.replicas)
-        trained = [p for p in local_experts.parameters() if p.requires_grad]
-        self._first = trained[0] if trained else None
+        self._trained = [p for p in local_experts.parameters() if p.requires_grad]
         self._are_old, self._are_trained = True, False
 
     def modules(self, x: Tensor) -> tuple[Tensor, list[Callable[..., Any]]]:
-        """The rows, and what computes each local slot."""
-        return x, [*self.slots]
+        """The rows to go on with, and what computes each local slot."""
+        x, of_slots = self._watched(x)
+        return x, [
+            functools.partial(_run, slot, weights)
+            for slot, weights in zip(self.slots, of_slots, strict=True)
+        ]
 
     def weights(self, x: Tensor) -> tuple[Tensor, dict[str, tuple[list[Tensor]]]]:
-        """The rows, and by name the weights of each local slot."""
-        named = [dict(slot.named_parameters()) for slot in self.slots]
-        return x, {name: ([of_slot[name] for of_slot in named],) for name in named[0]}
+        """The rows to go on with, and by name the weights of each local slot."""
+        x, of_slots = self._watched(x)
+        return x, {name: ([of[name] for of in of_slots],) for name in of_slots[0]}
 
-    def is_of(self, ddp: Any) -> bool:
-        """Whether a DDP reduces the gradients of this layer's homes."""
-        return self._first is not None and self._first in ddp.param_to_bucket_group
+    def is_in(self, bucket_group: Any) -> bool:
+        """Whether DDP reduces gradients of this layer's homes with these buckets."""
+        return not bucket_group.params.isdisjoint(self._trained)
 
     def prepare(self) -> None:
         """Brings weights where they are due: a batch is to be dispatched. Collective.
@@ -69,51 +76,119 @@ class StaticCopies:
         Raises:
             ContractError: gradients are wanted, and no DDP of Megatron-Core takes them.
         """
-        if torch.is_grad_enabled() and self._first is not None:
-            if not hasattr(self._first, "main_grad"):
-                raise ContractError(
-                    "gradients of replicas go home before Megatron-Core's "
-                    "DistributedDataParallel hands them on, and the model is in none"
-                )
-            self._are_trained = True
+        if torch.is_grad_enabled() and not all(hasattr(p, "main_grad") for p in self._trained):
+            raise ContractError(
+                "gradients of replicas go home before Megatron-Core's "
+                "DistributedDataParallel hands them on, and the model is in none"
+            )
         if self._are_old:
             self.replicas.copy_weights()
             self._are_old = False
 
+    def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
+        """Adds a batch's gradients to those of this rank's copies.
+
+        Args:
+            gradients: of each copy's parameters, one copy after the other.
+        """
+        self._are_trained = True
+        slots = self._in_order()
+        like = [*slots[0].parameters()] * (len(slots) - self.num_own)
+        copies = [p for slot in slots[self.num_own :] for p in slot.parameters()]
+        parameters: Any = zip(copies, like, gradients, strict=True)
+        for parameter, home, gradient in parameters:
+            if parameter.requires_grad and not hasattr(parameter, "main_grad"):
+                parameter.main_grad = torch.zeros_like(parameter, dtype=home.main_grad.dtype)
+            if gradient is not None:
+                parameter.main_grad.add_(gradient)
+
     def reduce_gradients(self) -> None:
         """Sends gradients home, if batches were trained since the last time. Collective."""
         if self._are_trained:
-            self.replicas.reduce_gradients()
+            self.replicas.reduce_gradients(are_alike=True)  # all that are trained have some
             self._are_old, self._are_trained = True, False
+
+    def _in_order(self) -> list[nn.Module]:
+        """This rank's own experts, then its copies."""
+        return [self.slots[number] for number in self._order]
+
+    def _watched(self, x: Tensor) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The rows and by slot and name the weights, of which `_Copies` sees the gradients."""
+        slots = [dict(slot.named_parameters()) for slot in self._in_order()]
+        tensors = [
+            parameter if number < self.num_own else parameter.detach()
+            for number, of_slot in enumerate(slots)
+            for parameter in of_slot.values()
+        ]
+        if self._trained and torch.is_grad_enabled():
+            x, *tensors = _Copies.apply(self, x, *tensors)
+        rest, found = iter(tensors), {}
+        for number, of_slot in zip(self._order, slots, strict=True):
+            found[number] = {name: next(rest) for name in of_slot}
+        return x, [found[number] for number in range(len(slots))]
+
+
+class _Copies(torch.autograd.Function):
+    """Passes a layer's rows and weights on. Once their gradients are there it keeps the copies'.
+
+    Homes get theirs behind this, and DDP hands a bucket on when the last one has. So by then all
+    copies have what they add. The rows have it run on every rank, also where none came.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, copies: StaticCopies, x: Tensor, *tensors: Tensor) -> Any:
+        """Returns the rows and weights that it is given, first those of homes."""
+        ctx.set_materialize_grads(False)
+        num_names = len(tensors) // len(copies.slots)
+        ctx.copies, ctx.num_own = copies, num_names * copies.num_own
+        fixed = (t for n, t in enumerate(tensors) if not tensors[n % num_names].requires_grad)
+        ctx.mark_non_differentiable(*fixed)
+        return x, *tensors
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, x: Tensor | None, *gradients: Tensor | None) -> Any:
+        """Gradients of the rows and of the homes."""
+        own, copies = gradients[: ctx.num_own], gradients[ctx.num_own :]
+        ctx.copies.take_gradients(copies)
+        return None, x, *own, *(None for _ in copies)
 
 
 _alive: list[StaticCopies] = []
-_finish_grad_sync = SharedReplacement()
+_start_grad_sync = SharedReplacement()
 
 
 def send_home_with_ddp(made: Balance, copies: Sequence[StaticCopies]) -> None:
-    """Has gradients of copies sent home before a DDP reduces any, until `made` is removed."""
-    from megatron.core.distributed import DistributedDataParallel
+    """Has gradients of copies sent home before DDP reduces any, until `made` is removed.
 
-    _finish_grad_sync.give(made, DistributedDataParallel, "finish_grad_sync", _behind_homes)
+    DDP hands buckets on at one place. It comes there when the last of their gradients is there
+    (`overlap_grad_reduce`), when a pipeline's schedule says so, or at the end of a step's. The
+    order is the same on all ranks, since they have as many experts of the same shapes.
+    """
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
+
+    _start_grad_sync.give(made, _ParamAndGradBucketGroup, "start_grad_sync", _behind_homes)
     _alive.extend(copies)
     for layer in copies:
         made.undo_with(functools.partial(_alive.remove, layer))
 
 
 def _behind_homes(original: Callable[..., Any]) -> Callable[..., Any]:
-    """DDP's end of a step's gradients, once those of copies are home."""
+    """The reduction of buckets, once the gradients of copies are in them."""
 
     @functools.wraps(original)
-    def finish_grad_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = [layer for layer in _alive if layer.is_of(self)]
-        if own and self.ddp_config.overlap_grad_reduce:
-            refuse("a model with replicas", ["overlap_grad_reduce is True: turn it off"])
-        for layer in own:
-            layer.reduce_gradients()
+    def start_grad_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for layer in _alive:
+            if layer.is_in(self):
+                layer.reduce_gradients()
         return original(self, *args, **kwargs)
 
-    return finish_grad_sync
+    return start_grad_sync
+
+
+def _run(module: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
+    """Calls a module with other tensors than its own parameters."""
+    return functional_call(module, weights, args, tie_weights=False)
 
 
 def _twin(module: nn.Module) -> nn.Module:

@@ -17,7 +17,11 @@ _REFUSED = 255
 
 
 def gradient_dtypes(
-    slots: Mapping[str, Sequence[Slot]], rank: int, num_ranks: int, group: dist.ProcessGroup | None
+    slots: Mapping[str, Sequence[Slot]],
+    rank: int,
+    num_ranks: int,
+    group: dist.ProcessGroup | None,
+    are_alike: bool = False,
 ) -> list[list[torch.dtype | None]]:
     """The dtype of every slot's gradients. Collective if there is a group.
 
@@ -27,6 +31,8 @@ def gradient_dtypes(
         num_ranks: R.
         group: the ranks; None if no replica is on another rank than its home. Other ranks' entries
             are then None, and nothing reads them.
+        are_alike: whether the slots of other ranks have what those of this one have. Then nothing
+            is exchanged.
 
     Returns:
         [R * slots of a rank][number of parameters], None where a slot has no gradient. Guest slots
@@ -41,7 +47,9 @@ def gradient_dtypes(
         own.fill_(_REFUSED)  # the others wait for this rank's codes
     codes = torch.zeros(num_ranks, *own.shape, dtype=torch.uint8)
     codes[rank] = own
-    if group is not None:
+    if are_alike:
+        codes[:] = own
+    elif group is not None:
         codes = gather_rows(own.to(memory_of(group)), group).cpu()
     if refusal is not None:
         raise refusal

@@ -153,7 +153,9 @@ class Replicas:
         return Change(self, placement, payload)
 
     @torch.no_grad()
-    def reduce_gradients(self, *, async_op: bool = False) -> Transfer | None:
+    def reduce_gradients(
+        self, *, async_op: bool = False, are_alike: bool = False
+    ) -> Transfer | None:
         """Adds the replicas' gradients to their home's and zeroes them. Collective.
 
         Call it once per step, after the last micro-batch's backward and before the data-parallel
@@ -184,7 +186,11 @@ class Replicas:
         slots = self._slots()
         is_remote = any(mover.rank_of(home) != mover.rank_of(copy) for home, copy in self._replicas)
         dtypes = gradient_dtypes(
-            slots, self._rank, self.placement.num_ranks, self.group if is_remote else None
+            slots,
+            self._rank,
+            self.placement.num_ranks,
+            self.group if is_remote else None,
+            are_alike,
         )
         moves, residents = [], self.placement.num_resident_slots
         for home, replica in self._replicas:

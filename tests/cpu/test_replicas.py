@@ -24,6 +24,7 @@ from experts import (
 from torch import nn
 
 from lplb_ep.placement.table import Placement
+from lplb_ep.weights import gradients
 from lplb_ep.weights.replicas import Replicas
 from lplb_ep.weights.slots import slot_parameters
 
@@ -223,6 +224,27 @@ def reduce_main_grad(group, form):
 @pytest.mark.parametrize("form", FORMS)
 def test_main_grad_is_the_gradient_where_a_parameter_has_one(form):
     ranks.run(2, reduce_main_grad, form)
+
+
+def reduce_alike(group):
+    """Gradients that no rank asks for, and the bits of those that are asked for."""
+    sums = []
+    for are_alike in (False, True):
+        placement, rank = Placement([0, 1, 1, 0], num_ranks=2, home=[0, 1]), group.rank()
+        experts = make_experts("stacked", placement, rank)
+        for name, parameter in experts.named_parameters():
+            parameter.grad = torch.stack([value("gradient", 2 * rank + i, name) for i in range(2)])
+        with unittest.mock.patch.object(
+            gradients, "gather_rows", wraps=gradients.gather_rows
+        ) as gather:
+            Replicas(experts, placement, group).reduce_gradients(are_alike=are_alike)
+        assert gather.call_count == (not are_alike)
+        sums.append([bytes_of(p.grad) for p in experts.parameters()])
+    assert sums[0] == sums[1]
+
+
+def test_ranks_that_know_of_each_other_s_gradients_do_not_ask():
+    ranks.run(2, reduce_alike)
 
 
 def asynchronous(group):

@@ -1,15 +1,29 @@
 """Megatron-Core's MoE layers over the embedded buffers: plain, at home, and balanced by guests."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from gpt import EXPERTS, Run, load, refusal, refusal_of, removed, save, stage, train, two_models
+from gpt import (
+    EXPERTS,
+    Run,
+    Training,
+    load,
+    megatron,
+    refusal,
+    refusal_of,
+    removed,
+    save,
+    stage,
+    two_models,
+)
 from gpt_checks import CLOSE, OFF, ON, check_run
 from layers import ROOT
 
@@ -59,12 +73,13 @@ RUNS = {
         Run(config=dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)),
     ),
     "replicas": (4, Run(balance={"replicas": 4}, steps=3)),
-    "replicas, recomputed, distributed optimizer": (
+    "replicas, overlapped, recomputed": (
         4,
         Run(
+            **OVERLAPPED,
             balance={"replicas": 4},
-            ddp=dict(use_distributed_optimizer=True),
             config=dict(recompute_granularity="selective", recompute_modules=["moe"]),
+            steps=3,
         ),
     ),
     "interleaved pipeline": (4, Run(pp=2, vpp=2, config=dict(num_layers=4))),
@@ -77,9 +92,16 @@ RUNS = {
             config=dict(num_layers=4, recompute_granularity="selective", recompute_modules=["moe"]),
         ),
     ),
-    "interleaved pipeline, replicas": (
+    "interleaved pipeline, replicas, overlapped": (
         4,
-        Run(pp=2, vpp=2, config=dict(num_layers=4), balance={"replicas": 2}, steps=3),
+        Run(
+            pp=2,
+            vpp=2,
+            ddp={**OVERLAPPED["ddp"], "align_param_gather": True},
+            config=dict(num_layers=4),
+            balance={"replicas": 2},
+            steps=3,
+        ),
     ),
     "tensor parallel": (4, Run(tp=2, ep=4, steps=3)),
     "tokens are dropped, replicas": (
@@ -271,10 +293,64 @@ def test_replicas_are_placed_by_load_behind_homes_in_order():
     assert table[:, 2:].tolist() == [[2, 3], [4, 5], [6, 7], [0, 1]]
 
 
-def test_replicas_are_refused_by_name_where_their_gradients_would_come_late():
-    run = Run(balance={"replicas": 1}, ddp=dict(overlap_grad_reduce=True))
-    with pytest.raises(ranks.RanksFailedError, match="overlap_grad_reduce is True: turn it off"):
-        ranks.run(2, train, run, environ=ON)
+def sent_and_handed_on(group, run):
+    """By step, in order: what copies send home, and what they still have when DDP hands on.
+
+    Returns:
+        Whether gradients are handed on, and within a backward pass; the sum of those of copies.
+    """
+    with megatron(run):
+        return _sent_and_handed_on(run)
+
+
+def _sent_and_handed_on(run):
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
+
+    from lplb_ep.clients.megatron_replicas import StaticCopies
+
+    of_steps, copies = [], []
+    reduce, start = StaticCopies.reduce_gradients, Buckets.start_grad_sync
+
+    def note(is_handed_on, layers):
+        gradients = [p.main_grad for one in layers for p in one.slots.parameters()]
+        homes = {id(p.main_grad) for _, p in training.named_parameters() if p.requires_grad}
+        left = sum(float(g.abs().sum()) for g in gradients if id(g) not in homes)
+        of_steps[-1].append((is_handed_on, torch._C._current_graph_task_id() >= 0, left))
+
+    def reduce_gradients(self):
+        copies.append(self)
+        note(False, [self])
+        reduce(self)
+
+    def start_grad_sync(self, *args, **kwargs):
+        if layers := [one for one in copies if one.is_in(self)]:
+            note(True, layers)
+        return start(self, *args, **kwargs)
+
+    with (
+        mock.patch.object(Buckets, "start_grad_sync", start_grad_sync),
+        mock.patch.object(StaticCopies, "reduce_gradients", reduce_gradients),
+    ):
+        training = Training(run)  # whose own part of it stands before the one above
+        with contextlib.closing(training):
+            batches = training.batches()
+            for _ in range(run.steps):
+                of_steps.append([])
+                training.gradients(batches)
+    return of_steps
+
+
+def test_replicas_gradients_are_home_when_buckets_are_handed_on_within_a_backward_pass():
+    run = Run(**OVERLAPPED, balance={"replicas": 2})
+    for first, second in ranks.run(2, sent_and_handed_on, run, environ=ON):
+        for step, is_backward in ((first, False), (second, True)):
+            sent = [left for handed_on, _, left in step if not handed_on]
+            handed_on = [left for handed_on, _, left in step if handed_on]
+            assert len(handed_on) > 2  # buckets, several of a layer
+            assert any(sent)
+            assert not step[0][0]
+            assert not any(handed_on)
+            assert all(backward == is_backward for _, backward, _ in step)
 
 
 SCRIPT = """

@@ -8,6 +8,8 @@ from gpt_checks import CLOSE, OFF, ON
 
 pytest.importorskip("megatron")
 
+OVERLAPPED = dict(**SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)
+
 
 @pytest.mark.long
 @pytest.mark.parametrize(
@@ -15,12 +17,8 @@ pytest.importorskip("megatron")
     [
         (2, {}),
         (2, dict(balance={"placement": placements(guests=2)})),
-        (2, dict(balance={"placement": placements(redundant=4)})),
-        pytest.param(
-            4,
-            dict(ddp=dict(**SHARDED, overlap_grad_reduce=True, overlap_param_gather=True)),
-            marks=pytest.mark.long,
-        ),
+        (2, dict(balance={"placement": placements(redundant=4)}, ddp=OVERLAPPED)),
+        (4, dict(ddp=OVERLAPPED)),
     ],
 )
 def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
