@@ -3,10 +3,10 @@
     python benchmarks/calls.py [--ranks N] [--cases CASE ...] [--markdown FILE] [--json FILE]
     python benchmarks/calls.py --embedded   # on the CPU, with the embedded buffers
 
-Each rank has a GPU of its own. Plain is the same buffer without the drop-in's methods. It is given
-the slots that the balanced calls come to, so both move the same rows, which is checked, and differ
-by the drop-in alone. The two take turns in one process. Times are microseconds of a dispatch and a
-combine, with the layout before them where there is one, or of a plan. Each rank takes its median,
+Each rank has a GPU of its own. Plain is the same buffer without the drop-in's methods. Its calls
+get the slots that the balanced calls choose, so both move the same rows, which is checked. They
+differ by the drop-in alone, and take turns in one process. Times are microseconds of a dispatch and
+a combine, with the layout before them where there is one, or of a plan. Each rank takes its median,
 and the slowest rank's is shown:
 
 - "CPU" is processor time of the calling thread, and "wall" all time, of calls one after another.
@@ -48,7 +48,7 @@ import ranks
 
 Ways = dict[str, Callable[[], Any]]
 Times = dict[str, dict[str, list[float]]]
-"""By what is measured and by way: the medians of `COLUMNS`, microseconds."""
+"""The medians of `COLUMNS` in microseconds, by call and by way."""
 COLUMNS = ("CPU", "wall", "CPU, synchronised", "wall, synchronised")
 MOST_SLOTS = 128  # a rank's, of DeepEP 1.2.1's throughput kernels
 LOW_LATENCY_TOKENS, TOKENS = (8, 32, 128), 64
@@ -57,7 +57,7 @@ NUM_WARM = 20
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, the same on every rank."""
+    """The sizes of a case, the same on every rank."""
 
     num_experts: int
     num_redundant: int
@@ -337,7 +337,7 @@ CASES: dict[str, Callable[[dist.ProcessGroup, Sizes], Iterator[tuple[str, Ways]]
 def run_case(
     group: dist.ProcessGroup, case: str, sizes: Sizes
 ) -> dict[str, dict[str, list[float]]]:
-    """Of one rank: by what is measured and by way, the medians of `COLUMNS`."""
+    """The medians of `COLUMNS` of one rank, by call and by way."""
     warnings.simplefilter("default")  # DeepEP's are its own affair
     if sizes.on_gpu:
         torch.cuda.set_device(group.rank() % torch.cuda.device_count())

@@ -1,13 +1,13 @@
-"""What it costs that counts travel: plans with 2, 4 and 8 ranks that share one GPU under MPS.
+"""What the exchange of counts costs: plans with 2, 4 and 8 ranks that share one GPU under MPS.
 
     python benchmarks/exchange.py [--ranks R ...] [--tokens T ...] [--json FILE]
 
-Microseconds of a plan (E = 256, top-8, EPLB's copies), as replays of a CUDA graph by all ranks at
-once, the slowest rank's median: by NVSHMEM, by CUDA IPC, and with the counts given, which waits
-for nobody; what the exchange adds is the difference. Batches that one launch can plan are planned
-so, too: the columns "(1)". With `--alone`, beside them what others would do for the counts
-alone: NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged through it. With a
-GPU to share the ranks start MPS, and these are no figures of NVLink; with a GPU each they are.
+Times are microseconds of a plan (E = 256, top-8, EPLB's copies): the slowest rank's median. All
+ranks replay a CUDA graph at once. Counts travel by NVSHMEM or CUDA IPC, or are given, and then no
+rank waits. The difference is what the exchange adds. The columns "(1)" have the plans in one
+launch, for batches that one launch can plan. `--alone` also measures other exchanges of the counts:
+NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged through the host. Ranks
+that share a GPU start MPS, and their figures say nothing of NVLink. With a GPU each, they do.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def small(seed: int) -> dict[str, float] | None:
     return {
         "replicas": float((placement.copy_rank >= 0).sum() > placement.num_experts),
         "excess": optimum(load, placement, guests) / best - 1,
-        # Tokens are whole here: the mean, and what is 1 % of it, may be off by one.
+        # Tokens are whole here: the mean, and 1 % of it, may be off by one.
         "is_off": float(optimum(load, placement, guests) > 1.01 * best + 1),
         "guests": int((guests >= 0).sum()),
         "fewest": fewest,

@@ -3,13 +3,13 @@
     taskset -c 0 python benchmarks/host_time.py [--calls N] [--cold MB] [--profile CASE]
 
 It needs no GPU: CUDA, CuPy and DeepEP's classes are stand-ins that do nothing, and tensors lie on
-the CPU. What is left is the drop-in's Python, so a change of it shows, to a tenth of a microsecond.
-Launches and questions to CUDA are not in it; `benchmarks/calls.py` measures those. Each figure is
-the least of several medians, microseconds of the calling thread.
+the CPU. Only the drop-in's Python is left, so changes of a tenth of a microsecond show. Launches
+and queries of CUDA are left out; `benchmarks/calls.py` measures those. Each figure is the least of
+several medians, in microseconds of the calling thread.
 
 Between the calls of a program, CUDA's driver and DeepEP run, and little of the drop-in's code and
-data is left in a CPU's caches. That makes it several times slower. With `--cold MB`, so much memory
-is read before each call; it must be more than the last cache holds. Figures are lower quartiles.
+data is left in a CPU's caches. That makes the calls several times slower. `--cold MB` reads so much
+memory before each call; it must be more than the last cache holds. Figures are lower quartiles.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
         [--tokens 8 32 128 512 1024 4096] [--cost FILE] [--json FILE] [--markdown FILE]
 
 Experts of DeepSeek-V3's size (7168 and 2048 wide, bfloat16, two grouped GEMMs), two redundant slots
-a rank. A batch's picks are drawn with the live load as weights. The computation
-of each rank runs alone on the whole GPU, with the rows that its plan gives it, and a layer takes
-what its slowest rank takes. Tokens do not move: that is `benchmarks/whole_layer.py`.
+a rank. A batch's picks are drawn with the live load as weights. Each rank's computation runs alone
+on the whole GPU, with the rows that its plan gives it. A layer takes as long as its slowest rank.
+Tokens do not move here; `benchmarks/whole_layer.py` moves them.
 
 - plain: no copies, experts in order, as DeepEP alone has them
 - even: EPLB's copies, each with an equal part of its expert's tokens
@@ -14,8 +14,8 @@ what its slowest rank takes. Tokens do not move: that is `benchmarks/whole_layer
 - ideal: every rank has the mean number of tokens, and equal experts
 
 Each figure is the mean over batches of milliseconds of a layer. `best` says how far `auto` is above
-the fastest column but the ideal. Ranks are timed that cost at least three quarters of the dearest
-by the cost model, which `lplb-ep calibrate` has made, or is made at the start.
+the fastest column but the ideal. The ranks timed are those that cost at least three quarters of the
+dearest by the cost model. `lplb-ep calibrate` has made the model, or it is made at the start.
 """
 
 from __future__ import annotations

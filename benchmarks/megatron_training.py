@@ -107,10 +107,10 @@ def conditions(args: argparse.Namespace) -> str:
     version = importlib.metadata.version("megatron-core")
     return (
         f"{args.ranks} ranks on {device}, Megatron-Core {version}"
-        f", torch {torch.__version__}; {args.layers} MoE layers of {args.experts} experts, top-"
-        f"{args.topk}, width {args.hidden} and {args.ffn}, {args.dtype}; {args.micro_batches} x "
-        f"{args.sequences} sequences of {args.sequence} a rank and step; routers' liking "
-        f"{args.skew}; {args.steps} steps"
+        f", torch {torch.__version__}. {args.layers} MoE layers of {args.experts} experts, top-"
+        f"{args.topk}, width {args.hidden} and {args.ffn}, {args.dtype}. {args.micro_batches} x "
+        f"{args.sequences} sequences of {args.sequence} a rank and step. Routers' skew "
+        f"{args.skew}, {args.steps} steps"
     )
 
 

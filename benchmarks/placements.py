@@ -5,10 +5,10 @@
         --mmlu deepseek_v3_0324_mmlu_counts.npz \\
         --qwen qwen3_30b_a3b_prefill_topk.npz --gptoss gptoss_20b_decode_topk.npz
 
-Every row is a pair of loads: each layer is placed on the first by EPLB's copies, by LPLB's pairs
-(the topology with the lowest median on the second is shown), and by `Placement.for_lp`, with the
-same slots, and judged by the linear program's exact optimum on the second. The seconds are of
-processor time, of the slowest layer.
+Every row is a pair of loads. Each layer is placed on the first load: by EPLB's copies, by LPLB's
+pairs and by `Placement.for_lp`, with the same slots. The linear program's exact optimum on the
+second load judges each placement. Of LPLB's topologies, the one with the lowest median on the
+second load is shown. Seconds are processor time of the slowest layer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ CORRELATIONS = (1.0, 0.94, 0.8, 0.34)
 
 
 def generated(num_layers: int, num_experts: int = 256) -> Iterator[Layer]:
-    """DeepSeek-V3's spread of popularity, of experts and of groups of 32, at two moments."""
+    """Loads as uneven as DeepSeek-V3's, of experts and of groups of 32, at two moments."""
     for layer in range(num_layers):
         rng = np.random.default_rng([2026, layer])
         # Late layers are worse.
@@ -73,12 +73,13 @@ def mmlu(path: str) -> Iterator[Layer]:
 
 
 def qwen(path: str, by_blocks: bool) -> Iterator[Layer]:
-    """The recording has no marks of where a prompt ends. Its halves are two kinds of text, with
-    unrelated loads; every other block of 64 tokens has some of each. Learned in four batches."""
+    """The first half of the recording and the second are two kinds of text, with unrelated loads.
+    Every other block of 64 tokens has some of each. Where a prompt ends is not marked. Placements
+    are learned in four batches."""
     topk = np.load(path)["topk"]
     token = np.arange(topk.shape[1])
     later = token // 64 % 2 == 1 if by_blocks else token >= topk.shape[1] // 2
-    name = "blocks" if by_blocks else "halves"
+    name = "blocks" if by_blocks else "two kinds of text"
     counts = partial(np.bincount, minlength=128)
     for layer in topk:
         samples = [counts(part.ravel()) for part in np.array_split(layer[~later], 4)]

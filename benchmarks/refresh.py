@@ -35,8 +35,8 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def gptoss(path: str) -> Iterator[Pair]:
-    """Sequences in order of the first principal component of the experts that they use: its halves
-    are two kinds of text. Template tokens left out."""
+    """Sequences in order of the first principal component of the experts that they use. The first
+    half and the second are two kinds of text. Template tokens are left out."""
     with np.load(path) as file:
         topk, seq, pos = file["topk"], file["seq"], file["pos"]
     topk, seq = topk[pos >= 8], seq[pos >= 8]
@@ -64,7 +64,7 @@ def workloads(args: argparse.Namespace) -> Iterator[tuple[str, list[Pair]]]:
         name = "MMLU 4k → 8k"
         yield name, some((first.sum(0), live[name]) for first, live in mmlu(args.mmlu))
     if args.qwen:
-        name = "Qwen3 prefill, halves"
+        name = "Qwen3 prefill, two kinds of text"
         yield name, some((first.sum(0), live[name]) for first, live in qwen(args.qwen, False))
     if args.gptoss:
         yield "GPT-OSS decode, two kinds of text", some(gptoss(args.gptoss))

@@ -2,10 +2,10 @@
 
     python benchmarks/replicas.py [--ranks 2 4 8] [--json FILE]
 
-Experts of DeepSeek-V3's size (hidden 7168, width 2048, three matrices, bfloat16: 88 MB), with
-gradients of float32; on each rank 2 of them at home, and replicas of the next rank's 2. A number is
-the slowest rank's median. Where there are fewer GPUs than ranks these
-share them under MPS: such a figure is of one chip's memory, and no figure of NVLink.
+Experts have DeepSeek-V3's size (hidden 7168, width 2048, three matrices, bfloat16: 88 MB), and
+gradients of float32. Each rank is the home of 2 experts, and has replicas of the next rank's 2. A
+number is the slowest rank's median. Where there are fewer GPUs than ranks, ranks share them under
+MPS. Such a figure measures one chip's memory, and says nothing of NVLink.
 """
 
 from __future__ import annotations

@@ -2,17 +2,17 @@
 
     python benchmarks/statistics_cost.py [--ranks R] [--layers N] [--layer-us US] [--json FILE]
 
-First the plans: E = 256, top-8, EPLB's copies, counts given, as replays of a CUDA graph with 32
-batches. Microseconds of a plan: by kernels whose statistics are cut out, by the kernels as they
-are, and with a sample of every 16th batch and of each one. Cut kernels are compiled from a changed
-copy of the sources. Each kind is measured several times by turns, and the median is shown.
+First come microseconds of a plan (E = 256, top-8, EPLB's copies, counts given), from replays of a
+CUDA graph with 32 batches. Kernels run without their statistics, as they are, and with samples of
+every 16th batch and of each one. Kernels without statistics are compiled from a changed copy of the
+sources. Each kind is measured several times by turns, and the median is shown.
 
-Then reading, with N planners as of N layers: the CPU time of a snapshot, and of what the reporter's
-thread does each second with a recording. The last figures are replays with and without such a
-thread beside them, which looks a hundred times as often as it does in a job.
+Then comes reading, with N planners for N layers: the CPU time of a snapshot, and of the reporter's
+thread each second while it records. The last figures are replays with and without such a thread
+beside them. It reads a hundred times as often as in a job.
 
-Shares are of a layer with 64 tokens on each of two H200s, dispatch and combine included
-(benchmarks/RESULTS.md), unless `--layer-us` says another time.
+Shares are of the time of a layer with 64 tokens on each of two H200s, dispatch and combine included
+(benchmarks/RESULTS.md), unless `--layer-us` gives another time.
 """
 
 from __future__ import annotations

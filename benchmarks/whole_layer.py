@@ -15,8 +15,8 @@ them. With `--shift` a layer's live load is that of another layer, as after a ch
 - guests, placed: no replicas, homes by `for_lp` on LEARNED, G guest slots a rank.
 - forced: DeepEP with picks that are equal for all experts, as a router forced into balance makes.
 
-A way's time is that of a pass over all layers divided by their number: the median of passes of the
-slowest rank, by the GPU's clock. Outputs are compared with plain's in every way but forced. So are
+The time of a way is a pass over all layers, divided by their number, by the GPU's clock. It is the
+slowest rank's median over passes. Outputs are compared with plain's in every way but forced. So are
 gradients of the first layer's expert with most load, in the ways with guests.
 """
 
@@ -54,7 +54,7 @@ WAYS = ("plain", "replicas", "guests, in order", "guests, placed", "forced")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured, the same on every rank."""
+    """The sizes of a run, the same on every rank."""
 
     num_experts: int
     num_tokens: int

@@ -8,8 +8,8 @@ adds to a program is marked with (1) and (2):
     (2) one call balances all MoE layers; LPLB_EP=1 switches it on
 
 Run it with `python examples/megatron_gpt.py` (4 processes on this machine's CPU), or on GPUs under
-`torchrun --nproc-per-node 8`. `--balance` says how tokens are routed: plain is Megatron-Core alone,
-home has every token at its expert's home, and forced has routers that pick at random, evenly.
+`torchrun --nproc-per-node 8`. `--balance` says how tokens are routed. Plain is Megatron-Core alone.
+Home has every token at its expert's home. Forced has routers that pick at random, evenly.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch.distributed as dist
 
 VOCABULARY = 256
 MODES = {"plain": "0", "home": "home", "guests": "1", "replicas": "1", "forced": "0"}
-"""What LPLB_EP is in each."""
+"""The value of LPLB_EP in each mode."""
 
 
 @dataclass

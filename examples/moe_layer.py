@@ -3,23 +3,22 @@
 Read it from top to bottom as the way to integrate lplb_ep. What a plain DeepEP layer does not
 have is marked with (1) to (4):
 
-    (1) the buffer comes from lplb_ep, and the environment variable LPLB_EP switches it
-    (2) the router picks logical experts; a rank has slots for its own, and behind them for guests:
-        experts of other ranks, which come for a batch that needs them
-    (3) each layer calls the buffer through a view with its own placement
-    (4) the experts' weights come from `Guests`: those of guests are fetched while tokens are
-        dispatched, and their gradients are home before the optimizer sees them
+    (1) The buffer comes from lplb_ep, and the environment variable LPLB_EP switches it.
+    (2) The router picks logical experts. A rank has slots for its own experts, and behind them
+        slots for guests. Guests are experts of other ranks, which come for a batch that needs them.
+    (3) Each layer calls the buffer through a view with its own placement.
+    (4) The experts' weights come from `Guests`. The weights of guests are fetched while tokens are
+        dispatched. Their gradients are home before the optimizer sees them.
 
-That is all with guests. Static copies (`--guests 0 --redundant 2`) have more to do:
+Guests need no more. Static copies (`--guests 0 --redundant 2`) take three further steps:
 
-    (5) gradients of replicas are summed into their home before the optimizer's step
-    (6) weights of homes are copied to their replicas after it
-    (7) a new placement is made for the load of late; its weights are the logical experts' of the
-        old one
+    (5) Gradients of replicas are summed into their home before the optimizer's step.
+    (6) Weights of homes are copied to their replicas after it.
+    (7) A new placement is made for the recent load, with the weights of the old one's experts.
 
 Run it with `python examples/moe_layer.py` (8 processes on this machine) or under `torchrun`. Where
-DeepEP is installed and there is a GPU it runs on GPUs, else on the CPU with lplb_ep's embedded
-buffers, and says which. What it measures, checks and draws is in report.py.
+DeepEP is installed and there is a GPU, it runs on GPUs. Elsewhere it runs on the CPU with lplb_ep's
+embedded buffers. It says which. report.py measures, checks and draws.
 """
 
 from __future__ import annotations

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 STATIC = 2  # static copies a rank that guests are compared with
 
 # How far a balanced step may be from the same step at home, relative to the loss and to the largest
-# gradient. In bfloat16 each combine rounds to 8 bits what a rank's experts made of a token, and
-# again the sum over ranks. Balanced, the terms are grouped otherwise, so the two differ by up to
-# 2**-7 of their terms; after two layers, forward and back, by 2**-5 at worst. Errors of many tokens
-# cancel, so less is asked for. (Seen: 5e-4. Replicas with wrong weights: 0.1 to 0.3.)
+# gradient. In bfloat16 each combine rounds a rank's result for a token to 8 bits, and again the sum
+# over ranks. A balanced step groups the terms otherwise, so the two differ by up to `2**-7` of
+# their terms. After two layers, forward and back, they differ by `2**-5` at worst. Errors of many
+# tokens cancel, so the bound is lower. (Seen: 5e-4. Replicas with wrong weights: 0.1 to 0.3.)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 2**-8}
 
 

@@ -33,9 +33,12 @@ NAMES_DEEP_EP = {
 DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
 # Files and folders whose every sentence is short and free of private words.
 PLAIN = [
+    "CHANGELOG.md",
     "CONTRIBUTING.md",
     "README.md",
+    *(f"benchmarks/{path.name}" for path in sorted(ROOT.glob("benchmarks/*.py"))),
     "docs",
+    "examples",
     "kernels",
     "lplb_ep",
     "tests/cpu/deepep",
