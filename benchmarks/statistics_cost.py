@@ -11,8 +11,8 @@ Then comes reading, with N planners for N layers: the CPU time of a snapshot, an
 thread each second while it records. The last figures are replays with and without such a thread
 beside them. It reads a hundred times as often as in a job.
 
-Shares are of the time of a layer with 64 tokens on each of two H200s, dispatch and combine included
-(benchmarks/RESULTS.md), unless `--layer-us` gives another time.
+Shares are of the time of a layer with 64 tokens on each of two H200s, with dispatch and combine
+(benchmarks/RESULTS.md). `--layer-us` gives another time.
 """
 
 from __future__ import annotations
