@@ -108,7 +108,7 @@ def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     content: dict[Any, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise _ContentError(f"it has the key {key!r} twice")
+            raise _ContentError(f"it names {key!r} twice")
         content[key] = value
     return content
 
@@ -182,7 +182,7 @@ def _check_archive(file: Path) -> None:
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise _ContentError(f"its part {damaged} is damaged")
+        raise _ContentError(f"its part {damaged!r} is damaged")
 
 
 _JSON = ("JSON", _read_json, b"")

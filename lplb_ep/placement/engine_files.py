@@ -107,7 +107,7 @@ def read_tables(path: str | os.PathLike[str]) -> EngineTables:
     if "physical_to_logical_map" in content:
         others = [str(key) for key in content if key != "physical_to_logical_map"]
         if others:
-            raise PlacementError(f"{where}: SGLang takes no {others[0]} beside its map")
+            raise PlacementError(f"{where}: SGLang takes no {others[0]!r} beside its map")
         rows = _rows(where, content["physical_to_logical_map"])
         return EngineTables(_NAMES["sglang"], dict(enumerate(rows)), True, None)
     if "initial_global_assignments" in content:
@@ -118,7 +118,7 @@ def read_tables(path: str | os.PathLike[str]) -> EngineTables:
         raise PlacementError(
             f"{where} has loads (logical_count) and no placement: lplb-ep place makes one of them"
         )
-    keys = ", ".join(map(str, list(content)[:4]))
+    keys = ", ".join(repr(str(key)) for key in list(content)[:4])
     raise PlacementError(
         f"{where} is no placement: expected {', '.join(_NAMES.values())} or a file of lplb-ep; it "
         f"has {keys or 'nothing'}"

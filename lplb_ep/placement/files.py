@@ -95,7 +95,7 @@ def read_layers(path: Path, make: Callable[..., T]) -> dict[int | str, T]:
         layer = int(name) if name.isdecimal() else name
         if layer in made:
             raise PlacementError(f"{os.fspath(path)}: layer {layer} comes twice")
-        made[layer] = _made(state, make, f"{os.fspath(path)}, layer {name}")
+        made[layer] = _made(state, make, f"{os.fspath(path)}, layer {layer!r}")
     return made
 
 

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..errors import PlacementError
 from .engine_files import (
     EngineTables,
@@ -121,6 +123,28 @@ def placements_of_layers(
     if missing:
         raise PlacementError(f"{os.fspath(path)} has no placement for layer {missing[0]}")
     return [placements[layer] for layer in layers]
+
+
+def numbers_of_layers(path: str | os.PathLike[str]) -> list[int]:
+    """The numbers in the model of the layers in a file; none where it is for layers of any number.
+
+    Layers with experts in order, as SGLang has dense ones, are left out.
+
+    Raises:
+        PlacementError: as `load_placements`.
+        OSError: the file is not readable.
+    """
+    found = _engine_tables(path)
+    if found is not None:
+        tables = found.tables if found.in_model else {}
+        return [
+            layer
+            for layer, table in tables.items()
+            if (table != np.arange(table.size) % (int(table.max()) + 1)).any()
+        ]
+    if not _has_several(path):
+        return []
+    return [layer for layer in read_layers(path, Placement) if isinstance(layer, int)]
 
 
 def engine_of(path: str | os.PathLike[str]) -> str | None:

@@ -64,15 +64,18 @@ def plot_replay(
         numbers = range(len(result.home)) if by_batch else result.layers
         place = np.arange(len(numbers))
 
+        idle = result.is_idle.numpy()
+
         def values_of(column: torch.Tensor) -> npt.NDArray[Any]:
-            return column.T.numpy() if by_batch else column.numpy()
+            values = np.ma.array(column.numpy(), mask=idle)
+            return values.T if by_batch else values
 
         names = {"in_order": "", "home": "o", "even": "s", "residents": "^", "lp": "o"}
         drawn = []
         for name, marker in names.items():
             if getattr(result, name) is not None:
                 values = values_of(getattr(result, name))
-                label = f"{LABELS[name]} (median {np.median(values):.2f})"
+                label = f"{LABELS[name]} (median {np.ma.median(values):.2f})"
                 look = {"color": _COLOURS[name], "marker": marker, "label": label}
                 drawn += _draw_range(axes, place, values, look)
         if result.guests is not None:
@@ -365,7 +368,7 @@ def plot_timeline(
         OSError: the file cannot be written.
     """
     imbalance = timeline.imbalance()
-    chosen = int(imbalance["kept"][-1].argmax())
+    chosen = int(imbalance["kept"][-1].nan_to_num().argmax())
     looks = {
         "kept": (_COLOURS["home"], "placements kept"),
         "refreshed": (_COLOURS["lp"], "refreshed"),
@@ -388,9 +391,13 @@ def plot_timeline(
 
         steps, drawn = np.arange(len(timeline.kept)), []
         for name, (colour, label) in looks.items():
-            values = imbalance[name].numpy()
+            values = np.ma.masked_invalid(imbalance[name].numpy())
             drawn += lines.plot(
-                steps, np.median(values, 1), color=colour, lw=2, label=f"LP, {label}: median layer"
+                steps,
+                np.ma.median(values, axis=1),
+                color=colour,
+                lw=2,
+                label=f"LP, {label}: median layer",
             )
             drawn += lines.plot(
                 steps, values.max(1), color=colour, lw=1, ls=":", label="its worst layer"

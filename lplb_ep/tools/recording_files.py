@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,17 +16,32 @@ Array = npt.NDArray[Any]
 ENDS = (".npz", ".npy", ".pt", ".pth", ".json", ".csv")
 _IN_DIRECTORIES = (".pt", ".npy", ".csv", ".json")
 _COLUMNS = ("layer", "expert", "count")
+MAX_EXPERTS = 2**15
+"""Of a layer. Larger numbers are no experts: counts of them would take all memory."""
+MAX_LAYERS = 2**15
+"""Of a model, likewise."""
+_MOST_BYTES = 16 * 10**9
+"""Of counts."""
 
 
-def read_arrays(path: Path) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+class Content(NamedTuple):
+    """What a recording's files hold."""
+
+    arrays: dict[str, Array]
+    """By name, or one by ""."""
+    kind: str = ""
+    """What an engine calls them. What has one, and layers with numbers, are counts."""
+    layers: tuple[int, ...] | None = None
+    """The numbers of the layers, where the files say them."""
+    remarks: tuple[str, ...] = ()
+    """Remarks on the parts, in sentences."""
+
+
+def read_arrays(path: Path) -> Content:
     """The arrays of a recording's files.
 
     Args:
         path: the file, or a directory with the parts of one recording.
-
-    Returns:
-        Arrays by name, or one by ""; what an engine calls them, else ""; the numbers of the layers
-        where the file says them. What an engine has named, and layers with numbers, are counts.
 
     Raises:
         ValueError: the content is none of a recording; or a part comes twice, or is missing.
@@ -41,13 +56,13 @@ def read_arrays(path: Path) -> tuple[dict[str, Array], str, tuple[int, ...] | No
         return _of_torch(path, [path], [content])
     if path.suffix.lower() == ".csv":
         array, layers = _of_csv(path, content)
-        return {"": array}, "", layers
+        return Content({"": array}, layers=layers)
     if path.suffix.lower() == ".json":
         return _of_json(path, content)
-    return (content if isinstance(content, dict) else {"": content}), "", None
+    return Content(content if isinstance(content, dict) else {"": content})
 
 
-def _read_directory(path: Path) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+def _read_directory(path: Path) -> Content:
     files = sorted(file for file in path.iterdir() if file.suffix.lower() in _IN_DIRECTORIES)
     kinds = sorted({file.suffix.lower() for file in files})
     if not files:
@@ -57,21 +72,28 @@ def _read_directory(path: Path) -> tuple[dict[str, Array], str, tuple[int, ...] 
     if kinds == [".pt"]:
         return _of_torch(path, files, [read_plain(file) for file in files])
     parts = [read_arrays(file) for file in files]
-    arrays = [next(iter(arrays.values())) for arrays, _, _ in parts]
+    arrays = [next(iter(part.arrays.values())) for part in parts]
     for file, array in zip(files, arrays, strict=True):
         if array.ndim not in (2, 3) or array.shape[-2:] != arrays[0].shape[-2:]:
             raise ValueError(
                 f"{file}: parts of one recording must be alike, [layers, experts] or [batches, "
                 f"layers, experts]; got {list(array.shape)} beside {list(arrays[0].shape)}"
             )
-    if len({layers for _, _, layers in parts}) > 1:
+    if len({part.layers for part in parts}) > 1:
         raise ValueError(f"{path}: its files differ in the numbers of their layers")
     batches = [a.reshape(-1, *a.shape[-2:]) for a in arrays]
-    return {"": _in_order(path, files, batches)}, "counts", parts[0][2]
+    whole, remarks = _in_order(path, files, batches)
+    return Content({"": whole}, "counts", parts[0].layers, remarks)
 
 
-def _in_order(path: Path, files: Sequence[Path], batches: Sequence[Array]) -> Array:
-    """Puts parts behind one another by the last number of their names; adds up those of ranks."""
+def _in_order(
+    path: Path, files: Sequence[Path], batches: Sequence[Array]
+) -> tuple[Array, tuple[str, ...]]:
+    """Puts parts behind one another by the last number of their names; adds up those of ranks.
+
+    Returns:
+        [N, L, E], and remarks.
+    """
     ranks = [re.search(r"rank[-_.]?(\d+)", file.stem, re.IGNORECASE) for file in files]
     if any(ranks) and not all(ranks):
         odd = files[ranks.index(None)]
@@ -87,7 +109,7 @@ def _in_order(path: Path, files: Sequence[Path], batches: Sequence[Array]) -> Ar
         cells[key] = (file, batch)
     steps_found = sorted({step for step, _ in cells})
     ranks_found = sorted({rank for _, rank in cells})
-    _check_steps(path, steps_found)
+    remarks = _check_steps(path, steps_found)
     for step in steps_found:
         absent = [rank for rank in range(ranks_found[-1] + 1) if (step, rank) not in cells]
         if absent:
@@ -100,25 +122,42 @@ def _in_order(path: Path, files: Sequence[Path], batches: Sequence[Array]) -> Ar
             if part.shape != parts[0][1].shape:
                 raise ValueError(f"{file}: has {len(part)} batches; others have {len(parts[0][1])}")
         added.append(np.sum([part for _, part in parts], axis=0))
-    return np.concatenate(added)
+    return np.concatenate(added), remarks
 
 
-def _check_steps(path: Path, steps: Sequence[int]) -> None:
-    """Refuses a gap: a distance that is a multiple of the most common one."""
+def _check_steps(path: Path, steps: Sequence[int]) -> tuple[str, ...]:
+    """Refuses a gap: a distance that is a multiple of the most common one.
+
+    Returns:
+        A remark where distances differ, and it is not clear that a part is missing.
+    """
     distances = np.diff(steps).tolist()
-    usual = max(set(distances), key=distances.count, default=1)
+    usual = max(sorted(set(distances)), key=distances.count, default=1)
     for before, distance in zip(steps, distances, strict=False):
         if distance > usual and distance % usual == 0 and distances.count(usual) > 1:
             raise ValueError(
                 f"{path}: number {before + usual} is missing between {before} and "
                 f"{before + distance}"
             )
+    return _remark_on_gaps("numbers of files", steps)
 
 
-def _of_json(path: Path, content: Any) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+def _remark_on_gaps(what: str, numbers: Sequence[int]) -> tuple[str, ...]:
+    """A remark where sorted numbers do not have one distance, by the largest."""
+    distances = np.diff(numbers).tolist()
+    if len(set(distances)) < 2:
+        return ()
+    place = distances.index(max(distances))
+    return (
+        f"the {what} are not evenly spaced: {numbers[place + 1]} follows {numbers[place]}; is a "
+        "part missing?",
+    )
+
+
+def _of_json(path: Path, content: Any) -> Content:
     """Nested lists; SGLang's `logical_count`; or the counts of layers by their numbers."""
     if isinstance(content, dict) and "logical_count" in content:
-        return {"": _array(path, content["logical_count"])}, "SGLang logical_count", None
+        return Content({"": _array(path, content["logical_count"])}, "SGLang logical_count")
     if isinstance(content, dict):
         if not content or not all(re.fullmatch(r"\d{1,9}", key) for key in content):
             raise ValueError(
@@ -128,8 +167,12 @@ def _of_json(path: Path, content: Any) -> tuple[dict[str, Array], str, tuple[int
         layers = tuple(int(key) for key in content)
         if len(set(layers)) < len(layers):
             raise ValueError(f"{path}: a layer comes twice")
-        return {"": _array(path, list(content.values()))}, "counts", layers
-    return {"": _array(path, content)}, "", None
+        if max(layers) >= MAX_LAYERS:
+            raise ValueError(
+                f"{path}: layers must be numbers in [0, {MAX_LAYERS}); got {max(layers)}"
+            )
+        return Content({"": _array(path, list(content.values()))}, "counts", layers)
+    return Content({"": _array(path, content)})
 
 
 def _of_csv(path: Path, rows: Sequence[Sequence[str]]) -> tuple[Array, tuple[int, ...] | None]:
@@ -144,18 +187,18 @@ def _of_csv(path: Path, rows: Sequence[Sequence[str]]) -> tuple[Array, tuple[int
     if named and [re.sub(r"\D", "", name) for name in experts] != [*map(str, range(len(experts)))]:
         raise ValueError(
             f"{path}: columns must be layer, expert and count, or e0, e1, … for the experts; got "
-            f"{', '.join(head)[:80]}"
+            f"{_row(head)}"
         )
     numbers = []
     for line, row in enumerate(rows[int(named) :], 1 + named):
         if len(row) != len(head) or not all(map(_is_number, row)):
-            raise ValueError(
-                f"{path}: row {line} must be {len(head)} numbers; got {', '.join(row)}"
-            )
+            raise ValueError(f"{path}: row {line} must be {len(head)} numbers; got {_row(row)}")
         numbers.append([float(cell) for cell in row])
     table = _array(path, numbers)
     if named and head[0] == "layer" and table.size:
-        layers = tuple(_number(path, "layer", row[0]) for row in rows[1:])
+        layers = tuple(
+            _number(path, line, "layer", row[0], MAX_LAYERS) for line, row in enumerate(rows[1:], 2)
+        )
         if len(set(layers)) < len(layers):
             raise ValueError(f"{path}: a layer comes twice")
         return table[:, 1:], layers
@@ -169,18 +212,17 @@ def _of_cells(
     wrong = set(head) - {*_COLUMNS, "batch"}
     if wrong or len(set(head)) < len(head):
         raise ValueError(
-            f"{path}: columns must be layer, expert, count and perhaps batch; got {', '.join(head)}"
+            f"{path}: columns must be layer, expert, count and perhaps batch; got {_row(head)}"
         )
     cells: dict[tuple[int, int, int], float] = {}
     for line, row in enumerate(rows, 2):
         if len(row) != len(head):
-            raise ValueError(
-                f"{path}: row {line} must have {len(head)} cells; got {', '.join(row)}"
-            )
+            raise ValueError(f"{path}: row {line} must have {len(head)} cells; got {_row(row)}")
         cell = dict(zip(head, row, strict=True))
-        place = [_number(path, n, cell.get(n, "0")) for n in ("batch", "layer", "expert")]
+        most = {"batch": 10**9, "layer": MAX_LAYERS, "expert": MAX_EXPERTS}
+        place = [_number(path, line, n, cell.get(n, "0"), most[n]) for n in most]
         if not _is_number(cell["count"]):
-            raise ValueError(f"{path}: row {line}: count must be a number; got {cell['count']}")
+            raise ValueError(f"{path}: row {line}: count must be a number; got {cell['count']!r}")
         key = (place[0], place[1], place[2])
         if key in cells:
             raise ValueError(
@@ -191,15 +233,15 @@ def _of_cells(
     if not cells:
         raise ValueError(f"{path}: it has no rows")
     batches, layers = (sorted({key[i] for key in cells}) for i in (0, 1))
-    counts = np.zeros((len(batches), len(layers), 1 + max(key[2] for key in cells)))
+    experts = 1 + max(key[2] for key in cells)
+    check_size(str(path), len(batches), len(layers), experts)
+    counts = np.zeros((len(batches), len(layers), experts))
     for (batch, layer, expert), count in cells.items():
         counts[batches.index(batch), layers.index(layer), expert] = count
     return counts, tuple(layers)
 
 
-def _of_torch(
-    path: Path, files: Sequence[Path], contents: Sequence[Any]
-) -> tuple[dict[str, Array], str, tuple[int, ...] | None]:
+def _of_torch(path: Path, files: Sequence[Path], contents: Sequence[Any]) -> Content:
     """A tensor, or the dumps of SGLang's recorder: `python/sglang/srt/eplb/expert_distribution.py`.
 
     `stat` and `stat_approx` write one `logical_count` [steps, layers, experts], `per_pass` and
@@ -207,14 +249,14 @@ def _of_torch(
     """
     first = contents[0]
     if len(files) == 1 and hasattr(first, "numpy"):
-        return {"": _array(path, first)}, "", None
+        return Content({"": _array(path, first)})
     if all(isinstance(c, dict) and "records" in c for c in contents):
-        counts, num_ranks = _add_records(path, files, contents)
-        return {"": counts}, f"SGLang records of {num_ranks} rank(s)", None
+        counts, num_ranks, remarks = _add_records(path, files, contents)
+        return Content({"": counts}, f"SGLang records of {num_ranks} rank(s)", remarks=remarks)
     if isinstance(first, dict) and "logical_count" in first:
         if len(files) > 1:
             raise ValueError(f"{path}: each of its {len(files)} files is a recording; name one")
-        return {"": _array(path, first["logical_count"])}, "SGLang logical_count", None
+        return Content({"": _array(path, first["logical_count"])}, "SGLang logical_count")
     held = _names(first) if isinstance(first, dict) else f"a {type(first).__name__}"
     raise ValueError(
         f"{files[0]}: expected a tensor, or SGLang's dump with logical_count or records; it holds "
@@ -224,8 +266,11 @@ def _of_torch(
 
 def _add_records(
     path: Path, files: Sequence[Path], dumps: Sequence[Mapping[str, Any]]
-) -> tuple[Array, int]:
-    """[passes, layers, experts]: the ranks' physical counts of each pass, by logical experts.
+) -> tuple[Array, int, tuple[str, ...]]:
+    """The ranks' physical counts of each pass, by logical experts.
+
+    Returns:
+        [passes, layers, experts]; the number of ranks; remarks.
 
     Raises:
         ValueError: a rank's part of a pass comes twice, or is missing.
@@ -234,6 +279,7 @@ def _add_records(
     for file, dump in zip(files, dumps, strict=True):
         try:
             table = np.asarray(dump["last_physical_to_logical_map"].long())
+            _check_table(file, table)
             for record in dump["records"]:
                 physical = np.asarray(record["global_physical_count"].long())
                 key = (int(record["forward_pass_id"]), int(record["rank"]))
@@ -265,7 +311,36 @@ def _add_records(
     counts = np.zeros((len(passes), *shapes.pop()), np.int64)
     for (number, _, _), (_, logical) in parts.items():
         counts[passes.index(number)] += logical
-    return counts, len(ranks)
+    return counts, len(ranks), _remark_on_gaps("numbers of passes", passes)
+
+
+def _check_table(file: Path, table: Array) -> None:
+    """Refuses a map of slots whose counts would take all memory.
+
+    Raises:
+        ValueError: a slot holds no expert, or one whose number is too large.
+    """
+    wrong = np.argwhere((table < 0) | (table >= MAX_EXPERTS))
+    if len(wrong):
+        place = ", ".join(map(str, wrong[0].tolist()))
+        raise ValueError(
+            f"{file}: last_physical_to_logical_map[{place}] must be an expert in [0, "
+            f"{MAX_EXPERTS}); got {table[tuple(wrong[0])]}"
+        )
+
+
+def check_size(where: str, num_batches: int, num_layers: int, num_experts: int) -> None:
+    """Refuses counts [N, L, E] that would take more memory than a machine should give.
+
+    Raises:
+        ValueError: names their sizes.
+    """
+    if 8 * num_batches * num_layers * num_experts > _MOST_BYTES:
+        raise ValueError(
+            f"{where}: {num_batches} batches, {num_layers} layers and {num_experts} experts are "
+            f"{8e-9 * num_batches * num_layers * num_experts:.0f} GB of counts, more than "
+            f"{_MOST_BYTES // 10**9} GB: take fewer batches"
+        )
 
 
 def _array(path: Path, values: Any) -> Array:
@@ -291,14 +366,20 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def _number(path: Path, name: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,9}", text):
-        raise ValueError(f"{path}: {name} must be whole numbers of at least 0; got {text!r}")
+def _number(path: Path, line: int, name: str, text: str, most: int) -> int:
+    if not re.fullmatch(r"\d{1,9}", text) or int(text) >= most:
+        raise ValueError(
+            f"{path}: row {line}: {name} must be a whole number in [0, {most}); got {text!r}"
+        )
     return int(text)
 
 
+def _row(cells: Sequence[str]) -> str:
+    return repr(", ".join(cells)[:80])
+
+
 def _names(content: Mapping[Any, Any]) -> str:
-    names = [str(key) for key in content]
+    names = [repr(str(key)) for key in content]
     return ", ".join(names[:4]) + (", …" if len(names) > 4 else "") if names else "nothing"
 
 

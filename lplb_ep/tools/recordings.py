@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from ..metrics.recording_file import write_recording
 from ..plain_files import write_json
 from ..problem import MAX_TOTAL
-from .recording_files import read_arrays
+from .recording_files import MAX_EXPERTS, MAX_LAYERS, read_arrays
 from .routed_ids import count_ids
 
 LAYOUTS = {
@@ -46,6 +46,8 @@ class Recording:
     fractions, or totals that no solver takes: only shares matter there."""
     num_dropped: int = 0
     """Rows of tokens that were padding, of recorded expert ids."""
+    remarks: tuple[str, ...] = ()
+    """On the parts of a directory, in sentences."""
 
     @classmethod
     def of(
@@ -77,6 +79,10 @@ class Recording:
         numbers = np.arange(array.shape[1]) if layers is None else np.asarray(layers)
         if numbers.shape != array.shape[1:2]:
             raise ValueError(f"{source}: layers must have {array.shape[1]} numbers")
+        if array.shape[2] > MAX_EXPERTS:
+            raise ValueError(
+                f"{source}: a layer may have {MAX_EXPERTS} experts; got {array.shape[2]}"
+            )
         wrong = np.argwhere(~((array >= 0) & np.isfinite(array)))
         if len(wrong):
             batch, layer, expert = wrong[0].tolist()
@@ -108,9 +114,33 @@ class Recording:
         Where the sums are more than a solver takes, they are scaled down: only shares matter."""
         return torch.from_numpy(_whole(self.counts.sum(0).numpy())[0])
 
+    def check_like(self, other: Recording) -> None:
+        """Refuses another model's recording.
+
+        Raises:
+            ValueError: layers or the number of experts differ; says in what.
+        """
+        if (self.layers, self.num_experts) == (other.layers, other.num_experts):
+            return
+        said = (
+            f"{self.source} has {len(self.layers)} layers of {self.num_experts} experts; "
+            f"{other.source} has {len(other.layers)} of {other.num_experts}"
+        )
+        alone = sorted({*self.layers} ^ {*other.layers})
+        if alone:
+            said += f"; only one of them has layer {alone[0]}"
+        raise ValueError(said)
+
     def notes(self) -> list[str]:
         """What a reader of the counts must know, each in a sentence."""
-        notes = []
+        notes = [*self.remarks]
+        idle = int((self.counts.sum(2) == 0).sum())
+        if idle:
+            cells = self.counts.shape[0] * self.counts.shape[1]
+            notes.append(
+                f"{idle} of {cells} cells (a layer in a batch) have no tokens: no mean or median "
+                "has them"
+            )
         if self.num_dropped:
             notes.append(f"{self.num_dropped} rows of tokens are padding and left out")
         if self.scale != 1:
@@ -195,32 +225,37 @@ def load_recording(
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
     file = Path(path)
-    arrays, kind, layers = read_arrays(file)
+    content = read_arrays(file)
+    arrays = content.arrays
     if "lplb_ep_recording" in arrays:
-        return _checked(_saved(file, arrays), num_experts, key)
-    if kind or layers is not None:
+        return _checked(file, _saved(file, arrays), num_experts, key)
+    if content.kind or content.layers is not None:
         if layout not in (None, "counts") or tokens_per_batch is not None:
             raise ValueError(f"{file}: holds counts; layout and tokens_per_batch are for ids")
-        source = f"{file.name}: {kind}" if kind else file.name
-        return _checked(Recording.of(arrays[""], source, layers=layers), num_experts, key)
+        source = f"{file.name}: {content.kind}" if content.kind else file.name
+        found = Recording.of(arrays[""], str(file), layers=content.layers)
+        found = replace(found, source=source, remarks=content.remarks)
+        return _checked(file, found, num_experts, key)
 
     name, array = _pick(file, arrays, key)
+    where = f"{file}: array {name!r}" if name else str(file)
     source = f"{file.name}: {name}" if name else file.name
     held = f"got {array.dtype} {list(array.shape)}"
     if array.dtype.kind not in "iuf" or array.ndim not in (2, 3):
-        raise ValueError(f"{source}: expected numbers in 2 or 3 dimensions; {held}")
+        raise ValueError(f"{where}: expected numbers in 2 or 3 dimensions; {held}")
     if layout is None and array.ndim == 3:
         choices = "; ".join(f"{name} = {meaning}" for name, meaning in LAYOUTS.items())
-        raise ValueError(f"{source}: layout must say what its 3 dimensions are: {choices}; {held}")
+        raise ValueError(f"{where}: layout must say what its 3 dimensions are: {choices}; {held}")
     if layout in (None, "counts"):
         if tokens_per_batch is not None:
-            raise ValueError(f"{source}: tokens_per_batch is for ids; these are counts")
-        return _checked(Recording.of(array, source), num_experts)
+            raise ValueError(f"{where}: tokens_per_batch is for ids; these are counts")
+        return _checked(file, replace(Recording.of(array, where), source=source), num_experts)
     if array.ndim != 3 or array.dtype.kind == "f" or not array.size:
-        raise ValueError(f"{source}: layout {layout} is {LAYOUTS[layout]}, integers; {held}")
+        raise ValueError(f"{where}: layout {layout!r} is {LAYOUTS[layout]}, integers; {held}")
     ids = array if layout == "layer-token" else array.transpose(1, 0, 2)
-    found = count_ids(ids, source, num_experts, tokens_per_batch)
-    return Recording.of(found.counts, source, num_dropped=found.num_dropped)
+    counted = count_ids(ids, where, num_experts, tokens_per_batch)
+    found = Recording.of(counted.counts, where, num_dropped=counted.num_dropped)
+    return replace(found, source=source)
 
 
 def _saved(file: Path, arrays: Mapping[str, Array]) -> Recording:
@@ -233,23 +268,27 @@ def _saved(file: Path, arrays: Mapping[str, Array]) -> Recording:
         raise ValueError(f"{file}: layers must be different whole numbers; got {layers}")
     if min(layers, default=0) < 0 or not 0 < scale < np.inf:
         raise ValueError(f"{file}: lacks parts of a recording, or has others")
-    found = Recording.of(counts, source, layers=layers)
-    return Recording(found.counts, found.layers, source, scale * found.scale)
+    if max(layers, default=0) >= MAX_LAYERS:
+        raise ValueError(f"{file}: layers must be numbers below {MAX_LAYERS}; got {max(layers)}")
+    found = Recording.of(counts, str(file), layers=layers)
+    return replace(found, source=f"{file.name}: {source}", scale=scale * found.scale)
 
 
-def _checked(recording: Recording, num_experts: int | None, key: str | None = None) -> Recording:
+def _checked(
+    file: Path, recording: Recording, num_experts: int | None, key: str | None = None
+) -> Recording:
     if key is not None:
-        raise ValueError(f"{recording.source}: no array {key!r}; the file is one recording")
+        raise ValueError(f"{file}: no array {key!r}; the file is one recording")
     if num_experts not in (None, recording.num_experts):
         raise ValueError(
-            f"{recording.source}: num_experts is {num_experts}, but counts are of "
+            f"{file}: num_experts is {num_experts}, but counts are of "
             f"{recording.num_experts} experts"
         )
     return recording
 
 
 def _pick(file: Path, arrays: Mapping[str, Array], key: str | None) -> tuple[str, Array]:
-    named = ", ".join(f"{name} {list(a.shape)}" for name, a in arrays.items() if name)
+    named = ", ".join(f"{name!r} {list(a.shape)}" for name, a in arrays.items() if name)
     if key is not None:
         if key not in arrays:
             raise ValueError(f"{file}: no array {key!r}; it holds {named or 'one without a name'}")

@@ -21,8 +21,8 @@ from .tables import text_table
 class Replay:
     """Imbalance (max rank load / mean rank load) of N batches and L layers, each [N, L] float64.
 
-    The mean is that of the ranks that take part (`Placement.active_ranks`). A layer that is idle
-    in a batch counts as balanced: 1.
+    The mean is that of the ranks that take part (`Placement.active_ranks`). A cell is a layer in a
+    batch. Where it is idle there is nothing to balance: it is NaN, and in no mean or median.
     """
 
     in_order: torch.Tensor
@@ -48,37 +48,44 @@ class Replay:
     most_sent: torch.Tensor | None = None
     """[N, L] int64: the most of these copies that one rank sends."""
     rank_loads: dict[str, torch.Tensor] = field(default_factory=dict)
-    """[N, L, R] float64 by "home" and "lp": rank load / mean rank load, 1 where a layer is idle."""
+    """[N, L, R] float64 by "home" and "lp": rank load / mean rank load, NaN where idle."""
+
+    @property
+    def is_idle(self) -> torch.Tensor:
+        """[N, L] bool: cells without tokens."""
+        return self.home.isnan()
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Median, mean and maximum over all batches and layers, by column."""
+        """Median, mean and maximum over all cells with tokens, by column."""
         return {
             name: {
-                "median": float(np.median(values.numpy())),
+                "median": float(np.median(values)),
                 "mean": float(values.mean()),
                 "worst": float(values.max()),
             }
-            for name, values in self._columns().items()
+            for name, column in self._columns().items()
+            for values in [column[~self.is_idle].numpy()]
         }
 
     def rows(self) -> Iterator[list[Any]]:
-        """A table with a head and a row for each batch and layer, as CSV has it."""
+        """A table with a head and a row for each cell, as CSV has it: empty where it is idle."""
         columns: dict[str, torch.Tensor] = dict(self._columns())
         if self.guests is not None and self.most_sent is not None:
             columns |= {"guests": self.guests, "most_sent": self.most_sent}
         yield ["batch", "layer", *columns]
         for batch, layer in np.ndindex(*self.home.shape):
             values = [column[batch, layer].item() for column in columns.values()]
-            yield [batch, self.layers[layer], *values]
+            yield [batch, self.layers[layer], *with_gaps(values)]
 
     def to_json(self, expert_bytes: int | None = None) -> dict[str, Any]:
-        """All numbers, as plain lists [N][L] and the summary.
+        """All numbers, as plain lists [N][L] with None where a cell is idle, and the summary.
 
         Args:
             expert_bytes: weights of an expert, to tell the bytes that guests move.
         """
-        values = {name: column.tolist() for name, column in self._columns().items()}
+        values = {name: with_gaps(column.tolist()) for name, column in self._columns().items()}
         found: dict[str, Any] = {"layers": list(self.layers), "imbalance": values}
+        found["num_idle"] = int(self.is_idle.sum())
         found["summary"] = self.summary()
         if self.leaves_node is not None:
             found["leaves_node"] = dict(zip(("home", "lp"), self.leaves_node.tolist(), strict=True))
@@ -104,18 +111,18 @@ class Replay:
             if expert_bytes is not None:
                 columns += [("GB moved", "{:.2f}", self.guests * (expert_bytes / 1e9))]
         names = range(len(self.home)) if by_batch else self.layers
-        values = [column.double().numpy() for _, _, column in columns]
-        lines = [
-            (str(n), [c.mean(int(by_batch)).tolist()[i] for c in values])
-            for i, n in enumerate(names)
-        ]
+        idle = self.is_idle.numpy()
+        cells = [np.ma.array(column.double().numpy(), mask=idle) for _, _, column in columns]
+        of_names = [c.mean(int(by_batch)).filled(np.nan) for c in cells]
+        lines = [(str(n), [values[i] for values in of_names]) for i, n in enumerate(names)]
         lines += [
-            ("median", [float(np.median(c)) for c in values]),
-            ("mean", [float(c.mean()) for c in values]),
-            ("worst", [float(c.max()) for c in values]),
+            ("median", [np.median(c.compressed()) for c in cells]),
+            ("mean", [c.mean() for c in cells]),
+            ("worst", [c.max() for c in cells]),
         ]
+        forms = [form for _, form, _ in columns]
         rows = [
-            [name, *(form.format(x) for (_, form, _), x in zip(columns, line, strict=True))]
+            [name, *("-" if x != x else f.format(x) for f, x in zip(forms, line, strict=True))]
             for name, line in lines
         ]
         rows.insert(-3, [])
@@ -131,6 +138,13 @@ class Replay:
     def _columns(self) -> dict[str, torch.Tensor]:
         every = {name: getattr(self, name) for name in LABELS}
         return {name: column for name, column in every.items() if column is not None}
+
+
+def with_gaps(values: Any) -> Any:
+    """Nested lists of numbers, with None in the place of NaN, as JSON and CSV can have them."""
+    if isinstance(values, list):
+        return [with_gaps(value) for value in values]
+    return None if values != values else values
 
 
 LABELS = {
@@ -187,7 +201,8 @@ def replay(
                 f"placements must have the recording's {recording.num_experts} experts; got {E}"
             )
         load = recording.counts[:, layer]
-        mean = load.sum(1).double() / active.size
+        total = load.sum(1).double()
+        mean = torch.where(total > 0, total / active.size, torch.nan)  # of idle cells there is none
         solution = solve(load, placement, solver, **rule)
         residents = solution
         if placement.num_guests_per_rank:
@@ -205,11 +220,9 @@ def replay(
             "bound": solution.lower_bound[:, None],
         }
         for name in by_rank:
-            by_rank[name].append(
-                torch.where(mean[:, None] > 0, rank_loads[name] / mean[:, None], 1.0)
-            )
+            by_rank[name].append(rank_loads[name] / mean[:, None])
         for name, held in rank_loads.items():
-            columns[name].append(torch.where(mean > 0, held.amax(1) / mean, 1.0))
+            columns[name].append(held.amax(1) / mean)
         moved.append(_copies_moved(solution.guests, placement))
         if placement.num_ranks_per_node < R:
             leaves.append(_leave_node(solution, placement))

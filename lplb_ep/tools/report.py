@@ -15,7 +15,7 @@ import torch
 
 from ..placement.table import Placement
 from .recordings import Recording
-from .replay import Replay
+from .replay import Replay, with_gaps
 from .timeline import Timeline
 
 # ECharts 6.1.0 lies beside the page, with its licence. Nothing is fetched when a page is opened.
@@ -26,6 +26,8 @@ _MOST_NUMBERS = 400_000
 _MOST_EXPERTS = 48
 _UNIT = 1000
 """Numbers are thousandths, in 16 bits."""
+_NOTHING = 2**16 - 1
+"""In the place of a number: there were no tokens."""
 
 
 def page_of(
@@ -40,7 +42,8 @@ def page_of(
 ) -> str:
     """A page of HTML that needs nothing beside it.
 
-    Many batches are put together to windows, whose values are means. The notes say so.
+    Many batches are put together to windows, whose values are means of those that have tokens. The
+    notes say so.
 
     Args:
         recording: the batches.
@@ -60,11 +63,13 @@ def page_of(
         notes = [*notes, f"Each point in time is the mean of {size} batches."]
 
     def means(values: torch.Tensor) -> npt.NDArray[np.float64]:
-        return np.stack([values[at : at + size].double().numpy().mean(0) for at in starts])
+        idle = result.is_idle.view(num_batches, num_layers, *[1] * (values.ndim - 2)).numpy()
+        busy = np.ma.array(values.double().numpy(), mask=np.broadcast_to(idle, values.shape))
+        return np.stack([busy[at : at + size].mean(0).filled(np.nan) for at in starts])
 
     names = ("home", "even", "residents", "lp", "bound")
     columns = {name: getattr(result, name) for name in names}
-    if torch.equal(result.home, result.even):  # there are no replicas
+    if torch.equal(result.home.nan_to_num(), result.even.nan_to_num()):  # there are no replicas
         columns |= {"even": None, "residents": None}
     moves = []
     if timeline is not None:
@@ -87,14 +92,17 @@ def page_of(
             _hottest(load, placement)
             for load, placement in zip(recording.load.numpy(), placements, strict=True)
         ],
-        "guests": None if result.guests is None else means(result.guests).round(2).ravel().tolist(),
+        "guests": None
+        if result.guests is None
+        else with_gaps(means(result.guests).round(2).ravel().tolist()),
     }
     return _filled(data)
 
 
 def _packed(values: npt.NDArray[np.float64]) -> str:
-    """Numbers of at least 0 as base64 of little-endian 16-bit words."""
-    words = np.clip(np.rint(values * _UNIT), 0, 2**16 - 1).astype("<u2")
+    """Numbers of at least 0, or NaN, as base64 of little-endian 16-bit words."""
+    words = np.clip(np.rint(np.nan_to_num(values) * _UNIT), 0, _NOTHING - 1).astype("<u2")
+    words[np.isnan(values)] = _NOTHING
     return base64.b64encode(words.tobytes()).decode()
 
 

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .recording_files import MAX_EXPERTS, check_size
+
 # One in so many tokens.
 _NO_COINCIDENCE = 1000
 
@@ -44,17 +46,22 @@ def count_ids(
     size = num_tokens if tokens_per_batch is None else tokens_per_batch
     if not 1 <= size <= num_tokens:
         raise ValueError(f"{source}: tokens_per_batch must be in [1, {num_tokens}]; got {size}")
+    if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
+        raise ValueError(f"{source}: num_experts must be in [1, {MAX_EXPERTS}]; got {num_experts}")
     padding = _padding(ids)
     routed = ~padding.all(axis=1)
     ids = np.where(padding[..., None], -1, ids.astype(np.int64))
-    largest = int(ids.max(initial=-1))
-    experts = largest + 1 if num_experts is None else num_experts
-    if largest >= experts or int(ids.min(initial=0)) < -1:
+    most = MAX_EXPERTS if num_experts is None else num_experts
+    wrong = np.argwhere((ids < -1) | (ids >= most))
+    if len(wrong):
+        layer, token, pick = wrong[0].tolist()
         raise ValueError(
-            f"{source}: ids must be -1 or in [0, {experts}); got {int(ids.min(initial=0))} up to "
-            f"{largest}"
+            f"{source}: ids must be -1 or in [0, {most}); got {ids[layer, token, pick]} for token "
+            f"{token} of layer {layer}"
         )
+    experts = int(ids.max(initial=-1)) + 1 if num_experts is None else num_experts
     num_batches = num_tokens // size
+    check_size(source, num_batches, num_layers, experts)
     counts = np.zeros((num_batches, num_layers, experts), np.int64)
     batch = np.repeat(np.arange(num_batches), size)[:, None]
     for layer in np.flatnonzero(routed):

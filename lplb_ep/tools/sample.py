@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from .recording_files import MAX_EXPERTS, check_size
 from .recordings import Recording
 
 # Fits of recorded routing of DeepSeek-V3: how much experts, and groups of 32, differ in load.
@@ -37,8 +38,8 @@ def sample(
         seed: of the model.
 
     Raises:
-        ValueError: a number is less than 1, `num_topk` is more than E, or a batch has more picks
-            than counts can hold.
+        ValueError: a number is less than 1 or too large, `num_topk` is more than E, or a batch has
+            more picks than counts can hold.
     """
     least = {"num_layers": num_layers, "num_experts": num_experts, "num_batches": num_batches}
     for name, value in {**least, "num_tokens": num_tokens, "num_topk": num_topk}.items():
@@ -46,6 +47,9 @@ def sample(
             raise ValueError(f"{name} must be at least 1; got {value}")
     if num_topk > num_experts:
         raise ValueError(f"num_topk must be at most num_experts, {num_experts}; got {num_topk}")
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"num_experts must be at most {MAX_EXPERTS}; got {num_experts}")
+    check_size("sample", num_batches, num_layers, num_experts)
     if num_tokens * num_topk >= 2**31:
         raise ValueError(f"num_tokens must be below 2**31 / {num_topk}; got {num_tokens}")
     model = np.random.default_rng([seed, 0])

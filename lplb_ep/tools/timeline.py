@@ -15,6 +15,7 @@ from ..planning.solve import solve
 from ..settings import Settings
 from ..weights.proposals import Choose, Int64, Job, num_moved, propose, widened
 from .recordings import Recording
+from .replay import with_gaps
 from .tables import text_table
 
 
@@ -84,12 +85,10 @@ class Timeline:
     """[L] int64: the ranks of each layer that take part, by whose mean imbalance is measured."""
 
     def imbalance(self) -> dict[str, torch.Tensor]:
-        """[N, L] float64 max / mean rank load, 1 where a layer is idle, by column."""
-        mean = self.kept.sum(2) / self.num_active_ranks.double()
-        return {
-            name: torch.where(mean > 0, getattr(self, name).amax(2) / mean, 1.0)
-            for name in ("home", "kept", "refreshed")
-        }
+        """[N, L] float64 max / mean rank load, NaN where a layer is idle, by column."""
+        total = self.kept.sum(2).double()
+        mean = torch.where(total > 0, total / self.num_active_ranks, torch.nan)
+        return {name: getattr(self, name).amax(2) / mean for name in ("home", "kept", "refreshed")}
 
     def phases(self) -> Iterator[tuple[str, slice]]:
         """The name of each workload and its batches."""
@@ -102,7 +101,8 @@ class Timeline:
         columns = self.imbalance()
 
         def cell(values: torch.Tensor) -> str:
-            return f"{np.median(values.numpy()):.3f} / {values.max():.3f}"
+            busy = values[~values.isnan()].numpy()
+            return f"{np.median(busy):.3f} / {busy.max():.3f}" if busy.size else "-"
 
         rows = []
         for name, batches in self.phases():
@@ -115,20 +115,23 @@ class Timeline:
         return text_table([*header, *ends], rows)
 
     def rows(self) -> Iterator[list[Any]]:
-        """A table with a head and a row for each batch and layer, as CSV has it."""
+        """A table with a head and a row for each batch and layer, as CSV has it: empty where a
+        layer is idle."""
         columns = {**self.imbalance(), "guests_kept": self.guests_kept, "guests": self.guests}
         yield ["batch", "layer", *columns]
         for batch, layer in np.ndindex(*self.guests.shape):
             values = [column[batch, layer].item() for column in columns.values()]
-            yield [batch, self.layers[layer], *values]
+            yield [batch, self.layers[layer], *with_gaps(values)]
 
     def to_json(self) -> dict[str, Any]:
-        """All numbers, as plain lists."""
+        """All numbers, as plain lists with None where a layer is idle."""
         return {
             "layers": list(self.layers),
             "interval": self.interval,
             "workloads": [{"name": name, "first_batch": start} for name, start in self.workloads],
-            "imbalance": {name: v.tolist() for name, v in self.imbalance().items()},
+            "imbalance": {
+                name: with_gaps(values.tolist()) for name, values in self.imbalance().items()
+            },
             "moves": [vars(move) for move in self.moves],
             "guests": {"kept": self.guests_kept.tolist(), "refreshed": self.guests.tolist()},
         }
@@ -160,11 +163,7 @@ def replay_over_time(
     interval, first = settings.refresh, workloads[0]
     check_interval(interval)
     for other in workloads[1:]:
-        if (other.layers, other.num_experts) != (first.layers, first.num_experts):
-            raise ValueError(
-                f"{other.source} has {len(other.layers)} layers of {other.num_experts} experts; "
-                f"{first.source} has {len(first.layers)} of {first.num_experts}"
-            )
+        other.check_like(first)
     fits = all(p.num_experts == first.num_experts for p in placements)
     if len(placements) != len(first.layers) or not fits:
         raise ValueError(

@@ -191,7 +191,7 @@ def test_replay_learns_a_placement_for_the_program(recording, tmp_path):
             ["--start", "{start}", "--ranks-per-node", "2"],
             "--ranks-per-node is given as 2, and --start has 4",
         ),
-        (["--start", "{other}"], "number of experts is given as 16, and --start has 8"),
+        (["--start", "{other}"], "other.json has 8 experts in layer 0, and {dir}.npz 16"),
         (
             ["--start", "{crowded}"],
             "the number of redundant slots of --start is too large: 17 slots on a rank, for 16 ex",
@@ -210,6 +210,7 @@ def test_place_says_what_is_wrong_in_one_line(recording, tmp_path, fails, option
     for directory in ("counts", "counts.png"):
         (tmp_path / directory).mkdir()
     options = [option.format(**files) for option in options]
+    says = says.replace("{dir}", str(files["dir"]))
     assert says in fails("place", recording[0], "--key", "new", "-o", tmp_path / "p.json", *options)
 
 
@@ -281,11 +282,12 @@ def test_replay_learns_from_a_key_and_layout_of_another_file(recording, tmp_path
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "--key must name one of its arrays: new [3, 16], old [3, 16]"),
+        ([], "--key must name one of its arrays: 'new' [3, 16], 'old' [3, 16]"),
         (["--key", "new", "--experts", "8"], "--experts is 8, but counts"),
         (["--key", "new", "--layout", "count"], "--layout must be one of counts, "),
-        (["--key", "new", "--learn-from", "gone"], "no array 'gone'"),
-        (["--key", "new", "--learn-from", "{file}:gone"], "no array 'gone'; it holds new"),
+        (["--key", "new", "--learn-from", "gone"], "--learn-from gone names no file; "),
+        (["--key", "new", "--learn-from", "gone.npz"], "--learn-from: there is no file gone.npz"),
+        (["--key", "new", "--learn-from", "{file}:gone"], "no array 'gone'; it holds 'new'"),
         (
             ["--key", "new", "--learn-from", "old", "--learn-layout", "count"],
             "--learn-layout must be one of counts, ",

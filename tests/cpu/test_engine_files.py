@@ -165,7 +165,7 @@ def ascend(**changes):
     ("content", "says"),
     [
         ({"physical_to_logical_map": [[0, 1], [0]]}, "all must have as many slots"),
-        ({"physical_to_logical_map": [[0, 0]], "x": 1}, "SGLang takes no x beside its map"),
+        ({"physical_to_logical_map": [[0, 0]], "x": 1}, "SGLang takes no 'x' beside its map"),
         ({"physical_to_logical_map": [[0, 2]]}, "no slot holds expert 1"),
         ({"physical_to_logical_map": [[0, -2]]}, "must hold experts or -1; got -2"),
         ({"physical_to_logical_map": [[0, 1.0]]}, "must be a list of experts' numbers"),
@@ -193,7 +193,7 @@ def test_files_that_do_not_fit_are_named(tmp_path, content, says):
 
 def test_a_layer_twice_is_an_error(tmp_path):
     (tmp_path / "a.yaml").write_text("initial_global_assignments:\n  3: [0]\n  3: [0]\n")
-    with pytest.raises(PlacementError, match="it has the key 3 twice"):
+    with pytest.raises(PlacementError, match="it names 3 twice"):
         load_placements(tmp_path / "a.yaml", 1)
     (tmp_path / "a.json").write_text('{"lplb_ep_placements": 1, "layers": {"3": {}, "03": {}}}')
     with pytest.raises(PlacementError, match=r"3.*comes twice|physical_to_logical"):

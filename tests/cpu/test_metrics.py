@@ -292,7 +292,7 @@ def test_a_recording_is_read_by_replay_and_place(tmp_path, capsys):
     records.write(now=True)
     recording = load_recording(path)
     assert recording.layers == (3, 7)
-    assert recording.source == "a run, every 2 batches"
+    assert recording.source == "run.npz: a run, every 2 batches"
     assert (recording.counts.numpy() == np.stack(loads, 1)).all()
     assert np.load(path)["batches"].tolist() == [0, 2, 4, 6]
     assert np.load(path)["names"].tolist() == ["layers.3.moe", "layers.7.moe"]

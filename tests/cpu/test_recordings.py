@@ -27,7 +27,7 @@ def test_a_saved_recording_comes_back(tmp_path):
     save_recording(tmp_path / "a.npz", recording)
     read = load_recording(tmp_path / "a.npz", num_experts=5)
     assert read.counts.equal(counts)
-    assert (read.layers, read.source) == ((4, 9), "a test")
+    assert (read.layers, read.source) == ((4, 9), "a.npz: a test")
     assert read.load.equal(counts.sum(0))
 
 
@@ -149,15 +149,27 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("two.npz", {}, r"two\.npz: key must name one of its arrays: a \[2, 6, 3\], b \[6, 3\]"),
-        ("two.npz", {"key": "c"}, r"no array 'c'; it holds a \[2, 6, 3\], b \[6, 3\]"),
+        (
+            "two.npz",
+            {},
+            r"two\.npz: key must name one of its arrays: 'a' \[2, 6, 3\], 'b' \[6, 3\]",
+        ),
+        ("two.npz", {"key": "c"}, r"no array 'c'; it holds 'a' \[2, 6, 3\], 'b' \[6, 3\]"),
         ("ids.npy", {}, r"layout must say .* counts = .* got int64 \[2, 6, 3\]"),
         ("ids.npy", {"layout": "rows"}, "layout must be one of counts, layer-token, token-layer"),
         ("ids.npy", {"key": "a"}, "no array 'a'; it holds one without a name"),
-        ("ids.npy", {"layout": "layer-token", "num_experts": 4}, r"in \[0, 4\); got 0 up to [567]"),
+        (
+            "ids.npy",
+            {"layout": "layer-token", "num_experts": 4},
+            r"in \[0, 4\); got [4-7] for token \d of l",
+        ),
         ("ids.npy", {"layout": "layer-token", "tokens_per_batch": 7}, r"in \[1, 6\]; got 7"),
         ("twice.npy", {"layout": "layer-token"}, r"token 1 of layer 0 picks .* twice: \[2, 2, 0\]"),
-        ("counts.npy", {"layout": "layer-token"}, r"layout layer-token is .*; got int64 \[2, 4\]"),
+        (
+            "counts.npy",
+            {"layout": "layer-token"},
+            r"layout 'layer-token' is .*; got int64 \[2, 4\]",
+        ),
         ("counts.npy", {"tokens_per_batch": 2}, "tokens_per_batch is for ids"),
         ("counts.npy", {"num_experts": 5}, "num_experts is 5, but counts are of 4 experts"),
         ("flat.npy", {}, r"in 2 or 3 dimensions; got int64 \[3\]"),
@@ -168,13 +180,13 @@ def files(tmp_path):
         ("rubbish.npz", {}, r"rubbish\.npz is not a NumPy file of plain arrays: it is damaged"),
         ("rubbish.pt", {}, r"rubbish\.pt is not a file of plain tensors: it begins with 'no archi"),
         ("object.pt", {}, r"object\.pt is not a file of plain tensors: it is damaged, or has more"),
-        ("other.pt", {}, r"other\.pt: .* logical_count or records; it holds weights"),
+        ("other.pt", {}, r"other\.pt: .* logical_count or records; it holds 'weights'"),
         ("records.pt", {}, r"records\.pt: not SGLang's records: KeyError"),
         ("sglang.pt", {"layout": "token-layer"}, "holds counts; layout .* for ids"),
         (
             "sglang.pt",
             {"key": "a"},
-            r"sglang\.pt: SGLang .* no array 'a'; the file is one recording",
+            r"sglang\.pt: no array 'a'; the file is one recording",
         ),
         ("empty", {}, r"no \.pt, \.npy, \.csv or \.json file"),
         (
@@ -407,19 +419,23 @@ def test_parts_that_come_twice_or_are_missing(tmp_path, kind, says):
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("a.json", '{"3": [1, 2], "3": [2, 1]}', "it has the key '3' twice"),
+        ("a.json", '{"3": [1, 2], "3": [2, 1]}', "it names '3' twice"),
         ("a.json", '{"3": [1, 2], "03": [2, 1]}', "a layer comes twice"),
         ("a.json", '{"3": [1, 2], "4": [2]}', "numbers in lists of equal length"),
-        ("a.json", '{"physical_to_logical_map": [[0, 1]]}', "it has physical_to_logical_map"),
+        ("a.json", '{"physical_to_logical_map": [[0, 1]]}', "it has 'physical_to_logical_map'"),
         ("a.json", "[[1, 2", "is not JSON: Expecting"),
         ("a.json", '[["a"]]', "expected numbers"),
         ("a.json", "{}", "it has nothing"),
-        ("a.csv", "1,2\n3\n", "row 2 must be 2 numbers; got 3"),
+        ("a.csv", "1,2\n3\n", "row 2 must be 2 numbers; got '3'"),
         ("a.csv", "layer,e0\n1,2\n1,3\n", "a layer comes twice"),
         ("a.csv", "layer,expert,count\n0,0,1\n0,0,2\n", "row 3: batch 0, layer 0, expert 0 comes"),
-        ("a.csv", "layer,expert,count\n0,x,1\n", "expert must be whole numbers"),
+        (
+            "a.csv",
+            "layer,expert,count\n0,x,1\n",
+            r"row 2: expert must be a whole number in \[0, 32768\); got 'x'",
+        ),
         ("a.csv", "layer,expert,count,rank\n0,0,1,1\n", "columns must be layer, expert, count"),
-        ("a.csv", "layer,expert,count\n0,0,many\n", "row 2: count must be a number; got many"),
+        ("a.csv", "layer,expert,count\n0,0,many\n", "row 2: count must be a number; got 'many'"),
         ("a.csv", "laer,expert,count\n0,0,1\n", "columns must be layer, expert and count, or e0"),
         ("a.csv", "a,b\n0,0\n", "columns must be layer, expert and count, or e0, e1"),
         ("a.csv", "", "it has no rows"),

@@ -1,3 +1,4 @@
+import json
 import sys
 
 import matplotlib.figure
@@ -5,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_ep import MissingPackageError, Placement, solve
+from lplb_ep import MissingPackageError, Placement, Settings, solve
 from lplb_ep.tools.plots import plot_placement, plot_replay, plot_training
 from lplb_ep.tools.recordings import Recording
 from lplb_ep.tools.replay import leaves_node, replay
 from lplb_ep.tools.tables import text_table
+from lplb_ep.tools.timeline import replay_over_time
 
 
 def small_replay():
@@ -37,11 +39,44 @@ def test_slots_on_one_rank_each_take_a_share():
     assert result.home.item() == pytest.approx(6 / 4)
 
 
-def test_a_layer_idle_in_a_batch_is_balanced():
-    counts = torch.tensor([[[4, 0], [0, 0]], [[0, 4], [2, 2]]])
-    result = replay(Recording.of(counts, "a test"), [Placement([0, 1], 2)] * 2)
-    for column in (result.home, result.even, result.lp, result.bound):
-        assert column.tolist() == [[2, 1], [2, 1]]
+def test_a_layer_without_tokens_in_a_batch_is_in_no_mean():
+    counts = torch.tensor([[[9, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 0, 0], [9, 1, 1, 1]]])
+    recording = Recording.of(counts, "a test")
+    result = replay(recording, [Placement.homes_only(4, 2, 1)] * 2, guest_min_tokens=1)
+    assert result.is_idle.tolist() == [[False, True], [True, False]]
+    for column in (result.home, result.even, result.lp, result.residents, result.bound):
+        assert column.isnan().equal(result.is_idle)
+    assert result.rank_loads["home"].isnan().all(2).equal(result.is_idle)
+    worst = result.home[0, 0].item()
+    assert worst == pytest.approx(5 / 3)
+    assert result.summary()["home"] == {"median": worst, "mean": worst, "worst": worst}
+    for by_batch in (False, True):
+        lines = [line.split() for line in result.table(by_batch=by_batch).splitlines()]
+        assert [line[2] for line in lines if line[0] in ("0", "1", "median", "mean")] == [
+            "1.667"
+        ] * 4
+        guests = {line[0]: line[-2] for line in lines}
+        assert guests["0"] == guests["mean"] == f"{result.guests.max().item():.1f}" != "0.0"
+    told = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    assert told["imbalance"]["lp"][0][1] is None
+    assert told["num_idle"] == 2
+    assert [row[2] for row in result.rows()][2:4] == [None, None]
+    assert recording.notes() == [
+        "2 of 4 cells (a layer in a batch) have no tokens: no mean or median has them"
+    ]
+
+
+def test_over_time_a_layer_without_tokens_is_in_no_mean():
+    loads = torch.tensor([[[9, 1, 1, 1], [9, 1, 1, 1]]]).repeat(8, 1, 1)
+    loads[4:, 1] = 0
+    recording = Recording.of(loads, "a test")
+    settings = Settings(refresh=2, refresh_seconds=float("inf"))
+    timeline = replay_over_time([recording], [Placement([0, 1, 2, 3], 2)] * 2, settings)
+    assert timeline.imbalance()["home"].isnan().equal(loads.sum(2) == 0)
+    assert timeline.table().count("1.667 / 1.667") == 5
+    told = json.loads(json.dumps(timeline.to_json(), allow_nan=False))
+    assert told["imbalance"]["kept"][5][1] is None
+    assert [row[2] for row in timeline.rows()][-1] is None
 
 
 def test_the_columns_keep_their_order_on_random_loads():

@@ -99,6 +99,25 @@ def test_many_batches_are_put_together(monkeypatch):
     assert data["guests"] is None
 
 
+def test_layers_without_tokens_are_left_out(monkeypatch):
+    loads = np.zeros((4, 2, 4), int)
+    loads[0, 0] = loads[3, 1] = [9, 1, 1, 1]
+    loads[1, 0] = [5, 5, 5, 5]
+    loads[2, 1] = [0, 0, 2, 2]
+    recording, placements = Recording.of(loads, "a"), [Placement.homes_only(4, 2, 1)] * 2
+    result = replay(recording, placements)
+    data = data_of(page_of(recording, result, placements, title="a", about="b"))
+    nothing = 65.535
+    home = data["imbalance"]["home"][..., 0]
+    assert home.tolist() == [[1.667, nothing], [1, nothing], [nothing, 2], [nothing, 1.667]]
+    assert (data["rank_loads"]["lp"][2, 0] == nothing).all()
+    assert data["guests"][1] is None
+    monkeypatch.setattr(report, "_MOST_WINDOWS", 2)
+    data = data_of(page_of(recording, result, placements, title="a", about="b"))
+    means = data["imbalance"]["home"][..., 0]
+    assert means.tolist() == [[1.333, nothing], [nothing, 1.833]], "of the batches with tokens"
+
+
 def test_the_command_needs_nothing_but_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_recording("a.npz", sample(2, 16, 4, 300, 2))
@@ -122,7 +141,7 @@ def test_the_command_takes_the_options_of_replay(tmp_path, capsys):
     assert cli.main(["report", one, *options, "-o", output]) == 0
     data = data_of((tmp_path / "page.html").read_text())
     assert data["num_ranks"] == 4
-    assert data["notes"] == ["Placements were learned from sample, seed 0, workload 1."]
+    assert data["notes"] == ["Placements were learned from two.npz: sample, seed 0, workload 1."]
 
 
 def test_replicas_that_follow_are_shown_with_their_moves(tmp_path):
@@ -209,6 +228,30 @@ def test_a_browser_draws_it_and_its_filters_work(tmp_path, shown):
     assert reset == [-1, 0, 5]
     # What came from the recording's name is text.
     assert "&lt;/script&gt;&lt;b&gt;x &amp; y" in dom
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_leaves_out_layers_without_tokens(tmp_path):
+    loads = np.zeros((3, 2, 4), int)
+    loads[:, 0] = loads[1, 1] = [9, 1, 1, 1]
+    recording, placements = Recording.of(loads, "a"), [Placement.homes_only(4, 2)] * 2
+    page = page_of(recording, replay(recording, placements), placements, title="a", about="b")
+    script = """
+        const drawn = () => charts["time-home"].getOption().series[0].data.length;
+        const cells = () => [...document.querySelectorAll("#table td:nth-child(2)")];
+        const table = () => cells().map((cell) => cell.textContent);
+        const steps = [element("tiles").children[0].textContent, table()];
+        choose(1); steps.push(drawn());
+        state.from = state.to = 2; draw(); steps.push(drawn(), table());
+        document.body.dataset.steps = encodeURIComponent(JSON.stringify(steps));
+    """
+    dom = browse(tmp_path, page, "--dump-dom", script=script)
+    data, _ = body_of(dom)
+    tile, means, cells, of_none, last = json.loads(unquote(data["steps"]))
+    assert tile.startswith("1.667at home")
+    assert means == ["1.667", "1.667"]
+    assert (cells, of_none) == (2, 0), "one batch of two ranks; none"
+    assert sorted(last) == ["1.667", "–"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,7 @@ def read_recording(args: argparse.Namespace) -> Recording:
     from ..recordings import load_recording
 
     check_least(args, "first_layer")
-    with as_typed(OPTIONS):
+    with as_typed(OPTIONS, args.file):
         recording = load_recording(
             args.file,
             key=args.key,
@@ -91,7 +91,10 @@ def _ranks(text: str) -> list[int]:
         ends = re.fullmatch(r"\s*(\d{1,6})(?:-(\d{1,6}))?\s*", part)
         if not ends:
             raise argparse.ArgumentTypeError(f"must be ranks such as 0-5,7; got {text!r}")
-        ranks += range(int(ends[1]), int(ends[2] or ends[1]) + 1)
+        first, last = int(ends[1]), int(ends[2] or ends[1])
+        if last < first:
+            raise argparse.ArgumentTypeError(f"{part.strip()} ends before it begins; got {text!r}")
+        ranks += range(first, last + 1)
     return ranks
 
 
@@ -103,6 +106,7 @@ def read_another(
     tokens_per_batch: int | None = None,
 ) -> Recording:
     """The recording that an option names: a file, a file and its key, or a key of `args.file`."""
+    from ..recording_files import ENDS
     from ..recordings import load_recording
 
     path, _, key = said.rpartition(":")
@@ -111,18 +115,23 @@ def read_another(
         named = (said, args.key if said.endswith(".npz") else None)
     elif path and Path(path).exists():
         named = (path, key)
-    elif not args.file.endswith(".npz"):
+    elif not args.file.endswith(".npz") or said.lower().endswith(ENDS):
         raise ValueError(f"{option}: there is no file {said}")
     options = {**OPTIONS, "key": f"{option} FILE:KEY"}
     options["layout"] = "--learn-layout" if option == "--learn-from" else "--layout"
-    with as_typed(options):
-        another = load_recording(
-            named[0],
-            key=named[1],
-            layout=layout,
-            num_experts=args.experts,
-            tokens_per_batch=tokens_per_batch,
-        )
+    try:
+        with as_typed(options, *filter(None, named)):
+            another = load_recording(
+                named[0],
+                key=named[1],
+                layout=layout,
+                num_experts=args.experts,
+                tokens_per_batch=tokens_per_batch,
+            )
+    except ValueError as error:
+        if named != (args.file, said):
+            raise
+        raise ValueError(f"{option} {said} names no file; {error}") from None
     return _numbered(another, args)
 
 
@@ -134,8 +143,54 @@ def read_placements(path: str, args: argparse.Namespace, recording: Recording) -
     if engine_of(path) is not None:  # ours have a shape of their own
         shape = {"num_ranks": args.ranks, "num_ranks_per_node": args.ranks_per_node}
         shape["num_experts"] = recording.num_experts
-    with as_typed(OPTIONS):
-        return placements_of_layers(path, recording.layers, **shape)
+    # A wrong field of our own file is no option's fault.
+    with as_typed(OPTIONS if shape else {}, path):
+        found = placements_of_layers(path, recording.layers, **shape)
+    for number, placement in zip(recording.layers, found, strict=True):
+        if placement.num_experts != recording.num_experts:
+            raise ValueError(
+                f"{path} has {placement.num_experts} experts in layer {number}, and {args.file} "
+                f"{recording.num_experts}"
+            )
+    return found
+
+
+def check_shape(path: str, placements: Iterable[Placement], args: argparse.Namespace) -> None:
+    """Refuses options that say another shape than the placements of a file have.
+
+    Raises:
+        ValueError: names the option and both numbers.
+    """
+    for placement in placements:
+        active = placement.active_ranks
+        for name, found in (
+            ("experts", placement.num_experts),
+            ("ranks", placement.num_ranks),
+            ("ranks_per_node", placement.num_ranks_per_node),
+            ("redundant", placement.num_resident_slots - -(-placement.num_experts // active.size)),
+            ("active_ranks", active.tolist()),
+        ):
+            said = getattr(args, name)
+            said = sorted({*said}) if isinstance(said, list) else said
+            if said not in (None, found):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {said}, and the placement in {path} has {found}"
+                )
+
+
+def notes_on_layers(path: str, recording: Recording) -> list[str]:
+    """What a reader must know of a file of placements that has more layers than the recording."""
+    from ...placement.layer_files import numbers_of_layers
+
+    further = sorted({*numbers_of_layers(path)} - {*recording.layers})
+    if not further:
+        return []
+    shown = ", ".join(map(str, further[:6])) + (", …" if len(further) > 6 else "")
+    first, last = recording.layers[0], recording.layers[-1]
+    return [
+        f"{path} has {len(further)} layer(s) that the recording has not ({shown}); its layers "
+        f"{first} to {last} are taken: --first-layer says another first one"
+    ]
 
 
 def learn_for_lp(
@@ -156,9 +211,9 @@ def learn_for_lp(
     return placements
 
 
-def print_notes(recording: Recording) -> None:
-    """What a reader of the recording's counts must know."""
-    for note in recording.notes():
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints what a reader of the numbers must know."""
+    for note in notes:
         print(f"note       {note}")
 
 

@@ -81,13 +81,27 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def as_typed(options: Mapping[str, str]) -> Iterator[None]:
-    """Puts the options that the caller typed in place of the library's arguments in an error."""
+def as_typed(options: Mapping[str, str], *texts: str) -> Iterator[None]:
+    """Puts the options that the caller typed in place of the library's arguments in an error.
+
+    Args:
+        options: by arguments; where there are none, nothing is replaced.
+        texts: what stays as it is: names of files, and what files say of themselves. Further words
+            of files are in quotes in the library's messages, and these stay, too.
+    """
     try:
         yield
     except ValueError as error:
+        if not options:
+            raise
+        kept = [re.escape(text) for text in sorted(filter(None, texts), key=len, reverse=True)]
+        kept += [r"'(?:[^'\\]|\\.)*'", r'"(?:[^"\\]|\\.)*"']
         arguments = rf"(?<![\w./'-])({'|'.join(options)})(?![\w./'-])"
-        said = re.sub(arguments, lambda match: options[match[1]], str(error))
+        said = re.sub(
+            rf"(?<!\w)(?:{'|'.join(kept)})(?!\w)|{arguments}",
+            lambda match: options[match[1]] if match[1] else match[0],
+            str(error),
+        )
         raise ValueError(said) from None
 
 

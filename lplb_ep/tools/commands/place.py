@@ -11,7 +11,9 @@ from .inputs import (
     add_active_ranks,
     add_guests,
     add_recording,
+    check_shape,
     learn_for_lp,
+    notes_on_layers,
     print_notes,
     read_placements,
     read_recording,
@@ -109,7 +111,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         )
         _save(args, dict(zip(recording.layers, placements, strict=True)))
         print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
-        print_notes(recording)
+        print_notes(recording.notes())
+        if args.start is not None:
+            print_notes(notes_on_layers(args.start, recording))
         print("imbalance  max rank load / mean rank load on all of it; 1.000 is ideal\n")
         lines, worst = describe(recording, placements, start)
         print(lines)
@@ -126,7 +130,7 @@ def _check_format(args: argparse.Namespace) -> None:
     """Refuses a file that could not be written, before the search."""
     from ...placement.engine_files import format_of
 
-    with as_typed({"format": "--format"}):
+    with as_typed({"format": "--format"}, args.output):
         kind = format_of(args.output, args.format)
     if args.names is not None:
         _name(args.names, 0)
@@ -148,12 +152,18 @@ def _save(args: argparse.Namespace, placements: Mapping[int, Placement]) -> None
 
 def _convert(args: argparse.Namespace) -> int:
     """Writes the placements of --start in another format, or with names."""
-    from ...placement.layer_files import load_placements
+    from ...placement.layer_files import engine_of, load_placements
 
     _refuse_learning(args, but="names")
-    shape = {"num_experts": args.experts, "num_ranks_per_node": args.ranks_per_node}
-    with as_typed(OPTIONS):
-        placements = load_placements(args.start, args.ranks, **shape)
+    shape = {}
+    if engine_of(args.start) is not None:  # ours have a shape of their own
+        shape = {"num_ranks": args.ranks, "num_ranks_per_node": args.ranks_per_node}
+        shape["num_experts"] = args.experts
+    # A wrong field of our own file is no option's fault.
+    with as_typed(OPTIONS if shape else {}, args.start):
+        placements = load_placements(args.start, **shape)
+    check_shape(args.start, placements.values(), args)
+    with as_typed(OPTIONS, args.start):
         if args.guests is not None:
             placements = {k: p.with_guest_slots(args.guests) for k, p in placements.items()}
     numbered = {layer: p for layer, p in placements.items() if isinstance(layer, int)}
@@ -189,10 +199,13 @@ def _name(pattern: str, layer: int) -> str:
 def _place_homes(args: argparse.Namespace) -> int:
     """Writes the placement of a model whose loads are not known yet."""
     from ...placement.table import Placement
+    from ..recording_files import MAX_EXPERTS
 
     _refuse_learning(args)
     if None in (args.experts, args.ranks, args.guests):
         raise ValueError("place needs a recording, or --start, or --experts, --ranks and --guests")
+    if not 1 <= args.experts <= MAX_EXPERTS:
+        raise ValueError(f"--experts must be in [1, {MAX_EXPERTS}]; got {args.experts}")
     with as_typed(OPTIONS):
         placement = Placement.homes_only(
             args.experts,

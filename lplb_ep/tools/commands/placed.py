@@ -13,7 +13,9 @@ from .inputs import (
     Progress,
     add_active_ranks,
     add_guests,
+    check_shape,
     learn_for_lp,
+    notes_on_layers,
     read_another,
     read_placements,
     read_recording,
@@ -93,7 +95,6 @@ def placements_of(
     args: argparse.Namespace, recording: Recording, learned: Recording
 ) -> list[Placement]:
     """One for each layer, made from the learned load or read from the file."""
-    from ...placement.layer_files import engine_of
     from ...placement.table import Placement
 
     if args.placement is None:
@@ -105,28 +106,15 @@ def placements_of(
     topology = kind.split(":")[0] in _TOPOLOGIES
     if kind == "homes":
         return [_homes_in_order(args, recording.num_experts, guests)] * num_layers
-    if not topology and kind not in ("eplb", "lp"):
-        if not Path(kind).exists():
-            raise ValueError(f"--placement must be {_KINDS}; got {kind!r}")
-        # With a refresher groups are those by which it is compared with EPLB.
-        unfit = ["redundant", "active_ranks", "learn_from"]
-        unfit += ["ranks", "ranks_per_node"] if engine_of(kind) is None else []
-        unfit += [] if getattr(args, "refresh", None) else ["groups"]
-        given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
-        if given:
-            raise ValueError(f"{given[0]} does not go with a placement file ({kind})")
-        return _with_guests(read_placements(kind, args, recording), args.guests)
+    if _is_file(kind):
+        return _of_file(args, recording)
     if args.ranks is None or (args.redundant is None and not topology):
         raise ValueError(
             f"--placement {kind} needs --ranks{'' if topology else ' and --redundant'}"
         )
     if args.groups is not None and topology:
         raise ValueError(f"--groups is for --placement eplb and lp; got {kind}")
-    if (learned.layers, learned.num_experts) != (recording.layers, recording.num_experts):
-        raise ValueError(
-            f"{learned.source} has {len(learned.layers)} layers of {learned.num_experts} experts; "
-            f"{recording.source} has {num_layers} of {recording.num_experts}"
-        )
+    learned.check_like(recording)
     shape = {
         "num_ranks": args.ranks,
         "num_redundant_per_rank": args.redundant,
@@ -150,6 +138,33 @@ def placements_of(
         made.append(placement)
         progress(len(made), num_layers)
     return made
+
+
+def notes_of(args: argparse.Namespace, recording: Recording) -> list[str]:
+    """What a reader of the numbers must know, each in a sentence."""
+    notes = recording.notes()
+    if _is_file(args.placement):
+        notes += notes_on_layers(args.placement, recording)
+    return notes
+
+
+def _is_file(kind: str) -> bool:
+    return kind.split(":")[0] not in _TOPOLOGIES and kind not in ("eplb", "lp", "homes")
+
+
+def _of_file(args: argparse.Namespace, recording: Recording) -> list[Placement]:
+    """The placements of a file, which fit what the options say."""
+    path = args.placement
+    if not Path(path).exists():
+        raise ValueError(f"--placement must be {_KINDS}; got {path!r}")
+    # With a refresher groups are those by which it is compared with EPLB.
+    unfit = ["learn_from", *([] if getattr(args, "refresh", None) else ["groups"])]
+    given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
+    if given:
+        raise ValueError(f"{given[0]} does not go with a placement file ({path})")
+    placements = read_placements(path, args, recording)
+    check_shape(path, placements, args)
+    return _with_guests(placements, args.guests)
 
 
 def guest_rule(args: argparse.Namespace) -> dict[str, Any]:

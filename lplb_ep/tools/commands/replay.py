@@ -24,6 +24,7 @@ from .placed import (
     check_guest_options,
     guest_rule,
     in_words,
+    notes_of,
     placements_of,
     recordings_of,
 )
@@ -105,7 +106,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             about_picture = {"title": recording.source, "footnote": where}
             plot_replay(args.picture, result, by_batch=args.by_batch, **about_picture)
         print(f"recording  {recording.source}: {num_batches} batch(es), {num_layers} layers")
-        print_notes(recording)
+        print_notes(notes_of(args, recording))
         print(f"placement  {where}")
         print("imbalance  max rank load / mean rank load; 1.000 is ideal")
         if result.guests is not None:
@@ -154,7 +155,7 @@ def _replay_over_time(
         workloads = [draw_batches(w, args.draw) for w in workloads]
     settings = _refresh_settings(args)
 
-    with as_typed(OPTIONS):
+    with as_typed(OPTIONS, *(workload.source for workload in workloads)):
         result = replay_over_time(
             workloads, placements, settings, num_groups=args.groups, progress=Progress("replaying")
         )
@@ -174,7 +175,7 @@ def _replay_over_time(
         title = f"{recording.source}, and replicas that follow"
         plot_timeline(args.picture, result, title=title, footnote=where)
     for workload in workloads:
-        print_notes(workload)
+        print_notes(notes_of(args, workload) if workload is workloads[0] else workload.notes())
     print(f"placement  {where}")
     print("imbalance  max rank load / mean rank load, median / worst over batches and layers\n")
     print(result.table())

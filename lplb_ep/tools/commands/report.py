@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...settings import Settings
-from .inputs import Progress, add_recording
+from .inputs import Progress, add_recording, print_notes
 from .options import OPTIONS, as_typed, check_outputs, one_line_errors, write_csv
 from .placed import (
     about_placements,
@@ -15,6 +15,7 @@ from .placed import (
     check_guest_options,
     guest_rule,
     in_words,
+    notes_of,
     placements_of,
     recordings_of,
 )
@@ -68,13 +69,14 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         result = replay(recording, placements, progress=Progress("replaying"), **rule)
         timeline = None
         if settings is not None:
-            with as_typed(OPTIONS):
+            with as_typed(OPTIONS, recording.source):
                 progress = Progress("refreshing")
                 timeline = replay_over_time(
                     [recording], placements, settings, num_groups=args.groups, progress=progress
                 )
         where = in_words(args, about_placements(args, learned, placements), recording)
-        notes = [f"{note[0].upper()}{note[1:]}." for note in recording.notes()]
+        found_notes = notes_of(args, recording)
+        notes = [f"{note[0].upper()}{note[1:]}." for note in found_notes]
         if args.learn_from is not None:
             notes.append(f"Placements were learned from {learned.source}.")
         if timeline is not None:
@@ -93,6 +95,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         write_csv(args.csv, result.rows())
         summary = result.summary()
         print(f"{args.output}: {recording.source}; {where}")
+        print_notes(found_notes)
         for name, said in (("home", "home slots"), ("lp", "balanced"), ("bound", "lower bound")):
             found = summary[name]
             print(f"{said:<12} median {found['median']:.3f}, worst {found['worst']:.3f}")

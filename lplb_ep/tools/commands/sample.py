@@ -49,7 +49,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
-    with one_line_errors(), as_typed(_OPTIONS):
+    with one_line_errors(), as_typed(_OPTIONS, args.output):
         check_outputs(args)
         from ..recordings import check_name, save_recording
         from ..sample import sample

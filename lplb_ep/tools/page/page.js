@@ -5,10 +5,11 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const element = (id) => document.getElementById(id);
 const SHOWN = { home: "at home", even: "even split over copies", residents: "LP, no guests", lp: "balanced", refreshed: "balanced, replicas refreshed", bound: "lower bound T*" };
 
-/* Numbers come as thousandths in 16 bits: base64 of little-endian words. */
+/* Numbers come as thousandths in 16 bits: base64 of little-endian words. The largest says that there is none: a
+   layer had no tokens. Such numbers are null, and left out of all means. */
 function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  return Array.from(new Uint16Array(bytes.buffer), (word) => word / 1000);
+  return Array.from(new Uint16Array(bytes.buffer), (word) => (word === 65535 ? null : word / 1000));
 }
 
 const L = data.layers.length, W = data.starts.length, R = data.num_ranks;
@@ -22,12 +23,16 @@ let charts = {};
 const at = (name, window, layer) => series[name][window * L + layer];
 const load = (name, window, layer, rank) => loads[name][(window * L + layer) * R + rank];
 const windows = () => Array.from({ length: state.to - state.from + 1 }, (_, i) => state.from + i);
-const mean = (list) => list.reduce((a, b) => a + b, 0) / list.length;
+const busy = (list) => list.filter((value) => value !== null);
+const sum = (list) => busy(list).reduce((a, b) => a + b, 0);
+const mean = (list) => (busy(list).length ? sum(list) / busy(list).length : null);
+const worst = (list) => (busy(list).length ? Math.max(...busy(list)) : null);
 const median = (list) => {
-  const sorted = [...list].sort((a, b) => a - b), middle = sorted.length >> 1;
+  const sorted = busy(list).sort((a, b) => a - b), middle = sorted.length >> 1;
+  if (!sorted.length) return null;
   return sorted.length % 2 ? sorted[middle] : (sorted[middle - 1] + sorted[middle]) / 2;
 };
-const format = (value) => value.toFixed(3);
+const format = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
 const batchOf = (window) => data.starts[window];
 const batchesOf = (window) => {
   const last = (window + 1 < W ? data.starts[window + 1] : data.num_batches) - 1;
@@ -40,8 +45,8 @@ const colours = () => ({ home: css("--home"), even: state.dark ? "#7fd1ff" : "#4
 /* The layer that is shown where one must be: the chosen one, or the most unbalanced at home. */
 function shownLayer() {
   if (state.layer >= 0) return state.layer;
-  const worst = data.layers.map((_, layer) => mean(windows().map((w) => at("home", w, layer))));
-  return worst.indexOf(Math.max(...worst));
+  const means = data.layers.map((_, layer) => mean(windows().map((w) => at("home", w, layer))));
+  return means.indexOf(worst(means));
 }
 
 function chart(id, option) {
@@ -70,7 +75,7 @@ function drawLines() {
     const of = (w) => data.layers.map((_, layer) => at(name, w, layer));
     line(`${SHOWN[name]}, median layer`, everything.map((w) => median(of(w))), { lineStyle: style });
     if (name === "home" || name === "lp") {
-      line(`${SHOWN[name]}, worst layer`, everything.map((w) => Math.max(...of(w))), { lineStyle: { width: 1, type: "dashed" } });
+      line(`${SHOWN[name]}, worst layer`, everything.map((w) => worst(of(w))), { lineStyle: { width: 1, type: "dashed" } });
     }
   }
   /* Moments at which replicas moved. */
@@ -114,7 +119,8 @@ function drawLayers() {
     cells[name] = [];
     for (let layer = 0; layer < L; layer++) {
       for (let rank = 0; rank < R; rank++) {
-        cells[name].push([rank, layer, mean(chosen.map((w) => load(name, w, layer, rank)))]);
+        const value = mean(chosen.map((w) => load(name, w, layer, rank)));
+        if (value !== null) cells[name].push([rank, layer, value]);
       }
     }
   }
@@ -131,6 +137,7 @@ function drawTime() {
   for (const name of ["home", "lp"]) {
     cells[name] = [];
     chosen.forEach((w, column) => {
+      if (at(name, w, layer) === null) return;
       for (let rank = 0; rank < R; rank++) cells[name].push([column, rank, load(name, w, layer, rank)]);
     });
   }
@@ -165,7 +172,7 @@ function drawGuests() {
   element("of-guests").textContent = state.layer < 0 ? "mean of all layers" : `layer ${data.layers[state.layer]}`;
   chart("guests", {
     grid: { left: 56, right: 20, top: 34, bottom: 46 },
-    tooltip: tooltip({ trigger: "axis", formatter: (items) => `${batchesOf(items[0].dataIndex)}<br>copies moved: <b>${items[0].value.toFixed(1)}</b>` }),
+    tooltip: tooltip({ trigger: "axis", formatter: (items) => `${batchesOf(items[0].dataIndex)}<br>copies moved: <b>${(items[0].value ?? 0).toFixed(1)}</b>` }),
     xAxis: axis({ type: "category", data: data.starts, name: "batch", nameLocation: "middle", nameGap: 24 }),
     yAxis: axis({ type: "value", name: "copies", min: 0 }),
     series: [{ type: "bar", data: values, color: css("--lp") }],
@@ -176,7 +183,7 @@ const COLUMNS = [["layer", (layer) => data.layers[layer], String]];
 for (const name of Object.keys(SHOWN)) {
   if (!(name in data.imbalance)) continue;
   COLUMNS.push([`${SHOWN[name]}, mean`, (layer) => mean(windows().map((w) => at(name, w, layer))), format]);
-  if (name !== "bound") COLUMNS.push(["worst", (layer) => Math.max(...windows().map((w) => at(name, w, layer))), format]);
+  if (name !== "bound") COLUMNS.push(["worst", (layer) => worst(windows().map((w) => at(name, w, layer))), format]);
 }
 let sorting = [0, 1];
 
@@ -191,14 +198,14 @@ function drawTable() {
 function drawTiles() {
   const of = (name) => windows().flatMap((w) => data.layers.map((_, layer) => at(name, w, layer)));
   const home = of("home"), lp = of("lp"), bound = of("bound");
-  const saved = 1 - lp.reduce((a, b) => a + b, 0) / home.reduce((a, b) => a + b, 0);
+  const saved = 1 - sum(lp) / sum(home);
   const tile = (kind, value, text) => `<div class="tile ${kind}"><b>${value}</b>${text}</div>`;
   element("tiles").innerHTML = [
-    tile("home", format(median(home)), `at home: median<br>worst ${format(Math.max(...home))}`),
-    tile("lp", format(median(lp)), `balanced: median<br>worst ${format(Math.max(...lp))}`),
+    tile("home", format(median(home)), `at home: median<br>worst ${format(worst(home))}`),
+    tile("lp", format(median(lp)), `balanced: median<br>worst ${format(worst(lp))}`),
     tile("", format(median(bound)), `lower bound T*: median<br>no plan on these copies is below`),
     tile("lp", `${(100 * saved).toFixed(1)} %`, "fewer rows on the fullest ranks"),
-    ...(guests ? [tile("", mean(windows().flatMap((w) => data.layers.map((_, layer) => guests[w * L + layer]))).toFixed(1), "copies moved a batch and layer")] : []),
+    ...(guests ? [tile("", (mean(windows().flatMap((w) => data.layers.map((_, layer) => guests[w * L + layer]))) ?? 0).toFixed(1), "copies moved a batch and layer")] : []),
     tile("", `${L} × ${data.num_experts}`, `layers × experts<br>${R} ranks, ${data.num_batches} batches`),
   ].join("");
 }

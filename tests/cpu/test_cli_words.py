@@ -1,0 +1,263 @@
+"""Messages and notes of the commands: options as they were typed, and files in their own words."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lplb_ep import Placement
+from lplb_ep.placement.layer_files import save_placements
+from lplb_ep.tools import cli
+from lplb_ep.tools.commands.options import as_typed
+from lplb_ep.tools.recordings import MAX_EXPERTS, Recording, load_recording, save_recording
+from lplb_ep.tools.sample import sample
+
+pytestmark = pytest.mark.usefixtures("clean_environment")
+
+SHAPE = ["--ranks", "2", "--redundant", "1", "--placement", "eplb"]
+
+
+def said(message, *texts):
+    options = {"seed": "--seed", "key": "--key"}
+    with pytest.raises(ValueError, match="--") as raised, as_typed(options, *texts):
+        raise ValueError(message)
+    return str(raised.value)
+
+
+def test_only_arguments_become_options():
+    assert said("seed must be 1; got 'seed', \"a seed's\" and it's key's key") == (
+        "--seed must be 1; got 'seed', \"a seed's\" and it's key's --key"
+    )
+    assert said("my key file, seed 0: key must be", "my key file", "seed 0") == (
+        "my key file, seed 0: --key must be"
+    )
+    assert said("seed and key must be", "see", "") == "--seed and --key must be"
+
+
+def test_messages_leave_the_words_of_files_alone(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("seed layout.npz", seed=np.ones((2, 4)), key=np.ones((2, 4)))
+    (tmp_path / "key.json").write_text('{"seed": [1, 2], "layout": [2]}')
+    (tmp_path / "twice.json").write_text('{"key": [1, 2], "key": [2]}')
+    (tmp_path / "a.csv").write_text("seed,key\n1,2\n")
+    (tmp_path / "p.json").write_text(
+        '{"lplb_ep_placements": 1, "layers": {"key": {"num_ranks": 0, "physical_to_logical": [0]}}}'
+    )
+    save_recording("sample.npz", sample(1, 4, 2, 10, 1))
+    begins = "lplb-ep: error: "
+    assert fails("replay", "seed layout.npz", *SHAPE) == (
+        f"{begins}seed layout.npz: --key must name one of its arrays: 'seed' [2, 4], 'key' [2, 4]"
+    )
+    assert "it has 'seed', 'layout'" in fails("replay", "key.json", *SHAPE)
+    assert "it names 'key' twice" in fails("replay", "twice.json", *SHAPE)
+    assert "got 'seed, key'" in fails("replay", "a.csv", *SHAPE)
+    assert fails("replay", "sample.npz", "--experts", "5", *SHAPE) == (
+        f"{begins}sample.npz: --experts is 5, but counts are of 4 experts"
+    )
+    assert fails("replay", "sample.npz", "--key", "3", *SHAPE) == (
+        f"{begins}sample.npz: no array '3'; the file is one recording"
+    )
+    replay = ["replay", "sample.npz", "--placement", "eplb", "--ranks", "2", "--redundant", "1"]
+    save_recording("other.npz", sample(2, 4, 2, 10, 1))
+    assert fails(*replay, "--refresh", "2", "--then", "other.npz") == (
+        f"{begins}other.npz: sample, seed 0, workload 0 has 2 layers of 4 experts; sample.npz: "
+        "sample, seed 0, workload 0 has 1 of 4; only one of them has layer 1"
+    )
+    assert "p.json, layer 'key': num_ranks must be" in fails(
+        "place", "--start", "p.json", "-o", "q.json"
+    )
+    assert fails(*replay, "--learn-from", "gone.npz") == (
+        f"{begins}--learn-from: there is no file gone.npz"
+    )
+    assert fails("sample", "-o", "seed path.txt") == (
+        f"{begins}-o must end in .npz, .json, .pt; got seed path.txt"
+    )
+
+
+def test_ranks_that_end_before_they_begin(capsys, tmp_path):
+    np.save(tmp_path / "a.npy", np.ones((1, 4)))
+    with pytest.raises(SystemExit):
+        cli.main(["replay", str(tmp_path / "a.npy"), *SHAPE, "--active-ranks", "0,5-2"])
+    assert "--active-ranks: 5-2 ends before it begins; got '0,5-2'" in capsys.readouterr().err
+
+
+def test_options_that_say_what_a_file_says_are_taken(fails, tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((1, 4)))
+    path = tmp_path / "p.json"
+    Placement([0, 1, -1, 2, 3, 0], 2, num_ranks_per_node=1).save(path)
+    replay = ["replay", tmp_path / "a.npy", "--placement", path]
+    same = ["--ranks", 2, "--redundant", 1, "--ranks-per-node", 1, "--active-ranks", "0-1"]
+    assert cli.main([str(a) for a in [*replay, *same]]) == 0
+    capsys.readouterr()
+    for option, other, has in (
+        ("--ranks", 4, 2),
+        ("--redundant", 2, 1),
+        ("--ranks-per-node", 2, 1),
+        ("--active-ranks", "0", [0, 1]),
+    ):
+        line = fails(*replay, option, other)
+        assert f"{option} is " in line
+        assert line.endswith(f", and the placement in {path} has {has}")
+
+
+# --- numbers of layers and of parts ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["replay", "report", "place"])
+def test_layers_of_a_placement_that_a_recording_lacks_are_told(tmp_path, capsys, command):
+    np.save(tmp_path / "a.npy", np.ones((2, 4)))
+    path, output = tmp_path / "p.json", tmp_path / "o.html"
+    placement = Placement([0, 1, 2, 3], 2)
+    save_placements(path, dict.fromkeys(range(5), placement))
+    options = ["--start", path] if command == "place" else ["--placement", path]
+    options += [] if command == "replay" else ["-o", output]
+    argv = [str(a) for a in [command, tmp_path / "a.npy", *options]]
+    assert cli.main(argv) == 0
+    says = (
+        f"{path} has 3 layer(s) that the recording has not (2, 3, 4); its layers 0 to 1 are taken"
+    )
+    assert f"note       {says}" in capsys.readouterr().out
+    if command == "report":
+        assert says in output.read_text()
+    save_placements(path, dict.fromkeys(range(3, 5), placement))
+    assert cli.main([*argv, "--first-layer", "3"]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_dense_layers_of_sglang_are_no_layers_that_are_lacking(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.ones((2, 4)))
+    save_placements(tmp_path / "p.pt", dict.fromkeys((1, 2), Placement([3, 1, 2, 0], 2)))
+    argv = [
+        "replay",
+        str(tmp_path / "a.npy"),
+        "--placement",
+        str(tmp_path / "p.pt"),
+        "--ranks",
+        "2",
+    ]
+    assert cli.main([*argv, "--first-layer", "1"]) == 0
+    assert "note" not in capsys.readouterr().out
+
+
+def test_recordings_of_the_same_number_of_other_layers_are_told_apart():
+    one, two = (
+        Recording.of(np.ones((2, 4)), name, layers=n) for name, n in (("a", (0, 2)), ("b", (0, 3)))
+    )
+    with pytest.raises(
+        ValueError, match="a has 2 layers of 4 experts; b has 2 of 4; only one of them has layer 2"
+    ):
+        one.check_like(two)
+
+
+def test_parts_that_are_not_evenly_spaced_are_told(tmp_path, capsys):
+    for number in (0, 1, 3):
+        np.save(tmp_path / f"{number}.npy", np.ones((1, 4)))
+    assert cli.main(["replay", str(tmp_path), *SHAPE]) == 0
+    says = "the numbers of files are not evenly spaced: 3 follows 1; is a part missing?"
+    assert f"note       {says}" in capsys.readouterr().out
+    for file in tmp_path.iterdir():
+        file.unlink()
+    record = [
+        {"forward_pass_id": n, "rank": 0, "global_physical_count": torch.ones(1, 2)}
+        for n in (4, 5, 9)
+    ]
+    dump = {"records": record, "last_physical_to_logical_map": torch.tensor([[0, 1]])}
+    torch.save(dump, tmp_path / "run_0.pt")
+    assert load_recording(tmp_path).notes() == [
+        "the numbers of passes are not evenly spaced: 9 follows 5; is a part missing?"
+    ]
+
+
+# --- numbers that are absurd ----------------------------------------------------------------------
+
+
+def write_absurd(folder, kind):
+    """A recording with an expert or a layer that no model has; the options to read it."""
+    ids = np.random.default_rng(0).random((2, 40, 8)).argsort(axis=2)[:, :, :2]
+    ids[1, 7, 1] = 99999999
+    if kind.startswith("ids"):
+        end = kind.split()[1]
+        path = folder / f"a.{end}"
+        if end == "npy":
+            np.save(path, ids)
+        elif end == "npz":
+            np.savez(path, ids=ids)
+        else:
+            torch.save(torch.from_numpy(ids), path)
+        return path, ["--layout", "layer-token"]
+    if kind == "experts":
+        np.save(folder / "a.npy", ids[:1])
+        return folder / "a.npy", ["--layout", "layer-token", "--experts", "99999999"]
+    if kind in ("csv expert", "csv layer"):
+        row = "0,99999999,1" if kind == "csv expert" else "99999999,0,1"
+        (folder / "a.csv").write_text(f"layer,expert,count\n0,0,1\n{row}\n")
+        return folder / "a.csv", []
+    if kind == "csv rows":
+        (folder / "a.csv").write_text("layer,e0,e1\n0,1,2\n99999999,1,2\n")
+        return folder / "a.csv", []
+    if kind == "json layer":
+        (folder / "a.json").write_text(json.dumps({"0": [1, 2], "99999999": [1, 2]}))
+        return folder / "a.json", []
+    table = torch.tensor([[0, 99999999]])
+    record = {"forward_pass_id": 1, "rank": 0, "global_physical_count": torch.ones(1, 2)}
+    torch.save({"records": [record], "last_physical_to_logical_map": table}, folder / "a.pt")
+    return folder / "a.pt", []
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("ids npy", "a.npy: ids must be -1 or in [0, 32768); got 99999999 for token 7 of layer 1"),
+        (
+            "ids npz",
+            "a.npz: array 'ids': ids must be -1 or in [0, 32768); got 99999999 for token 7",
+        ),
+        ("ids pt", "a.pt: ids must be -1 or in [0, 32768); got 99999999 for token 7 of layer 1"),
+        ("experts", "a.npy: --experts must be in [1, 32768]; got 99999999"),
+        ("csv expert", "a.csv: row 3: expert must be a whole number in [0, 32768); got '99999999'"),
+        ("csv layer", "a.csv: row 3: layer must be a whole number in [0, 32768); got '99999999'"),
+        ("csv rows", "a.csv: row 3: layer must be a whole number in [0, 32768); got '99999999'"),
+        ("json layer", "a.json: layers must be numbers in [0, 32768); got 99999999"),
+        (
+            "records",
+            "a.pt: last_physical_to_logical_map[0, 1] must be an expert in [0, 32768); got",
+        ),
+    ],
+)
+def test_an_absurd_number_is_named_before_memory_is_taken(fails, tmp_path, monkeypatch, kind, says):
+    path, options = write_absurd(tmp_path, kind)
+    made = np.zeros
+
+    def zeros(shape, *args, **kwargs):
+        assert np.prod(shape) < 1e6, "it was to be refused before"
+        return made(shape, *args, **kwargs)
+
+    monkeypatch.setattr(np, "zeros", zeros)
+    assert says in fails("replay", path, *options, *SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (
+            ["sample", "-o", "a.npz", "--experts", "99999999"],
+            "--experts must be at most 32768; got",
+        ),
+        (["sample", "-o", "a.npz", "--batches", "99999999"], "410 GB of counts, more than 16 GB"),
+        (
+            ["place", "-o", "p.json", "--experts", "99999999", "--ranks", "8", "--guests", "1"],
+            "--experts must be in [1, 32768]; got 99999999",
+        ),
+    ],
+)
+def test_absurd_options_are_named(fails, tmp_path, monkeypatch, argv, says):
+    monkeypatch.chdir(tmp_path)
+    assert says in fails(*argv)
+
+
+def test_as_many_experts_as_are_allowed_are_read():
+    counts = np.ones((1, MAX_EXPERTS))
+    assert Recording.of(counts, "a").num_experts == MAX_EXPERTS
+    with pytest.raises(ValueError, match="a: a layer may have 32768 experts; got 32769"):
+        Recording.of(np.ones((1, MAX_EXPERTS + 1)), "a")
