@@ -8,7 +8,7 @@ import warnings
 from unittest import mock
 
 import torch
-from grouped import grouped_experts, without_fp8
+from grouped import grouped_experts, transformer_engine, without_fp8
 
 from lplb_ep import ContractError
 
@@ -136,7 +136,8 @@ def config_of(run):
         hidden_dropout=0.0,
         attention_dropout=0.0,
     )
-    return TransformerConfig(**{**settings, **run.config})
+    with transformer_engine() if run.grouped else contextlib.nullcontext():
+        return TransformerConfig(**{**settings, **run.config})
 
 
 def chunks_of(run, config):

@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import importlib.util
+import queue
 import sys
 import types
 from unittest import mock
@@ -30,6 +31,7 @@ class GroupedLinear(nn.Module):
         return_bias=False,
         params_dtype=None,
         device="cuda",
+        delay_wgrad_compute=False,
         **_,
     ):
         super().__init__()
@@ -46,6 +48,35 @@ class GroupedLinear(nn.Module):
         for i in range(num_gemms):
             setattr(self, f"weight{i}", nn.Parameter(make(out_features, in_features)))
             setattr(self, f"bias{i}", nn.Parameter(make(out_features)) if bias else make(0))
+        self.delayed = queue.Queue() if delay_wgrad_compute else None
+        self.wgrad_accumulation_and_reduce_hooks = []
+        for parameter in self.parameters() if delay_wgrad_compute else []:
+            parameter.skip_backward_post_hook = True
+
+    def register_wgrad_accumulation_and_reduce_hooks(self, hook):
+        self.wgrad_accumulation_and_reduce_hooks.append(hook)
+
+    def _trigger_wgrad_accumulation_and_reduce_hooks(self):
+        for hook in self.wgrad_accumulation_and_reduce_hooks:
+            hook()
+
+    def need_backward_dw(self):
+        return self.delayed is not None
+
+    def backward_dw(self):
+        if not self.need_backward_dw() or self.delayed.empty():
+            return
+        gradients, wgrads, biases = self.delayed.get()()
+        for wgrad, gradient in zip(wgrads, gradients, strict=True):
+            (wgrad.add_ if self.fuse_wgrad_accumulation else wgrad.copy_)(gradient)
+        if not self.fuse_wgrad_accumulation:
+            for i in range(self.num_gemms):
+                getattr(self, f"weight{i}").grad = wgrads[i]
+        for i, gradient in enumerate(biases):
+            bias = getattr(self, f"bias{i}")
+            if bias.grad is None:
+                bias.grad = gradient
+        self._trigger_wgrad_accumulation_and_reduce_hooks()
 
     def init_fp8_metadata(self, num_gemms=1):
         """There is none."""
@@ -64,15 +95,17 @@ class GroupedLinear(nn.Module):
         # In FP8 it keeps casts for the next micro-batch, which must not be of weights that change.
         assert is_first_microbatch is None or self._parameters, "casts would be kept"
         given = biases if self.apply_bias else []
-        out = _Grouped.apply(inp, m_splits, self.fuse_wgrad_accumulation, *weights, *given)
+        fused = self.fuse_wgrad_accumulation
+        out = _Grouped.apply(inp, m_splits, fused, self.delayed, *weights, *given)
         return (out, biases) if self.return_bias else out
 
 
 class _Grouped(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inp, m_splits, fused, *tensors):
+    def forward(ctx, inp, m_splits, fused, delayed, *tensors):
         n = len(m_splits)
         ctx.save_for_backward(inp)
+        ctx.delayed = delayed
         ctx.tensors, ctx.m_splits, ctx.fused = tensors, m_splits, fused
         biases = tensors[n:] or [None] * n
         return torch.cat(
@@ -88,15 +121,29 @@ class _Grouped(torch.autograd.Function):
         n, parts = len(ctx.m_splits), grad.split(ctx.m_splits)
         weights = ctx.tensors[:n]
         dgrad = torch.cat([g @ w for g, w in zip(parts, weights, strict=True)])
-        packed = torch.stack(
-            [g.t() @ x for g, x in zip(parts, inp.split(ctx.m_splits), strict=True)]
-        )
-        wgrads = [*packed]  # rows of one tensor, as Transformer Engine returns them
-        for i, weight in enumerate(weights if ctx.fused else []):
-            weight.main_grad.add_(wgrads[i])
+        inputs, num_biases = inp.split(ctx.m_splits), len(ctx.tensors) - n
+
+        def gradients():
+            return [g.t() @ x for g, x in zip(parts, inputs, strict=True)]
+
+        def biases():
+            return [g.sum(0) for g in parts[:num_biases]]
+
+        # Rows of one tensor, as Transformer Engine returns them.
+        nothing = float("nan")
+        wgrads = [*torch.full((n, *weights[0].shape), nothing, dtype=weights[0].dtype)]
+        for weight in weights if ctx.fused else []:
             weight.grad_added_to_main_grad = True
-            wgrads[i] = torch.full_like(wgrads[i], float("nan"))
-        return dgrad, None, None, *wgrads, *(g.sum(0) for g in parts[: len(ctx.tensors) - n])
+        if ctx.delayed is not None:
+            into = [weight.main_grad for weight in weights] if ctx.fused else wgrads
+            ctx.delayed.put(lambda: (gradients(), into, biases()))
+            return dgrad, None, None, None, *wgrads, *[None] * num_biases
+        for i, gradient in enumerate(gradients()):
+            if ctx.fused:
+                weights[i].main_grad.add_(gradient)
+            else:
+                wgrads[i].copy_(gradient)
+        return dgrad, None, None, None, *wgrads, *biases()
 
 
 class _Package(types.ModuleType):
@@ -130,6 +177,13 @@ def wrappers():
         spec.loader.exec_module(module)
     module.is_te_min_version = lambda least, *_: Version(VERSION) >= Version(least)
     return module
+
+
+def transformer_engine():
+    """Configs that are made within see Transformer Engine."""
+    from megatron.core.transformer import transformer_config
+
+    return mock.patch.object(transformer_config, "is_te_min_version", return_value=True)
 
 
 @contextlib.contextmanager

@@ -175,13 +175,13 @@ def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placemen
     if placements[0].num_guests_per_rank:
         for one in make_guests(made, local, placements, group):
             assert one.guests is not None, "it was made with guests"
-            _install(made, layers[one.name], one.layer, experts[one.name].forward(one.guests))
+            _install(made, layers[one.name], one.layer, experts[one.name].methods(one.guests))
     else:
         copies = []
         for (name, module), placement in zip(layers.items(), placements, strict=True):
             static = StaticCopies(name, local[name], placement, group)
-            forward = experts[name].forward(static)
-            _install(made, module, static.balanced.layer, forward, static.prepare)
+            methods = experts[name].methods(static)
+            _install(made, module, static.balanced.layer, methods, static.prepare)
             made.layers.append(static.balanced)
             copies.append(static)
         send_home_with_ddp(made, copies)
@@ -228,7 +228,6 @@ def _obstacles(module: Any) -> Iterator[str]:
         "fp4",
         "overlap_moe_expert_parallel_comm",
         "delay_wgrad_compute",
-        "overlap_dispatch_backward_with_experts_wgrad",
     ):
         if getattr(config, name, None):
             yield f"{name} is {getattr(config, name)!r}: turn it off"
@@ -246,14 +245,15 @@ def _install(
     made: Balance,
     module: Any,
     layer: Layer,
-    forward: Callable[..., Any],
+    methods: Mapping[str, Callable[..., Any]],
     prepare: Callable[[], None] = lambda: None,
 ) -> None:
     """Puts a layer's dispatch and experts in the place of Megatron's."""
     manager, experts = module.token_dispatcher._comm_manager, module.experts
     made.replace(manager, "num_local_experts", layer.placement.num_local_slots)
     made.replace(manager, "dispatch", _dispatch(manager.dispatch, layer, experts, prepare))
-    made.replace(experts, "forward", forward)
+    for name, method in methods.items():
+        made.replace(experts, name, method)
     for linear in experts.modules():
         for name in _FUSED:
             if getattr(linear, name, False):

@@ -7,9 +7,11 @@ slots of a rank. Nothing is registered with the model.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -19,14 +21,23 @@ _LINEARS = ("linear_fc1", "linear_fc2")
 _KINDS = ("weight", "bias")
 
 
+Weights = Mapping[str, Sequence[Sequence[Tensor]]]
+
+
 class Slots(Protocol):
     """What computes the slots of a rank: `Guests`, or copies that stay."""
 
     def modules(self, x: Tensor) -> tuple[Tensor, list[Callable[..., Any]]]:
         """The rows to go on with, and a callable for each slot."""
 
-    def weights(self, x: Tensor) -> tuple[Tensor, Mapping[str, Sequence[Sequence[Tensor]]]]:
+    def weights(self, x: Tensor) -> tuple[Tensor, Weights]:
         """The rows to go on with. By name the weights of all slots, in lists that follow."""
+
+    def late_weights(self) -> tuple[Weights, Callable[[], None]]:
+        """As `weights`, as leaves whose gradients come behind the backward pass; what takes them.
+
+        It is called once the leaves have `grad`, and hands gradients on to the parameters.
+        """
 
 
 class Experts(Protocol):
@@ -37,8 +48,8 @@ class Experts(Protocol):
     copies: dist.ProcessGroup
     """The ranks that have the same experts (expert data parallelism)."""
 
-    def forward(self, slots: Slots) -> Callable[..., Any]:
-        """The experts' own forward pass, over the slots of a rank."""
+    def methods(self, slots: Slots) -> dict[str, Callable[..., Any]]:
+        """By name the experts' own forward pass, and what belongs to it, over a rank's slots."""
 
     def saved(self, number: int, expert: int, num_experts: int, *args: Any) -> dict[str, Any]:
         """What distributed checkpoints hold of one expert, by the names of its place.
@@ -58,8 +69,8 @@ class SequentialExperts:
         self._experts, self.local = experts, experts.local_experts
         self.copies = experts.dp_group
 
-    def forward(self, slots: Slots) -> Callable[..., Any]:
-        """As `Experts.forward`."""
+    def methods(self, slots: Slots) -> dict[str, Callable[..., Any]]:
+        """As `Experts.methods`."""
         experts, own = self._experts, type(self._experts).forward
 
         def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
@@ -67,7 +78,7 @@ class SequentialExperts:
             given = {"local_experts": modules, "num_local_experts": len(modules)}
             return own(_StandIn(experts, given), rows, tokens_per_expert, probs)
 
-        return forward
+        return {"forward": forward}
 
     def saved(self, number: int, expert: int, num_experts: int, *args: Any) -> dict[str, Any]:
         """As `Experts.saved`."""
@@ -96,24 +107,43 @@ class GroupedExperts:
                 expert.add_module(name, part)
             self.local.append(expert)
 
-    def forward(self, slots: Slots) -> Callable[..., Any]:
-        """As `Experts.forward`. Raises ContractError where the parameters are others by then."""
+    def methods(self, slots: Slots) -> dict[str, Callable[..., Any]]:
+        """As `Experts.methods`. Raises ContractError where the parameters are others by then."""
         experts, own = self._experts, type(self._experts).forward
+        linears = [getattr(experts, name) for name in _LINEARS]
+        is_late = any(getattr(linear, "delay_wgrad_compute", False) for linear in linears)
+        passed: deque[_Passed] = deque()
 
         def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
             self._check_shared()
-            rows, named = slots.weights(rows)
+            take: Callable[[], None] | None = None
+            named: Weights
+            if is_late and torch.is_grad_enabled():
+                named, take = slots.late_weights()
+            else:
+                rows, named = slots.weights(rows)
             weights = {name: [t for part in parts for t in part] for name, parts in named.items()}
             given = {
-                linear: _with_weights(
-                    getattr(experts, linear),
-                    {kind: weights.get(f"{linear}.{kind}", []) for kind in _KINDS},
+                name: _with_weights(
+                    linear, {kind: weights.get(f"{name}.{kind}", []) for kind in _KINDS}
                 )
-                for linear in _LINEARS
+                for name, linear in zip(_LINEARS, linears, strict=True)
             }
+            if take is not None:
+                rows = _Pass.apply(passed, _Passed([*given.values()], take), rows)
             return own(_StandIn(experts, given), rows, tokens_per_expert, probs)
 
-        return forward
+        def backward_dw() -> None:
+            if not passed:
+                return
+            batch = passed.popleft()
+            for linear in reversed(batch.linears):
+                linear.backward_dw()
+            batch.take()
+            for linear in reversed(linears):  # what DDP has registered
+                linear._trigger_wgrad_accumulation_and_reduce_hooks()
+
+        return {"forward": forward, **({"backward_dw": backward_dw} if is_late else {})}
 
     def saved(self, number: int, expert: int, num_experts: int, *args: Any) -> dict[str, Any]:
         """As `Experts.saved`."""
@@ -154,6 +184,10 @@ def obstacles(experts: nn.Module) -> Iterator[str]:
     )
 
     if isinstance(experts, SequentialMLP):
+        for name, module in experts.named_modules():
+            if getattr(module, "need_backward_dw", bool)():
+                yield f"the weight gradients of its {name} are delayed: build a TEGroupedMLP"
+                break
         return
     if not isinstance(experts, TEGroupedMLP) or isinstance(experts, InferenceGroupedMLP):
         yield f"its experts are a {type(experts).__name__}: build a SequentialMLP or a TEGroupedMLP"
@@ -174,6 +208,31 @@ def obstacles(experts: nn.Module) -> Iterator[str]:
         if hasattr(parameter, "gtp_remat_size"):
             yield f"its parameter experts.{name} is gathered for each batch (GTP)"
             break
+
+
+class _Passed(NamedTuple):
+    """A batch whose experts have run backward, but for the gradients of their weights."""
+
+    linears: Sequence[Any]
+    """The grouped linear layers that have run."""
+    take: Callable[[], None]
+    """As of `Slots.late_weights`."""
+
+
+class _Pass(torch.autograd.Function):
+    """Passes a batch's rows on, and notes when they have come back: in the order of the layers'."""
+
+    @staticmethod
+    def forward(ctx: Any, passed: deque[_Passed], batch: _Passed, rows: Tensor) -> Tensor:
+        """Returns the rows that it is given."""
+        ctx.passed, ctx.batch = passed, batch
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor) -> Any:
+        """The gradient that it is given."""
+        ctx.passed.append(ctx.batch)
+        return None, None, rows
 
 
 class _StandIn:
@@ -210,8 +269,16 @@ def _with_weights(linear: Any, weights: Mapping[str, Sequence[Tensor]]) -> Any:
     number = len(weights["weight"])
     if not weights["bias"] and hasattr(linear, "bias0"):  # an empty tensor
         given.update({f"bias{n}": linear.bias0 for n in range(number)})
-    # Casts of weights would be kept for the next micro-batch, which has other guests.
-    return _twin(linear, number, **given, disable_parameter_transpose_cache=True, _parameters={})
+    return _twin(
+        linear,
+        number,
+        **given,
+        _parameters={},
+        # Casts of weights would be kept for the next micro-batch, which has other guests.
+        disable_parameter_transpose_cache=True,
+        # What DDP has registered runs once all gradients are home.
+        wgrad_accumulation_and_reduce_hooks=[],
+    )
 
 
 def _twin(linear: Any, number: int, **given: Any) -> Any:

@@ -19,6 +19,7 @@ from torch.func import functional_call
 from ..errors import ContractError
 from ..layer import Layer
 from ..placement.table import Placement
+from ..weights.guest_gradients import hand_on
 from ..weights.replicas import Replicas
 from .balance import Balance, BalancedLayer, SharedReplacement
 
@@ -65,6 +66,30 @@ class StaticCopies:
         """The rows to go on with, and by name the weights of each local slot."""
         x, of_slots = self._watched(x)
         return x, {name: ([of[name] for of in of_slots],) for name in of_slots[0]}
+
+    def late_weights(self) -> tuple[dict[str, tuple[list[Tensor]]], Callable[[], None]]:
+        """As `weights`, as leaves whose gradients come behind the backward pass; what takes them.
+
+        It is called once the leaves have `grad`, and hands the homes' gradients on.
+        """
+        order = self._in_order()
+        leaves = [
+            [p.detach().requires_grad_(p.requires_grad) for p in slot.parameters()]
+            for slot in order
+        ]
+
+        def take() -> None:
+            own, copies = leaves[: self.num_own], leaves[self.num_own :]
+            self.take_gradients([leaf.grad for of_slot in copies for leaf in of_slot])
+            homes = [p for slot in order[: self.num_own] for p in slot.parameters()]
+            hand_on(homes, [leaf.grad for of_slot in own for leaf in of_slot])
+
+        of_slots = dict(zip(self._order, leaves, strict=True))
+        names = [name for name, _ in order[0].named_parameters()]
+        return {
+            name: ([of_slots[slot][number] for slot in range(len(order))],)
+            for number, name in enumerate(names)
+        }, take
 
     def is_in(self, bucket_group: Any) -> bool:
         """Whether DDP reduces gradients of this layer's homes with these buckets."""

@@ -24,6 +24,19 @@ class _Stream:
         """Waits for nothing."""
 
 
+class _Event:
+    """Stands for a CUDA event."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Takes what `torch.cuda.Event` does."""
+
+    def record(self, stream: object = None) -> None:
+        """Nothing is pending."""
+
+    def wait(self, stream: object = None) -> None:
+        """Waits for nothing."""
+
+
 class _OnCpu(TorchFunctionMode):
     """Puts tensors on the CPU that are asked for on a GPU, and shows them as if they were there."""
 
@@ -65,6 +78,7 @@ def without_gpu() -> Iterator[None]:
             "current_device": lambda: "cpu",
             "current_stream": lambda *args: _Stream(),
             "Stream": _Stream,
+            "Event": _Event,
             "stream": lambda stream: contextlib.nullcontext(),
             "synchronize": _nothing,
         },

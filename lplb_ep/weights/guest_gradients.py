@@ -217,6 +217,36 @@ def _sizes(batch: TrainedBatch) -> tuple[int, int]:
     return (batch.layout.num_residents, batch.layout.num_guests) if batch.is_list else (1, 1)
 
 
+def send_late(batch: TrainedBatch, own: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Sends guests' gradients home that come behind the backward pass, and hands the homes' on.
+
+    Args:
+        batch: whose experts have run backward.
+        own: what the homes' gradients are handed on to: a layer's own weights.
+        leaves: what the experts had in their place, then guests' weights. They have `grad` by now.
+    """
+    per_own, per_guest = _sizes(batch)
+    gradients = [leaf.grad for leaf in leaves]
+    names = range(len(batch.slots))
+    homes: list[Gradients] = [gradients[n * per_own : (n + 1) * per_own] for n in names]
+    guests = gradients[len(own) :]
+    if batch.stay is not None:
+        homes = _send_home(
+            batch,
+            homes,
+            [[False] * per_own for _ in names],
+            [guests[n * per_guest : (n + 1) * per_guest] for n in names],
+        )
+    hand_on(own, [gradient for of_name in homes for gradient in of_name])
+
+
+def hand_on(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Accumulates gradients as a backward pass does, with the hooks of each parameter."""
+    given = [(w, g) for w, g in zip(weights, gradients, strict=True) if g is not None]
+    if given:
+        torch.autograd.backward([w for w, _ in given], [g for _, g in given])
+
+
 @torch.no_grad()
 def _send_home(
     batch: TrainedBatch,

@@ -24,7 +24,7 @@ from ..errors import ContractError, RankError
 from ..layer import Layer, layer_of
 from ..logs import logger
 from ..placement.table import Placement
-from .guest_gradients import Homeward, TrainedBatch, counts_if_alone
+from .guest_gradients import Homeward, TrainedBatch, counts_if_alone, send_late
 from .guest_transport import BatchNumber, GuestLayout
 from .pool import GuestPool, Stay, graph_task, outside_of_checkpoints, shapes_of
 from .slots import (
@@ -248,30 +248,44 @@ class Guests:
         Raises:
             ContractError: as `weights`.
         """
-        pool = self._pool(slot)
-        self._rescan()
-        stay = pool.stay_of(self)
-        # Tensors of their own versions: autograd must not notice later pushes.
-        parts = [part for block in self._blocks[slot] for part in self._split(block.data)]
-        pool.use(stay)
-        slots = [*self._slots.values()]
-        own = [
-            trained_part(copy.parameter)
-            for copies in slots
-            for copy in (copies if self._is_list else copies[:1])
-        ]
+        batch, own, parts = self._batch(slot)
+        batch.pool.use(batch.stay)
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in own)):
-            batch = TrainedBatch(self, self._layout, slots, self._is_list, pool, stay)
             x, *tensors = Homeward.apply(batch, len(own), x, *own, *parts)
         else:
             tensors = [*own, *parts]
 
         def arrive() -> dict[str, Any]:
             with outside_of_checkpoints():
-                pool.await_guests(stay)
+                batch.pool.await_guests(batch.stay)
             return self._named(tensors[len(own) :])
 
         return x, self._named(tensors[: len(own)]), arrive
+
+    def late_weights(self, slot: int = 0) -> tuple[Weights, Callable[[], None]]:
+        """As `weights`, where weights' gradients come behind the experts' backward pass.
+
+        The weights are leaves of their own, which have `grad` once their gradients have come.
+
+        Returns:
+            By name the weights. And a function that sends guests' gradients home and hands the
+            others on to the parameters. Every rank calls it once `grad` is there, before another
+            batch uses the pool.
+
+        Raises:
+            ContractError: as `weights`.
+        """
+        batch, own, parts = self._batch(slot)
+        batch.pool.await_guests(batch.stay)
+        trained = [batch.trained(n) for n in range(len(batch.slots))]
+        leaves = [
+            tensor.detach().requires_grad_(trained[index // (len(of) // len(trained))])
+            for of in (own, parts)
+            for index, tensor in enumerate(of)
+        ]
+        residents, guests = self._named(leaves[: len(own)]), self._named(leaves[len(own) :])
+        weights = {name: (tensors, guests[name]) for name, tensors in residents.items()}
+        return weights, functools.partial(send_late, batch, own, leaves)
 
     def modules(self, x: Tensor, slot: int = 0) -> tuple[Tensor, list[Callable[..., Any]]]:
         """As `weights`, for a list of modules: what computes each of the L + G local slots.
@@ -302,6 +316,21 @@ class Guests:
     @property
     def _is_list(self) -> bool:
         return isinstance(self.experts, nn.ModuleList)
+
+    def _batch(self, slot: int) -> tuple[TrainedBatch, list[Tensor], list[Tensor]]:
+        """The batch at hand, and the weights of resident slots and of guest slots."""
+        pool = self._pool(slot)
+        self._rescan()
+        stay = pool.stay_of(self)
+        # Tensors of their own versions: autograd must not notice later pushes.
+        parts = [part for block in self._blocks[slot] for part in self._split(block.data)]
+        slots = [*self._slots.values()]
+        own = [
+            trained_part(copy.parameter)
+            for copies in slots
+            for copy in (copies if self._is_list else copies[:1])
+        ]
+        return TrainedBatch(self, self._layout, slots, self._is_list, pool, stay), own, parts
 
     def _pool(self, slot: int) -> GuestPool:
         pool = self._pools.get(slot)

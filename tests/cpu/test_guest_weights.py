@@ -79,8 +79,10 @@ class Batch:
         self.of.wait(self.slot)
 
     def experts(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(*self.of.weights(x, self.slot))
+
+    def compute(self, x: torch.Tensor, weights: dict) -> torch.Tensor:
         """Slots without rows are skipped, as many programs do."""
-        x, weights = self.of.weights(x, self.slot)
         out = [x * 0]
         for slot, rows in enumerate(x.split(self.sizes)):
             if len(rows):
@@ -193,6 +195,31 @@ def train_once(group, form):
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_gradients_are_those_of_a_run_at_home(num_ranks, form):
     ranks.run(num_ranks, train_once, form)
+
+
+def train_late(group, form):
+    guests, seen = made(group, form), []
+    for parameter in guests.experts.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.norm()))
+    for seed in range(2):
+        batch = Batch(guests, seed, seed)
+        batch.dispatch()
+        weights, send = guests.late_weights()
+        batch.compute(batch.x, weights).backward()
+        assert len(seen) == seed * len([*guests.experts.parameters()])
+        send()
+        check_gradients(guests, [*range(seed + 1)])
+    batch.dispatch()
+    weights, send = guests.late_weights()
+    batch.compute(batch.x, weights).backward()
+    guests.skip()
+    Batch(guests, 2, 2).dispatch()
+    raises("the pool of guests holds another batch", send)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_may_come_behind_the_backward_pass(form):
+    ranks.run(2, train_late, form)
 
 
 def accumulate_interleaved(group, form):

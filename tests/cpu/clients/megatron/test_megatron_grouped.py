@@ -14,6 +14,7 @@ pytest.importorskip("megatron")
 
 BFLOAT16 = dict(bf16=True, params_dtype=torch.bfloat16, pipeline_dtype=torch.bfloat16)
 OVERLAPPED = dict(overlap_grad_reduce=True, overlap_param_gather=True, bucket_size=4000, **SHARDED)
+DELAYED = dict(overlap_dispatch_backward_with_experts_wgrad=True)
 RUNS = {
     "overlapped, fused": (4, Run(grouped="fused", ddp=OVERLAPPED, steps=3)),
     "gated, with biases": (
@@ -44,13 +45,56 @@ RUNS = {
     ),
     "bfloat16": (2, Run(grouped="fused", config=BFLOAT16)),
     "replicas": (2, Run(grouped="fused", balance={"replicas": 2}, steps=3)),
+    "delayed, layers are recomputed": (
+        4,
+        Run(
+            grouped="fused",
+            ddp=dict(**OVERLAPPED, delay_wgrad_compute=True),
+            config=dict(**DELAYED, recompute_granularity="selective", recompute_modules=["moe"]),
+            steps=3,
+        ),
+    ),
+    "delayed, DDP's hooks as usual": (2, Run(grouped="fused", config=DELAYED)),
+    "delayed, gated, with biases": (
+        2,
+        Run(
+            grouped="grouped",
+            ddp=dict(delay_wgrad_compute=True),
+            config=dict(
+                **DELAYED, gated_linear_unit=True, add_bias_linear=True, activation_func=F.silu
+            ),
+            optimizer=dict(optimizer="sgd"),
+        ),
+    ),
+}
+SHORT = {
+    "delayed, overlapped": (
+        2,
+        Run(
+            grouped="grouped",
+            ddp=dict(**OVERLAPPED, delay_wgrad_compute=True),
+            config=DELAYED,
+            steps=3,
+        ),
+    ),
+    "delayed, overlapped, replicas": (
+        2,
+        Run(
+            grouped="fused",
+            balance={"replicas": 2},
+            ddp=dict(**OVERLAPPED, delay_wgrad_compute=True),
+            config=DELAYED,
+            steps=3,
+        ),
+    ),
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in RUNS), *SHORT]
+)
 def test_grouped_experts_train_as_plain_ones(name):
-    check_run(*RUNS[name])
+    check_run(*(RUNS | SHORT)[name])
 
 
 def test_grouped_experts_are_saved_by_their_numbers_from_other_homes(tmp_path):
@@ -87,10 +131,6 @@ def test_grouped_experts_are_saved_by_their_numbers_from_other_homes(tmp_path):
         ),
         ("experts.config.quant_recipe", "quant_recipe is True: turn it off"),
         ("experts.config.fine_grained_activation_offloading", "offloading is True: turn it off"),
-        (
-            "config.overlap_dispatch_backward_with_experts_wgrad",
-            "experts_wgrad is True: turn it off",
-        ),
     ],
 )
 def test_what_transformer_engine_has_more_is_refused_by_name(change, message):
