@@ -24,9 +24,10 @@ enum Status {
     REFUSED = 6,
     OUT_OF_STEP = 7,
     TIMED_OUT = 8,
+    REUSED = 9,
 };
 
-constexpr int NUM_STATUSES = 9;  // of a batch
+constexpr int NUM_STATUSES = 10;  // of a batch
 
 // The integers that an exchanged row begins with; the counts follow.
 enum Head {
@@ -41,9 +42,9 @@ constexpr int HEAD = 5;  // integers before the counts of an exchanged row
 
 // Flags in the host's memory that a kernel sets; behind those of each `Status`.
 enum ErrorFlag {
-    FLAG_OUT_OF_RANGE = 9,
-    FLAG_REPEATED_PICK = 10,
-    FLAG_MISCOUNTED = 11,
+    FLAG_OUT_OF_RANGE = 10,
+    FLAG_REPEATED_PICK = 11,
+    FLAG_MISCOUNTED = 12,
 };
 
 // Sums over batches whose counts are known: of a status below BAD_COUNTS.
@@ -67,9 +68,9 @@ enum Tally {
 
 constexpr int NUM_TALLIES = 15;  // sums over batches
 
-constexpr int NUM_TOTALS = 24;  // tallies, then batches of each status
+constexpr int NUM_TOTALS = 25;  // tallies, then batches of each status
 
-constexpr int NUM_ERROR_FLAGS = 12;  // statuses, then the others
+constexpr int NUM_ERROR_FLAGS = 13;  // statuses, then the others
 
 constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
 

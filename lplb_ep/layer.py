@@ -96,7 +96,9 @@ class Layer:
     moves_homes: bool
     """Whether such a placement may have other homes, too: an engine moves all its experts."""
     observers: list[Callable[[torch.Tensor], None]]
-    """Each is called with the counts [R, E] of every batch that is planned."""
+    """Each is called with the counts [R, E] of every batch that is planned.
+
+    Where `LPLB_EP_EVERY` leaves out exchanges, with those that were exchanged last."""
     planners: WeakSet[Any]
     """The planners that were made for this layer, of whatever group."""
     name: str

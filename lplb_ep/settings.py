@@ -196,6 +196,15 @@ class Settings:
             lambda picks: 0 <= picks <= MAX_ONE_LAUNCH,
         ),
     )
+    every: int = _setting(
+        "LPLB_EP_EVERY",
+        1,
+        "Only one in so many batches of a layer is exchanged and solved. Between, each rank splits "
+        "its picks in proportion to the last quotas: not the optimum ([its cost](objectives.md"
+        "#quotas-of-an-earlier-batch)). For inference, with static copies alone; it needs "
+        "`LPLB_EP_REPLICAS=valid`. 1: every batch.",
+        within=("of at least 1, below 2**31", lambda batches: 1 <= batches < 2**31),
+    )
     push_sms: int = _setting(
         "LPLB_EP_PUSH_SMS",
         16,
@@ -261,6 +270,11 @@ class Settings:
                 raise TypeError(f"{f.name} ({variable}) must be {a_kind}; got {value!r}")
             if not lies_within(value):
                 raise ValueError(f"{variable} must be {a_kind} {words}; got {value}")
+        if self.every > 1 and self.mode == "1" and self.replicas != "valid":
+            raise ValueError(
+                f"LPLB_EP_EVERY={self.every} needs LPLB_EP_REPLICAS=valid: between two exchanges "
+                "no rank can tell the others that its replicas are stale"
+            )
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:

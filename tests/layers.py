@@ -68,6 +68,7 @@ LAYERS = [
     "planning.reference",
     "planning.objectives",
     "planning.stay",
+    "planning.reuse",
     "planning.layout",
     "planning.guest_layout",
     "planning.solvers",

@@ -56,6 +56,7 @@ class PlannerSettings(NamedTuple):
     cost: CostModel | None
     min_gain: int
     one_launch: int
+    every: int
     sample_every: int
 
     @classmethod
@@ -84,6 +85,7 @@ class PlannerSettings(NamedTuple):
             cost=cost,
             min_gain=settings.min_gain if balances else 0,
             one_launch=settings.one_launch,
+            every=settings.every if balances else 1,
             sample_every=settings.record_every if settings.record else 0,
         )
 

@@ -156,6 +156,7 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
                 "LPLB_EP_OBJECTIVE": settings.objective,
                 "LPLB_EP_COST": "none" if cost is None else cost.fingerprint(),
                 "LPLB_EP_MIN_GAIN": settings.min_gain,
+                "LPLB_EP_EVERY": settings.every,
                 # The solver that this comes to here: one rank may lack a package.
                 "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
                 "placement": _fingerprint(own),

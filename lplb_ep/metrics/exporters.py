@@ -16,6 +16,7 @@ _SCALARS = (
     "worst_imbalance",
     "batches",
     "sent_home",
+    "reused",
     "stale",
     "timed_out",
     "rows",

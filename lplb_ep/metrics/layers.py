@@ -40,7 +40,7 @@ class LayerStats:
     by_status: dict[str, int]
     """How many ended with each `Status`, by its name."""
     sent_home: int
-    """Batches of which every token went to its home: all that are not OPTIMAL."""
+    """Batches of which every token went to its home: all that are neither OPTIMAL nor REUSED."""
     rows: int
     """Picks of all ranks."""
     own_rows: int
@@ -82,6 +82,12 @@ class LayerStats:
         return self.by_status.get("STALE", 0)
 
     @property
+    def reused(self) -> int:
+        """Batches by the quotas of an earlier one (`LPLB_EP_EVERY`). Their loads are not known, so
+        rows, loads and imbalances are of the others."""
+        return self.by_status.get("REUSED", 0)
+
+    @property
     def timed_out(self) -> int:
         """Batches of which a rank's counts did not come in time."""
         return self.by_status.get("TIMED_OUT", 0)
@@ -95,11 +101,15 @@ class LayerStats:
             f"planned, T* {self.bound:.3f}",
             f"{self.batches} {'batch' if self.batches == 1 else 'batches'}",
         ]
-        said.append(f"{self.rows / self.batches:.0f} rows a batch")
+        if self.reused:
+            said.append(f"{self.reused} of them by earlier quotas, of unknown loads")
+        counted = max(1, self.batches - self.reused)
+        said.append(f"{self.rows / counted:.0f} rows a batch")
         if self.guests:
             moved = f" ({_size(self.guest_bytes / self.batches)})" if self.guest_bytes else ""
             said.append(f"{self.guests / self.batches:.1f} guests a batch{moved}")
-        others = {name: n for name, n in self.by_status.items() if name != "OPTIMAL"}
+        balanced = ("OPTIMAL", "REUSED")
+        others = {name: n for name, n in self.by_status.items() if name not in balanced}
         if others:
             said.append("sent home: " + ", ".join(f"{n} {name}" for name, n in others.items()))
         return "; ".join(said)
@@ -200,7 +210,7 @@ def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -
         num_ranks=layer.placement.num_ranks,
         batches=by_status.total(),
         by_status={Status(s).name: n for s, n in by_status.items()},
-        sent_home=by_status.total() - by_status[Status.OPTIMAL],
+        sent_home=by_status.total() - by_status[Status.OPTIMAL] - by_status[Status.REUSED],
         rows=int(sums[Tally.ROWS]),
         own_rows=int(sums[Tally.OWN]),
         own_rows_at_home=int(sums[Tally.OWN_HOME]),

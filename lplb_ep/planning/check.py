@@ -9,6 +9,7 @@ from ..problem import Problem
 from . import reference
 from .guests import guests_of
 from .plan import Plan
+from .reuse import reuse
 from .solve import judge, least_value, rank_load
 from .stay import stays_home
 from .structs import Status
@@ -40,6 +41,9 @@ def check_plan(
 
     problem = Problem() if problem is None else problem
     status, guests = Status(int(plan.status)), plan.guests.cpu()
+    if status is Status.REUSED:
+        hold(not (fault := _fault_of_reused(plan, topk_idx, placement, rank)), fault)
+        return
     chosen = guests_of(status, plan.counts.cpu().long().sum(0).numpy(), placement, problem)
     hold(guests.equal(torch.from_numpy(chosen)), "guests are not those of the definition")
     placement = placement.with_guests(guests)
@@ -53,10 +57,8 @@ def check_plan(
         # Invalid counts say nothing: there are no quotas, and every pick is at its home.
         for name in ("counts", "quota", "split", "rank_load"):
             hold((getattr(plan, name) == 0).all(), f"{name} is not 0, of invalid counts")
-        hold(
-            (physical == reference.rewrite_home(logical, placement)).all(),
-            "a pick is not at its home",
-        )
+        at_home = reference.rewrite_home(logical, placement)
+        hold((physical == at_home).all(), "a pick is not at its home")
         return
     hold(counts.shape == (R, E), f"counts are {list(counts.shape)}")
     hold(quota.shape == (E, C), f"quota is {list(quota.shape)}")
@@ -106,3 +108,14 @@ def _fault_of(
         return ""
     what = "active slots" if problem.objective_name == "experts" else "load"
     return f"the largest rank {what} is {how.value}, not {best}"
+
+
+def _fault_of_reused(plan: Plan, topk_idx: torch.Tensor, placement: Placement, rank: int) -> str:
+    logical, quota = topk_idx.cpu(), plan.quota.cpu()
+    own = reference.count(logical, placement.num_experts)
+    shares = reuse(own, quota, rank, placement.num_ranks)
+    if plan.topk_idx.device != topk_idx.device:
+        return "topk_idx changed its device"
+    if plan.topk_idx.cpu().equal(reference.rewrite(logical, shares, placement)):
+        return ""
+    return "picks are not split in proportion to the quotas of an earlier batch"

@@ -18,6 +18,7 @@ from .backend import REASONS, Batch
 from .guests import guests_of
 from .objectives import quotas_by_objective
 from .plan import Plan, Results, number_of
+from .reuse import reuse
 from .solve import judge, rank_load
 from .statistics import HostStatistics, batches_by_status
 from .stay import stays_home
@@ -37,6 +38,7 @@ class HostBackend:
             the batch.
         row_size: integers of an exchanged row; those behind the counts stay 0.
         sample_every: as `HostStatistics` has `every`.
+        every: batches from one that is exchanged and solved to the next.
     """
 
     capturable = False
@@ -50,9 +52,12 @@ class HostBackend:
         head: list[int],
         row_size: int,
         sample_every: int = 0,
+        every: int = 1,
     ) -> None:
         self._placement, self._problem, self._rank, self._head = placement, problem, rank, head
         self._row_size, self._num_exchanges = row_size, 0
+        self._every, self._until_due = every, 0
+        self._forget()
         self.statistics = HostStatistics(sample_every)
 
     def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
@@ -60,6 +65,8 @@ class HostBackend:
 
         def commit() -> None:
             self._placement, self._head = placement, head
+            self._until_due = 0
+            self._forget()
 
         return commit
 
@@ -75,12 +82,16 @@ class HostBackend:
 
     def refuse(self, exchange: Exchange) -> None:
         """As `Backend.refuse`."""
-        self._gather(exchange, torch.zeros(self._placement.num_experts).int(), Status.REFUSED)
+        if self._is_due():
+            self._gather(exchange, torch.zeros(self._placement.num_experts).int(), Status.REFUSED)
 
     def route(self, batch: Batch, exchange: Exchange) -> Plan:
         """As `Backend.route`."""
         picks = batch.topk_idx.cpu()
         counts = reference.count(picks, self._placement.num_experts)
+        if not self._is_due():
+            return self._reuse(batch.topk_idx, picks, counts)
+        self._forget()
         rows = self._gather(exchange, counts, batch.status)
         refused_by = torch.nonzero(rows[:, Head.STATUS] == Status.REFUSED).flatten().tolist()
         if refused_by:
@@ -107,6 +118,38 @@ class HostBackend:
                 f"expert {e} {int(own[e])} times"
             )
         return self._route(batch.topk_idx, picks, given.int(), batch.status)
+
+    def _is_due(self) -> bool:
+        """Whether the batch that comes is exchanged: every so many are, whatever becomes of them.
+
+        So ranks need not tell each other which.
+        """
+        is_due = self._until_due == 0
+        self._until_due = (self._until_due or self._every) - 1
+        return is_due
+
+    def _forget(self) -> None:
+        """Has batches go home until one is solved."""
+        p, zeros = self._placement, functools.partial(torch.zeros, dtype=torch.int32)
+        self._exchanged = Results(
+            zeros(p.num_ranks, p.num_experts),
+            zeros(p.logical_to_physical.shape),
+            zeros(p.num_ranks),
+            zeros(()),
+            zeros(p.num_ranks, 0),
+        )
+
+    def _reuse(self, topk_idx: torch.Tensor, picks: torch.Tensor, own: torch.Tensor) -> Plan:
+        """Splits own picks in proportion to the quotas of the last batch that was exchanged."""
+        p, status = self._placement, Status.REUSED
+        results = self._exchanged._replace(status=torch.tensor(int(status), dtype=torch.int32))
+        shares = reuse(own, results.quota, self._rank, p.num_ranks)
+        physical = reference.rewrite(picks, shares, p).to(topk_idx.device)
+        about = results.guests.numpy(), p, self._rank
+        self.statistics.add(status, own, results.rank_load, *about, by_tokens=False)
+        judged = functools.partial(judge, placement=p, problem=self._problem)
+        kept, split = functools.partial(Results, *results), functools.partial(split_on_host, p)
+        return Plan(physical, kept, split, judged, None, p)
 
     def _gather(self, exchange: Exchange, counts: torch.Tensor, status: Status) -> torch.Tensor:
         """[R, HEAD + E] int32."""
@@ -160,14 +203,9 @@ class HostBackend:
         about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]
         by_tokens = self._problem.objective_name == "tokens"
         self.statistics.add(status, load, on_ranks, *about, by_tokens=by_tokens)
-        results = functools.partial(
-            Results,
-            counts,
-            quota,
-            on_ranks.int(),
-            torch.tensor(int(status), dtype=torch.int32),
-            torch.from_numpy(guests),
-        )
+        ends = torch.tensor(int(status), dtype=torch.int32)
+        found = Results(counts, quota, on_ranks.int(), ends, torch.from_numpy(guests))
+        self._exchanged, results = found, functools.partial(Results, *found)
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
         judged = functools.partial(judge, placement=filled, problem=self._problem)

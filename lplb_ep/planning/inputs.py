@@ -1,4 +1,4 @@
-"""Checks of what a batch brings: indices and counts."""
+"""Checks of what a planner is given, and of what a batch brings: indices and counts."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import functools
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..placement.table import Placement
 from ..problem import Integers, as_integers
+from ..settings import MAX_ONE_LAUNCH
 
 INDICES = ("logical", "physical")
 """What `topk_idx` names: experts, or slots that an engine has chosen itself. An engine knows of no
@@ -142,3 +144,40 @@ def check_counts(counts: torch.Tensor, placement: Placement) -> None:
             f"counts must be {list(shape)} of int32 or int64; "
             f"got {list(counts.shape)} of {counts.dtype}"
         )
+
+
+def check_limits(timeout_s: float, one_launch: int) -> None:
+    """Checks a planner's time limit, in seconds, and the most picks of a batch in one launch.
+
+    Raises:
+        ValueError: one of them is not in its range.
+    """
+    if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
+        raise ValueError(
+            "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
+            f"got {timeout_s!r}"
+        )
+    if not (isinstance(one_launch, int) and 0 <= one_launch <= MAX_ONE_LAUNCH):
+        raise ValueError(
+            f"one_launch must be a whole number in [0, {MAX_ONE_LAUNCH}]; got {one_launch!r}"
+        )
+
+
+def own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:
+    """A planner's rank: that in its group, or the given one where there is none.
+
+    Raises:
+        ValueError: the group has not the placement's ranks, or `rank` does not fit.
+    """
+    num_ranks = placement.num_ranks
+    if group is not None and group.size() != num_ranks:
+        raise ValueError(f"group has {group.size()} ranks, and the placement is for {num_ranks}")
+    if group is not None and rank not in (None, group.rank()):
+        raise ValueError(f"rank is {rank}, and in the group this is rank {group.rank()}")
+    if rank is None:
+        if group is None and num_ranks > 1:
+            raise ValueError("rank must be given where there is no group")
+        rank = 0 if group is None else group.rank()
+    if not 0 <= rank < num_ranks:
+        raise ValueError(f"rank must be in [0, {num_ranks}); got {rank}")
+    return rank

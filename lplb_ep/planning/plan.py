@@ -31,6 +31,9 @@ def number_of(head: torch.Tensor) -> torch.Tensor:
 class Plan:
     """The routing of one batch on one rank; all but `topk_idx` is the same on every rank.
 
+    Where `status` is REUSED, `topk_idx` and `status` alone are of this batch. All else is of the
+    batch whose quotas it goes by, the last one that was exchanged.
+
     Args:
         topk_idx: the slots of the picks.
         results: makes the results when they are first asked for. Most callers ask for none.
@@ -71,6 +74,8 @@ class Plan:
         except AssertionError:  # a batch that wanted none left no results
             return f"{head}, no results kept)"
         ranks = len(load) if self._placement is None else self._placement.active_ranks.size
+        if status is Status.REUSED:
+            return f"{head}, REUSED, by quotas of an earlier batch)"
         imbalance = float(load.max() * ranks / load.sum()) if load.any() else 1.0
         value, bound = map(float, self.reached[:2])
         guests = int((self.guests >= 0).sum())

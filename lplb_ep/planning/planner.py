@@ -20,15 +20,22 @@ from ..errors import ContractError
 from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
 from ..problem import Integers, Problem
-from ..settings import MAX_ONE_LAUNCH
 from . import reference
 from .backend import Backend, Batch
 from .check import check_plan
 from .device import DeviceBackend
 from .home import HomeRoutes
 from .host import HostBackend
-from .inputs import as_counts, as_picks, check_topk_idx, logical_picks
+from .inputs import (
+    as_counts,
+    as_picks,
+    check_limits,
+    check_topk_idx,
+    logical_picks,
+    own_rank,
+)
 from .plan import Plan
+from .reuse import check_every, check_reusable
 from .solvers import choose_solver, solver_fact
 from .statistics import Statistics, batches_by_status, read_totals
 from .structs import HEAD, Status
@@ -73,6 +80,8 @@ class Planner:
             layer's problem has none.
         one_launch: the most picks of a batch that a GPU plans in one launch and not in three, in
             [0, 2048]. The results are the same.
+        every: batches from one that is exchanged and solved to the next. Those between go by the
+            last quotas, in proportion (`planning.reuse`): for inference, with static copies.
         sample_every: batches from one whose loads are kept for a recording to the next; 0: none.
 
     Raises:
@@ -114,6 +123,7 @@ class Planner:
         cost: CostModel | None = None,
         min_gain: int | None = None,
         one_launch: int = 0,
+        every: int = 1,
         sample_every: int = 0,
     ) -> None:
         ranks = group if compare else None
@@ -127,16 +137,19 @@ class Planner:
                 cost=cost,
                 min_gain=min_gain,
             ).checked(placement)
-            self.rank = _own_rank(placement, group, rank)
+            self.rank = own_rank(placement, group, rank)
             check_slot(slot)
             self.slot = slot
-            _check_limits(timeout_s, one_launch)
+            check_limits(timeout_s, one_launch)
+            check_every(every, placement, self._problem, counts, one_launch)
+            self._every = every
             asked = solver, placement, self.layer.is_refreshable, self._problem.objective_name
             self.solver, _ = choose_solver(*asked)
             facts["placement"] = placement.fingerprint()
             facts["problem"] = self._problem.fingerprint()
             facts["slot"] = slot
             facts["solver"] = solver_fact(*asked)
+            facts["every"] = every
             facts["counts"] = counts
             facts["lplb_ep version"] = __version__
         self._is_on_gpu = self.solver != "cpu"
@@ -152,7 +165,7 @@ class Planner:
         self._check = check
         self._homes: dict[torch.device, HomeRoutes] = {}
         number = 0 if self.exchange is None else _next_number(group, compare)
-        self._head = [tag_of(placement, self._problem), slot, number]
+        self._head = [tag_of(placement, self._problem, every), slot, number]
         self._backend: Backend
         with together(ranks, "Planner"):
             self._backend = self._make_backend(
@@ -169,7 +182,9 @@ class Planner:
         row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         if self.solver == "cpu":
             about = self.placement, self._problem, self.rank, self._head, row_size
-            return HostBackend(*about, sample_every)
+            return HostBackend(*about, sample_every, self._every)
+        if self._every > 1:
+            raise ValueError("every (LPLB_EP_EVERY) goes with the solver 'cpu' alone")
         return DeviceBackend(
             self.placement,
             self._problem,
@@ -299,6 +314,8 @@ class Planner:
             backend.raise_errors()
         try:
             backend.raise_errors()
+            if self._every > 1:
+                check_reusable(stale=stale)
             if wants_plan:
                 topk_idx = as_picks(topk_idx)
             if counts is not None:
@@ -357,7 +374,7 @@ class Planner:
                 f"max_replicas must stay {columns}, the columns of this planner's quotas; "
                 f"got {placement.max_replicas}"
             )
-        head = [tag_of(placement, self._problem), *self._head[1:]]
+        head = [tag_of(placement, self._problem, self._every), *self._head[1:]]
         switches = [self._backend.prepare(placement, head)]
         switches += [homes.prepare(placement) for homes in self._homes.values()]
 
@@ -440,11 +457,12 @@ class Planner:
             )
 
 
-def tag_of(placement: Placement, problem: Problem | None = None) -> int:
-    """28 bits that ranks compare with every batch: of the placement, and of what bounds plans."""
-    if problem is None or problem.is_plain:
+def tag_of(placement: Placement, problem: Problem | None = None, every: int = 1) -> int:
+    """28 bits that ranks compare in every exchange: of the placement, and of what plans go by."""
+    if (problem is None or problem.is_plain) and every == 1:
         return int(placement.fingerprint()[:7], 16)
-    both = placement.fingerprint() + problem.fingerprint()
+    of_problem = "" if problem is None else problem.fingerprint()
+    both = placement.fingerprint() + of_problem + ("" if every == 1 else str(every))
     return int(hashlib.sha256(both.encode()).hexdigest()[:7], 16)
 
 
@@ -458,30 +476,3 @@ def _next_number(group: dist.ProcessGroup | None, agree: bool) -> int:
         return 0
     number = _num_made.get(group, 0) + 1
     return max(everyone(group, number)) if agree else number
-
-
-def _check_limits(timeout_s: float, one_launch: int) -> None:
-    if not (isinstance(timeout_s, (int, float)) and 0 < timeout_s < 2**31):
-        raise ValueError(
-            "timeout_s must be a number of seconds, more than 0 and less than 2**31; "
-            f"got {timeout_s!r}"
-        )
-    if not (isinstance(one_launch, int) and 0 <= one_launch <= MAX_ONE_LAUNCH):
-        raise ValueError(
-            f"one_launch must be a whole number in [0, {MAX_ONE_LAUNCH}]; got {one_launch!r}"
-        )
-
-
-def _own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:
-    num_ranks = placement.num_ranks
-    if group is not None and group.size() != num_ranks:
-        raise ValueError(f"group has {group.size()} ranks, and the placement is for {num_ranks}")
-    if group is not None and rank not in (None, group.rank()):
-        raise ValueError(f"rank is {rank}, and in the group this is rank {group.rank()}")
-    if rank is None:
-        if group is None and num_ranks > 1:
-            raise ValueError("rank must be given where there is no group")
-        rank = 0 if group is None else group.rank()
-    if not 0 <= rank < num_ranks:
-        raise ValueError(f"rank must be in [0, {num_ranks}); got {rank}")
-    return rank

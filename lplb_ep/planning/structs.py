@@ -37,6 +37,8 @@ class Status(enum.IntEnum):
     """On the GPU: ranks plan different batches. As REFUSED."""
     TIMED_OUT = 8
     """On the GPU: a rank's counts did not come in time. As REFUSED, on the ranks that waited."""
+    REUSED = 9
+    """Not exchanged: each rank splits its picks in proportion to the quotas of an earlier batch."""
 
 
 class Head(enum.IntEnum):

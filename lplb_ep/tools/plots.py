@@ -29,6 +29,7 @@ _COLOURS = {
     "even": "#56B4E9",
     "residents": "#E69F00",
     "lp": "#0072B2",
+    "reused": "#CC79A7",
 }
 _LEGEND = {"frameon": False, "fontsize": 9, "columnspacing": 1.3, "handlelength": 1.5}
 
@@ -43,7 +44,8 @@ def plot_replay(
 ) -> None:
     """Draws the imbalance of each layer: experts in order, home slots, even split, LP, ideal.
 
-    With guests, the LP without them as well, and the copies that they move.
+    With guests, the LP without them as well, and the copies that they move. Where quotas are
+    reused, that too.
 
     Args:
         path: the picture to write: .png, .svg or .pdf.
@@ -71,6 +73,7 @@ def plot_replay(
             return values.T if by_batch else values
 
         names = {"in_order": "", "home": "o", "even": "s", "residents": "^", "lp": "o"}
+        names["reused"] = "v"
         drawn = []
         for name, marker in names.items():
             if getattr(result, name) is not None:

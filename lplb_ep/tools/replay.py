@@ -12,7 +12,9 @@ import torch
 
 from ..placement.table import Placement
 from ..planning import reference as cpu
+from ..planning.reuse import check_every, reuse
 from ..planning.solve import Solution, rank_load, solve
+from ..problem import Problem
 from .recordings import Recording
 from .tables import text_table
 
@@ -43,6 +45,10 @@ class Replay:
     The first row is at home, the second by the plan. None: there is one node."""
     residents: torch.Tensor | None = None
     """The integer plan without guests; None: no placement has guest slots, and `lp` is that."""
+    reused: torch.Tensor | None = None
+    """The plan where one in so many batches is solved, and the others go by its quotas.
+
+    As `LPLB_EP_EVERY` has them. None: that was not asked for."""
     guests: torch.Tensor | None = None
     """[N, L] int64: copies of experts that a batch moves, over all ranks."""
     most_sent: torch.Tensor | None = None
@@ -153,6 +159,7 @@ LABELS = {
     "even": "even split",
     "residents": "LP, no guests",
     "lp": "LP",
+    "reused": "quotas reused",
     "bound": "lower bound",
 }
 _LEAVES = ["leave their node: at home", "LP"]
@@ -165,6 +172,7 @@ def replay(
     solver: str = "auto",
     guest_tolerance: float | None = None,
     guest_min_tokens: int | None = None,
+    every: int = 1,
     progress: Callable[[int, int], None] = lambda done, num_layers: None,
 ) -> Replay:
     """What a recording's batches would have been on these placements.
@@ -173,20 +181,23 @@ def replay(
         recording: the batches.
         placements: one for each of the L layers; E experts each.
         solver, guest_tolerance, guest_min_tokens: as for `solve`.
+        every: batches from one whose quotas are reused by those behind it to the next; 1: none are.
         progress: is called with the number of layers done, and of all layers.
 
     Returns:
         The imbalances; and what guests move, where a placement has guest slots.
 
     Raises:
-        ValueError: the number of placements or of their experts is not the recording's.
+        ValueError: the number of placements or of their experts is not the recording's. Or quotas
+            are to be reused on a placement with guest slots.
     """
     if len(placements) != len(recording.layers):
         raise ValueError(
             f"placements must be one for each of {len(recording.layers)} layers; "
             f"got {len(placements)}"
         )
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in LABELS}
+    names = [name for name in LABELS if name != "reused" or every > 1]
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     by_rank: dict[str, list[torch.Tensor]] = {"home": [], "lp": []}
     moved: list[torch.Tensor] = []
     leaves: list[list[float]] = []
@@ -195,6 +206,7 @@ def replay(
         "guest_min_tokens": guest_min_tokens,
     }
     for layer, placement in enumerate(placements):
+        check_every(every, placement, Problem())
         R, E, active = placement.num_ranks, placement.num_experts, placement.active_ranks
         if recording.num_experts != E:
             raise ValueError(
@@ -218,11 +230,12 @@ def replay(
             "residents": residents.rank_load,
             "lp": solution.rank_load,
             "bound": solution.lower_bound[:, None],
+            "reused": _reused_rank_load(load, solution.quota, placement, every),
         }
         for name in by_rank:
             by_rank[name].append(rank_loads[name] / mean[:, None])
-        for name, held in rank_loads.items():
-            columns[name].append(held.amax(1) / mean)
+        for name, column in columns.items():
+            column.append(rank_loads[name].amax(1) / mean)
         moved.append(_copies_moved(solution.guests, placement))
         if placement.num_ranks_per_node < R:
             leaves.append(_leave_node(solution, placement))
@@ -237,6 +250,31 @@ def replay(
         return Replay(**stacked, **found)
     guests, most_sent = torch.stack(moved, 2)
     return Replay(**stacked, **found, guests=guests, most_sent=most_sent)
+
+
+def _reused_rank_load(
+    load: torch.Tensor, quota: torch.Tensor, placement: Placement, every: int
+) -> torch.Tensor:
+    """[N, R] int64: rank loads where one in so many batches is solved, and its quotas are reused.
+
+    Each pick's source rank is drawn at random, all as likely, for recordings rarely say it.
+
+    Args:
+        load: [N, E].
+        quota: [N, E, C] of each batch's own solution.
+        placement: the copies.
+        every: batches from one that is solved to the next.
+    """
+    rng, R = np.random.default_rng(0), placement.num_ranks
+    found = []
+    for batch, of_batch in enumerate(load.numpy()):
+        got = quota[batch]
+        if batch % every:
+            own = torch.from_numpy(rng.multinomial(of_batch, np.full(R, 1 / R)))  # [E, R]
+            earlier = quota[batch - batch % every]
+            got = sum((reuse(own[:, r], earlier, r, R) for r in range(R)), torch.zeros_like(got))
+        found.append(rank_load(got, placement))
+    return torch.stack(found)
 
 
 def _copies_moved(guests: torch.Tensor, placement: Placement) -> torch.Tensor:

@@ -66,6 +66,20 @@ def test_doctor_says_what_rows_cost(capsys, monkeypatch, tmp_path):
     assert "is not a cost model saved by this version" in said
 
 
+def test_doctor_says_which_batches_are_solved(capsys, monkeypatch):
+    assert cli.main(["doctor"]) == 0
+    assert sections(capsys.readouterr().out)["Used"]["batches"].startswith("all ")
+    monkeypatch.setenv("LPLB_EP", "1")
+    monkeypatch.setenv("LPLB_EP_EVERY", "8")
+    assert cli.main(["doctor"]) == 2
+    assert "LPLB_EP_EVERY=8 needs LPLB_EP_REPLICAS=valid" in capsys.readouterr().out
+    monkeypatch.setenv("LPLB_EP_REPLICAS", "valid")
+    assert cli.main(["doctor"]) == 0
+    said = sections(capsys.readouterr().out)["Used"]["batches"]
+    assert said.startswith("1 in 8 ")
+    assert said.endswith("not the optimum: lplb-ep replay --every 8 has the cost")
+
+
 def test_doctor_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "_version", lambda distribution: None)
     monkeypatch.setattr(doctor, "_importable", lambda module: None)

@@ -54,6 +54,25 @@ def test_replay(recording, tmp_path, capsys, kind, learned):
     assert ("learned from counts.npz: old" in out) == (learned == "old")
 
 
+def test_replay_with_quotas_that_batches_share(tmp_path, capsys, fails):
+    counts = np.random.default_rng(1).lognormal(6, 1, (6, 2, 16)).astype(np.int64)
+    np.save(tmp_path / "a.npy", counts)
+    shape = ["--placement", "eplb", "--ranks", 4, "--redundant", 1]
+    argv = ["replay", tmp_path / "a.npy", "--layout", "counts", *shape]
+    out = ["--json", tmp_path / "out.json", "--picture", tmp_path / "a.svg", "--every", 3]
+    assert cli.main([str(a) for a in (*argv, *out)]) == 0
+    told = json.loads((tmp_path / "out.json").read_text())["imbalance"]
+    assert told["reused"][::3] == told["lp"][::3]
+    assert all(np.greater(told["reused"], told["bound"]).all(1)[[1, 2, 4, 5]])
+    assert "one in 3 batches is solved" in capsys.readouterr().out
+    assert "quotas reused" in (tmp_path / "a.svg").read_text()
+    says = fails(*argv, "--every", 2, "--refresh", 2)
+    assert says.endswith("--every does not go with --refresh")
+    says = fails(*argv, "--every", 2, "--guests", 1)
+    assert "--every (LPLB_EP_EVERY) does not go with guest slots" in says
+    assert "--every must be a whole number in [1, 2**31); got 0" in fails(*argv, "--every", 0)
+
+
 def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):
     path, _ = recording
     placement = Placement([*range(16)], 4)

@@ -262,3 +262,24 @@ def test_the_replica_graph_joins_ranks_that_share_experts(tmp_path, monkeypatch)
     assert heights[:3] == [9, 5, 1]
     assert sum(heights[3:]) == 15
     assert max(heights[3:]) == 5
+
+
+def test_quotas_that_are_reused_cost_balance():
+    placement = Placement([0, 1, 2, 3, 2, 0], 2, home=[0, 1, 4, 3])
+    hot, cold = [400, 0, 0, 200], [400, 200, 0, 0]
+    recording = Recording.of(torch.tensor([[hot], [hot], [cold], [cold]]), "a test")
+    plain, result = (replay(recording, [placement], every=n) for n in (1, 2))
+    assert plain.reused is None
+    assert "quotas reused" not in plain.table()
+    assert "quotas reused" in result.table()
+    assert next(result.rows())[-2:] == ["reused", "bound"]
+    # The same loads again: within what ranks round alike.
+    assert result.reused[0::2].equal(result.lp[0::2])
+    assert (abs(result.reused - result.lp) < 0.02).all()
+    late = replay(recording, [placement], every=4)
+    # Expert 0 goes on with three quarters to rank 0, where expert 1 now is.
+    assert result.lp.flatten().tolist() == [1, 1, 1, 1]
+    assert (abs(late.reused[2:] - 500 / 300) < 0.02).all()
+    assert late.reused[:2].equal(result.reused[:2])
+    with pytest.raises(ValueError, match=r"every .* does not go with guest slots"):
+        replay(recording, [Placement.homes_only(4, 2, 1)], every=2)

@@ -118,6 +118,7 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
         "counts": lambda: _choose_counts(settings),
         "solver": lambda: choose_solver(settings.solver, objective=settings.objective),
         "cost": lambda: _describe_cost(settings),
+        "batches": lambda: _describe_batches(settings),
     }
     if settings.placement:
         choices["placement"] = lambda: (
@@ -177,6 +178,17 @@ def _describe_cost(settings: Settings) -> tuple[str, str]:
     is_used = settings.objective in ("cost", "auto")
     used = "" if is_used else f"; the objective {settings.objective} takes no costs"
     return model.name, f"{why} ({model.about}){used}"
+
+
+def _describe_batches(settings: Settings) -> tuple[str, str]:
+    """Which batches are exchanged and solved."""
+    if settings.every == 1:
+        return "all", "exchanged and solved, each by its own counts"
+    return (
+        f"1 in {settings.every}",
+        "exchanged and solved; the others split picks by its quotas, which is not the optimum: "
+        f"lplb-ep replay --every {settings.every} has the cost",
+    )
 
 
 def _choose_counts(settings: Settings) -> tuple[str, str]:

@@ -47,6 +47,13 @@ def add(commands: Any) -> None:
     replay.add_argument(
         "--by-batch", action="store_true", help="a line for each batch, not for each layer"
     )
+    replay.add_argument(
+        "--every",
+        type=int,
+        default=1,
+        metavar="N",
+        help="also with quotas that N batches share, as LPLB_EP_EVERY=N has them; 1: without",
+    )
     add_outputs(replay, "the layers' imbalance, or with --refresh that over time")
     _add_over_time(replay)
 
@@ -90,7 +97,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_guest_options(args, placements)
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
-        result = replay(recording, placements, progress=Progress("replaying"), **rule)
+        with as_typed({"every": "--every"}):
+            progress = Progress("replaying")
+            result = replay(recording, placements, every=args.every, progress=progress, **rule)
 
         num_batches, num_layers, _ = recording.counts.shape
         about = about_placements(args, learned, placements)
@@ -111,6 +120,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         print("imbalance  max rank load / mean rank load; 1.000 is ideal")
         if result.guests is not None:
             print("moved      copies of experts that a batch moves in a layer, over all ranks")
+        if args.every > 1:
+            print(f"reused     one in {args.every} batches is solved, the others go by its quotas")
         print()
         print(result.table(args.expert_bytes, by_batch=args.by_batch))
     return 0
@@ -130,6 +141,8 @@ def _check_over_time(args: argparse.Namespace) -> None:
     _refresh_settings(args)
     if args.by_batch:
         raise ValueError("--by-batch does not go with --refresh")
+    if args.every != 1:
+        raise ValueError("--every does not go with --refresh")
 
 
 def _refresh_settings(args: argparse.Namespace) -> Settings:

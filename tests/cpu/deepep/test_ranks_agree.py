@@ -40,6 +40,7 @@ DIFFERENT = {
         "LPLB_EP_OBJECTIVE: cost on ranks [0]; auto on ranks [1]",
     ),
     "LPLB_EP_MIN_GAIN": ("8", "9", "LPLB_EP_MIN_GAIN: 8 on ranks [0]; 9 on ranks [1]"),
+    "LPLB_EP_EVERY": ("8", "9", "LPLB_EP_EVERY: 8 on ranks [0]; 9 on ranks [1]"),
 }
 
 
@@ -53,8 +54,9 @@ def differing_setting(group, variable, values):
 @pytest.mark.parametrize("variable", DIFFERENT)
 def test_settings_are_compared(variable):
     *values, message = DIFFERENT[variable]
+    environ = {"LPLB_EP_REPLICAS": "valid"} if variable == "LPLB_EP_EVERY" else {}
     with pytest.raises(ranks.RanksFailedError) as failure:
-        ranks.run(2, differing_setting, variable, values)
+        ranks.run(2, differing_setting, variable, values, environ=environ)
     for kind, text in failure.value.errors:
         assert kind == "RankError"
         assert message in text
