@@ -204,8 +204,8 @@ class HostBackend:
         by_tokens = self._problem.objective_name == "tokens"
         self.statistics.add(status, load, on_ranks, *about, by_tokens=by_tokens)
         ends = torch.tensor(int(status), dtype=torch.int32)
-        found = Results(counts, quota, on_ranks.int(), ends, torch.from_numpy(guests))
-        self._exchanged, results = found, functools.partial(Results, *found)
+        kept = Results(counts, quota, on_ranks.int(), ends, torch.from_numpy(guests))
+        self._exchanged, results = kept, functools.partial(Results, *kept)
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
         judged = functools.partial(judge, placement=filled, problem=self._problem)
