@@ -35,6 +35,7 @@ DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks
 PLAIN = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "NOTES.md",
     "README.md",
     *(f"benchmarks/{path.name}" for path in sorted(ROOT.glob("benchmarks/*.py"))),
     "docs",
