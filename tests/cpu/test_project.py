@@ -37,7 +37,7 @@ PLAIN = [
     "CONTRIBUTING.md",
     "NOTES.md",
     "README.md",
-    *(f"benchmarks/{path.name}" for path in sorted(ROOT.glob("benchmarks/*.py"))),
+    "benchmarks",
     "docs",
     "examples",
     "kernels",
