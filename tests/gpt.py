@@ -137,7 +137,10 @@ def config_of(run):
         attention_dropout=0.0,
     )
     with transformer_engine() if run.grouped else contextlib.nullcontext():
-        return TransformerConfig(**{**settings, **run.config})
+        config = TransformerConfig(**{**settings, **run.config})
+    if config.params_dtype is torch.float32:
+        config.bf16 = False  # some options ask for it, and float32 shows more
+    return config
 
 
 def chunks_of(run, config):
@@ -265,11 +268,12 @@ class Training:
 
         return parallel_state.get_data_parallel_rank()
 
-    def forward(self, batches, chunk):
+    def forward(self, batches, chunk, return_schedule_plan=False):
         tokens = next(batches)
         positions = torch.arange(SEQUENCE).expand(2, SEQUENCE)
         mask = torch.ones(1, 1, SEQUENCE, SEQUENCE).triu(1).bool()
-        out = chunk(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
+        run = chunk.build_schedule_plan if return_schedule_plan else chunk
+        out = run(tokens[:, :-1], positions, mask, labels=tokens[:, 1:])
         return out, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
 
     def gradients(self, batches):

@@ -95,11 +95,10 @@ def steps(training, batches):
 
 def go(group, run, source=None, target=None, metadata=None):
     """Loads a checkpoint, trains, and saves one. Weights before and after, losses, and a report."""
-    with megatron(run), fused_adam():
+    with megatron(run), fused_adam(), contextlib.closing(Training(run)) as training:
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-        training = Training(run)
         if source:
             for _, parameter in training.named_parameters():
                 parameter.data.zero_()
@@ -120,7 +119,6 @@ def go(group, run, source=None, target=None, metadata=None):
                 dist_checkpointing.save(saved(training, metadata), target)
         report = training.balance.report()
         after = by_expert(training)
-        training.close()
         return before, after, losses, gradients, report
 
 

@@ -63,6 +63,7 @@ class GroupedLinear(nn.Module):
     def need_backward_dw(self):
         return self.delayed is not None
 
+    @torch.no_grad()
     def backward_dw(self):
         if not self.need_backward_dw() or self.delayed.empty():
             return

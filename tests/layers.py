@@ -137,6 +137,7 @@ LAYERS = [
     "clients.balance",
     "clients.megatron_placements",
     "clients.megatron_experts",
+    "clients.megatron_guests",
     "clients.megatron_homes",
     "clients.megatron_replicas",
     "clients.megatron",

@@ -159,8 +159,9 @@ def make_guests(
     experts: Mapping[str, nn.Module],
     placements: Sequence[Placement],
     group: dist.ProcessGroup,
+    num_in_flight: int = 1,
 ) -> list[BalancedLayer]:
-    """Gives layers guest slots, and one pool. Collective.
+    """Gives layers guest slots, and pools that they share. Collective.
 
     Args:
         balance: what the layers are added to.
@@ -168,15 +169,19 @@ def make_guests(
             `Guests` takes them.
         placements: of each layer, all with as many guest slots.
         group: the expert-parallel group.
+        num_in_flight: micro-batches in flight together: each has a pool, the last of the balance's.
 
     Returns:
         The layers, in order.
     """
-    pool = GuestPool(group, placements[0].num_guests_per_rank, [*experts.values()])
-    balance.pools.append(pool)
+    pools = [
+        GuestPool(group, placements[0].num_guests_per_rank, [*experts.values()], slot=slot)
+        for slot in range(num_in_flight)
+    ]
+    balance.pools += pools
     made = []
     for (name, module), placement in zip(experts.items(), placements, strict=True):
         layer = Layer(placement, name=name)
-        made.append(BalancedLayer(layer, Guests(module, layer, group, pool)))
+        made.append(BalancedLayer(layer, Guests(module, layer, group, pools)))
     balance.layers += made
     return made

@@ -23,7 +23,8 @@ from ..logs import logger
 from ..placement.table import Placement
 from ..weights.slots import is_distributed
 from .balance import Balance, SharedReplacement, is_off, make_guests, refuse
-from .megatron_experts import experts_of, obstacles
+from .megatron_experts import Experts, Slots, experts_of, obstacles
+from .megatron_guests import GuestsInTurn
 from .megatron_homes import are_in_order, check_movable, move_home, saves_by_expert
 from .megatron_placements import placements_for
 from .megatron_replicas import StaticCopies, send_home_with_ddp
@@ -99,28 +100,36 @@ def balance_when_called(kind: Any) -> None:
         kind: Megatron-Core's `MoELayer`.
     """
     waiting: list[weakref.ref[Any]] = []
-    initialize, call = kind.__init__, kind.forward
+    initialize = kind.__init__
 
     @functools.wraps(initialize)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         initialize(self, *args, **kwargs)
         waiting.append(weakref.ref(self))
 
-    @functools.wraps(call)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if waiting:
-            alive = [module for ref in waiting if (module := ref()) is not None]
-            waiting.clear()
-            layers = {
-                f"{number}: layer {module.layer_number}": module
-                for number, module in enumerate(alive)
-                if module.ep_group.size() > 1
-            }
-            if layers and not is_off():
-                kept.append(_balanced(layers))
-        return call(self, *args, **kwargs)
+    def balance_those() -> None:
+        alive = [module for ref in waiting if (module := ref()) is not None]
+        waiting.clear()
+        layers = {
+            f"{number}: layer {module.layer_number}": module
+            for number, module in enumerate(alive)
+            if module.ep_group.size() > 1
+        }
+        if layers and not is_off():
+            kept.append(_balanced(layers))
 
-    kind.__init__, kind.forward = __init__, forward
+    def behind(method: Any) -> Any:
+        @functools.wraps(method)
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if waiting:
+                balance_those()
+            return method(self, *args, **kwargs)
+
+        return call
+
+    kind.__init__ = __init__
+    # A schedule of two micro-batches in flight calls a layer's parts, and routes first.
+    kind.forward, kind.route = behind(kind.forward), behind(kind.route)
 
 
 def _balanced(
@@ -173,15 +182,18 @@ def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placemen
         check_movable(name, experts[name], placement, group)
     local = {name: own.local for name, own in experts.items()}
     if placements[0].num_guests_per_rank:
-        for one in make_guests(made, local, placements, group):
+        num_in_flight = 1 + any(
+            module.config.overlap_moe_expert_parallel_comm for module in layers.values()
+        )
+        for one in make_guests(made, local, placements, group, num_in_flight):
             assert one.guests is not None, "it was made with guests"
-            _install(made, layers[one.name], one.layer, experts[one.name].methods(one.guests))
+            guests = GuestsInTurn(one.guests, made.pools)
+            _install(made, layers[one.name], one.layer, experts[one.name], guests)
     else:
         copies = []
         for (name, module), placement in zip(layers.items(), placements, strict=True):
             static = StaticCopies(name, local[name], placement, group)
-            methods = experts[name].methods(static)
-            _install(made, module, static.balanced.layer, methods, static.prepare)
+            _install(made, module, static.balanced.layer, experts[name], static)
             made.layers.append(static.balanced)
             copies.append(static)
         send_home_with_ddp(made, copies)
@@ -226,8 +238,6 @@ def _obstacles(module: Any) -> Iterator[str]:
     for name in (
         "fp8",
         "fp4",
-        "overlap_moe_expert_parallel_comm",
-        "delay_wgrad_compute",
     ):
         if getattr(config, name, None):
             yield f"{name} is {getattr(config, name)!r}: turn it off"
@@ -241,35 +251,29 @@ def _obstacles(module: Any) -> Iterator[str]:
             break
 
 
-def _install(
-    made: Balance,
-    module: Any,
-    layer: Layer,
-    methods: Mapping[str, Callable[..., Any]],
-    prepare: Callable[[], None] = lambda: None,
-) -> None:
+def _install(made: Balance, module: Any, layer: Layer, experts: Experts, slots: Slots) -> None:
     """Puts a layer's dispatch and experts in the place of Megatron's."""
-    manager, experts = module.token_dispatcher._comm_manager, module.experts
+    manager = module.token_dispatcher._comm_manager
     made.replace(manager, "num_local_experts", layer.placement.num_local_slots)
-    made.replace(manager, "dispatch", _dispatch(manager.dispatch, layer, experts, prepare))
-    for name, method in methods.items():
-        made.replace(experts, name, method)
-    for linear in experts.modules():
+    dispatch = _dispatch(manager.dispatch, layer, module.experts, slots)
+    made.replace(manager, "dispatch", dispatch)
+    for name, method in experts.methods(slots).items():
+        made.replace(module.experts, name, method)
+    for linear in module.experts.modules():
         for name in _FUSED:
             if getattr(linear, name, False):
                 made.replace(linear, name, False)
 
 
 def _dispatch(
-    original: Callable[..., Tensor], layer: Layer, experts: nn.Module, prepare: Callable[[], None]
+    original: Callable[..., Tensor], layer: Layer, experts: nn.Module, slots: Slots
 ) -> Callable[..., Tensor]:
     """A manager's dispatch by a layer: in a recompute, too, which does not enter the module."""
     modules = [*experts.modules()]
 
     def dispatch(*args: Any, **kwargs: Any) -> Tensor:
         _await_parameters(modules)
-        prepare()
-        with use(layer):
+        with use(layer, slots.prepare()):
             return original(*args, **kwargs)
 
     return dispatch

@@ -25,7 +25,10 @@ Weights = Mapping[str, Sequence[Sequence[Tensor]]]
 
 
 class Slots(Protocol):
-    """What computes the slots of a rank: `Guests`, or copies that stay."""
+    """What computes the slots of a rank: guests, or copies that stay."""
+
+    def prepare(self) -> int:
+        """Says that a batch is to be dispatched. Returns which of the micro-batches in flight."""
 
     def modules(self, x: Tensor) -> tuple[Tensor, list[Callable[..., Any]]]:
         """The rows to go on with, and a callable for each slot."""

@@ -95,8 +95,11 @@ class StaticCopies:
         """Whether DDP reduces gradients of this layer's homes with these buckets."""
         return not bucket_group.params.isdisjoint(self._trained)
 
-    def prepare(self) -> None:
+    def prepare(self) -> int:
         """Brings weights where they are due: a batch is to be dispatched. Collective.
+
+        Returns:
+            0: copies are no micro-batch's alone.
 
         Raises:
             ContractError: gradients are wanted, and no DDP of Megatron-Core takes them.
@@ -109,6 +112,7 @@ class StaticCopies:
         if self._are_old:
             self.replicas.copy_weights()
             self._are_old = False
+        return 0
 
     def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds a batch's gradients to those of this rank's copies.

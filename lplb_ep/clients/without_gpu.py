@@ -82,6 +82,7 @@ def without_gpu() -> Iterator[None]:
             "stream": lambda stream: contextlib.nullcontext(),
             "synchronize": _nothing,
         },
+        Tensor: {"record_stream": _nothing},
         random: {"_get_cuda_rng_state": _states, "_set_cuda_rng_state": _nothing},
     }
     random.get_cuda_rng_tracker(inference_rng_tracker=True)  # its forks do nothing

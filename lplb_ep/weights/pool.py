@@ -126,6 +126,12 @@ class GuestPool:
         """The batch whose guests are in the pool, unless it was given up."""
         return None if self._stay is None else self._stay()
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the experts of the batch in the pool have still to run, forward or backward."""
+        stay = self.stay
+        return stay is not None and stay.is_awaited
+
     def stay_of(self, owner: object) -> Stay | None:
         """The batch at hand of a layer; None where it goes home.
 

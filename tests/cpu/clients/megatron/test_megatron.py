@@ -200,8 +200,6 @@ def test_off_nothing_is_changed_and_removed_all_is_as_before():
         ({"config.moe_flex_dispatcher_backend": "hybridep"}, "is 'hybridep': set 'deepep'"),
         ({"config.moe_flex_dispatcher_backend": "ncclep"}, "is 'ncclep': set 'deepep'"),
         ({"token_dispatcher.tp_size": 2}, "expert_tensor_parallel_size is 2: set 1"),
-        ({"config.delay_wgrad_compute": True}, "delay_wgrad_compute is True: turn it off"),
-        ({"config.overlap_moe_expert_parallel_comm": True}, "parallel_comm is True: turn it off"),
         ({"config.cuda_graph_impl": "local"}, "cuda_graph_impl is 'local'"),
         ({"config.fp8": "e4m3"}, "fp8 is 'e4m3': turn it off"),
         ({"experts": torch.nn.Identity()}, "its experts are a Identity: build a SequentialMLP or"),
