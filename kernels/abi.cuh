@@ -185,8 +185,10 @@ struct Window {
     int num_ranks;          // R
     int rank;               // this rank
     int waits;              // 1: waits for the rows of all ranks
+    int every;              // batches from one that is exchanged to the next, where `turn` is given
+    int* turn;              // [1] batches since the last that was exchanged; or null: all are
 };
-LPLB_SIZE(Window, 56);
+LPLB_SIZE(Window, 64);
 LPLB_PLACE(Window, peers, 0);
 LPLB_PLACE(Window, state, 8);
 LPLB_PLACE(Window, rows, 16);
@@ -195,6 +197,8 @@ LPLB_PLACE(Window, limit_ns, 32);
 LPLB_PLACE(Window, num_ranks, 40);
 LPLB_PLACE(Window, rank, 44);
 LPLB_PLACE(Window, waits, 48);
+LPLB_PLACE(Window, every, 52);
+LPLB_PLACE(Window, turn, 56);
 
 // What the first rank of a node has for other nodes, in NVSHMEM's symmetric memory.
 struct Relay {
@@ -297,8 +301,9 @@ struct Problem {
     int max_rounds;             // of the flow
     int status;                 // of the batch, as far as the counts do not say it
     int least_gain;             // tokens off the fullest rank for which a batch leaves home; 0: any
+    const int* turn;            // as the struct Window has it: not 0, and nothing is solved; or null
 };
-LPLB_SIZE(Problem, 240);
+LPLB_SIZE(Problem, 248);
 LPLB_PLACE(Problem, counts, 0);
 LPLB_PLACE(Problem, net, 32);
 LPLB_PLACE(Problem, picks, 104);
@@ -317,6 +322,7 @@ LPLB_PLACE(Problem, max_replicas, 220);
 LPLB_PLACE(Problem, max_rounds, 224);
 LPLB_PLACE(Problem, status, 228);
 LPLB_PLACE(Problem, least_gain, 232);
+LPLB_PLACE(Problem, turn, 240);
 
 // A copy of an expert that has several, for rewriting.
 struct __align__(16) Copy {
@@ -396,8 +402,10 @@ struct Batch {
     int rank;                   // this rank
     int num_guests;             // guest slots of all ranks
     int least_gain;             // as the struct Problem has it
+    const int* turn;            // as the struct Window has it: not 0, and quotas are reused; or null
+    const int* own;             // [E] this rank's counts, where `turn` is given
 };
-LPLB_SIZE(Batch, 136);
+LPLB_SIZE(Batch, 152);
 LPLB_PLACE(Batch, counts, 0);
 LPLB_PLACE(Batch, quota, 8);
 LPLB_PLACE(Batch, rank_load, 16);
@@ -411,6 +419,8 @@ LPLB_PLACE(Batch, num_components, 120);
 LPLB_PLACE(Batch, rank, 124);
 LPLB_PLACE(Batch, num_guests, 128);
 LPLB_PLACE(Batch, least_gain, 132);
+LPLB_PLACE(Batch, turn, 136);
+LPLB_PLACE(Batch, own, 144);
 
 // An expert, and its resident copies: those that it has in every batch.
 struct __align__(16) Resident {

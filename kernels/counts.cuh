@@ -5,6 +5,9 @@
 
 namespace lplb {
 
+// Whether a batch is not exchanged, and goes by the quotas of an earlier one. `turn`: batches since that; or null.
+__device__ bool is_reused(const int* turn) { return turn != nullptr && *turn != 0; }
+
 // A rank's counts in the batch that the block has.
 __device__ const int* counts_of(const Counts& counts, int rank) {
     return counts.rows + size_t(blockIdx.y) * counts.batch_stride + size_t(rank) * counts.stride + counts.head;

@@ -96,8 +96,14 @@ __device__ long long send_row(const Window& window, const int* row, int size, bo
     return start + window.limit_ns;
 }
 
+// Which turn a batch has that is being counted; 0: it is exchanged.
+__device__ int turn_of(const Window& window) {
+    return window.turn == nullptr ? 0 : (*window.turn + 1) % window.every;
+}
+
 // Sends this rank's row to every rank of the node and waits for those of all ranks, by the last block that
-// calls it. Leaves the row zeroed. `shared`: [HEAD + E].
+// calls it. A batch whose turn it is not leaves its row with those that were exchanged last, and is not sent.
+// Leaves the row zeroed. `shared`: [HEAD + E].
 template <int threads>
 __device__ void exchange(const Window& window, int* row, int size, int* shared) {
     __shared__ bool last;
@@ -109,9 +115,19 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
     __syncthreads();  // `last` is there before the others read it
     if (!last) return;
     __threadfence();  // what the other blocks counted is seen by what follows
+    int turn = turn_of(window);
     for (int i = threadIdx.x; i < size; i += threads) {
         shared[i] = __ldcg(row + i);
         row[i] = 0;
+        if (turn != 0) window.rows[window.rank * size + i] = shared[i];
+    }
+    if (window.turn != nullptr) {
+        __syncthreads();  // all have read the turn before it is the next
+        if (threadIdx.x == 0) {
+            *window.turn = turn;
+            if (turn != 0) window.state->num_done = 0;
+        }
+        if (turn != 0) return;
     }
     long long deadline = send_row<threads>(window, shared, size, window.state->unread);
     if (window.waits) receive<threads>(window, shared[HEAD_BATCH], size, deadline);

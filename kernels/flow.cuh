@@ -138,7 +138,8 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
 template <typename V>
 __device__ void number_picks(const Problem& p, char* shared) {
     int first = p.num_components * V::blocks, helper = blockIdx.x - first, step = (gridDim.x - first) * V::threads;
-    for (int i = helper * V::threads + threadIdx.x; i < p.num_ranks * p.num_experts; i += step)
+    int number_of_counts = is_reused(p.turn) ? 0 : p.num_ranks * p.num_experts;
+    for (int i = helper * V::threads + threadIdx.x; i < number_of_counts; i += step)
         p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
     // Grids of clusters may have a few blocks more.
     if (V::blocks > 1 && helper >= p.picks.num_chunks) return;
@@ -201,6 +202,7 @@ __device__ void solve_component(const Problem& p, char* shared, Solver solver) {
         number_picks<V>(p, shared);
         return;
     }
+    if (is_reused(p.turn)) return;
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
     // Loads whose values are needed late begin early.

@@ -67,6 +67,22 @@ struct Routes {
         }
     }
 
+    // Splits this rank's own picks in proportion to the quotas, behind a barrier: the CPU's `reuse` is the definition.
+    template <int threads>
+    __device__ void reuse(const Table& table, const int* own, int this_rank) const {
+        int R = table.num_ranks;
+        for (int m = threadIdx.x; m < M; m += threads) {
+            int at = first[m], number = first[m + 1] - at, expert = table.experts[m];
+            long long picks = own[expert], total = 0, end = 0;
+            for (int c = 0; c < number; ++c) total += local[at + c] + remote[at + c];
+            long long begin = total * (2 * ((this_rank + expert) % R) + 1) / (2 * R);
+            for (int c = 0; c < number; ++c) {
+                end += local[at + c] + remote[at + c];
+                ends[at + c] = total == 0 ? int(MAX_TOTAL) : int((picks * end - begin + total - 1) / total);
+            }
+        }
+    }
+
     // The slot of a pick, behind a barrier; -1: none.
     __device__ int slot_of(int expert, int position) const {
         int at = expert < 0 ? -1 : lookup[expert];
@@ -141,7 +157,7 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted, 
 // Says how the batch ends; by one thread.
 __device__ void end_batch(const Batch& batch, int status) {
     *batch.status = status;
-    if (status > STAYED) batch.error_flags[status] = 1;
+    if (status > STAYED && status != REUSED) batch.error_flags[status] = 1;
 }
 
 }  // namespace lplb

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(threads) count(
         if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
     }
     if (row == nullptr) return;
-    if (blockIdx.x == 0 && threadIdx.x == 0) begin_row(head, *head, row, status);
+    if (blockIdx.x == 0 && threadIdx.x == 0 && turn_of(window) == 0) begin_row(head, *head, row, status);
     if (window.peers != nullptr) exchange<threads>(window, row, HEAD + picks.num_experts, histogram);
 }
 
@@ -95,7 +95,9 @@ extern "C" __global__ void split(
 __device__ void keep_statistics(const Table& table, const Batch& batch, int* at_home /* [R] shared */) {
     long long word = word_of_totals(batch.statistics);
     for (int r = threadIdx.x; r < table.num_ranks; r += threads) at_home[r] = 0;
-    int status = conclude<threads>(batch, look_at_endings<threads>(batch));  // behind its barrier all are 0
+    int status = REUSED;
+    if (!is_reused(batch.turn))
+        status = conclude<threads>(batch, look_at_endings<threads>(batch));  // behind its barrier all are 0
     if (status < BAD_COUNTS) {
         int* sample = sample_of(batch.statistics, table.num_experts, word, threadIdx.x);
         add_at_home(table, batch.counts, table.num_experts, sample, at_home, threadIdx.x, threads);
@@ -118,8 +120,14 @@ extern "C" __global__ void __launch_bounds__(threads) route(
     int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
     int worst = look_at_endings<threads>(batch);
     routes.load<threads>(table, batch.counts, table.num_experts, batch.quota, batch.rank);
-    int status = conclude<threads>(batch, worst);  // behind its barrier the tables above are whole
-    routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
+    int status = REUSED;
+    if (is_reused(batch.turn)) {
+        __syncthreads();  // the tables above are whole
+        routes.reuse<threads>(table, batch.own, batch.rank);
+    } else {
+        status = conclude<threads>(batch, worst);  // behind its barrier the tables above are whole
+        routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
+    }
     __syncthreads();  // the ends of all shares are there before picks look for theirs
     for (; n < end; n += threads) {
         physical[n] = Index(routes.slot_of(expert, position));
@@ -128,7 +136,7 @@ extern "C" __global__ void __launch_bounds__(threads) route(
             position = picks.positions[n + threads];
         }
     }
-    if (status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
+    if (status != OPTIMAL && status != REUSED) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
     if (blockIdx.x != 0) return;
     for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + picks.num_experts; i += threads) batch.row[i] = 0;
     if (threadIdx.x == 0) end_batch(batch, status);

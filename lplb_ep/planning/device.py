@@ -21,6 +21,7 @@ from .kernels import NUM_THREADS, route_kernel
 from .launches import Launches, Workspace
 from .objectives import Reached
 from .plan import Plan, Results, number_of
+from .reuse import check_windows
 from .solve import judge
 from .statistics import DeviceStatistics
 from .structs import Status
@@ -51,9 +52,11 @@ class DeviceBackend:
         abort_on_timeout: whether the process ends when a row does not come in that time.
         one_launch: as `Workspace` has it.
         sample_every: as `DeviceStatistics` has `every`.
+        every: as `Workspace` has it.
 
     Raises:
-        ValueError, MissingPackageError, CompileError: as `DeviceTables`.
+        ValueError: as `DeviceTables` and `check_windows`.
+        MissingPackageError, CompileError: as `DeviceTables`.
     """
 
     capturable = True
@@ -75,7 +78,9 @@ class DeviceBackend:
         abort_on_timeout: bool = False,
         one_launch: int = 0,
         sample_every: int = 0,
+        every: int = 1,
     ) -> None:
+        check_windows(every, windows)
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._index: int = self._device.index
         self._rank, self.problem = rank, problem
@@ -99,6 +104,7 @@ class DeviceBackend:
             round(1e9 * timeout_s),
             MAX_ROUNDS,
             one_launch,
+            every,
             self.statistics,
         )
         self._number = number_of(self.workspace.head)
@@ -127,6 +133,7 @@ class DeviceBackend:
             switch()
             self.workspace.head[:-1].copy_(new_head)
             self.workspace.logical.copy_(logical)
+            self.workspace.begin_turns()
 
         return commit
 
@@ -231,7 +238,7 @@ class DeviceBackend:
         key = topk_idx.dtype, batch.indices, batch.distinct, exchanged
         launches = self._launches.get(key) or self._make_launches(*key)
         physical, results = torch.empty_like(topk_idx), self.workspace.results
-        if batch.wants_plan:
+        if batch.wants_plan and self.workspace.every == 1:
             results = torch.empty_like(results)
         launches.set_batch(topk_idx, status, physical.data_ptr(), results.data_ptr())
         return launches, physical, results
@@ -242,6 +249,8 @@ class DeviceBackend:
         """The plan of a batch that was launched."""
         if not batch.wants_plan and batch.topk_idx.get_device() == self._index:
             return Plan(physical, _not_kept, _not_kept, _not_kept)
+        if self.workspace.every > 1:  # they stay for the batches that follow
+            results = results.clone()
         # A captured plan's numbers are those of the last replay, by the placement in force then.
         made_on = None if batch.is_captured else self.tables.placement
         if batch.topk_idx.get_device() != self._index:

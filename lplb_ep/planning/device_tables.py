@@ -331,6 +331,7 @@ def problem_of(
     endings: int = 0,
     error_flags: int = 0,
     least_gain: int = 0,
+    turn: int = 0,
 ) -> bytes:
     """The struct `Problem`. Fields that are left out are written before a launch, or not needed."""
     p = tables.placement
@@ -354,6 +355,7 @@ def problem_of(
         max_rounds=max_rounds,
         status=Status.OPTIMAL,
         least_gain=least_gain,
+        turn=turn,
     )
 
 

@@ -42,6 +42,8 @@ class Workspace:
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
         one_launch: the most picks of a batch that is planned in one launch; 0: none.
+        every: batches from one that is exchanged and solved to the next. Those between go by what
+            it left in `results`.
         statistics: what its batches come to.
     """
 
@@ -59,6 +61,7 @@ class Workspace:
         limit_ns: int,
         max_rounds: int,
         one_launch: int,
+        every: int,
         statistics: DeviceStatistics,
     ) -> None:
         p, device = tables.placement, tables.device
@@ -86,6 +89,8 @@ class Workspace:
             windows.addresses if windows else [], dtype=torch.int64, device=device
         )
         self._state = zeros(4)
+        self.every, self.turn = every, zeros(1) + every - 1
+        """[1] batches since the last that was exchanged, which `count` raises, in replays, too."""
         self.relay = windows.relay if windows else None
         self.window = bytes(structs.WINDOW.size)
         """The struct `Window`."""
@@ -99,6 +104,8 @@ class Workspace:
                 num_ranks=p.num_ranks,
                 rank=rank,
                 waits=self.relay is None,
+                every=every,
+                turn=self.turn_address,
             )
         R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
         of_endings = structs.ENDING.size // 4 * G
@@ -106,7 +113,23 @@ class Workspace:
         """Integers of what a plan consists of: endings, counts, quotas, rank loads, status and
         guests."""
         self.results = zeros(sum(self.result_sizes))
-        """[sum of `result_sizes`] those of a batch that nobody asks for."""
+        """[sum of `result_sizes`] those of a batch that nobody asks for. Where quotas are reused,
+        those of the last that was exchanged."""
+
+    def begin_turns(self) -> None:
+        """Has the next batch be exchanged, and no quotas of earlier ones be reused."""
+        self.turn.fill_(self.every - 1)
+        self.results.zero_()
+
+    @property
+    def turn_address(self) -> int:
+        """Of `turn`, for kernels; 0 where all batches are exchanged."""
+        return self.turn.data_ptr() if self.every > 1 else 0
+
+    @property
+    def own_counts(self) -> int:
+        """The address of [E] this rank's counts, where windows exchange rows; else 0."""
+        return self.rows[self.rank, HEAD:].data_ptr() if self.rows.numel() else 0
 
     @property
     def num_bytes(self) -> int:
@@ -160,13 +183,9 @@ class Launches:
             "status": Status.OPTIMAL,
         }
         row = workspace.row.data_ptr() if exchanged else 0
-        problem = problem_of(
-            tables,
-            workspace.bounds,
-            workspace.max_rounds,
-            error_flags=flags,
-            least_gain=workspace.least_gain,
-        )
+        about = {"least_gain": workspace.least_gain, "turn": workspace.turn_address}
+        limits = workspace.bounds, workspace.max_rounds
+        problem = problem_of(tables, *limits, error_flags=flags, **about)
         batch = self._batch(row)
         self._count = kernel(structs.COUNT).prepare(
             structs.COUNT.arrange(row=row, error_flags=flags, **given),
@@ -237,6 +256,8 @@ class Launches:
             rank=workspace.rank,
             num_guests=p.num_ranks * p.num_guests_per_rank,
             least_gain=workspace.least_gain,
+            turn=workspace.turn_address,
+            own=workspace.own_counts,
         )
 
     def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:

@@ -183,8 +183,6 @@ class Planner:
         if self.solver == "cpu":
             about = self.placement, self._problem, self.rank, self._head, row_size
             return HostBackend(*about, sample_every, self._every)
-        if self._every > 1:
-            raise ValueError("every (LPLB_EP_EVERY) goes with the solver 'cpu' alone")
         return DeviceBackend(
             self.placement,
             self._problem,
@@ -199,6 +197,7 @@ class Planner:
             abort_on_timeout=abort_on_timeout,
             one_launch=one_launch,
             sample_every=sample_every,
+            every=self._every,
         )
 
     @property

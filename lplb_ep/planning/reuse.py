@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ..comm.exchange import Windows
 from ..errors import ContractError
 from ..placement.table import Placement
 from ..problem import Problem
@@ -60,6 +61,19 @@ def check_every(
     given = " and ".join(other for other, is_given in others.items() if is_given)
     if every > 1 and given:
         raise ValueError(f"every (LPLB_EP_EVERY) does not go with {given}: leave it 1")
+
+
+def check_windows(every: int, windows: Windows | None) -> None:
+    """Checks that a GPU may leave exchanges out. A graph can, where kernels make them.
+
+    Raises:
+        ValueError: `every` is more than 1, and rows travel by other means, or between nodes.
+    """
+    if every > 1 and (windows is None or windows.relay is not None):
+        raise ValueError(
+            "every (LPLB_EP_EVERY) on a GPU goes with counts that kernels exchange within a node: "
+            "use LPLB_EP_COUNTS=nvshmem or ipc, the solver 'cpu', or leave it 1"
+        )
 
 
 def check_reusable(*, stale: bool) -> None:

@@ -131,6 +131,8 @@ WINDOW = Struct(
     ("int", "num_ranks", "R"),
     ("int", "rank", "this rank"),
     ("int", "waits", "1: waits for the rows of all ranks"),
+    ("int", "every", "batches from one that is exchanged to the next, where `turn` is given"),
+    ("int*", "turn", "[1] batches since the last that was exchanged; or null: all are"),
 )
 RELAY = Struct(
     "Relay",
@@ -208,6 +210,7 @@ PROBLEM = Struct(
     ("int", "max_rounds", "of the flow"),
     ("int", "status", "of the batch, as far as the counts do not say it"),
     ("int", "least_gain", "tokens off the fullest rank for which a batch leaves home; 0: any"),
+    ("const int*", "turn", "as the struct Window has it: not 0, and nothing is solved; or null"),
 )
 OBJECTIVE = Struct(
     "Objective",
@@ -281,6 +284,8 @@ BATCH = Struct(
     ("int", "rank", "this rank"),
     ("int", "num_guests", "guest slots of all ranks"),
     ("int", "least_gain", "as the struct Problem has it"),
+    ("const int*", "turn", "as the struct Window has it: not 0, and quotas are reused; or null"),
+    ("const int*", "own", "[E] this rank's counts, where `turn` is given"),
 )
 RESIDENT = Struct(
     "Resident",

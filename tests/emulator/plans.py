@@ -129,6 +129,7 @@ class Rank:
         given: whether guests are given instead of chosen.
         least_gain: tokens off the fullest rank for which a batch leaves home.
         num_samples, every: of the loads of sampled batches, as `Statistics` has them.
+        exchanges_every: batches from one that is exchanged to the next.
     """
 
     def __init__(
@@ -147,6 +148,7 @@ class Rank:
         least_gain: int = 0,
         num_samples: int = 0,
         every: int = 0,
+        exchanges_every: int = 1,
         problem: Problem | None = None,
     ) -> None:
         self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
@@ -189,6 +191,8 @@ class Rank:
         self.samples = memory.zeros((num_samples, p.num_experts))
         self.sampled = memory.zeros(num_samples)
         self._every, self.least_gain = every, least_gain
+        self._exchanges_every = exchanges_every
+        self.turn = memory.array([exchanges_every - 1], np.int32)
         self.missing = memory.zeros(p.num_ranks)
         self.state = memory.zeros(4)
         self.peers = memory.zeros(p.num_ranks, np.int64)
@@ -197,6 +201,10 @@ class Rank:
     def _put(self, tables: Any) -> dict[str, int]:
         named = {f.name: getattr(tables, f.name) for f in fields(tables)}
         return {name: self.memory.array(values).ctypes.data for name, values in named.items()}
+
+    @property
+    def _turn_address(self) -> int:
+        return self.turn.ctypes.data if self._exchanges_every > 1 else 0
 
     def plan(self, topk_idx: np.ndarray) -> Plan:
         """Memory for a batch's results."""
@@ -241,6 +249,8 @@ class Rank:
             num_ranks=self.placement.num_ranks,
             rank=self.rank,
             waits=waits,
+            every=self._exchanges_every,
+            turn=self._turn_address,
         )
 
     def count(
@@ -364,6 +374,7 @@ class Rank:
             "max_rounds": max_rounds,
             "status": status,
             "least_gain": self.least_gain,
+            "turn": self._turn_address,
         }
 
     def _solve(
@@ -432,6 +443,8 @@ class Rank:
             rank=self.rank,
             num_guests=plan.guests.size,
             least_gain=self.least_gain,
+            turn=self._turn_address,
+            own=plan.rows[self.rank, HEAD:].ctypes.data,
         )
 
     def whole(

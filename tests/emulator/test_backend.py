@@ -34,6 +34,7 @@ from lplb_ep.planning import (
     statistics,
 )
 from lplb_ep.planning.plan import Status
+from lplb_ep.planning.reuse import reuse
 from lplb_ep.planning.solve import judge
 from lplb_ep.planning.structs import HEAD, Head
 from lplb_ep.settings import MAX_ONE_LAUNCH
@@ -506,6 +507,77 @@ def test_a_batch_sets_what_changed_in_its_graph(make, monkeypatch):
     with pytest.raises(ValueError, match="must be"):
         windowed(torch.zeros(3))
     assert torch.equal(windowed.route(topk), kept[0])
+
+
+class Others:
+    """The window of this rank, in which the other one's rows lie before they are waited for."""
+
+    def __init__(self):
+        self.window = torch.zeros(2, R, HEAD + E, dtype=torch.int64)
+        addresses = [0, self.window.data_ptr()]
+        self.exchange = WindowExchange("ipc", Windows(addresses))
+        self.num_sent = 0
+
+    def send(self, planner, counts, status=Status.OPTIMAL):
+        """The row of the batch that `planner` exchanges next."""
+        self.num_sent += 1
+        head = planner._backend.workspace.head[:-1].tolist()
+        row = torch.tensor([int(status), *head, self.num_sent, *counts.tolist()])
+        self.window[self.num_sent % 2, 0] = self.num_sent << 32 | row
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wants_plan", [True, False])
+def test_batches_between_exchanges_go_by_earlier_quotas(make, monkeypatch, wants_plan):
+    """As on the CPU, of the same quotas; and behind a refresh they are exchanged first."""
+    if make.is_one:
+        pytest.skip("it takes three launches")
+    rng, others, layer, every = np.random.default_rng(11), Others(), Layer(TWO), 3
+    layer.is_refreshable = True
+    monkeypatch.setattr(planner, "connect", lambda *_, **__: others.exchange)
+    reusing = Planner(layer, rank=RANK, counts="ipc", solver="flow", every=every)
+    reusing._backend._index = -1
+    num_exchanged, turn, kept, ends = 0, 0, [], []
+    for n in range(14):
+        if n == 8:  # in the middle of a turn
+            new = TWO.with_copies([0, 1, 3, 3, 2, 1])
+            reusing.prepare(new)()
+            layer.replace(new)
+            turn = 0
+        dtype = rng.choice([torch.int32, torch.int64])
+        topk, counts = batch(rng, rng.integers(0, 200, R), dtype)
+        stays = n == 3  # a batch that the other rank's stale replicas send home
+        if turn == 0:
+            others.send(reusing, counts[0], Status.STALE if stays else Status.OPTIMAL)
+            num_exchanged += 1
+        if not wants_plan and turn:
+            slots = reusing.route(topk)
+            shares = reference.count(topk, E), kept[-1].quota
+            shares = reuse(*shares, RANK, R)
+            assert slots.equal(reference.rewrite(topk, shares, layer.placement))
+            ends.append(Status.REUSED)
+        else:
+            plan = reusing(topk)
+            check_plan(plan, topk, layer.placement, RANK)
+            ends.append(Status(int(plan.status)))
+            if turn:
+                assert same(values(plan)[1:4], values(kept[-1])[1:4])
+            else:
+                assert plan.counts.equal(counts)
+            kept.append(plan)
+        assert ends[-1] == (Status.REUSED if turn else Status.STALE if stays else Status.OPTIMAL)
+        turn = (turn + 1) % every
+    assert kept[0].quota.sum(1).equal(kept[0].counts.sum(0))  # what came later left it alone
+    assert int(reusing._backend.workspace.head[3]) == num_exchanged
+    assert reusing.num_batches[Status.REUSED] == ends.count(Status.REUSED)
+    reusing.raise_errors()
+
+
+def test_quotas_are_reused_with_windows_of_one_node_alone(make, monkeypatch):
+    for exchange in (Rows(), WindowExchange("nvshmem", Windows([0, 0], object()))):
+        monkeypatch.setattr(planner, "connect", lambda *_, one=exchange, **__: one)
+        with pytest.raises(ValueError, match=r"LPLB_EP_EVERY.* kernels exchange within a node"):
+            Planner(TWO, rank=RANK, counts="torch", solver="flow", every=2)
 
 
 def test_a_captured_batch_is_no_graph_in_a_graph(make, monkeypatch):

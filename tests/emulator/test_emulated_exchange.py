@@ -1,5 +1,7 @@
 """Kernels of several ranks at once, emulated: exchanged rows, and barriers."""
 
+import dataclasses
+
 import emulator
 import numpy as np
 import oracle
@@ -11,6 +13,7 @@ from emulator import ORDERS, EmulationError
 from lplb_ep.comm.copies import barrier_program
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning import structs
+from lplb_ep.planning.reuse import reuse
 from lplb_ep.planning.structs import HEAD, MAX_TOTAL, ErrorFlag, Status
 
 SEEDS = (*ORDERS, 3, 4, 5, 7, 9)
@@ -345,6 +348,93 @@ def test_another_placement_is_out_of_step(ones, memory, library):
     streams, made = group.batch(topks)
     memory.run(*streams)
     assert [plan.status.tolist() for plan in made] == [[Status.OUT_OF_STEP]] * 3
+
+
+OF_EARLIER = ("rows", "counts", "quota", "rank_load", "endings", "guests")
+
+
+def reusing_batch(group, kept, topks):
+    """The operations of each rank for a batch whose results lie where the last ones do."""
+    streams, made = [], []
+    for rank, topk, earlier in zip(group.ranks, topks, kept, strict=True):
+        where = {name: getattr(earlier, name) for name in OF_EARLIER}
+        plan = dataclasses.replace(rank.plan(topk), **where)
+        picks = rank.picks(topk, plan)
+        stream = group.count(rank, picks, plan)
+        stream += [rank.solve(picks, plan, plan.rows), rank.route(picks, plan)]
+        left = {name: group.memory.empty(where[name].shape) for name in ("counts", "quota")}
+        stream += [emulator.copy(left[name], where[name]) for name in left]
+        streams.append(stream)
+        made.append(dataclasses.replace(plan, **left))
+    return streams, made
+
+
+@pytest.mark.parametrize("order", SEEDS)
+@pytest.mark.parametrize(("R", "every"), [(1, 2), (3, 2), (5, 3)])
+def test_batches_between_exchanges_go_by_earlier_quotas(R, every, order, memory, library):
+    rng = np.random.default_rng(R)
+    group = random_group(rng, memory, library, R, chunk=64, exchanges_every=every)
+    many = [random_topks(rng, group) for _ in range(7)]
+    many[1] = [topk[:3] for topk in many[1]]  # of one block
+    kept = [rank.plan(topk) for rank, topk in zip(group.ranks, many[0], strict=True)]
+    streams, plans_of = [[] for _ in group.ranks], []
+    for topks in many:
+        added, made = reusing_batch(group, kept, topks)
+        streams = [[*stream, *more] for stream, more in zip(streams, added, strict=True)]
+        plans_of.append(made)
+    memory.run(*streams, order=order)
+    for n, (topks, made) in enumerate(zip(many, plans_of, strict=True)):
+        before = many[n - n % every]
+        counts = torch.stack([cpu.count(torch.from_numpy(topk), 24) for topk in before])
+        quota = torch.from_numpy(plans_of[n - n % every][0].quota.copy())
+        assert quota.sum(1).equal(counts.sum(0))
+        split = cpu.split(counts, quota, group.placement)
+        for rank, topk, plan in zip(group.ranks, topks, made, strict=True):
+            assert (plan.counts == counts.numpy()).all()
+            assert (plan.quota == quota.numpy()).all()
+            own = cpu.count(torch.from_numpy(topk), 24)
+            shares = reuse(own, quota, rank.rank, R) if n % every else split[rank.rank]
+            expected = cpu.rewrite(torch.from_numpy(topk), shares, group.placement)
+            assert (plan.physical == expected.numpy()).all()
+            assert plan.status.tolist() == [Status.REUSED if n % every else Status.OPTIMAL]
+    for rank in group.ranks:
+        assert rank.head[3] == -(-7 // every)
+        assert rank.num_by_status[[Status.OPTIMAL, Status.REUSED]].tolist() == [
+            -(-7 // every),
+            7 - -(-7 // every),
+        ]
+        assert rank.state.tolist()[:2] == [0, 0]
+        assert not rank.row.any()
+        assert not rank.missing.any()
+        assert not rank.error_flags.any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_rank_that_refuses_between_exchanges_stays_in_step(order, memory, library):
+    """It tells no one. One that refuses an exchange is heard, and those behind go home."""
+    rng = np.random.default_rng(8)
+    group = random_group(rng, memory, library, 3, exchanges_every=2)
+    refusing, nothing = group.ranks[1], np.zeros((0, 1), np.int64)
+    many = [random_topks(rng, group) for _ in range(6)]
+    kept = [rank.plan(topk) for rank, topk in zip(group.ranks, many[0], strict=True)]
+    streams, plans_of = [[] for _ in group.ranks], []
+    for n, topks in enumerate(many):
+        added, made = reusing_batch(group, kept, topks)
+        if n in (1, 2):
+            plan = dataclasses.replace(refusing.plan(nothing), rows=kept[1].rows)
+            picks = refusing.picks(nothing, plan)
+            added[1] = group.count(refusing, picks, plan, waits=False, status=Status.REFUSED)
+        streams = [[*stream, *more] for stream, more in zip(streams, added, strict=True)]
+        plans_of.append(made)
+    memory.run(*streams, order=order)
+    ends = [Status.OPTIMAL, Status.REUSED, Status.REFUSED, Status.REUSED, 0, Status.REUSED]
+    for r in (0, 2):
+        assert [int(made[r].status[0]) for made in plans_of] == ends
+        home = cpu.rewrite_home(torch.from_numpy(many[3][r]), group.placement)
+        assert (plans_of[3][r].physical == home.numpy()).all()
+    assert [int(made[1].status[0]) for made in plans_of[4:]] == ends[4:]
+    assert (plans_of[4][1].quota == plans_of[4][0].quota).all()
+    assert all(rank.head[3] == 3 for rank in group.ranks)
 
 
 class Barrier:
