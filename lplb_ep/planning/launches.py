@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -183,7 +184,7 @@ class Launches:
             "status": Status.OPTIMAL,
         }
         row = workspace.row.data_ptr() if exchanged else 0
-        about = {"least_gain": workspace.least_gain, "turn": workspace.turn_address}
+        about: dict[str, Any] = {"least_gain": workspace.least_gain, "turn": workspace.turn_address}
         limits = workspace.bounds, workspace.max_rounds
         problem = problem_of(tables, *limits, error_flags=flags, **about)
         batch = self._batch(row)
