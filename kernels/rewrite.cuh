@@ -130,7 +130,9 @@ __device__ int conclude(const Batch& batch, int worst) {
     }
     __syncthreads();  // all is added before it is read
     int ends = total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
-    return home - bound < batch.least_gain ? max(ends, STAYED) : ends;
+    // A component may have run out of rounds before all knew that the batch stays.
+    bool stays = home - bound < batch.least_gain && (ends == OPTIMAL || ends == NOT_CONVERGED);
+    return stays ? STAYED : ends;
 }
 
 // Sends all tokens home; with invalid counts, none. By the first blocks of the grid.
