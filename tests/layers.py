@@ -99,6 +99,7 @@ LAYERS = [
     "weights.pool",
     "weights.guest_gradients",
     "weights.guests",
+    "weights.standing",
     "weights.replicas",
     "weights.proposals",
     "weights.background",

@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ContractError
 from ..layer import Layer
 from ..metrics.layers import LayerStats, stats_of
 from ..placement.table import Placement
+from ..planning.solve import solve
 from ..settings import Settings
 from ..weights.guests import Guests
 from ..weights.pool import GuestPool
 from ..weights.replicas import Replicas
+from ..weights.standing import StandingReplicas
 
 MOST_GUESTS = 8
 
@@ -34,6 +36,32 @@ def guests_for(num_experts: int, num_ranks: int) -> int:
     """
     per_rank = num_experts // num_ranks
     return max(1, min(MOST_GUESTS, round(per_rank * 3 / 16)))
+
+
+def placement_for(load: Tensor, num_ranks: int, replicas: int) -> Placement:
+    """Replicas for a load, homes in the router's order: those that a batch of it takes as guests.
+
+    Slots that no guest takes get the expert with most load that is on another rank.
+
+    Args:
+        load: [E] tokens.
+        num_ranks: R.
+        replicas: D, of a rank.
+    """
+    num_experts = len(load)
+    homes = Placement.homes_only(num_experts, num_ranks, replicas)
+    scaled = (load.double() / load.double().sum().clamp(min=1) * 2**20).long().cpu()
+    guests = solve(scaled, homes, guest_tolerance=0.0, guest_min_tokens=1).guests
+    assert guests is not None, "the placement has guest slots"
+    own, slots = num_experts // num_ranks, []
+    for rank, chosen in enumerate(guests.tolist()):
+        here = [*range(rank * own, (rank + 1) * own), *(e for e in chosen if e >= 0)]
+        others = sorted(
+            set(range(num_experts)) - set(here),
+            key=lambda e: (-int(scaled[e]), (e // own - rank) % num_ranks, e),
+        )
+        slots += [*here, *others[: own + replicas - len(here)]]
+    return Placement(slots, num_ranks)
 
 
 def refuse(what: str, reasons: Sequence[str]) -> None:
@@ -59,7 +87,7 @@ class BalancedLayer:
 
     layer: Layer
     guests: Guests | None = None
-    replicas: Replicas | None = None
+    replicas: Replicas | StandingReplicas | None = None
 
     @property
     def name(self) -> str:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..deepep.contract import BUFFER_1_2_1
 from ..placement.table import Placement
-from ..planning.solve import solve
-from .balance import guests_for, refuse
+from .balance import guests_for, placement_for, refuse
 
 
 def placements_for(
@@ -65,32 +64,6 @@ def placements_for(
         )
         for row in load
     ]
-
-
-def placement_for(load: Tensor, num_ranks: int, replicas: int) -> Placement:
-    """Replicas for a load, homes in the router's order: those that a batch of it takes as guests.
-
-    Slots that no guest takes get the expert with most load that is on another rank.
-
-    Args:
-        load: [E] tokens.
-        num_ranks: R.
-        replicas: D, of a rank.
-    """
-    num_experts = len(load)
-    homes = Placement.homes_only(num_experts, num_ranks, replicas)
-    scaled = (load.double() / load.double().sum().clamp(min=1) * 2**20).long().cpu()
-    guests = solve(scaled, homes, guest_tolerance=0.0, guest_min_tokens=1).guests
-    assert guests is not None, "the placement has guest slots"
-    own, slots = num_experts // num_ranks, []
-    for rank, chosen in enumerate(guests.tolist()):
-        here = [*range(rank * own, (rank + 1) * own), *(e for e in chosen if e >= 0)]
-        others = sorted(
-            set(range(num_experts)) - set(here),
-            key=lambda e: (-int(scaled[e]), (e // own - rank) % num_ranks, e),
-        )
-        slots += [*here, *others[: own + replicas - len(here)]]
-    return Placement(slots, num_ranks)
 
 
 def _ranks_per_node(num_ranks: int) -> int | None:

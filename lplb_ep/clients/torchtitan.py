@@ -1,4 +1,4 @@
-"""torchtitan 0.3 over DeepEP V2: experts get guests, by an override or a model converter.
+"""torchtitan 0.3 over DeepEP V2: experts get guests or replicas, by an override or a converter.
 
 Importing this module imports torchtitan. See docs/torchtitan.md.
 """
@@ -30,14 +30,15 @@ from ..layer import Layer
 from ..placement.table import Placement
 from ..weights.guests import Guests
 from ..weights.pool import GuestPool, outside_of_checkpoints, shapes_of
-from .balance import Balance, BalancedLayer, guests_for, refuse
+from ..weights.standing import StandingReplicas
+from .balance import Balance, BalancedLayer, guests_for, placement_for, refuse
 
 VERSION = "0.3"
 """The torchtitan whose modules this one knows."""
 
 
 class BalancedRoutedExperts(RoutedExperts):
-    """torchtitan's routed experts, whose batches are balanced by guests.
+    """torchtitan's routed experts, whose batches are balanced by guests, or by replicas.
 
     Parameters, their names, and so checkpoints, are those of `RoutedExperts`. While LPLB_EP is 0 or
     unset, the forward pass is, too.
@@ -49,6 +50,10 @@ class BalancedRoutedExperts(RoutedExperts):
 
         guests: int | None = None
         """Guest slots a rank; None: by the number of its experts (`guests_for`)."""
+        replicas: int = 0
+        """Static copies a rank, in the place of guests."""
+        load: list[float] | None = None
+        """[E] tokens of the experts, for which replicas are chosen; None: equal."""
 
     def __init__(self, config: Config) -> None:
         _prepare()
@@ -57,7 +62,7 @@ class BalancedRoutedExperts(RoutedExperts):
         """None: LPLB_EP is 0, or the model was not parallelized."""
         self.pool: GuestPool | None = None
         """Of its guests, which other layers share; None before the first batch."""
-        self._num_guests = config.guests
+        self._asked = config
 
     def parallelize(self, parallel_dims: Any) -> None:
         """As torchtitan's, then gives the layer its placement. Collective.
@@ -76,13 +81,17 @@ class BalancedRoutedExperts(RoutedExperts):
         if state.settings.mode == "0":
             return
         num_experts, num_ranks = self.token_dispatcher.num_experts, mesh.size()
-        guests = self._num_guests
-        placement = Placement.homes_only(
-            num_experts,
-            num_ranks,
-            guests_for(num_experts, num_ranks) if guests is None else guests,
-            num_ranks_per_node=state.num_ranks_per_node,
-        )
+        guests, replicas, load = self._asked.guests, self._asked.replicas, self._asked.load
+        if replicas:
+            rows = torch.ones(num_experts) if load is None else torch.tensor(load)
+            placement = placement_for(rows, num_ranks, replicas)
+        else:
+            placement = Placement.homes_only(
+                num_experts,
+                num_ranks,
+                guests_for(num_experts, num_ranks) if guests is None else guests,
+                num_ranks_per_node=state.num_ranks_per_node,
+            )
         self.balanced = BalancedLayer(Layer(placement, name="routed_experts"))
         slots = placement.num_local_slots
         attach(self, self.balanced.layer, num_local_slots=slots, buffer=buffer, experts=False)
@@ -109,8 +118,9 @@ class BalancedRoutedExperts(RoutedExperts):
             )
         B, _, D = x_BLD.shape
         x_TD, K = x_BLD.view(-1, D), topk_scores_BLK.size(-1)
-        if balanced.guests is None and state_of(_buffer()).settings.mode == "1":
-            balanced.guests = self._make_guests(balanced.layer)
+        copies = None
+        if state_of(_buffer()).settings.mode == "1":
+            copies = self._copies(balanced)
         rows, counts, metadata = self.token_dispatcher.dispatch(
             x_TD,
             topk_scores_BLK.view(-1, K),
@@ -118,35 +128,52 @@ class BalancedRoutedExperts(RoutedExperts):
             num_local_tokens_per_expert_E,
         )
         with maybe_set_sparse_mesh():
-            out = self._compute(balanced, rows, counts, metadata.state)
+            out = self._compute(copies, rows, counts, metadata.state)
         return self.token_dispatcher.combine(out, metadata, x_TD).view(B, -1, D)
 
-    def _make_guests(self, layer: Layer) -> Guests:
-        """At the first batch, since weights have their device and dtype then. Collective."""
-        group = self.token_dispatcher.ep_mesh.get_group()
-        with outside_of_checkpoints():
-            self.pool = _pool(group, layer.placement.num_guests_per_rank, self.inner_experts)
-            return Guests(self.inner_experts, layer, group, self.pool, layer_waits=True)
+    def _copies(self, balanced: BalancedLayer) -> Guests | StandingReplicas:
+        """What brings copies for the batch at hand. Collective.
 
-    def _compute(self, balanced: BalancedLayer, rows: Tensor, counts: Tensor, state: Any) -> Tensor:
-        """The experts' outputs for rows in the order of the local slots: guests' are a suffix.
+        It is made for the first batch, since weights have their device and dtype then.
+        """
+        if isinstance(balanced.replicas, StandingReplicas):
+            balanced.replicas.prepare()
+            return balanced.replicas
+        if balanced.guests is not None:
+            return balanced.guests
+        group, layer = self.token_dispatcher.ep_mesh.get_group(), balanced.layer
+        with outside_of_checkpoints():
+            if self._asked.replicas:
+                balanced.replicas = StandingReplicas(self.inner_experts, layer, group)
+            else:
+                slots = layer.placement.num_guests_per_rank
+                self.pool = _pool(group, slots, self.inner_experts)
+                given = self.inner_experts, layer, group, self.pool
+                balanced.guests = Guests(*given, layer_waits=True)
+        return self._copies(balanced)
+
+    def _compute(
+        self, copies: Guests | StandingReplicas | None, rows: Tensor, counts: Tensor, state: Any
+    ) -> Tensor:
+        """The experts' outputs for rows in the order of the local slots: copies' are a suffix.
 
         Args:
-            balanced: this layer.
+            copies: of this layer; None: every token is at home.
             rows: [N, D].
-            counts: [L + G] rows of each slot.
+            counts: [P / R] rows of each slot.
             state: of the dispatch.
         """
-        residents = balanced.layer.placement.num_resident_slots
         sizes = _handle_of(state).num_recv_tokens_per_expert_list
-        if balanced.guests is None:  # LPLB_EP is home
-            return self.inner_experts(rows, counts[:residents])
-        rows, weights, arrive = balanced.guests.split_weights(rows)
-        own, behind = rows.split([sum(sizes[:residents]), sum(sizes[residents:])])
-        out = functional_call(self.inner_experts, weights, (own, counts[:residents]))
+        dispatcher = self.token_dispatcher
+        num_own = dispatcher.num_experts // dispatcher.ep_mesh.size()
+        if copies is None:
+            return self.inner_experts(rows, counts[:num_own])
+        rows, weights, arrive = copies.split_weights(rows)
+        own, behind = rows.split([sum(sizes[:num_own]), sum(sizes[num_own:])])
+        out = functional_call(self.inner_experts, weights, (own, counts[:num_own]))
         if len(behind):
-            guests = functional_call(self.inner_experts, arrive(), (behind, counts[residents:]))
-            out = torch.cat([out, guests])
+            others = functional_call(self.inner_experts, arrive(), (behind, counts[num_own:]))
+            out = torch.cat([out, others])
         return out
 
 
@@ -159,6 +186,10 @@ class BalanceConverter(ModelConfigConverter):
 
         guests: int | None = None
         """Guest slots a rank; None: by the number of its experts (`guests_for`)."""
+        replicas: int = 0
+        """Static copies a rank, in the place of guests."""
+        load: list[list[float]] | None = None
+        """[L, E] tokens of the layers' experts, for which replicas are chosen; None: equal."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -167,12 +198,17 @@ class BalanceConverter(ModelConfigConverter):
         """Puts `BalancedRoutedExperts` in the place of `RoutedExperts`.
 
         Raises:
-            ContractError: the model has no routed experts, or some that cannot be balanced.
+            ContractError: the model has no routed experts, or some that cannot be balanced. Or the
+                loads are of another number of layers.
         """
         found = [*model_config.traverse(RoutedExperts.Config)]
         refuse("this model", [] if found else ["it has no RoutedExperts"])
-        for _, config, parent, attribute in found:
-            new = _balanced(config, self.config.guests)
+        asked = self.config
+        loads = [None] * len(found) if asked.load is None else asked.load
+        if len(loads) != len(found):
+            refuse("this model", [f"it has {len(found)} MoE layers, and load has {len(loads)}"])
+        for (_, config, parent, attribute), load in zip(found, loads, strict=True):
+            new = _balanced(config, asked.guests, asked.replicas, load)
             if isinstance(parent, list):
                 parent[attribute] = new
             else:
@@ -180,20 +216,26 @@ class BalanceConverter(ModelConfigConverter):
         return model_config
 
 
-@override(target=RoutedExperts.Config, description="Balanced by guests (lplb_ep).")
+@override(target=RoutedExperts.Config, description="Balanced by copies (lplb_ep).")
 def balance(
-    cfg: RoutedExperts.Config, *, guests: int | None = None
+    cfg: RoutedExperts.Config,
+    *,
+    guests: int | None = None,
+    replicas: int = 0,
+    load: list[float] | None = None,
 ) -> BalancedRoutedExperts.Config:
     """The override for `--override.imports lplb_ep.clients.torchtitan.balance`.
 
     Args:
         cfg: the layer's.
         guests: guest slots a rank; None: by the number of its experts (`guests_for`).
+        replicas: static copies a rank, in the place of guests.
+        load: [E] tokens of every layer's experts, for which replicas are chosen; None: equal.
 
     Raises:
         ContractError: these experts cannot be balanced.
     """
-    return _balanced(cfg, guests)
+    return _balanced(cfg, guests, replicas, load)
 
 
 def balance_of(model: nn.Module) -> Balance:
@@ -211,7 +253,9 @@ def balance_of(model: nn.Module) -> Balance:
 # --- inner ----------------------------------------------------------------------------------------
 
 
-def _balanced(config: RoutedExperts.Config, guests: int | None) -> BalancedRoutedExperts.Config:
+def _balanced(
+    config: RoutedExperts.Config, guests: int | None, replicas: int, load: list[float] | None
+) -> BalancedRoutedExperts.Config:
     reasons, found = [], version("torchtitan")
     if not found.startswith(f"{VERSION}."):
         reasons.append(f"torchtitan {found} is installed, and this is for {VERSION}")
@@ -222,8 +266,18 @@ def _balanced(config: RoutedExperts.Config, guests: int | None) -> BalancedRoute
         )
     if not (guests is None or (isinstance(guests, int) and guests >= 1)):
         reasons.append(f"guests must be a whole number from 1, or None; got {guests!r}")
+    if not (isinstance(replicas, int) and replicas >= 0):
+        reasons.append(f"replicas must be a whole number from 0; got {replicas!r}")
+    elif replicas and guests is not None:
+        reasons.append("guests and replicas do not go together: say one of them")
+    num_experts = config.token_dispatcher.num_experts
+    if load is not None and not replicas:
+        reasons.append("load is what replicas are chosen for: say how many, too")
+    elif load is not None and len(load) != num_experts:
+        reasons.append(f"load has {len(load)} experts, and a layer {num_experts}")
     refuse("this model", [*reasons, *_obstacles(config.token_dispatcher)])
-    return derive(config, BalancedRoutedExperts.Config, guests=guests)
+    asked = {"guests": guests, "replicas": replicas, "load": load}
+    return derive(config, BalancedRoutedExperts.Config, **asked)
 
 
 def _obstacles(dispatcher: Any) -> Iterator[str]:

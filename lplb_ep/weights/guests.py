@@ -168,7 +168,7 @@ class Guests:
         """
         pool = self._pool(slot)
         counted = None if number is None else BatchNumber(number.to(pool.device))
-        stay = Stay(self, guests, self._current_generation(), graph_task(), counted)
+        stay = Stay(self, guests, self.current_generation(), graph_task(), counted)
         self._push(stay, pool, status)
         return stay
 
@@ -361,7 +361,7 @@ class Guests:
     def _check_pushed(self, stay: Stay) -> None:
         """Raises ContractError where the weights are not those that a batch was dispatched with."""
         obstacle = self._obstacle()
-        if obstacle or self._current_generation() != stay.generation:
+        if obstacle or self.current_generation() != stay.generation:
             raise ContractError(
                 "the home weights changed between a batch's dispatch and its backward pass, which "
                 f"would get other guests: {obstacle or 'they were written to (optimizer step?)'}"
@@ -419,8 +419,8 @@ class Guests:
                     return f"parameter {name} is {got} now, and was {want} when Guests were made"
         return ""
 
-    def _current_generation(self) -> int:
-        """A number that grows where home weights may have changed.
+    def current_generation(self) -> int:
+        """A number that grows where home weights may have changed. Local.
 
         FSDP2 frees a gathered parameter's memory in its storage, and gathers it there again. That
         is no change, unless some optimizer has stepped meanwhile: it holds the sharded parameter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from unittest import mock
 
 import pytest
 import ranks
@@ -14,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from lplb_ep import ContractError
+from lplb_ep import ContractError, Guests
 
 pytest.importorskip("torchtitan")
 
@@ -23,11 +24,14 @@ G = 2
 run = functools.partial(ranks.run, timeout=600.0)
 
 
-def made(client, mode, ep, **options):
+REPLICAS = dict(replicas=2, load=[[9.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]] * titan.LAYERS)
+
+
+def made(client, mode, ep, copies=None, **options):
     """A model, balanced by the converter unless it is plain."""
     if mode == "plain":
         return titan.make_model(ep, **options)
-    converter = client.BalanceConverter.Config(guests=G).build()
+    converter = client.BalanceConverter.Config(**(copies or {"guests": G})).build()
     return titan.make_model(ep, converter.convert, **options)
 
 
@@ -47,7 +51,8 @@ def received(model):
 
 def train(world, mode, ep, **options):
     """Two steps of two batches: losses, the first step's gradients, weights at the end."""
-    with titan.torchtitan(mode) as client:
+    pushes = mock.patch.object(Guests, "push", autospec=True, side_effect=Guests.push)
+    with titan.torchtitan(mode) as client, pushes as push:
         model = made(client, mode, ep, **options)
         rows = received(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -64,6 +69,8 @@ def train(world, mode, ep, **options):
         balance = client.balance_of(model)
         batches = [layer.report().by_status for layer in balance.layers]
         guests = [layer.report().guests for layer in balance.layers]
+        if mode == "1" and "copies" in options:
+            assert push.call_count == 2 * titan.LAYERS  # once a step
         return losses, grads, titan.weights(model), sum(rows), batches, guests
 
 
@@ -82,12 +89,16 @@ def largest_difference(got, want):
         pytest.param(4, 4, {"param_dtype": "bfloat16"}, marks=pytest.mark.long),
         # Each expert's rows are on two ranks.
         pytest.param(4, 2, {"reshard": "always"}, marks=pytest.mark.long),
+        (2, 2, {"copies": REPLICAS}),
+        pytest.param(4, 4, {"copies": REPLICAS, "param_dtype": "bfloat16"}, marks=pytest.mark.long),
+        pytest.param(4, 2, {"copies": REPLICAS, "reshard": "always"}, marks=pytest.mark.long),
     ],
 )
 def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
     plain, home, balanced = (
         run(num_ranks, train, mode, ep, **options) for mode in ("plain", "home", "1")
     )
+    has_guests = "copies" not in options
     for (losses, grads, weights, *_), at_home in zip(plain, home, strict=True):
         assert at_home[0] == losses
         assert largest_difference(at_home[1], grads) == 0
@@ -98,17 +109,18 @@ def test_a_balanced_model_trains_as_a_plain_one(num_ranks, ep, options):
         assert largest_difference(of_rank[1], grads) < 2**-5
         assert largest_difference(of_rank[2], weights) < 2**-5
         assert of_rank[4] == [{"OPTIMAL": 4}] * titan.LAYERS
-        assert min(of_rank[5]) >= 1
+        assert min(of_rank[5]) >= has_guests
     most, mean = max(r[3] for r in plain), sum(r[3] for r in plain) / num_ranks
     assert most > 1.2 * mean
     assert max(r[3] for r in balanced) < mean + 4 * titan.LAYERS + 1
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("copies", [{}, {"copies": REPLICAS}])
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
-def test_activation_checkpoints_change_no_bit(checkpointing):
-    want = run(2, train, "1", 2)
-    got = run(2, train, "1", 2, checkpointing=checkpointing)
+def test_activation_checkpoints_change_no_bit(checkpointing, copies):
+    want = run(2, train, "1", 2, **copies)
+    got = run(2, train, "1", 2, checkpointing=checkpointing, **copies)
     for one, other in zip(want, got, strict=True):
         unwrapped = [
             {name.replace("._checkpoint_wrapped_module", ""): t for name, t in tensors.items()}
@@ -119,12 +131,12 @@ def test_activation_checkpoints_change_no_bit(checkpointing):
         assert largest_difference(unwrapped[1], one[2]) == 0
 
 
-def save_and_load(world, steps, folder):
+def save_and_load(world, steps, folder, copies):
     """Each step: a mode, whether it trains, and from and to which of the checkpoints it goes."""
     found = []
     for mode, trains, source, target in steps:
         with titan.torchtitan(mode) as client:
-            model = made(client, mode, world.size())
+            model = made(client, mode, world.size(), copies)
             optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
             if source:
                 state = {
@@ -153,13 +165,14 @@ def save_and_load(world, steps, folder):
 
 
 @pytest.mark.long
-def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
+@pytest.mark.parametrize("copies", [None, REPLICAS])
+def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path, copies):
     """Bit for bit, with the optimizer's moments, and on other numbers of ranks."""
-    folder = str(tmp_path)
+    at = str(tmp_path), copies
     steps = [("plain", True, None, "a"), ("1", False, "a", "b"), ("plain", False, "b", "c")]
-    found = run(2, save_and_load, steps, folder)
-    found += run(4, save_and_load, [("1", False, "c", "d"), ("1", True, "d", "e")], folder)
-    found += run(2, save_and_load, [("plain", False, "e", "f")], folder)
+    found = run(2, save_and_load, steps, *at)
+    found += run(4, save_and_load, [("1", False, "c", "d"), ("1", True, "d", "e")], *at)
+    found += run(2, save_and_load, [("plain", False, "e", "f")], *at)
     first, moved, trained = found[0], [*found[0][1:], *found[1][1:], found[2][0]], found[-1][0]
     assert any("exp_avg" in name for name in first[0])
     for other in moved:
@@ -169,10 +182,10 @@ def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path):
     assert not all(torch.equal(trained[name], first[0][name]) for name in trained)
 
 
-def evaluate(world):
+def evaluate(world, copies):
     """Batches without gradients between forward and backward passes of others."""
     with titan.torchtitan("1") as client:
-        model = made(client, "1", world.size(), checkpointing="selective")
+        model = made(client, "1", world.size(), copies, checkpointing="selective")
         tokens = [titan.batch_of(world.rank(), number) for number in range(2)]
         with torch.no_grad():
             want = [float(titan.loss_of(model.eval(), t)) for t in tokens]
@@ -185,8 +198,9 @@ def evaluate(world):
 
 
 @pytest.mark.long
-def test_a_batch_without_gradients_may_come_between():
-    first, second = run(2, evaluate)
+@pytest.mark.parametrize("copies", [None, REPLICAS])
+def test_a_batch_without_gradients_may_come_between(copies):
+    first, second = run(2, evaluate, copies)
     assert first == second
     assert all(norm > 0 for norm in first.values())
 
@@ -237,18 +251,22 @@ def refuse(world):
 
     with titan.torchtitan("1") as client:
         found = []
-        for backend, change, guests in (
-            ("standard", None, None),
-            ("hybridep", None, None),
-            ("deepep", "cudagraphable", None),
-            ("deepep", None, 0),
+        for backend, change, asked in (
+            ("standard", None, {}),
+            ("hybridep", None, {}),
+            ("deepep", "cudagraphable", {}),
+            ("deepep", None, {"guests": 0}),
+            ("deepep", None, {"guests": 1, "replicas": 1}),
+            ("deepep", None, {"load": [1.0]}),
+            ("deepep", None, {"replicas": 1, "load": [1.0]}),
         ):
             config = titan.model_config(backend)
             if change:
                 setattr(config.layers[0].moe.routed_experts.token_dispatcher, change, True)
-            imports = [("lplb_ep.clients.torchtitan.balance", {"guests": guests})]
+            imports = [("lplb_ep.clients.torchtitan.balance", asked)]
+            of_layers = {"load": [asked["load"]] * titan.LAYERS} if "load" in asked else {}
             for attempt in (
-                client.BalanceConverter.Config(guests=guests).build().convert,
+                client.BalanceConverter.Config(**{**asked, **of_layers}).build().convert,
                 lambda config, imports=imports: apply_overrides(
                     OverrideConfig(imports=imports), config
                 ),
@@ -261,7 +279,10 @@ def refuse(world):
 
 def test_what_cannot_be_balanced_is_refused_by_name():
     (found,) = {tuple(said) for said in run(2, refuse)}
-    names = ("AllToAllTokenDispatcher", "HybridEPTokenDispatcher", "cudagraphable", "got 0")
+    names = (
+        *("AllToAllTokenDispatcher", "HybridEPTokenDispatcher", "cudagraphable", "got 0"),
+        *("say one of them", "say how many, too", "load has 1 experts, and a layer 8"),
+    )
     assert len(found) == 2 * len(names)
     for number, message in enumerate(found):
         assert message.startswith("this model cannot be balanced: ")

@@ -278,7 +278,7 @@ def test_guests_stay_on_the_nodes_that_deep_ep_has():
 
 def test_replicas_are_placed_by_load_behind_homes_in_order():
     from lplb_ep import solve
-    from lplb_ep.clients.megatron_placements import placement_for
+    from lplb_ep.clients.balance import placement_for
 
     load = torch.tensor([900, 300, 200, 100, 150, 150, 100, 100])
     placement = placement_for(load, num_ranks=4, replicas=1)
