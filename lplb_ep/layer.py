@@ -1,4 +1,4 @@
-"""One MoE layer's identity: the placement in force, and who plans, fills and observes it."""
+"""The identity of an MoE layer: its placement in force, planners, replicas and observers."""
 
 from __future__ import annotations
 

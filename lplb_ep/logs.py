@@ -1,4 +1,4 @@
-"""Messages of the package: each begins with its name and the rank, whoever shows it."""
+"""Messages of the package: each begins with the package's name and the rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of plain values: JSON, YAML, CSV, of NumPy and torch. Each mistake is one clear line."""
+"""Files of plain values: JSON, YAML, CSV, NumPy's and torch's. Each mistake is one clear line."""
 
 from __future__ import annotations
 

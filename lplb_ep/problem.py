@@ -1,4 +1,4 @@
-"""The problem to solve: the loads of the experts, and what bounds a plan for them."""
+"""The problem to solve: the loads of the experts, and the bounds of a plan for them."""
 
 from __future__ import annotations
 

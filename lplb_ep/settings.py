@@ -69,7 +69,7 @@ class Settings:
         "LPLB_EP_BACKEND",
         "auto",
         "The buffer underneath: DeepEP's, or the embedded one on `torch.distributed`. `auto` takes "
-        "DeepEP where it imports and a CUDA device is there.",
+        "DeepEP where it can be imported and there is a CUDA device.",
         ("auto", "deep_ep", "embedded"),
     )
     counts: str = _setting(
@@ -77,8 +77,8 @@ class Settings:
         "auto",
         "How the ranks' counts are exchanged. Kernels do it themselves in NVSHMEM's symmetric "
         "memory (`nvshmem`), or in memory that CUDA IPC shares within a node (`ipc`). `torch` is a "
-        "collective of `torch.distributed`. `auto` takes the first that works on all ranks, "
-        "between nodes the last; the first two go with a solver on the GPU.",
+        "collective of `torch.distributed`. `auto` takes the first that works on all ranks, and "
+        "`torch` between nodes. `nvshmem` and `ipc` need a solver on the GPU.",
         COUNTS,
     )
     timeout_s: int = _setting(
@@ -86,43 +86,43 @@ class Settings:
         60,
         "How many seconds a rank waits for another's counts; then the missing ranks are named. "
         "Kernels that wait give up: that batch goes to the home slots, and the next call raises. "
-        "A collective of gloo raises at once. One of NCCL goes on waiting, as do transfers of "
-        "replica weights and gradients.",
+        "A collective of gloo raises at once. A collective of NCCL goes on waiting, and so do "
+        "transfers of replica weights and gradients.",
         within=("of at least 1, below 2**31", lambda seconds: 1 <= seconds < 2**31),
     )
     on_timeout: str = _setting(
         "LPLB_EP_ON_TIMEOUT",
         "raise",
-        "`abort`: end the process when a rank does not come in that time. Else DeepEP may never "
-        "let the program reach the call that raises, and a wait may go on for ever.",
+        "`abort`: end the process when a rank is missing after `LPLB_EP_TIMEOUT_S`. `raise`: the "
+        "next call raises, but a program that DeepEP or NCCL blocks may never reach it.",
         ("raise", "abort"),
     )
     solver: str = _setting(
         "LPLB_EP_SOLVER",
         "auto",
-        "Which solver makes the quotas. `auto` takes `flow`, on the GPU, where there is one and it "
-        "takes the placement.",
+        "Which solver finds the quotas. `auto` takes `flow`, on the GPU, where there is a GPU and "
+        "the placement fits `flow`.",
         SOLVERS,
     )
     objective: str = _setting(
         "LPLB_EP_OBJECTIVE",
         "tokens",
-        "What the largest rank has the least of: `tokens`, active slots and then tokens "
+        "Whose largest value over ranks a plan minimises: `tokens`, active slots and then tokens "
         "(`experts`), or nanoseconds by the cost model (`cost`). `auto`: of these plans and of all "
-        "tokens at home, the one that costs least. It holds where a layer's `Problem` has none.",
+        "tokens at home, the one that costs least. A layer's `Problem` overrules it.",
         OBJECTIVES,
     )
     cost: str = _setting(
         "LPLB_EP_COST",
         "",
-        "A file of `lplb-ep calibrate`, what rows cost on this GPU; by default an H200's built-in "
-        "table. It holds where a layer's `Problem` has none.",
+        "A file of `lplb-ep calibrate`: the cost of rows on this GPU. The default is an H200's "
+        "built-in table. A layer's `Problem` overrules it.",
     )
     indices: str = _setting(
         "LPLB_EP_INDICES",
         "logical",
-        "What callers pass as `topk_idx`: router output (`logical`), or slots already chosen by "
-        "the engine (`physical`: vLLM, SGLang).",
+        "The numbers in callers' `topk_idx`: the router's experts (`logical`), or slots that an "
+        "engine chose (`physical`: vLLM, SGLang).",
         ("logical", "physical"),
     )
     placement: str = _setting(
@@ -135,21 +135,22 @@ class Settings:
         "LPLB_EP_REPLICAS",
         "tracked",
         "`tracked`: balance only while the replica weights are known to equal the home weights. "
-        "`valid`: the program keeps them equal itself, trust it.",
+        "`valid`: the program keeps them equal itself, and is trusted.",
         ("tracked", "valid"),
     )
     refresh: int = _setting(
         "LPLB_EP_REFRESH",
         0,
         "Every so many steps, at least 2, a `Refresher` looks at their loads. It moves replicas "
-        "where that mends an imbalance; 0: never.",
+        "where that lowers an imbalance; 0: never.",
         # Replicas are chosen by some of the steps, and judged on others.
         within=("that is 0 or at least 2", lambda steps: steps == 0 or steps >= 2),
     )
     refresh_threshold: float = _setting(
         "LPLB_EP_REFRESH_THRESHOLD",
         1.01,
-        "What T* / mean rank load must have exceeded in three of four of those steps.",
+        "A layer is refreshed only if T* / mean rank load exceeded this in three of four of those "
+        "steps.",
         within=("of at least 1", lambda threshold: 1 <= threshold < math.inf),
     )
     refresh_changes: int = _setting(
@@ -161,7 +162,7 @@ class Settings:
     refresh_seconds: float = _setting(
         "LPLB_EP_REFRESH_SECONDS",
         2.0,
-        "How many seconds a process in the background may look for the new replicas of a layer, "
+        "How many seconds a process in the background may search the new replicas of a layer, "
         "more than 0; `inf`: until its search ends.",
         within=("more than 0", lambda seconds: seconds > 0),
     )
@@ -169,28 +170,29 @@ class Settings:
         "LPLB_EP_GUEST_TOLERANCE",
         0.01,
         "A batch takes guests where T* of the other copies exceeds the mean rank load by more than "
-        "this part of it. It holds where a layer's `Problem` says no other.",
+        "this part of it. A layer's `Problem` overrules it.",
         within=("in [0, 1]", lambda tolerance: 0 <= tolerance <= 1),
     )
     guest_min_tokens: int = _setting(
         "LPLB_EP_GUEST_MIN_TOKENS",
         32,
-        "The least tokens that a guest must take, at least 1; likewise.",
+        "The least number of tokens that a guest takes, at least 1. A layer's `Problem` overrules "
+        "it.",
         within=("of at least 1, below 2**31", lambda tokens: 1 <= tokens < 2**31),
     )
     min_gain: int = _setting(
         "LPLB_EP_MIN_GAIN",
         0,
         "A batch keeps its home slots where no plan could take so many tokens off its fullest "
-        "rank; 0: every batch is balanced. It goes with the objective `tokens`, without guest "
-        "slots, and holds where a layer's `Problem` says no other.",
+        "rank; 0: every batch is balanced. It needs the objective `tokens`, and no guest slots. A "
+        "layer's `Problem` overrules it.",
         within=("of at least 0, below 2**31", lambda tokens: 0 <= tokens < 2**31),
     )
     one_launch: int = _setting(
         "LPLB_EP_ONE_LAUNCH",
         0,
         "A rank's batch of at most so many picks (tokens times top-k) is planned on the GPU in one "
-        f"launch, not three. The most is {MAX_ONE_LAUNCH}; 0: none is.",
+        f"launch, not three. The largest value is {MAX_ONE_LAUNCH}; 0: always three launches.",
         within=(
             f"of at least 0, at most {MAX_ONE_LAUNCH}",
             lambda picks: 0 <= picks <= MAX_ONE_LAUNCH,
@@ -199,10 +201,10 @@ class Settings:
     every: int = _setting(
         "LPLB_EP_EVERY",
         1,
-        "Only one in so many batches of a layer is exchanged and solved. Between, each rank splits "
-        "its picks in proportion to the last quotas: not the optimum ([its cost](objectives.md"
-        "#quotas-of-an-earlier-batch)). For inference, with static copies alone; it needs "
-        "`LPLB_EP_REPLICAS=valid`. 1: every batch.",
+        "Only one in so many batches of a layer is exchanged and solved. In the others each rank "
+        "splits its picks in proportion to the last quotas, which is not optimal ([its cost]("
+        "objectives.md#quotas-of-an-earlier-batch)). It is for inference with static copies alone, "
+        "and needs `LPLB_EP_REPLICAS=valid`. 1: every batch.",
         within=("of at least 1, below 2**31", lambda batches: 1 <= batches < 2**31),
     )
     push_sms: int = _setting(
@@ -214,8 +216,8 @@ class Settings:
     num_physical_experts: int = _setting(
         "LPLB_EP_NUM_PHYSICAL_EXPERTS",
         0,
-        "The least number of slots P that low-latency buffer size hints count with, for before any "
-        "placement is known; 0: none.",
+        "The least number of slots P for size hints of low-latency buffers. Set it where a hint is "
+        "computed before any placement is known; 0: no such number.",
     )
     check: bool = _setting(
         "LPLB_EP_CHECK",
@@ -226,14 +228,14 @@ class Settings:
         "LPLB_EP_LOG",
         "program",
         "`info`, `debug`: the package's messages go to standard error from that level on. "
-        "`program`: they go where the program has Python's `logging` send them.",
+        "`program`: the program's set-up of Python's `logging` decides.",
         ("program", "info", "debug"),
     )
     log_every: int = _setting(
         "LPLB_EP_LOG_EVERY",
         1000,
-        "Every so many batches of a layer the first rank of its group logs, at INFO, what they "
-        "came to (docs/metrics.md); 0: never.",
+        "Every so many batches of a layer the first rank of its group logs their statistics at "
+        "INFO (docs/metrics.md); 0: never.",
     )
     record: str = _setting(
         "LPLB_EP_RECORD",
@@ -245,7 +247,7 @@ class Settings:
     record_every: int = _setting(
         "LPLB_EP_RECORD_EVERY",
         16,
-        "The loads of every so many batches are recorded, at least 1; fewer in long runs.",
+        "The loads of one in so many batches are recorded, at least 1; fewer in long runs.",
         within=("of at least 1", lambda batches: batches >= 1),
     )
     cache_dir: str = _setting(
@@ -335,17 +337,19 @@ def has_part_of_gpu() -> bool:
 
 
 def save_for_nvshmem() -> None:
-    """Has NVSHMEM take less where it is started for counts within a node.
+    """Lets NVSHMEM take less where it is started for counts within a node.
 
-    It needs no thread that polls, on any rank, and no memory by half a gigabyte.
+    It then needs no polling thread on any rank, and grows its heap by 2 MiB instead of 512 MiB.
     """
     os.environ.setdefault("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1")
     os.environ.setdefault("NVSHMEM_CUMEM_GRANULARITY", str(2 << 20))
 
 
 def environment_for_one_core() -> dict[str, str]:
-    """For a process that is to take one core only, unless the user says how many: libraries under
-    NumPy take all."""
+    """The environment of a process that takes one core, unless the user sets a number of cores.
+
+    By default the libraries under NumPy take all cores.
+    """
     return {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **os.environ}
 
 
@@ -356,7 +360,7 @@ def put_in_environment(name: str, value: str) -> None:
 
 
 def put_first_on_python_path(directory: Path) -> None:
-    """Where Python processes that this one starts look for modules before all other places."""
+    """Puts a directory first on the module path of Python processes that this one starts."""
     rest = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
 

@@ -16,8 +16,8 @@ START, END = "<!-- modules: written by `make docs` -->\n", "<!-- end of modules 
 ABOUT_SETTINGS = """# Settings
 
 Settings change how batches are balanced, with no change to the program. Every setting is an
-environment variable, read when a buffer is made. An unknown `LPLB_EP…` variable is an error. Ranks
-must agree on those that decide how batches are planned, which is checked then.
+environment variable, read when a buffer is made. An unknown `LPLB_EP…` variable is an error.
+Settings that decide how batches are planned must be the same on all ranks, which is checked then.
 
 """
 

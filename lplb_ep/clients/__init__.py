@@ -1,1 +1,1 @@
-"""Clients: the MoE layers of a framework, balanced by one call. Frameworks are imported by it."""
+"""Clients: one call balances the MoE layers of a framework, and imports the framework."""

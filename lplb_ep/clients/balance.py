@@ -1,4 +1,4 @@
-"""What clients share: the layers that are balanced, what becomes of them, and the way back."""
+"""Functions that clients share: the balanced layers, reports on them, and the way back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the clients of serving engines share: layers whose slots the engine fills by a table."""
+"""Functions that engines' clients share: layers whose slots the engine fills by a table."""
 
 from __future__ import annotations
 

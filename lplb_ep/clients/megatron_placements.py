@@ -1,4 +1,4 @@
-"""Which experts the slots of Megatron-Core's MoE layers hold: homes, replicas, and guest slots."""
+"""The placements of Megatron-Core's MoE layers: homes, replicas, and guest slots."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What crosses between ranks: agreements, rows of counts, bytes. Knows no experts."""
+"""Communication between ranks: agreements, rows of counts, bytes. Knows no experts."""

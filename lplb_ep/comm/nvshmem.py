@@ -1,4 +1,4 @@
-"""The world in which NVSHMEM runs: whether there is one, whose it is, and how a group joins it."""
+"""The world of NVSHMEM: whether one runs, with which ranks, and how a group joins it."""
 
 from __future__ import annotations
 

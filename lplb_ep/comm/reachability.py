@@ -1,4 +1,4 @@
-"""Which memory of each other the ranks of a group can write: by NVSHMEM, or by CUDA IPC."""
+"""Which memory of one another ranks can write, by NVSHMEM or by CUDA IPC."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exchange by a collective of `torch.distributed`, and what it does when a rank does not come.
+"""The exchange by a collective of `torch.distributed`, and its reaction to missing ranks.
 
 With gloo the CPU waits, and raises. With NCCL the GPU waits, and a thread logs. Which ranks are
 missing is looked for only then; while all ranks come soon, an exchange costs its collective.

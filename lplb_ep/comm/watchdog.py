@@ -1,4 +1,4 @@
-"""A thread that says at once which ranks do not come, also while the program is stuck.
+"""A thread that names missing ranks at once, also while the program is blocked.
 
 DeepEP may wait for the same rank, and never let the program reach the call that would raise.
 """

@@ -1,4 +1,4 @@
-"""Which layer a call goes by: a view's, a context's or a buffer's.
+"""The layer that a call plans for: a view's, a context's or a buffer's.
 
 One buffer serves every layer of a model, and every layer has a placement of its own.
 """

@@ -1,4 +1,4 @@
-"""One table of all that the drop-ins rely on in DeepEP's classes, held against the classes.
+"""One table of all that the drop-ins rely on in DeepEP's classes, compared with the classes.
 
 A method or an argument that DeepEP renames would let experts pass for slots without a word.
 """

@@ -1,4 +1,4 @@
-"""Guests in a call: pushed behind its plan, and there when its rows may be used."""
+"""Guests in a call: pushed after its plan, and ready when its rows may be used."""
 
 from __future__ import annotations
 

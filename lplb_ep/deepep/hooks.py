@@ -1,4 +1,4 @@
-"""The methods that the drop-ins have in the place of DeepEP's.
+"""The methods with which the drop-ins replace DeepEP's.
 
 One that has nothing to do passes the caller's arguments on untouched.
 """

@@ -1,4 +1,4 @@
-"""Layers of a program that cannot be edited, each found by the module that runs.
+"""Layers of a program that cannot be edited, each found by the running module.
 
 `LPLB_EP_PLACEMENT` may name a file of placements by modules' names. A module is named by the
 outermost module that has run with it. Once it is known it is attached like any other: it is in

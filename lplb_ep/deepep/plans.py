@@ -1,4 +1,4 @@
-"""The plan of a call: made from its picks, and found again by the calls that follow it."""
+"""The plan of a call: made from its picks, and found again by the calls that follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments that DeepEP's host code asserts, refused by name; shape letters as in rows.py."""
+"""Checks that DeepEP's host code asserts, as errors by name; shape letters as in rows.py."""
 
 from __future__ import annotations
 

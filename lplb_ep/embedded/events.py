@@ -1,4 +1,4 @@
-"""The events that asynchronous calls return, which have nothing to wait for."""
+"""The events that asynchronous calls return. Their work is done already."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small copies from and to a GPU beside its work: they wait for none of it."""
+"""Small copies from and to a GPU beside its work, without waiting for it."""
 
 from __future__ import annotations
 

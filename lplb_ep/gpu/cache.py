@@ -1,4 +1,4 @@
-"""Entries of the kernel cache: read where nobody else can have written them, and made whole.
+"""Entries of the kernel cache: read only where nobody else can write, and written as a whole.
 
 A cubin runs with all that its reader may do. So a directory or an entry that another user owns or
 may write is refused; root is trusted, who may do anything anyway.

@@ -1,4 +1,4 @@
-"""Whether the kernels run on the current CUDA device, and questions to it during captures."""
+"""Whether the kernels run on the current CUDA device; queries that are valid during captures."""
 
 from __future__ import annotations
 

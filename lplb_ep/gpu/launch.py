@@ -1,4 +1,4 @@
-"""Kernels that are loaded on a device, and launches whose arguments lie ready."""
+"""Kernels loaded on a device, and launches with prepared arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What balancing comes to in a running program, for all layers of a process.
+"""Statistics of balancing in a running program, for all layers of a process.
 
     from lplb_ep import metrics
 

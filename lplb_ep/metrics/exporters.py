@@ -1,4 +1,4 @@
-"""Statistics for TensorBoard, Prometheus, and whatever takes numbers by name."""
+"""Statistics for TensorBoard, Prometheus, and other tools that take numbers by name."""
 
 from __future__ import annotations
 

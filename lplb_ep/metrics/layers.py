@@ -1,4 +1,4 @@
-"""What the batches of each layer come to, over a window. Reading it waits for no batch."""
+"""Statistics of each layer's batches, over a window. Reading them waits for no batch."""
 
 from __future__ import annotations
 

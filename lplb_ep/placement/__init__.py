@@ -1,4 +1,4 @@
-"""Where the copies of each expert live: the table, and who fills it."""
+"""Where the copies of each expert are: the table, and its builders."""
 
 from .layer_files import load_placements, save_placements
 from .table import Placement

@@ -1,4 +1,4 @@
-"""Ranks that take part: a placement is made for them alone, and the slots of others stay empty."""
+"""Ranks that take part: a placement is made for them, and the slots of others stay empty."""
 
 from __future__ import annotations
 

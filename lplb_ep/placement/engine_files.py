@@ -1,4 +1,4 @@
-"""Files by which serving engines place experts: their tables of slots, in and out.
+"""Files of serving engines: their tables of slots, read and written.
 
 The formats are those that the engines' own code reads, at the places named here:
 

@@ -1,4 +1,4 @@
-"""Placements as JSON files: one layer's, or those of several layers by numbers or names."""
+"""Placements as JSON files: of one layer, or of several layers by numbers or names."""
 
 from __future__ import annotations
 

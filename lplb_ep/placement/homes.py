@@ -1,4 +1,4 @@
-"""Which copy of an expert is its home, where a search or a policy leaves the choice."""
+"""The choice of each expert's home among its copies, where a search or a policy leaves it open."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of placements and their builders, checked; tensors, arrays and lists become arrays."""
+"""Checks of arguments of placements and builders; tensors, arrays and lists become arrays."""
 
 from __future__ import annotations
 

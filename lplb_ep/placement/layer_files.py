@@ -1,4 +1,4 @@
-"""The placements of several layers as one file: our own, or a serving engine's."""
+"""The placements of several layers as one file: the package's own, or a serving engine's."""
 
 from __future__ import annotations
 

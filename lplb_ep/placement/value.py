@@ -1,4 +1,4 @@
-"""A placement as a frozen value: its table, what follows from it, and others like it."""
+"""A placement as a frozen value: its table, and other values that follow from the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a planner asks of whatever makes its plans: the host, or a GPU."""
+"""The protocol of backends, which make a planner's plans: the host's, or a GPU's."""
 
 from __future__ import annotations
 

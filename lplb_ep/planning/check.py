@@ -1,4 +1,4 @@
-"""What every plan must be: for tests, and for `LPLB_EP_CHECK=1`."""
+"""The conditions that every plan meets: for tests, and for `LPLB_EP_CHECK=1`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans made on a GPU, bit for bit those of the host: a launch or three, and nothing that waits."""
+"""Plans made on a GPU, bit for bit those of the host, with no wait of the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags in the host's memory by which kernels say what they found wrong with a batch."""
+"""Flags in the host's memory by which kernels report faults of a batch."""
 
 from __future__ import annotations
 

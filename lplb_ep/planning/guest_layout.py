@@ -1,4 +1,4 @@
-"""What the kernels know of a placement with guest slots: its residents, in their layout.
+"""A placement with guest slots as the kernels read it: its residents, in their layout.
 
 Pure functions of the placement. What depends on the guests of a batch the kernels make themselves.
 """

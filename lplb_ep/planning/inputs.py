@@ -1,4 +1,4 @@
-"""Checks of what a planner is given, and of what a batch brings: indices and counts."""
+"""Checks of a planner's arguments, and of a batch's indices and counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernels of a plan: every variant, and those that are loaded on a device."""
+"""The kernels of a plan: every variant, and the kernels loaded on a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the kernels know of a placement: arrays laid out as the structs of `kernels/`.
+"""A placement as the kernels read it: arrays laid out as the structs of `kernels/`.
 
 Pure functions of the placement; `device_tables.py` sends them to a device.
 """

@@ -1,4 +1,4 @@
-"""Plans by active slots and by cost: the definition, on the CPU and in whole numbers.
+"""Plans by active slots and by cost: the definition, on the CPU, in whole numbers.
 
 An *exact* solution comes from the flow: of tokens, or of one unit for each expert with tokens. A
 search improves it. The largest rank passes rows on, along a chain of experts' copies, until no rank

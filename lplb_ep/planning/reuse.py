@@ -1,4 +1,4 @@
-"""Batches that go by the quotas of an earlier one: the definition, on the CPU."""
+"""Batches planned by the quotas of an earlier batch: the definition, on the CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`solve`: the plan of a batch's load, by whichever solver; input and result checked."""
+"""`solve`: the plan of a batch's load, by any solver, with checks of input and result."""
 
 from __future__ import annotations
 

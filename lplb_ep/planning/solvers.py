@@ -1,4 +1,4 @@
-"""The solvers: a record of each, and which one runs for a request."""
+"""The solvers: a record of each, and the choice of one for a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a planner's batches come to: sums over them, and the loads of some. Right in replays, too.
+"""Statistics of a planner's batches: sums, and sampled loads. Replays of graphs are included.
 
 `add_batch` is the definition, by which the host sums up; kernels do the same on a GPU.
 """

@@ -1,4 +1,4 @@
-"""What the planner and its kernels share: statuses, an exchanged row's head, structs, arguments.
+"""Definitions shared with the kernels: statuses, an exchanged row's head, structs, arguments.
 
 Each is declared here, once. `python -m lplb_ep.planning.structs` writes `kernels/abi.cuh` from it.
 """

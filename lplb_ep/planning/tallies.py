@@ -1,4 +1,4 @@
-"""What a planner sums up over its batches, on the host and on the device alike."""
+"""The sums that a planner keeps over its batches, alike on the host and on the device."""
 
 from __future__ import annotations
 

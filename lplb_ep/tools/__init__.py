@@ -1,1 +1,1 @@
-"""What the command line offers: replay, placements, benchmarks, pictures."""
+"""The parts of the command line: replay, placements, benchmarks, pictures."""

@@ -1,4 +1,4 @@
-"""What a plan on the GPU costs: time of each step, launches, workspace, and the gap to T*."""
+"""The cost of a plan on the GPU: time of each step, launches, workspace, and the gap to T*."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cost model of this GPU, fitted to times of slots by their rows and by how many are active."""
+"""A cost model of this GPU, fitted to times of slots with various rows and active slots."""
 
 from __future__ import annotations
 

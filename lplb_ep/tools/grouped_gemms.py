@@ -1,4 +1,4 @@
-"""The experts of a rank on the current GPU, by one of the grouped GEMMs, and their time."""
+"""The time of a rank's experts on the current GPU, by one of the grouped GEMMs."""
 
 from __future__ import annotations
 

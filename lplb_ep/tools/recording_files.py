@@ -1,4 +1,4 @@
-"""What files of recordings hold: arrays, and the dumps of engines, in one file or several."""
+"""The contents of recordings' files: arrays, and dumps of engines, in one file or several."""
 
 from __future__ import annotations
 

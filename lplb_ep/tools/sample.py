@@ -1,4 +1,4 @@
-"""Synthetic recordings that look like a real router's, for trying the commands."""
+"""Synthetic recordings, similar to a real router's, for trying the commands."""
 
 from __future__ import annotations
 

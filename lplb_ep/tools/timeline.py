@@ -1,4 +1,4 @@
-"""A sequence of workloads, replayed as a `Refresher` would have met it: imbalance over time."""
+"""A sequence of workloads, replayed with a `Refresher`: imbalance over time."""
 
 from __future__ import annotations
 

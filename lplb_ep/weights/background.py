@@ -1,4 +1,4 @@
-"""Replicas chosen in a process of its own, beside the program's steps."""
+"""Replicas chosen in a separate process, beside the program's steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which slots have gradients, and of which dtypes: agreed between ranks before they are sent."""
+"""The gradients of slots and their dtypes, agreed between ranks before they are sent."""
 
 from __future__ import annotations
 

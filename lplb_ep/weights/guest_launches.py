@@ -1,4 +1,4 @@
-"""The launches of the kernels that move guests, and the tables of addresses that they go by."""
+"""The launches of the kernels that move guests, and their tables of addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How weights travel to guest slots, and gradients of guests home.
+"""The transport of weights to guest slots, and of guests' gradients home.
 
 A transport serves one pool and owns its memory, since other ranks write there. Which rank waits for
 which follows from a batch's table of guests alone. So a table without guests exchanges nothing and

@@ -1,4 +1,4 @@
-"""Makes the transport of guests that a request and the machine allow."""
+"""The choice of a transport of guests, by the request and the machine."""
 
 from __future__ import annotations
 

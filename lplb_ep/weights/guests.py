@@ -1,4 +1,4 @@
-"""Guests: copies of experts on other ranks, for one batch. Their weights come, their gradients go.
+"""Guests: copies of experts on other ranks, for one batch. Weights come, gradients go home.
 
 A guest is a second place to compute the same expert, for one batch only. A run with guests is the
 run with everything at home, up to the order of summation, as long as two things hold. When the

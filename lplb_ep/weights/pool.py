@@ -1,4 +1,4 @@
-"""Memory for guests: G expert slots on each rank, which all layers of a model share."""
+"""Memory for guests: G expert slots on each rank, shared by all layers of a model."""
 
 from __future__ import annotations
 

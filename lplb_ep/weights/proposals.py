@@ -1,4 +1,4 @@
-"""Which replicas of a layer to move: chosen by some steps' loads, judged on others."""
+"""The choice of replicas to move: made by the loads of some steps, judged on others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Placements kept fresh: replicas are moved when the traffic has moved on, on every rank at once.
+"""Placements kept up to date: all ranks move replicas at once when loads have changed.
 
 The first rank of a group watches the loads, and replicas are chosen in a process beside it. At a
 boundary between steps it offers them, and every rank prepares. Only when all ranks are ready, they

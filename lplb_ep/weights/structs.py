@@ -1,4 +1,4 @@
-"""What pushes of guests share with their kernels: structs, arguments, why guests are missing.
+"""Definitions shared with kernels that push guests: structs, arguments, faults.
 
 Each is declared here, once. `python -m lplb_ep.weights.structs` writes `kernels/travel.cuh`.
 """

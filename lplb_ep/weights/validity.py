@@ -1,4 +1,4 @@
-"""Whether replicas' weights still equal their homes': hooks that notice changes, and a comparison.
+"""Whether replicas' weights still equal their homes': hooks on changes, and a comparison.
 
 To have another event make replicas stale, register its hook in `_register_hooks` and let it call
 `Watch.clear`. A change that has no hook belongs into `Watch.is_intact`.

@@ -1,4 +1,4 @@
-"""Runs when a Python process below `lplb-ep run --client megatron` starts: its layers get balanced.
+"""Balances the layers when a Python process below `lplb-ep run --client megatron` starts.
 
 It must be cheap, and need nothing of lplb_ep, for the processes that never import Megatron-Core.
 """

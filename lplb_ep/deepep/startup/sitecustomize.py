@@ -1,4 +1,4 @@
-"""Runs when a Python process below `lplb-ep run` starts, before its program: DeepEP gets patched.
+"""Patches DeepEP when a Python process below `lplb-ep run` starts, before its program.
 
 `lplb-ep run` puts this directory on PYTHONPATH, and Python imports this module by its name. It must
 be cheap, and need nothing of lplb_ep, for the processes that never import DeepEP.

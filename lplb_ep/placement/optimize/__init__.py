@@ -1,4 +1,4 @@
-"""Tables of experts for the linear program: the optimum stays low for loads that may come.
+"""Tables of experts for the linear program: the optimum stays low for possible future loads.
 
 For a set S of ranks, the load of the experts whose copies all lie in S, over |S|, is a lower bound.
 The largest over all sets is T*, the optimum of a load. The search minimises its excess over the

@@ -1,4 +1,4 @@
-"""The moves of a search: a slot gets another expert, or two slots swap; and which are allowed."""
+"""The moves of a search: a slot gets another expert, or two slots swap; which are allowed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads that may come: samples, and how far loads may drift away from them."""
+"""Possible future loads: samples, and loads that have drifted away from them."""
 
 from __future__ import annotations
 

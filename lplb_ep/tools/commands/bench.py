@@ -1,4 +1,4 @@
-"""`lplb-ep bench`: what a plan on the GPU costs, and the drop-in's calls on the CPU."""
+"""`lplb-ep bench`: the cost of a plan on the GPU, and of the drop-in's calls on the CPU."""
 
 from __future__ import annotations
 

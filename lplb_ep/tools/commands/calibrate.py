@@ -1,4 +1,4 @@
-"""`lplb-ep calibrate`: what rows cost on this GPU, measured and written to a file."""
+"""`lplb-ep calibrate`: the cost of rows on this GPU, measured and written to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lplb-ep compile`: the kernels that the settings may need, beforehand and without a GPU."""
+"""`lplb-ep compile`: compiles the kernels that the settings may need, without a GPU."""
 
 from __future__ import annotations
 

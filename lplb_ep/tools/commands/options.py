@@ -1,4 +1,4 @@
-"""What commands share: mistakes reported in one line, options that name files, results as JSON."""
+"""Options and outputs that commands share: files, one-line errors, results as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The placements that a recording is replayed on: options that `replay` and `report` share."""
+"""Options of `replay` and `report` that choose the placements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`lplb-ep run` and `lplb-ep demo`: this process becomes another Python program."""
+"""`lplb-ep run` and `lplb-ep demo`: replace this process by another Python program."""
 
 from __future__ import annotations
 
