@@ -33,7 +33,7 @@ import torch
 
 from lplb_ep import Placement, Problem
 from lplb_ep.cost import CostModel
-from lplb_ep.planning.objectives import exact_solutions, quotas_by_objective
+from lplb_ep.planning.objectives import quotas_by_objective
 from lplb_ep.settings import OBJECTIVES
 from lplb_ep.tools import bench
 from lplb_ep.tools.calibrate import calibrate
@@ -92,11 +92,10 @@ def rows_of(
 ) -> dict[str, Int64]:
     """[R, slots] rows by every way of dividing a load."""
     size, number = placement.num_ranks, placement.num_experts // placement.num_ranks
-    exact = exact_solutions(load, placement, Problem())
     found = {"plain": load.reshape(size, -1), "even": slots_of(even(load, eplb), eplb)}
     for objective in OBJECTIVES:
         problem = Problem(objective=objective, cost=cost)
-        quota = quotas_by_objective(load, placement, problem, exact)
+        quota = quotas_by_objective(load, placement, problem)
         found[objective] = slots_of(quota, placement)
     mean = np.full((1, number), load.sum() // (size * number))
     mean[0, : load.sum() // size - mean.sum()] += 1

@@ -78,22 +78,23 @@ constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
 enum Aim {
     AIM_EXPERTS = 0,
     AIM_COST = 1,
-    AIM_AUTO = 2,
 };
 
 constexpr int MAX_COST_STEPS = 128;  // of a cost model
 
 constexpr int CHAIN = 4;  // moves of a chain, at most
 
-constexpr int MAX_SEARCHES = 64;  // steps of a search, at most
+constexpr int SEARCH_ROUNDS = 64;  // rounds of a search, at most
+
+constexpr int NUM_AIMS = 4;  // aims of the largest rank in a round
+
+constexpr int NUM_OTHERS = 12;  // other ranks that pass on rows in a round, at most
 
 constexpr int FINEST = 9;  // 2 to the minus this of a bound is its last step
 
 constexpr int SHRINK = 2;  // a step without a chain becomes 2 to the minus this of it
 
-constexpr int NO_LIMIT = 2147483647;  // of active slots
-
-constexpr long long LARGEST_COUNT = 70368744177663;  // of a rank, as compared
+constexpr int COUNT_BITS = 15;  // to which what ranks count is compared
 
 constexpr int MAX_EXPERTS = 512;  // of a component
 

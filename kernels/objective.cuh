@@ -1,6 +1,7 @@
-// Plans by active slots, by cost, or the cheapest of several: one block solves one component for one batch.
+// Plans by active slots or by cost: one block solves one component for one batch.
 //
-// The flow makes two exact solutions: of tokens, and of one unit for each expert with tokens. The search improves them.
+// The flow makes an exact solution: of tokens, or of one unit for each expert with tokens. The search improves it, or
+// all tokens at home. Where no plan can cost less than these, there is neither.
 #pragma once
 
 #include "flow.cuh"
@@ -8,21 +9,39 @@
 
 namespace lplb {
 
-// What the searches need beside the flow, in shared memory.
+// What the search needs beside the flow, in shared memory.
 template <typename V>
 struct Workplace {
-    Ranks<V> ranks;
-    int* steps;                 // [2, MAX_COST_STEPS + 1] what rows cost
-    int *by_tokens, *by_experts;  // [arcs] rows by these objectives
+    char* at = nullptr;
+    int max_arcs = 0;
+    static constexpr int LONG = V::size * sizeof(Amount), WORDS = V::size * sizeof(int);
+    static constexpr int STEPS = LONG + 13 * WORDS, KEPT = STEPS + 2 * (MAX_COST_STEPS + 2) * int(sizeof(int));
 
-    // Lays it out from `at`, a multiple of 8, and returns where it ends. Steps are there behind the next barrier.
-    __device__ char* lay_out(const Objective& o, int max_arcs, char* at) {
-        at = ranks.lay_out(at);
-        steps = reinterpret_cast<int*>(at);
-        by_tokens = steps + 2 * (MAX_COST_STEPS + 2);  // a multiple of 16 bytes in all
-        by_experts = by_tokens + max_arcs;
-        for (int i = threadIdx.x; i < 2 * (MAX_COST_STEPS + 1); i += V::threads) steps[i] = o.costs[i];
-        return reinterpret_cast<char*>(by_experts + max_arcs);
+    // Lays it out from `begin`, a multiple of 8, and returns where it ends. Steps are there behind the next barrier.
+    __device__ char* lay_out(const Objective& o, int arcs, char* begin) {
+        at = begin;
+        max_arcs = arcs;
+        for (int i = threadIdx.x; i < 2 * (MAX_COST_STEPS + 1); i += V::threads) steps()[i] = o.costs[i];
+        return at + KEPT + max_arcs * sizeof(int) + V::threads / 32 * Reach<V>::num_bytes(max_arcs);
+    }
+
+    // [size] what ranks count; and of that what stays, and what the others' rows count by these plans.
+    __device__ Amount* amount() const { return in_shared<Amount>(at, 0); }
+    __device__ Sums of_stays() const { return {in_shared<unsigned>(at, LONG), V::size}; }
+    __device__ Sums of_home() const { return {in_shared<unsigned>(at, LONG + 3 * WORDS), V::size}; }
+    __device__ Sums of_tokens() const { return {in_shared<unsigned>(at, LONG + 6 * WORDS), V::size}; }
+    // [size] of experts with one copy and base loads.
+    __device__ int* staying_tokens() const { return in_shared<int>(at, LONG + 9 * WORDS); }
+    __device__ int* staying_active() const { return in_shared<int>(at, LONG + 10 * WORDS); }
+    // [size] active slots, and tokens in the end.
+    __device__ int* active() const { return in_shared<int>(at, LONG + 11 * WORDS); }
+    __device__ int* load() const { return in_shared<int>(at, LONG + 12 * WORDS); }
+    // [2, MAX_COST_STEPS + 1] what rows cost; and [arcs] rows.
+    __device__ int* steps() const { return in_shared<int>(at, STEPS); }
+    __device__ int* kept() const { return in_shared<int>(at, KEPT); }
+    // Of this warp.
+    __device__ Reach<V> reach() const {
+        return {at + KEPT + max_arcs * int(sizeof(int)) + int(threadIdx.x / 32) * Reach<V>::num_bytes(max_arcs)};
     }
 };
 
@@ -32,46 +51,169 @@ struct ByObjective {
     const Problem& p;
     const Objective& o;
     const Component<V>& c;
+    const ResidualEdge<V> (&edges)[V::turns];
+    Ending& ending;
     int g;                      // of the component
     const int* quota;           // [E, C] where loads of experts with one copy are written
     const int* load;            // [arcs] of experts with several, by place
-    const Ranks<V>& ranks;
-    int *by_tokens, *by_experts;  // [arcs] rows by these objectives
+    const Workplace<V>& place;
     CountCosts costs;
-    const int* least;           // [1 + steps] the least that a load costs, by tiles
-    Amount least_cost = 0, of_home = 0, of_experts = 0;  // no plan costs less; what these plans cost
+    Verdicts<V>& verdicts;
+    Sums total;                 // of one place: the least that all experts cost
+    int& num_active;            // base loads and experts with tokens
 
-    // The least that an expert of so many rows costs, over any copies.
-    __device__ Amount least_of(int rows) const {
+    // The least that an expert of so many rows costs, over any copies. `per`: for `least_tiles`.
+    __device__ Amount least_of(int rows, const Divisor& per) const {
+        const int* least = place.steps() + MAX_COST_STEPS + 1;
         int tiles = costs.tiles_of(rows);
         if (tiles <= o.num_steps) return least[tiles];
-        return max(Amount(least[o.num_steps]), Amount(tiles) * o.least_cost / o.least_tiles);
+        return max(Amount(least[o.num_steps]), per.of_amount(Amount(tiles) * o.least_cost));
     }
 
-    // Counts what stays on each rank. `c.staying()` has the tokens.
-    __device__ void count_staying() const {
+    // The rows of an arc with all tokens at home.
+    __device__ int at_home(int a) const {
+        Arc arc = c.arcs[a];
+        return arc.quota % p.max_replicas == 0 ? load[arc.place] : 0;
+    }
+
+    // Counts what stays on each rank, of `c.staying()` tokens. By cost, also what all tokens at home cost, and the least.
+    __device__ void count() const {
+        Divisor per(o.least_tiles);
+        Amount sum = 0;
+        int number = 0;
         if (threadIdx.x < V::size) {
             int r = threadIdx.x, base = p.base != nullptr && r < c.shape.ranks ? p.base[c.ranks[r]] : 0;
-            ranks.staying_tokens[r] = c.staying()[r];
-            ranks.staying_cost[r] = costs.of(base);
-            ranks.staying_active[r] = base > 0;
+            place.staying_tokens()[r] = place.load()[r] = c.staying()[r];
+            place.staying_active()[r] = number = base > 0;
+            sum = costs.of(base);
+            place.of_stays().set(r, sum);
+            place.of_home().set(r, 0);
+            place.of_tokens().set(r, 0);
         }
-        __syncthreads();  // base loads are there before experts are added
+        if (threadIdx.x == 0) {
+            total.set(0, 0);
+            num_active = 0;
+        }
+        __syncthreads();  // sums are there before any thread adds to them
         for (int i = threadIdx.x; i < p.net.max_experts; i += V::threads) {
             int packed = p.net.experts[g * p.net.max_experts + i], rank = packed >> 16;
             if (packed < 0 || rank >= V::size) continue;
             int rows = quota[(packed & 0xffff) * p.max_replicas];
             if (rows == 0) continue;
-            atomicAdd(reinterpret_cast<Key*>(ranks.staying_cost) + rank, Key(costs.of(rows)));
-            atomicAdd(&ranks.staying_active[rank], 1);
+            atomicAdd(&place.staying_active()[rank], 1);
+            ++number;
+            if (o.kind == AIM_EXPERTS) continue;
+            Amount cost = costs.of(rows);
+            place.of_stays().add(rank, cost);
+            sum += cost;
         }
-        __syncthreads();  // all are added before the sums are read
+        if (o.kind != AIM_EXPERTS) {
+            for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+                Arc arc = c.arcs[a];
+                int rows = at_home(a);
+                if (rows > 0) place.of_home().add(arc.rank, costs.of(rows));
+                if (c.copies[arc.place] != a) continue;
+                number += load[arc.place] > 0;
+                sum += least_of(load[arc.place], per);
+            }
+            total.add_of_warp(0, sum);
+            number = __reduce_add_sync(~0u, number);
+            if (threadIdx.x % 32 == 0 && number > 0) atomicAdd(&num_active, number);
+        }
+        __syncthreads();  // all is added before the sums are read
     }
 
-    // The start of a flow: a unit of each expert with tokens is on its first copy.
-    __device__ void start_units() const {
+    // What the largest rank counts of what stays and, where there are any, of these rows.
+    __device__ Amount largest_with(const Sums& rows) const {
+        Amount counts[V::words];
+        int who;
+        #pragma unroll
+        for (int i = 0; i < V::words; ++i) {
+            int rank = threadIdx.x % 32 + 32 * i;
+            counts[i] = -1;
+            if (rank < c.shape.ranks) counts[i] = place.of_stays().at(rank) + (rows.parts == nullptr ? 0 : rows.at(rank));
+        }
+        return largest_of<V>(counts, who);
+    }
+
+    // No plan costs less. `by_slots`: by active slots alone.
+    __device__ Amount least_cost(Amount& by_slots) const {
+        Divisor ranks(c.shape.ranks);
+        int most = 0;
+        #pragma unroll
+        for (int i = 0; i < V::words; ++i) {
+            int rank = threadIdx.x % 32 + 32 * i;
+            if (rank < c.shape.ranks) most = max(most, place.staying_active()[rank]);
+        }
+        // Some rank has at least the mean number of active slots, and each costs the first step.
+        int active = max(__reduce_max_sync(~0u, most), int(ranks.of(unsigned(num_active + c.shape.ranks - 1))));
+        by_slots = Amount(active) * costs.steps[1];
+        Amount mean = ranks.of_amount(total.at(0) + c.shape.ranks - 1);
+        return max(max(mean, largest_with({nullptr, 0})), by_slots);
+    }
+
+    // Puts all tokens home, and keeps the rows that were there.
+    __device__ void put_home() const {
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+            place.kept()[a] = c.tokens[a];
+            c.tokens[a] = at_home(a);
+        }
+    }
+
+    __device__ void take_kept() const {
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+            int rows = c.tokens[a];
+            c.tokens[a] = place.kept()[a];
+            place.kept()[a] = rows;
+        }
+    }
+
+    // Improves rows that are `c.tokens`, and count so much.
+    __device__ Amount improve_cost(const Sums& rows, Amount least) const {
+        if (threadIdx.x < V::size) place.amount()[threadIdx.x] = place.of_stays().at(threadIdx.x) + rows.at(threadIdx.x);
+        return Search<V, CountCosts>{c, place.amount(), place.active(), verdicts, place.reach(), costs, load, least, 0, 0}.run();
+    }
+
+    // Rows by cost, in `c.tokens`, where the even split is.
+    __device__ void solve_cost() const {
+        count();
+        Amount by_slots, least = least_cost(by_slots);
+        Amount of_home = largest_with(place.of_home()), of_best = 0, of_tokens = 0;
+        if (of_home <= least) return put_home();
+        // The search comes before the flow where it would begin at home in any case. Where it finds a plan that costs
+        // the least, no other is needed. Else it comes behind the flow. Both are in the code once.
+        bool may_begin = 2 * by_slots >= least, is_near = may_begin && 2 * of_home <= 3 * least, from_home = is_near;
+        #pragma unroll 1
+        for (int turn = is_near; turn < 2 + is_near; ++turn) {
+            if (turn == 1) {
+                if (from_home) put_home();
+                of_best = improve_cost(from_home ? place.of_home() : place.of_tokens(), least);
+                if (is_near && of_best <= least) return;
+                continue;
+            }
+            if (is_near) {
+                take_kept();
+                __syncthreads();  // the even split is there again before the flow
+            }
+            run_flow<V, false>(p, c, edges, ending);
+            for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+                int rows = c.tokens[a];
+                if (rows > 0) place.of_tokens().add(c.arcs[a].rank, costs.of(rows));
+            }
+            __syncthreads();  // what the tokens' plan costs is added up
+            of_tokens = largest_with(place.of_tokens());
+            from_home |= may_begin && 2 * of_home <= 3 * of_tokens;
+        }
+        // The first of the cheapest: all at home, what was improved, or the tokens' plan. If two were made, one is kept.
+        if (of_home <= min(of_best, of_tokens)) put_home();
+        else if ((of_best <= of_tokens) == is_near) take_kept();
+    }
+
+    // Rows by active slots, in `c.tokens`.
+    __device__ void solve_experts() const {
+        count();
         if (threadIdx.x < V::size) {
-            c.staying()[threadIdx.x] = ranks.staying_active[threadIdx.x];
+            c.staying()[threadIdx.x] = place.active()[threadIdx.x] = place.staying_active()[threadIdx.x];
             c.movable()[threadIdx.x] = 0;
         }
         __syncthreads();  // sums are zero before units are added
@@ -81,101 +223,38 @@ struct ByObjective {
             c.tokens[a] = is_here;
             if (is_here) atomicAdd(&c.movable()[arc.rank], 1);
         }
-        __syncthreads();  // units and their sums are there before the flow reads them
-    }
-
-    // The start of the other flow: all tokens, split evenly.
-    __device__ void start_tokens() const {
-        if (threadIdx.x < V::size) {
-            c.staying()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x]);
-            c.movable()[threadIdx.x] = 0;
+        __syncthreads();  // a unit of each expert is on its first copy, and their sums are whole, before the flow
+        run_flow<V, false>(p, c, edges, ending);
+        int most_active = 0, most = 0;
+        #pragma unroll
+        for (int i = 0; i < V::words; ++i) {
+            int rank = threadIdx.x % 32 + 32 * i;
+            if (rank >= c.shape.ranks) continue;
+            most_active = max(most_active, c.load()[rank]);
+            most = max(most, place.staying_tokens()[rank]);
         }
-        __syncthreads();  // sums are zero before tokens are added
-        split_evenly(c, load);
-        __syncthreads();  // tokens and their sums are there before the flow reads them
-    }
-
-    // The sum of what ranks count, and of what experts with several copies count at least, over the ranks. Between two
-    // calls is a barrier.
-    template <typename Least>
-    __device__ Amount bound_of(const Amount* staying, Least least_rows) const {
-        __shared__ Amount total;
-        if (threadIdx.x == 0) total = 0;
-        __syncthreads();  // it is zero before any thread adds to it
-        Amount sum = threadIdx.x < c.shape.ranks ? staying[threadIdx.x] : 0;
+        most_active = __reduce_max_sync(~0u, most_active);
+        most = __reduce_max_sync(~0u, most);
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
-            Arc arc = c.arcs[a];
-            if (c.copies[arc.place] == a) sum += least_rows(load[arc.place]);
+            int rows = c.tokens[a] > 0 ? load[c.arcs[a].place] : 0, rank = c.arcs[a].rank;
+            c.tokens[a] = rows;
+            if (rows == 0) continue;
+            place.of_tokens().add(rank, rows);
+            atomicAdd(&place.active()[rank], 1);
         }
-        if (sum != 0) atomicAdd(reinterpret_cast<Key*>(&total), Key(sum));
-        __syncthreads();  // the sum is whole
-        int who;
-        Amount mean = (total + c.shape.ranks - 1) / c.shape.ranks, most = largest_of(c, staying, who);
-        return max(mean, most);
+        __syncthreads();  // whole experts are added up
+        if (threadIdx.x < V::size)
+            place.amount()[threadIdx.x] = place.staying_tokens()[threadIdx.x] + place.of_tokens().at(threadIdx.x);
+        int ranks = c.shape.ranks, mean = ending.total / ranks + (ending.total % ranks != 0);
+        Search<V, CountTokens>{c, place.amount(), place.active(), verdicts, place.reach(), {}, load, max(mean, most), most_active,
+                               o.tile}.run();
     }
 
-    // What the largest rank costs with these rows of the arcs.
-    template <typename Rows>
-    __device__ Amount cost_of(Rows rows_of) const {
-        int who;
-        add_up_ranks(c, ranks, costs, ranks.staying_cost, rows_of);
-        return largest_of(c, ranks.amount, who);
-    }
-
-    // The rows of an arc with all tokens at home.
-    __device__ int at_home(int a) const {
-        Arc arc = c.arcs[a];
-        return arc.quota % p.max_replicas == 0 ? load[arc.place] : 0;
-    }
-
-    // Rows by active slots, from the units of a flow in `c.tokens`. Whether that or home is what the objective asks
-    // for, the same to every thread.
-    __device__ bool improve_experts() {
-        int most_active = 0;
-        for (int r = 0; r < c.shape.ranks; ++r) most_active = max(most_active, c.load()[r]);
-        if (o.kind != AIM_EXPERTS) {
-            least_cost = max(bound_of(ranks.staying_cost, [&](int rows) { return least_of(rows); }),
-                             Amount(most_active) * costs.steps[1]);
-            of_home = cost_of([&](int a) { return at_home(a); });
-            if (o.kind == AIM_AUTO && of_home <= least_cost) {
-                for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) c.tokens[a] = at_home(a);
-                return true;
-            }
-        }
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
-            c.tokens[a] = c.tokens[a] > 0 ? load[c.arcs[a].place] : 0;
-        Amount bound = bound_of(ranks.staying_tokens, [](int rows) { return Amount(rows); });
-        Search<V, CountTokens>{c, ranks, {}, ranks.staying_tokens, load, bound, most_active, o.tile}.run();
-        if (o.kind == AIM_EXPERTS) return true;
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) by_experts[a] = c.tokens[a];
-        of_experts = cost_of([&](int a) { return by_experts[a]; });
-        return of_experts <= least_cost;
-    }
-
-    // Rows by cost, or of the cheapest plan, from the tokens of a flow in `c.tokens`.
-    __device__ void improve_cost() const {
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) by_tokens[a] = c.tokens[a];
-        Amount of_tokens = cost_of([&](int a) { return by_tokens[a]; });
-        const int* start = of_experts <= of_tokens ? by_experts : by_tokens;
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) c.tokens[a] = start[a];
-        Search<V, CountCosts>{c, ranks, costs, ranks.staying_cost, load, least_cost, NO_LIMIT, -1}.run();
-        if (o.kind == AIM_COST) return;
-        Amount of_best = cost_of([&](int a) { return c.tokens[a]; });
-        // The first of the cheapest, in this order.
-        Amount cheapest = min(min(of_home, of_experts), min(of_tokens, of_best));
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
-            if (of_home == cheapest) c.tokens[a] = at_home(a);
-            else if (of_experts == cheapest) c.tokens[a] = by_experts[a];
-            else if (of_tokens == cheapest) c.tokens[a] = by_tokens[a];
-        }
-    }
-
-    // Adds up the tokens of each rank.
+    // Adds up the tokens of each rank, for the threads of ranks alone.
     __device__ void add_up_loads() const {
-        if (threadIdx.x < V::size) c.load()[threadIdx.x] = int(ranks.staying_tokens[threadIdx.x]);
-        __syncthreads();  // what stays is there before rows are added
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) atomicAdd(&c.load()[c.arcs[a].rank], c.tokens[a]);
-        __syncthreads();  // the sums are whole
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) atomicAdd(&place.load()[c.arcs[a].rank], c.tokens[a]);
+        __syncthreads();  // the loads are added up
+        if (threadIdx.x < V::size) c.load()[threadIdx.x] = place.load()[threadIdx.x];
     }
 };
 
@@ -189,18 +268,14 @@ struct ByAim {
 
     __device__ void move(const Problem& p, int g, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
                          Ending& ending, const int* quota) const {
+        __shared__ Verdicts<V> verdicts;
+        __shared__ unsigned total[3];
+        __shared__ int num_active;
         const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
-        CountCosts costs{place.steps, o.num_steps, o.tile, o.slope};
-        ByObjective<V> by{p, o, c, g, quota, load, place.ranks, place.by_tokens, place.by_experts, costs,
-                          place.steps + MAX_COST_STEPS + 1};
-        by.count_staying();
-        by.start_units();
-        run_flow<V, false>(p, c, edges, ending);
-        if (!by.improve_experts()) {
-            by.start_tokens();
-            run_flow<V, false>(p, c, edges, ending);
-            by.improve_cost();
-        }
+        CountCosts costs(place.steps(), o.num_steps, o.tile, o.slope);
+        ByObjective<V> by{p, o, c, edges, ending, g, quota, load, place, costs, verdicts, {total, 1}, num_active};
+        if (o.kind == AIM_EXPERTS) by.solve_experts();
+        else by.solve_cost();
         by.add_up_loads();
     }
 };

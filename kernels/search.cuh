@@ -1,29 +1,55 @@
 // The search that improves a plan by active slots or cost: lplb_ep/planning/objectives.py defines it.
 //
-// The rank that counts most passes rows on, along a chain of experts' copies. Threads share the arcs that may leave
-// the ranks of a chain's front. Each rank keeps the best move that reaches it, as the least of 64-bit keys. So no
-// result depends on the order of threads.
+// The ranks that count most pass rows on, each along a chain of experts' copies. A warp looks for each chain: of the
+// largest rank by several aims, of others by the first. Its lanes share the arcs that may leave the ranks of the
+// chain's front. Each rank keeps the best move that reaches it, as the least of 32-bit keys. So no result depends on
+// the order of threads. A round has two barriers of the block, and no more work for an aim without a chain.
 #pragma once
 
 #include "component.cuh"
 
 namespace lplb {
 
-typedef long long Amount;       // what a rank counts: tokens, or nanoseconds
-typedef unsigned long long Key;  // of a move: the least is best
+typedef long long Amount;  // what a rank counts: tokens, or nanoseconds
+typedef unsigned Key;      // of a move: the least is best
 
-// Rows count as they are.
+// Divides by the same number again and again, without the long way of a division.
+struct Divisor {
+    unsigned number, inverse;
+
+    __device__ explicit Divisor(int number) : number(number), inverse(~0u / unsigned(number)) {}
+
+    __device__ unsigned of(unsigned dividend) const {
+        unsigned quotient = __umulhi(dividend, inverse);  // or one less than it should be
+        return quotient + (dividend - quotient * number >= number);
+    }
+
+    // Of one that is not negative.
+    __device__ Amount of_amount(Amount dividend) const {
+        return dividend >> 32 == 0 ? Amount(of(unsigned(dividend))) : dividend / number;
+    }
+};
+
+// Rows count as they are, and ranks have a limit of active slots.
 struct CountTokens {
+    static constexpr bool limits_slots = true;
+
     __device__ Amount of(int rows) const { return rows; }
-    __device__ Amount most_rows(Amount amount) const { return amount; }
+    __device__ int most_rows(Amount amount) const { return int(max(Amount(-1), min(amount, Amount(MAX_TOTAL)))); }
 };
 
 // Rows cost nanoseconds, by tiles.
 struct CountCosts {
-    const int* steps;           // [1 + number] of a slot, by tiles; in shared memory
-    int number, tile, slope;
+    static constexpr bool limits_slots = false;
 
-    __device__ int tiles_of(int rows) const { return int((unsigned(rows) + unsigned(tile) - 1) / unsigned(tile)); }
+    const int* steps;  // [1 + number] of a slot, by tiles; in shared memory
+    int number, slope;
+    Divisor tile, per;
+
+    __device__ CountCosts(const int* steps, int number, int tile, int slope)
+        : steps(steps), number(number), slope(slope), tile(tile), per(max(slope, 1)) {}
+
+    __device__ int tiles_of(int rows) const { return int(tile.of(unsigned(rows) + tile.number - 1)); }
 
     __device__ Amount of(int rows) const {
         int tiles = tiles_of(rows), inside = min(tiles, number);
@@ -31,119 +57,134 @@ struct CountCosts {
     }
 
     // The most rows that cost at most so much, in whole tiles; -1 below 0.
-    __device__ Amount most_rows(Amount amount) const {
+    __device__ int most_rows(Amount amount) const {
         if (amount < 0) return -1;
-        Amount tiles = 0;
-        if (amount >= steps[number]) {
-            Amount more = slope > 0 ? (amount - steps[number]) / slope : Amount(MAX_TOTAL);
-            tiles = number + min(more, Amount(MAX_TOTAL));
-        } else {
-            for (int end = number; end - tiles > 1;) {
-                int middle = int(tiles + end) / 2;
-                if (steps[middle] <= amount) tiles = middle;
-                else end = middle;
-            }
+        int last = steps[number];
+        if (amount >= last) {
+            Amount more = slope > 0 ? min(per.of_amount(amount - last), Amount(MAX_TOTAL)) : MAX_TOTAL;
+            return int(min((number + more) * tile.number, Amount(MAX_TOTAL)));
         }
-        return min(tiles * tile, Amount(MAX_TOTAL));
+        int tiles = 0, most = int(amount);  // below the last step
+        #pragma unroll 1
+        for (int width = number < 64 ? 16 : 64; width > 0; width /= 4) {
+            int enough = 0;  // quarters that cost no more: steps never fall
+            #pragma unroll
+            for (int i = 1; i < 4; ++i) enough += steps[min(tiles + i * width, number)] <= most;
+            tiles += enough * width;
+        }
+        return int(min(Amount(tiles) * tile.number, Amount(MAX_TOTAL)));
     }
 };
 
-// What the search knows of each rank; [size] each, in shared memory.
-template <typename V>
-struct Ranks {
-    Amount *staying_tokens, *staying_cost;  // of experts with one copy and base loads
-    int* staying_active;
-    Amount* amount;             // what a rank counts
-    int* active;                // slots with rows
-    // Of those that a chain has reached: after the move that did.
-    Amount* reached;
-    int *reached_active, *left, *entered, *moved;  // the arcs that rows left and entered, and how many
-    // The arc by which the chain left its first rank, and what that one counts since.
-    int *root, *root_active;
-    Amount* root_amount;
-    Key* keys;                  // [2, size] of the best move to a rank, in this length of chains and the next
+// Sums of amounts for several places, in shared memory. In three parts of 21 bits, since additions of 32 bits take one
+// instruction each; amounts are rarely of more than one part.
+struct Sums {
+    unsigned* parts;  // [3, size]
+    int size;
 
-    __device__ char* lay_out(char* at) {
-        Amount** amounts[] = {&staying_tokens, &staying_cost, &amount, &reached, &root_amount};
-        #pragma unroll
-        for (Amount** one : amounts) {
-            *one = reinterpret_cast<Amount*>(at);
-            at += sizeof(Amount) * V::size;
+    __device__ static unsigned part_of(Amount amount, int part) { return unsigned(amount >> 21 * part) & ((1 << 21) - 1); }
+
+    __device__ void set(int i, Amount amount) const {
+        for (int part = 0; part < 3; ++part) parts[part * size + i] = part_of(amount, part);
+    }
+    __device__ void add(int i, Amount amount) const {
+        for (int part = 0; amount >> 21 * part != 0 && part < 3; ++part)
+            atomicAdd(&parts[part * size + i], part_of(amount, part));
+    }
+    // The amounts of a whole warp.
+    __device__ void add_of_warp(int i, Amount amount) const {
+        for (int part = 0; part < 3; ++part) {
+            unsigned sum = __reduce_add_sync(~0u, part_of(amount, part));
+            if (threadIdx.x % 32 == 0 && sum != 0) atomicAdd(&parts[part * size + i], sum);
         }
-        keys = reinterpret_cast<Key*>(at);
-        at += 2 * sizeof(Key) * V::size;
-        int** numbers[] = {&staying_active, &active, &reached_active, &left, &entered, &moved, &root, &root_active};
-        #pragma unroll
-        for (int** one : numbers) {
-            *one = reinterpret_cast<int*>(at);
-            at += sizeof(int) * V::size;
-        }
-        return at;
+    }
+    __device__ Amount at(int i) const {
+        return parts[i] + (Amount(parts[size + i]) << 21) + (Amount(parts[2 * size + i]) << 42);
     }
 };
 
-// Adds up what each rank counts with these rows of the arcs. `rows_of` may read what its own thread wrote.
-template <typename V, typename Measure, typename Rows>
-__device__ void add_up_ranks(const Component<V>& c, const Ranks<V>& ranks, const Measure& measure,
-                             const Amount* staying, Rows rows_of) {
-    __syncthreads();  // earlier sums are read
-    if (threadIdx.x < V::size) {
-        ranks.amount[threadIdx.x] = staying[threadIdx.x];
-        ranks.active[threadIdx.x] = ranks.staying_active[threadIdx.x];
-    }
-    __syncthreads();  // both are there before any thread adds to them
-    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
-        int rows = rows_of(a), rank = c.arcs[a].rank;
-        if (rows == 0) continue;
-        atomicAdd(reinterpret_cast<Key*>(ranks.amount) + rank, Key(measure.of(rows)));
-        atomicAdd(&ranks.active[rank], 1);
-    }
-    __syncthreads();  // the sums are whole
-}
-
-// The rank that counts most, the first of several, and what it counts; the same to every thread.
+// The largest of the amounts of a warp's ranks, and the first rank that has it; the same to every lane.
 template <typename V>
-__device__ Amount largest_of(const Component<V>& c, const Amount* amounts, int& who) {
-    int lane = threadIdx.x % 32;
-    Amount most = -1;
-    who = V::size;
+__device__ Amount largest_of(const Amount (&amounts)[V::words], int& who) {
+    Amount most = 0;
     #pragma unroll
-    for (int i = 0; i < V::words; ++i) {
-        int rank = lane + 32 * i;
-        if (rank >= c.shape.ranks || amounts[rank] <= most) continue;
-        most = amounts[rank];
-        who = rank;
-    }
+    for (Amount amount : amounts) most = max(most, amount);
+    unsigned high = __reduce_max_sync(~0u, unsigned(most >> 32));
+    unsigned low = __reduce_max_sync(~0u, unsigned(most >> 32) == high ? unsigned(most) : 0u);
+    most = Amount(high) << 32 | low;
+    bool flag[V::words];
     #pragma unroll
-    for (int other = 16; other > 0; other /= 2) {
-        Amount their = __shfl_xor_sync(~0u, most, other);
-        int they = __shfl_xor_sync(~0u, who, other);
-        if (their > most || (their == most && they < who)) {
-            most = their;
-            who = they;
-        }
-    }
+    for (int i = 0; i < V::words; ++i) flag[i] = amounts[i] == most;
+    who = lowest_of<V>(vote<V>(flag));
     return most;
 }
 
-// A search: what it goes by, and its chains.
+// Arrays in shared memory, by how many bytes behind an address they begin: so a kernel has one address of all.
+template <typename T>
+__device__ T* in_shared(char* at, int offset) {
+    T* array = reinterpret_cast<T*>(at + offset);
+    __builtin_assume(__isShared(array));
+    return array;
+}
+
+// What a warp's chain knows of the ranks that it has reached; [size] each.
+template <typename V>
+struct Reach {
+    char* at;
+    static constexpr int LONG = V::size * sizeof(Amount), WORDS = V::size * sizeof(int);
+
+    __device__ static constexpr int num_bytes(int max_arcs) { return V::size * 48 + (max_arcs + 3) / 4 * 8; }
+
+    // What the rank counts with the rows, and the one that passed them on without; and their active slots.
+    __device__ Amount* amount() const { return in_shared<Amount>(at, 0); }
+    __device__ Amount* rest() const { return in_shared<Amount>(at, LONG); }
+    __device__ int* active() const { return in_shared<int>(at, 2 * LONG); }
+    __device__ int* rest_active() const { return in_shared<int>(at, 2 * LONG + WORDS); }
+    // The rank that passed them on, and the chain's second rank.
+    __device__ int* from() const { return in_shared<int>(at, 2 * LONG + 2 * WORDS); }
+    __device__ int* via() const { return in_shared<int>(at, 2 * LONG + 3 * WORDS); }
+    // The arcs that they left and entered, and how many they are.
+    __device__ int* left() const { return in_shared<int>(at, 2 * LONG + 4 * WORDS); }
+    __device__ int* entered() const { return in_shared<int>(at, 2 * LONG + 5 * WORDS); }
+    __device__ int* moved() const { return in_shared<int>(at, 2 * LONG + 6 * WORDS); }
+    // Of the best move to a rank; and [arcs] those that may leave the front.
+    __device__ Key* keys() const { return in_shared<Key>(at, 2 * LONG + 7 * WORDS); }
+    __device__ unsigned short* leaving() const { return in_shared<unsigned short>(at, 2 * LONG + 8 * WORDS); }
+};
+
+// What the warps tell one another in a round.
+template <typename V>
+struct Verdicts {
+    typename V::Set touched[NUM_AIMS + NUM_OTHERS];  // ranks of the chain that each has found; none: no chain
+    int first;                                       // aim that has a chain, as far as is known
+};
+
+// A search: what it goes by, and this warp's chain.
 template <typename V, typename Measure>
 struct Search {
     typedef typename V::Set Set;
-    static constexpr Key NONE = ~Key(0), OVER = Key(1) << 63, CROWDS = Key(1) << 62;
-    static_assert(LARGEST_COUNT < Key(1) << 46, "an amount has 46 bits of a key, above the arc's 16");
+    static constexpr Key NONE = ~0u, CROWDS = 1u << 31;
+    static constexpr int WARPS = V::threads / 32;
+    static_assert(WARPS >= NUM_AIMS + NUM_OTHERS, "a warp looks for each chain");
 
     const Component<V>& c;
-    const Ranks<V>& ranks;
+    Amount* amount;             // [size] what a rank counts
+    int* active;                // [size] slots with rows; where they are limited
+    Verdicts<V>& verdicts;
+    Reach<V> reach;
     Measure measure;
-    const Amount* staying;
     const int* load;            // of experts, by place
     Amount least;               // a lower bound of the largest rank
     int most_active;            // slots of a rank that may have rows
     int splits_above;           // experts of more rows may go in parts
+
+    int unit = 0;               // bits by which amounts are shortened where they are compared
     Amount aim = 0;
-    int worst = 0;
-    bool is_whole = false;      // only whole fragments move
+    int first = 0;              // rank of the chain
+    // The last move, where this lane has found it.
+    bool is_mine = false;
+    int arc = 0, to = 0, moved = 0, left_active = 0, end_active = 0, source = 0, target = 0;
+    Amount rest = 0, end = 0;
 
     // What a rank that a chain has reached passes on along an arc.
     struct Leaving {
@@ -152,13 +193,15 @@ struct Search {
     };
 
     __device__ Leaving leaving(const Arc& arc, int rows) const {
-        Amount own = measure.of(rows), reached = ranks.reached[arc.rank];
-        int active = ranks.reached_active[arc.rank];
-        Amount keep = min(measure.most_rows(own - reached + aim), Amount(rows - 1));
-        if (is_whole || load[arc.place] <= splits_above || active > most_active) keep = min(keep, Amount(0));
-        active -= keep == 0;
+        Amount own = measure.of(rows), reached = reach.amount()[arc.rank];
+        int keep = min(measure.most_rows(own - reached + aim), rows - 1), active = 0;
+        if (Measure::limits_slots) {
+            active = reach.active()[arc.rank];
+            if (load[arc.place] <= splits_above || active > most_active) keep = min(keep, 0);
+            active -= keep == 0;
+        }
         if (keep < 0 || active > most_active) return {0, 0, 0};
-        return {int(rows - keep), active, reached - own + measure.of(int(keep))};
+        return {rows - keep, active, reached - own + measure.of(keep)};
     }
 
     // The arc of the same expert on another rank.
@@ -170,144 +213,235 @@ struct Search {
     // rank, `from` is the rank that passes them on.
     __device__ Amount with(int to, int rank, int moved, int from, int& active) const {
         int rows = c.tokens[to];
-        bool closes = rank == worst;
-        active = (closes ? ranks.root_active[from] : ranks.active[rank]) + (rows == 0);
-        return (closes ? ranks.root_amount[from] : ranks.amount[rank]) - measure.of(rows) + measure.of(rows + moved);
+        bool closes = rank == first;
+        active = Measure::limits_slots ? (closes ? reach.rest_active()[reach.via()[from]] : this->active[rank]) + (rows == 0) : 0;
+        return (closes ? reach.rest()[reach.via()[from]] : amount[rank]) - measure.of(rows) + measure.of(rows + moved);
     }
 
-    // Finds the best moves from the ranks `front` to others.
-    __device__ void find_moves(Key* keys, Set front, Set seen, bool may_close) const {
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
-            Arc arc = c.arcs[a];
-            int rows = c.tokens[a];
-            if (!(front >> arc.rank & 1) || rows == 0 || ranks.entered[arc.rank] == a) continue;
-            Leaving leave = leaving(arc, rows);
+    // Collects the arcs that may leave the front; their number.
+    __device__ int find_leaving(Set front) const {
+        int lane = threadIdx.x % 32, number = 0;
+        for (int begin = 0; begin < c.shape.arcs; begin += 32) {
+            int a = begin + lane;
+            bool may = false;
+            if (a < c.shape.arcs) {
+                int rank = c.arcs[a].rank;
+                may = has(front, rank) && c.tokens[a] > 0 && reach.entered()[rank] != a;
+            }
+            unsigned all = __ballot_sync(~0u, may);
+            if (may) reach.leaving()[number + __popc(all & ((1u << lane) - 1))] = static_cast<unsigned short>(a);
+            number += __popc(all);
+        }
+        __syncwarp();  // the arcs are there before other lanes take them
+        return number;
+    }
+
+    // Finds the best moves from the front to other ranks. The best that ends a chain stays with its lane; its key is
+    // the same to every lane.
+    __device__ Key find_moves(int number, Set seen, bool may_close) {
+        Key best = NONE;
+        for (int i = threadIdx.x % 32; i < number; i += 32) {
+            int a = reach.leaving()[i];
+            Arc leaves = c.arcs[a];
+            Leaving leave = leaving(leaves, c.tokens[a]);
             if (leave.moved == 0) continue;
-            Set targets = Set(arc.ranks) & ~seen;
-            if (may_close && Set(arc.ranks) >> worst & 1 && arc_on(arc, worst) != ranks.root[arc.rank])
-                targets |= Set(1) << worst;
+            Set targets = Set(leaves.ranks) & ~seen;
+            if (may_close && has(Set(leaves.ranks), first) && arc_on(leaves, first) != reach.left()[reach.via()[leaves.rank]])
+                targets |= Set(1) << first;
             for (; targets != 0; targets &= targets - 1) {
-                int rank = lowest_of<V>(targets), active;
-                Amount amount = with(arc_on(arc, rank), rank, leave.moved, arc.rank, active);
-                Key key = Key(min(amount, Amount(LARGEST_COUNT))) << 16 | unsigned(a);
+                int rank = lowest_of<V>(targets), enters = arc_on(leaves, rank), active;
+                Amount count = with(enters, rank, leave.moved, leaves.rank, active);
+                Key key = Key(min(count >> unit, Amount((1 << COUNT_BITS) - 1))) << 16 | unsigned(a);
                 bool crowds = active > most_active;
                 if (crowds) key |= CROWDS;
-                if (crowds || amount > aim) key |= OVER;
-                atomicMin(&keys[rank], key);
+                if (crowds || count > aim) {
+                    if (rank != first) atomicMin(&reach.keys()[rank], key);
+                } else if (key < best) {
+                    best = key;
+                    arc = a;
+                    to = enters;
+                    moved = leave.moved;
+                    rest = leave.rest;
+                    left_active = leave.active;
+                    end = count;
+                    end_active = active;
+                    source = leaves.rank;
+                    target = rank;
+                }
             }
         }
+        Key least_key = __reduce_min_sync(~0u, best);
+        is_mine = best == least_key;  // no two lanes have moves of the same arc
+        return least_key;
     }
 
     // Remembers how a rank was reached.
     __device__ void take(Key key, int rank) const {
         int a = int(key & 0xffff), active;
-        Arc arc = c.arcs[a];
-        Leaving leave = leaving(arc, c.tokens[a]);
-        int to = arc_on(arc, rank);
-        ranks.reached[rank] = with(to, rank, leave.moved, arc.rank, active);
-        ranks.reached_active[rank] = active;
-        ranks.left[rank] = a;
-        ranks.entered[rank] = to;
-        ranks.moved[rank] = leave.moved;
-        bool is_first = arc.rank == worst;
-        ranks.root[rank] = is_first ? a : ranks.root[arc.rank];
-        ranks.root_amount[rank] = is_first ? leave.rest : ranks.root_amount[arc.rank];
-        ranks.root_active[rank] = is_first ? leave.active : ranks.root_active[arc.rank];
+        Arc leaves = c.arcs[a];
+        Leaving leave = leaving(leaves, c.tokens[a]);
+        int enters = arc_on(leaves, rank);
+        reach.amount()[rank] = with(enters, rank, leave.moved, leaves.rank, active);
+        reach.rest()[rank] = leave.rest;
+        reach.active()[rank] = active;
+        reach.rest_active()[rank] = leave.active;
+        reach.from()[rank] = leaves.rank;
+        reach.via()[rank] = leaves.rank == first ? rank : reach.via()[leaves.rank];
+        reach.left()[rank] = a;
+        reach.entered()[rank] = enters;
+        reach.moved()[rank] = leave.moved;
     }
 
-    __device__ void move(int a, int to, int moved) const {
-        int rows = c.tokens[a], at = c.tokens[to], rank = c.arcs[a].rank, target = c.arcs[to].rank;
-        ranks.amount[rank] += measure.of(rows - moved) - measure.of(rows);
-        ranks.amount[target] += measure.of(at + moved) - measure.of(at);
-        ranks.active[rank] -= rows == moved;
-        ranks.active[target] += at == 0;
-        c.tokens[a] = rows - moved;
-        c.tokens[to] = at + moved;
-    }
-
-    // Makes the moves of a chain, the last first; `rank` is where it ends. By one thread.
-    __device__ void make_moves(Key key, int rank) const {
-        int a = int(key & 0xffff);
-        Arc arc = c.arcs[a];
-        // It is found by what was there before any move.
-        move(a, arc_on(arc, rank), leaving(arc, c.tokens[a]).moved);
-        for (int at = arc.rank; at != worst;) {
-            int before = c.arcs[ranks.left[at]].rank;
-            move(ranks.left[at], ranks.entered[at], ranks.moved[at]);
-            at = before;
-        }
-    }
-
-    // Looks for a chain and makes its moves; whether there is one, the same to every thread.
-    __device__ bool chain() const {
+    // Looks for a chain; whether there is one, the same to every lane. `attempt`: of the largest rank, by number; it
+    // gives up where an earlier one has a chain.
+    __device__ bool find_chain(int attempt) {
         int lane = threadIdx.x % 32;
-        if (threadIdx.x < V::size) ranks.keys[threadIdx.x] = NONE;
-        if (threadIdx.x == worst) {
-            ranks.reached[worst] = ranks.amount[worst];
-            ranks.reached_active[worst] = ranks.active[worst];
-            ranks.entered[worst] = -1;
+        #pragma unroll
+        for (int i = 0; i < V::words; ++i)
+            if (lane + 32 * i < V::size) reach.keys()[lane + 32 * i] = NONE;
+        if (lane == 0) {
+            reach.amount()[first] = amount[first];
+            reach.entered()[first] = -1;
+            if (Measure::limits_slots) reach.active()[first] = active[first];
         }
-        __syncthreads();  // no move is known, and all know where the chain begins
-        Set seen = Set(1) << worst, front = seen;
+        __syncwarp();  // no move is known, and all lanes know where the chain begins
+        Set seen = Set(1) << first, front = seen;
+        #pragma unroll 1
         for (int length = 0; length < CHAIN; ++length) {
-            Key *keys = ranks.keys + (length % 2) * V::size, *next = ranks.keys + (1 - length % 2) * V::size;
-            find_moves(keys, front, seen, length > 0);
-            __syncthreads();  // the best moves are known
-            Key best = NONE, own = threadIdx.x < V::size ? keys[threadIdx.x] : NONE;
-            int end = V::size;
+            if (attempt > 0) {
+                int known = lane == 0 ? atomicMin(&verdicts.first, NUM_AIMS) : 0;
+                if (__shfl_sync(~0u, known, 0) < attempt) return false;
+            }
+            if (find_moves(find_leaving(front), seen, length > 0) != NONE) return true;
+            __syncwarp();  // the best moves are known
             bool flag[V::words];
             #pragma unroll
             for (int i = 0; i < V::words; ++i) {
                 int rank = lane + 32 * i;
-                Key key = rank < V::size ? keys[rank] : NONE;
-                flag[i] = key != NONE && rank != worst;
-                if (key >= best) continue;
-                best = key;
-                end = rank;
+                Key key = rank < V::size ? reach.keys()[rank] : NONE;
+                flag[i] = key != NONE;
+                if (!flag[i]) continue;
+                take(key, rank);
+                reach.keys()[rank] = NONE;
             }
             front = vote<V>(flag);
-            #pragma unroll
-            for (int other = 16; other > 0; other /= 2) {
-                Key their = __shfl_xor_sync(~0u, best, other);
-                int they = __shfl_xor_sync(~0u, end, other);
-                if (their < best || (their == best && they < end)) {
-                    best = their;
-                    end = they;
-                }
-            }
-            bool ends = (best & OVER) == 0;
-            if (ends && threadIdx.x == 0) make_moves(best, end);
-            if (!ends && threadIdx.x < V::size) {
-                if (front >> threadIdx.x & 1) take(own, threadIdx.x);
-                next[threadIdx.x] = NONE;
-            }
-            __syncthreads();  // moves are made, or ranks are reached; and all have read the keys
-            if (ends) return true;
             if (front == 0) return false;
             seen |= front;
+            __syncwarp();  // ranks are reached before chains go on from them
         }
         return false;
     }
 
-    // Improves the rows of the arcs, which are `c.tokens`.
-    __device__ void run() {
-        add_up_ranks(c, ranks, measure, staying, [&](int a) { return c.tokens[a]; });
-        Amount finest = max(Amount(1), least >> FINEST), step = 0;
-        for (int i = 0; i < MAX_SEARCHES; ++i) {
-            Amount above = largest_of(c, ranks.amount, worst) - least;
-            if (above <= 0) break;
-            if (step == 0) step = max(finest, above / 2);
-            aim = least + max(Amount(0), above - step);
-            is_whole = false;
-            bool is_found = chain();
-            if (!is_found) {
-                is_whole = true;
-                is_found = chain();
-            }
-            if (is_found) continue;
-            if (step <= finest) break;
-            step = max(finest, step >> SHRINK);
+    // The ranks of a chain that was found, but for its first and its last one.
+    __device__ Set path() const {
+        unsigned lane = __ffs(int(__ballot_sync(~0u, is_mine))) - 1;
+        Set path{};
+        for (int rank = __shfl_sync(~0u, source, lane); rank != first; rank = reach.from()[rank]) path |= Set(1) << rank;
+        return path;
+    }
+
+    // Makes the moves of a chain, a lane each. No two of them change the same, since the chain comes to a rank once.
+    __device__ void make_moves(Set path) {
+        int lane = threadIdx.x % 32;
+        bool closes = __any_sync(~0u, is_mine && target == first);
+        #pragma unroll
+        for (int i = 0; i < V::words; ++i) {
+            int rank = lane + 32 * i;
+            if (rank >= V::size || !has(path, rank)) continue;
+            c.tokens[reach.left()[rank]] -= reach.moved()[rank];
+            c.tokens[reach.entered()[rank]] += reach.moved()[rank];
+            if (!(closes && reach.from()[rank] == first)) leave_rank(reach.from()[rank], reach.rest()[rank], reach.rest_active()[rank]);
         }
+        if (!is_mine) return;
+        c.tokens[arc] -= moved;
+        c.tokens[to] += moved;
+        leave_rank(source, rest, left_active);
+        leave_rank(target, end, end_active);
+    }
+
+    __device__ void leave_rank(int rank, Amount count, int slots) {
+        amount[rank] = count;
+        if (Measure::limits_slots) active[rank] = slots;
+    }
+
+    // Improves the rows of the arcs, which are `c.tokens`, from what ranks count with them. What the largest rank
+    // counts then, the same to every thread. All of it is there before, and behind it.
+    __device__ Amount run() {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32, worst;
+        Amount finest = max(Amount(1), least >> FINEST), step = 0, most = 0;
+        if (threadIdx.x == 0) verdicts.first = NUM_AIMS;
+        __syncthreads();  // the verdict is there before any warp looks at it
+        #pragma unroll 1
+        for (int round = 0;; ++round) {
+            Amount counts[V::words];
+            #pragma unroll
+            for (int i = 0; i < V::words; ++i)
+                counts[i] = lane + 32 * i < c.shape.ranks ? amount[lane + 32 * i] : -1;
+            most = largest_of<V>(counts, worst);
+            Amount above = most - least;
+            if (above <= 0 || round == SEARCH_ROUNDS) break;
+            unit = max(0, 64 - __clzll(most) - (COUNT_BITS - 1));
+            Amount steps[NUM_AIMS];
+            steps[0] = step == 0 ? max(finest, above / 2) : step;
+            #pragma unroll
+            for (int i = 1; i < NUM_AIMS; ++i)  // 0 behind the last
+                steps[i] = steps[i - 1] > finest ? max(finest, steps[i - 1] >> SHRINK) : 0;
+            Amount own = steps[0];
+            #pragma unroll
+            for (int i = 1; i < NUM_AIMS; ++i)
+                if (warp == i) own = steps[i];
+            aim = least + max(Amount(0), above - own);
+            first = worst;
+            bool looks = own > 0;
+            if (warp >= NUM_AIMS) {
+                bool flag[V::words];
+                #pragma unroll
+                for (int i = 0; i < V::words; ++i) flag[i] = counts[i] > aim;
+                Set others = vote<V>(flag) & ~(Set(1) << worst);
+                for (int i = NUM_AIMS; i < warp; ++i) others &= others - 1;
+                looks = others != 0 && warp < NUM_AIMS + NUM_OTHERS;
+                if (looks) first = lowest_of<V>(others);
+            }
+            Set between{}, touched{};
+            is_mine = false;
+            if (looks && find_chain(warp < NUM_AIMS ? warp : 0)) {
+                if (warp < NUM_AIMS && lane == 0) atomicMin(&verdicts.first, warp);
+                between = path();
+                unsigned mine = __ffs(int(__ballot_sync(~0u, is_mine))) - 1;
+                touched = between | Set(1) << first | Set(1) << __shfl_sync(~0u, target, mine);
+            }
+            if (lane == 0 && warp < NUM_AIMS + NUM_OTHERS) verdicts.touched[warp] = touched;
+            __syncthreads();  // all chains are known, and no warp looks for one
+            int found = NUM_AIMS;
+            Set taken{};
+            #pragma unroll
+            for (int i = 0; i < NUM_AIMS; ++i)
+                if (steps[i] > 0) step = steps[i];
+            #pragma unroll
+            for (int i = NUM_AIMS - 1; i >= 0; --i) {
+                if (verdicts.touched[i] == 0) continue;
+                found = i;
+                step = steps[i];
+                taken = verdicts.touched[i];
+            }
+            if (found == NUM_AIMS) {
+                if (step <= finest) break;
+                step = max(finest, step >> SHRINK);
+            } else {
+                bool moves = warp == found;
+                #pragma unroll
+                for (int i = NUM_AIMS; i < NUM_AIMS + NUM_OTHERS; ++i) {
+                    Set other = verdicts.touched[i];
+                    if (other == 0 || (other & taken) != 0) continue;
+                    taken |= other;
+                    moves |= warp == i;
+                }
+                if (moves) make_moves(between);
+                if (threadIdx.x == 0) verdicts.first = NUM_AIMS;
+            }
+            __syncthreads();  // moves are made before ranks are looked at, and verdicts are read before others
+        }
+        return most;
     }
 };
 

@@ -342,7 +342,7 @@ def pack_objective(objective: str, cost: CostModel, address: int) -> bytes:
     least_cost, least_tiles = cost.tables[2]
     return structs.OBJECTIVE.pack(
         costs=address,
-        kind=Aim[objective.upper()],
+        kind=Aim.EXPERTS if objective == "experts" else Aim.COST,
         num_steps=len(cost.steps),
         tile=cost.tile,
         slope=cost.slope,

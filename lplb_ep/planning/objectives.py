@@ -1,9 +1,9 @@
 """Plans by active slots and by cost: the definition, on the CPU, in whole numbers.
 
 An *exact* solution comes from the flow: of tokens, or of one unit for each expert with tokens. A
-search improves it. The largest rank passes rows on, along a chain of experts' copies, until no rank
-of the chain exceeds what the search aims at. On a GPU one block does the same, bit for bit, from
-its own exact solutions.
+search improves it, or all tokens at home. The largest ranks pass rows on, each along a chain of
+experts' copies, until no rank of the chain exceeds what the search aims at. On a GPU one block does
+the same, bit for bit, from its own exact solution. There a warp looks for each chain.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from ..cost import CostModel
 from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
-from .search_rules import CHAIN, FINEST, LARGEST_COUNT, MAX_SEARCHES, NO_LIMIT, SHRINK
+from .search_rules import (
+    CHAIN,
+    COUNT_BITS,
+    FINEST,
+    NO_LIMIT,
+    NUM_AIMS,
+    NUM_OTHERS,
+    SEARCH_ROUNDS,
+    SHRINK,
+)
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-
-
-class Exact(NamedTuple):
-    """Solutions of the flow, on which the others build."""
-
-    tokens: Int64 | None
-    """[E, C] quotas with the fewest tokens on the fullest rank; not needed for `experts`."""
-    whole: Int64
-    """[E, C] 1 where an expert with tokens is, with the fewest of them on the fullest rank."""
 
 
 class Reached(NamedTuple):
@@ -46,23 +46,32 @@ class Reached(NamedTuple):
     """[R] bool: ranks that together prove the bound."""
 
 
-def exact_solutions(load: Int64, placement: Placement, problem: Problem) -> Exact:
-    """Those that the CPU's flow finds, for a load [E]."""
-    whole = _active(load, placement, problem).quota.numpy().astype(np.int64)
-    is_needed = problem.objective_name != "experts"
-    return Exact(_tokens(load, placement, problem) if is_needed else None, whole)
+def exact_solution(load: Int64, placement: Placement, problem: Problem) -> Int64:
+    """What a plan builds on, for a load [E], as the CPU's flow finds it.
+
+    Returns:
+        [E, C]: by `experts`, 1 where an expert with tokens is, with the fewest of them on the
+        fullest rank. By others, quotas with the fewest tokens on the fullest rank.
+    """
+    if problem.objective_name == "experts":
+        return _active(load, placement, problem).quota.numpy().astype(np.int64)
+    optimum = reference.solve(torch.from_numpy(load), placement, **problem.bounds)
+    return optimum.quota.numpy().astype(np.int64)
 
 
 def quotas_by_objective(
-    load: Int64, placement: Placement, problem: Problem, exact: Exact | None = None
+    load: Int64, placement: Placement, problem: Problem, exact: Int64 | None = None
 ) -> Int64:
     """The quotas of a load by the problem's objective.
 
     - `experts`: the fewest active slots on the fullest rank, exactly. Then the fewest tokens on the
       fullest rank that a search finds within that number. Experts stay whole, but for those with
       more rows than a tile.
-    - `cost`: the search from the solution for `experts` or `tokens`, the first that costs less.
-    - `auto`: of all tokens at home, `experts`, `tokens` and `cost`, the first that costs least.
+    - `cost`: all tokens at home, where no plan can cost less. Else a search starts at the solution
+      for `tokens`. It starts at home where active slots are half of the bound or more, unless home
+      costs more than 1.5 times as much. Of home, what the search finds and that solution, the first
+      that costs least.
+    - `auto`: the same.
 
     What a plan costs is its largest rank cost. Each component of the placement goes by itself.
 
@@ -70,20 +79,24 @@ def quotas_by_objective(
         load: [E] whole numbers, tokens of each expert.
         placement: the copies.
         problem: the objective, and base loads; checked.
-        exact: where the searches start; None: from the CPU's.
+        exact: what the plan builds on (`exact_solution`); None: the CPU's.
 
     Returns:
         [E, C] whole numbers, rows sum to the load.
     """
+    exact = exact_solution(load, placement, problem) if exact is None else exact
     if problem.objective_name == "tokens":
-        return _tokens(load, placement, problem)
-    exact = exact_solutions(load, placement, problem) if exact is None else exact
+        return exact
     base = _base(problem, placement)
-    out = np.zeros_like(exact.whole)
+    out = np.zeros_like(exact)
     out[:, 0] = load  # of experts with one copy
     for label in range(int(placement.component.max()) + 1):
         part = _Component(placement, placement.component == label, load, base)
-        rows = part.solve(problem.objective_name, problem.cost_model, exact)
+        of_arcs = exact[part.expert, part.column]
+        if problem.objective_name == "experts":
+            rows = part.solve_experts(of_arcs, problem.cost_model.tile)
+        else:
+            rows = part.solve_cost(of_arcs, problem.cost_model)
         out[part.expert, part.column] = rows
     return out
 
@@ -112,11 +125,6 @@ def rank_costs(quota: Int64, placement: Placement, problem: Problem) -> Int64:
     """[R] nanoseconds of each rank, by quotas [E, C]."""
     cost, base = problem.cost_model, _base(problem, placement)
     return cost.fixed + _of_ranks(cost.of_slots(quota), cost.of_slots(base), placement)
-
-
-def _tokens(load: Int64, placement: Placement, problem: Problem) -> Int64:
-    optimum = reference.solve(torch.from_numpy(load), placement, **problem.bounds)
-    return optimum.quota.numpy().astype(np.int64)
 
 
 def _active(load: Int64, placement: Placement, problem: Problem) -> reference.Optimum:
@@ -167,8 +175,8 @@ class _Limits(NamedTuple):
     """A lower bound of the largest rank, where the search ends."""
     most_active: int
     """Slots of a rank that may have rows."""
-    splits: Bool
-    """[arcs] whether a part of an expert may move."""
+    splits_above: int
+    """Only experts of more rows may go in parts."""
 
 
 class _Component:
@@ -199,38 +207,39 @@ class _Component:
         self.source, self.target = np.nonzero(same)
         """[edges] arcs, from one copy of an expert to another."""
 
-    def solve(self, objective: str, cost: CostModel, exact: Exact) -> Int64:
-        """[arcs] the rows of each."""
-        whole = exact.whole[self.expert, self.column] * self.load[self.expert]
+    def solve_experts(self, exact: Int64, tile: int) -> Int64:
+        """[arcs] the rows of each by active slots, from the units [arcs] of a flow."""
+        whole = exact * self.load[self.expert]
         most_active = int((self._staying_active() + self._sums(whole > 0)).max())
-        splits = self.load[self.expert] > cost.tile
         # Base loads and experts, on as many ranks.
         total = int(self.base.sum() + self._of_single.sum() + self.load[self._several].sum())
-        by_tokens = self._limits(_Tokens(), total, most_active, splits)
-        experts = self._search(whole, by_tokens)
-        if objective == "experts":
-            return experts
-        assert exact.tokens is not None, "costs start from the tokens' solution, too"
-        tokens = exact.tokens[self.expert, self.column]
-        of_several = cost.least_of_experts(self.load[self._several])
-        total = int(self._staying(cost).sum() + of_several.sum())
-        by_cost = self._limits(cost, total, NO_LIMIT, np.ones_like(splits))
-        by_slots = most_active * cost.steps[0]  # some rank has as many with rows
-        by_cost = by_cost._replace(least=max(by_cost.least, by_slots))
-        start = min(experts, tokens, key=lambda rows: self.largest(rows, cost))
-        best = self._search(start, by_cost)
-        if objective == "cost":
-            return best
+        limits = _Limits(_Tokens(), self._bound(_Tokens(), total), most_active, tile)
+        return self._search(whole, limits)
+
+    def solve_cost(self, tokens: Int64, cost: CostModel) -> Int64:
+        """[arcs] the rows of each by cost, where these rows [arcs] are the solution for tokens."""
+        of_several = self.load[self._several]
+        total = int(self._staying(cost).sum() + cost.least_of_experts(of_several).sum())
+        # Some rank has at least the mean number of active slots, and each costs the first step.
+        active = self._staying_active()
+        mean = -(-int(active.sum() + (of_several > 0).sum()) // active.size)
+        by_slots = max(mean, int(active.max())) * cost.steps[0]
+        limits = _Limits(cost, max(self._bound(cost, total), by_slots), NO_LIMIT, 0)
         home = np.where(self.column == 0, self.load[self.expert], 0)
-        return min(home, experts, tokens, best, key=lambda rows: self.largest(rows, cost))
+        of_home, of_tokens = self.largest(home, cost), self.largest(tokens, cost)
+        if of_home <= limits.least:
+            return home
+        begins_at_home = 2 * by_slots >= limits.least and 2 * of_home <= 3 * of_tokens
+        best = self._search(home if begins_at_home else tokens, limits)
+        return min(home, best, tokens, key=lambda rows: self.largest(rows, cost))
 
     def largest(self, rows: Int64, measure: _Measure) -> int:
         """What the largest rank counts with these rows of the arcs."""
         return int((self._staying(measure) + self._sums(measure.of_slots(rows))).max())
 
-    def _limits(self, measure: _Measure, total: int, most_active: int, splits: Bool) -> _Limits:
-        mean = -(-total // len(self.base))
-        return _Limits(measure, max(mean, int(self._staying(measure).max())), most_active, splits)
+    def _bound(self, measure: _Measure, total: int) -> int:
+        """What some rank counts at least, where all of them do so much."""
+        return max(-(-total // self.base.size), int(self._staying(measure).max()))
 
     def _staying(self, measure: _Measure) -> Int64:
         """[R] what experts with one copy and base loads count."""
@@ -252,31 +261,50 @@ class _Component:
     def _search(self, rows: Int64, limits: _Limits) -> Int64:
         """[arcs] improved rows.
 
-        Each step takes the rank that counts most, the first of several, and aims below it. At first
-        it aims halfway to the bound. `_chain` finds what to move: as little as suffices, or else
-        whole fragments. Where there is no chain the step shrinks, down to 2 to the minus `FINEST`
-        of the bound. There are at most `MAX_SEARCHES` steps.
+        Each round takes the rank that counts most, the first of several, and aims below it. At
+        first it aims halfway to the bound. `_chain` finds what to move. Where there is no chain the
+        step shrinks, down to 2 to the minus `FINEST` of the bound. Up to `NUM_AIMS` steps are tried
+        in a round, and what the first one with a chain finds is moved.
+
+        Other ranks above the round's first aim look for chains, too, the first `NUM_OTHERS` of
+        them. They are moved in this order, as far as they touch no rank that moved before.
         """
         rows = rows.copy()
         finest = max(1, limits.least >> FINEST)
         step = 0
-        for _ in range(MAX_SEARCHES):
+        for _ in range(SEARCH_ROUNDS):
             state = self._state(rows, limits.measure)
             worst = int(state.amount.argmax())
             above = int(state.amount[worst]) - limits.least
             if above <= 0:
                 break
-            step = step or max(finest, above // 2)
-            aim = limits.least + max(0, above - step)
-            chain = self._chain(state, worst, aim, limits, False)
-            chain = chain or self._chain(state, worst, aim, limits, True)
-            for arc, to, moved in chain:
-                rows[arc] -= moved
-                rows[to] += moved
+            steps = [step or max(finest, above // 2)]
+            while steps[-1] > finest and len(steps) < NUM_AIMS:
+                steps.append(max(finest, steps[-1] >> SHRINK))
+            chain = []
+            for step in steps:
+                aim = limits.least + max(0, above - step)
+                chain = self._chain(state, worst, aim, limits)
+                if chain:
+                    break
             if not chain:
                 if step <= finest:
                     break
                 step = max(finest, step >> SHRINK)
+                continue
+            aim = limits.least + max(0, above - steps[0])
+            others = np.flatnonzero(state.amount > aim)
+            others = others[others != worst][:NUM_OTHERS]
+            chains = [self._chain(state, int(other), aim, limits) for other in others]
+            moved = np.zeros(state.amount.size, bool)
+            for moves in (chain, *chains):
+                touched = self.rank[[arc for move in moves for arc in move[:2]]]
+                if moved[touched].any():
+                    continue
+                moved[touched] = True
+                for arc, to, number in moves:
+                    rows[arc] -= number
+                    rows[to] += number
         return rows
 
     def _state(self, rows: Int64, measure: _Measure) -> _State:
@@ -284,19 +312,19 @@ class _Component:
         return _State(rows, amount, self._staying_active() + self._sums(rows > 0))
 
     def _chain(
-        self, state: _State, worst: int, aim: int, limits: _Limits, is_whole: bool
+        self, state: _State, first: int, aim: int, limits: _Limits
     ) -> list[tuple[int, int, int]]:
-        """Moves (from arc, to arc, rows), the last first, of a chain from `worst`; none: no chain.
+        """Moves (from arc, to arc, rows), the last first, of a chain from `first`; none: no chain.
 
         After them all ranks that they touch are within the aim and the limit of active slots. It is
         a search by breadth. A rank passes on what brings it within the aim, and the next one may
-        have to pass on rows of another expert. The last may be `worst` again. Each rank is reached
+        have to pass on rows of another expert. The last may be `first` again. Each rank is reached
         once, by the best of the moves (`_moves`).
         """
-        found = _Reach(state, worst)
-        front = np.arange(len(state.amount)) == worst
+        found = _Reach(state, first)
+        front = np.arange(len(state.amount)) == first
         for length in range(CHAIN):
-            moves = self._moves(state, found, front, worst, aim, limits, is_whole, length > 0)
+            moves = self._moves(state, found, front, first, aim, limits, length > 0)
             if not moves.arc.size:
                 break
             if not moves.is_over[0]:
@@ -304,7 +332,7 @@ class _Component:
             front = np.zeros_like(front)
             for i in range(moves.arc.size):
                 to = int(self.rank[moves.to[i]])
-                if to != worst and not found.seen[to]:
+                if to != first and not found.seen[to]:
                     found.take(i, to, moves, self.rank)
                     front[to] = True
         return []
@@ -314,19 +342,20 @@ class _Component:
         state: _State,
         found: _Reach,
         front: Bool,
-        worst: int,
+        first: int,
         aim: int,
         limits: _Limits,
-        is_whole: bool,
         may_close: bool,
     ) -> _Moves:
         """The moves from ranks of the front, the best first.
 
         That is by whether they end a chain, and whether the target's active slots are within their
-        limit. Then it is by what the target counts, by arc, and by target."""
+        limit. Then it is by what the target counts, by arc, and by target. What it counts is
+        compared in units of a power of two, such that the largest rank has `COUNT_BITS` - 1 bits.
+        """
         rows, of = state.rows, limits.measure.of_slots
         rank, to_rank = self.rank[self.source], self.rank[self.target]
-        closes = (to_rank == worst) & may_close & (self.target != found.root[rank])
+        closes = (to_rank == first) & may_close & (self.target != found.root[rank])
         able = front[rank] & (rows[self.source] > 0) & (found.entered[rank] != self.source)
         able &= ~found.seen[to_rank] | closes
         arc, to = self.source[able], self.target[able]
@@ -334,7 +363,8 @@ class _Component:
         own = of(rows[arc])
         # The most that may stay, so that the rank is within the aim without the rest.
         keep = np.minimum(limits.measure.most_rows(own - found.amount[rank] + aim), rows[arc] - 1)
-        must_leave = is_whole | ~limits.splits[arc] | (found.active[rank] > limits.most_active)
+        must_leave = self.load[self.expert[arc]] <= limits.splits_above
+        must_leave |= found.active[rank] > limits.most_active
         keep = np.where(must_leave, np.minimum(keep, 0), keep)
         moved = rows[arc] - keep
         amount = np.where(closes, found.root_amount[rank], state.amount[to_rank])
@@ -344,7 +374,9 @@ class _Component:
         is_possible = (keep >= 0) & (left <= limits.most_active)
         crowds = active > limits.most_active
         is_over = (amount > aim) | crowds
-        order = np.lexsort((to_rank, arc, np.minimum(amount, LARGEST_COUNT), crowds, is_over))
+        unit = max(0, int(state.amount.max()).bit_length() - (COUNT_BITS - 1))
+        count = np.minimum(amount >> unit, 2**COUNT_BITS - 1)
+        order = np.lexsort((to_rank, arc, count, crowds, is_over))
         order = order[is_possible[order]]
         all_moves = _Moves(
             arc,
@@ -396,17 +428,17 @@ class _Moves(NamedTuple):
 class _Reach:
     """The ranks that a chain's search has reached, and how; [R] each."""
 
-    def __init__(self, state: _State, worst: int) -> None:
+    def __init__(self, state: _State, first: int) -> None:
         size = len(state.amount)
-        self.seen = np.arange(size) == worst
+        self.seen = np.arange(size) == first
         self.amount, self.active = state.amount.copy(), state.active.copy()
         """After the move that reached the rank."""
         self.entered = np.full(size, -1)
         """The arc that it came to."""
         self.root = np.full(size, -1)
-        """The arc by which the chain left `worst`."""
+        """The arc by which the chain left its first rank."""
         self.root_amount, self.root_active = np.zeros(size, np.int64), np.zeros(size, np.int64)
-        """Of `worst` after that."""
+        """Of that rank since."""
         self.moves: dict[int, tuple[int, int, int]] = {}
 
     def take(self, i: int, to: int, moves: _Moves, rank: Int64) -> None:

@@ -14,30 +14,33 @@ class Aim(enum.IntEnum):
     """Active slots, and then tokens."""
     COST = 1
     """Nanoseconds."""
-    AUTO = 2
-    """Of these plans, that for tokens and all tokens at home, the one that costs least."""
 
 
 CHAIN = 4
 """Moves of a chain at most."""
-MAX_SEARCHES = 64
-"""Steps of a search at most; some forty have been seen."""
+SEARCH_ROUNDS = 64
+"""Rounds of a search at most; 44 have been seen."""
+NUM_AIMS = 4
+"""Aims of the largest rank that are tried in a round."""
+NUM_OTHERS = 12
+"""Other ranks that pass rows on in the same round, at most."""
 FINEST = 9
 """A search ends where no step of 2 to the minus this of its bound is left."""
 SHRINK = 2
 """A step that leads nowhere becomes 2 to the minus this of it."""
 NO_LIMIT = 2**31 - 1
 """Active slots of a rank that has as many as it likes."""
-LARGEST_COUNT = 2**46 - 1
-"""What ranks count is compared up to this: in nanoseconds nineteen hours."""
+COUNT_BITS = 15
+"""Bits to which what ranks count is compared; the largest rank has one less."""
 
 SEARCH_CONSTANTS = (
     ("int", "MAX_COST_STEPS", MAX_STEPS, "of a cost model"),
     ("int", "CHAIN", CHAIN, "moves of a chain, at most"),
-    ("int", "MAX_SEARCHES", MAX_SEARCHES, "steps of a search, at most"),
+    ("int", "SEARCH_ROUNDS", SEARCH_ROUNDS, "rounds of a search, at most"),
+    ("int", "NUM_AIMS", NUM_AIMS, "aims of the largest rank in a round"),
+    ("int", "NUM_OTHERS", NUM_OTHERS, "other ranks that pass on rows in a round, at most"),
     ("int", "FINEST", FINEST, "2 to the minus this of a bound is its last step"),
     ("int", "SHRINK", SHRINK, "a step without a chain becomes 2 to the minus this of it"),
-    ("int", "NO_LIMIT", NO_LIMIT, "of active slots"),
-    ("long long", "LARGEST_COUNT", LARGEST_COUNT, "of a rank, as compared"),
+    ("int", "COUNT_BITS", COUNT_BITS, "to which what ranks count is compared"),
 )
 """Type, name, value and meaning, for the kernels."""

@@ -154,7 +154,9 @@ def _objective_bytes(capacity: Capacity, num_blocks: int) -> int:
 
 
 def _search_bytes(capacity: Capacity) -> int:
-    return capacity.size * (7 * 8 + 8 * 4) + 8 * (MAX_STEPS + 2) + 8 * capacity.max_arcs
+    of_reach = capacity.size * 48 + _multiple(8, 2 * capacity.max_arcs)  # of each warp
+    own = capacity.size * 60 + 8 * (MAX_STEPS + 2) + 4 * capacity.max_arcs
+    return own + NUM_PLAN_THREADS // 32 * of_reach
 
 
 def _multiple(unit: int, number: int) -> int:
@@ -227,6 +229,7 @@ OBJECTIVE_SOLVERS = {
             functions=lambda variant: (),
             num_flow_bytes=_objective_bytes,
             num_own_bytes=lambda capacity: 0,
+            num_threads=NUM_PLAN_THREADS,
             plans="plan_by_objective.cu",
         ),
     )

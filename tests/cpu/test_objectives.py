@@ -61,22 +61,45 @@ def test_an_expert_of_more_rows_than_a_tile_may_be_split():
     assert quota_of([30, 6, 0], PAIR, "experts").quota[0].tolist() == [0, 30]
 
 
-def test_auto_takes_the_first_of_the_cheapest():
-    home = quota_of([4, 3, 3], PAIR, "auto")
+def test_plans_by_cost_cost_no_more_than_others():
+    home = quota_of([4, 3, 3], PAIR, "cost")
     assert home.quota[0].tolist() == [4, 0]  # costs no more than another plan
     for seed in range(60):
         placement, load, base, cost = cost_instance(seed)
         problem = Problem(base_load=torch.from_numpy(base), cost=cost)
-        exact = objectives.exact_solutions(load, placement, problem)
+        at_home = np.zeros(placement.copy_rank.shape, np.int64)
+        at_home[:, 0] = load
+        quotas = {
+            name: objectives.quotas_by_objective(
+                load, placement, problem.with_defaults(objective=name)
+            )
+            for name in ("tokens", "experts", "cost", "auto")
+        }
+        assert (quotas["auto"] == quotas["cost"]).all()
+        costs = {
+            name: objectives.rank_costs(quota, placement, problem).max()
+            for name, quota in {**quotas, "home": at_home}.items()
+        }
+        # Nothing but figures says so of `experts`, which has another exact solution.
+        assert costs["cost"] == min(costs.values())
+        if costs["home"] == costs["cost"]:
+            assert (quotas["cost"] == at_home).all() or placement.component.max() > 0
 
-        def costs(name, problem=problem, load=load, placement=placement, exact=exact):
-            with_name = problem.with_defaults(objective=name)
-            quota = objectives.quotas_by_objective(load, placement, with_name, exact)
-            return objectives.rank_costs(quota, placement, with_name).max()
 
-        auto, others = costs("auto"), [costs(n) for n in ("experts", "tokens", "cost")]
-        assert auto <= min(others)
-        assert others[2] <= min(others[:2])
+def test_each_way_to_a_plan_by_cost():
+    """From home, from the tokens' plan, and that plan itself where it is the cheapest."""
+    steps = np.cumsum(np.arange(1, 9) * 10).tolist()  # the more rows, the dearer a tile
+    found = set()
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 4, 8, 2)
+        load = rng.poisson(rng.lognormal(3.0, 1.0, 8))
+        problem = Problem(objective="cost", cost=CostModel("convex", 16, steps, 90))
+        tokens = objectives.exact_solution(load, placement, problem)
+        quota = objectives.quotas_by_objective(load, placement, problem, tokens)
+        home = np.pad(load[:, None], ((0, 0), (0, placement.max_replicas - 1)))
+        found.add(((quota == home).all(), (quota == tokens).all()))
+    assert found >= {(True, False), (False, True), (False, False)}
 
 
 @pytest.mark.parametrize("objective", ["experts", "cost", "auto"])
@@ -122,7 +145,7 @@ def test_costs_are_close_to_a_mixed_integer_program():
         found = objectives.rank_costs(quota, placement, problem).max() - cost.fixed
         shape = cost.steps, cost.tile, cost.slope
         best, bound = oracle.least_cost(placement, load, *shape, base)
-        tokens = objectives.exact_solutions(load, placement, problem).tokens
+        tokens = objectives.exact_solution(load, placement, problem)
         assert found + cost.fixed <= objectives.rank_costs(tokens, placement, problem).max()
         assert found >= bound - 1e-3 * bound
         assert objectives.reached(quota, load, placement, problem).bound - cost.fixed <= best + 1

@@ -54,7 +54,8 @@ unsigned emulated_or(unsigned* to, unsigned value);
 int emulated_max_at(int* to, int value);
 unsigned emulated_max_at_unsigned(unsigned* to, unsigned value);
 unsigned long long emulated_add_long(unsigned long long* to, unsigned long long value);
-unsigned long long emulated_min_at(unsigned long long* to, unsigned long long value);
+int emulated_min_at(int* to, int value);
+unsigned emulated_min_at_unsigned(unsigned* to, unsigned value);
 
 long long emulated_clock();
 unsigned long long emulated_load(const unsigned long long* from);
@@ -117,9 +118,8 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) {
 inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
     return emulated_add_long(to, value);
 }
-inline unsigned long long atomicMin(unsigned long long* to, unsigned long long value) {
-    return emulated_min_at(to, value);
-}
+inline int atomicMin(int* to, int value) { return emulated_min_at(to, value); }
+inline unsigned atomicMin(unsigned* to, unsigned value) { return emulated_min_at_unsigned(to, value); }
 inline int atomicSub(int* to, int value) { return emulated_add(to, int(0u - unsigned(value))); }
 inline unsigned atomicOr(unsigned* to, unsigned value) { return emulated_or(to, value); }
 inline int atomicMax(int* to, int value) { return emulated_max_at(to, value); }
@@ -133,6 +133,8 @@ T __ldcg(const T* from) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
+inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(x); }
+inline unsigned __umulhi(unsigned x, unsigned y) { return unsigned((unsigned long long)x * y >> 32); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __double2int_rn(double x) { return int(std::nearbyint(x)); }

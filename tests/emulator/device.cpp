@@ -159,9 +159,16 @@ unsigned long long emulated_add_long(unsigned long long* to, unsigned long long 
     return before;
 }
 
-unsigned long long emulated_min_at(unsigned long long* to, unsigned long long value) {
-    judge(to, 8, READ | WRITE | AT_ONCE, HERE);
-    unsigned long long before = *to;
+int emulated_min_at(int* to, int value) {
+    judge(to, 4, READ | WRITE | AT_ONCE, HERE);
+    int before = *to;
+    *to = std::min(before, value);
+    return before;
+}
+
+unsigned emulated_min_at_unsigned(unsigned* to, unsigned value) {
+    judge(to, 4, READ | WRITE | AT_ONCE, HERE);
+    unsigned before = *to;
     *to = std::min(before, value);
     return before;
 }

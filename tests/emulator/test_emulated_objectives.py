@@ -1,4 +1,4 @@
-"""Plans by active slots and by cost, emulated: those of the CPU from the same exact solutions."""
+"""Plans by active slots and by cost, emulated: those of the CPU from the same exact solution."""
 
 import numpy as np
 import oracle
@@ -10,7 +10,6 @@ from emulator import ORDERS
 from lplb_ep import CostModel, Placement, Problem
 from lplb_ep.cost import H200
 from lplb_ep.planning import objectives
-from lplb_ep.planning.objectives import Exact
 from lplb_ep.planning.solvers import OBJECTIVE_SOLVERS
 from lplb_ep.planning.structs import Status
 
@@ -42,9 +41,10 @@ def check(memory, library, placement, loads, cost, base=None, orders=ORDERS, var
             base_load=None if base is None else torch.from_numpy(base),
         ).checked(placement)
         rank = plans.Rank(memory, placement, 0, library, variant=variant, problem=problem)
+        exact = whole if objective == "experts" else tokens
         expected = [
-            objectives.quotas_by_objective(load, placement, problem, Exact(*exact))
-            for load, *exact in zip(loads, tokens, whole, strict=True)
+            objectives.quotas_by_objective(load, placement, problem, one)
+            for load, one in zip(loads, exact, strict=True)
         ]
         expert, column = np.nonzero(placement.copy_rank >= 0)
         of_ranks = placement.copy_rank[expert, column]
