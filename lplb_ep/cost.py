@@ -1,4 +1,4 @@
-"""What the rows of a rank cost: the time of its experts' computation, in whole nanoseconds."""
+"""The cost of a rank's rows: the time of its experts' computation, in whole nanoseconds."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ _LARGEST = 2**31 - 1
 
 @dataclass(frozen=True)
 class CostModel:
-    """The time of a rank: `fixed`, and for each of its slots what its rows cost.
+    """The time of a rank: `fixed`, and the cost of rows of each of its slots.
 
-    A slot without rows costs nothing. Rows count in tiles: one beyond a tile costs a whole one. The
-    first step has what an active slot costs for itself, too. Base loads cost like a slot's rows.
+    A slot without rows costs nothing. Rows count in tiles: one row beyond a tile costs a whole
+    tile. The first step includes the fixed cost of an active slot. Base loads cost like a slot's
+    rows.
 
     Raises:
         ValueError: a field is out of range; the message names it.
@@ -72,7 +73,7 @@ class CostModel:
         return self._table[np.minimum(tiles, last)] + self.slope * np.maximum(tiles - last, 0)
 
     def least_of_experts(self, load: npt.ArrayLike) -> Int64:
-        """A lower bound of what experts cost by their loads, over any number of copies."""
+        """A lower bound of the cost of experts by their loads, over any number of copies."""
         tiles = -(-np.asarray(load, np.int64) // self.tile)
         least, (cost, per) = self._least
         # Beyond the table: as many tiles as cost least for their number.
@@ -80,7 +81,7 @@ class CostModel:
         return np.where(tiles < least.size, least[np.minimum(tiles, least.size - 1)], beyond)
 
     def most_rows(self, cost: npt.ArrayLike) -> Int64:
-        """The most rows of a slot that cost at most so much, whole tiles of them; -1 below 0."""
+        """The most rows of a slot within a cost, in whole tiles; -1 for a cost below 0."""
         left = np.asarray(cost, np.int64)
         tiles = np.searchsorted(self._table, left, side="right") - 1
         more = (left - self._table[-1]) // self.slope if self.slope else _LARGEST

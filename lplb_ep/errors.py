@@ -11,11 +11,11 @@ class PlacementError(ValueError):
 
 
 class InfeasibleError(ValueError):
-    """A load that no plan can serve, e.g. an expert whose copies' limits sum below its load."""
+    """A load that no plan can serve, such as an expert whose copies' limits sum below its load."""
 
 
 class ContractError(RuntimeError):
-    """A call that does not fit the drop-in contract; the message says which call would."""
+    """A call that breaks the drop-in contract; the message says how to call instead."""
 
 
 class RankError(RuntimeError):
@@ -30,11 +30,10 @@ class CompileError(RuntimeError):
     """A kernel that does not compile.
 
     Attributes:
-        stage: which tool refused what.
-        log: what the tool said.
-        options: what it was given.
-        source: where the source was saved, headers beside it, for another try; None where nothing
-            was.
+        stage: the tool and the step that failed.
+        log: the tool's output.
+        options: the tool's options.
+        source: where source and headers were saved, for another try; None where they were not.
     """
 
     def __init__(self, stage: str, log: str, options: Sequence[str], source: Path | None = None):

@@ -15,14 +15,14 @@ from .problem import Problem
 
 
 class Planning(Protocol):
-    """What a layer knows of a planner."""
+    """The protocol by which a layer uses a planner."""
 
     placement: Placement
     """The placement that it plans on."""
 
 
 class Weights(Protocol):
-    """What a layer knows of its `Replicas`."""
+    """The protocol by which a layer uses its `Replicas`."""
 
     @property
     def is_valid(self) -> bool:
@@ -36,7 +36,7 @@ class Weights(Protocol):
 
 
 class GuestWeights(Protocol):
-    """What a layer, and a call that plans, know of the layer's `Guests`."""
+    """The protocol by which a layer, and a call that plans, use the layer's `Guests`."""
 
     layer_waits: bool
     """Whether the layer itself waits for guests, and its dispatch does not."""
@@ -47,10 +47,10 @@ class GuestWeights(Protocol):
 
     @property
     def is_valid(self) -> bool:
-        """Whether guests can be had here."""
+        """Whether this rank can send and receive guests."""
 
     def prepare(self, slot: int) -> None:
-        """Has the current stream wait for all that uses the memory of guests: a plan comes."""
+        """Makes the current stream wait, before a plan, for all work on the guests' memory."""
 
     def push(
         self,
@@ -59,30 +59,30 @@ class GuestWeights(Protocol):
         status: torch.Tensor,
         number: torch.Tensor | None,
     ) -> Any:
-        """Begins to bring the guests [R, G] of a plan; returns what stands for the batch."""
+        """Begins to push the guests [R, G] of a plan; returns an object for the batch."""
 
     def push_again(self, stay: Any, slot: int) -> None:
         """Brings a batch's guests back where others took their place."""
 
     def wait(self, slot: int) -> None:
-        """Has the current stream wait until they are there."""
+        """Makes the current stream wait until the guests have arrived."""
 
     def skip(self, slot: int) -> None:
         """Says that a batch has no guests."""
 
 
 class Layer:
-    """An MoE layer, which its object identifies and never a value.
+    """An MoE layer, identified by its object and not by a value.
 
     Two layers may have equal placements and different weights. So planners, replica weights and
-    the placement in force belong to a layer. A `Placement` object that is passed in the place of a
-    layer stands for the first layer that it was in force in (`layer_of`).
+    the placement in force belong to a layer. A `Placement` object may be passed instead of a layer.
+    It stands for the first layer in which it was in force (`layer_of`).
 
     Args:
-        placement: the copies that are in force at first.
-        problem: what bounds the plans of every batch beside its counts: base loads, say. Planners
-            and buffers go by it.
-        name: for messages and statistics, most often that of its module in the model.
+        placement: the placement that is in force at first.
+        problem: bounds of every batch's plan beside its counts, such as base loads. Planners and
+            buffers respect it.
+        name: for messages and statistics, most often the name of its module in the model.
 
     Raises:
         TypeError: `placement` is not a `Placement`.
@@ -96,9 +96,9 @@ class Layer:
     moves_homes: bool
     """Whether such a placement may have other homes, too: an engine moves all its experts."""
     observers: list[Callable[[torch.Tensor], None]]
-    """Each is called with the counts [R, E] of every batch that is planned.
+    """Each observer is called with the counts [R, E] of every planned batch.
 
-    Where `LPLB_EP_EVERY` leaves out exchanges, with those that were exchanged last."""
+    Where `LPLB_EP_EVERY` leaves out an exchange, these are the counts exchanged last."""
     planners: WeakSet[Any]
     """The planners that were made for this layer, of whatever group."""
     name: str
@@ -122,7 +122,7 @@ class Layer:
 
     @property
     def problem(self) -> Problem:
-        """What bounds the plans of every batch beside its counts; planners are made for it."""
+        """Bounds of every batch's plan beside its counts; planners are made for it."""
         return self._problem
 
     def replace(self, placement: Placement) -> None:
@@ -189,7 +189,7 @@ class Layer:
         self._is_trusted = False
 
     def watch(self, replicas: Weights) -> None:
-        """Adds `Replicas` that know the layer's weights; they count from now on, no declaration."""
+        """Adds `Replicas` of the layer's weights, which from now on decide whether it is valid."""
         self._replicas = [ref(live) for live in (*self.replicas, replicas)]
         self._is_trusted = False
 
@@ -199,7 +199,7 @@ class Layer:
         return [replicas for weights in self._replicas if (replicas := weights()) is not None]
 
     def take_guests(self, guests: GuestWeights) -> None:
-        """Has the layer's batches bring their guests by these `Guests`, which it holds weakly."""
+        """Sets the `Guests` that push for the layer's batches, and holds them weakly."""
         self._guests = ref(guests)
 
     @property

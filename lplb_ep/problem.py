@@ -35,7 +35,7 @@ class GuestRule(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What a layer's plans minimise, and what bounds them, but for the placement.
+    """The objective of a layer's plans and their bounds, without the placement.
 
     With the objective `tokens` it is a linear program.
 
@@ -49,19 +49,20 @@ class Problem:
     """
 
     load: torch.Tensor | None = None
-    """[E] or [B, E]: tokens of each logical expert; None where the counts of each batch say it."""
+    """[E] or [B, E]: tokens of each logical expert; None where the counts of each batch give it."""
     base_load: torch.Tensor | None = None
-    """[R]: tokens that stay on each rank (a shared expert's, say); default 0."""
+    """[R]: tokens that stay on each rank, such as a shared expert's; default 0."""
     speed: torch.Tensor | None = None
     """[R]: positive relative speeds that sum to at most 32767; default 1."""
     max_quota: torch.Tensor | None = None
     """[E, C]: the most tokens of each copy; default: no limit."""
     objective: str | None = None
-    """What the largest rank has the least of, one of `OBJECTIVES`. `tokens`: the linear program.
-    `experts`: active slots, and then tokens. `cost`: nanoseconds by `cost`. `auto`: of these and of
-    all tokens at home, what costs least. None: the setting, or its default."""
+    """The quantity whose largest value over ranks plans minimise, one of `OBJECTIVES`. `tokens`:
+    the linear program. `experts`: active slots, and then tokens. `cost`: nanoseconds by `cost`.
+    `auto`: of these plans and all tokens at home, the one of least cost. None: the setting, or its
+    default."""
     cost: CostModel | None = None
-    """What rows cost; None: the setting's, or an H200's."""
+    """The cost of rows; None: the setting's model, or an H200's."""
     guest_tolerance: float | None = None
     """A batch takes no guests where the residents' T* is at most 1 + this times the mean: the total
     load over the total speed. Of several nodes it is the largest mean of one. In [0, 1], counted
@@ -71,8 +72,8 @@ class Problem:
 
     min_gain: int | None = None
     """A `Planner`'s batch stays at home where no plan could take so many tokens off its fullest
-    rank (`planning.stay`); 0: none does. None: the setting, or its default. It goes with the
-    objective `tokens` alone, and neither with speeds, limits of copies nor guest slots."""
+    rank (`planning.stay`); 0: no batch does. None: the setting, or its default. It needs the
+    objective `tokens`, and excludes speeds, limits of copies and guest slots."""
 
     @property
     def objective_name(self) -> str:
@@ -81,7 +82,7 @@ class Problem:
 
     @property
     def cost_model(self) -> CostModel:
-        """What rows cost, its default filled in."""
+        """The cost of rows, its default filled in."""
         return H200 if self.cost is None else self.cost
 
     @property
@@ -104,17 +105,17 @@ class Problem:
         return Settings.min_gain if self.min_gain is None else self.min_gain
 
     def with_defaults(self, **defaults: Any) -> Problem:
-        """The same, with these values of fields where this one says none."""
+        """A copy, with these values of fields that are None here."""
         missing = {name: v for name, v in defaults.items() if getattr(self, name) is None}
         return replace(self, **missing)
 
     def checked(self, placement: Placement) -> Problem:
-        """The same, with int64 tensors on the CPU, and the load as [B, E].
+        """A copy, with int64 tensors on the CPU, and the load as [B, E].
 
         Raises:
             TypeError: a field is no tensor, array or list.
             ValueError: a field's shape, dtype or range, or the objective; the message names it. Or
-                `min_gain` with what it does not go with. Or
+                fields that do not go together: `min_gain` with fields that it excludes, or
                 `max_quota` for a placement with guest slots. Or speeds, limits of copies or guest
                 slots with another objective than `tokens`.
             InfeasibleError: an expert whose copies' `max_quota` sum below its load.
@@ -151,7 +152,7 @@ class Problem:
         return self.max_quota is None or bool((self._capacity(placement) >= load).all())
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what bounds the plans of every batch; ranks compare it."""
+        """SHA-256 (hex) of the bounds of every batch's plan; ranks compare it."""
         state: list[Any] = [self.objective_name]
         if self.objective_name != "tokens":
             state.append(self.cost_model.fingerprint())
@@ -165,7 +166,7 @@ class Problem:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing decides a plan beside placement and load, but for defaults."""
+        """Whether placement and load alone decide a plan, with defaults for all other fields."""
         return (
             all(bound is None for bound in self.bounds.values())
             and self.guest_rule == Problem().guest_rule

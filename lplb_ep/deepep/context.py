@@ -53,9 +53,10 @@ def used() -> LayerUse | None:
 
 @contextlib.contextmanager
 def use(placement: Layer | Placement, slot: int = 0) -> Iterator[None]:
-    """Puts a placement in force on every buffer, for calls that cannot be given a view.
+    """Puts a placement in force on every buffer, for calls that have no view.
 
-    A context variable, read only when a plan is made: a backward pass needs none. Free to enter.
+    It sets a context variable, which is read only when a plan is made: a backward pass needs none.
+    Entering is local.
 
     Args:
         placement: the layer that runs inside, or the placement object that stands for it.
@@ -105,7 +106,7 @@ def layer_in_force(buffer: Any, state: BufferState) -> LayerUse | None:
 
 
 def planned_by(buffer: Any, state: BufferState) -> LayerUse | None:
-    """The layer that a call which plans goes by; None: pass the call on.
+    """The layer for which a call plans; None: pass the call on.
 
     Raises:
         ContractError: nothing is in force, callers pass experts, and the ranks have planned before.
@@ -180,7 +181,7 @@ def attach(
     experts: torch.nn.Module | Literal[False] | None = None,
     slot: int = 0,
 ) -> Attached:
-    """Declares that a layer has a placement's slots, and puts it in force while the layer runs.
+    """Declares that a layer has a placement's slots; the placement is in force while it runs.
 
     Collective where `buffer` is given.
 
@@ -188,15 +189,17 @@ def attach(
         module: the MoE layer, whose forward calls the buffer.
         placement: its `Layer`, or the placement object that stands for one.
         num_local_slots: P / R, the expert slots that the layer has on each rank, guest slots too.
-        buffer: the buffer it will call; its channel is made now, not at the first batch.
+        buffer: the buffer that the layer will call; its channel is made now, not at the first
+            batch.
         experts: the layer's slots, whose weights are checked: a ModuleList of P / R modules,
             or a module of parameters whose leading dimension is P / R. Guest slots do not count.
-            Default: `module.experts` if there is one. False: no check, for weights laid out
-            otherwise.
+            Default: `module.experts` if there is one. False: no check, for weights with another
+            layout.
         slot: which of the micro-batches in flight; each has a channel of its own.
 
     Returns:
-        A handle whose `remove()` detaches the layer. Of several attachments the last one holds.
+        A handle whose `remove()` detaches the layer. Of several attachments the last one is in
+        force.
 
     Raises:
         ContractError: the slots are not the placement's. Or LPLB_EP is 0, and callers pass experts.

@@ -1,6 +1,6 @@
 """The drop-ins for DeepEP's buffers: subclasses of its classes, or of the embedded ones.
 
-A drop-in is made on first use, and its class is held against the contract then.
+A drop-in is made on first use, and DeepEP's class is then compared with the contract.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def choose_backend(backend: str) -> tuple[str, str]:
         backend: "auto", "deep_ep" or "embedded".
 
     Raises:
-        MissingPackageError: DeepEP is asked for and cannot be imported.
+        MissingPackageError: DeepEP is requested and cannot be imported.
     """
     installed = importlib.util.find_spec("deep_ep") is not None
     if backend == "embedded":

@@ -6,7 +6,7 @@
         print(layer)
     metrics.reset()
 
-docs/metrics.md says what each number means, and how to send them on.
+docs/metrics.md explains each number, and how to send them to other tools.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def scalars(prefix: str = "lplb_ep") -> dict[str, float]:
     """The numbers of `snapshot` by name, as Weights & Biases and others log them.
 
     Args:
-        prefix: of the names, which are `prefix/layer/number`.
+        prefix: the beginning of the names, which are `prefix/layer/number`.
     """
     return {
         f"{prefix}/{stats.layer}/{name}": float(getattr(stats, name))
@@ -54,7 +54,7 @@ def write_tensorboard(writer: Any, step: int, prefix: str = "lplb_ep") -> None:
     """Writes the numbers of `snapshot` to TensorBoard.
 
     Args:
-        writer: a `torch.utils.tensorboard.SummaryWriter`, or what else has `add_scalar`.
+        writer: a `torch.utils.tensorboard.SummaryWriter`, or another object with `add_scalar`.
         step: the training step.
         prefix: as for `scalars`.
     """
@@ -63,7 +63,7 @@ def write_tensorboard(writer: Any, step: int, prefix: str = "lplb_ep") -> None:
 
 
 def register_prometheus(registry: Any = None) -> Any:
-    """Has Prometheus' client export the statistics: they are read whenever it is scraped.
+    """Registers the statistics with Prometheus' client, which reads them whenever it is scraped.
 
     Counters begin with the process, and `reset` leaves them alone. Imbalances are quotients of
     their rates (docs/metrics.md).

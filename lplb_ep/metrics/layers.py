@@ -17,16 +17,16 @@ from ..planning.tallies import Tally
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What the batches of one layer come to, on all micro-batch slots, since `reset`.
+    """Statistics of one layer's batches, on all micro-batch slots, since `reset`.
 
-    A batch is one plan: a forward pass of the layer, and once more where it is recomputed. Rows are
-    picks of experts: a token has K of them. Imbalances are the sum of the batches' largest rank
-    loads over the sum of their mean ones. So 1.25 says that the slowest ranks had 25 % more to do
-    than the average. They are 1 where there was nothing to do. Batches with no counts, such as
-    those that timed out, are in `by_status` alone.
+    A batch is one plan: a forward pass of the layer, or a recompute of it. Rows are picks of
+    experts: a token has K of them. Imbalances are the sum of the batches' largest rank loads over
+    the sum of their mean loads. So 1.25 means that the slowest ranks had 25 % more work than the
+    average. They are 1 where there was no work. Batches without counts, such as those that timed
+    out, are in `by_status` alone.
 
-    All is of the whole expert-parallel group, the same on each of its ranks, but for the fields
-    that begin with `rank` and `own`.
+    Fields are of the whole expert-parallel group, the same on each of its ranks, except those that
+    begin with `rank` and `own`.
     """
 
     layer: str
@@ -36,7 +36,7 @@ class LayerStats:
     num_ranks: int
     """R"""
     batches: int
-    """All that were planned."""
+    """All planned batches."""
     by_status: dict[str, int]
     """How many ended with each `Status`, by its name."""
     sent_home: int
@@ -50,29 +50,29 @@ class LayerStats:
     home_imbalance: float
     """Largest / mean rank load, had every token gone home."""
     imbalance: float
-    """Largest / mean rank load, as it was."""
+    """Largest / mean rank load, as planned."""
     bound: float
     """T* / mean rank load: no plan on these copies and guests has less. T* is not known of batches
-    that were sent home, or planned by another objective than tokens. 1 is in its place there."""
+    that were sent home, or planned by another objective than tokens. These count as 1."""
     worst_home_imbalance: float
-    """Of the one batch with the largest, had every token gone home."""
+    """The largest / mean rank load of the worst batch, had every token gone home."""
     worst_imbalance: float
-    """Of the one batch with the largest, as it was."""
+    """The largest / mean rank load of the worst batch, as planned."""
     guests: int
     """Experts that were copied to other ranks for a batch, in forward passes."""
     own_guests_sent: int
-    """Those that this rank sent."""
+    """Guests that this rank sent."""
     own_guests_received: int
-    """Those that came to this rank."""
+    """Guests that this rank received."""
     guest_bytes: int
     """Weights of all guests, in bytes; 0 where the layer has no `Guests` any more. A backward pass
-    may bring them once more, which is not counted."""
+    may push them once more, which is not counted."""
     largest_home_load: int
     """Sum over batches of the largest rank load at home, in rows, base loads included."""
     largest_load: int
-    """The same, as it was."""
+    """The same, as planned."""
     bound_load: int
-    """The same, of T*."""
+    """The same, for T*."""
     mean_load: float
     """Sum over batches of the mean rank load, in rows, base loads included."""
 
@@ -89,7 +89,7 @@ class LayerStats:
 
     @property
     def timed_out(self) -> int:
-        """Batches of which a rank's counts did not come in time."""
+        """Batches in which a rank's counts did not arrive in time."""
         return self.by_status.get("TIMED_OUT", 0)
 
     def __str__(self) -> str:
@@ -116,9 +116,9 @@ class LayerStats:
 
 
 class Window:
-    """Statistics since a moment that each layer may have of its own; at first since the beginning.
+    """Statistics since a moment, for each layer its own; at first since the beginning.
 
-    Sums on a device never go back. So windows are differences, and do not disturb each other.
+    Sums on a device never decrease. So windows are differences, and do not disturb each other.
     """
 
     def __init__(self) -> None:
@@ -155,8 +155,8 @@ _window = Window()
 def snapshot() -> list[LayerStats]:
     """The statistics of all layers that this process has planned with, in that order.
 
-    They are of the batches that are done by now, replays of CUDA graphs included, and wait for no
-    other. Any thread may call it, at any time.
+    They include all batches that are done by now, replays of CUDA graphs too. The call waits for no
+    other batch. Any thread may make it, at any time.
 
     Raises:
         RuntimeError: batches come faster than they can be read.

@@ -30,8 +30,8 @@ def save_placements(
 
     Args:
         path: the file, which is replaced.
-        placements: by the layers' numbers in the model. Or by names of modules, as
-            `placements_of_modules` has them: such a file serves `LPLB_EP_PLACEMENT` too.
+        placements: by the layers' numbers in the model. Or by names of modules, as in
+            `placements_of_modules`; `LPLB_EP_PLACEMENT` also takes such a file.
         format: "lplb-ep", "sglang", "tensorrt-llm", "vllm-ascend" or "vllm". Default: by the end of
             the name, `.yaml` for TensorRT-LLM, `.pt` for SGLang, `.npy` for vLLM, else our own.
 
@@ -68,7 +68,7 @@ def load_placements(
 
     Args:
         path: the file.
-        num_ranks: R, which most engines' files do not say; must be that of a file that does.
+        num_ranks: R, which most engines' files lack; must equal R of a file that has it.
         num_experts: E of an engine's file; by default one more than its largest entry.
         num_ranks_per_node: of an engine's file, as for `Placement`.
 

@@ -65,15 +65,15 @@ class Placement(Value):
         num_ranks_per_node: int | None = None,
         active_ranks: npt.ArrayLike | None = None,
     ) -> Placement:
-        """Experts in order, as many on each rank, and no replicas: nothing need be known of loads.
+        """Experts in order, equally many on each rank, without replicas. It needs no loads.
 
         Args:
-            num_experts: E, a multiple of the number of ranks that take part.
+            num_experts: E, a multiple of the number of active ranks.
             num_ranks: R.
             num_guests_per_rank: empty guest slots behind the homes, as for `Placement`.
             num_ranks_per_node: as for `Placement`.
             active_ranks: the ranks that take part, integers in [0, R); the slots of others are
-                empty. Default: all. With guest slots, all.
+                empty. Default: all. With guest slots it must be all.
 
         Raises:
             PlacementError: these ranks do not divide E, or another argument does not fit.
@@ -100,17 +100,17 @@ class Placement(Value):
         The table is the one that LPLB's planner makes (github.com/deepseek-ai/LPLB). A topology
         is LPLB's `r2o` [G, D], for groups of G ranks: rank i of a group copies from rank
         `r2o[i, d]` of that group. Home experts fill slots 0 … E / R - 1 of each rank; the k-th
-        slot after them holds the k-th home expert of rank `r2o[i, k % D]`. A group of ranks
-        shares no expert with another, so each is a linear program of its own.
+        slot after them holds the k-th home expert of rank `r2o[i, k % D]`. Groups of ranks share no
+        expert, so each group is a linear program of its own.
 
         With a load, home experts are packed on the ranks by load, in descending order on each, so
         that the hottest are the replicated ones. Without one they are in order, and the first are
         replicated.
 
-        With a load on several nodes, as in LPLB, the number of groups of ranks decides. Where it is
-        a multiple of the number of nodes, as many groups of consecutive experts stay whole on a
-        node each. A node that is one group of ranks then keeps its consecutive experts. Otherwise
-        experts are packed over all ranks.
+        With a load on several nodes, as in LPLB, the number of groups of ranks decides. If it is a
+        multiple of the number of nodes, as many groups of consecutive experts are formed, and each
+        stays on one node. A node that is one group of ranks then keeps its consecutive experts.
+        Otherwise experts are packed over all ranks.
 
         Args:
             topology: "cube" (8 ranks, 2 columns), "hypercube" (16, 2), "torus" (all ranks, 2),
@@ -158,12 +158,12 @@ class Placement(Value):
         their node. Global: over all ranks. Like EPLB, this judges rank loads by the even split of
         each expert over its copies.
 
-        A second copy on a rank is worth nothing to a plan. So no expert gets more copies than its
-        node has ranks, and copies that meet are swapped apart. Both are done only where the maximum
-        rank load does not grow, so two copies on a rank may remain.
+        A second copy on a rank never helps a plan. So no expert gets more copies than its node has
+        ranks, and second copies on a rank are swapped with other ranks' experts. Both are done only
+        where the maximum rank load does not grow, so two copies on a rank may remain.
 
-        Homes are distributed evenly, not each expert's first slot. So as many slots of each rank
-        may take other replicas when loads change.
+        Ranks get equal numbers of homes, where possible, instead of each expert's first slot. So
+        each rank has as many slots that may take other replicas when loads change.
 
         Args:
             load: [E] or [N, E] (summed) numbers of at least 0, in any unit.
@@ -208,11 +208,12 @@ class Placement(Value):
         num_guests_per_rank: int | None = None,
         active_ranks: npt.ArrayLike | None = None,
     ) -> Placement:
-        """A placement on which the linear program does best on the loads that may come.
+        """A placement on which the linear program's optimum is lowest for possible future loads.
 
         A local search over copies and homes minimises the optimum T* in scenarios: the samples, and
-        loads that drift away from them, little or far. Each strength of drift counts alike (see
-        `lplb_ep/placement/optimize`). One layer per call, seconds for 256 experts on 64 ranks.
+        loads that drift away from them, little or far. Each strength of drift has the same weight
+        (see `lplb_ep/placement/optimize`). Each call is for one layer, and takes seconds for 256
+        experts on 64 ranks.
 
         The same arguments give the same placement on one machine, unless `time_budget_s` ends the
         search. Another machine may round in another way. So compute a placement on one rank and
@@ -220,7 +221,7 @@ class Placement(Value):
 
         Args:
             samples: [E] or [N, E] numbers of at least 0, in any unit: batches or histories. Only
-                each one's shares count; those without load are left out.
+                the shares within a sample matter; samples without load are left out.
             num_ranks: R; with `start` its own.
             num_redundant_per_rank: as for `from_history`; with `start` its own.
             num_ranks_per_node: as for `Placement`; with `start` its own.
@@ -232,20 +233,20 @@ class Placement(Value):
                 in `from_history`.
             start: a placement to improve instead of a fresh one. Slots that keep their expert
                 stay where they are.
-            fixed_homes: homes of `start` do not move, only its further slots may change.
+            fixed_homes: homes of `start` do not move, and only its other slots may change.
             max_changes: the most slots of `start` that may change, each a copy of weights.
-            max_copies: the most copies of an expert that a change of `start` may lead to.
+            max_copies: the most copies of an expert after a change of `start`.
             percentile: in [0, 100]: minimise this percentile over all scenarios, not the means
                 at each strength of drift.
-            drift: in [0, 1], how far loads may move away: 1 less the least correlation of log
-                loads that is expected. 0: the samples as they are.
+            drift: in [0, 1], how far loads may drift: 1 minus the least expected correlation of log
+                loads. 0: the samples as they are.
             seed: of the scenarios.
             max_steps: moves that a search tries, each a copy changed or two swapped; a fresh
                 placement is searched for from a few starts. Default: 400, with `start` 300.
-            time_budget_s: seconds, at least 0, after which the search ends with the best so far. A
-                step that is under way and an exact judgement come on top.
+            time_budget_s: seconds, at least 0, after which the search ends with the best table so
+                far. The present step and an exact judgement take further time.
             num_guests_per_rank: empty guest slots behind those, as for `Placement`; the search
-                knows nothing of guests. Default: none; with `start` its own.
+                ignores guests. Default: none; with `start` its own.
             active_ranks: as for `from_history`. Default: all; with `start` those that hold experts
                 there.
 
@@ -297,9 +298,9 @@ class Placement(Value):
         engine has moved experts, make the placements anew.
 
         Args:
-            table: [P] or [layers, P] integers, -1 = a slot that holds nothing. It is a tensor on
-                any device, an array or nested lists. Or it is a mapping that has one of these as
-                "physical_to_logical_map", as SGLang's `--init-expert-location` files have.
+            table: [P] or [layers, P] integers, -1 = an empty slot. It is a tensor on any device, an
+                array or nested lists. Or it is a mapping with one of these as
+                "physical_to_logical_map", as in SGLang's `--init-expert-location` files.
             num_ranks: R; must divide P.
             num_experts: E; by default one more than the largest entry of all layers.
             num_ranks_per_node: as for `Placement`.

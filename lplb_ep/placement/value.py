@@ -23,7 +23,7 @@ Self = TypeVar("Self", bound="Value")
 
 
 class Value:
-    """What `Placement` is, but for its builders and files; it documents arguments and errors."""
+    """`Placement` without its builders and files; `Placement` documents arguments and errors."""
 
     num_ranks: int
     """R."""
@@ -121,11 +121,11 @@ class Value:
         return out
 
     def may_replace(self, other: Value, *, moves_homes: bool = False) -> bool:
-        """Whether this placement differs from another in replicas and their number alone.
+        """Whether this placement differs from another only in replicas and their number.
 
         Args:
             other: the placement that it would replace.
-            moves_homes: whether homes may differ, too: of an engine that moves all its experts.
+            moves_homes: whether homes may differ, too, as for an engine that moves all its experts.
         """
         sizes = ("num_ranks", "num_ranks_per_node", "num_experts", "num_physical_experts")
         same = all(
@@ -134,7 +134,7 @@ class Value:
         return same and (moves_homes or np.array_equal(self.home, other.home))
 
     def with_guests(self: Self, guests: npt.ArrayLike) -> Self:
-        """The placement of one batch, whose guest slots hold copies like any other.
+        """The placement of one batch, whose guest slots hold further copies.
 
         Residents keep their columns. Guests take the columns behind them, by local slot and then
         by rank. C stays.
@@ -143,8 +143,8 @@ class Value:
             guests: [R, G] integers, the expert in each guest slot, -1 = empty.
 
         Raises:
-            PlacementError: another shape, or an entry that is no expert. Or the rank holds it
-                already, or its home is on another node.
+            PlacementError: the shape is another, or an entry is no expert. Or the rank holds the
+                expert already, or the expert's home is on another node.
         """
         shape = self.num_ranks, self.num_ranks_per_node, self.num_guests_per_rank
         return type(self)(
@@ -157,7 +157,7 @@ class Value:
         )
 
     def with_guest_slots(self: Self, num_guests_per_rank: int) -> Self:
-        """The same residents with another number of guest slots behind them; C becomes as needed.
+        """The same residents with another number of guest slots; C changes as needed.
 
         Raises:
             PlacementError: it is no whole number of at least 0.
@@ -207,7 +207,7 @@ class Value:
         return _frozen(range(self.num_ranks) if self.num_guests_per_rank else np.unique(ranks))
 
     def on_ranks(self: Self, ranks: npt.ArrayLike, num_ranks_per_node: int) -> Self:
-        """The placement of some ranks by themselves, which must hold all experts.
+        """The placement of some ranks alone, which must hold all experts.
 
         Args:
             ranks: [A] integers, in order.

@@ -22,14 +22,14 @@ def check_plan(
     rank: int,
     problem: Problem | None = None,
 ) -> None:
-    """Holds a plan against everything that a plan must be.
+    """Checks all conditions that a plan must meet.
 
     Args:
-        plan: the plan that rank `rank` got.
-        topk_idx: [T, K], the logical experts that it was made from.
+        plan: the plan of rank `rank`.
+        topk_idx: [T, K], the logical experts from which it was made.
         placement: the copies.
         rank: this rank.
-        problem: what bounds the plan beside its counts; by default nothing does.
+        problem: bounds of the plan beside its counts; by default none.
 
     Raises:
         AssertionError: names the broken invariant.

@@ -14,7 +14,7 @@ from .structs import Status as Status
 
 
 class Results(NamedTuple):
-    """What a solver comes to, as fields of a `Plan`."""
+    """The results of a solver, as fields of a `Plan`."""
 
     counts: torch.Tensor
     quota: torch.Tensor
@@ -31,16 +31,16 @@ def number_of(head: torch.Tensor) -> torch.Tensor:
 class Plan:
     """The routing of one batch on one rank; all but `topk_idx` is the same on every rank.
 
-    Where `status` is REUSED, `topk_idx` and `status` alone are of this batch. All else is of the
-    batch whose quotas it goes by, the last one that was exchanged.
+    Where `status` is REUSED, only `topk_idx` and `status` are of this batch. All else is of the
+    batch whose quotas it uses, the last one that was exchanged.
 
     Args:
         topk_idx: the slots of the picks.
-        results: makes the results when they are first asked for. Most callers ask for none.
+        results: makes the results when they are first read. Most callers read none.
         split: makes the split [R, E, C] of counts [R, E] and quotas [E, C].
-        judge: says of quotas [E, C] of a load [E], on the CPU, what they come to.
+        judge: evaluates quotas [E, C] of a load [E], on the CPU.
         number: of the batch, where there are guest slots and counts were exchanged.
-        placement: by which it was made; None: by the one in force when it is looked at.
+        placement: by which the plan was made; None: the one in force when it is read.
     """
 
     topk_idx: torch.Tensor
@@ -121,14 +121,14 @@ class Plan:
     def split(self) -> torch.Tensor:
         """[R, E, C] int32: how many of each copy's tokens come from each source rank.
 
-        It is made when it is asked for: routing a rank's picks takes its own shares only.
+        It is made when it is read, since routing a rank's picks needs its own shares only.
         """
         return self._split(self.counts, self.quota)
 
     @functools.cached_property
     def reached(self) -> Reached:
-        """What the largest rank has in the unit of the objective, and the bound of all plans.
+        """The value of the largest rank in the unit of the objective, and the bound of all plans.
 
-        The CPU finds it when it is asked for, from counts and quotas, which waits for a GPU.
+        The CPU computes it when it is read, from counts and quotas, which waits for a GPU.
         """
         return self._judge(self.quota.cpu(), self.counts.cpu().long().sum(0))

@@ -48,20 +48,21 @@ _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 class Planner:
-    """Plans batches of one layer; a channel of its own between the ranks.
+    """Plans batches of one layer, by an exchange of its own between the ranks.
 
-    Every rank makes its planners in the same order and calls them for every batch, with no tokens
-    too: making one and each call are collective where there is a group. One thread at a time, and
-    batches one after the other: micro-batches in flight together need a planner each.
+    Every rank makes its planners in the same order and calls them for every batch, even without
+    tokens. Where there is a group, making one and each call are collective. Calls come from one
+    thread at a time, and batches one after the other: micro-batches in flight together need a
+    planner each.
 
     With the solver `cpu` a call waits for its input and is done on return. With the others all
-    steps run on the GPU, on the current stream. The CPU waits for nothing then, unless the exchange
-    waits on the host. A CUDA graph may capture such a call. A call on another stream than the last
-    one's runs after it; replays of graphs are the caller's to order. A planner must outlive its
-    graphs and all that it has put on the GPU.
+    steps run on the GPU, on the current stream. The CPU then waits only if the exchange waits on
+    the host. A CUDA graph may capture such a call. A call on another stream runs after the call
+    before; the caller puts replays of graphs in order. A planner must outlive its graphs and its
+    work on the GPU.
 
-    What only the GPU sees, such as an index out of range, raises at a later call, when the GPU has
-    come to it. Replays of a graph make no call: `raise_errors` waits and raises.
+    Errors that only the GPU sees, such as an index out of range, raise at a later call, when the
+    GPU has reached that batch. Replays of a graph make no call: `raise_errors` waits and raises.
 
     Args:
         placement: the layer, or the placement object that stands for one.
@@ -69,20 +70,20 @@ class Planner:
         rank: this rank, where there is no group.
         counts: how counts travel, one of `comm.connect.COUNTS`. With "given" each call brings the
             counts of all ranks.
-        solver: one of `settings.SOLVERS`. For the GPU, kernels are compiled now if they never were.
-        slot: which of several planners of one layer and group this is.
+        solver: one of `settings.SOLVERS`. For the GPU, missing kernels are compiled now.
+        slot: the number of this planner among several of one layer and group.
         compare: whether the ranks compare placement and settings now, which makes this collective.
             Placements are compared with every exchange too, by a tag of 28 bits.
         check: verify every batch and its plan at once, which waits for the GPU.
-        timeout_s: how long a rank waits for another rank's counts, in seconds.
+        timeout_s: seconds for which a rank waits for another rank's counts.
         abort_on_timeout: whether the process ends then, instead of raising at the next call.
         guest_tolerance, guest_min_tokens, objective, cost, min_gain: as in `Problem`, where the
             layer's problem has none.
         one_launch: the most picks of a batch that a GPU plans in one launch and not in three, in
             [0, 2048]. The results are the same.
-        every: batches from one that is exchanged and solved to the next. Those between go by the
-            last quotas, in proportion (`planning.reuse`): for inference, with static copies.
-        sample_every: batches from one whose loads are kept for a recording to the next; 0: none.
+        every: one in so many batches is exchanged and solved. The others use the last quotas, in
+            proportion (`planning.reuse`): for inference, with static copies.
+        sample_every: the loads of one in so many batches are kept for a recording; 0: none.
 
     Raises:
         TypeError: `placement` is neither a layer nor a placement.
@@ -90,7 +91,7 @@ class Planner:
         MissingPackageError: the solver needs a GPU or a package that is not there.
         CompileError: a kernel does not compile.
         RankError: ranks differ in placement, settings or version, or one refused its arguments;
-            names what and who.
+            names the difference and the ranks.
     """
 
     placement: Placement
@@ -208,23 +209,23 @@ class Planner:
 
     @property
     def statistics(self) -> Statistics:
-        """What its batches come to."""
+        """Statistics of its batches."""
         return self._backend.statistics
 
     @property
     def is_outdated(self) -> bool:
-        """Whether another placement is in force in its layer, which it was not prepared for."""
+        """Whether its layer has another placement in force, for which it was not prepared."""
         return self.placement is not self.layer.placement
 
     def raise_errors(self, *, wait: bool = True) -> None:
-        """Raises what the GPU found wrong with earlier batches. Local, nothing is exchanged.
+        """Raises errors that the GPU found in earlier batches. Local: nothing is exchanged.
 
-        Call it for batches that a CUDA graph replays, and before going on after an error: then
+        Call it for batches that a CUDA graph replays, and before going on after an error, so that
         every rank knows of the same batches. Of several faults the first is raised and the others
         are logged.
 
         Args:
-            wait: whether to wait for the GPU first; if not, what it has found so far is raised.
+            wait: whether to wait for the GPU first; if not, only errors found so far are raised.
 
         Raises:
             ValueError: a batch's `topk_idx` out of range, or given counts that were not its own.
@@ -256,7 +257,7 @@ class Planner:
                 `topk_idx`.
             stale: this rank's replica weights are out of date; one such rank sends all ranks'
                 tokens home. (A captured graph stays what it was captured with.)
-            indices: "physical" where `topk_idx` names slots, numbered without guest slots.
+            indices: "physical" where `topk_idx` has slots, numbered without guest slots.
             distinct: whether a token that picks one expert twice is refused.
 
         Raises:
@@ -278,10 +279,10 @@ class Planner:
         indices: str = "logical",
         distinct: bool = False,
     ) -> torch.Tensor:
-        """As a call, for those who need the slots [T, K] and nothing else of the plan.
+        """As a call, for callers that need only the slots [T, K] of the plan.
 
         Args:
-            topk_idx: of a shape and dtype that `check_topk_idx` takes.
+            topk_idx: of a shape and dtype that `check_topk_idx` accepts.
         """
         return self._route(topk_idx, None, stale, indices, distinct, False).topk_idx
 
@@ -353,17 +354,16 @@ class Planner:
         return as_counts(counts, self.placement)
 
     def prepare(self, placement: Placement) -> Callable[[], None]:
-        """Makes ready for other copies in its layer (`Placement.with_copies`). Local.
+        """Prepares for other copies in its layer (`Placement.with_copies`). Local.
 
         Returns:
-            A function that puts them in force, to be called on every rank between the same batches;
-            it cannot fail. On the GPU it writes tables in place, so CUDA graphs that hold calls of
-            this planner stay valid, and plan with the new copies.
+            A function that puts the copies in force, to be called on every rank between the same
+            batches. It never fails. On the GPU it writes tables in place. So CUDA graphs with calls
+            of this planner stay valid, and plan with the new copies.
 
         Raises:
             ValueError: the placement is not of this layer, or has another `max_replicas`. Or on the
-                GPU its tables do not fit where those of the first one lie; the message says by
-                what.
+                GPU its tables do not fit the memory of the first ones; the message names the size.
         """
         if not placement.may_replace(self.placement, moves_homes=self.layer.moves_homes):
             raise ValueError(f"{placement} is not one of this planner's layer: use with_copies")
@@ -389,14 +389,14 @@ class Planner:
     ) -> torch.Tensor:
         """Every token at its expert's home: nothing is exchanged or solved.
 
-        Of CUDA tensors the CPU waits for nothing, and a graph may capture a call that is not the
+        For CUDA tensors the CPU does not wait, and a graph may capture a call that is not the
         first.
 
         Args:
             topk_idx: [T, K] int32 or int64, logical experts in [0, E), -1 = no pick.
-            indices: "physical" where `topk_idx` names slots, numbered without guest slots.
-            distinct: whether a token that picks one expert twice is refused. Of CUDA tensors it is
-                not, without `check`: nothing depends on it at home.
+            indices: "physical" where `topk_idx` has slots, numbered without guest slots.
+            distinct: whether a token that picks one expert twice is refused. In CUDA tensors it is
+                refused with `check` only, since at home nothing depends on it.
 
         Returns:
             [T, K] of the same dtype and device: slots in [0, P), -1 where the input has -1.
@@ -416,7 +416,7 @@ class Planner:
         return self._homes[device](topk_idx, indices)
 
     def mask(self, given: torch.Tensor, planned: torch.Tensor) -> torch.Tensor:
-        """Planned slots for picks of which a caller has masked some since.
+        """Planned slots, without those of picks that a caller has masked since.
 
         Args:
             given: [T, K] int32 or int64, negative = masked.
@@ -428,9 +428,9 @@ class Planner:
         return self._backend.mask(given, planned)
 
     def refuse(self, error: Exception) -> NoReturn:
-        """Raises `error` after telling the other ranks, which wait for this one's counts.
+        """Sends a refusal to the other ranks, which wait for this one's counts; raises `error`.
 
-        They raise too. Collective, in the place of a call.
+        They raise, too. Collective, instead of a call.
         """
         assert self.exchange is not None, "only a planner with an exchange has ranks that wait"
         self._backend.refuse(self.exchange)
@@ -457,7 +457,7 @@ class Planner:
 
 
 def tag_of(placement: Placement, problem: Problem | None = None, every: int = 1) -> int:
-    """28 bits that ranks compare in every exchange: of the placement, and of what plans go by."""
+    """28 bits that ranks compare in every exchange: of the placement, and of settings of plans."""
     if (problem is None or problem.is_plain) and every == 1:
         return int(placement.fingerprint()[:7], 16)
     of_problem = "" if problem is None else problem.fingerprint()

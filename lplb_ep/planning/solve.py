@@ -28,8 +28,8 @@ log = logger(__name__)
 
 @dataclass(frozen=True, repr=False)
 class Solution:
-    """Quotas, and the proof of how good they are. By `tokens` no plan on the placement is better,
-    and by `experts` none has fewer active slots on its fullest rank."""
+    """Quotas, and a bound that proves their quality. By `tokens` no plan on the placement is
+    better, and by `experts` none has fewer active slots on its fullest rank."""
 
     quota: torch.Tensor
     """[.., E, C] int32: tokens of each copy; rows sum to the expert's load."""
@@ -40,20 +40,20 @@ class Solution:
     objective. By `tokens` it is T*, the optimum of the linear program. At unit speed the largest of
     `rank_load` + `base_load` is exactly ceil(T*), and so are active slots by `experts`."""
     tight_ranks: torch.Tensor
-    """[.., R] bool: the certificate. What these ranks must keep between them, whatever the plan
-    (see `rank_set_bound`), is T* times the sum of their speeds."""
+    """[.., R] bool: the certificate. The load that these ranks must keep in any plan (see
+    `rank_set_bound`) is T* times the sum of their speeds."""
     reached: torch.Tensor
-    """[..] float64: what the largest rank has by these quotas, in the same unit: tokens over speed,
-    active slots, or nanoseconds. Base loads are included."""
+    """[..] float64: the value of the largest rank by these quotas, in the same unit: tokens over
+    speed, active slots, or nanoseconds. Base loads are included."""
     objective: str
-    """What the largest rank was to have the least of."""
+    """The objective by which the quotas were found."""
     guests: torch.Tensor
     """[.., R, G] int32: the expert that each guest slot holds, -1 = none. Quotas, T* and its
     certificate are those of `placement.with_guests(guests)`."""
     solver: str
     """The solver that ran."""
     num_unfinished: int
-    """Loads that it ran out of rounds on, and that the CPU solved in its place."""
+    """Loads on which the solver ran out of rounds, and which the CPU solved instead."""
 
     def __repr__(self) -> str:
         """What the largest rank has, beside the bound; of several loads the largest of each."""
@@ -79,32 +79,33 @@ def solve(
     objective: str | None = None,
     cost: CostModel | None = None,
 ) -> Solution:
-    """Splits each expert's load over its copies so that the slowest rank is as fast as can be.
+    """Splits each expert's load over its copies so that the slowest rank is as fast as possible.
 
     Where the placement has guest slots, they are filled for each load first (`choose_guests`).
 
     minimise T subject to sum_c quota[e, c] = load[e] and
     (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
 
-    Quotas are whole, not negative, and at most `max_quota`. The problem is a flow's, so at unit
+    Quotas are whole, not negative, and at most `max_quota`. This is a flow problem, so at unit
     speed the whole-numbered optimum is T* rounded up, exactly. With another objective than
     `tokens`, quotas are those of `quotas_by_objective`.
 
     The CPU always finds the bound and its certificate, and proves a GPU's quotas by them. A
-    `Planner` on a GPU does without. A load on which the GPU's solver runs out of rounds is logged,
-    counted and solved on the CPU.
+    `Planner` on a GPU skips the proof. A load on which the GPU's solver runs out of rounds is
+    logged, counted and solved on the CPU.
 
     Args:
         load: [E] or [B, E] integers, tokens of each logical expert: a tensor on any device, an
             array or lists. A batch's total, base loads included, is at most 2**31 - 1.
         placement: the copies.
-        solver: who makes the quotas, one of `SOLVERS`. "auto" is the CPU for a load on the CPU.
-        base_load: [R] integers, tokens that stay on each rank (a shared expert's, say); default 0.
+        solver: one of `SOLVERS`. "auto" is the CPU for a load on the CPU.
+        base_load: [R] integers, tokens that stay on each rank, such as a shared expert's; default
+            0.
         speed: [R] positive integers, relative speeds that sum to at most 32767; default 1.
-        max_quota: [E, C] integers, the most tokens for each copy; default: no limit. It does not
-            go with guest slots.
+        max_quota: [E, C] integers, the most tokens for each copy; default: no limit. It excludes
+            guest slots.
         guest_tolerance, guest_min_tokens: when guests are taken, as in `Problem`.
-        objective, cost: what the largest rank has the least of, as in `Problem`.
+        objective, cost: as in `Problem`.
 
     Returns:
         A `Solution` on the device of `load`, with a leading B where `load` has one.
@@ -220,7 +221,7 @@ def _prove(
 def judge(
     quota: torch.Tensor, load: torch.Tensor, placement: Placement, problem: Problem
 ) -> Reached:
-    """What quotas [E, C] of a load [E] come to by the problem's objective, and the bound."""
+    """The value of quotas [E, C] of a load [E] by the problem's objective, and the bound."""
     if problem.objective_name != "tokens":
         arrays = quota.numpy().astype(np.int64), load.numpy().astype(np.int64)
         return reached_by_objective(*arrays, placement, problem)
@@ -236,7 +237,8 @@ def least_value(
     placement: Placement,
     problem: Problem,
 ) -> Fraction | int | None:
-    """What a plan must reach, by its judgement; None: any value, for costs have no exact plan."""
+    """The value that a plan must reach, by its judgement; None: any, since costs have no exact
+    plan."""
     if problem.objective_name in ("cost", "auto"):
         return None
     if problem.speed is None:
@@ -277,11 +279,10 @@ def rank_set_bound(
     speed: torch.Tensor | None = None,
     max_quota: torch.Tensor | None = None,
 ) -> Fraction:
-    """The lower bound that a set of ranks proves: what they must keep over what they can do.
+    """The lower bound that a set of ranks proves: the load that they must keep over their speed.
 
-    An expert's tokens must stay within the set as far as its copies outside cannot take them. The
-    maximum over all sets is T*: this is the linear program's dual, and `Solution.tight_ranks`
-    attains it.
+    An expert must keep the tokens in the set that its copies outside cannot take. The maximum over
+    all sets is T*: this is the linear program's dual, and `Solution.tight_ranks` attains it.
 
     Args:
         ranks: [R] bool, the set; not empty.
