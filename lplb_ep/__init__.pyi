@@ -41,13 +41,13 @@ from .weights.replicas import Replicas as Replicas
 __version__: str
 
 class _DropIn:
-    """What the drop-ins have beside DeepEP's methods."""
+    """Methods of the drop-ins beside DeepEP's."""
 
     def view(self, placement: Layer | Placement, slot: int = 0) -> Self: ...
     def stats(self) -> list[LayerStats]: ...
 
-# Subclasses of DeepEP's classes or of the embedded ones: which, is known when they are first used.
-# Methods that the embedded ones lack are named, and their arguments are DeepEP's to check.
+# Subclasses of DeepEP's classes or of the embedded ones; the choice is made at their first use.
+# Methods that the embedded ones lack are only named, since DeepEP checks their arguments.
 class Buffer(_DropIn, embedded.Buffer):
     def __init__(
         self,

@@ -29,9 +29,9 @@ def is_off() -> bool:
 
 
 def guests_for(num_experts: int, num_ranks: int) -> int:
-    """How many guest slots a rank gets where nobody says: 3 for 16 of its experts, 1 to 8.
+    """The default number of guest slots of a rank: 3 for 16 of its experts, from 1 to 8.
 
-    That many bring DeepSeek-V3's loads to the tolerance with homes in the router's order, at 4, 8
+    With that many DeepSeek-V3's loads reach the tolerance with homes in the router's order, at 4, 8
     and 32 experts a rank (docs/guests.md).
     """
     per_rank = num_experts // num_ranks
@@ -95,7 +95,7 @@ class BalancedLayer:
         return self.layer.name
 
     def report(self) -> LayerStats:
-        """What has become of the layer's batches. Local, and waits for none."""
+        """Statistics of the layer's batches. Local, and waits for no batch."""
         return stats_of([self.layer])[0]
 
 
@@ -107,23 +107,23 @@ class Balance:
     """Empty while LPLB_EP is 0 or unset."""
     pools: list[GuestPool] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    """What was changed in the model beside its MoE layers."""
+    """Changes of the model beside its MoE layers."""
     stays: str = ""
-    """Why `remove` cannot give the model back; empty: it can."""
+    """The reason why `remove` cannot restore the model; empty: it can."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def undo_with(self, function: Callable[[], None]) -> None:
-        """Adds a step of the way back; the last one goes first."""
+        """Adds a step that `remove` undoes; the last one is undone first."""
         self._undo.append(function)
 
     def replace(self, target: object, name: str, value: object) -> None:
-        """Gives an object another attribute, until `remove`."""
+        """Replaces an attribute of an object, until `remove`."""
         had, old = name in vars(target), vars(target).get(name)
         setattr(target, name, value)
         self.undo_with(lambda: setattr(target, name, old) if had else delattr(target, name))
 
     def report(self) -> list[LayerStats]:
-        """What has become of each layer's batches. Local, and waits for none."""
+        """Statistics of each layer's batches. Local, and waits for no batch."""
         return stats_of(layer.layer for layer in self.layers)
 
     def __str__(self) -> str:
@@ -134,10 +134,10 @@ class Balance:
         return "\n".join([*lines, *map(str, self.report())])
 
     def remove(self) -> None:
-        """Gives the model back as it was. Local; no batch may be in flight.
+        """Restores the model as it was. Local; no batch may be in flight.
 
         Raises:
-            ContractError: it has changed for good; nothing is done then.
+            ContractError: the model cannot be restored; nothing is done then.
         """
         if self.stays:
             raise ContractError(f"the balanced model cannot be given back: {self.stays}")

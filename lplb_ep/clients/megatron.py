@@ -38,9 +38,9 @@ _FUSED = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
 
 
 def provide_buffers() -> None:
-    """Has Megatron-Core find the embedded buffers where DeepEP is not installed.
+    """Gives Megatron-Core the embedded buffers where DeepEP is not installed.
 
-    Call it before Megatron-Core is imported. `lplb-ep run` does it by itself.
+    Call it before Megatron-Core is imported. `lplb-ep run` does so itself.
     """
     provide()
 
@@ -55,27 +55,27 @@ def balance(
 ) -> Balance:
     """Balances every MoE layer of a model. Collective over each expert-parallel group.
 
-    Call it once parameters have their dtype and device: behind `Float16Module`, before or behind
-    DDP and the optimizer. While LPLB_EP is 0 or unset, nothing is changed.
+    Call it when parameters have their dtype and device: after `Float16Module`, before or after DDP
+    and the optimizer. While LPLB_EP is 0 or unset, nothing is changed.
 
     Args:
         model: a module, or the model chunks of a pipeline.
         guests: guest slots of a rank; by default 3 for 16 of its experts, from 1 to 8.
-        replicas: static copies of a rank, in the place of guests. They need Megatron-Core's DDP.
+        replicas: static copies of a rank, instead of guests. They need Megatron-Core's DDP.
         load: [L, E] tokens of the experts of this model's layers, the same on all ranks that have
             these layers. Replicas are chosen for it, and with guests homes are placed by it.
         placement: homes with replicas, or with guest slots, for all layers or by `layer_number`.
-            Each rank has E / R homes. Where these are not in the router's order, weights are moved
-            there. Call it before DDP and the optimizer are made, then.
+            Each rank has E / R homes. If these are not in the router's order, weights are moved
+            there. Then call it before DDP and the optimizer are made.
 
     Returns:
-        The balanced layers. Keep them as long as the model; `remove()` gives the model back, if its
+        The balanced layers. Keep them as long as the model. `remove()` restores the model, if its
         homes are in the router's order.
 
     Raises:
         ContractError: a layer uses something that is not supported, or the placement does not fit.
             The message names all of it.
-        PlacementError, ValueError, RankError: what was asked for does not fit, or differs by rank.
+        PlacementError, ValueError, RankError: the arguments do not fit, or differ by rank.
     """
     if is_off():
         return Balance()
@@ -92,9 +92,9 @@ kept: list[Balance] = []
 
 
 def balance_when_called(kind: Any) -> None:
-    """Has MoE layers balanced by guests when the first batch reaches one, in this process.
+    """Balances MoE layers of this process by guests when the first batch reaches one.
 
-    They share a pool with those that were made before that. For programs that cannot be edited.
+    It is for programs that cannot be edited. All layers made before that batch share a pool.
 
     Args:
         kind: Megatron-Core's `MoELayer`.

@@ -195,7 +195,7 @@ class BalanceConverter(ModelConfigConverter):
         self.config = config
 
     def convert(self, model_config: Any) -> Any:
-        """Puts `BalancedRoutedExperts` in the place of `RoutedExperts`.
+        """Replaces `RoutedExperts` by `BalancedRoutedExperts`.
 
         Raises:
             ContractError: the model has no routed experts, or some that cannot be balanced. Or the
@@ -239,7 +239,7 @@ def balance(
 
 
 def balance_of(model: nn.Module) -> Balance:
-    """What of a model is balanced, with what became of its batches: for logs and tests."""
+    """The balanced layers of a model, with statistics of their batches: for logs and tests."""
     found = Balance()
     for name, module in model.named_modules():
         if isinstance(module, BalancedRoutedExperts) and module.balanced is not None:

@@ -62,5 +62,5 @@ class EventOverlap:
 
 
 def finished_event(asynchronous: bool) -> EventOverlap:
-    """What a call returns: an event only if it was asked to be asynchronous."""
+    """The event that a call returns: None unless the call is asynchronous."""
     return EventOverlap(EventHandle() if asynchronous else None)

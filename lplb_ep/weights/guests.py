@@ -1,9 +1,9 @@
 """Guests: copies of experts on other ranks, for one batch. Weights come, gradients go home.
 
-A guest is a second place to compute the same expert, for one batch only. A run with guests is the
-run with everything at home, up to the order of summation, as long as two things hold. When the
-experts of a batch run, forward or backward, its guests' weights are in the pool. And the gradients
-of guests are added to their homes' before anything else sees these.
+A guest is a second place to compute the same expert, for one batch only. A run with guests equals
+the run with everything at home, up to the order of summation, on two conditions. When the experts
+of a batch run, forward or backward, its guests' weights are in the pool. And the gradients of
+guests are added to their homes' before these are used.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ class Guests:
     """The guests of one layer's experts: their weights and gradients.
 
     The layer's forward pass takes its experts' weights from `weights` or `modules`, between
-    dispatch and combine. All else goes by itself: the drop-in's calls push weights, and gradients
-    go home within the backward pass. Nothing of it is in the optimizer, in `state_dict` or in a
+    dispatch and combine. The rest is automatic: the drop-in's calls push weights, and gradients go
+    home within the backward pass. Guests are not in the optimizer, in `state_dict` or in a
     checkpoint: the experts hold logical experts as before.
 
-    Construction is collective. The layer refers to it weakly: without its `Guests`, or while
-    they are not valid on some rank, a batch has none and goes home.
+    Construction is collective. The layer refers to its `Guests` weakly. Without them, or while they
+    are not valid on some rank, a batch has no guests and goes home.
 
     Args:
-        experts: this rank's resident slots, those that are no guest slots, in one of the two forms
-            that `slot_parameters` takes. Persistent buffers are refused, as by `Replicas`.
+        experts: this rank's resident slots, which are all but the guest slots, in one of the two
+            forms that `slot_parameters` takes. Persistent buffers are refused, as by `Replicas`.
         placement: the layer, or the placement object that stands for one. It has guest slots.
-        group: the expert-parallel group, whose rank r holds the placement's rank r. None only
-            where the placement has one rank.
-        pool: the memory that it shares with other layers, or several with a `slot` each, for
-            micro-batches in flight together. By default one of its own.
-        layer_waits: whether a dispatch leaves the wait for guests to the layer, which may compute
-            with its residents meanwhile: `split_weights`. Their backward pass does not overlap.
+        group: the expert-parallel group, whose rank r is the placement's rank r. None only where
+            the placement has one rank.
+        pool: the memory that the layer shares with other layers. Or several pools with a `slot`
+            each, for micro-batches in flight together. By default one pool of its own.
+        layer_waits: whether the layer waits for guests, not the dispatch. It may compute with its
+            residents meanwhile (`split_weights`). The backward pass does not overlap.
 
     Raises:
         ValueError: the experts do not fit the placement, or the pool. Or they have persistent
@@ -115,14 +115,14 @@ class Guests:
 
     @property
     def expert_bytes(self) -> int:
-        """Weights of one expert, as they travel."""
+        """Bytes of one expert's weights, as they travel."""
         return sum(self._layout.slot_bytes)
 
     # --- what a plan asks -------------------------------------------------------------------------
 
     @property
     def is_valid(self) -> bool:
-        """Whether guests can be had: the weights are here, as they were when this was made. Local.
+        """Whether guests can be pushed: the weights are as they were at construction. Local.
 
         Where they are not, that is logged once, and the batch goes home on all ranks.
         """
@@ -133,14 +133,14 @@ class Guests:
         return not obstacle
 
     def prepare(self, slot: int = 0) -> None:
-        """Has the current stream wait for all that uses the pool: a batch is to be planned. Local.
+        """Makes the current stream wait, before a plan, for all work on the pool. Local.
 
         Args:
             slot: which of the micro-batches in flight.
 
         Raises:
             ContractError: no pool is for this micro-batch, or its pool is in use by another one.
-            RankError: a rank's guests did not come in time for an earlier batch.
+            RankError: a rank's guests did not arrive in time for an earlier batch.
         """
         pool = self._pool(slot)
         pool.check_free(self)
@@ -160,11 +160,11 @@ class Guests:
             guests: [R, G] int32, of the plan: the expert in each guest slot, -1 for none.
             slot: which of the micro-batches in flight.
             status: [] int32, of the plan.
-            number: [1] int64, of the plan. Without it a rank that misses a batch, as one does whose
-                plan timed out, gets no later ones either.
+            number: [1] int64, of the plan. Without it a rank that misses a batch, for instance
+                after a time-out, gets no guests in later batches either.
 
         Returns:
-            What stands for the batch in `wait` and `push_again`.
+            An object for the batch, for `wait` and `push_again`.
         """
         pool = self._pool(slot)
         counted = None if number is None else BatchNumber(number.to(pool.device))
@@ -173,13 +173,13 @@ class Guests:
         return stay
 
     def push_again(self, stay: Stay, slot: int = 0) -> None:
-        """Brings a batch's guests back where its pool was used since. On all ranks alike.
+        """Pushes a batch's guests again where its pool was used since. Collective.
 
         Raises:
             ContractError: the home weights have changed since the batch was dispatched, or the pool
                 is in use by another batch.
-            RankError: that is so on another rank. Over peers the GPU learns it, and a later call
-                raises. Or a rank's guests did not come in time for an earlier batch.
+            RankError: the same on another rank. Over peers the GPU finds it, and a later call
+                raises. Or a rank's guests did not arrive in time for an earlier batch.
         """
         pool = self._pool(slot)
         if pool.stay is stay:
@@ -199,7 +199,7 @@ class Guests:
         self._push(stay, pool)
 
     def wait(self, slot: int = 0) -> None:
-        """Has the current stream wait for the arrival of what was pushed last."""
+        """Makes the current stream wait until the guests pushed last have arrived."""
         self._pool(slot).transport.wait()
 
     def skip(self, slot: int = 0) -> None:
@@ -213,18 +213,18 @@ class Guests:
     def weights(self, x: Tensor, slot: int = 0) -> tuple[Tensor, Weights]:
         """The weights of all local slots, for the batch that was dispatched last.
 
-        What the layer computes must come from these, not from the parameters: gradients of guests
-        go home by them. The node that sends them runs once `x` has its gradient, also where no
-        row came to this rank. So the layer's output must depend on the returned `x`.
+        The layer must compute with these weights, not with the parameters: through them gradients
+        of guests go home. The autograd node that sends gradients runs when `x` has its gradient,
+        even on a rank without rows. So the layer's output must depend on the returned `x`.
 
         Args:
             x: the received rows, of a floating dtype.
             slot: which of the micro-batches in flight.
 
         Returns:
-            `x` to go on with, and for each parameter name the weights of resident slots and of
-            guest slots. Of stacked experts these are tensors [L, ...] and [G, ...], else lists of L
-            and G tensors. A guest slot without a guest holds anything, and no row goes there.
+            `x` for the further computation, and by parameter name the weights of resident slots and
+            of guest slots. For stacked experts these are tensors [L, ...] and [G, ...], else lists
+            of L and G tensors. A guest slot without a guest has undefined values, and gets no rows.
 
         Raises:
             ContractError: the pool holds another layer's batch, or one whose handle was dropped.
@@ -238,12 +238,12 @@ class Guests:
     ) -> tuple[Tensor, dict[str, Any], Callable[[], dict[str, Any]]]:
         """As `weights`, in two steps: a layer computes with residents while guests arrive.
 
-        With `layer_waits` nothing else has waited for guests.
+        With `layer_waits` no other call has waited for guests.
 
         Returns:
-            `x` to go on with. By name the weights of resident slots. And a function that has the
-            current stream wait for guests, and returns their weights by name. It raises
-            ContractError once another batch uses the pool.
+            `x` for the further computation. By name the weights of resident slots. And a function
+            that makes the current stream wait for guests, and returns their weights by name. It
+            raises ContractError once another batch uses the pool.
 
         Raises:
             ContractError: as `weights`.
@@ -263,13 +263,13 @@ class Guests:
         return x, self._named(tensors[: len(own)]), arrive
 
     def late_weights(self, slot: int = 0) -> tuple[Weights, Callable[[], None]]:
-        """As `weights`, where weights' gradients come behind the experts' backward pass.
+        """As `weights`, where weights' gradients are computed after the experts' backward pass.
 
-        The weights are leaves of their own, which have `grad` once their gradients have come.
+        The weights are leaves of their own, whose `grad` is set once it is computed.
 
         Returns:
-            By name the weights. And a function that sends guests' gradients home and hands the
-            others on to the parameters. Every rank calls it once `grad` is there, before another
+            By name the weights. And a function that sends guests' gradients home and passes the
+            others on to the parameters. Every rank calls it once `grad` is set, before another
             batch uses the pool.
 
         Raises:
@@ -288,11 +288,11 @@ class Guests:
         return weights, functools.partial(send_late, batch, own, leaves)
 
     def modules(self, x: Tensor, slot: int = 0) -> tuple[Tensor, list[Callable[..., Any]]]:
-        """As `weights`, for a list of modules: what computes each of the L + G local slots.
+        """As `weights`, for a list of modules: a callable for each of the L + G local slots.
 
         Returns:
-            `x` to go on with, and a callable for each local slot. That of a guest slot is the first
-            module with the guest's weights in the place of its own.
+            `x` for the further computation, and a callable for each local slot. That of a guest
+            slot is the first module with the guest's weights instead of its own.
 
         Raises:
             TypeError: the experts are stacked.
@@ -423,8 +423,8 @@ class Guests:
         """A number that grows where home weights may have changed. Local.
 
         FSDP2 frees a gathered parameter's memory in its storage, and gathers it there again. That
-        is no change, unless some optimizer has stepped meanwhile: it holds the sharded parameter,
-        and nothing of the gathered one need show the step.
+        is no change, unless some optimizer has stepped meanwhile. An optimizer holds the sharded
+        parameter, and the gathered one may not show its step.
         """
         steps = self._watch.num_steps
         step = steps, 0 if steps else last_step()

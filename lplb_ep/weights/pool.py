@@ -24,10 +24,10 @@ from .slots import local_part
 
 @dataclass(eq=False)
 class Stay:
-    """What one batch of a layer has put into a pool.
+    """The use of a pool by one batch of a layer.
 
     The batch's plan refers to it, and the pool does so weakly until the batch's experts run. So a
-    batch that was given up before is not in flight.
+    batch that was given up before then is not in flight.
     """
 
     owner: object
@@ -49,10 +49,9 @@ class Stay:
 class GuestPool:
     """Memory for the guests of every layer whose batches run one after the other.
 
-    A batch's guests are there from its dispatch until its experts have run. They are there again
-    from the backward pass of its combine until that of its experts. In between other layers use the
-    memory.
-    Micro-batches that are in flight together need a pool each.
+    A batch's guests are in the pool from its dispatch until its experts have run. They are there
+    again from the backward pass of its combine until that of its experts. In between other layers
+    use the memory. Micro-batches that are in flight together need a pool each.
 
     Construction is collective. Guests are no parameters: a pool is in no `state_dict`.
 
@@ -61,10 +60,10 @@ class GuestPool:
         num_guests_per_rank: G, as in the placements.
         experts: the experts of a layer, or of several layers in a list, as `Guests` take them. The
             pool is large enough for each.
-        slot: which of the micro-batches in flight it is for.
+        slot: the micro-batch slot that the pool is for.
         transport: how weights and gradients travel. "peers": a kernel writes to the other GPUs'
-            memory. "torch": collectives of `torch.distributed`, whose sizes the CPU has to know.
-            "auto": the first of them that is available.
+            memory. "torch": collectives of `torch.distributed`, for which the CPU waits for the
+            plan. "auto": the first of them that is available.
 
     Raises:
         TypeError: `experts` are no modules.
@@ -157,7 +156,7 @@ class GuestPool:
         )
 
     def join(self) -> None:
-        """Has the current stream wait for all that reads and writes the pool on this rank."""
+        """Makes the current stream wait for all work on the pool on this rank."""
         self.transport.join()
         if self.device.type != "cuda":
             return
@@ -176,7 +175,7 @@ class GuestPool:
             self._streams.add(torch.cuda.current_stream(self.device))
 
     def await_guests(self, stay: Stay | None) -> None:
-        """Has the current stream wait for a batch's guests, before its experts read them there.
+        """Makes the current stream wait for a batch's guests, before its experts read them.
 
         Raises:
             ContractError: the pool holds another batch by now.
@@ -191,9 +190,9 @@ class GuestPool:
         self.use(stay)
 
     def check_free(self, owner: object) -> None:
-        """Refuses a batch while another one's experts have still to run.
+        """Refuses a batch while experts of another batch have still to run.
 
-        A recompute is part of its batch. So in a backward pass the same layer may come again.
+        A recompute is part of its batch. So in a backward pass the same layer may plan again.
 
         Raises:
             ContractError: the batch of another layer, or another batch of this one, is in flight.
@@ -219,9 +218,9 @@ class GuestPool:
         return "" if stay.owner is owner and graph_task() >= 0 else str(stay.owner)
 
     def put(self, stay: Stay | None) -> None:
-        """Says whose guests are in the pool from now on; None: the batch at hand goes home.
+        """Sets the batch whose guests are in the pool from now on; None: it goes home.
 
-        That one leaves the guests of a batch in flight where they are.
+        A batch that goes home leaves the guests of a batch in flight where they are.
         """
         self._goes_home = stay is None
         if stay is None and (held := self.stay) is not None and held.is_awaited:
@@ -229,7 +228,7 @@ class GuestPool:
         self._stay, self._used = None if stay is None else weakref.ref(stay), None
 
     def clear(self) -> None:
-        """Says that there are no guests in the pool: some transports put gradients there."""
+        """Marks the pool as without guests, since some transports put gradients there."""
         self._stay = self._used = None
 
 
@@ -241,9 +240,9 @@ def graph_task() -> int:
 
 @contextlib.contextmanager
 def outside_of_checkpoints() -> Iterator[None]:
-    """For what a recompute does more, or less, than its forward pass: nothing that is trained.
+    """A context for work that only a forward pass does, or only its recompute: nothing trained.
 
-    Selective checkpointing numbers the operations of either, and takes saved results by the number.
+    Selective checkpointing numbers the operations of both, and finds saved results by the number.
     """
     with _disable_current_modes(), torch.no_grad():
         yield

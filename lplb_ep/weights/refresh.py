@@ -1,8 +1,8 @@
 """Placements kept up to date: all ranks move replicas at once when loads have changed.
 
-The first rank of a group watches the loads, and replicas are chosen in a process beside it. At a
-boundary between steps it offers them, and every rank prepares. Only when all ranks are ready, they
-switch. A failure before that leaves the old placement in force everywhere.
+The first rank of a group watches the loads, and a separate process chooses replicas. At a boundary
+between steps the first rank offers them, and every rank prepares. Ranks switch only when all are
+ready. A failure before that leaves the old placement in force everywhere.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Refreshed:
     step: int
     """How many steps had ended."""
     placement: Placement
-    """The placement in force now."""
+    """The placement that is now in force."""
     num_copies: int
     """Replicas that were moved."""
     imbalance_before: float
@@ -49,21 +49,21 @@ class Refreshed:
 
 
 class Refresher:
-    """Moves replicas of layers whose traffic has moved on.
+    """Moves replicas of layers whose loads have changed.
 
-    Off unless `LPLB_EP_REFRESH` (or `settings`) gives the number of steps between looks. While it
-    is off, `step` does nothing. Homes, and with them the optimizer's state, stay where they are.
-    The number of slots stays, and tables on the GPU are rewritten in place: captured CUDA graphs
-    stay valid.
+    It is off unless `LPLB_EP_REFRESH` (or `settings`) gives the number of steps between looks.
+    While it is off, `step` does nothing. Homes, and with them the optimizer's state, stay where
+    they are. The number of slots stays, and tables on the GPU are rewritten in place: captured CUDA
+    graphs stay valid.
 
-    Make it after the layers' `Replicas`, and before their planners, views and attachments: only
+    Make it after the layers' `Replicas`, and before their planners, views and attachments, so that
     these reserve capacity for other replicas. A channel that was made before is made anew.
 
     Args:
         layers: the replicas of each layer, all on one group, each with a placement object of its
-            own. Placements are chosen and judged by counts of tokens alone: the base loads and
-            speeds of a layer's problem count in its plans, not here.
-        settings: those named `refresh…` count; by default the environment's.
+            own. Placements are chosen and judged by counts of tokens alone, without the base loads
+            and speeds of a layer's problem.
+        settings: of which those named `refresh…` apply; by default the environment's.
         choose: chooses replicas, see `Choose`; by default `Placement.for_lp`. Another process calls
             it, so it must be a function that can be imported there.
 
@@ -111,12 +111,13 @@ class Refresher:
     def step(self) -> list[Refreshed]:
         """Ends a step, and moves replicas on every rank where a better choice is ready. Collective.
 
-        Every rank calls it after the same batches, where nothing is in flight. In training that is
-        between optimizer steps, after `reduce_gradients` and with no micro-batch or recompute
+        Every rank must call it after the same batches, where nothing is in flight. In training that
+        is between optimizer steps, after `reduce_gradients` and with no micro-batch or recompute
         pending. In serving it is between the engine's steps.
 
-        Before `copy_weights` it moves no weights, since that call will. Otherwise it moves those of
-        the new replicas only. Only every `LPLB_EP_REFRESH`-th call exchanges or waits.
+        Before `copy_weights` it moves no weights, since that call moves all of them. Otherwise it
+        moves those of the new replicas only. Only every `LPLB_EP_REFRESH`-th call exchanges or
+        waits.
 
         Returns:
             The layers whose replicas were moved, the same on every rank; most often none.

@@ -1,9 +1,9 @@
 """Weights of replicas kept equal to their home's, gradients of replicas summed into the home's.
 
-A replica is a second place to compute the same expert. A run with replicas is the run with
-everything at home, up to the order of summation, as long as two things hold. Whenever tokens go to
-a replica, its weights equal the home's. Before the optimizer steps, the home's gradient holds what
-every copy contributed.
+A replica is a second place to compute the same expert. A run with replicas equals the run with
+everything at home, up to the order of summation, on two conditions. Whenever tokens go to a
+replica, its weights equal the home's. Before the optimizer's step, the home's gradient is the sum
+over all copies.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Replicas:
             is a buffer with `persistent=False`, which is neither copied nor checkpointed. A weight
             that is not trained is a parameter with `requires_grad=False`.
         placement: the layer, or the placement object that stands for one.
-        group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r holds the
+        group: the expert-parallel group, of `placement.num_ranks` ranks, whose rank r is the
             placement's rank r. None only where the placement has one rank.
         transport: moves weights and gradients. "peers": copies into the other GPUs' memory (one
             node, CuPy). "torch": collectives of `torch.distributed`, with gloo through the CPU.
@@ -108,7 +108,7 @@ class Replicas:
         backward: writing a weight that autograd has saved is an error there.
 
         Args:
-            async_op: overlap it with what the current stream does next. That work must neither
+            async_op: overlap it with the next work of the current stream. That work must neither
                 write nor use these experts before it has waited for the returned transfer. Until
                 then tokens go home.
 
@@ -160,7 +160,7 @@ class Replicas:
 
         Call it once per step, after the last micro-batch's backward and before the data-parallel
         reduction, unscaling and clipping. An optimizer's step is next, and not all optimizers can
-        be watched. So the replicas are stale from here until `copy_weights`.
+        be watched. So the replicas are stale from this call until `copy_weights`.
 
         The gradient is `parameter.main_grad` where that is set (Megatron-Core), else
         `parameter.grad`. A replica's gradient travels in its own dtype, and the home's keeps its
@@ -170,8 +170,8 @@ class Replicas:
         the CPU waits for.
 
         Args:
-            async_op: overlap it with what the current stream does next. That work must leave these
-                experts' gradients alone before it has waited for the returned transfer.
+            async_op: overlap it with the next work of the current stream. That work must not use
+                these experts' gradients before it has waited for the returned transfer.
 
         Returns:
             The transfer to wait for; None without `async_op`.
@@ -179,7 +179,7 @@ class Replicas:
         Raises:
             ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64, or
                 not of its weight's shape.
-            RankError: that is so on another rank.
+            RankError: the same on another rank.
         """
         mover = self._mover
         mover.finish()
@@ -224,12 +224,13 @@ class Replicas:
         this rank of an expert that has several copies. With `async_op`, true from when the
         transfer is waited for.
 
-        Noticed are in-place operations that autograd counts (`load_state_dict`, most optimizers),
-        a step of any `torch.optim.Optimizer` that holds the parameter, and replaced parameters.
+        These changes are noticed: in-place operations that autograd counts (`load_state_dict`, most
+        optimizers), a step of any `torch.optim.Optimizer` that holds the parameter, and replaced
+        parameters.
 
-        Other changes must be followed by `mark_stale` or `copy_weights`. Collectives of
-        `torch.distributed` on a weight are such, and replays of a CUDA graph, and writes through
-        `.data` or a flat buffer behind the parameter.
+        Call `mark_stale` or `copy_weights` after other changes. These are collectives of
+        `torch.distributed` on a weight, replays of a CUDA graph, and writes through `.data` or a
+        flat buffer behind the parameter.
 
         While FSDP2 has gathered the parameters for a forward pass, the sharded ones count.
 
@@ -238,7 +239,7 @@ class Replicas:
         return not self._replicas or (self._mover.pending is None and self._watch.is_intact)
 
     def mark_valid(self) -> None:
-        """Says that the replicas equal the home weights as they are now (an engine fills them).
+        """Declares that the replicas equal the home weights now, as an engine has filled them.
 
         Not within a forward pass under FSDP2.
         """
@@ -260,7 +261,7 @@ class Replicas:
         the optimizer's state, without touching a home's row. That is harmless: nothing reads a
         replica's row before `copy_weights` writes the home's values over it.
 
-        It holds for optimizers that treat elements one by one (SGD, Adam, AdamW). Others take a
+        This is true of optimizers that treat elements one by one (SGD, Adam, AdamW). Others take a
         norm over a whole tensor (LAMB, Adafactor, Muon), which mixes the rows of a stack, replicas'
         among them. Give those a list of modules.
         """
@@ -289,13 +290,13 @@ class Replicas:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Loads the experts whose home is here and leaves the replicas stale. Local.
+        """Loads the experts whose home is on this rank and leaves the replicas stale. Local.
 
         Call `copy_weights()`, which is collective, once every rank has loaded.
 
         Args:
-            state: the merged `state_dict` of the ranks of any placement of the same experts. It
-                has at least the experts whose home is here; others are not read. Values are
+            state: the merged `state_dict` of the ranks of any placement of the same experts. It has
+                at least the experts whose home is on this rank; others are not read. Values are
                 converted to the parameters' dtype and device.
 
         Raises:
@@ -347,10 +348,10 @@ class Replicas:
 
 
 class Change:
-    """Other replicas of a layer, of which nothing is in force yet: made by `Replicas.prepare`.
+    """Other replicas of a layer, which are not in force yet: made by `Replicas.prepare`.
 
-    Homes stay, and with them the optimizer's state. `fetch` writes no weight, and `commit` cannot
-    fail. So ranks may agree in between that all of them have what they need.
+    Homes stay, and with them the optimizer's state. `fetch` writes no weight, and `commit` never
+    fails. So ranks may agree in between that all of them are ready.
     """
 
     def __init__(self, replicas: Replicas, placement: Placement, payload: Payload) -> None:
@@ -360,7 +361,7 @@ class Change:
         """Whether the weights of all other replicas here equal their homes'."""
 
     def fetch(self) -> None:
-        """Brings the weights of the replicas that are new. Collective."""
+        """Fetches the weights of new replicas. Collective."""
         self._fetched = self._replicas._mover.send(self._payload)
 
     @torch.no_grad()
