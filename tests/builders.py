@@ -18,8 +18,8 @@ def ranks_of(placement, expert):
 
 
 def circulant(rng, R, num_edges):
-    """Each rank has a home, and the next ranks at some distances its copies: one expert with three,
-    if there is room for its six edges a rank, the others with two, and two edges."""
+    """Each rank has a home, and the next ranks at some distances have its copies. One expert has
+    three copies, if a rank can have its six edges. The others have two copies, and two edges."""
     distances = rng.permutation(np.arange(1, R))[: num_edges // 2 - (num_edges >= 6)].tolist()
     groups = [distances[:2], *([d] for d in distances[2:])]
     if num_edges < 6:

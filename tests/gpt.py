@@ -472,7 +472,7 @@ def two_models(group, run):
 
 
 def stage(group, run):
-    """Whether this rank's stage has MoE layers, its losses, and what is said of its layers."""
+    """Whether this rank's stage has MoE layers, its losses, and the reports on its layers."""
     with megatron(run):
         training = Training(run)
         has_experts = any("experts" in name for name, _ in training.named_parameters())

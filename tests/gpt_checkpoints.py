@@ -132,7 +132,7 @@ def settled(group, run, late):
         chunks = Training(off).chunks if late else chunks_of(run, config)
         try:
             balance(chunks, load=load_of(0 if late else group.rank() // run.ep))
-        except Exception as error:  # noqa: BLE001  (which one is what is asked)
+        except Exception as error:  # noqa: BLE001  (the test asks which one)
             return type(error).__name__, str(error)
     return "", ""
 

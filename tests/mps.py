@@ -13,7 +13,7 @@ _CONTROL = "nvidia-cuda-mps-control"
 
 
 def has_gpu_each(num_ranks: int = 2) -> bool:
-    """Whether each rank has a GPU, or all are told to do with parts by LPLB_TEST_SHARE_GPU=1.
+    """Whether each rank has a GPU, or shares one as LPLB_TEST_SHARE_GPU=1 requests.
 
     Ranks that share a GPU want NCCL of 2.30 at least, with NCCL_MULTI_RANK_GPU_ENABLE=1.
     """

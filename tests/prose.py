@@ -79,7 +79,7 @@ def sentences_of_cuda(text):
 
 
 def sentences_of_markdown(text):
-    """Yields (line, sentence) of Markdown: no code, no tables, and of links what is read."""
+    """Yields (line, sentence) of Markdown: no code, no tables, and only the text of links."""
     blank = lambda match: "\n" * match[0].count("\n")  # noqa: E731  (lines keep their numbers)
     text = re.sub(r"^ *```.*?^ *```", blank, text, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"<!--.*?-->|<[^>\n]+>", blank, text, flags=re.DOTALL)

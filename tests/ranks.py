@@ -1,7 +1,7 @@
 """Runs a function on several gloo ranks, each a process of its own.
 
-The processes are forked from a server that has torch imported, and stay for the whole test
-session, so that a test on eight ranks costs milliseconds and not eight imports of torch.
+The processes are forked from a server that has torch imported, and stay for the whole test session.
+So a test on eight ranks costs milliseconds and not eight imports of torch.
 """
 
 from __future__ import annotations
@@ -139,9 +139,9 @@ def run(
 ) -> list[Any]:
     """`[function(group, *args, **kwargs) for each rank]`, run on `num_ranks` gloo ranks at once.
 
-    `function` must be importable (defined at a test module's top level). A rank that raises fails
-    the call with `RanksFailedError`, and one whose process ended with an "EOFError" there; ranks
-    that hang are killed after `timeout` seconds.
+    `function` must be importable (defined at a test module's top level). If a rank raises, the call
+    fails with `RanksFailedError`. A rank whose process ended has "EOFError" there. Ranks that hang
+    are killed after `timeout` seconds.
     """
     pool = _pool(num_ranks)
     for pipe in pool.pipes:

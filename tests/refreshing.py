@@ -29,8 +29,8 @@ EXAMPLES = str(Path(__file__).parents[1] / "examples")
 
 
 def hot(samples, num_ranks, num_redundant_per_rank, *, start, max_changes, **options):
-    """A stand-in for a real choice: each replica in turn goes to the hottest expert that its rank
-    does not hold, where that is another one, until `max_changes` have moved."""
+    """A stand-in for a real choice. Each replica in turn changes to the hottest expert that its
+    rank does not hold, until `max_changes` have moved."""
     assert options.keys() == {"fixed_homes", "within_node", "max_copies", "seed", "time_budget_s"}
     assert start.num_local_slots == -(-start.num_experts // num_ranks) + num_redundant_per_rank
     load = samples.sum(0).astype(float)

@@ -281,9 +281,9 @@ def serve(
         writes: whether the table is written to here, or by `refresh`.
 
     Returns:
-        Of each step, layer and micro-batch the layer, the experts [T, K] that this rank's tokens
-        picked, the rows [P / R] that came to its slots, and the table then. Where a rank has no
-        tokens, the experts are a dispatcher's `dummy`.
+        For each step, layer and micro-batch: the layer, the experts [T, K] of this rank's tokens,
+        the rows [P / R] of its slots, and the table then. Where a rank has no tokens, the experts
+        are a dispatcher's `dummy`.
     """
     same, own = np.random.default_rng(5), np.random.default_rng((6, group.rank()))
     rank, seen = group.rank(), []

@@ -320,8 +320,8 @@ def raises(error: type[Exception], call: Callable[[], object]) -> None:
 class OtherRanks:
     """The other ranks of an exchange by windows: their rows come before this rank's batch.
 
-    Kernels that wait for rows find them, so the ranks need not run at the same time, which tools
-    that serialise kernels would not let them.
+    Kernels that wait for rows find them. So the ranks need not run at the same time, which tools
+    that serialise kernels do not allow.
 
     Args:
         placement: of all ranks.

@@ -72,7 +72,7 @@ def test_without_a_gpu_the_command_says_so(fails):
 
 @pytest.mark.usefixtures("clean_environment")
 def test_calls_are_timed_in_every_mode(capsys, monkeypatch, tmp_path):
-    """With no GPU; the buffers in force are told apart by what they call."""
+    """With no GPU; the buffers in force are distinguished by their calls."""
     homes, plans = [], []
     for name, seen in (("home", homes), ("_route", plans)):
         monkeypatch.setattr(Planner, name, counting(getattr(Planner, name), seen))

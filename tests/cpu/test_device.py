@@ -298,8 +298,11 @@ def sections(image):
 
 
 def parameter_sizes(info):
-    """Of a kernel's arguments in order, from its section .nv.info: entries of a format, an
-    attribute (0x17: a parameter's number, offset and size) and, in format 4, so many bytes."""
+    """The sizes of a kernel's arguments in order, from its section .nv.info.
+
+    An entry has a format, an attribute (0x17: a parameter's number, offset and size) and a size.
+    In format 4 so many bytes follow.
+    """
     found, at = {}, 0
     while at < len(info):
         kind, attribute, size = struct.unpack_from("<BBH", info, at)

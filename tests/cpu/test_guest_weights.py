@@ -263,7 +263,7 @@ def layers_share(group):
         outs.append(batch.experts(batch.x))
     calls, push = [], pool.transport.push
     pool.transport.push = lambda *args: (calls.append("push"), push(*args))
-    # No plan has told that slots are free.
+    # No plan has shown that slots are free.
     pool.transport.barrier = lambda *given: calls.append("barrier")
     for batch, out in reversed([*zip(batches, outs, strict=True)]):
         batch.dispatch_again()

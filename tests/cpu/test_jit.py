@@ -407,7 +407,7 @@ def test_a_launch_has_its_arguments_where_the_driver_looks():
         prepared(99)
         assert tuple(seen) == arguments
     assert launched == 2 * [(7, 3, 4, 1, 128, 1, 1, 1000, 99)]
-    # What is written later is launched, and the rest as it was.
+    # Arguments written later are launched, and the others as before.
     seen = []
     prepared.writer(1, 4, "4s")(b"new.")
     prepared.writer(3, 0, "q")(7)

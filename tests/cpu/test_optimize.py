@@ -96,8 +96,8 @@ def test_one_redundant_slot_in_all():
 
 
 def test_noise_and_few_samples():
-    """Half of the experts never seen, 40 tokens a batch: still a whole placement, and no worse
-    than EPLB's where the truth is even among those that live."""
+    """Half of the experts have no tokens, and a batch has 40. The placement is still complete, and
+    no worse than EPLB's on a load that is even over the other half."""
     rng = np.random.default_rng(0)
     alive = np.repeat([True, False], 32)
     noise = rng.multinomial(40, alive / alive.sum(), size=3)

@@ -72,7 +72,7 @@ def test_the_split_prefers_own_rank_then_node_then_rank_order():
     quota[0] = torch.tensor([24, 16])
     shares = cpu.split(counts, quota, placement)[:, 0]
     # Rank 3 keeps its ten, and takes six of its neighbour; rank 0 takes its own node's twenty,
-    # and then what is left over.
+    # and then the rest.
     assert shares.tolist() == [[10, 0], [10, 0], [4, 6], [0, 10]]
 
 

@@ -78,7 +78,7 @@ def test_absent_picks_and_dense_layers(tmp_path):
 
 
 def test_sglang_statistics(tmp_path):
-    logical = torch.zeros(5, 3, 8, dtype=torch.int32)  # a ring buffer with room left, a dense layer
+    logical = torch.zeros(5, 3, 8, dtype=torch.int32)  # a ring buffer, partly empty; a dense layer
     logical[:2, 1:] = torch.randint(1, 99, (2, 2, 8), dtype=torch.int32)
     torch.save(
         {"rank": 0, "logical_count": logical, "average_utilization_rate_over_window": None},

@@ -136,7 +136,7 @@ def equal_placements(group):
     views = [buffer.view(p, slot) for p, slot in ((first.placement, 0), (second, 0))]
     mark_valid(second)
     (done,) = first.offer(moved())
-    views.append(buffer.view(first.placement, slot=1))  # made after, by what is in force
+    views.append(buffer.view(first.placement, slot=1))  # made after, by the placement in force
     views.append(buffer.view(done.placement, slot=2))  # which is another name of the layer
     picks = traffic("new", group.rank(), 0)
     seen = [view.get_dispatch_layout(picks, E)[2].tolist() for view in views]

@@ -95,8 +95,8 @@ def expert_and_data_parallel_mesh():
 def fully_sharded(form: str, dim: int | None = None) -> SimpleNamespace:
     """Experts 0 and 1, at home in slots 0 and 2, on two expert-parallel x two data-parallel ranks.
 
-    FSDP2 has the layer in one piece with the experts, so that it keeps them gathered after a
-    forward pass: it does that with its root.
+    FSDP2 wraps the layer together with the experts. It keeps them gathered after a forward pass, as
+    it does with its root.
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import Shard

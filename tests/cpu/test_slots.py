@@ -1,4 +1,4 @@
-"""The modules that `Replicas` take: their parameters by slot, and what is refused."""
+"""The modules that `Replicas` take: their parameters by slot, and modules that are refused."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def result():
 
 def test_replicas_follow_from_the_look_after(result):
     workloads, timeline = result
-    # The shift is at 9: of the batches 8 to 11 three show it, and what is found by them is in force
-    # from the look after on.
+    # The shift is at 9: of the batches 8 to 11 three show it, and their replicas are in force from
+    # the next look on.
     (move,) = timeline.moves
     assert (move.batch, move.layer) == (16, 3)
     assert 1 <= move.num_copies <= 8 < move.num_anew

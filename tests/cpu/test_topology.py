@@ -109,8 +109,8 @@ def test_topology_makes_the_table_of_lplb(name, num_ranks, combined, with_load):
         assert (copied != np.arange(num_ranks)).all()
 
 
-# Computed with LPLB's planner (its torch code on the CPU): "cube" on 16 ranks in nodes of 8, that
-# is two expert groups on two nodes, and on one node of 16.
+# Computed with LPLB's planner (its torch code on the CPU): "cube" on 16 ranks in nodes of 8, and on
+# one node of 16. Nodes of 8 make two expert groups on two nodes.
 LPLB_TABLES = [
     (
         (7, 32, 1),

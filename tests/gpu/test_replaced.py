@@ -84,7 +84,7 @@ def test_a_plan_from_before_keeps_its_split():
 
 
 def test_what_does_not_fit_is_refused():
-    placement = cube()  # without room
+    placement = cube()  # without capacity
     planner = Planner(placement, rank=3, counts="given")
     table = placement.physical_to_logical.reshape(16, -1).copy()
     table[0, -1] = table[8, 3]  # a second copy joins the two groups

@@ -10,8 +10,8 @@ import torch
 
 NUM_EXPERTS, NUM_TOPK = 64, 4
 MOST_TOKENS = 400  # of a rank in a batch
-# A sum over ranks of products rounded to bfloat16, of 8 bits: each of at most 8 terms is off by
-# 2**-9 of itself, and each sum of two by as much again.
+# A sum over ranks of products rounded to bfloat16, of 8 bits. Each of at most 8 terms is off by
+# `2**-9` of itself, and each sum of two by as much again.
 TOLERANCE = 2**-6
 FP8_TOLERANCE = 2**-3  # e4m3 has 3 bits, and fewer below 2**-6 of a scale
 

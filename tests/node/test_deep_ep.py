@@ -33,7 +33,7 @@ HIDDEN = 512
 
 
 def make_buffer(group, placement):
-    # What a rank's part of the GPU has room for at once: DeepEP itself hangs with 8 of 14 SMs.
+    # As many as run at once on a rank's part of the GPU: DeepEP itself hangs with 8 of 14 SMs.
     lplb_ep.Buffer.set_num_sms(8 if group.size() < 8 else 4)
     return lplb_ep.Buffer(
         group,

@@ -89,9 +89,9 @@ def be_late(stream):
 
 
 def both(group, transport, buffer_bytes, num_steps):
-    """Steps on the GPU and on the CPU. On the GPU now the program's stream is late and now the one
-    beside it, so that whatever does not wait for the other uses what was there before; and what
-    was sent or received is written over at once."""
+    """Steps on the GPU and on the CPU. On the GPU the program's stream and the one beside it are
+    late by turns. So work that does not wait for the other stream reads old values. Sent and
+    received memory is written over at once."""
     start(group, buffer_bytes)
     for number, (dtype, accumulate) in enumerate(
         [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)]
