@@ -252,7 +252,7 @@ def _obstacles(module: Any) -> Iterator[str]:
 
 
 def _install(made: Balance, module: Any, layer: Layer, experts: Experts, slots: Slots) -> None:
-    """Puts a layer's dispatch and experts in the place of Megatron's."""
+    """Replaces Megatron's dispatch and experts of a layer."""
     manager = module.token_dispatcher._comm_manager
     made.replace(manager, "num_local_experts", layer.placement.num_local_slots)
     dispatch = _dispatch(manager.dispatch, layer, module.experts, slots)

@@ -239,7 +239,7 @@ class _Pass(torch.autograd.Function):
 
 
 class _StandIn:
-    """An object as its own code sees it, with other attributes in the place of some."""
+    """An object as its own code sees it, with some attributes replaced."""
 
     def __init__(self, original: Any, given: Mapping[str, Any]) -> None:
         self.__dict__.update(given, _original=original)

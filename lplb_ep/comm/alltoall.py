@@ -97,7 +97,7 @@ class Copies(Protocol):
         """Copies bytes from an address to another, on the current stream."""
 
     def barrier(self, number: int) -> None:
-        """Waits, on the current stream, until all ranks have come to barrier `number`: 1, 2, …"""
+        """Waits, on the current stream, until all ranks have reached barrier `number`: 1, 2, …"""
 
 
 class PeerTransport:
@@ -108,7 +108,7 @@ class PeerTransport:
     What a rank receives is cut into rounds. In a round every rank copies its part into the others'
     windows, waits until all have done so, and takes its own out. A window has two buffers, for even
     and odd rounds. That suffices: a rank writes in round n + 2 behind the barrier of round n + 1.
-    Each rank comes to that barrier when it has taken out round n.
+    Each rank reaches that barrier when it has copied round n out.
 
     Args:
         rank: this rank.

@@ -58,7 +58,7 @@ class PeerCopies:
         self._flags = torch.tensor([*flags], dtype=torch.int64).to(device)
         self._missing = torch.zeros(len(flags), dtype=torch.int32).pin_memory()
         self.missing = self._missing.numpy()
-        """[R] 1 where a rank did not come to a barrier in time."""
+        """[R] 1 where a rank did not reach a barrier in time."""
         self._kernel = _barrier(device.index)
         self._last = torch.cuda.current_stream(device)
 
@@ -79,9 +79,9 @@ class PeerCopies:
             )
 
     def barrier(self, number: int) -> None:
-        """Waits, on the GPU, until every rank has come to its barrier of that number.
+        """Waits, on the GPU, until every rank has reached its barrier of that number.
 
-        A rank comes there when all that its GPU was given before is done. Numbers rise from 1.
+        A rank reaches it when all earlier work of its GPU is done. Numbers rise from 1.
         """
         self._stream()
         num_ranks = len(self.missing)

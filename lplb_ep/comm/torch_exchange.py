@@ -161,13 +161,13 @@ class Event(Protocol):
         """On the current stream."""
 
     def query(self) -> bool:
-        """Whether the GPU has come there."""
+        """Whether the GPU has reached the event."""
 
 
 class GpuWatch:
     """Watches the collectives of a group of NCCL, for which the CPU does not wait.
 
-    One event is fixed until the GPU has come there, and the other stands behind the last
+    One event is fixed until the GPU has reached it, and the other is behind the last
     collective. Replays of CUDA graphs record none, so they are not watched.
 
     Args:
@@ -202,7 +202,7 @@ class GpuWatch:
             self._name, self._is_new = name, True
 
     def find(self) -> str:
-        """Says which ranks do not come, once for each collective. Waits for nothing."""
+        """Names the missing ranks, once for each collective. It does not wait."""
         now = time.monotonic()
         if self._since is not None and self._watched.query():
             self._since, self._said = None, False

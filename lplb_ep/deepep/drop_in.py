@@ -157,7 +157,7 @@ def _init(base: type, contract: Contract) -> Callable[..., None]:
                 "LPLB_EP_COST": "none" if cost is None else cost.fingerprint(),
                 "LPLB_EP_MIN_GAIN": settings.min_gain,
                 "LPLB_EP_EVERY": settings.every,
-                # The solver that this comes to here: one rank may lack a package.
+                # The solver that this rank would take: it may lack a package.
                 "solver": solver_fact(settings.solver) if settings.mode == "1" else "none",
                 "placement": _fingerprint(own),
                 "lplb_ep version": __version__,
@@ -278,9 +278,9 @@ def _view(self: Any, placement: Layer | Placement, slot: int = 0) -> Any:
 
 
 def _stats(self: Any) -> list[LayerStats]:
-    """What the batches of each layer come to that plans in this buffer's group; a view's alone.
+    """Statistics of each layer that plans in this buffer's group; of a view, its own layer.
 
-    It waits for no batch, and nothing is exchanged: a rank knows all of it.
+    It waits for no batch, and nothing is exchanged: each rank has all numbers.
 
     Returns:
         The statistics since `lplb_ep.metrics.reset`, as of the last batch that is done.

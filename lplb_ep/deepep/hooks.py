@@ -30,7 +30,7 @@ Hook = Callable[[Any, BufferState, Call], Any]
 
 
 def override(function: Callable[..., Any], hook: Hook) -> Callable[..., Any]:
-    """A method in the place of one of DeepEP's, which goes by `hook` where ranks balance."""
+    """A method that replaces one of DeepEP's, and calls `hook` where ranks balance."""
     original = Original(function)
 
     @functools.wraps(function)

@@ -78,7 +78,7 @@ class PlannedCall:
         setattr(key, _NAME, self)
 
     def slots_for(self, given: Any, *, may_be_masked: bool = False) -> torch.Tensor:
-        """The slots for the picks of a later call, held against those that were planned.
+        """The slots for the picks of a later call, compared with those that were planned.
 
         Args:
             given: `topk_idx` of the later call.
@@ -148,7 +148,7 @@ def plan(buffer: Any, state: BufferState, use: LayerUse, call: Call, check: Chec
     Args:
         buffer: the buffer of the call.
         state: of the buffer.
-        use: the layer that the call goes by.
+        use: the layer for which the call plans.
         call: a call with `topk_idx`, `num_experts` and `previous_event`.
         check: of the method.
 

@@ -369,7 +369,7 @@ class Buffer(LowLatencyCalls):
         in_rank: torch.Tensor,
         counts: torch.Tensor,
     ) -> int:
-        """L, with the picks held against the layout."""
+        """L, after comparing the picks with the layout."""
         per_expert = counts[self.group_size :]
         if topk_idx is None and topk_weights is None:
             return len(per_expert) // self.group_size

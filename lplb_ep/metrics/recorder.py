@@ -86,10 +86,10 @@ class Recorder:
             pass
 
     def write(self, *, now: bool = False) -> None:
-        """Writes the file where there is something new and the time has come.
+        """Writes the file if there are new samples and enough time has passed.
 
         Args:
-            now: whether the time has come in any case.
+            now: whether to write whatever the time.
         """
         start = time.monotonic()
         if not self._num_new or not (now or start >= self._next_write):
@@ -138,7 +138,7 @@ class Recorder:
     def _table(self) -> tuple[list[str], npt.NDArray[np.int32], list[int]]:
         """The layers' names, their loads [N, L, E], and how many batches came before each.
 
-        A layer that a batch did not come to has zeros there, which readers take for idle.
+        A layer without a sample of a batch has zeros there, which readers take for idle.
         """
         sizes = [next(iter(loads.values())).size for loads in self._loads.values()]
         num_experts = max(sizes, key=sizes.count)

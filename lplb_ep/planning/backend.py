@@ -70,7 +70,7 @@ class Backend(Protocol):
         """
 
     def refuse(self, exchange: Exchange) -> None:
-        """Tells the other ranks, in the place of a batch, that this rank refuses its input."""
+        """Sends a refusal of this rank's input to the other ranks, instead of a batch."""
 
     def mask(self, given: torch.Tensor, planned: torch.Tensor) -> torch.Tensor:
         """Slots [T, K] of `planned`, but -1 where `given` [T, K] is negative."""
@@ -98,4 +98,4 @@ class Backend(Protocol):
 
     @property
     def statistics(self) -> Statistics:
-        """What its batches come to."""
+        """Statistics of its batches."""

@@ -49,7 +49,7 @@ class DeviceBackend:
         moves_homes: whether these may have other homes, too.
         windows: where kernels exchange rows; None: rows travel by other means.
         timeout_s: how long a batch waits for the rows, in seconds.
-        abort_on_timeout: whether the process ends when a row does not come in that time.
+        abort_on_timeout: whether the process ends when a row is missing after that time.
         one_launch: as `Workspace` has it.
         sample_every: as `DeviceStatistics` has `every`.
         every: as `Workspace` has it.

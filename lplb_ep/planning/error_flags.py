@@ -25,7 +25,7 @@ class ErrorFlags:
         placement: names the planner in messages.
         rank: this rank. What all ranks know the first one logs.
         timeout_s: how long kernels wait for another rank's counts, in seconds.
-        abort_on_timeout: whether the process ends when a rank does not come in that time.
+        abort_on_timeout: whether the process ends when a rank is missing after that time.
     """
 
     def __init__(

@@ -43,9 +43,9 @@ class Workspace:
         limit_ns: how long a batch waits for the rows.
         max_rounds: of a solver.
         one_launch: the most picks of a batch that is planned in one launch; 0: none.
-        every: batches from one that is exchanged and solved to the next. Those between go by what
-            it left in `results`.
-        statistics: what its batches come to.
+        every: one in so many batches is exchanged and solved. The others use the results that it
+            left in `results`.
+        statistics: memory for the sums over its batches.
     """
 
     def __init__(

@@ -36,7 +36,7 @@ Bool = npt.NDArray[np.bool_]
 
 
 class Reached(NamedTuple):
-    """What a plan comes to, in the unit of its objective, and what no plan betters."""
+    """The value of a plan in the unit of its objective, and the bound of all plans."""
 
     value: Fraction | int
     """Of the largest rank, with base loads: tokens over speed, active slots, or nanoseconds."""
@@ -73,7 +73,7 @@ def quotas_by_objective(
       that costs least.
     - `auto`: the same.
 
-    What a plan costs is its largest rank cost. Each component of the placement goes by itself.
+    The cost of a plan is its largest rank cost. Each component of the placement is separate.
 
     Args:
         load: [E] whole numbers, tokens of each expert.
@@ -102,7 +102,7 @@ def quotas_by_objective(
 
 
 def reached(quota: Int64, load: Int64, placement: Placement, problem: Problem) -> Reached:
-    """What quotas [E, C] of a load [E] come to by `experts`, `cost` or `auto`, and the bound."""
+    """The value of quotas [E, C] of a load [E] by `experts`, `cost` or `auto`, and the bound."""
     base = _base(problem, placement)
     active = _active(load, placement, problem)
     if problem.objective_name == "experts":
@@ -168,7 +168,7 @@ class _Tokens:
 
 
 class _Limits(NamedTuple):
-    """What a search goes by."""
+    """The rules of a search."""
 
     measure: _Measure
     least: int
@@ -393,7 +393,7 @@ class _Component:
 
 @dataclass(frozen=True)
 class _State:
-    """A component's rows, and what they come to."""
+    """A component's rows, and their values by rank."""
 
     rows: Int64
     """[arcs]"""
@@ -434,7 +434,7 @@ class _Reach:
         self.amount, self.active = state.amount.copy(), state.active.copy()
         """After the move that reached the rank."""
         self.entered = np.full(size, -1)
-        """The arc that it came to."""
+        """The arc by which the chain reached the rank."""
         self.root = np.full(size, -1)
         """The arc by which the chain left its first rank."""
         self.root_amount, self.root_active = np.zeros(size, np.int64), np.zeros(size, np.int64)

@@ -77,7 +77,7 @@ def check_windows(every: int, windows: Windows | None) -> None:
 
 
 def check_reusable(*, stale: bool) -> None:
-    """Checks that a batch may go by quotas of an earlier one.
+    """Checks that a batch may use the quotas of an earlier one.
 
     Raises:
         ContractError: this rank's replicas are stale, or a backward pass may come.

@@ -46,9 +46,9 @@ class Replay:
     residents: torch.Tensor | None = None
     """The integer plan without guests; None: no placement has guest slots, and `lp` is that."""
     reused: torch.Tensor | None = None
-    """The plan where one in so many batches is solved, and the others go by its quotas.
+    """The plan where one in so many batches is solved, and the others use its quotas.
 
-    As `LPLB_EP_EVERY` has them. None: that was not asked for."""
+    They are those of `LPLB_EP_EVERY`. None: not requested."""
     guests: torch.Tensor | None = None
     """[N, L] int64: copies of experts that a batch moves, over all ranks."""
     most_sent: torch.Tensor | None = None
@@ -147,7 +147,7 @@ class Replay:
 
 
 def with_gaps(values: Any) -> Any:
-    """Nested lists of numbers, with None in the place of NaN, as JSON and CSV can have them."""
+    """Nested lists of numbers, with None instead of NaN, as in JSON and CSV."""
     if isinstance(values, list):
         return [with_gaps(value) for value in values]
     return None if values != values else values

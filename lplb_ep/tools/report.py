@@ -47,7 +47,7 @@ def page_of(
 
     Args:
         recording: the batches.
-        result: what they came to; with rank loads, so of placements with equal numbers of ranks.
+        result: the replay of them, with rank loads: placements have equal numbers of ranks.
         placements: one for each layer.
         title: headline.
         about: what was replayed, in words.

@@ -15,7 +15,7 @@ _NO_COINCIDENCE = 1000
 
 
 class Counted(NamedTuple):
-    """What ids come to."""
+    """The counts of ids."""
 
     counts: npt.NDArray[np.int64]
     """[N, L, E]: tokens that picked each expert, by batch and layer."""

@@ -147,7 +147,7 @@ class GuestTransport(Protocol):
                 plan: the CPU must not wait for it where plans are made on a GPU.
             status: [] int32, of the plan. With it a rank that alone plans without guests has NaN in
                 its slots, and not the weights of an earlier batch.
-            number: of the batch, where a transport could go by it.
+            number: of the batch, for transports that use it.
         """
 
     def wait(self) -> None:

@@ -48,8 +48,8 @@ _SUMS = {
 class PeerGuests:
     """A `GuestTransport` by kernels that write and read the memory of other ranks of a node.
 
-    Pushes run on a stream of their own. Behind each a block waits there until this rank's guests
-    have come. Where one does not come in time its slot holds NaN, and the rank at fault is named.
+    Pushes run on a stream of their own. Behind each push a block waits there until this rank's
+    guests have arrived. The slot of a late guest holds NaN, and the rank at fault is named.
 
     Args:
         rank: this rank.
@@ -60,7 +60,7 @@ class PeerGuests:
         node_size: ranks of a node.
         num_blocks: of a push, and of a sum of gradients; each takes an SM's shared memory for half.
         timeout_s: how long ranks wait for one another, in seconds.
-        abort_on_timeout: whether the process ends when a rank does not come in that time.
+        abort_on_timeout: whether the process ends when a rank is missing after that time.
         chunk: bytes that one bulk copy takes.
         num_stages: chunks in a block's shared memory.
 

@@ -382,7 +382,7 @@ class Change:
 def _pairs(placement: Placement) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Pairs of slots of all ranks, by expert and column of logical_to_physical.
 
-    Weights come to a rank once: further copies there take them from the first.
+    A rank receives weights once: further copies there take them from the first.
 
     Returns:
         (home, replica) of each replica, and (where its weights come from, replica).

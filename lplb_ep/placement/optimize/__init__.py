@@ -13,7 +13,7 @@ of whose excess no table avoids.
 - `cuts` keeps the sets found so far (Kelley 1960, Benders 1962). They give the effect of every
   change of a slot and of every swap at once, to first order, by products of matrices.
 - `search` balances the best of these moves, which keeps one or brings new cuts.
-- `build` lets the exact solver choose among the tables that searches began with and came to. The
+- `build` lets the exact solver choose among the first and last tables of the searches. The
   gap between the bounds differs by table, and is 0.02 of the mean for some of LPLB's pairs.
 
 The mean rank load is the unit of all loads. The same arguments give the same table on one machine,

@@ -170,7 +170,7 @@ def optimize(
         start: [P] int64 table to improve, -1 = empty; None: make one.
         movable: [P] bool, slots of `start` that may change; None: all.
         max_changes: slots that may differ from `start`; None: all.
-        max_copies: of an expert that the search comes to from `start`; None: any number.
+        max_copies: of an expert, in a search from `start`; None: any number.
         percentile: of the scenarios' optima to minimise, in [0, 100]; None: the mean at each
             strength of drift.
         drift: see `scenarios`.

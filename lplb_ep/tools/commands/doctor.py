@@ -168,7 +168,7 @@ def _describe_guests(settings: Settings) -> tuple[str, str]:
 
 
 def _describe_cost(settings: Settings) -> tuple[str, str]:
-    """The cost model, why it, where its numbers come from, and who goes by it."""
+    """The cost model, the reason for it, the source of its numbers, and its users."""
     import torch
 
     from ...cost import choose_cost
