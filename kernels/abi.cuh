@@ -501,8 +501,9 @@ struct Objective {
     int slope;         // of each tile beyond the last step
     int least_cost;    // of an expert beyond the table, for `least_tiles`
     int least_tiles;   // tiles that cost that
+    int free_rows;     // of a slot, that cost no more than one
 };
-LPLB_SIZE(Objective, 32);
+LPLB_SIZE(Objective, 40);
 LPLB_PLACE(Objective, costs, 0);
 LPLB_PLACE(Objective, kind, 8);
 LPLB_PLACE(Objective, num_steps, 12);
@@ -510,6 +511,7 @@ LPLB_PLACE(Objective, tile, 16);
 LPLB_PLACE(Objective, slope, 20);
 LPLB_PLACE(Objective, least_cost, 24);
 LPLB_PLACE(Objective, least_tiles, 28);
+LPLB_PLACE(Objective, free_rows, 32);
 
 #undef LPLB_SIZE
 #undef LPLB_PLACE

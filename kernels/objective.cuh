@@ -247,7 +247,7 @@ struct ByObjective {
             place.amount()[threadIdx.x] = place.staying_tokens()[threadIdx.x] + place.of_tokens().at(threadIdx.x);
         int ranks = c.shape.ranks, mean = ending.total / ranks + (ending.total % ranks != 0);
         Search<V, CountTokens>{c, place.amount(), place.active(), verdicts, place.reach(), {}, load, max(mean, most), most_active,
-                               o.tile}.run();
+                               o.free_rows}.run();
     }
 
     // Adds up the tokens of each rank, for the threads of ranks alone.

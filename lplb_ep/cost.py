@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ Int64 = npt.NDArray[np.int64]
 
 MAX_STEPS = 128
 """Steps of a table; kernels keep them in shared memory."""
+FEW_COPIES, FEW_TILES = 8, 1024
+"""Of an expert: up to which the least cost over its copies is found exactly."""
+_TILES_AT_ONCE = 64
 _KEY, _VERSION = "lplb_ep_cost", 1
 _LARGEST = 2**31 - 1
 
@@ -72,13 +76,29 @@ class CostModel:
         tiles, last = -(-np.asarray(rows, np.int64) // self.tile), len(self.steps)
         return self._table[np.minimum(tiles, last)] + self.slope * np.maximum(tiles - last, 0)
 
-    def least_of_experts(self, load: npt.ArrayLike) -> Int64:
-        """A lower bound of the cost of experts by their loads, over any number of copies."""
+    def least_of_experts(self, load: npt.ArrayLike, copies: npt.ArrayLike | None = None) -> Int64:
+        """A lower bound of the cost of experts by their loads, however these are cut.
+
+        Args:
+            load: integers of any shape that are not negative.
+            copies: of each expert, from 1, which it may be cut over; None: over any number. Up to
+                `FEW_COPIES` and `FEW_TILES` the bound is exact for that number.
+        """
         tiles = -(-np.asarray(load, np.int64) // self.tile)
         least, (cost, per) = self._least
         # Beyond the table: as many tiles as cost least for their number.
         beyond = np.maximum(least[-1], tiles * cost // per)
-        return np.where(tiles < least.size, least[np.minimum(tiles, least.size - 1)], beyond)
+        out = np.where(tiles < least.size, least[np.minimum(tiles, least.size - 1)], beyond)
+        if copies is None:
+            return out
+        number = np.asarray(copies, np.int64)
+        out = np.where(number == 1, self.of_slots(load), out)
+        few = (number > 1) & (number <= FEW_COPIES) & (tiles <= FEW_TILES)
+        if few.any():
+            most = -(-int(tiles[few].max()) // _TILES_AT_ONCE) * _TILES_AT_ONCE
+            exact = _least_over_copies(self, most, int(number[few].max()))
+            out[few] = exact[number[few] - 1, tiles[few]]
+        return out
 
     def most_rows(self, cost: npt.ArrayLike) -> Int64:
         """The most rows of a slot within a cost, in whole tiles; -1 for a cost below 0."""
@@ -88,6 +108,11 @@ class CostModel:
         most = len(self.steps) + np.minimum(more, _LARGEST)
         tiles = np.where(left >= self._table[-1], most, tiles)
         return np.where(left < 0, -1, np.minimum(tiles * self.tile, _LARGEST))
+
+    @cached_property
+    def free_rows(self) -> int:
+        """The most rows of a slot that cost no more than a single one."""
+        return int(self.most_rows(self.steps[0]))
 
     @cached_property
     def _table(self) -> Int64:
@@ -145,6 +170,19 @@ class CostModel:
             return cls(**content)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{where}: {error}") from None
+
+
+@functools.lru_cache(maxsize=16)
+def _least_over_copies(model: CostModel, most_tiles: int, most_copies: int) -> Int64:
+    """[copies, 1 + tiles] the least that so many tiles cost over at most 1, 2, … copies."""
+    one = model.of_slots(np.arange(most_tiles + 1) * model.tile)
+    found = [one]
+    for _ in range(1, most_copies):
+        fewer, least = found[-1], found[-1].copy()
+        for tiles in range(2, most_tiles + 1):
+            least[tiles] = min(least[tiles], (fewer[1:tiles] + one[tiles - 1 : 0 : -1]).min())
+        found.append(least)
+    return np.stack(found)
 
 
 H200 = CostModel(

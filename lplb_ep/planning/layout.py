@@ -348,6 +348,7 @@ def pack_objective(objective: str, cost: CostModel, address: int) -> bytes:
         slope=cost.slope,
         least_cost=least_cost,
         least_tiles=least_tiles,
+        free_rows=cost.free_rows,
     )
 
 

@@ -66,7 +66,7 @@ def quotas_by_objective(
 
     - `experts`: the fewest active slots on the fullest rank, exactly. Then the fewest tokens on the
       fullest rank that a search finds within that number. Experts stay whole, but for those with
-      more rows than a tile.
+      more rows than cost the first step.
     - `cost`: all tokens at home, where no plan can cost less. Else a search starts at the solution
       for `tokens`. It starts at home where active slots are half of the bound or more, unless home
       costs more than 1.5 times as much. Of home, what the search finds and that solution, the first
@@ -94,7 +94,7 @@ def quotas_by_objective(
         part = _Component(placement, placement.component == label, load, base)
         of_arcs = exact[part.expert, part.column]
         if problem.objective_name == "experts":
-            rows = part.solve_experts(of_arcs, problem.cost_model.tile)
+            rows = part.solve_experts(of_arcs, problem.cost_model.free_rows)
         else:
             rows = part.solve_cost(of_arcs, problem.cost_model)
         out[part.expert, part.column] = rows
@@ -108,10 +108,11 @@ def reached(quota: Int64, load: Int64, placement: Placement, problem: Problem) -
     if problem.objective_name == "experts":
         value = int(_of_ranks(quota > 0, base > 0, placement).max())
         return Reached(value, active.bound, active.tight_ranks)
-    # Costs have two bounds. One is of the least that each expert costs over any copies, split at
-    # will. The other is of the active slots, each of which costs the first step.
+    # Costs have two bounds. One is of the least that each expert costs over as many copies, and
+    # these costs are split at will. The other is of the active slots, each with its first step.
     cost = problem.cost_model
-    costs = torch.from_numpy(cost.least_of_experts(load))
+    copies = (placement.copy_rank >= 0).sum(1)
+    costs = torch.from_numpy(cost.least_of_experts(load, copies))
     split = reference.solve(costs, placement, base_load=torch.from_numpy(cost.of_slots(base)))
     by_slots = -(-active.bound.numerator // active.bound.denominator) * cost.steps[0]
     bound, tight_ranks = split.bound, split.tight_ranks
@@ -207,13 +208,15 @@ class _Component:
         self.source, self.target = np.nonzero(same)
         """[edges] arcs, from one copy of an expert to another."""
 
-    def solve_experts(self, exact: Int64, tile: int) -> Int64:
-        """[arcs] the rows of each by active slots, from the units [arcs] of a flow."""
+    def solve_experts(self, exact: Int64, splits_above: int) -> Int64:
+        """[arcs] the rows of each by active slots, from the units [arcs] of a flow.
+
+        Experts of at most `splits_above` rows stay whole."""
         whole = exact * self.load[self.expert]
         most_active = int((self._staying_active() + self._sums(whole > 0)).max())
         # Base loads and experts, on as many ranks.
         total = int(self.base.sum() + self._of_single.sum() + self.load[self._several].sum())
-        limits = _Limits(_Tokens(), self._bound(_Tokens(), total), most_active, tile)
+        limits = _Limits(_Tokens(), self._bound(_Tokens(), total), most_active, splits_above)
         return self._search(whole, limits)
 
     def solve_cost(self, tokens: Int64, cost: CostModel) -> Int64:

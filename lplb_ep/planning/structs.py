@@ -226,6 +226,7 @@ OBJECTIVE = Struct(
     ("int", "slope", "of each tile beyond the last step"),
     ("int", "least_cost", "of an expert beyond the table, for `least_tiles`"),
     ("int", "least_tiles", "tiles that cost that"),
+    ("int", "free_rows", "of a slot, that cost no more than one"),
 )
 COPY = Struct(
     "Copy",

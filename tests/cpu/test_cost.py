@@ -45,6 +45,24 @@ def test_no_way_to_cut_a_load_is_cheaper_than_its_bound():
     assert CostModel("dip", 1, (9, 10, 30), 3).least_of_experts([3, 4]).tolist() == [19, 19]
 
 
+def test_over_few_copies_the_bound_is_the_cheapest_cut():
+    for model in (SMALL, CostModel("dip", 1, (9, 10, 21, 22, 23), 3)):
+        for copies, load in itertools.product((1, 2, 3), range(1, 24)):
+            cuts = itertools.product(range(load + 1), repeat=copies)
+            cheapest = min(sum(by_hand(model, x) for x in c) for c in cuts if sum(c) == load)
+            assert model.least_of_experts([load], [copies]) == [cheapest]
+    # Beyond what is looked at it is that of any number of copies, and never above that of few.
+    load = np.array([100, 64 * 1024, 64 * 1024 + 1, 2**31 - 1])
+    any_number = H200.least_of_experts(load)
+    for copies in (2, 8, 9):
+        least = H200.least_of_experts(load, np.full(4, copies))
+        is_few = (load <= 64 * 1024) & (copies <= 8)
+        assert (least[~is_few] == any_number[~is_few]).all()
+        assert (least[is_few] >= any_number[is_few]).all()
+    assert H200.least_of_experts(load[1], 2) > any_number[1]
+    assert H200.least_of_experts(load, np.ones(4)).tolist() == H200.of_slots(load).tolist()
+
+
 def test_the_built_in_table_is_near_what_another_h200_took():
     """34 slots of equal rows. The table is fitted to mixed batches of its own GPU."""
     for rows, ms, off in (

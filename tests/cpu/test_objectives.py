@@ -57,6 +57,15 @@ def test_base_loads_are_active_slots():
 def test_an_expert_of_more_rows_than_a_tile_may_be_split():
     assert quota_of([30, 6, 6], PAIR, "experts").quota[0].tolist() == [15, 15]
     assert sorted(quota_of([10, 6, 6], PAIR, "experts").quota[0].tolist()) == [0, 10]
+    # Two tiles for the price of one are no reason to.
+    two = CostModel("two", 10, (100, 100, 180), 70)
+    assert (two.free_rows, H200.free_rows, CostModel("all", 10, (7,), 0).free_rows) == (
+        20,
+        128,
+        2**31 - 1,
+    )
+    assert sorted(quota_of([20, 6, 6], PAIR, "experts", cost=two).quota[0].tolist()) == [0, 20]
+    assert quota_of([22, 6, 6], PAIR, "experts", cost=two).quota[0].tolist() == [11, 11]
     # Not where it took a slot more than the fewest.
     assert quota_of([30, 6, 0], PAIR, "experts").quota[0].tolist() == [0, 30]
 
@@ -151,6 +160,25 @@ def test_costs_are_close_to_a_mixed_integer_program():
         assert objectives.reached(quota, load, placement, problem).bound - cost.fixed <= best + 1
         gaps.append(found / best - 1 if best else 0)
     assert np.mean(np.array(gaps) <= 0.01) >= 0.95
+
+
+def test_the_bound_of_a_cost_is_close_at_large_batches():
+    """By the built-in table, 256 experts with loads that have drifted since they were placed."""
+    for rows in (1024, 4096):
+        gaps = []
+        for seed in range(4):
+            rng = np.random.default_rng(seed)
+            weight = rng.lognormal(0, 0.6, 256)
+            placement = Placement.from_history(
+                torch.from_numpy(weight), num_ranks=8, num_redundant_per_rank=2
+            )
+            drifted = weight * rng.lognormal(0, 0.25, 256)
+            load = rng.poisson(drifted / drifted.mean() * rows)
+            problem = Problem(objective="cost").checked(placement)
+            quota = objectives.quotas_by_objective(load, placement, problem)
+            how = objectives.reached(quota, load, placement, problem)
+            gaps.append(float(how.value / how.bound) - 1)
+        assert 0 <= min(gaps) <= max(gaps) < 0.03
 
 
 def test_whole_experts_are_close_to_a_mixed_integer_program():
