@@ -54,21 +54,25 @@ enum Tally {
     TALLY_HOME = 2,
     TALLY_GOT = 3,
     TALLY_BOUND = 4,
-    TALLY_OWN_HOME = 5,
-    TALLY_OWN = 6,
-    TALLY_GUESTS = 7,
-    TALLY_SENT = 8,
-    TALLY_RECEIVED = 9,
-    TALLY_WORST_HOME = 10,
-    TALLY_WORST_HOME_LOAD = 11,
-    TALLY_WORST = 12,
-    TALLY_WORST_LOAD = 13,
-    TALLY_WINDOW = 14,
+    TALLY_BOUND_LOAD = 5,
+    TALLY_OWN_HOME = 6,
+    TALLY_OWN = 7,
+    TALLY_GUESTS = 8,
+    TALLY_SENT = 9,
+    TALLY_RECEIVED = 10,
+    TALLY_RECOMPUTED = 11,
+    TALLY_WORST_HOME = 12,
+    TALLY_WORST_HOME_LOAD = 13,
+    TALLY_WORST = 14,
+    TALLY_WORST_LOAD = 15,
+    TALLY_WINDOW = 16,
 };
 
-constexpr int NUM_TALLIES = 15;  // sums over batches
+constexpr int NUM_TALLIES = 17;  // sums over batches
 
-constexpr int NUM_TOTALS = 25;  // tallies, then batches of each status
+constexpr int NUM_TOTALS = 27;  // tallies, then batches of each status
+
+constexpr int NUM_WORDS = 55;  // totals, the window, and marked totals
 
 constexpr int NUM_ERROR_FLAGS = 13;  // statuses, then the others
 
@@ -369,7 +373,7 @@ LPLB_PLACE(Table, max_replicas, 60);
 
 // Where a planner keeps what its batches come to.
 struct Statistics {
-    long long* totals;  // [NUM_TOTALS + 1] see there; then the window, which the host sets
+    long long* totals;  // [NUM_WORDS] totals; the window, which the host sets; marked totals
     int* samples;       // [num_samples, E] loads of sampled batches
     int* sampled;       // [num_samples] how many batches came before each; -1: none is there
     const int* base;    // [R] load that stays on each rank, or null: none
@@ -377,6 +381,7 @@ struct Statistics {
     int num_samples;    // kept at once; 0: none are taken
     int every;          // batches from one sample to the next
     int by_tokens;      // 1: a planned batch has the least largest load
+    int mark_every;     // batches from one whose totals are marked to the next; 0: none are
 };
 LPLB_SIZE(Statistics, 56);
 LPLB_PLACE(Statistics, totals, 0);
@@ -387,6 +392,7 @@ LPLB_PLACE(Statistics, speed, 32);
 LPLB_PLACE(Statistics, num_samples, 40);
 LPLB_PLACE(Statistics, every, 44);
 LPLB_PLACE(Statistics, by_tokens, 48);
+LPLB_PLACE(Statistics, mark_every, 52);
 
 // What was solved, and where to say how the batch ends.
 struct Batch {
@@ -405,8 +411,9 @@ struct Batch {
     int least_gain;             // as the struct Problem has it
     const int* turn;            // as the struct Window has it: not 0, and quotas are reused; or null
     const int* own;             // [E] this rank's counts, where `turn` is given
+    int again;                  // 1: a backward pass plans a batch again
 };
-LPLB_SIZE(Batch, 152);
+LPLB_SIZE(Batch, 160);
 LPLB_PLACE(Batch, counts, 0);
 LPLB_PLACE(Batch, quota, 8);
 LPLB_PLACE(Batch, rank_load, 16);
@@ -422,6 +429,7 @@ LPLB_PLACE(Batch, num_guests, 128);
 LPLB_PLACE(Batch, least_gain, 132);
 LPLB_PLACE(Batch, turn, 136);
 LPLB_PLACE(Batch, own, 144);
+LPLB_PLACE(Batch, again, 152);
 
 // An expert, and its resident copies: those that it has in every batch.
 struct __align__(16) Resident {

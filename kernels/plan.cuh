@@ -131,7 +131,7 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
                 total += endings[before].total;
             }
             if (worst < BAD_COUNTS && total <= MAX_TOTAL) {
-                int* sample = sample_of(batch.statistics, E, word, other);
+                int* sample = sample_of(batch.statistics, batch, E, word, other);
                 add_at_home(table, all_counts, p.counts.stride, sample, at_home, other, others);
             }
         }

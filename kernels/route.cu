@@ -99,7 +99,7 @@ __device__ void keep_statistics(const Table& table, const Batch& batch, int* at_
     if (!is_reused(batch.turn))
         status = conclude<threads>(batch, look_at_endings<threads>(batch));  // behind its barrier all are 0
     if (status < BAD_COUNTS) {
-        int* sample = sample_of(batch.statistics, table.num_experts, word, threadIdx.x);
+        int* sample = sample_of(batch.statistics, batch, table.num_experts, word, threadIdx.x);
         add_at_home(table, batch.counts, table.num_experts, sample, at_home, threadIdx.x, threads);
     }
     __syncthreads();  // all is added before the first warp reads it

@@ -13,13 +13,20 @@ __device__ long long word_of_totals(const Statistics& statistics) {
     return lane <= NUM_TOTALS ? statistics.totals[lane] : 0;
 }
 
-// Where the loads [E] of the batch go, if it is sampled; else null. By whole warps, of a batch whose counts
-// are known; `thread` is 0 of one of them.
-__device__ int* sample_of(const Statistics& statistics, int num_experts, long long word, int thread) {
-    if (statistics.num_samples == 0) return nullptr;
+// How many batches the totals have, by a whole warp.
+__device__ unsigned num_batches(long long word) {
     unsigned lane = threadIdx.x % 32;
-    bool counts = lane >= NUM_TALLIES && lane < NUM_TOTALS;
-    unsigned before = __reduce_add_sync(~0u, counts ? unsigned(word) : 0u);
+    return __reduce_add_sync(~0u, lane >= NUM_TALLIES && lane < NUM_TOTALS ? unsigned(word) : 0u);
+}
+
+// Where the loads [E] of the batch go, if it is sampled; else null. By whole warps, of a batch whose counts
+// are known; `thread` is 0 of one of them. What a backward pass plans again is no further batch: layers that are
+// recomputed and others have the same batches sampled.
+__device__ int* sample_of(const Statistics& statistics, const Batch& batch, int num_experts, long long word,
+                          int thread) {
+    if (statistics.num_samples == 0 || batch.again) return nullptr;
+    unsigned again = __reduce_add_sync(~0u, threadIdx.x % 32 == TALLY_RECOMPUTED ? unsigned(word) : 0u);
+    unsigned before = num_batches(word) - again;
     if (before % statistics.every != 0) return nullptr;
     unsigned place = before / statistics.every % statistics.num_samples;
     if (thread == 0) statistics.sampled[place] = int(before);
@@ -94,7 +101,8 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         case TALLY_LOAD: word += load; break;
         case TALLY_HOME: word += home; break;
         case TALLY_GOT: word += got; break;
-        case TALLY_BOUND: word += is_planned && statistics.by_tokens ? got : load / R + (load % R != 0); break;
+        case TALLY_BOUND: word += is_planned && statistics.by_tokens ? got : 0; break;
+        case TALLY_BOUND_LOAD: word += is_planned && statistics.by_tokens ? load : 0; break;
         case TALLY_OWN_HOME: word += is_counted ? at_home[rank] : 0; break;
         case TALLY_OWN:
             word += !is_counted ? 0 : is_planned ? batch.rank_load[rank] : at_home[rank];
@@ -102,6 +110,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         case TALLY_GUESTS: word += guests; break;
         case TALLY_SENT: word += sent; break;
         case TALLY_RECEIVED: word += received; break;
+        case TALLY_RECOMPUTED: word += batch.again; break;
         case TALLY_WORST_HOME: word = worse_home ? home : word; break;
         case TALLY_WORST_HOME_LOAD: word = worse_home ? load : word; break;
         case TALLY_WORST: word = worse ? got : word; break;
@@ -109,7 +118,11 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         case TALLY_WINDOW: word = window; break;
         default: word += lane == NUM_TALLIES + status;
     }
-    if (lane < NUM_TOTALS) statistics.totals[lane] = word;
+    bool marks = statistics.mark_every != 0 && num_batches(word) % statistics.mark_every == 0;
+    if (lane < NUM_TOTALS) {
+        statistics.totals[lane] = word;
+        if (marks) statistics.totals[NUM_TOTALS + 1 + lane] = word;
+    }
 }
 
 }  // namespace lplb

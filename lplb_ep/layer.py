@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
@@ -147,11 +148,23 @@ class Layer:
         """Its name, or its number among the layers that were planned with."""
         return self.name or f"layer {planned_layers.get(self, len(planned_layers))}"
 
-    def add_planner(self, planner: Any) -> None:
-        """Adds a planner, which the layer holds weakly."""
+    def add_planner(self, planner: Any, kind: Hashable) -> int:
+        """Adds a planner, which the layer holds weakly.
+
+        Args:
+            planner: the planner.
+            kind: what tells it from others of the layer. Planners of all layers of a model are
+                made alike, so the same batches go through those of one kind and number.
+
+        Returns:
+            How many of its kind were made before, in this process, for a layer of this label.
+        """
         self.planners.add(planner)
         if self not in planned_layers:
             planned_layers[self] = next(_numbers)
+        of_kind = self.label, kind
+        _num_planners[of_kind] += 1
+        return _num_planners[of_kind] - 1
 
     @property
     def is_valid(self) -> bool:
@@ -248,6 +261,7 @@ def check_slot(slot: int) -> None:
 
 
 _numbers = itertools.count()
+_num_planners: collections.Counter[tuple[str, Hashable]] = collections.Counter()
 planned_layers: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()
 """The layers that planners were made for, in that order, and the number of each."""
 

@@ -192,7 +192,8 @@ class Settings:
         "LPLB_EP_ONE_LAUNCH",
         0,
         "A rank's batch of at most so many picks (tokens times top-k) is planned on the GPU in one "
-        f"launch, not three. The largest value is {MAX_ONE_LAUNCH}; 0: always three launches.",
+        f"launch, not three. The largest value is {MAX_ONE_LAUNCH}; 0: always three launches. "
+        "Where no kernel can, the log and `lplb-ep doctor` say why.",
         within=(
             f"of at least 0, at most {MAX_ONE_LAUNCH}",
             lambda picks: 0 <= picks <= MAX_ONE_LAUNCH,
@@ -234,8 +235,8 @@ class Settings:
     log_every: int = _setting(
         "LPLB_EP_LOG_EVERY",
         1000,
-        "Every so many batches of a layer the first rank of its group logs their statistics at "
-        "INFO (docs/metrics.md); 0: never.",
+        "Every so many batches of a layer, and at the end, the first rank of its group logs their "
+        "statistics at INFO (docs/metrics.md); 0: never.",
     )
     record: str = _setting(
         "LPLB_EP_RECORD",

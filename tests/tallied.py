@@ -4,6 +4,8 @@ import collections
 import math
 from fractions import Fraction
 
+import torch
+
 from lplb_ep.planning.structs import NUM_TALLIES, NUM_TOTALS, Status
 from lplb_ep.planning.tallies import Tally
 
@@ -11,9 +13,10 @@ from lplb_ep.planning.tallies import Tally
 class Tallied:
     """The totals that a planner must have, and its samples."""
 
-    def __init__(self, rank, base_load=None, speed=None, every=0, by_tokens=True):
+    def __init__(self, rank, base_load=None, speed=None, every=0, by_tokens=True, mark_every=0):
         self.rank, self.base_load, self.speed, self.every = rank, base_load, speed, every
-        self.by_tokens = by_tokens
+        self.by_tokens, self.mark_every = by_tokens, mark_every
+        self.marked = [0] * NUM_TOTALS
         self.sums, self.batches, self.samples = collections.Counter(), collections.Counter(), {}
         self.window = 0
         self.begin_window()
@@ -23,15 +26,21 @@ class Tallied:
         self.worst = {Tally.WORST_HOME: (0, 0), Tally.WORST: (0, 0)}
         self.window = self.window if number is None else number
 
-    def add(self, plan, placement):
-        """A plan, of a batch on a placement."""
+    def add(self, plan, placement, again=False):
+        """A plan, of a batch on a placement; again: in a backward pass."""
+        self._add(plan, placement, again)
+        if self.mark_every and sum(self.batches.values()) % self.mark_every == 0:
+            self.marked = self.totals
+
+    def _add(self, plan, placement, again):
         status, R = Status(int(plan.status)), placement.num_ranks
-        before = sum(self.batches.values())
+        before = sum(self.batches.values()) - self.sums[Tally.RECOMPUTED]
         self.batches[status] += 1
+        self.sums[Tally.RECOMPUTED] += again
         if status >= Status.BAD_COUNTS:
             return
         load = plan.counts.long().sum(0).tolist()
-        if self.every and before % self.every == 0:
+        if self.every and before % self.every == 0 and not again:
             self.samples[before] = load
         home_rank = placement.home_rank.tolist()
         at_home = [0] * R
@@ -52,14 +61,15 @@ class Tallied:
             if total and (not of or Fraction(most[first], total) > Fraction(largest, of)):
                 self.worst[first] = most[first], total
         guests = [(r, e) for r, row in enumerate(plan.guests.tolist()) for e in row if e >= 0]
-        is_planned = status is Status.OPTIMAL and self.by_tokens
+        is_known = status is Status.OPTIMAL and self.by_tokens
         self.sums.update(
             {
                 Tally.ROWS: sum(load),
                 Tally.LOAD: total,
                 Tally.HOME: most[Tally.WORST_HOME],
                 Tally.GOT: most[Tally.WORST],
-                Tally.BOUND: most[Tally.WORST] if is_planned else math.ceil(Fraction(total, R)),
+                Tally.BOUND: most[Tally.WORST] if is_known else 0,
+                Tally.BOUND_LOAD: total if is_known else 0,
                 Tally.OWN_HOME: at_home[self.rank],
                 Tally.OWN: planned[self.rank],
                 Tally.GUESTS: len(guests),
@@ -82,8 +92,24 @@ class Tallied:
         return out
 
 
-def read(planner):
+def read(planner, marked=False):
     """A planner's totals, as a list."""
     from lplb_ep.planning.statistics import read_totals
 
-    return read_totals([planner.statistics])[0].tolist()
+    return read_totals([planner.statistics], marked=marked)[0].tolist()
+
+
+def in_backward(function):
+    """Calls a function as activation checkpointing does: within a backward pass."""
+
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            function()
+            return gradient
+
+    Recompute.apply(torch.ones(1, requires_grad=True)).backward()

@@ -15,7 +15,7 @@ from ..comm.collectives import everyone, together
 from ..cost import CostModel, choose_cost
 from ..errors import ContractError
 from ..layer import Layer, channels, check_slot, layer_of
-from ..metrics.reporter import report
+from ..metrics.reporter import is_logged, report
 from ..placement.table import Placement
 from ..planning.planner import Planner
 from ..settings import Settings
@@ -58,6 +58,7 @@ class PlannerSettings(NamedTuple):
     one_launch: int
     every: int
     sample_every: int
+    mark_every: int
 
     @classmethod
     def of(cls, settings: Settings) -> PlannerSettings:
@@ -86,7 +87,9 @@ class PlannerSettings(NamedTuple):
             min_gain=settings.min_gain if balances else 0,
             one_launch=settings.one_launch,
             every=settings.every if balances else 1,
-            sample_every=settings.record_every if settings.record else 0,
+            # At home nothing is planned, and so nothing is recorded or logged.
+            sample_every=settings.record_every if settings.record and balances else 0,
+            mark_every=settings.log_every if balances else 0,
         )
 
 
@@ -254,8 +257,11 @@ def _existing(state: BufferState, use: LayerUse) -> Planner | None:
 
 def _make(state: BufferState, use: LayerUse, *, compare: bool) -> Planner:
     settings = state.planner_settings._asdict()
-    if state.group.rank() != 0:  # all know the loads, and one records them
+    # All know the loads, and one records and logs them.
+    if state.group.rank() != 0:
         settings["sample_every"] = 0
+    if state.group.rank() != 0 or not is_logged():
+        settings["mark_every"] = 0
     planner = Planner(use.layer, state.group, slot=use.slot, compare=compare, **settings)
     of_group = channels.setdefault(state.group, {})
     of_group[use.layer, use.slot, state.planner_settings] = planner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ _SCALARS = (
     "worst_home_imbalance",
     "worst_imbalance",
     "batches",
+    "recomputed",
     "sent_home",
     "reused",
     "stale",
@@ -30,7 +32,8 @@ _COUNTERS = {
     "own_rows_at_home": "Rows that this rank would have computed without balance.",
     "largest_home_load": "Sum over batches of the largest rank load at home, in rows.",
     "largest_load": "Sum over batches of the largest rank load, in rows.",
-    "bound_load": "Sum over batches of T*, in rows.",
+    "bound_load": "Sum of T* over the batches whose T* is known, in rows.",
+    "bound_mean_load": "Sum over these batches of the mean rank load, in rows.",
     "mean_load": "Sum over batches of the mean rank load, in rows.",
     "guests": "Experts that were copied to other ranks for a batch.",
     "guest_bytes": "Weights of all guests, in bytes.",
@@ -41,13 +44,15 @@ def scalars(prefix: str = "lplb_ep") -> dict[str, float]:
     """The numbers of `snapshot` by name, as Weights & Biases and others log them.
 
     Args:
-        prefix: the beginning of the names, which are `prefix/layer/number`.
+        prefix: the beginning of the names, which are `prefix/layer/number`. Numbers that are not
+            known, such as the imbalance of a layer without rows, are left out.
     """
-    return {
+    every = {
         f"{prefix}/{stats.layer}/{name}": float(getattr(stats, name))
         for stats in snapshot()
         for name in _SCALARS
     }
+    return {name: value for name, value in every.items() if not math.isnan(value)}
 
 
 def write_tensorboard(writer: Any, step: int, prefix: str = "lplb_ep") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -22,8 +23,8 @@ class LayerStats:
     A batch is one plan: a forward pass of the layer, or a recompute of it. Rows are picks of
     experts: a token has K of them. Imbalances are the sum of the batches' largest rank loads over
     the sum of their mean loads. So 1.25 means that the slowest ranks had 25 % more work than the
-    average. They are 1 where there was no work. Batches without counts, such as those that timed
-    out, are in `by_status` alone.
+    average. They are NaN where there was no work. Batches without counts, such as those that
+    timed out, are in `by_status` alone.
 
     Fields are of the whole expert-parallel group, the same on each of its ranks, except those that
     begin with `rank` and `own`.
@@ -39,6 +40,8 @@ class LayerStats:
     """All planned batches."""
     by_status: dict[str, int]
     """How many ended with each `Status`, by its name."""
+    recomputed: int
+    """Those that a backward pass planned again, as activation checkpointing does."""
     sent_home: int
     """Batches of which every token went to its home: all that are neither OPTIMAL nor REUSED."""
     rows: int
@@ -52,8 +55,8 @@ class LayerStats:
     imbalance: float
     """Largest / mean rank load, as planned."""
     bound: float
-    """T* / mean rank load: no plan on these copies and guests has less. T* is not known of batches
-    that were sent home, or planned by another objective than tokens. These count as 1."""
+    """T* / mean rank load: no plan on these copies and guests has less. It is of the batches with a
+    known T*: those that did not go home, and were planned by tokens. NaN: there are none."""
     worst_home_imbalance: float
     """The largest / mean rank load of the worst batch, had every token gone home."""
     worst_imbalance: float
@@ -72,9 +75,11 @@ class LayerStats:
     largest_load: int
     """The same, as planned."""
     bound_load: int
-    """The same, for T*."""
+    """The same, for T*, over the batches with a known T*."""
+    bound_mean_load: float
+    """Sum over these batches of the mean rank load, in rows, base loads included."""
     mean_load: float
-    """Sum over batches of the mean rank load, in rows, base loads included."""
+    """Sum over all batches of the mean rank load, in rows, base loads included."""
 
     @property
     def stale(self) -> int:
@@ -96,15 +101,17 @@ class LayerStats:
         """In one line."""
         if not self.batches:
             return f"{self.layer}: no batches"
-        said = [
-            f"{self.layer}: imbalance {self.home_imbalance:.3f} at home, {self.imbalance:.3f} as "
-            f"planned, T* {self.bound:.3f}",
-            f"{self.batches} {'batch' if self.batches == 1 else 'batches'}",
-        ]
+        found = "no rows"
+        if self.mean_load:
+            found = f"imbalance {self.home_imbalance:.3f} at home, {self.imbalance:.3f} as planned"
+        if self.bound_mean_load:
+            found += f", T* {self.bound:.3f}"
+        said = [f"{self.layer}: {found}"]
+        said.append(f"{self.batches} {'batch' if self.batches == 1 else 'batches'}")
         if self.reused:
             said.append(f"{self.reused} of them by earlier quotas, of unknown loads")
-        counted = max(1, self.batches - self.reused)
-        said.append(f"{self.rows / counted:.0f} rows a batch")
+        if self.rows:
+            said.append(f"{self.rows / max(1, self.batches - self.reused):.0f} rows a batch")
         if self.guests:
             moved = f" ({_size(self.guest_bytes / self.batches)})" if self.guest_bytes else ""
             said.append(f"{self.guests / self.batches:.1f} guests a batch{moved}")
@@ -124,20 +131,25 @@ class Window:
     def __init__(self) -> None:
         self._since: WeakKeyDictionary[Any, Totals] = WeakKeyDictionary()
 
-    def stats(self, layers: Iterable[Layer], renew_at: int | None = None) -> list[LayerStats]:
+    def stats(
+        self, layers: Iterable[Layer], renew_at: int | None = None, *, marked: bool = False
+    ) -> list[LayerStats]:
         """The statistics of some layers.
 
         Args:
             layers: these.
             renew_at: a layer's window begins anew behind the result where it has so many batches;
                 None: it goes on.
+            marked: whether windows end with the last batches that were marked
+                (`Planner(mark_every=)`), and not with the last ones that are done.
 
         Raises:
             RuntimeError: batches come faster than they can be read.
         """
         chosen = [(layer, [*layer.planners]) for layer in layers]
         planners = [planner for _, several in chosen for planner in several]
-        read = dict(zip(planners, read_totals(p.statistics for p in planners), strict=True))
+        totals = read_totals((p.statistics for p in planners), marked=marked)
+        read = dict(zip(planners, totals, strict=True))
         found = []
         for layer, several in chosen:
             of_planners = [
@@ -198,11 +210,8 @@ def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -
             largest, load = totals[first : first + 2].tolist()
             worst[first] = max(worst[first], largest * num_ranks / load if load else 0.0)
     by_status = batches_by_status(sums)
-    mean = int(sums[Tally.LOAD]) / num_ranks
+    mean, bound_mean = (int(sums[t]) / num_ranks for t in (Tally.LOAD, Tally.BOUND_LOAD))
     guests, weights = int(sums[Tally.GUESTS]), layer.guests
-
-    def over_mean(tally: Tally) -> float:
-        return int(sums[tally]) / mean if mean else 1.0
 
     return LayerStats(
         layer=layer.label,
@@ -210,15 +219,16 @@ def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -
         num_ranks=layer.placement.num_ranks,
         batches=by_status.total(),
         by_status={Status(s).name: n for s, n in by_status.items()},
+        recomputed=int(sums[Tally.RECOMPUTED]),
         sent_home=by_status.total() - by_status[Status.OPTIMAL] - by_status[Status.REUSED],
         rows=int(sums[Tally.ROWS]),
         own_rows=int(sums[Tally.OWN]),
         own_rows_at_home=int(sums[Tally.OWN_HOME]),
-        home_imbalance=over_mean(Tally.HOME),
-        imbalance=over_mean(Tally.GOT),
-        bound=over_mean(Tally.BOUND),
-        worst_home_imbalance=worst[Tally.WORST_HOME] or 1.0,
-        worst_imbalance=worst[Tally.WORST] or 1.0,
+        home_imbalance=_quotient(int(sums[Tally.HOME]), mean),
+        imbalance=_quotient(int(sums[Tally.GOT]), mean),
+        bound=_quotient(int(sums[Tally.BOUND]), bound_mean),
+        worst_home_imbalance=worst[Tally.WORST_HOME] or math.nan,
+        worst_imbalance=worst[Tally.WORST] or math.nan,
         guests=guests,
         own_guests_sent=int(sums[Tally.SENT]),
         own_guests_received=int(sums[Tally.RECEIVED]),
@@ -226,5 +236,10 @@ def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -
         largest_home_load=int(sums[Tally.HOME]),
         largest_load=int(sums[Tally.GOT]),
         bound_load=int(sums[Tally.BOUND]),
+        bound_mean_load=bound_mean,
         mean_load=mean,
     )
+
+
+def _quotient(loads: int, mean: float) -> float:
+    return loads / mean if mean else math.nan

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import errno
 import os
 import re
@@ -10,7 +9,6 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +26,8 @@ _SHARE_OF_TIME = 0.02
 """Of the time of one core, that writing may take."""
 
 _Batch = tuple[int, int, int]
-"""Which of the planners that one layer and slot has had, how many batches came before, the slot."""
+"""`Planner.generation`, how many batches came before, the slot: the same for all layers of a model.
+"""
 
 
 class Recorder:
@@ -47,18 +46,12 @@ class Recorder:
         self.path, self._every, self._max_bytes = path, every, max_bytes
         self._stride, self._num_new = 1, 0
         self._loads: dict[str, dict[_Batch, npt.NDArray[np.int32]]] = {}
-        self._known: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
-        self._num_known: collections.Counter[tuple[str, int]] = collections.Counter()
         self._next_write, self._said = time.monotonic() + _FIRST_S, ""
 
     def is_writable(self) -> bool:
         """Whether the file can be written, now; if not, that is logged."""
         try:
-            if self.path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            part = self._part()
-            part.write_bytes(b"")
-            part.unlink()
+            check_writable(self.path)
         except OSError as error:
             self._say(error)
             return False
@@ -73,13 +66,9 @@ class Recorder:
         """
         for layer in layers:
             for planner in [*layer.planners]:
-                if planner not in self._known:
-                    which = layer.label, planner.slot
-                    self._known[planner] = self._num_known[which]
-                    self._num_known[which] += 1
                 for before, load in planner.statistics.take_samples(all_done=all_done).items():
                     if before // self._every % self._stride == 0:
-                        batch = self._known[planner], before, planner.slot
+                        batch = planner.generation, before, planner.slot
                         self._loads.setdefault(layer.label, {})[batch] = load
                         self._num_new += 1
         while self._num_bytes > self._max_bytes and self._thin_out():
@@ -114,12 +103,9 @@ class Recorder:
                 del loads[batch]
         return self._num_bytes < before
 
-    def _part(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}")
-
     def _write(self) -> None:
         names, counts, batches = self._table()
-        part = self._part()
+        part = _part(self.path)
         try:
             with open(part, "wb") as file:
                 write_recording(
@@ -161,10 +147,30 @@ class Recorder:
     def _say(self, what: Any) -> None:
         """Logs an obstacle, once."""
         if isinstance(what, OSError):
-            what = f"{self.path} cannot be written: {what.strerror or what}"
+            what = f"{self.path} cannot be written: {what.strerror}"
         if what != self._said:
             self._said = what
             log.error("LPLB_EP_RECORD: %s", what)
+
+
+def check_writable(path: Path) -> None:
+    """Looks whether a recording can be written, now.
+
+    Raises:
+        OSError: it cannot; says why.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    part = _part(path)
+    try:
+        part.write_bytes(b"")
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _numbers(names: Sequence[str]) -> list[int]:

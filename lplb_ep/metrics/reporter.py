@@ -46,7 +46,7 @@ class Reporter:
 
     @property
     def _logs(self) -> bool:
-        return self._log_every > 0 and log.isEnabledFor(logging.INFO)
+        return self._log_every > 0 and is_logged()
 
     def start(self) -> None:
         """Reports from now on, until the process ends."""
@@ -69,8 +69,8 @@ class Reporter:
         with self._lock:
             layers = [layer for layer in all_layers() if _is_first(layer)]
             if self._logs:
-                for stats in self._window.stats(layers, renew_at=self._log_every):
-                    if stats.batches >= self._log_every:
+                for stats in self._window.stats(layers, renew_at=1, marked=not last):
+                    if stats.batches:
                         log.info("%s", stats)
             if self._recorder is not None:
                 self._recorder.take(layers, all_done=last and _is_idle())
@@ -85,6 +85,11 @@ class Reporter:
             self.look(last=last)
         except RuntimeError as error:  # a set that changed, batches that come too fast, a lost GPU
             log.debug("no report now: %s", error)
+
+
+def is_logged() -> bool:
+    """Whether lines about layers are shown, as logging is set up now."""
+    return log.isEnabledFor(logging.INFO)
 
 
 def _is_first(layer: Layer) -> bool:

@@ -40,6 +40,8 @@ class Batch(NamedTuple):
     """Whether a CUDA graph is being captured."""
     wants_plan: bool = True
     """Whether the caller may ask for the plan, and not for the slots alone."""
+    is_again: bool = False
+    """Whether a backward pass plans a batch again, as activation checkpointing does."""
 
 
 class Backend(Protocol):

@@ -51,7 +51,7 @@ class DeviceBackend:
         timeout_s: how long a batch waits for the rows, in seconds.
         abort_on_timeout: whether the process ends when a row is missing after that time.
         one_launch: as `Workspace` has it.
-        sample_every: as `DeviceStatistics` has `every`.
+        sample_every, mark_every: as `DeviceStatistics` has `every` and `mark_every`.
         every: as `Workspace` has it.
 
     Raises:
@@ -79,6 +79,7 @@ class DeviceBackend:
         one_launch: int = 0,
         sample_every: int = 0,
         every: int = 1,
+        mark_every: int = 0,
     ) -> None:
         check_windows(every, windows)
         self._device = torch.device("cuda", torch.cuda.current_device())
@@ -90,7 +91,9 @@ class DeviceBackend:
         self.error_flags = ErrorFlags(placement, rank, timeout_s, abort_on_timeout)
         self.raise_errors = self.error_flags.raise_errors  # called for each batch
         by_tokens = problem.objective_name == "tokens"
-        self.statistics = DeviceStatistics(placement, self._device, sample_every, by_tokens)
+        self.statistics = DeviceStatistics(
+            placement, self._device, sample_every, by_tokens, mark_every
+        )
         self.workspace = Workspace(
             self.tables,
             self.error_flags,
@@ -116,6 +119,11 @@ class DeviceBackend:
         self._stream = torch.cuda.current_stream(self._device)
         self._stream_address: int = self._stream.cuda_stream
         self._stream.synchronize()  # the first batch may run on any
+
+    @property
+    def has_relay(self) -> bool:
+        """Whether the first rank of a node passes rows to other nodes."""
+        return self.workspace.relay is not None
 
     @property
     def num_bytes(self) -> int:
@@ -240,7 +248,8 @@ class DeviceBackend:
         physical, results = torch.empty_like(topk_idx), self.workspace.results
         if batch.wants_plan and self.workspace.every == 1:
             results = torch.empty_like(results)
-        launches.set_batch(topk_idx, status, physical.data_ptr(), results.data_ptr())
+        addresses = physical.data_ptr(), results.data_ptr()
+        launches.set_batch(topk_idx, status, *addresses, again=batch.is_again)
         return launches, physical, results
 
     def _plan(

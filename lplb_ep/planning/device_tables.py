@@ -37,8 +37,8 @@ from .solvers import (
     check_fit,
     num_plan_bytes,
     num_route_bytes,
-    num_static_bytes,
     solver_record,
+    why_in_steps,
 )
 from .structs import Status
 
@@ -83,7 +83,6 @@ class DeviceTables:
         p, record = placement, solver_record(solver, placement, objective)
         self.placement, self.device = placement, device
         self._capacity = capacity = capacity_for(placement, refreshable, moves_homes)
-        self._moves_homes = moves_homes
         self._record, self._variant = record, record.variant(capacity)
         self.solve_signature = record.kernels[0]
         """The arguments of both kernels that solve."""
@@ -101,6 +100,9 @@ class DeviceTables:
         """Dynamic shared memory of a block that rewrites."""
         self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, objective)
         """Dynamic shared memory of a block that makes a whole plan."""
+        homes = {"refreshable": refreshable, "moves_homes": moves_homes}
+        self.in_steps = why_in_steps(placement, solver, most_bytes, objective=objective, **homes)
+        """Why no kernel makes whole plans; empty: one does."""
         self._tables, self._routes = self._make(placement)
         pack = pack_guest_network if p.num_guests_per_rank else pack_network
         self.network = pack(capacity, _addresses(self._tables))
@@ -125,20 +127,12 @@ class DeviceTables:
         return self._num_blocks * (self.num_components + -(-num_chunks // self._num_blocks))
 
     def plan_kernel(self, bounds: Sequence[torch.Tensor | None]) -> Kernel | None:
-        """The kernel of whole plans in one launch, compiled now if it never was.
-
-        None: the variant has none, there are several components for good, or a block has not enough
-        shared memory.
+        """The kernel of whole plans in one launch, compiled now if it never was; None: `in_steps`.
 
         Raises:
             MissingPackageError, CompileError: as `DeviceTables`.
         """
-        num_bytes = self.num_plan_bytes + num_static_bytes(self._variant.size)
-        # Of several components one would wait for the other. Where homes move there is one as a
-        # rule, and the tables hold more.
-        is_one = self.num_components == 1 or self._moves_homes
-        fits = is_one and num_bytes <= max_shared_bytes(self.device.index)
-        if self._variant not in self._record.plan_variants() or not fits:
+        if self.in_steps:
             return None
         signature = structs.PLAN if is_plain(bounds) else structs.PLAN_GENERAL
         signature = structs.PLAN_BY_OBJECTIVE if self.objective else signature

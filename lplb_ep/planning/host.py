@@ -37,7 +37,7 @@ class HostBackend:
         head: the integers that an exchanged row begins with, between its status and the number of
             the batch.
         row_size: integers of an exchanged row; those behind the counts stay 0.
-        sample_every: as `HostStatistics` has `every`.
+        sample_every, mark_every: as `HostStatistics` has `every` and `mark_every`.
         every: batches from one that is exchanged and solved to the next.
     """
 
@@ -51,14 +51,16 @@ class HostBackend:
         rank: int,
         head: list[int],
         row_size: int,
+        *,
         sample_every: int = 0,
+        mark_every: int = 0,
         every: int = 1,
     ) -> None:
         self._placement, self._problem, self._rank, self._head = placement, problem, rank, head
         self._row_size, self._num_exchanges = row_size, 0
         self._every, self._until_due = every, 0
         self._forget()
-        self.statistics = HostStatistics(sample_every)
+        self.statistics = HostStatistics(sample_every, mark_every)
 
     def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
         """As `Backend.prepare`."""
@@ -90,7 +92,7 @@ class HostBackend:
         picks = batch.topk_idx.cpu()
         counts = reference.count(picks, self._placement.num_experts)
         if not self._is_due():
-            return self._reuse(batch.topk_idx, picks, counts)
+            return self._reuse(batch, picks, counts)
         self._forget()
         rows = self._gather(exchange, counts, batch.status)
         refused_by = torch.nonzero(rows[:, Head.STATUS] == Status.REFUSED).flatten().tolist()
@@ -98,7 +100,7 @@ class HostBackend:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
         status = Status(int(rows[:, Head.STATUS].max()))
         number = number_of(rows[self._rank, 1:HEAD].clone())
-        return self._route(batch.topk_idx, picks, rows[:, HEAD:].contiguous(), status, number)
+        return self._route(batch, picks, rows[:, HEAD:].contiguous(), status, number)
 
     def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
@@ -117,7 +119,7 @@ class HostBackend:
                 f"counts[{self._rank}, {e}] is {int(given[self._rank, e])}, and topk_idx picks "
                 f"expert {e} {int(own[e])} times"
             )
-        return self._route(batch.topk_idx, picks, given.int(), batch.status)
+        return self._route(batch, picks, given.int(), batch.status)
 
     def _is_due(self) -> bool:
         """Whether the batch that comes is exchanged: every so many are, whatever becomes of them.
@@ -139,14 +141,15 @@ class HostBackend:
             zeros(p.num_ranks, 0),
         )
 
-    def _reuse(self, topk_idx: torch.Tensor, picks: torch.Tensor, own: torch.Tensor) -> Plan:
+    def _reuse(self, batch: Batch, picks: torch.Tensor, own: torch.Tensor) -> Plan:
         """Splits own picks in proportion to the quotas of the last batch that was exchanged."""
         p, status = self._placement, Status.REUSED
         results = self._exchanged._replace(status=torch.tensor(int(status), dtype=torch.int32))
         shares = reuse(own, results.quota, self._rank, p.num_ranks)
-        physical = reference.rewrite(picks, shares, p).to(topk_idx.device)
+        physical = reference.rewrite(picks, shares, p).to(batch.topk_idx.device)
         about = results.guests.numpy(), p, self._rank
-        self.statistics.add(status, own, results.rank_load, *about, by_tokens=False)
+        how = {"by_tokens": False, "again": batch.is_again}
+        self.statistics.add(status, own, results.rank_load, *about, **how)
         judged = functools.partial(judge, placement=p, problem=self._problem)
         kept, split = functools.partial(Results, *results), functools.partial(split_on_host, p)
         return Plan(physical, kept, split, judged, None, p)
@@ -169,7 +172,7 @@ class HostBackend:
 
     def _route(
         self,
-        topk_idx: torch.Tensor,
+        batch: Batch,
         picks: torch.Tensor,
         counts: torch.Tensor,
         status: Status,
@@ -202,14 +205,15 @@ class HostBackend:
         on_ranks, bounds = rank_load(quota, filled), self._problem.bounds
         about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]
         by_tokens = self._problem.objective_name == "tokens"
-        self.statistics.add(status, load, on_ranks, *about, by_tokens=by_tokens)
+        how = {"by_tokens": by_tokens, "again": batch.is_again}
+        self.statistics.add(status, load, on_ranks, *about, **how)
         ends = torch.tensor(int(status), dtype=torch.int32)
         kept = Results(counts, quota, on_ranks.int(), ends, torch.from_numpy(guests))
         self._exchanged, results = kept, functools.partial(Results, *kept)
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
         judged = functools.partial(judge, placement=filled, problem=self._problem)
-        return Plan(physical.to(topk_idx.device), results, split, judged, number, filled)
+        return Plan(physical.to(batch.topk_idx.device), results, split, judged, number, filled)
 
 
 def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

@@ -181,3 +181,9 @@ def own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | 
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in [0, {num_ranks}); got {rank}")
     return rank
+
+
+def graph_task() -> int:
+    """The number of the backward pass that runs, -1 outside of any."""
+    number: int = torch._C._current_graph_task_id()
+    return number

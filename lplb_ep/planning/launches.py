@@ -223,7 +223,7 @@ class Launches:
         self._shape: Sequence[int] = ()
         self._scratch = workspace.scratch
         self._is_one = False
-        self._status, self._results = Status.OPTIMAL, 0
+        self._status, self._results, self._again = Status.OPTIMAL, 0, False
         if exchanged and workspace.rows.numel():
             self.set_rows(workspace.rows)
 
@@ -259,6 +259,7 @@ class Launches:
             least_gain=workspace.least_gain,
             turn=workspace.turn_address,
             own=workspace.own_counts,
+            again=0,
         )
 
     def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:
@@ -310,6 +311,7 @@ class Launches:
         self._write_solution = _writer("problem", of_solution, solve, plan)
         of_batch = ["counts", "quota", "rank_load", "endings", "status", "guests"]
         self._write_batch = _writer("batch", of_batch, route, plan)
+        self._write_again = _writer("batch", ["again"], route, plan)
         self._topk_idx = self._count.word(*structs.COUNT.span("topk_idx"))
         self._physical = self._route.word(*structs.ROUTE.span("physical"))
         if self._plan is not None:
@@ -346,6 +348,7 @@ class Launches:
         results: int,
         *,
         in_steps: bool = False,
+        again: bool = False,
     ) -> None:
         """Names the batch of the launches that follow, and reserves scratch memory for it.
 
@@ -355,6 +358,7 @@ class Launches:
             physical: address of the slots [T, K], where picks are rewritten.
             results: address of the integers of `Workspace.result_sizes`.
             in_steps: whether its steps are launched one by one: `count`, `solve` and `route`.
+            again: whether a backward pass plans a batch again.
         """
         shape = topk_idx.shape
         if in_steps or shape != self._shape or self._scratch is not self._workspace.scratch:
@@ -364,6 +368,9 @@ class Launches:
             self._status = status
         if results != self._results:
             self._set_results(results)
+        if again is not self._again:
+            self._write_again(again)
+            self._again = again
         if self._is_one:
             assert self._plan is not None, "it was chosen"
             self._plan.point(self._of_plan[0], topk_idx.data_ptr())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
@@ -31,12 +31,13 @@ from .inputs import (
     as_picks,
     check_limits,
     check_topk_idx,
+    graph_task,
     logical_picks,
     own_rank,
 )
 from .plan import Plan
 from .reuse import check_every, check_reusable
-from .solvers import choose_solver, solver_fact
+from .solvers import choose_solver, in_steps, log_in_steps, solver_fact
 from .statistics import Statistics, batches_by_status, read_totals
 from .structs import HEAD, Status
 
@@ -84,6 +85,7 @@ class Planner:
         every: one in so many batches is exchanged and solved. The others use the last quotas, in
             proportion (`planning.reuse`): for inference, with static copies.
         sample_every: the loads of one in so many batches are kept for a recording; 0: none.
+        mark_every: the statistics of one in so many batches are kept for the log; 0: none.
 
     Raises:
         TypeError: `placement` is neither a layer nor a placement.
@@ -104,6 +106,8 @@ class Planner:
     """The solver that makes the quotas."""
     slot: int
     """Which of several planners of one layer and group it is."""
+    generation: int
+    """How many were made before for the layer's name, this slot, and with this `sample_every`."""
 
     def __init__(
         self,
@@ -126,6 +130,7 @@ class Planner:
         one_launch: int = 0,
         every: int = 1,
         sample_every: int = 0,
+        mark_every: int = 0,
     ) -> None:
         ranks = group if compare else None
         with together(ranks, "Planner") as facts:
@@ -169,22 +174,21 @@ class Planner:
         self._head = [tag_of(placement, self._problem, every), slot, number]
         self._backend: Backend
         with together(ranks, "Planner"):
-            self._backend = self._make_backend(
-                timeout_s, abort_on_timeout, one_launch, sample_every
-            )
+            kept = {"sample_every": sample_every, "mark_every": mark_every}
+            self._backend = self._make_backend(timeout_s, abort_on_timeout, one_launch, kept)
         if group is not None and number:
             _num_made[group] = number
-        self.layer.add_planner(self)
+        self.generation = self.layer.add_planner(self, (slot, sample_every))
 
     def _make_backend(
-        self, timeout_s: float, abort_on_timeout: bool, one_launch: int, sample_every: int
+        self, timeout_s: float, abort_on_timeout: bool, one_launch: int, kept: Mapping[str, int]
     ) -> Backend:
         size = HEAD + self.placement.num_experts
         row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
         if self.solver == "cpu":
-            about = self.placement, self._problem, self.rank, self._head, row_size
-            return HostBackend(*about, sample_every, self._every)
-        return DeviceBackend(
+            p, problem, head = self.placement, self._problem, self._head
+            return HostBackend(p, problem, self.rank, head, row_size, every=self._every, **kept)
+        made = DeviceBackend(
             self.placement,
             self._problem,
             self.rank,
@@ -197,9 +201,13 @@ class Planner:
             timeout_s=timeout_s,
             abort_on_timeout=abort_on_timeout,
             one_launch=one_launch,
-            sample_every=sample_every,
             every=self._every,
+            **kept,
         )
+        why = made.tables.in_steps or in_steps(self.counts, made.has_relay)
+        if one_launch and why and self.rank == 0:
+            log_in_steps(why)
+        return made
 
     @property
     def num_batches(self) -> collections.Counter[Status]:
@@ -329,10 +337,11 @@ class Planner:
             self.refuse(error)
         wants_plan = wants_plan or self._check or bool(self.layer.observers)
         status = Status.STALE if stale else Status.OPTIMAL
+        again = graph_task() >= 0
         if backend.checks_late:
-            batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan)
+            batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan, again)
         else:
-            batch = Batch(picks, status)
+            batch = Batch(picks, status, is_again=again)
         if exchange is None:
             assert counts is not None, "they are given"
             plan = backend.route_given(batch, counts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -15,8 +16,9 @@ from ..gpu.device import check_device
 from ..gpu.jit import Program
 from ..gpu.launch import max_shared_bytes
 from ..gpu.toolchain import CuSolverDx
+from ..logs import logger
 from ..placement.table import Placement
-from ..settings import SOLVERS
+from ..settings import MAX_ONE_LAUNCH, SOLVERS
 from . import structs
 from .fill_rules import RULES
 from .layout import (
@@ -28,6 +30,8 @@ from .layout import (
     component_sizes,
 )
 from .structs import ARC, COPY, EDGE, ENDING, HEAD, RESIDENT
+
+log = logger(__name__)
 
 NUM_THREADS = 256
 """Threads of a block that solves; fewer would take long to add up the counts."""
@@ -294,6 +298,63 @@ def num_plan_bytes(
     of_quotas = 4 * p.num_experts * p.max_replicas
     numbering = 4 * (1 + NUM_PLAN_THREADS // 32) * p.num_experts + 6 * num_picks
     return of_components + of_table + of_rows + of_quotas + numbering + _route_bytes(p, c)
+
+
+def why_in_steps(
+    placement: Placement,
+    solver: str,
+    max_bytes: int,
+    *,
+    refreshable: bool = False,
+    moves_homes: bool = False,
+    objective: str = "tokens",
+) -> str:
+    """Why plans take three launches and never one; empty: those of small batches take one.
+
+    Args:
+        placement: the copies.
+        solver: one of `DEVICE_SOLVERS`.
+        max_bytes: shared memory of a block.
+        refreshable, moves_homes: as for `capacity_for`.
+        objective: one of `settings.OBJECTIVES`.
+
+    Raises:
+        ValueError: as `solver_record`.
+    """
+    record = solver_record(solver, placement, objective)
+    capacity = capacity_for(placement, refreshable, moves_homes)
+    if not record.plans:
+        guests = " with guest slots" if placement.num_guests_per_rank else ""
+        return f"the solver {solver}{guests} has no kernel for it"
+    if record.variant(capacity) not in record.plan_variants():
+        return f"a component has more than {MAX_PLAN_RANKS} ranks"
+    # Of several components one would wait for the other. Where homes move there is one as a rule,
+    # and the tables hold more.
+    if capacity.num_components > 1 and not moves_homes:
+        return f"the placement has {capacity.num_components} components, and one block solves one"
+    num_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, objective)
+    num_bytes += num_static_bytes(capacity.size)
+    if num_bytes > max_bytes:
+        return f"a block has {max_bytes} bytes of shared memory, and such a plan takes {num_bytes}"
+    return ""
+
+
+def in_steps(counts: str, has_relay: bool = False) -> str:
+    """As `why_in_steps`, by how counts travel.
+
+    Args:
+        counts: the kind of the exchange, or "given".
+        has_relay: whether they travel to other nodes.
+    """
+    if has_relay:
+        return "counts travel between nodes"
+    return f"counts travel by {counts}, not by kernels" if counts == "torch" else ""
+
+
+@functools.cache
+def log_in_steps(why: str) -> None:
+    """Says that no batch is planned in one launch: each reason once in a process."""
+    log.info("LPLB_EP_ONE_LAUNCH: plans take three launches: %s", why)
 
 
 def check_fit(

@@ -18,7 +18,7 @@ from ..gpu.beside import copy_beside
 from ..placement.table import Placement
 from ..problem import MAX_TOTAL
 from . import structs
-from .structs import NUM_TALLIES, NUM_TOTALS, Status
+from .structs import NUM_TALLIES, NUM_TOTALS, NUM_WORDS, Status
 from .tallies import Tally
 
 MAX_SAMPLES = 64
@@ -30,7 +30,7 @@ _reading = threading.Lock()
 Totals = npt.NDArray[np.int64]
 """[NUM_TOTALS]: each `Tally`, then how many batches ended with each `Status`."""
 Samples = dict[int, npt.NDArray[np.int32]]
-"""[E] loads of batches, by how many came before."""
+"""[E] loads of batches, by how many came before. What a backward pass planned again is none."""
 
 
 class Statistics(Protocol):
@@ -62,6 +62,7 @@ def add_batch(
     speed: torch.Tensor | None = None,
     *,
     by_tokens: bool = True,
+    again: bool = False,
 ) -> None:
     """Adds a batch to the totals, in whole numbers.
 
@@ -76,8 +77,10 @@ def add_batch(
         rank: this rank.
         base_load, speed: [R] of the problem.
         by_tokens: whether a planned batch has the least largest load.
+        again: whether a backward pass plans a batch again.
     """
     totals[NUM_TALLIES + status] += 1
+    totals[Tally.RECOMPUTED] += again
     if totals[Tally.WINDOW] != window:
         totals[Tally.WORST_HOME : Tally.WINDOW] = 0
         totals[Tally.WINDOW] = window
@@ -98,12 +101,14 @@ def add_batch(
     rows = int(load.sum())
     total, home, got = rows + int(np.sum(base)), largest(at_home), largest(own)
     taken = guests[guests >= 0]
+    is_known = status is Status.OPTIMAL and by_tokens
     for tally, number in (
         (Tally.ROWS, rows),
         (Tally.LOAD, total),
         (Tally.HOME, home),
         (Tally.GOT, got),
-        (Tally.BOUND, got if status is Status.OPTIMAL and by_tokens else -(-total // R)),
+        (Tally.BOUND, got if is_known else 0),
+        (Tally.BOUND_LOAD, total if is_known else 0),
         (Tally.OWN_HOME, at_home[rank]),
         (Tally.OWN, own[rank]),
         (Tally.GUESTS, taken.size),
@@ -122,23 +127,30 @@ class HostStatistics:
 
     Args:
         every: batches from one sample of loads to the next; 0: none is taken.
+        mark_every: batches from one whose totals are marked to the next; 0: none are.
     """
 
-    def __init__(self, every: int = 0) -> None:
+    def __init__(self, every: int = 0, mark_every: int = 0) -> None:
         self.totals: Totals = np.zeros(NUM_TOTALS, np.int64)
-        self._every, self._window = every, 0
+        self.marked: Totals = np.zeros(NUM_TOTALS, np.int64)
+        self._every, self._mark_every, self._window = every, mark_every, 0
         self._samples: collections.deque[tuple[int, npt.NDArray[np.int32]]] = collections.deque(
             maxlen=MAX_SAMPLES
         )
 
-    def add(self, status: Status, load: torch.Tensor, *rest: Any, by_tokens: bool) -> None:
+    def add(
+        self, status: Status, load: torch.Tensor, *rest: Any, by_tokens: bool, again: bool
+    ) -> None:
         """As `add_batch`."""
         totals = self.totals.copy()  # another thread may read the old ones
-        before = int(totals[NUM_TALLIES:].sum())
-        if self._every and before % self._every == 0 and status < Status.BAD_COUNTS:
+        before = int(totals[NUM_TALLIES:].sum() - totals[Tally.RECOMPUTED])
+        is_sampled = self._every and before % self._every == 0 and not again
+        if is_sampled and status < Status.BAD_COUNTS:
             self._samples.append((before, load.numpy().astype(np.int32)))
-        add_batch(totals, self._window, status, load, *rest, by_tokens=by_tokens)
+        add_batch(totals, self._window, status, load, *rest, by_tokens=by_tokens, again=again)
         self.totals = totals
+        if self._mark_every and int(totals[NUM_TALLIES:].sum()) % self._mark_every == 0:
+            self.marked = totals
 
     def begin_window(self) -> None:
         """As `Statistics.begin_window`."""
@@ -160,6 +172,7 @@ class DeviceStatistics:
         device: the GPU.
         every: batches from one sample of loads to the next; 0: none is taken.
         by_tokens: as for `add_batch`.
+        mark_every: batches from one whose totals are marked to the next; 0: none are.
     """
 
     def __init__(
@@ -168,16 +181,18 @@ class DeviceStatistics:
         device: torch.device,
         every: int = 0,
         by_tokens: bool = True,
+        mark_every: int = 0,
     ) -> None:
         self.device, self._every, self._by_tokens, self._taken = device, every, by_tokens, -1
+        self._mark_every = mark_every
         self.num_samples = MAX_SAMPLES if every else 0
-        self.totals = torch.zeros(NUM_TOTALS + 1, dtype=torch.int64, device=device)
-        """[NUM_TOTALS + 1]; the last is the window."""
+        self.totals = torch.zeros(NUM_WORDS, dtype=torch.int64, device=device)
+        """[NUM_WORDS]: the totals, the window, and the totals when they were marked last."""
         sizes = (self.num_samples, placement.num_experts), (self.num_samples,)
         self.samples, self.sampled = (
             torch.full(size, -1, dtype=torch.int32, device=device) for size in sizes
         )
-        self._read = torch.zeros(2, NUM_TOTALS + 1, dtype=torch.int64).pin_memory()
+        self._read = torch.zeros(2, NUM_WORDS, dtype=torch.int64).pin_memory()
         self._window = torch.zeros(1, dtype=torch.int64).pin_memory()
         self._read_samples, self._read_sampled = (
             torch.zeros(size, dtype=torch.int32).pin_memory() if every else torch.empty(0)
@@ -205,26 +220,28 @@ class DeviceStatistics:
             num_samples=self.num_samples,
             every=self._every,
             by_tokens=self._by_tokens,
+            mark_every=self._mark_every,
         )
 
     def begin_window(self) -> None:
         """As `Statistics.begin_window`."""
         with _reading:
             self._window += 1
-            copy_beside(self.device.index, [(self.totals[-1:], self._window)])
+            window = self.totals[NUM_TOTALS : NUM_TOTALS + 1]
+            copy_beside(self.device.index, [(window, self._window)])
 
     def copies(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """What `copy_beside` has to copy before `copied` is asked."""
         return [(half, self.totals) for half in self._read]
 
-    @property
-    def copied(self) -> Totals | None:
-        """The totals that were copied; None if a batch came meanwhile.
+    def copied(self, marked: bool) -> Totals | None:
+        """The totals that were copied, or those that were marked; None if a batch came meanwhile.
 
         A kernel writes all words at once, so two copies that agree are of one batch.
         """
         first, second = self._read.numpy()
-        return first[:NUM_TOTALS].copy() if (first == second).all() else None
+        words = slice(NUM_TOTALS + 1, NUM_WORDS) if marked else slice(NUM_TOTALS)
+        return first[words].copy() if (first == second).all() else None
 
     def take_samples(self, *, all_done: bool = False) -> Samples:
         """As `Statistics.take_samples`. A batch is known to be done when a later one is counted."""
@@ -237,7 +254,9 @@ class DeviceStatistics:
         pairs = [(self._read[0], self.totals), (self._read_sampled, self.sampled)]
         pairs += [(self._read_samples, self.samples), (self._read[1], self.totals)]
         copy_beside(self.device.index, pairs)
-        num_done, num_later = (int(half[NUM_TALLIES:NUM_TOTALS].sum()) for half in self._read)
+        num_done, num_later = (
+            int(half[NUM_TALLIES:NUM_TOTALS].sum() - half[Tally.RECOMPUTED]) for half in self._read
+        )
         round_trip = self._every * self.num_samples
         taken = {
             before: load.copy()
@@ -251,17 +270,22 @@ class DeviceStatistics:
         return dict(sorted(taken.items()))
 
 
-def read_totals(many: Iterable[Statistics]) -> list[Totals]:
+def read_totals(many: Iterable[Statistics], *, marked: bool = False) -> list[Totals]:
     """The totals of several planners, as of the last batches that are done.
 
     It waits for no batch. A copy is made anew where a batch came meanwhile.
+
+    Args:
+        many: the planners' statistics.
+        marked: whether to read those of the last batch that was marked.
 
     Raises:
         RuntimeError: batches come faster than they can be read.
     """
     given = list(many)
     found: dict[Statistics, Totals] = {}
-    found.update({one: one.totals for one in given if isinstance(one, HostStatistics)})
+    on_host = [one for one in given if isinstance(one, HostStatistics)]
+    found.update({one: one.marked if marked else one.totals for one in on_host})
     on_gpu = [one for one in given if isinstance(one, DeviceStatistics)]
     for _ in range(_MAX_TRIES):
         left = [one for one in on_gpu if one not in found]
@@ -271,7 +295,9 @@ def read_totals(many: Iterable[Statistics]) -> list[Totals]:
             for device in {one.device.index for one in left}:
                 there = (one for one in left if one.device.index == device)
                 copy_beside(device, [pair for one in there for pair in one.copies()])
-            found.update({one: totals for one in left if (totals := one.copied) is not None})
+            found.update(
+                {one: totals for one in left if (totals := one.copied(marked)) is not None}
+            )
     raise RuntimeError("batches come faster than their statistics can be read")
 
 

@@ -75,6 +75,8 @@ MAX_PLACES = 544
 NUM_TALLIES = len(Tally)
 NUM_TOTALS = NUM_TALLIES + len(Status)
 """Words of a planner's statistics: each `Tally`, then how many batches ended with each `Status`."""
+NUM_WORDS = 2 * NUM_TOTALS + 1
+"""Words that a GPU keeps: the totals, the window, and the totals when they were marked last."""
 HEAD = len(Head)
 """Integers before the counts of an exchanged row."""
 NUM_ERROR_FLAGS = len(Status) + len(ErrorFlag)
@@ -260,7 +262,7 @@ TABLE = Struct(
 STATISTICS = Struct(
     "Statistics",
     "Where a planner keeps what its batches come to.",
-    ("long long*", "totals", "[NUM_TOTALS + 1] see there; then the window, which the host sets"),
+    ("long long*", "totals", "[NUM_WORDS] totals; the window, which the host sets; marked totals"),
     ("int*", "samples", "[num_samples, E] loads of sampled batches"),
     ("int*", "sampled", "[num_samples] how many batches came before each; -1: none is there"),
     ("const int*", "base", "[R] load that stays on each rank, or null: none"),
@@ -268,6 +270,7 @@ STATISTICS = Struct(
     ("int", "num_samples", "kept at once; 0: none are taken"),
     ("int", "every", "batches from one sample to the next"),
     ("int", "by_tokens", "1: a planned batch has the least largest load"),
+    ("int", "mark_every", "batches from one whose totals are marked to the next; 0: none are"),
 )
 BATCH = Struct(
     "Batch",
@@ -287,6 +290,7 @@ BATCH = Struct(
     ("int", "least_gain", "as the struct Problem has it"),
     ("const int*", "turn", "as the struct Window has it: not 0, and quotas are reused; or null"),
     ("const int*", "own", "[E] this rank's counts, where `turn` is given"),
+    ("int", "again", "1: a backward pass plans a batch again"),
 )
 RESIDENT = Struct(
     "Resident",
@@ -446,6 +450,7 @@ def abi_header() -> str:
         enum_text(Tally, "TALLY_"),
         constant_text("int", "NUM_TALLIES", NUM_TALLIES, "sums over batches"),
         constant_text("int", "NUM_TOTALS", NUM_TOTALS, "tallies, then batches of each status"),
+        constant_text("int", "NUM_WORDS", NUM_WORDS, "totals, the window, and marked totals"),
         constant_text("int", "NUM_ERROR_FLAGS", NUM_ERROR_FLAGS, "statuses, then the others"),
         constant_text("int", "GUEST_PARTS", GUEST_PARTS, "of 1, in which a tolerance is counted"),
         enum_text(Aim, "AIM_"),

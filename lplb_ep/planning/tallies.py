@@ -21,25 +21,28 @@ class Tally(enum.IntEnum):
     GOT = 3
     """The largest load."""
     BOUND = 4
-    """The optimum, T*, of a batch that was planned by tokens; of others the mean load, rounded up.
-    """
-    OWN_HOME = 5
+    """The optimum, T*, of the batches of which it is known: those that were planned by tokens."""
+    BOUND_LOAD = 5
+    """LOAD of these batches."""
+    OWN_HOME = 6
     """Rows of this rank, had every token gone home."""
-    OWN = 6
+    OWN = 7
     """Rows of this rank."""
-    GUESTS = 7
+    GUESTS = 8
     """Guests of all ranks."""
-    SENT = 8
+    SENT = 9
     """Guests whose home is on this rank."""
-    RECEIVED = 9
+    RECEIVED = 10
     """Guests on this rank."""
-    WORST_HOME = 10
+    RECOMPUTED = 11
+    """Batches of any status that a backward pass planned again."""
+    WORST_HOME = 12
     """No sum: HOME of the window's batch with the largest HOME / LOAD."""
-    WORST_HOME_LOAD = 11
+    WORST_HOME_LOAD = 13
     """And its LOAD."""
-    WORST = 12
+    WORST = 14
     """No sum: GOT of the window's batch with the largest GOT / LOAD."""
-    WORST_LOAD = 13
+    WORST_LOAD = 15
     """And its LOAD."""
-    WINDOW = 14
+    WINDOW = 16
     """No sum: the number of the window that these are of."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ContractError
+from ..planning.inputs import graph_task
 from .guest_transport import GuestLayout
-from .pool import GuestPool, Stay, graph_task
+from .pool import GuestPool, Stay
 from .slots import Slot, local_part
 
 Gradients = list[Tensor | None]

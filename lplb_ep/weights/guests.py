@@ -24,9 +24,10 @@ from ..errors import ContractError, RankError
 from ..layer import Layer, layer_of
 from ..logs import logger
 from ..placement.table import Placement
+from ..planning.inputs import graph_task
 from .guest_gradients import Homeward, TrainedBatch, counts_if_alone, send_late
 from .guest_transport import BatchNumber, GuestLayout
-from .pool import GuestPool, Stay, graph_task, outside_of_checkpoints, shapes_of
+from .pool import GuestPool, Stay, outside_of_checkpoints, shapes_of
 from .slots import (
     describe,
     has_whole_rows,

@@ -17,6 +17,7 @@ from ..comm.alltoall import TRANSPORTS
 from ..comm.collectives import together
 from ..errors import ContractError
 from ..layer import check_slot
+from ..planning.inputs import graph_task
 from .guest_transport import BatchNumber, GuestLayout, GuestTransport
 from .guest_transports import make_guest_transport
 from .slots import local_part
@@ -230,12 +231,6 @@ class GuestPool:
     def clear(self) -> None:
         """Marks the pool as without guests, since some transports put gradients there."""
         self._stay = self._used = None
-
-
-def graph_task() -> int:
-    """The number of the backward pass that runs, -1 outside of any."""
-    number: int = torch._C._current_graph_task_id()
-    return number
 
 
 @contextlib.contextmanager

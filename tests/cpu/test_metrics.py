@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from tallied import in_backward
 
 import lplb_ep
 from lplb_ep import GuestPool, Guests, Layer, Placement, Planner, Settings, logs, metrics
@@ -96,13 +97,14 @@ def test_a_window_begins_with_reset():
     layer, planner = planner_of(name="a layer")
     (empty,) = stats_of([layer])
     assert str(empty) == "a layer: no batches"
-    assert (empty.imbalance, empty.worst_imbalance, empty.batches) == (1, 1, 0)
+    assert np.isnan([empty.imbalance, empty.worst_imbalance, empty.bound]).all()
+    assert empty.batches == 0
     plan(planner, rng, 5)
     assert stats_of([layer])[0].batches == 5
     before = stats_of([layer])[0]
     metrics.reset()
     assert stats_of([layer])[0].batches == stats_of([layer])[0].rows == 0
-    assert stats_of([layer])[0].worst_home_imbalance == 1
+    assert np.isnan(stats_of([layer])[0].worst_home_imbalance)
     skewed = torch.zeros(R, E).int()
     skewed[0, 1] = 10
     planner(torch.full((10, 1), 1), counts=skewed)
@@ -165,16 +167,16 @@ def test_guests_are_counted_with_their_bytes():
 
 def test_a_line_comes_every_so_many_batches(caplog):
     rng = np.random.default_rng(0)
-    _, planner = planner_of(name="a layer that logs")
-    _, other = planner_of(name="one on another rank")
+    _, planner = planner_of(name="a layer that logs", mark_every=4)
+    _, other = planner_of(name="one on another rank", mark_every=4)
     other.rank = 1
     reports = reporter.Reporter(4, None)
     assert not reports.has_work
     caplog.set_level(logging.INFO, "lplb_ep")
     assert reports.has_work
 
-    def said():
-        reports.look()
+    def said(last=False):
+        reports.look(last=last)
         lines = [m for m in caplog.messages if "a layer that logs" in m]
         caplog.clear()
         return lines
@@ -185,15 +187,67 @@ def test_a_line_comes_every_so_many_batches(caplog):
     plan(planner, rng, 2)
     (line,) = said()
     assert line.startswith("lplb_ep: a layer that logs: imbalance 1.")
-    assert "; 5 batches; " in line
+    assert "; 4 batches; " in line, "of the five that there are"
     assert said() == []
     planner(torch.empty(0, 1).long(), counts=torch.zeros(R, E).int(), stale=True)
     plan(planner, rng, 8)
     (line,) = said()
-    assert "9 batches" in line
+    assert "; 8 batches; " in line, "up to the twelfth"
     assert line.endswith("sent home: 1 STALE")
+    assert said() == []
+    (line,) = said(last=True)
+    assert "; 2 batches; " in line, "what is left at the end"
+    assert said(last=True) == []
     assert not any("another rank" in message for message in caplog.messages)
     assert not reporter.Reporter(0, None).has_work
+
+
+def test_every_layer_logs_at_its_own_batches(caplog):
+    """However far each is when the thread looks."""
+    rng, (_, first), (_, second) = (
+        np.random.default_rng(0),
+        planner_of(name="first.moe", mark_every=20),
+        planner_of(name="second.moe", mark_every=20),
+    )
+    caplog.set_level(logging.INFO, "lplb_ep")
+    reports = reporter.Reporter(20, None)
+    for first_batches, second_batches in ((22, 19), (10, 5), (9, 16), (0, 23)):
+        plan(first, rng, first_batches)
+        plan(second, rng, second_batches)
+        reports.look()
+    lines = [m for m in caplog.messages if "first.moe" in m or "second.moe" in m]
+    said = [(line.split(": ")[1], line.split("; ")[1]) for line in lines]
+    assert said == [
+        ("first.moe", "20 batches"),
+        ("second.moe", "20 batches"),
+        ("first.moe", "20 batches"),
+        ("second.moe", "20 batches"),
+        ("second.moe", "20 batches"),
+    ]
+
+
+def test_t_star_is_told_where_it_is_known(caplog):
+    rng = np.random.default_rng(0)
+    layer, planner = planner_of(name="by slots", objective="experts")
+    plan(planner, rng, 3)
+    (stats,) = stats_of([layer])
+    assert np.isnan(stats.bound)
+    assert (stats.bound_load, stats.bound_mean_load) == (0, 0)
+    assert "as planned; 3 batches" in str(stats)
+    assert "lplb_ep/by slots/bound" not in metrics.scalars()
+    assert "lplb_ep/by slots/imbalance" in metrics.scalars()
+    layer, planner = planner_of(name="by tokens")
+    skewed, even = torch.zeros(R, E).int(), torch.zeros(R, E).int()
+    skewed[0, 1], even[0, :] = 10, 10
+    planner(torch.full((10, 1), 1), counts=skewed)
+    planner(torch.arange(E).repeat(10)[:, None], counts=even, stale=True)
+    (stats,) = stats_of([layer])
+    assert stats.bound == 2, "of the one batch that was planned, not of the one at home"
+    assert stats.bound_mean_load == 5
+    assert "T* 2.000" in str(stats)
+    layer, planner = planner_of(name="nothing to do")
+    planner(torch.empty(0, 1).long(), counts=torch.zeros(R, E).int())
+    assert str(stats_of([layer])[0]) == "nothing to do: no rows; 1 batch"
 
 
 def test_messages_are_shown_where_asked_for(capsys, monkeypatch):
@@ -262,6 +316,7 @@ def test_prometheus_scrapes_counters_that_never_go_back(monkeypatch):
     loads = np.concatenate([loads, plan(planner, rng, 2)])
     assert value("rows") == loads.sum()
     assert value("largest_load") / value("mean_load") < value("largest_home_load")
+    assert value("bound_mean_load") == value("mean_load")
     assert b'lplb_ep_rows_total{layer="scraped",rank="0"}' in prometheus_client.generate_latest(
         registry
     )
@@ -335,6 +390,47 @@ def test_batches_of_micro_batch_slots_and_of_new_planners_are_all_recorded(tmp_p
     later = of_slot(0)
     loads.append([plan(planner, rng)[0] for planner in later])
     records.take(layers)
+    records.write(now=True)
+    assert (load_recording(path).counts.numpy() == np.array(loads)).all()
+
+
+def test_layers_of_one_batch_are_in_one_row(tmp_path):
+    """However many other planners each of them has, and whichever are planned again."""
+    rng, path = np.random.default_rng(0), tmp_path / "run.npz"
+    layers = [Layer(PLACEMENT, name=f"one row.{i}") for i in range(6)]
+    arguments = dict(rank=0, counts="given", solver="cpu")
+    kept, planners, loads = [], [], []
+    for number, layer in enumerate(layers):
+        kept += [Planner(layer, **arguments) for _ in range(number % 3)]
+        planners.append(Planner(layer, **arguments, sample_every=2))
+        kept += [Planner(layer, **arguments) for _ in range(3)]
+    records = recorder.Recorder(path, 2)
+    for _ in range(5):
+        row = []
+        for planner in planners:
+            row.append(plan(planner, rng)[0])
+        in_backward(lambda: [plan(planner, rng) for planner in planners[:2]])
+        loads.append(row)
+        records.take(layers)
+    records.write(now=True)
+    recording = load_recording(path)
+    assert (recording.counts.numpy() == np.array(loads)[::2]).all()
+    assert np.load(path)["batches"].tolist() == [0, 2, 4]
+    assert [s.recomputed for s in stats_of(layers)] == [5, 5, 0, 0, 0, 0]
+
+
+def test_layers_that_are_made_anew_go_on_in_other_rows(tmp_path):
+    rng, path, kept = np.random.default_rng(0), tmp_path / "run.npz", []
+    records, loads = recorder.Recorder(path, 1), []
+    for _ in range(2):
+        layers = [Layer(PLACEMENT, name=f"anew.{i}") for i in range(2)]
+        planners = [
+            Planner(layer, rank=0, counts="given", solver="cpu", sample_every=1) for layer in layers
+        ]
+        for _ in range(2):
+            loads.append([plan(planner, rng)[0] for planner in planners])
+        kept += planners
+        records.take(layers)
     records.write(now=True)
     assert (load_recording(path).counts.numpy() == np.array(loads)).all()
 
@@ -453,6 +549,7 @@ def test_a_process_that_ends_leaves_its_recording_and_lines(process, tmp_path):
     recording = load_recording(tmp_path / "run.npz")
     assert recording.counts[:, 0].tolist() == [[n] * 3 for n in (1, 4, 7, 10)]
     assert recording.layers == (4,)
+    assert [s for s in done.stderr.splitlines() if " batches" in s and "10 batches" not in s] == []
     (line,) = (line for line in done.stderr.splitlines() if "10 batches" in line)
     assert line.startswith("lplb_ep")
     assert "model.layers.4.moe: imbalance 1.000 at home, 1.000 as planned, T* 1.000" in line

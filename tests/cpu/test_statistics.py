@@ -42,8 +42,8 @@ def test_totals_are_those_of_a_thousand_plans(kind):
         problem, given = Problem(objective="experts"), {"by_tokens": False}
     if kind == "guests":
         placement = Placement.homes_only(E, R, 2, num_ranks_per_node=2)
-    planner, _ = planner_of(placement, problem)
-    expected = tallied.Tallied(1, **given)
+    planner, _ = planner_of(placement, problem, mark_every=20)
+    expected = tallied.Tallied(1, mark_every=20, **given)
     for i, (topk, counts) in enumerate(batches(rng, 250)):
         if i in (100, 101, 180):
             planner.statistics.begin_window()
@@ -51,6 +51,7 @@ def test_totals_are_those_of_a_thousand_plans(kind):
         plan = planner(topk, counts=counts, stale=bool(rng.random() < 0.1))
         expected.add(plan, placement)
         assert tallied.read(planner) == expected.totals
+        assert tallied.read(planner, marked=True) == expected.marked
     ends = {Status.OPTIMAL, Status.STALE, Status.BAD_COUNTS}
     ends |= {Status.INFEASIBLE} if kind == "bounded" else set()
     assert set(expected.batches) == set(planner.num_batches) == ends
@@ -75,6 +76,23 @@ def test_samples_are_the_loads_of_every_nth_batch():
     assert {b: load.tolist() for b, load in last.items()}.items() <= expected.samples.items()
     assert len(last) == MAX_SAMPLES
     assert max(last) == max(expected.samples)
+
+
+def test_what_a_backward_pass_plans_again_is_counted_and_is_no_sample():
+    placement = Placement.homes_only(E, R, 0)
+    planner, _ = planner_of(placement, sample_every=2)
+    expected = tallied.Tallied(1, every=2)
+    for topk, counts in batches(np.random.default_rng(3), 20):
+        expected.add(planner(topk, counts=counts), placement)
+        again = []
+        tallied.in_backward(
+            lambda topk=topk, counts=counts, to=again: to.append(planner(topk, counts=counts))
+        )
+        expected.add(*again, placement, again=True)
+        assert tallied.read(planner) == expected.totals
+    taken = {b: load.tolist() for b, load in planner.statistics.take_samples().items()}
+    assert taken == expected.samples
+    assert max(taken) <= 18
 
 
 def test_no_samples_are_kept_unless_asked_for():

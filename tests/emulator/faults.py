@@ -817,7 +817,24 @@ FAULTS = [
         "times are rounded down", "statistics.cuh", "* total_speed + speed - 1)", "* total_speed)"
     ),
     Fault("no base loads at home", "statistics.cuh", "(at_home[r] + base)", "(at_home[r])"),
-    Fault("the mean is rounded down", "statistics.cuh", "load / R + (load % R != 0)", "load / R"),
+    Fault(
+        "T* of every batch",
+        "statistics.cuh",
+        "is_planned && statistics.by_tokens ? load",
+        "true ? load",
+    ),
+    Fault(
+        "samples of batches that are planned again",
+        "statistics.cuh",
+        "|| batch.again) return",
+        ") return",
+    ),
+    Fault(
+        "marked one late",
+        "statistics.cuh",
+        "num_batches(word) % statistics",
+        "(num_batches(word) - 1) % statistics",
+    ),
     Fault("the worst batch is the last", "statistics.cuh", "load_before == 0 ||", "true ||"),
     Fault(
         "windows go on",

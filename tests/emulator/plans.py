@@ -128,7 +128,7 @@ class Rank:
         tag: of the placement, for the head of a row.
         given: whether guests are given instead of chosen.
         least_gain: tokens off the fullest rank for which a batch leaves home.
-        num_samples, every: of the loads of sampled batches, as `Statistics` has them.
+        num_samples, every, mark_every: as `Statistics` has them.
         exchanges_every: batches from one that is exchanged to the next.
     """
 
@@ -149,6 +149,7 @@ class Rank:
         num_samples: int = 0,
         every: int = 0,
         exchanges_every: int = 1,
+        mark_every: int = 0,
         problem: Problem | None = None,
     ) -> None:
         self.memory, self.placement, self.rank, self.chunk = memory, placement, rank, chunk
@@ -187,10 +188,11 @@ class Rank:
         self.row = memory.zeros(HEAD + p.num_experts)
         self.head = memory.array([tag, 2, 3, 0], np.int32)
         self.error_flags = memory.zeros(structs.NUM_ERROR_FLAGS)
-        self.totals = memory.zeros(structs.NUM_TOTALS + 1, np.int64)
+        self.totals = memory.zeros(structs.NUM_WORDS, np.int64)
         self.samples = memory.zeros((num_samples, p.num_experts))
         self.sampled = memory.zeros(num_samples)
-        self._every, self.least_gain = every, least_gain
+        self._every, self._mark_every = every, mark_every
+        self.least_gain, self.again = least_gain, 0
         self._exchanges_every = exchanges_every
         self.turn = memory.array([exchanges_every - 1], np.int32)
         self.missing = memory.zeros(p.num_ranks)
@@ -402,7 +404,7 @@ class Rank:
     @property
     def num_by_status(self) -> np.ndarray:
         """How many batches ended with each status."""
-        return self.totals[structs.NUM_TALLIES : -1]
+        return self.totals[structs.NUM_TALLIES : structs.NUM_TOTALS]
 
     def route(
         self, picks: Picks, plan: Plan, *, exchanged: bool = True, **bounds: np.ndarray
@@ -427,6 +429,7 @@ class Rank:
             num_samples=len(self.samples),
             every=self._every,
             by_tokens=1,
+            mark_every=self._mark_every,
             **{b: bounds[b].ctypes.data if b in bounds else 0 for b in ("base", "speed")},
         )
         return structs.BATCH.pack(
@@ -445,6 +448,7 @@ class Rank:
             least_gain=self.least_gain,
             turn=self._turn_address,
             own=plan.rows[self.rank, HEAD:].ctypes.data,
+            again=self.again,
         )
 
     def whole(

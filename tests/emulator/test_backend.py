@@ -626,8 +626,12 @@ def test_statistics_are_those_of_the_plans(kind, make):
         bounds = {"base_load": torch.tensor([9, 30]), "speed": torch.tensor([2, 5])}
         problem = Problem(**bounds)
     placement = WITH_SLOTS if kind == "guests" else TWO
-    given, exchanging = make(Layer(placement, problem)), make(Layer(placement, problem), rows)
-    expected = {one: tallied.Tallied(RANK, **bounds) for one in (given, exchanging)}
+    marks = {"mark_every": 9}
+    given, exchanging = (
+        make(Layer(placement, problem), **marks),
+        make(Layer(placement, problem), rows, **marks),
+    )
+    expected = {one: tallied.Tallied(RANK, **bounds, **marks) for one in (given, exchanging)}
     for i in range(125):
         weight = rng.dirichlet(np.ones(E))
         topks = [torch.from_numpy(rng.choice(E, (T, 2), p=weight)) for T in rng.integers(0, 50, R)]
@@ -646,6 +650,7 @@ def test_statistics_are_those_of_the_plans(kind, make):
             expected[one].begin_window(expected[one].window + 1)
         else:
             assert tallied.read(one) == expected[one].totals, i
+            assert tallied.read(one, marked=True) == expected[one].marked, i
         if i % 50 == 0:
             plan = exchanging(topk)
             exchanging.route(topk)  # whose plan nobody asks for

@@ -14,7 +14,7 @@ from emulator import ORDERS
 from lplb_ep import Placement, Problem
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.stay import stays_home
-from lplb_ep.planning.structs import HEAD, MAX_TOTAL, ErrorFlag, Status
+from lplb_ep.planning.structs import HEAD, MAX_TOTAL, NUM_TOTALS, ErrorFlag, Status
 
 TWO = Placement([0, 1, 2, 0], 2)
 SIZES = {"none": (0, 1), "one": (1, 1), "a warp": (16, 2), "more": (333, 7), "tiles": (2300, 2)}
@@ -441,9 +441,9 @@ def test_statistics_are_those_of_the_plan(R, E, form, order, memory, library):
         "base": memory.array(bounds["base_load"].numpy(), np.int32),
         "speed": memory.array(bounds["speed"].numpy(), np.int32),
     }
-    rank = plans.Rank(memory, placement, 1, library, num_samples=2, every=2)
-    expected = tallied.Tallied(1, every=2, **bounds)
-    statuses = [0, Status.STALE, 0, 0, Status.BAD_COUNTS, Status.STALE, 0]
+    rank = plans.Rank(memory, placement, 1, library, num_samples=2, every=2, mark_every=4)
+    expected = tallied.Tallied(1, every=2, mark_every=4, **bounds)
+    statuses = [0, Status.STALE, 0, Status.BAD_COUNTS, 0, Status.STALE, 0, 0, 0]
     for i, status in enumerate(statuses):
         if i == 4:
             expected.begin_window(7)
@@ -452,14 +452,19 @@ def test_statistics_are_those_of_the_plan(R, E, form, order, memory, library):
         if status == Status.BAD_COUNTS:
             counts[2, 3] = -1
         rank.head[3] = 0
-        rank.totals[-1] = expected.window
+        rank.totals[NUM_TOTALS] = expected.window
+        rank.again = int(i in (2, 7))
         launched = {"order": order, "status": status, "of_ranks": on_device, **form}
         plan = run_plan(memory, rank, topks[1], counts, **launched)
         tensors = {name: torch.from_numpy(values) for name, values in vars(plan).items()}
-        expected.add(SimpleNamespace(**tensors), placement)
-        assert rank.totals[:-1].tolist() == expected.totals, i
-    assert rank.sampled.tolist() == [0, 6]  # none of the batch without counts
-    assert rank.samples.tolist() == [expected.samples[0], expected.samples[6]]
+        expected.add(SimpleNamespace(**tensors), placement, again=bool(rank.again))
+        assert rank.totals[:NUM_TOTALS].tolist() == expected.totals, i
+        assert rank.totals[NUM_TOTALS + 1 :].tolist() == expected.marked, i
+        sampled = {before // 2 % 2: before for before in sorted(expected.samples)}
+        assert rank.sampled.tolist() == [sampled.get(0, 0), sampled.get(1, 0)], i
+    # Of the batches 0, 2, 4 and 6, without those that are planned again. The second has no counts.
+    assert rank.sampled.tolist() == [4, 6]
+    assert rank.samples.tolist() == [expected.samples[4], expected.samples[6]]
 
 
 def stays(load, placement, base, least_gain):

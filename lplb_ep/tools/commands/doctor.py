@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ... import __version__
@@ -129,7 +131,61 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
             ),
         )
         choices["guests"] = lambda: _describe_guests(settings)
+    if settings.one_launch:
+        choices["launches"] = lambda: _describe_launches(settings)
+    if settings.record:
+        choices["record"] = lambda: _describe_record(settings)
     return choices
+
+
+def _describe_launches(settings: Settings) -> tuple[str, str]:
+    """Launches of a small batch's plan, and why."""
+    from ...gpu.launch import max_shared_bytes
+    from ...placement.layer_files import placements_of_modules
+    from ...planning.solvers import choose_solver, in_steps, why_in_steps
+
+    objective = settings.objective
+    named = placements_of_modules(settings.placement) if settings.placement else {}
+    for name, placement in {**named, "": named.get("")}.items():
+        solver, _ = choose_solver(settings.solver, placement, objective=objective)
+        if solver == "cpu":
+            return "none", "plans are made on the CPU"
+        if placement is not None:
+            most = max_shared_bytes(0)
+            why = why_in_steps(placement, solver, most, objective=objective)
+            if why:
+                return "three", f"{name}: {why}" if name else why
+    why = in_steps(_choose_counts(settings)[0])
+    return ("three", why) if why else ("one", f"of at most {settings.one_launch} picks of a rank")
+
+
+def _describe_record(settings: Settings) -> tuple[str, str]:
+    """The recording, and what becomes of a file that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from ...metrics.recorder import MAX_BYTES, check_writable
+    from ..recordings import load_recording
+
+    path = Path(settings.record)
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    if settings.mode != "1":
+        return str(path), f"nothing is recorded where LPLB_EP is {settings.mode}, but where it is 1"
+    free = shutil.disk_usage(path.parent).free
+    if free < 2 * MAX_BYTES:  # the old file stays until the new one is whole
+        most = 2 * MAX_BYTES >> 20
+        raise OSError(f"{path}: {free >> 20} MiB are free there, and it may take {most}")
+    said = f"every {settings.record_every} batches, at most {MAX_BYTES >> 20} MiB"
+    if path.exists():
+        try:
+            said += f"; replaces {load_recording(path).source}"
+        except ValueError:
+            said += "; replaces a file that is no recording"
+    return str(path), said
 
 
 def _kernel_cache() -> tuple[str, str]:
