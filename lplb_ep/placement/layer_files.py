@@ -119,6 +119,11 @@ def placements_of_layers(
                 f"{os.fspath(path)} has {len(placements)} MoE layers, and {len(layers)} are needed"
             )
         return list(placements.values())
+    names = [layer for layer in placements if isinstance(layer, str)]
+    if names:
+        raise PlacementError(
+            f"{os.fspath(path)} has layers by name ({names[0]!r}), and numbers are needed"
+        )
     missing = [layer for layer in layers if layer not in placements]
     if missing:
         raise PlacementError(f"{os.fspath(path)} has no placement for layer {missing[0]}")

@@ -15,6 +15,7 @@ from ..plain_files import read_plain
 Array = npt.NDArray[Any]
 ENDS = (".npz", ".npy", ".pt", ".pth", ".json", ".csv")
 _IN_DIRECTORIES = (".pt", ".npy", ".csv", ".json")
+_LEFT_OUT = tuple(end for end in ENDS if end not in _IN_DIRECTORIES)
 _COLUMNS = ("layer", "expert", "count")
 MAX_EXPERTS = 2**15
 """Of a layer. Larger numbers are no experts: counts of them would take all memory."""
@@ -69,7 +70,14 @@ def _read_directory(path: Path) -> Content:
         raise ValueError(f"{path}: no {_or(_IN_DIRECTORIES)} file in this directory")
     if len(kinds) > 1:
         raise ValueError(f"{path}: has {' and '.join(kinds)} files; a recording's are of one kind")
-    if kinds == [".pt"]:
+    left = sorted(file.name for file in path.iterdir() if file.suffix.lower() in _LEFT_OUT)
+    remarks = [f"files in the directory that are no parts are left out: {', '.join(left)}"]
+    found = _read_parts(path, files)
+    return found._replace(remarks=(*found.remarks, *(remarks if left else [])))
+
+
+def _read_parts(path: Path, files: Sequence[Path]) -> Content:
+    if files[0].suffix.lower() == ".pt":
         return _of_torch(path, files, [read_plain(file) for file in files])
     parts = [read_arrays(file) for file in files]
     arrays = [next(iter(part.arrays.values())) for part in parts]

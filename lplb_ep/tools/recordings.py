@@ -227,11 +227,12 @@ def load_recording(
     file = Path(path)
     content = read_arrays(file)
     arrays = content.arrays
-    if "lplb_ep_recording" in arrays:
-        return _checked(file, _saved(file, arrays), num_experts, key)
-    if content.kind or content.layers is not None:
+    is_saved = "lplb_ep_recording" in arrays
+    if is_saved or content.kind or content.layers is not None:
         if layout not in (None, "counts") or tokens_per_batch is not None:
             raise ValueError(f"{file}: holds counts; layout and tokens_per_batch are for ids")
+        if is_saved:
+            return _checked(file, _saved(file, arrays), num_experts, key)
         source = f"{file.name}: {content.kind}" if content.kind else file.name
         found = Recording.of(arrays[""], str(file), layers=content.layers)
         found = replace(found, source=source, remarks=content.remarks)

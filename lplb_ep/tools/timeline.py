@@ -34,7 +34,8 @@ def draw_batches(recording: Recording, num_batches: int, seed: int = 0) -> Recor
     total = recording.load.sum(1)
     if not 1 <= num_batches <= int(total.min()):
         raise ValueError(
-            f"{recording.source}: cannot draw {num_batches} batches of {int(total.min())} picks"
+            f"{recording.source}: num_batches must be in [1, {int(total.min())}], the picks of a "
+            f"layer; got {num_batches}"
         )
     drawn = [
         rng.multinomial(int(picks) // num_batches, load / load.sum(), size=num_batches)
@@ -178,8 +179,8 @@ def replay_over_time(
     counts = torch.cat([w.counts for w in workloads])
     if len(counts) <= 2 * interval:
         raise ValueError(
-            f"{len(counts)} batches are too few for a refresh, which looks at {interval} and is in "
-            f"force {interval} later"
+            f"{len(counts)} batches are too few: replicas that a look at {interval} batches moves "
+            f"are in force {interval} later"
         )
     names = ("kept", "refreshed", "home", "guests_kept", "guests")
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}

@@ -1,6 +1,8 @@
 """Messages and notes of the commands: options as they were typed, and files in their own words."""
 
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,6 +248,10 @@ def test_an_absurd_number_is_named_before_memory_is_taken(fails, tmp_path, monke
         ),
         (["sample", "-o", "a.npz", "--batches", "99999999"], "410 GB of counts, more than 16 GB"),
         (
+            ["place", "-o", "p.json", "--experts", "8", "--ranks", "4", "--guests", "99999999"],
+            "--guests must be at most 32768; got 99999999",
+        ),
+        (
             ["place", "-o", "p.json", "--experts", "99999999", "--ranks", "8", "--guests", "1"],
             "--experts must be in [1, 32768]; got 99999999",
         ),
@@ -261,3 +267,72 @@ def test_as_many_experts_as_are_allowed_are_read():
     assert Recording.of(counts, "a").num_experts == MAX_EXPERTS
     with pytest.raises(ValueError, match="a: a layer may have 32768 experts; got 32769"):
         Recording.of(np.ones((1, MAX_EXPERTS + 1)), "a")
+
+
+# --- odd input ------------------------------------------------------------------------------------
+
+
+def test_odd_options_are_said_in_one_line(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    begins = "lplb-ep: error: "
+    save_recording("s.npz", sample(1, 4, 4, 10, 1))
+    Path("dir").mkdir()
+    replay = ["replay", "s.npz", *SHAPE]
+    for option in (["--tokens-per-batch", "2"], ["--layout", "token-layer"]):
+        assert fails(*replay, *option) == (
+            f"{begins}s.npz: holds counts; --layout and --tokens-per-batch are for ids"
+        )
+    assert fails(*replay, "--refresh", "2") == (
+        f"{begins}4 batches are too few: replicas that a look at 2 batches moves are in force 2 "
+        "later"
+    )
+    for number in ("0", "99"):
+        assert fails(*replay, "--refresh", "2", "--draw", number) == (
+            f"{begins}s.npz: sample, seed 0, workload 0: --draw must be in [1, 40], the picks of a "
+            f"layer; got {number}"
+        )
+    assert fails("replay", "", *SHAPE) == f"{begins}FILE must be a recording; got ''"
+    assert fails(*replay, "--first-layer", "99999999") == (
+        f"{begins}--first-layer must be in [0, 32768); got 99999999"
+    )
+    for option in ("--json", "--csv", "--picture"):
+        assert fails(*replay, option, "") == f"{begins}{option} must be a file to write; got ''"
+    assert fails("sample", "-o", "") == f"{begins}-o must be a file to write; got ''"
+    place = ["place", "s.npz", "--ranks", "2", "--redundant", "1", "--seconds", "1"]
+    assert cli.main([*place, "--names", "layers.{}.mlp", "-o", "p.json"]) == 0
+
+
+def test_a_file_with_layers_by_name_is_for_programs(fails, tmp_path):
+    save_recording(tmp_path / "s.npz", sample(1, 4, 4, 10, 1))
+    save_placements(tmp_path / "p.json", {"layers.0.mlp": Placement([0, 1, 2, 3], 2)})
+    says = fails("replay", tmp_path / "s.npz", "--placement", tmp_path / "p.json")
+    assert says.endswith("p.json has layers by name ('layers.0.mlp'), and numbers are needed")
+
+
+def test_files_that_cannot_be_written_are_named_before_the_work(fails, tmp_path, monkeypatch):
+    save_recording(tmp_path / "s.npz", sample(1, 4, 4, 10, 1))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    argv = ["replay", tmp_path / "s.npz", *SHAPE, "--json"]
+    says = f"{tmp_path / 'out.json'} cannot be written: permission denied"
+    assert says in fails(*argv, tmp_path / "out.json")
+
+
+def test_memory_that_does_not_suffice_is_one_line(fails, tmp_path, monkeypatch):
+    def replay(*arguments, **options):
+        raise MemoryError("Unable to allocate 30 GiB")
+
+    save_recording(tmp_path / "s.npz", sample(1, 4, 4, 10, 1))
+    monkeypatch.setattr("lplb_ep.tools.replay.replay", replay)
+    assert fails("replay", tmp_path / "s.npz", *SHAPE) == (
+        "lplb-ep: error: the memory does not suffice: Unable to allocate 30 GiB"
+    )
+
+
+def test_files_of_a_directory_that_are_no_parts_are_told(tmp_path):
+    np.save(tmp_path / "0.npy", np.ones((1, 4)))
+    (tmp_path / "report.html").write_text("")
+    assert load_recording(tmp_path).notes() == []
+    save_recording(tmp_path / "s.npz", sample(1, 4, 2, 10, 1))
+    assert load_recording(tmp_path).notes() == [
+        "files in the directory that are no parts are left out: s.npz"
+    ]

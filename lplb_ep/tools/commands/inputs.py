@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import OPTIONS, as_typed, check_least
+from .options import OPTIONS, as_typed
 
 if TYPE_CHECKING:
     from ...placement.table import Placement
@@ -47,9 +47,13 @@ def add_recording(parser: argparse.ArgumentParser, required: bool = True) -> Non
 
 def read_recording(args: argparse.Namespace) -> Recording:
     """The recording that the arguments of `add_recording` name."""
+    from ..recording_files import MAX_LAYERS
     from ..recordings import load_recording
 
-    check_least(args, "first_layer")
+    if not args.file:
+        raise ValueError("FILE must be a recording; got ''")
+    if not 0 <= args.first_layer < MAX_LAYERS:
+        raise ValueError(f"--first-layer must be in [0, {MAX_LAYERS}); got {args.first_layer}")
     with as_typed(OPTIONS, args.file):
         recording = load_recording(
             args.file,
@@ -72,6 +76,18 @@ def add_guests(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--guests", type=int, metavar="G", help=f"guest slots on each rank; default: {default}"
     )
+
+
+def check_guests(args: argparse.Namespace) -> None:
+    """Refuses numbers of guest slots that would take all memory.
+
+    Raises:
+        ValueError: there are more than any rank has experts.
+    """
+    from ..recording_files import MAX_EXPERTS
+
+    if args.guests is not None and args.guests > MAX_EXPERTS:
+        raise ValueError(f"--guests must be at most {MAX_EXPERTS}; got {args.guests}")
 
 
 def add_active_ranks(parser: argparse.ArgumentParser) -> None:

@@ -75,6 +75,10 @@ def one_line_errors() -> Iterator[None]:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         print(f"lplb-ep: error: {where}{error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except MemoryError as error:
+        said = f"the memory does not suffice: {error}".rstrip(": ")
+        print(f"lplb-ep: error: {said}", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ValueError, MissingPackageError, CompileError) as error:
         print(f"lplb-ep: error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -109,15 +113,23 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuses files that could not be written, before the work is done.
 
     Raises:
-        ValueError: the directory does not exist, or the name is unfit; the option is named.
+        ValueError: the directory does not exist or is not writable, or the name is unfit; the
+            option is named.
     """
     picture = getattr(args, "picture", None)
     paths = {f"--{name}": getattr(args, name, None) for name in ("json", "csv", "picture")}
     for option, path in {**paths, "-o": getattr(args, "output", None)}.items():
-        if path and not Path(path).parent.is_dir():
-            raise ValueError(f"{option} {path}: there is no directory {Path(path).parent}")
-        if path and Path(path).is_dir():
+        if path is None:
+            continue
+        file = Path(path)
+        if not path:
+            raise ValueError(f"{option} must be a file to write; got ''")
+        if not file.parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no directory {file.parent}")
+        if file.is_dir():
             raise ValueError(f"{option} {path} is a directory, not a file to write")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ValueError(f"{option} {path} cannot be written: permission denied")
     if picture and Path(picture).suffix.lower() not in PICTURES:
         raise ValueError(f"--picture must end in {', '.join(PICTURES)}; got {picture}")
 

@@ -11,6 +11,7 @@ from .inputs import (
     add_active_ranks,
     add_guests,
     add_recording,
+    check_guests,
     check_shape,
     learn_for_lp,
     notes_on_layers,
@@ -84,6 +85,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
         check_least(args, "seed", "seconds")
+        check_guests(args)
         _check_format(args)
         if args.file is None:
             return _place_homes(args) if args.start is None else _convert(args)

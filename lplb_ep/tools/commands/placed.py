@@ -13,6 +13,7 @@ from .inputs import (
     Progress,
     add_active_ranks,
     add_guests,
+    check_guests,
     check_shape,
     learn_for_lp,
     notes_on_layers,
@@ -97,6 +98,7 @@ def placements_of(
     """One for each layer, made from the learned load or read from the file."""
     from ...placement.table import Placement
 
+    check_guests(args)
     if args.placement is None:
         if args.guests is None:
             raise ValueError(f"replay needs --placement or --guests; a placement is {_KINDS}")

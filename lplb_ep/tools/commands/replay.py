@@ -165,7 +165,8 @@ def _replay_over_time(
     then = [read_another(args, "--then", said, args.layout, size) for said in args.then]
     workloads = [recording, *then]
     if args.draw is not None:
-        workloads = [draw_batches(w, args.draw) for w in workloads]
+        with as_typed({"num_batches": "--draw"}, *(w.source for w in workloads)):
+            workloads = [draw_batches(w, args.draw) for w in workloads]
     settings = _refresh_settings(args)
 
     with as_typed(OPTIONS, *(workload.source for workload in workloads)):
