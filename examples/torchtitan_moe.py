@@ -85,7 +85,8 @@ def moe_config(args: argparse.Namespace):
     )
     config.router._debug_force_load_balance = args.forced
     set_moe_sharding_config(config, enable_ep=True, enable_sp=False, expert_param_layout=names)
-    return BalanceConverter.Config(guests=args.guests).build().convert(config)  # (1)
+    asked = BalanceConverter.Config(guests=args.guests, replicas=args.replicas)
+    return asked.build().convert(config)  # (1)
 
 
 class Block(nn.Module):
@@ -365,6 +366,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--router-scale", type=float, default=2.0, help="of its first weights: more skew, with more"
     )
     parser.add_argument("--guests", type=int, help="guest slots a rank; default: by the experts")
+    parser.add_argument("--replicas", type=int, default=0, help="static copies a rank, no guests")
     parser.add_argument("--sequence", type=int, default=64, help="bytes")
     parser.add_argument("--sequences", type=int, default=8, help="of each rank, a step")
     parser.add_argument("--steps", type=int, default=40)

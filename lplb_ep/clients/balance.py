@@ -129,8 +129,11 @@ class Balance:
     def __str__(self) -> str:
         if not self.layers:
             return "\n".join(self.notes) or "nothing is balanced: LPLB_EP is 0 or unset"
-        memory = sum(pool.num_bytes for pool in self.pools)
-        lines = [f"{len(self.layers)} MoE layers, {memory / 2**20:.1f} MiB for guests", *self.notes]
+        held = [*self.pools, *(layer.replicas for layer in self.layers)]
+        memory = sum(copies.num_bytes for copies in held if copies is not None)
+        has_guests = self.layers[0].layer.placement.num_guests_per_rank
+        what = f"{memory / 2**20:.1f} MiB for {'guests' if has_guests else 'replicas'}"
+        lines = [f"{len(self.layers)} MoE layers, {what}", *self.notes]
         return "\n".join([*lines, *map(str, self.report())])
 
     def remove(self) -> None:

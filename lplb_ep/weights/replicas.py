@@ -92,6 +92,15 @@ class Replicas:
         return self.layer.placement
 
     @property
+    def num_bytes(self) -> int:
+        """Of the weights of this rank's replicas."""
+        here = [slot for _, slot in self._replicas if self._mover.is_here(slot)]
+        slots = self._slots().values()
+        return sum(
+            copies[self._mover.local(slot)].weight.nbytes for slot in here for copies in slots
+        )
+
+    @property
     def num_bytes_sent(self) -> int:
         """Bytes of weights and gradients from this rank to others so far."""
         return self._mover.num_bytes_sent

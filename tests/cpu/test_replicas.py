@@ -259,6 +259,7 @@ def asynchronous(group):
     transfer.wait()
     one_copy = sum(value("weight", 0, name).numel() for name in SHAPES) * 8
     assert replicas.num_bytes_sent == (2 * one_copy if rank == 0 else 0)
+    assert replicas.num_bytes == (2 * one_copy if rank == 1 else 0)
 
     transfer = replicas.copy_weights(async_op=True)
     with torch.no_grad():

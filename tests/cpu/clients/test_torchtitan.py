@@ -289,12 +289,12 @@ def test_what_cannot_be_balanced_is_refused_by_name():
         assert names[number // 2] in message
 
 
-def override(world):
+def override(world, asked):
     """By the name that torchtitan's command line takes."""
     from torchtitan.config.override import OverrideConfig, apply_overrides, parse_cli_imports
 
     with titan.torchtitan("1") as client:
-        imports = parse_cli_imports(['lplb_ep.clients.torchtitan.balance={"guests": 1}'])
+        imports = parse_cli_imports([f"lplb_ep.clients.torchtitan.balance={asked}"])
 
         def convert(config):
             assert len(apply_overrides(OverrideConfig(imports=imports), config)) == titan.LAYERS
@@ -303,12 +303,13 @@ def override(world):
         model = titan.make_model(world.size(), convert)
         titan.loss_of(model, titan.batch_of(world.rank(), 0)).backward()
         balance = client.balance_of(model)
-        assert len(balance.pools) == 1  # for all layers
-        return str(balance)
+        return len(balance.pools), str(balance)
 
 
-def test_an_override_of_the_command_line_balances_a_model():
-    for said in run(2, override):
-        assert said.startswith(f"{titan.LAYERS} MoE layers, 0.0 MiB for guests")
+@pytest.mark.parametrize(("copies", "num_pools"), [("guests", 1), ("replicas", 0)])
+def test_an_override_of_the_command_line_balances_a_model(copies, num_pools):
+    for pools, said in run(2, override, f'{{"{copies}": 1}}'):
+        assert pools == num_pools  # for all layers
+        assert said.startswith(f"{titan.LAYERS} MoE layers, 0.0 MiB for {copies}")
         assert "layers.1.moe.routed_experts: imbalance" in said
         assert "; 1 batch; " in said
