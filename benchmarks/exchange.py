@@ -5,7 +5,8 @@
 Times are microseconds of a plan (E = 256, top-8, EPLB's copies): the slowest rank's median. All
 ranks replay a CUDA graph at once. Counts travel by NVSHMEM or CUDA IPC, or are given, and then no
 rank waits. The difference is what the exchange adds. The columns "(1)" have the plans in one
-launch, for batches that one launch can plan. `--alone` also measures other exchanges of the counts:
+launch, for batches that one launch can plan. "Reused": plans by the quotas of an earlier batch
+(LPLB_EP_EVERY), without an exchange. `--alone` also measures other exchanges of the counts:
 NVSHMEM's `fcollect`, launched by the host, and gloo's all-gather, staged through the host. Ranks
 that share a GPU start MPS, and their figures say nothing of NVLink. With a GPU each, they do.
 """
@@ -57,14 +58,14 @@ def microseconds(group: dist.ProcessGroup, enqueue: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def plan_time(group: dist.ProcessGroup, planner: Planner, *args: Any) -> float:
+def plan_time(group: dist.ProcessGroup, plan: Callable[..., Any], *args: Any) -> float:
     for _ in range(3):
-        planner(*args)
+        plan(*args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(NUM_PLANS):
-            planner(*args)
+            plan(*args)
     return microseconds(group, graph.replay)
 
 
@@ -121,6 +122,11 @@ def measure(group: dist.ProcessGroup, num_tokens: int, alone: bool) -> dict[str,
             one = Planner(placement, group, counts=kind, slot=1, **options)
             if one._backend.workspace.plan is not None:
                 times[f"{kind} (1)"] = plan_time(group, one, *arguments)
+        if kind != "given":
+            with torch.no_grad():
+                reusing = Planner(placement, group, counts=kind, solver="flow", slot=2, every=2**30)
+                # Without the copy of what is reused, which a plan would be.
+                times[f"{kind} reused"] = plan_time(group, reusing.route, *arguments)
     if alone:
         times["fcollect"] = fcollect_time(group)
         times["gloo"] = gloo_time(group, counts[group.rank()])

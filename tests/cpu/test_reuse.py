@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import ranks
+import refreshing
 import torch
 
 import lplb_ep
@@ -17,6 +18,7 @@ from lplb_ep.planning.reuse import reuse
 from lplb_ep.settings import Settings
 
 RING = Placement([0, 1, 2, 3, 2, 0], 2, home=[0, 1, 4, 3])  # slots 2 and 5 are replicas
+STEPS = refreshing.EVERY  # looks at every second boundary
 EXCHANGED = (Status.OPTIMAL, Status.REUSED)
 
 
@@ -219,6 +221,29 @@ def test_other_replicas_are_followed_by_an_exchange():
     layer.replace(moved)
     ends = [Status(int(planner(HOT).status)) for _ in range(5)]
     assert ends == [Status.OPTIMAL, *[Status.REUSED] * 3, Status.OPTIMAL]
+
+
+@torch.no_grad()
+def through_a_refresh(group):
+    """Outputs of a layer on this rank; its replicas move behind the fourth batch."""
+    model, outputs = refreshing.Model(group, settings=STEPS, background=refreshing.Offered), []
+    for number in range(6):
+        if number == 4:
+            assert model.offer(refreshing.moved())
+        outputs.append(model.forward("old", number)[0])
+    model.check_slots()
+    (stats,) = lplb_ep.metrics.layers.stats_of([layer_of(model.placement)])
+    return outputs, stats.by_status
+
+
+def test_a_refresh_is_followed_by_an_exchange_on_every_rank():
+    environ = {**refreshing.ON, "LPLB_EP_REPLICAS": "valid"}
+    exact = ranks.run(refreshing.R, through_a_refresh, environ=environ)
+    reused = ranks.run(refreshing.R, through_a_refresh, environ={**environ, "LPLB_EP_EVERY": "3"})
+    for (expected, every), (outputs, by_status) in zip(exact, reused, strict=True):
+        assert every == {"OPTIMAL": 6}
+        assert by_status == {"OPTIMAL": 3, "REUSED": 3}  # the fifth is not the fourth's
+        assert all(map(torch.allclose, outputs, expected))
 
 
 def test_what_it_does_not_go_with_is_refused():
