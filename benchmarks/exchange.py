@@ -125,7 +125,7 @@ def measure(group: dist.ProcessGroup, num_tokens: int, alone: bool) -> dict[str,
         if kind != "given":
             with torch.no_grad():
                 reusing = Planner(placement, group, counts=kind, solver="flow", slot=2, every=2**30)
-                # Without the copy of what is reused, which a plan would be.
+                # Slots alone: a plan would be a copy of the kept results.
                 times[f"{kind} reused"] = plan_time(group, reusing.route, *arguments)
     if alone:
         times["fcollect"] = fcollect_time(group)
