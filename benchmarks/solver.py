@@ -30,7 +30,7 @@ import lplb_ep
 from lplb_ep import Placement
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.device_tables import LoadSolver
-from lplb_ep.planning.guests import guests_of
+from lplb_ep.planning.guests_by_cost import guests_of
 from lplb_ep.planning.solve import rank_load, rank_set_bound
 from lplb_ep.planning.structs import Status
 from lplb_ep.problem import Problem

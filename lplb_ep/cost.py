@@ -49,6 +49,8 @@ class CostModel:
     """Nanoseconds of a rank, whatever its rows."""
     about: str = field(default="", compare=False)
     """Where the numbers come from."""
+    push: int | None = None
+    """Nanoseconds that a rank waits for the weights of one guest; None: not known."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "steps", tuple(self.steps))
@@ -57,6 +59,7 @@ class CostModel:
             ("steps", self.steps, 0),
             ("slope", (self.slope,), 0),
             ("fixed", (self.fixed,), 0),
+            ("push", () if self.push is None else (self.push,), 0),
         ):
             for value in values:
                 if type(value) is not int or not least <= value <= _LARGEST:
@@ -137,7 +140,7 @@ class CostModel:
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the numbers, which decide plans; ranks compare it."""
-        numbers = self.tile, self.steps, self.slope, self.fixed
+        numbers = self.tile, self.steps, self.slope, self.fixed, self.push
         return hashlib.sha256(repr(numbers).encode()).hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -225,11 +228,13 @@ H200 = CostModel(
     slope=7_432,
     fixed=33_963,
     about="DeepSeek-V3's experts in bf16, torch's grouped GEMM, one H200",
+    push=280_000,
 )
 """The built-in table, as `lplb-ep calibrate` measured it: experts 7168 and 2048 wide, 34 slots.
 
 It was off by 2.1 % in the median of 200 mixed batches. No other GPU has one: their own is made by
-`lplb-ep calibrate`."""
+`lplb-ep calibrate`. A push of such an expert of 88 MB is that between two H200s by NVLink, with 16
+SMs (314 GB/s)."""
 
 
 def choose_cost(request: str = "", device: str | None = None) -> tuple[CostModel, str]:

@@ -59,10 +59,9 @@ class Problem:
     objective: str | None = None
     """The quantity whose largest value over ranks plans minimise, one of `OBJECTIVES`. `tokens`:
     the linear program. `experts`: active slots, and then tokens. `cost`: nanoseconds by `cost`.
-    `auto`: of these plans and all tokens at home, the one of least cost. None: the setting, or its
-    default."""
+    `auto`: the same. None: the setting, or its default."""
     cost: CostModel | None = None
-    """The cost of rows; None: the setting's model, or an H200's."""
+    """The cost of rows, and of pushes of guests; None: the setting's model, or an H200's."""
     guest_tolerance: float | None = None
     """A batch takes no guests where the residents' T* is at most 1 + this times the mean: the total
     load over the total speed. Of several nodes it is the largest mean of one. In [0, 1], counted
@@ -116,8 +115,9 @@ class Problem:
             TypeError: a field is no tensor, array or list.
             ValueError: a field's shape, dtype or range, or the objective; the message names it. Or
                 fields that do not go together: `min_gain` with fields that it excludes, or
-                `max_quota` for a placement with guest slots. Or speeds, limits of copies or guest
-                slots with another objective than `tokens`.
+                `max_quota` for a placement with guest slots. Or speeds or limits of copies with
+                another objective than `tokens`. Or guest slots with `experts`, or with a cost model
+                without the cost of a push.
             InfeasibleError: an expert whose copies' `max_quota` sum below its load.
         """
         self._check_objective(placement)
@@ -185,21 +185,27 @@ class Problem:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {name!r}")
         if not isinstance(self.cost, (CostModel, type(None))):
             raise TypeError(f"cost must be a CostModel; got a {type(self.cost).__name__}")
-        given = self._beside_tokens(placement)
+        has_guests = bool(placement.num_guests_per_rank)
+        given = self._bounded_by(has_guests and name == "experts")
         if name != "tokens" and given:
             raise ValueError(f"the objective {name!r} does not go with {given}: use 'tokens'")
+        if name != "tokens" and has_guests and self.cost_model.push is None:
+            raise ValueError(
+                f"the objective {name!r} with guest slots goes by what a push costs, and the cost "
+                f"model {self.cost_model.name!r} has no `push`: set it, in nanoseconds"
+            )
 
-    def _beside_tokens(self, placement: Placement) -> str:
+    def _bounded_by(self, has_guests: bool) -> str:
         """What of this goes with plain tokens alone; empty: nothing."""
         others = {
             "speed": self.speed is not None,
             "max_quota": self.max_quota is not None,
-            "guest slots": bool(placement.num_guests_per_rank),
+            "guest slots": has_guests,
         }
         return " and ".join(other for other, is_given in others.items() if is_given)
 
     def _check_min_gain(self, placement: Placement) -> None:
-        gain, given = self.least_gain, self._beside_tokens(placement)
+        gain, given = self.least_gain, self._bounded_by(bool(placement.num_guests_per_rank))
         if not (isinstance(gain, int) and 0 <= gain <= MAX_TOTAL):
             raise ValueError(f"min_gain must be a whole number in [0, {MAX_TOTAL}]; got {gain!r}")
         if gain and self.objective_name != "tokens":

@@ -75,6 +75,7 @@ LAYERS = [
     "planning.kernels",
     "planning.device_tables",
     "planning.guests",
+    "planning.guests_by_cost",
     "planning.solve",
     "planning.statistics",
     "planning.plan",

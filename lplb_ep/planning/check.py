@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
-from .guests import guests_of
+from .guests_by_cost import guests_of
+from .objectives import push_waits
 from .plan import Plan
 from .reuse import reuse
 from .solve import judge, least_value, rank_load
@@ -93,16 +96,20 @@ def check_plan(
     if status is Status.OPTIMAL:
         if problem.max_quota is not None:
             hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")
-        fault = _fault_of(quota, counts.long().sum(0), placement, problem)
+        fault = _fault_of(quota, counts.long().sum(0), placement, problem, chosen)
         hold(not fault, fault)
     else:
         hold((quota[:, 1:] == 0).all(), "a plan that is not optimal must send every token home")
 
 
 def _fault_of(
-    quota: torch.Tensor, load: torch.Tensor, placement: Placement, problem: Problem
+    quota: torch.Tensor,
+    load: torch.Tensor,
+    placement: Placement,
+    problem: Problem,
+    guests: npt.NDArray[np.int32],
 ) -> str:
-    how = judge(quota, load, placement, problem)
+    how = judge(quota, load, placement, problem, push_waits(guests, placement, problem))
     best = least_value(how, quota, load, placement, problem)
     if best is None or how.value == best:
         return ""

@@ -20,18 +20,10 @@ from ..placement.table import Placement
 from ..problem import GUEST_PARTS, MAX_TOTAL, Problem
 from . import reference
 from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
-from .structs import Status
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
-
-
-def guests_of(status: Status, load: Int64, placement: Placement, problem: Problem) -> Int32:
-    """[R, G] int32: the guests of a batch that ends with a status; arguments as `choose_guests`."""
-    if status is not Status.OPTIMAL or not placement.num_guests_per_rank:
-        return np.full((placement.num_ranks, placement.num_guests_per_rank), -1, np.int32)
-    return choose_guests(load, placement, problem)
 
 
 def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:

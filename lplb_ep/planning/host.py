@@ -15,8 +15,8 @@ from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch
-from .guests import guests_of
-from .objectives import quotas_by_objective
+from .guests_by_cost import guests_of
+from .objectives import push_waits, quotas_by_objective
 from .plan import Plan, Results, number_of
 from .reuse import reuse
 from .solve import judge, rank_load
@@ -187,11 +187,12 @@ class HostBackend:
         elif status is Status.OPTIMAL and stays_home(load.numpy(), self._placement, self._problem):
             status = Status.STAYED
         guests = guests_of(status, load.numpy(), self._placement, self._problem)
+        waits = push_waits(guests, self._placement, self._problem)
         filled = self._placement
         if status is Status.OPTIMAL:
             if guests.size:
                 filled = self._placement.with_guests(guests)
-            found = quotas_by_objective(load.numpy(), filled, self._problem)
+            found = quotas_by_objective(load.numpy(), filled, self._problem, waits=waits)
             quota = torch.from_numpy(found.astype(np.int32))
             shares = reference.split(counts, quota, filled)
             physical = reference.rewrite(picks, shares[self._rank], filled)
@@ -212,7 +213,7 @@ class HostBackend:
         self._exchanged, results = kept, functools.partial(Results, *kept)
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
-        judged = functools.partial(judge, placement=filled, problem=self._problem)
+        judged = functools.partial(judge, placement=filled, problem=self._problem, waits=waits)
         return Plan(physical.to(batch.topk_idx.device), results, split, judged, number, filled)
 
 

@@ -60,7 +60,11 @@ def exact_solution(load: Int64, placement: Placement, problem: Problem) -> Int64
 
 
 def quotas_by_objective(
-    load: Int64, placement: Placement, problem: Problem, exact: Int64 | None = None
+    load: Int64,
+    placement: Placement,
+    problem: Problem,
+    exact: Int64 | None = None,
+    waits: Int64 | int = 0,
 ) -> Int64:
     """The quotas of a load by the problem's objective.
 
@@ -73,13 +77,15 @@ def quotas_by_objective(
       that costs least.
     - `auto`: the same.
 
-    The cost of a plan is its largest rank cost. Each component of the placement is separate.
+    The cost of a plan is its largest rank cost, with the waits for guests (`push_waits`). Each
+    component of the placement is separate.
 
     Args:
         load: [E] whole numbers, tokens of each expert.
-        placement: the copies.
+        placement: the copies, and the guests in their slots.
         problem: the objective, and base loads; checked.
         exact: what the plan builds on (`exact_solution`); None: the CPU's.
+        waits: [R] nanoseconds that ranks wait for guests, by cost.
 
     Returns:
         [E, C] whole numbers, rows sum to the load.
@@ -87,11 +93,11 @@ def quotas_by_objective(
     exact = exact_solution(load, placement, problem) if exact is None else exact
     if problem.objective_name == "tokens":
         return exact
-    base = _base(problem, placement)
-    out = np.zeros_like(exact)
+    base, out = _base(problem, placement), np.zeros_like(exact)
     out[:, 0] = load  # of experts with one copy
     for label in range(int(placement.component.max()) + 1):
-        part = _Component(placement, placement.component == label, load, base)
+        members = placement.component == label
+        part = _Component(placement, members, load, base, np.broadcast_to(waits, members.shape))
         of_arcs = exact[part.expert, part.column]
         if problem.objective_name == "experts":
             rows = part.solve_experts(of_arcs, problem.cost_model.free_rows)
@@ -101,7 +107,9 @@ def quotas_by_objective(
     return out
 
 
-def reached(quota: Int64, load: Int64, placement: Placement, problem: Problem) -> Reached:
+def reached(
+    quota: Int64, load: Int64, placement: Placement, problem: Problem, waits: Int64 | int = 0
+) -> Reached:
     """The value of quotas [E, C] of a load [E] by `experts`, `cost` or `auto`, and the bound."""
     base = _base(problem, placement)
     active = _active(load, placement, problem)
@@ -113,19 +121,44 @@ def reached(quota: Int64, load: Int64, placement: Placement, problem: Problem) -
     cost = problem.cost_model
     copies = (placement.copy_rank >= 0).sum(1)
     costs = torch.from_numpy(cost.least_of_experts(load, copies))
-    split = reference.solve(costs, placement, base_load=torch.from_numpy(cost.of_slots(base)))
+    stays = torch.from_numpy(cost.of_slots(base) + waits)
+    split = reference.solve(costs, placement, base_load=stays)
     by_slots = -(-active.bound.numerator // active.bound.denominator) * cost.steps[0]
     bound, tight_ranks = split.bound, split.tight_ranks
     if by_slots > bound:
         bound, tight_ranks = Fraction(by_slots), active.tight_ranks
-    value = int(rank_costs(quota, placement, problem).max())
+    value = int(rank_costs(quota, placement, problem, waits).max())
     return Reached(value, cost.fixed + bound, tight_ranks)
 
 
-def rank_costs(quota: Int64, placement: Placement, problem: Problem) -> Int64:
-    """[R] nanoseconds of each rank, by quotas [E, C]."""
+def rank_costs(
+    quota: Int64, placement: Placement, problem: Problem, waits: Int64 | int = 0
+) -> Int64:
+    """[R] nanoseconds of each rank, by quotas [E, C], and by its wait for guests."""
     cost, base = problem.cost_model, _base(problem, placement)
-    return cost.fixed + _of_ranks(cost.of_slots(quota), cost.of_slots(base), placement)
+    return cost.fixed + _of_ranks(cost.of_slots(quota), cost.of_slots(base) + waits, placement)
+
+
+def push_waits(guests: npt.ArrayLike, placement: Placement, problem: Problem) -> Int64:
+    """[R] nanoseconds that each rank waits for its guests, by cost; 0 by other objectives.
+
+    Pushes of a rank pass one after another over its link, those that come and those that leave. So
+    a rank waits for as many pushes as it has guests, or as a home of one of them sends in all.
+
+    Args:
+        guests: [R, G] the expert in each guest slot, -1 = empty.
+        placement: the residents, with or without these guests.
+        problem: the objective and the cost of a push, checked.
+    """
+    rank, slot = np.nonzero(np.asarray(guests) >= 0)
+    size, by_cost = placement.num_ranks, problem.objective_name in ("cost", "auto")
+    if not by_cost or not rank.size:
+        return np.zeros(size, np.int64)
+    assert problem.cost_model.push is not None, "a checked problem has the cost of a push"
+    home = placement.home_rank[np.asarray(guests)[rank, slot]]
+    number = np.bincount(rank, minlength=size)
+    np.maximum.at(number, rank, np.bincount(home, minlength=size)[home])
+    return number * problem.cost_model.push
 
 
 def _active(load: Int64, placement: Placement, problem: Problem) -> reference.Optimum:
@@ -188,9 +221,12 @@ class _Component:
         members: [R] bool, the component's ranks.
         load: [E] tokens of each expert.
         base: [R] tokens that stay.
+        waits: [R] nanoseconds for pushes; 0 where ranks count otherwise.
     """
 
-    def __init__(self, placement: Placement, members: Bool, load: Int64, base: Int64) -> None:
+    def __init__(
+        self, placement: Placement, members: Bool, load: Int64, base: Int64, waits: Int64
+    ) -> None:
         copies = placement.copy_rank
         local = np.cumsum(members) - 1
         is_here = members[placement.home_rank]
@@ -200,7 +236,7 @@ class _Component:
         order = np.lexsort((expert, rank))
         self.expert, self.column, self.rank = expert[order], column[order], rank[order]
         """[arcs] each, by local rank, then expert."""
-        self.load, self.base = load, base[members]
+        self.load, self.base, self._waits = load, base[members], waits[members]
         single = np.flatnonzero(is_here & ~several)
         self._of_single, self._single_rank = load[single], local[copies[single, 0]]
         self._several = np.flatnonzero(is_here & several)
@@ -245,8 +281,8 @@ class _Component:
         return max(-(-total // self.base.size), int(self._staying(measure).max()))
 
     def _staying(self, measure: _Measure) -> Int64:
-        """[R] what experts with one copy and base loads count."""
-        out = measure.of_slots(self.base).copy()
+        """[R] what experts with one copy, base loads and waits count."""
+        out = measure.of_slots(self.base) + self._waits
         np.add.at(out, self._single_rank, measure.of_slots(self._of_single))
         return out
 

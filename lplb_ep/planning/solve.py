@@ -17,8 +17,8 @@ from ..problem import MAX_TOTAL, Integers, Problem, as_integers
 from ..settings import Settings
 from . import reference
 from .device_tables import solve_on_device
-from .guests import guests_of
-from .objectives import Reached, quotas_by_objective
+from .guests_by_cost import guests_of
+from .objectives import Reached, push_waits, quotas_by_objective
 from .objectives import reached as reached_by_objective
 from .solvers import choose_solver
 from .structs import Status
@@ -140,8 +140,8 @@ def solve(
     num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
     filled = [placement.with_guests(chosen) if chosen.size else placement for chosen in guests]
     proven = [
-        _prove(name, row, quota, one, problem)
-        for row, quota, one in zip(loads, quotas, filled, strict=True)
+        _prove(name, row, quota, one, problem, push_waits(chosen, placement, problem))
+        for row, quota, one, chosen in zip(loads, quotas, filled, guests, strict=True)
     ]
     loaded = [rank_load(quota, one) for (quota, _), one in zip(proven, filled, strict=True)]
     shape, device = load.shape[:-1], load.device
@@ -196,6 +196,7 @@ def _prove(
     quota: torch.Tensor | None,
     placement: Placement,
     problem: Problem,
+    waits: npt.NDArray[np.int64],
 ) -> tuple[torch.Tensor, Reached]:
     """The proof of a solver's quotas, with these quotas; None: with those that the CPU finds.
 
@@ -203,14 +204,14 @@ def _prove(
         AssertionError: they are not what the objective asks for.
     """
     if quota is None:
-        found = quotas_by_objective(load.numpy(), placement, problem)
+        found = quotas_by_objective(load.numpy(), placement, problem, waits=waits)
         quota = torch.from_numpy(found.astype(np.int32))
     else:
         most = MAX_TOTAL if problem.max_quota is None else problem.max_quota
         capacity = torch.tensor(placement.copy_rank >= 0) * most
         legal = ((quota >= 0) & (quota <= capacity)).all() and (quota.sum(1) == load).all()
         assert legal, f"the {solver} solver made quotas beyond their limits, or of another load"
-    how = judge(quota, load, placement, problem)
+    how = judge(quota, load, placement, problem, waits)
     best = least_value(how, quota, load, placement, problem)
     assert best is None or how.value == best, (
         f"the {solver} solver reached {how.value}; the optimum is {best}"
@@ -219,12 +220,19 @@ def _prove(
 
 
 def judge(
-    quota: torch.Tensor, load: torch.Tensor, placement: Placement, problem: Problem
+    quota: torch.Tensor,
+    load: torch.Tensor,
+    placement: Placement,
+    problem: Problem,
+    waits: npt.NDArray[np.int64] | int = 0,
 ) -> Reached:
-    """The value of quotas [E, C] of a load [E] by the problem's objective, and the bound."""
+    """The value of quotas [E, C] of a load [E] by the problem's objective, and the bound.
+
+    `waits` [R] are those of `push_waits`.
+    """
     if problem.objective_name != "tokens":
         arrays = quota.numpy().astype(np.int64), load.numpy().astype(np.int64)
-        return reached_by_objective(*arrays, placement, problem)
+        return reached_by_objective(*arrays, placement, problem, waits)
     optimum = reference.solve(load, placement, start=quota, **problem.bounds)
     value = slowest_time(quota, placement, problem)
     return Reached(value, optimum.bound, optimum.tight_ranks)

@@ -228,13 +228,13 @@ def test_a_planners_own_objective_holds_where_its_layer_has_none():
         check_plan(plan, topk, PAIR, 0, Problem(objective="experts"))
 
 
-def test_guests_go_by_tokens_alone():
-    with pytest.raises(ValueError, match="the objective 'auto' does not go with guest slots"):
+def test_whole_experts_go_without_guests():
+    with pytest.raises(ValueError, match="the objective 'experts' does not go with guest slots"):
         Planner(
             Placement.homes_only(4, 2, num_guests_per_rank=1),
             rank=0,
             counts="given",
-            objective="auto",
+            objective="experts",
         )
 
 

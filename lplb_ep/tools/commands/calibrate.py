@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 from .options import as_typed, check_outputs, one_line_errors
@@ -31,6 +32,13 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--max-rows", type=int, default=2048, metavar="N", help="of a slot in the mean; 2048"
     )
+    parser.add_argument(
+        "--push-gbps",
+        type=float,
+        default=314.0,
+        metavar="B",
+        help="GB/s at which a guest's weights travel, not measured here; 314, as between two H200s",
+    )
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
@@ -49,6 +57,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             if getattr(args, option) < 1:
                 name = option.replace("_", "-")
                 raise ValueError(f"--{name} must be at least 1; got {getattr(args, option)}")
+        if not args.push_gbps > 0:
+            raise ValueError(f"--push-gbps must be above 0; got {args.push_gbps:g}")
         check_gemm(args.gemm)
         import torch
 
@@ -61,12 +71,15 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         )
         with as_typed({"num_slots": "--slots", "max_rows": "--max-rows"}):
             done = calibrate(experts.nanoseconds, args.slots, args.max_rows, device, about)
-        done.model.save(args.output)
-    model = done.model
+        # Three matrices of an expert, two bytes an element.
+        push = round(6 * args.hidden * args.width / args.push_gbps)
+        model = dataclasses.replace(done.model, push=push)
+        model.save(args.output)
     print(f"{about}\n{done.num_timed} batches timed; of 200 that were not fitted, the model is off")
     print(f"by {100 * done.error:.1f} % in the median, by {100 * done.worst:.1f} % at worst")
     print(
         f"an active slot {model.steps[0] / 1e3:.1f} us, a tile of {model.tile} rows "
-        f"{model.slope / 1e3:.1f} us, a rank {model.fixed / 1e3:.1f} us: {args.output}"
+        f"{model.slope / 1e3:.1f} us, a rank {model.fixed / 1e3:.1f} us, "
+        f"a guest's push {push / 1e3:.1f} us: {args.output}"
     )
     return 0

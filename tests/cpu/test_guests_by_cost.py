@@ -1,0 +1,165 @@
+"""Guests that a plan by cost chooses: pushes count, against every choice there is."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lplb_ep import CostModel, Layer, Placement, Planner, Problem, check_plan, solve
+from lplb_ep.planning import reference
+from lplb_ep.planning.guests import choose_guests
+from lplb_ep.planning.guests_by_cost import choose_guests_by_cost, guests_of
+from lplb_ep.planning.objectives import push_waits, quotas_by_objective, rank_costs
+from lplb_ep.planning.plan import Status
+from lplb_ep.planning.solvers import solver_record
+
+TILES = CostModel("tiles", 8, (100, 160), 60, 5, push=150)
+
+
+def problem_of(placement, cost=TILES, **fields):
+    return Problem(objective="cost", cost=cost, guest_min_tokens=1, **fields).checked(placement)
+
+
+def value_of(guests, load, placement, problem):
+    """What the largest rank costs with these guests."""
+    filled, waits = placement.with_guests(guests), push_waits(guests, placement, problem)
+    quota = quotas_by_objective(load, filled, problem, waits=waits)
+    return rank_costs(quota, filled, problem, waits).max()
+
+
+def instance(seed, num_ranks=3, num_experts=6, num_guests=1):
+    rng = np.random.default_rng(seed)
+    placement = Placement.homes_only(num_experts, num_ranks, num_guests_per_rank=num_guests)
+    load = rng.poisson(rng.lognormal(3.5, 1.2, num_experts)).astype(np.int64)
+    return placement, load, replace(TILES, push=int(rng.choice([0, 50, 200, 800])))
+
+
+def test_a_rank_waits_for_its_guests_and_for_what_their_homes_send():
+    placement = Placement.homes_only(6, 3, num_guests_per_rank=2)
+    problem = problem_of(placement)
+
+    def waits(guests):
+        return push_waits(guests, placement, problem).tolist()
+
+    assert waits([[-1, -1], [-1, -1], [-1, -1]]) == [0, 0, 0]
+    assert waits([[2, -1], [-1, -1], [-1, -1]]) == [150, 0, 0]
+    assert waits([[2, 4], [-1, -1], [-1, -1]]) == [300, 0, 0]
+    # Rank 0 sends two, so both ranks that get one wait for both.
+    assert waits([[-1, -1], [0, -1], [1, -1]]) == [0, 300, 300]
+    quota = np.zeros((6, 3), np.int64)
+    quota[:, 0] = 8
+    costs = rank_costs(quota, placement, problem, np.array([150, 0, 0]))
+    assert costs.tolist() == [5 + 200 + 150, 5 + 200, 5 + 200]
+
+
+@pytest.mark.parametrize(("push", "number"), [(0, 1), (600, 1), (661, 0), (10_000, 0)])
+def test_a_guest_is_taken_where_it_gains_more_than_its_push(push, number):
+    """96 rows are 12 tiles, which cost 760. One of them costs 100 on the other rank."""
+    placement = Placement.homes_only(2, 2, num_guests_per_rank=1)
+    problem = problem_of(placement, replace(TILES, push=push))
+    guests = choose_guests_by_cost(np.array([96, 0]), placement, problem)
+    assert (guests >= 0).sum() == number
+    by_tokens = choose_guests(np.array([96, 0]), placement, problem)
+    assert (by_tokens >= 0).sum() == 1
+
+
+def test_guests_never_cost_more_than_none():
+    """Where those that tokens ask for may cost several times as much."""
+    worse = 0
+    for seed in range(60):
+        placement, load, cost = instance(seed, 4, 12, 2)
+        problem = problem_of(placement, cost)
+        none = np.full((4, 2), -1)
+        found = choose_guests_by_cost(load, placement, problem)
+        at_most = value_of(none, load, placement, problem)
+        value = value_of(found, load, placement, problem)
+        assert value < at_most or (found == none).all()
+        by_tokens = choose_guests(load, placement, problem)
+        assert value <= max(at_most, value_of(by_tokens, load, placement, problem))
+        worse += value_of(by_tokens, load, placement, problem) > at_most
+    assert worse > 2
+
+
+def test_choices_are_close_to_the_best_there_is():
+    """Of all guests that three ranks may have, one each."""
+    gaps, taken = [], 0
+    for seed in range(40):
+        placement, load, cost = instance(seed)
+        problem = problem_of(placement, cost)
+        choices = [[e for e in range(-1, 6) if e < 0 or e // 2 != rank] for rank in range(3)]
+        best = min(
+            value_of(np.array(guests)[:, None], load, placement, problem)
+            for guests in itertools.product(*choices)
+        )
+        found = choose_guests_by_cost(load, placement, problem)
+        taken += (found >= 0).any()
+        gaps.append(value_of(found, load, placement, problem) / best - 1)
+    assert 10 < taken < 40
+    assert np.median(gaps) <= 0.01
+    assert np.mean(np.array(gaps) <= 0.05) >= 0.8
+
+
+def test_guests_without_tokens_are_not_pushed():
+    for seed in range(40):
+        placement, load, cost = instance(seed, 4, 12, 2)
+        problem = problem_of(placement, cost)
+        guests = choose_guests_by_cost(load, placement, problem)
+        filled, waits = placement.with_guests(guests), push_waits(guests, placement, problem)
+        quota = quotas_by_objective(load, filled, problem, waits=waits)
+        for rank, slots in enumerate(guests):
+            for expert in slots[slots >= 0]:
+                assert quota[expert][filled.copy_rank[expert] == rank].sum() > 0
+
+
+def test_plans_hold_the_guests_and_their_waits():
+    placement = Placement.homes_only(2, 2, num_guests_per_rank=1)
+    layer = Layer(placement, problem_of(placement))
+    layer.mark_valid()
+    counts, topk = torch.tensor([[96, 0], [0, 0]]), torch.tensor([[0]] * 96)
+    plan = Planner(layer, rank=0, counts="given", check=True)(topk, counts=counts)
+    check_plan(plan, topk, placement, 0, layer.problem)
+    assert plan.guests.tolist() == [[-1], [0]]
+    solution = solve(counts.sum(0), placement, "cpu", objective="cost", cost=TILES)
+    assert solution.guests.equal(plan.guests)
+    assert (
+        plan.reached.value
+        == solution.reached
+        == value_of(plan.guests.numpy(), counts.sum(0).numpy(), placement, layer.problem)
+    )
+    assert solution.lower_bound <= solution.reached
+    # The rank that waits computes less: 40 rows and a push, beside 56.
+    assert solution.rank_load.tolist() == [56, 40]
+    home = guests_of(Status.STALE, counts.sum(0).numpy(), placement, layer.problem)
+    assert (home == -1).all()
+
+
+def test_what_does_not_go_together_is_refused_by_name():
+    placement = Placement.homes_only(4, 2, num_guests_per_rank=1)
+    with pytest.raises(ValueError, match="the objective 'experts' does not go with guest slots"):
+        Problem(objective="experts").checked(placement)
+    with pytest.raises(ValueError, match="the cost model 'tiles' has no `push`: set it"):
+        Problem(objective="auto", cost=replace(TILES, push=None)).checked(placement)
+    assert Problem(objective="tokens", cost=replace(TILES, push=None)).checked(placement)
+    with pytest.raises(ValueError, match="minimises tokens where there are guest slots, not cost"):
+        solver_record("flow", placement, "cost")
+
+
+def test_pushes_are_compared_between_ranks_and_kept_in_files(tmp_path):
+    with_push, without = (Problem(objective="cost", cost=replace(TILES, push=n)) for n in (9, None))
+    assert with_push.fingerprint() != without.fingerprint()
+    TILES.save(tmp_path / "cost.json")
+    assert CostModel.load(tmp_path / "cost.json") == TILES
+    with pytest.raises(ValueError, match="push of a cost model must be whole numbers"):
+        replace(TILES, push=-1)
+
+
+def test_the_residents_are_planned_as_without_guest_slots():
+    placement = Placement.homes_only(6, 3, num_guests_per_rank=1)
+    load = np.array([30, 5, 60, 1, 0, 9])
+    problem = problem_of(placement, replace(TILES, push=10**6))
+    assert (choose_guests_by_cost(load, placement, problem) == -1).all()
+    optimum = reference.solve(torch.from_numpy(load), placement)
+    quota = quotas_by_objective(load, placement, problem)
+    assert (quota == optimum.quota.numpy()).all()
