@@ -9,8 +9,7 @@ import torch
 from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
-from .guests_by_cost import guests_of
-from .objectives import push_waits
+from .guests_by_cost import guests_of, push_waits
 from .plan import Plan
 from .reuse import reuse
 from .solve import judge, least_value, rank_load

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ..placement.table import Placement
 from ..problem import GUEST_PARTS, Problem
 from .guests import Bool, Int32, Int64, choose_guests
-from .objectives import push_waits, quotas_by_objective, rank_costs
+from .objectives import quotas_by_objective, rank_costs
 from .structs import Status
 
 
@@ -62,6 +63,28 @@ def choose_guests_by_cost(load: Int64, placement: Placement, problem: Problem) -
             guests = _those(tried[-1].is_used, guests)
             tried.append(_plan(guests, load, placement, problem))
     return min(tried, key=lambda one: (one.value, (one.guests >= 0).sum())).guests
+
+
+def push_waits(guests: npt.ArrayLike, placement: Placement, problem: Problem) -> Int64:
+    """[R] nanoseconds that each rank waits for its guests, by cost; 0 by other objectives.
+
+    Pushes of a rank pass one after another over its link, those that come and those that leave. So
+    a rank waits for as many pushes as it has guests, or as a home of one of them sends in all.
+
+    Args:
+        guests: [R, G] the expert in each guest slot, -1 = empty.
+        placement: the residents, with or without these guests.
+        problem: the objective and the cost of a push, checked.
+    """
+    rank, slot = np.nonzero(np.asarray(guests) >= 0)
+    size, by_cost = placement.num_ranks, problem.objective_name in ("cost", "auto")
+    if not by_cost or not rank.size:
+        return np.zeros(size, np.int64)
+    assert problem.cost_model.push is not None, "a checked problem has the cost of a push"
+    home = placement.home_rank[np.asarray(guests)[rank, slot]]
+    number = np.bincount(rank, minlength=size)
+    np.maximum.at(number, rank, np.bincount(home, minlength=size)[home])
+    return number * problem.cost_model.push
 
 
 @dataclass(frozen=True)

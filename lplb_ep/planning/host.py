@@ -15,8 +15,8 @@ from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch
-from .guests_by_cost import guests_of
-from .objectives import push_waits, quotas_by_objective
+from .guests_by_cost import guests_of, push_waits
+from .objectives import quotas_by_objective
 from .plan import Plan, Results, number_of
 from .reuse import reuse
 from .solve import judge, rank_load

@@ -139,28 +139,6 @@ def rank_costs(
     return cost.fixed + _of_ranks(cost.of_slots(quota), cost.of_slots(base) + waits, placement)
 
 
-def push_waits(guests: npt.ArrayLike, placement: Placement, problem: Problem) -> Int64:
-    """[R] nanoseconds that each rank waits for its guests, by cost; 0 by other objectives.
-
-    Pushes of a rank pass one after another over its link, those that come and those that leave. So
-    a rank waits for as many pushes as it has guests, or as a home of one of them sends in all.
-
-    Args:
-        guests: [R, G] the expert in each guest slot, -1 = empty.
-        placement: the residents, with or without these guests.
-        problem: the objective and the cost of a push, checked.
-    """
-    rank, slot = np.nonzero(np.asarray(guests) >= 0)
-    size, by_cost = placement.num_ranks, problem.objective_name in ("cost", "auto")
-    if not by_cost or not rank.size:
-        return np.zeros(size, np.int64)
-    assert problem.cost_model.push is not None, "a checked problem has the cost of a push"
-    home = placement.home_rank[np.asarray(guests)[rank, slot]]
-    number = np.bincount(rank, minlength=size)
-    np.maximum.at(number, rank, np.bincount(home, minlength=size)[home])
-    return number * problem.cost_model.push
-
-
 def _active(load: Int64, placement: Placement, problem: Problem) -> reference.Optimum:
     """The flow with one unit for each expert that has tokens, and for each base load."""
     base = torch.from_numpy((_base(problem, placement) > 0).astype(np.int64))

@@ -17,8 +17,8 @@ from ..problem import MAX_TOTAL, Integers, Problem, as_integers
 from ..settings import Settings
 from . import reference
 from .device_tables import solve_on_device
-from .guests_by_cost import guests_of
-from .objectives import Reached, push_waits, quotas_by_objective
+from .guests_by_cost import guests_of, push_waits
+from .objectives import Reached, quotas_by_objective
 from .objectives import reached as reached_by_objective
 from .solvers import choose_solver
 from .structs import Status

@@ -10,8 +10,8 @@ import torch
 from lplb_ep import CostModel, Layer, Placement, Planner, Problem, check_plan, solve
 from lplb_ep.planning import reference
 from lplb_ep.planning.guests import choose_guests
-from lplb_ep.planning.guests_by_cost import choose_guests_by_cost, guests_of
-from lplb_ep.planning.objectives import push_waits, quotas_by_objective, rank_costs
+from lplb_ep.planning.guests_by_cost import choose_guests_by_cost, guests_of, push_waits
+from lplb_ep.planning.objectives import quotas_by_objective, rank_costs
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.solvers import solver_record
 
