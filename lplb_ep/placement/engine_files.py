@@ -16,6 +16,7 @@ The formats are those that the engines' own code reads, at the places named here
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -142,7 +143,7 @@ def write_tables(
         num_experts: E.
 
     Raises:
-        PlacementError: a slot is empty, or layers differ in P.
+        PlacementError: a slot is empty, layers differ in P, or a layer is missing between others.
         OSError: the file is not writable.
     """
     layers = sorted(tables)
@@ -153,6 +154,7 @@ def write_tables(
             raise PlacementError(
                 f"layer {layer}: slot {row.index(-1)} is empty, and {_NAMES[kind]} fills every slot"
             )
+    check_layers(kind, layers)
     if kind == "sglang":
         dense = [slot % num_experts for slot in range(len(rows[0]))]  # as SGLang's init_trivial
         every = [dense] * (layers[-1] + 1)
@@ -289,6 +291,24 @@ def _check_sizes(where: str, rows: Sequence[Any]) -> None:
     sizes = sorted({len(row) for row in rows})
     if len(sizes) > 1:
         raise PlacementError(f"{where}: all must have as many slots; got {sizes}")
+
+
+def check_layers(kind: str, layers: Sequence[int]) -> None:
+    """Checks that a file of this format can have these layers.
+
+    Args:
+        kind: one of `FORMATS`.
+        layers: their numbers, in order.
+
+    Raises:
+        PlacementError: the format counts layers, and one is missing between others.
+    """
+    for before, after in itertools.pairwise(layers):
+        if kind in ("vllm", "vllm-ascend") and after != before + 1:
+            raise PlacementError(
+                f"a file of {kind} counts layers, and layer {before + 1} is missing between "
+                f"{before} and {after}: those behind it would be taken for others"
+            )
 
 
 def _check_number(where: str, name: str, found: Any, expected: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,6 +200,9 @@ def placements_of_modules(path: str | os.PathLike[str]) -> dict[str, Placement]:
 
 def _engine_tables(path: str | os.PathLike[str]) -> EngineTables | None:
     """What an engine's file has; None of our own."""
+    end = Path(path).suffix.lower()
+    if end in (".npz", ".csv", ".html"):
+        raise PlacementError(f"{os.fspath(path)} is no file of placements: these are not {end}")
     content = None if is_named_as_engine_file(path) else read_content(path)
     if content is None or is_content_of_engine(content):
         return read_tables(path)

@@ -282,3 +282,28 @@ def test_the_number_of_ranks_is_asked_for(fails, tmp_path, recording):
     save_placements(tmp_path / "a.yaml", {0: Placement([0, 1], 2)})
     line = fails("replay", recording, "--placement", tmp_path / "a.yaml")
     assert "--ranks must be given" in line
+
+
+def test_files_that_count_layers_have_all_of_them(fails, tmp_path):
+    """An engine would take the layers behind a missing one for others."""
+    one = next(iter(PLACEMENTS.values()))
+    for name, kind in (("a.npy", "vllm"), ("a.json", "vllm-ascend")):
+        save_placements(tmp_path / name, {3: one, 4: one}, kind)
+        with pytest.raises(PlacementError, match=f"a file of {kind} counts layers, and layer 4 is"):
+            save_placements(tmp_path / name, {3: one, 5: one}, kind)
+    save_placements(tmp_path / "a.yaml", {3: one, 5: one})
+    counts = np.ones((3, 4))
+    counts[1] = 0
+    np.save(tmp_path / "counts.npy", counts)
+    argv = ["place", tmp_path / "counts.npy", "--ranks", 2, "--redundant", 1, "-o"]
+    assert "layer 1 is missing between 0 and 2" in fails(*argv, tmp_path / "p.npy")
+    assert "--active-ranks does not go with a file of sglang" in fails(
+        *argv, tmp_path / "p.pt", "--active-ranks", "0"
+    )
+
+
+def test_a_recording_is_no_file_of_placements(tmp_path):
+    with pytest.raises(
+        PlacementError, match=r"a\.npz is no file of placements: these are not \.npz"
+    ):
+        load_placements(tmp_path / "a.npz")

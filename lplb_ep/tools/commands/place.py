@@ -86,12 +86,14 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_outputs(args)
         check_least(args, "seed", "seconds")
         check_guests(args)
-        _check_format(args)
+        kind = _check_format(args)
         if args.file is None:
             return _place_homes(args) if args.start is None else _convert(args)
+        from ...placement.engine_files import check_layers
         from ..replay import describe
 
         recording = read_recording(args)
+        check_layers(kind, sorted(recording.layers))
         start = None if args.start is None else read_placements(args.start, args, recording)
         if start is None and (args.ranks is None or args.redundant is None):
             raise ValueError("place needs --ranks and --redundant, or --start")
@@ -128,8 +130,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
     return 0
 
 
-def _check_format(args: argparse.Namespace) -> None:
-    """Refuses a file that could not be written, before the search."""
+def _check_format(args: argparse.Namespace) -> str:
+    """Refuses a file that could not be written, before the search; returns its format."""
     from ...placement.engine_files import format_of
 
     with as_typed({"format": "--format"}, args.output):
@@ -138,8 +140,10 @@ def _check_format(args: argparse.Namespace) -> None:
         _name(args.names, 0)
         if kind != "lplb-ep":
             raise ValueError(f"--names does not go with a file of {kind}")
-    if args.guests and kind != "lplb-ep":
-        raise ValueError(f"--guests does not go with a file of {kind}")
+    for name in ("guests", "active_ranks"):
+        if getattr(args, name) and kind != "lplb-ep":
+            raise ValueError(f"--{name.replace('_', '-')} does not go with a file of {kind}")
+    return kind
 
 
 def _save(args: argparse.Namespace, placements: Mapping[int, Placement]) -> None:
