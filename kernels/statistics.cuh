@@ -21,12 +21,13 @@ __device__ unsigned num_batches(long long word) {
 
 // Where the loads [E] of the batch go, if it is sampled; else null. By whole warps, of a batch whose counts
 // are known; `thread` is 0 of one of them. What a backward pass plans again is no further batch: layers that are
-// recomputed and others have the same batches sampled.
+// recomputed and others have the same batches sampled. Batches without an exchange have no counts.
 __device__ int* sample_of(const Statistics& statistics, const Batch& batch, int num_experts, long long word,
                           int thread) {
     if (statistics.num_samples == 0 || batch.again) return nullptr;
-    unsigned again = __reduce_add_sync(~0u, threadIdx.x % 32 == TALLY_RECOMPUTED ? unsigned(word) : 0u);
-    unsigned before = num_batches(word) - again;
+    unsigned lane = threadIdx.x % 32;
+    bool is_other = lane == TALLY_RECOMPUTED || lane == NUM_TALLIES + REUSED;
+    unsigned before = num_batches(word) - __reduce_add_sync(~0u, is_other ? unsigned(word) : 0u);
     if (before % statistics.every != 0) return nullptr;
     unsigned place = before / statistics.every % statistics.num_samples;
     if (thread == 0) statistics.sampled[place] = int(before);

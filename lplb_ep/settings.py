@@ -248,7 +248,8 @@ class Settings:
     record_every: int = _setting(
         "LPLB_EP_RECORD_EVERY",
         16,
-        "The loads of one in so many batches are recorded, at least 1; fewer in long runs.",
+        "The loads of one in so many batches are recorded, at least 1; fewer in long runs. With "
+        "`LPLB_EP_EVERY` it is one in so many that are exchanged.",
         within=("of at least 1", lambda batches: batches >= 1),
     )
     cache_dir: str = _setting(

@@ -30,7 +30,8 @@ _reading = threading.Lock()
 Totals = npt.NDArray[np.int64]
 """[NUM_TOTALS]: each `Tally`, then how many batches ended with each `Status`."""
 Samples = dict[int, npt.NDArray[np.int32]]
-"""[E] loads of batches, by how many came before. What a backward pass planned again is none."""
+"""[E] loads of batches, by the number of batches before. Batches that a backward pass planned again
+or that were not exchanged are not counted."""
 
 
 class Statistics(Protocol):
@@ -122,6 +123,12 @@ def add_batch(
             totals[first : first + 2] = number, total
 
 
+def _num_to_sample(totals: Totals) -> int:
+    """Batches that samples count: their counts were exchanged, and they were not planned again."""
+    others = totals[Tally.RECOMPUTED] + totals[NUM_TALLIES + Status.REUSED]
+    return int(totals[NUM_TALLIES:].sum() - others)
+
+
 class HostStatistics:
     """Those of a planner on the CPU.
 
@@ -143,7 +150,7 @@ class HostStatistics:
     ) -> None:
         """As `add_batch`."""
         totals = self.totals.copy()  # another thread may read the old ones
-        before = int(totals[NUM_TALLIES:].sum() - totals[Tally.RECOMPUTED])
+        before = _num_to_sample(totals)
         is_sampled = self._every and before % self._every == 0 and not again
         if is_sampled and status < Status.BAD_COUNTS:
             self._samples.append((before, load.numpy().astype(np.int32)))
@@ -254,9 +261,7 @@ class DeviceStatistics:
         pairs = [(self._read[0], self.totals), (self._read_sampled, self.sampled)]
         pairs += [(self._read_samples, self.samples), (self._read[1], self.totals)]
         copy_beside(self.device.index, pairs)
-        num_done, num_later = (
-            int(half[NUM_TALLIES:NUM_TOTALS].sum() - half[Tally.RECOMPUTED]) for half in self._read
-        )
+        num_done, num_later = (_num_to_sample(half[:NUM_TOTALS].numpy()) for half in self._read)
         round_trip = self._every * self.num_samples
         taken = {
             before: load.copy()

@@ -246,6 +246,24 @@ def test_a_refresh_is_followed_by_an_exchange_on_every_rank():
         assert all(map(torch.allclose, outputs, expected))
 
 
+@torch.no_grad()
+def test_loads_of_exchanged_batches_are_recorded():
+    """Also where a refresh begins anew in the middle."""
+    exchange, layer = Counted(of_two([0, 0, 0, 0])), Layer(RING)
+    layer.is_refreshable = True
+    planner = on_rank_0(layer, exchange, 3)
+    planner.statistics._every = 2
+    for n in range(12):
+        if n == 5:
+            planner.prepare(RING.with_copies([0, 1, 3, 3, 2, 1]))()
+            layer.replace(planner.placement)
+        exchange.rows = of_two([n, 0, 0, 0])
+        planner(HOT)
+    # Exchanged are 0 and 3, then 5, 8 and 11.
+    samples = planner.statistics.take_samples(all_done=True)
+    assert {before: int(load[0]) for before, load in samples.items()} == {0: 4, 2: 9, 4: 15}
+
+
 def test_what_it_does_not_go_with_is_refused():
     for layer, arguments, named in (
         (Layer(Placement.homes_only(4, 2, num_guests_per_rank=1)), {}, "guest slots"),

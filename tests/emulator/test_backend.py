@@ -535,9 +535,10 @@ def test_batches_between_exchanges_go_by_earlier_quotas(make, monkeypatch, wants
     rng, others, layer, every = np.random.default_rng(11), Others(), Layer(TWO), 3
     layer.is_refreshable = True
     monkeypatch.setattr(planner, "connect", lambda *_, **__: others.exchange)
-    reusing = Planner(layer, rank=RANK, counts="ipc", solver="flow", every=every)
+    options = {"every": every, "sample_every": 2}
+    reusing = Planner(layer, rank=RANK, counts="ipc", solver="flow", **options)
     reusing._backend._index = -1
-    num_exchanged, turn, kept, ends = 0, 0, [], []
+    num_exchanged, turn, kept, ends, loads = 0, 0, [], [], []
     for n in range(14):
         if n == 8:  # in the middle of a turn
             new = TWO.with_copies([0, 1, 3, 3, 2, 1])
@@ -550,6 +551,7 @@ def test_batches_between_exchanges_go_by_earlier_quotas(make, monkeypatch, wants
         if turn == 0:
             others.send(reusing, counts[0], Status.STALE if stays else Status.OPTIMAL)
             num_exchanged += 1
+            loads.append(counts.sum(0).tolist())
         if not wants_plan and turn:
             slots = reusing.route(topk)
             shares = reference.count(topk, E), kept[-1].quota
@@ -569,6 +571,10 @@ def test_batches_between_exchanges_go_by_earlier_quotas(make, monkeypatch, wants
         turn = (turn + 1) % every
     assert kept[0].quota.sum(1).equal(kept[0].counts.sum(0))  # what came later left it alone
     assert int(reusing._backend.workspace.head[3]) == num_exchanged
+    samples = reusing.statistics.take_samples(all_done=True)
+    assert {n: load.tolist() for n, load in samples.items()} == {
+        n: loads[n] for n in range(0, num_exchanged, 2)
+    }
     assert reusing.num_batches[Status.REUSED] == ends.count(Status.REUSED)
     reusing.raise_errors()
 
