@@ -92,7 +92,7 @@ class BalancedRoutedExperts(RoutedExperts):
                 guests_for(num_experts, num_ranks) if guests is None else guests,
                 num_ranks_per_node=state.num_ranks_per_node,
             )
-        self.balanced = BalancedLayer(Layer(placement, name="routed_experts"))
+        self.balanced = BalancedLayer(Layer(placement))
         slots = placement.num_local_slots
         attach(self, self.balanced.layer, num_local_slots=slots, buffer=buffer, experts=False)
 
@@ -243,7 +243,7 @@ def balance_of(model: nn.Module) -> Balance:
     found = Balance()
     for name, module in model.named_modules():
         if isinstance(module, BalancedRoutedExperts) and module.balanced is not None:
-            module.balanced.layer.name = name
+            module.balanced.layer.name = name.replace("._checkpoint_wrapped_module", "")
             found.layers.append(module.balanced)
             found.pools += [] if module.pool is None else [module.pool]
     found.pools[:] = dict.fromkeys(found.pools)  # layers share them

@@ -69,6 +69,8 @@ def train(world, mode, ep, **options):
         balance = client.balance_of(model)
         batches = [layer.report().by_status for layer in balance.layers]
         guests = [layer.report().guests for layer in balance.layers]
+        names = [f"layers.{n}.moe.routed_experts" for n in range(titan.LAYERS)]
+        assert [layer.name for layer in balance.layers] == (names if balance.layers else [])
         if mode == "1" and "copies" in options:
             assert push.call_count == 2 * titan.LAYERS  # once a step
         return losses, grads, titan.weights(model), sum(rows), batches, guests
@@ -302,6 +304,10 @@ def override(world, asked):
 
         model = titan.make_model(world.size(), convert)
         titan.loss_of(model, titan.batch_of(world.rank(), 0)).backward()
+        kinds = client.BalancedRoutedExperts
+        balanced = [m.balanced for m in model.modules() if isinstance(m, kinds)]
+        # Logs and recordings tell layers apart before they have names.
+        assert len({of_layer.layer.label for of_layer in balanced}) == titan.LAYERS
         balance = client.balance_of(model)
         return len(balance.pools), str(balance)
 
