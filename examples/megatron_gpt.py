@@ -173,7 +173,7 @@ class Trainer:
         self.balance = balance(model, **options)  # (2)
         parallel = DistributedDataParallelConfig(
             grad_reduce_in_fp32=self.config.bf16,
-            overlap_grad_reduce=mode != "replicas" and not args.shared,
+            overlap_grad_reduce=not args.shared,
             use_distributed_optimizer=args.distributed_optimizer,
         )
         self.model = DistributedDataParallel(self.config, parallel, model)

@@ -123,6 +123,8 @@ class _Grouped(torch.autograd.Function):
         weights = ctx.tensors[:n]
         dgrad = torch.cat([g @ w for g, w in zip(parts, weights, strict=True)])
         inputs, num_biases = inp.split(ctx.m_splits), len(ctx.tensors) - n
+        if not weights[0].requires_grad:
+            return dgrad, None, None, None, *[None] * len(ctx.tensors)
 
         def gradients():
             return [g.t() @ x for g, x in zip(parts, inputs, strict=True)]

@@ -54,6 +54,28 @@ RUNS = {
             steps=3,
         ),
     ),
+    "replicas, recomputed whole, overlapped": (
+        2,
+        Run(
+            grouped="fused",
+            balance={"replicas": 4},
+            ddp=OVERLAPPED,
+            config=dict(
+                recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1
+            ),
+            steps=3,
+        ),
+    ),
+    "delayed, frozen first layers": (
+        2,
+        Run(
+            grouped="fused",
+            frozen="linear_fc1",
+            ddp=dict(**OVERLAPPED, delay_wgrad_compute=True),
+            config=DELAYED,
+            steps=3,
+        ),
+    ),
     "delayed, DDP's hooks as usual": (2, Run(grouped="fused", config=DELAYED)),
     "delayed, gated, with biases": (
         2,
