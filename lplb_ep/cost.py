@@ -13,6 +13,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from .plain_files import read_json
+
 Int64 = npt.NDArray[np.int64]
 
 MAX_STEPS = 128
@@ -162,11 +164,10 @@ class CostModel:
             OSError: the file is not readable.
         """
         where = os.fspath(path)
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = json.load(file)
-            except ValueError as error:
-                raise ValueError(f"{where} is not a cost model: {error}") from None
+        try:
+            content = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; so it is not a cost model") from None
         if not isinstance(content, dict) or content.pop(_KEY, None) != _VERSION:
             raise ValueError(f"{where} is not a cost model saved by this version")
         try:

@@ -189,6 +189,7 @@ def load_recording(
     layout: str | None = None,
     num_experts: int | None = None,
     tokens_per_batch: int | None = None,
+    where_needed: bool = False,
 ) -> Recording:
     """Reads recorded routing.
 
@@ -213,6 +214,8 @@ def load_recording(
         num_experts: E, to check counts against; for ids the default is one more than the largest.
         tokens_per_batch: cuts ids into batches of so many tokens, in their order, and drops the
             rest; by default all tokens are one batch.
+        where_needed: whether `layout` and `tokens_per_batch` are for files that need them, and
+            others pass over them.
 
     Returns:
         The recording, without idle batches and layers, and without padding (see `count_ids`).
@@ -229,7 +232,8 @@ def load_recording(
     arrays = content.arrays
     is_saved = "lplb_ep_recording" in arrays
     if is_saved or content.kind or content.layers is not None:
-        if layout not in (None, "counts") or tokens_per_batch is not None:
+        is_for_ids = layout not in (None, "counts") or tokens_per_batch is not None
+        if is_for_ids and not where_needed:
             raise ValueError(f"{file}: holds counts; layout and tokens_per_batch are for ids")
         if is_saved:
             return _checked(file, _saved(file, arrays), num_experts, key)

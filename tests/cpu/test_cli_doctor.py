@@ -75,6 +75,18 @@ def test_a_recording_that_cannot_be_written(told, tmp_path, monkeypatch):
     )
 
 
+def test_files_that_are_not_there_or_are_others(told, tmp_path):
+    path = tmp_path / "none.json"
+    _, said = told("placement", LPLB_EP_PLACEMENT=path)
+    assert said == f"error {path}: No such file or directory"
+    (tmp_path / "a.json").write_bytes(b"PK\xff")
+    _, said = told("cost", LPLB_EP_COST=tmp_path / "a.json")
+    assert (
+        said
+        == f"error {tmp_path}/a.json is not JSON: byte 2 is no UTF-8; so it is not a cost model"
+    )
+
+
 # --- plans in one launch --------------------------------------------------------------------------
 
 

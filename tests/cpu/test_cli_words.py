@@ -302,6 +302,19 @@ def test_odd_options_are_said_in_one_line(fails, tmp_path, monkeypatch):
     assert cli.main([*place, "--names", "layers.{}.mlp", "-o", "p.json"]) == 0
 
 
+def test_a_layout_is_for_the_files_that_need_one(fails, tmp_path, capsys):
+    """Ids are replayed on what was learned from, and followed by, files that say what they are."""
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "ids.npy", rng.random((1, 64, 8)).argsort(axis=2)[:, :, :2])
+    save_recording(tmp_path / "s.npz", sample(1, 8, 4, 64, 2))
+    replay = ["replay", tmp_path / "ids.npy", "--layout", "layer-token", "--tokens-per-batch", "8"]
+    learned = [*replay, *SHAPE, "--learn-from", tmp_path / "s.npz"]
+    for argv in (learned, [*replay, *SHAPE, "--then", tmp_path / "s.npz", "--refresh", "2"]):
+        assert cli.main([str(a) for a in argv]) == 0
+    capsys.readouterr()
+    assert "holds counts; --learn-layout and" in fails(*learned, "--learn-layout", "token-layer")
+
+
 def test_a_file_with_layers_by_name_is_for_programs(fails, tmp_path):
     save_recording(tmp_path / "s.npz", sample(1, 4, 4, 10, 1))
     save_placements(tmp_path / "p.json", {"layers.0.mlp": Placement([0, 1, 2, 3], 2)})

@@ -15,6 +15,7 @@ from typing import Any
 from ... import __version__
 from ...errors import MissingPackageError
 from ...settings import Settings, cache_directory
+from .options import in_one_line
 
 # name, distributions that bring it, what it is for, how to get it
 _PACKAGES = (
@@ -92,7 +93,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         try:
             _line(name, *choose())
         except (OSError, ValueError, MissingPackageError) as error:
-            _line(name, "error", str(error))
+            _line(name, "error", in_one_line(error))
             status = 2
     return status
 

@@ -143,6 +143,7 @@ def read_another(
                 layout=layout,
                 num_experts=args.experts,
                 tokens_per_batch=tokens_per_batch,
+                where_needed=args.learn_layout is None or option != "--learn-from",
             )
     except ValueError as error:
         if named != (args.file, said):

@@ -71,17 +71,19 @@ def one_line_errors() -> Iterator[None]:
         yield
     except BrokenPipeError:  # not a mistake: `main` ends quietly
         raise
-    except OSError as error:
+    except (OSError, MemoryError, ValueError, MissingPackageError, CompileError) as error:
+        print(f"lplb-ep: error: {in_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a mistake of the caller is, without Python's own words for it."""
+    if isinstance(error, MemoryError):
+        return f"the memory does not suffice: {error}".rstrip(": ")
+    if isinstance(error, OSError):
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        print(f"lplb-ep: error: {where}{error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except MemoryError as error:
-        said = f"the memory does not suffice: {error}".rstrip(": ")
-        print(f"lplb-ep: error: {said}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (ValueError, MissingPackageError, CompileError) as error:
-        print(f"lplb-ep: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        return f"{where}{error.strerror or error}"
+    return str(error)
 
 
 @contextlib.contextmanager
