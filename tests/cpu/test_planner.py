@@ -202,7 +202,7 @@ def test_what_is_wrong_on_one_rank_is_named_on_all(what, peer, own):
 def failing_to_make_steps(group, make):
     """As where one rank has no memory left, or a kernel does not compile."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("out of memory")
 
     with pytest.MonkeyPatch.context() as patch:
