@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import logging
 from types import SimpleNamespace
 
 import emulator
@@ -36,6 +37,7 @@ from lplb_ep.planning import (
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.reuse import reuse
 from lplb_ep.planning.solve import judge
+from lplb_ep.planning.solvers import log_in_steps
 from lplb_ep.planning.structs import HEAD, Head
 from lplb_ep.settings import MAX_ONE_LAUNCH
 
@@ -712,3 +714,18 @@ def test_copies_that_differ_are_made_again(make, monkeypatch):
     given.statistics._read[0] += 1
     with pytest.raises(RuntimeError, match="faster than"):
         given.num_batches  # noqa: B018
+
+
+def test_why_no_batch_is_planned_in_one_launch_is_logged(make, caplog, monkeypatch):
+    monkeypatch.setitem(globals(), "RANK", 0)
+    caplog.set_level(logging.INFO, "lplb_ep")
+    log_in_steps.cache_clear()
+    make(TWO)
+    assert not [m for m in caplog.messages if "LAUNCH" in m]
+    for _ in range(2):
+        made = make(Placement([0, 1, 1, 0, 2, 3, 3, 2], 4))
+        assert made._backend.workspace.plan is None
+    expected = "the placement has 2 components, and one block solves one"
+    assert [m for m in caplog.messages if "LAUNCH" in m] == (
+        [f"lplb_ep: LPLB_EP_ONE_LAUNCH: plans take three launches: {expected}"] * make.is_one
+    )

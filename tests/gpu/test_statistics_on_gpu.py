@@ -40,8 +40,9 @@ def batches(rng, number, num_tokens=SMALL):
 def planner_of(kind):
     bounds = {"base_load": BASE, "speed": SPEED} if kind == "bounded" else {}
     layer = Layer(PLACEMENTS[kind], Problem(guest_min_tokens=1, **bounds))
-    planner = Planner(layer, rank=RANK, counts="given", solver="flow", sample_every=EVERY)
-    return planner, tallied.Tallied(RANK, every=EVERY, **bounds)
+    kept = {"sample_every": EVERY, "mark_every": 7}
+    planner = Planner(layer, rank=RANK, counts="given", solver="flow", **kept)
+    return planner, tallied.Tallied(RANK, every=EVERY, mark_every=7, **bounds)
 
 
 def as_lists(samples):
@@ -83,6 +84,7 @@ def test_calls_and_replays_count_alike(kind, num_tokens):
             taken |= planner.statistics.take_samples()
     torch.cuda.synchronize()
     assert tallied.read(planner) == expected.totals
+    assert tallied.read(planner, marked=True) == expected.marked
     assert planner.num_batches == expected.batches
     taken |= planner.statistics.take_samples(all_done=True)
     assert as_lists(taken) == expected.samples
