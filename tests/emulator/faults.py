@@ -368,7 +368,14 @@ FAULTS = [
         "closes ? amount[rank]",
     ),
     Fault("chains are a move shorter", "search.cuh", "length < CHAIN", "length < CHAIN - 1"),
-    Fault("steps shrink faster", "search.cuh", "step >> SHRINK)", "step >> (SHRINK + 1))"),
+    Fault("steps shrink faster", "search.cuh", "- 1] >> SHRINK)", "- 1] >> (SHRINK + 1))"),
+    Fault(
+        "steps shrink faster between rounds",
+        "search.cuh",
+        "max(finest, step >> SHRINK)",
+        "max(finest, step >> (SHRINK + 1))",
+        "the aims of one round come to the last step in all of 480 random instances",
+    ),
     Fault("there is one aim in a round", "search.cuh", "= steps[i - 1] > finest ?", "= false ?"),
     Fault(
         "attempts give up without a reason",

@@ -105,6 +105,16 @@ def test_costs_that_favour_cuts(memory, library):
         check(memory, library, placement, loads, convex, orders=ORDERS[:1])
 
 
+def test_rows_that_cost_just_what_is_left(memory, library):
+    """Where a tile costs 1, aims meet steps of the table; with these seeds it matters."""
+    units = CostModel("units", 4, tuple(range(1, 20)), 1)
+    for seed in (5, 6, 11):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 6, 18, 2)
+        loads = rng.poisson(rng.lognormal(3.5, 0.8, 18))[None]
+        check(memory, library, placement, loads, units, orders=ORDERS[:1])
+
+
 def test_all_tokens_at_home_are_as_cheap_as_any_plan(memory, library):
     """And above the bound, so that the others are made: with this table and these seeds."""
     steps = (30_900, 36_500, 71_300, 76_200, 103_300, 108_250, 135_400, 140_300)
