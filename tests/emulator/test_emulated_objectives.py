@@ -108,11 +108,37 @@ def test_costs_that_favour_cuts(memory, library):
 def test_rows_that_cost_just_what_is_left(memory, library):
     """Where a tile costs 1, aims meet steps of the table; with these seeds it matters."""
     units = CostModel("units", 4, tuple(range(1, 20)), 1)
-    for seed in (5, 6, 11):
+    rows = CostModel("rows", 1, (1,), 1)
+    for seed, cost in ((5, units), (6, units), (11, units), (5, rows), (15, rows), (31, rows)):
         rng = np.random.default_rng(seed)
         placement = oracle.random_placement(rng, 6, 18, 2)
         loads = rng.poisson(rng.lognormal(3.5, 0.8, 18))[None]
-        check(memory, library, placement, loads, units, orders=ORDERS[:1])
+        check(memory, library, placement, loads, cost, orders=ORDERS[:1])
+
+
+def test_the_flow_comes_behind_a_search_that_does_not_suffice(memory, library):
+    """More copies than threads that push, so that others put the even split back."""
+    for seed in (1, 2):
+        rng = np.random.default_rng(seed)
+        popularity = rng.lognormal(0, 0.7, 64)
+        placement = Placement.from_history(
+            torch.from_numpy(popularity), num_ranks=8, num_redundant_per_rank=4
+        )
+        drifted = popularity * rng.lognormal(0, 0.4, 64)
+        loads = rng.multinomial(8 * 8 * 64, drifted / drifted.sum())[None].astype(np.int64)
+        check(memory, library, placement, loads, H200, orders=ORDERS[-1:])
+
+
+def test_the_plan_by_tokens_may_be_the_cheapest(memory, library):
+    """Of five thousand random instances it is so in this one."""
+    rng = np.random.default_rng(4378)
+    R = int(rng.integers(4, 9))
+    E = int(rng.integers(R, 3 * R))
+    copies = int(rng.integers(1, 4)), int(rng.integers(2, 9))
+    placement = oracle.random_placement(rng, R, E, *copies)
+    load = rng.poisson(rng.lognormal(float(rng.choice([3.5, 4.5, 5.2])), 0.8, E))
+    cost = CostModel("scaled", int(rng.choice([32, 64, 128])), H200.steps, H200.slope, 700)
+    check(memory, library, placement, load[None], cost, orders=ORDERS[:1])
 
 
 def test_all_tokens_at_home_are_as_cheap_as_any_plan(memory, library):
