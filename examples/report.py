@@ -49,8 +49,9 @@ class Observer:
             with mock.patch.dict(os.environ, LPLB_EP="home"):
                 self.buffers.append(trainer.make_buffer())
         self.draws = torch.Generator()
+        taken = []
         if args.recorded is not None:
-            choose_as_recorded(args.recorded, self.layers, self.draws)
+            taken = choose_as_recorded(args.recorded, self.layers, self.draws)
         if trainer.rank == 0:
             print(
                 f"{trainer.num_ranks} ranks, {args.experts} experts, top-{args.topk}, "
@@ -58,6 +59,9 @@ class Observer:
                 f"{self.equipment()}",
                 flush=True,
             )
+            if taken:
+                rows = ", ".join(map(str, taken))
+                print(f"routing: loads {rows} of the recording's {len(args.recorded)} layers")
         self.start = time.perf_counter()
 
     def equipment(self) -> str:
@@ -267,10 +271,14 @@ class Observer:
         )
 
 
-def choose_as_recorded(loads: torch.Tensor, layers: list[MoE], draws: torch.Generator) -> None:
-    """Lets recorded loads [L, E] choose in the routers' place: they weigh a token's K draws."""
-    for number, layer in enumerate(layers):
-        log_load = loads[number * len(loads) // len(layers)].double().clamp(min=1e-3).log()
+def choose_as_recorded(loads: torch.Tensor, layers: list[MoE], draws: torch.Generator) -> list[int]:
+    """Lets recorded loads [L, E] choose in the routers' place: they weigh a token's K draws.
+
+    Layers take loads at even distances, which it returns, for there are seldom as many.
+    """
+    taken = [number * len(loads) // len(layers) for number in range(len(layers))]
+    for layer, load in zip(layers, loads[taken], strict=True):
+        log_load = load.double().clamp(min=1e-3).log()
 
         def choose(scores, num_topk=layer.num_topk, log_load=log_load):
             noise = torch.rand(scores.shape, generator=draws, dtype=torch.float64)
@@ -278,6 +286,7 @@ def choose_as_recorded(loads: torch.Tensor, layers: list[MoE], draws: torch.Gene
             return picks.to(scores.device)
 
         layer.choose = choose
+    return taken
 
 
 def plan_times(trainer: Trainer) -> tuple[float, float]:

@@ -90,6 +90,7 @@ def test_a_recording_drives_the_routing(tmp_path):
         "--trace-key", "hot", "--trace-layout", "counts", "--out", str(tmp_path / "picture.png"),
     )  # fmt: skip
     assert "8 experts" in out
+    assert "routing: loads 0, 0 of the recording's 1 layers" in out
     # Two experts get nearly all: two ranks of four work at home.
     (home, plan, *_) = re.search(r"layer 0, at first((?: +\d\.\d{3}){8})", out)[1].split()
     assert float(home) > 1.9
