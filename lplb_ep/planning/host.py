@@ -59,7 +59,7 @@ class HostBackend:
         self._placement, self._problem, self._rank, self._head = placement, problem, rank, head
         self._row_size, self._num_exchanges = row_size, 0
         self._every, self._until_due = every, 0
-        self._forget()
+        self._exchanged: Results | None = None
         self.statistics = HostStatistics(sample_every, mark_every)
 
     def prepare(self, placement: Placement, head: list[int]) -> Callable[[], None]:
@@ -67,8 +67,7 @@ class HostBackend:
 
         def commit() -> None:
             self._placement, self._head = placement, head
-            self._until_due = 0
-            self._forget()
+            self._until_due, self._exchanged = 0, None
 
         return commit
 
@@ -93,7 +92,7 @@ class HostBackend:
         counts = reference.count(picks, self._placement.num_experts)
         if not self._is_due():
             return self._reuse(batch, picks, counts)
-        self._forget()
+        self._exchanged = None  # unless it is solved, those behind it go home
         rows = self._gather(exchange, counts, batch.status)
         refused_by = torch.nonzero(rows[:, Head.STATUS] == Status.REFUSED).flatten().tolist()
         if refused_by:
@@ -130,21 +129,11 @@ class HostBackend:
         self._until_due = (self._until_due or self._every) - 1
         return is_due
 
-    def _forget(self) -> None:
-        """Has batches go home until one is solved."""
-        p, zeros = self._placement, functools.partial(torch.zeros, dtype=torch.int32)
-        self._exchanged = Results(
-            zeros(p.num_ranks, p.num_experts),
-            zeros(p.logical_to_physical.shape),
-            zeros(p.num_ranks),
-            zeros(()),
-            zeros(p.num_ranks, 0),
-        )
-
     def _reuse(self, batch: Batch, picks: torch.Tensor, own: torch.Tensor) -> Plan:
         """Splits own picks in proportion to the quotas of the last batch that was exchanged."""
         p, status = self._placement, Status.REUSED
-        results = self._exchanged._replace(status=torch.tensor(int(status), dtype=torch.int32))
+        exchanged = self._exchanged or _no_results(p)
+        results = exchanged._replace(status=torch.tensor(int(status), dtype=torch.int32))
         shares = reuse(own, results.quota, self._rank, p.num_ranks)
         physical = reference.rewrite(picks, shares, p).to(batch.topk_idx.device)
         about = results.guests.numpy(), p, self._rank
@@ -229,3 +218,11 @@ def log_home(placement: Placement, status: Status) -> None:
         placement.fingerprint()[:8],
         REASONS[status],
     )
+
+
+def _no_results(placement: Placement) -> Results:
+    """Those of a batch that went home. The ones behind it then go home, too."""
+    zeros = functools.partial(torch.zeros, dtype=torch.int32)
+    R, E = placement.num_ranks, placement.num_experts
+    quota = zeros(placement.logical_to_physical.shape)
+    return Results(zeros(R, E), quota, zeros(R), zeros(()), zeros(R, 0))

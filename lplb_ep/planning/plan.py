@@ -32,7 +32,7 @@ class Plan:
     """The routing of one batch on one rank; all but `topk_idx` is the same on every rank.
 
     Where `status` is REUSED, only `topk_idx` and `status` are of this batch. All else is of the
-    batch whose quotas it uses, the last one that was exchanged.
+    batch whose quotas it uses, the last one that was exchanged and that this rank did not refuse.
 
     Args:
         topk_idx: the slots of the picks.

@@ -88,7 +88,8 @@ class Recording:
             batch, layer, expert = wrong[0].tolist()
             raise ValueError(
                 f"{source}: counts must be finite numbers of at least 0; got "
-                f"{array[batch, layer, expert]} for batch {batch}, layer {layer}, expert {expert}"
+                f"{array[batch, layer, expert]} for batch {batch}, layer {numbers[layer]}, "
+                f"expert {expert}"
             )
         busy = array > 0
         batches, used = busy.any((1, 2)), busy.any((0, 2))

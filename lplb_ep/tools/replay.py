@@ -230,8 +230,9 @@ def replay(
             "residents": residents.rank_load,
             "lp": solution.rank_load,
             "bound": solution.lower_bound[:, None],
-            "reused": _reused_rank_load(load, solution.quota, placement, every),
         }
+        if every > 1:
+            rank_loads["reused"] = _reused_rank_load(load, solution.quota, placement, every)
         for name in by_rank:
             by_rank[name].append(rank_loads[name] / mean[:, None])
         for name, column in columns.items():

@@ -31,6 +31,13 @@ def test_a_saved_recording_comes_back(tmp_path):
     assert read.load.equal(counts.sum(0))
 
 
+def test_a_wrong_count_is_named_by_its_layers_own_number():
+    counts = torch.ones(3, 2, 5, dtype=torch.int64)
+    counts[2, 1, 4] = -5
+    with pytest.raises(ValueError, match="got -5 for batch 2, layer 9, expert 4"):
+        Recording.of(counts, "a test", layers=[4, 9])
+
+
 def test_counts_of_two_and_three_dimensions(tmp_path):
     counts = np.random.default_rng(0).integers(1, 99, (4, 3, 6))
     np.save(tmp_path / "two.npy", counts[0].astype(np.float32))
