@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -137,6 +138,14 @@ class StaticCopies:
             self.replicas.reduce_gradients(are_alike=True)  # all that are trained have some
             self._are_old, self._are_trained = True, False
 
+    def drop_gradients(self) -> None:
+        """Zeroes the copies' gradients, of a step that was given up. On all ranks alike."""
+        self._are_trained = False
+        for slot in self._in_order()[self.num_own :]:
+            for parameter in slot.parameters():
+                if hasattr(parameter, "main_grad"):
+                    parameter.main_grad.zero_()
+
     def _in_order(self) -> list[nn.Module]:
         """This rank's own experts, then its copies."""
         return [self.slots[number] for number in self._order]
@@ -183,23 +192,35 @@ class _Copies(torch.autograd.Function):
         return None, x, *own, *(None for _ in copies)
 
 
-_alive: list[StaticCopies] = []
-_start_grad_sync = SharedReplacement()
+_alive: list[weakref.ref[StaticCopies]] = []
+_start_grad_sync, _zero_grad_buffer = SharedReplacement(), SharedReplacement()
 
 
 def send_home_with_ddp(made: Balance, copies: Sequence[StaticCopies]) -> None:
-    """Has gradients of copies sent home before DDP reduces any, until `made` is removed.
+    """Has gradients of copies sent home, or dropped, before DDP's are, until `made` is removed.
 
     DDP hands buckets on at one place. It comes there when the last of their gradients is there
     (`overlap_grad_reduce`), when a pipeline's schedule says so, or at the end of a step's. The
     order is the same on all ranks, since they have as many experts of the same shapes.
     """
+    from megatron.core.distributed import DistributedDataParallel
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 
     _start_grad_sync.give(made, _ParamAndGradBucketGroup, "start_grad_sync", _behind_homes)
-    _alive.extend(copies)
-    for layer in copies:
-        made.undo_with(functools.partial(_alive.remove, layer))
+    _zero_grad_buffer.give(made, DistributedDataParallel, "zero_grad_buffer", _with_copies)
+    added = [weakref.ref(layer) for layer in copies]
+    _alive[:] = [*(layer for layer in _alive if layer() is not None), *added]
+
+    def forget() -> None:
+        _alive[:] = [layer for layer in _alive if layer not in added]
+
+    made.undo_with(forget)
+
+
+def _layers_in(bucket_groups: Sequence[Any]) -> list[StaticCopies]:
+    """The layers of which DDP reduces gradients with these buckets, in the order of all ranks."""
+    alive = [layer for known in _alive if (layer := known()) is not None]
+    return [layer for layer in alive if any(map(layer.is_in, bucket_groups))]
 
 
 def _behind_homes(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -207,12 +228,23 @@ def _behind_homes(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def start_grad_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for layer in _alive:
-            if layer.is_in(self):
-                layer.reduce_gradients()
+        for layer in _layers_in([self]):
+            layer.reduce_gradients()
         return original(self, *args, **kwargs)
 
     return start_grad_sync
+
+
+def _with_copies(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The start of a step's gradients, those of copies among them."""
+
+    @functools.wraps(original)
+    def zero_grad_buffer(self: Any) -> None:
+        for layer in _layers_in([*self.bucket_groups, *self.expert_parallel_bucket_groups]):
+            layer.drop_gradients()
+        original(self)
+
+    return zero_grad_buffer
 
 
 def _run(module: nn.Module, weights: dict[str, Tensor], *args: Any) -> Any:
