@@ -21,6 +21,7 @@ from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher
 from torchtitan.protocols.model import ModelConfigConverter
 
+from ..comm.collectives import gather_rows, memory_of
 from ..deepep.channels import state_of
 from ..deepep.context import attach
 from ..deepep.drop_in import chosen_module
@@ -311,10 +312,12 @@ _pools: WeakValueDictionary[Any, GuestPool] = WeakValueDictionary()
 
 
 def _pool(group: dist.ProcessGroup, num_guests: int, experts: nn.Module) -> GuestPool:
-    """The pool of all layers whose experts have these shapes. Collective where there is none."""
+    """The pool of all layers whose experts have these shapes. Collective."""
     key = group, num_guests, tuple(shapes_of(experts).items())
     pool = _pools.get(key)
-    if pool is None:
+    # Python collects a model that is gone sooner on some ranks than on others.
+    known = torch.tensor([pool is not None], dtype=torch.uint8, device=memory_of(group))
+    if not bool(gather_rows(known, group).all()) or pool is None:
         pool = _pools[key] = GuestPool(group, num_guests, experts)
     return pool
 

@@ -277,7 +277,8 @@ class Guests:
             ContractError: as `weights`.
         """
         batch, own, parts = self._batch(slot)
-        batch.pool.await_guests(batch.stay)
+        with outside_of_checkpoints():
+            batch.pool.await_guests(batch.stay)
         trained = [batch.trained(n) for n in range(len(batch.slots))]
         leaves = [
             tensor.detach().requires_grad_(trained[index // (len(of) // len(trained))])

@@ -291,6 +291,23 @@ def test_what_cannot_be_balanced_is_refused_by_name():
         assert names[number // 2] in message
 
 
+def pools_of_models(world):
+    """Pools of one model after the other, where a rank still has the first one's."""
+    with titan.torchtitan("1") as client:
+        experts = torch.nn.Linear(3, 2)  # rows of two slots
+        first = client._pool(world, 1, experts)
+        assert client._pool(world, 1, experts) is first
+        kept = [first] if world.rank() == 0 else []
+        number = id(first)
+        del first
+        second = client._pool(world, 1, experts)
+        return [id(pool) == number for pool in (*kept, second)]
+
+
+def test_a_pool_that_only_some_ranks_still_have_is_made_anew():
+    assert run(2, pools_of_models)[0] == [True, False]
+
+
 def override(world, asked):
     """By the name that torchtitan's command line takes."""
     from torchtitan.config.override import OverrideConfig, apply_overrides, parse_cli_imports
