@@ -37,7 +37,7 @@ from .inputs import (
 )
 from .plan import Plan
 from .reuse import check_every, check_reusable
-from .solvers import choose_solver, in_steps, log_in_steps, solver_fact
+from .solvers import choose_solver, in_steps, log_in_steps, log_on_cpu, solver_fact
 from .statistics import Statistics, batches_by_status, read_totals
 from .structs import HEAD, Status
 
@@ -150,13 +150,13 @@ class Planner:
             check_every(every, placement, self._problem, counts, one_launch)
             self._every = every
             asked = solver, placement, self.layer.is_refreshable, self._problem.objective_name
-            self.solver, _ = choose_solver(*asked)
+            self.solver, why = choose_solver(*asked)
+            if solver == "auto" and self.solver == "cpu" and self.rank == 0:
+                log_on_cpu(why)
             facts["placement"] = placement.fingerprint()
             facts["problem"] = self._problem.fingerprint()
-            facts["slot"] = slot
+            facts["slot"], facts["every"], facts["counts"] = slot, every, counts
             facts["solver"] = solver_fact(*asked)
-            facts["every"] = every
-            facts["counts"] = counts
             facts["lplb_ep version"] = __version__
         self._is_on_gpu = self.solver != "cpu"
         self.exchange = connect(

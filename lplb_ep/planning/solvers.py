@@ -357,6 +357,15 @@ def log_in_steps(why: str) -> None:
     log.info("LPLB_EP_ONE_LAUNCH: plans take three launches: %s", why)
 
 
+@functools.cache
+def log_on_cpu(why: str) -> None:
+    """Warns that a program with a GPU plans on the CPU: each reason once in a process."""
+    if torch.cuda.is_available():
+        log.warning(
+            "LPLB_EP_SOLVER=auto: plans are made on the CPU, and each batch waits for it: %s", why
+        )
+
+
 def check_fit(
     placement: Placement,
     solver: str,

@@ -9,7 +9,7 @@ import torch
 import lplb_ep
 from lplb_ep import Placement, Planner, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
-from lplb_ep.planning import error_flags, planner
+from lplb_ep.planning import error_flags, planner, solvers
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Plan, Status
 from lplb_ep.planning.structs import NUM_ERROR_FLAGS
@@ -61,6 +61,19 @@ def test_thin_batches(topk):
     placement = Placement([0, 1, 2, 3, 0, 1], 2)
     for rank, own, plan in plans_with_given_counts(placement, [topk, topk[:3]]):
         check_plan(plan, own, placement, rank)
+
+
+def test_plans_on_the_cpu_beside_a_gpu_are_warned_of_once(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(planner, "choose_solver", lambda *asked: ("cpu", "it is too large"))
+    monkeypatch.setattr(planner, "solver_fact", lambda *asked: "cpu")
+    solvers.log_on_cpu.cache_clear()
+    for solver in ("auto", "auto", "cpu"):
+        Planner(Placement([0, 1], 1), rank=0, counts="given", solver=solver)
+    assert caplog.messages == [
+        "lplb_ep: LPLB_EP_SOLVER=auto: plans are made on the CPU, and each batch waits for it: "
+        "it is too large"
+    ]
 
 
 def test_the_split_prefers_own_rank_then_node_then_rank_order():
