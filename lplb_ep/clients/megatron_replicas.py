@@ -11,6 +11,7 @@ import functools
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,10 +20,16 @@ from torch.func import functional_call
 
 from ..errors import ContractError
 from ..layer import Layer
+from ..logs import logger
 from ..placement.table import Placement
 from ..weights.guest_gradients import hand_on
+from ..weights.pool import outside_of_checkpoints
 from ..weights.replicas import Replicas
 from .balance import Balance, BalancedLayer, SharedReplacement
+
+log = logger(__name__)
+
+_requires_grad = attrgetter("requires_grad")
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -52,8 +59,31 @@ class StaticCopies:
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(layer, replicas=self.replicas)
-        self._trained = [p for p in local_experts.parameters() if p.requires_grad]
-        self._are_old, self._are_trained = True, False
+        self._own = [*local_experts.parameters()]
+        self._flags = [*map(_requires_grad, self._own)]
+        self._trained = [p for p in self._own if p.requires_grad]
+        self._are_old = True
+        self._are_trained = self._has_said = False
+        layer.watch(self)
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the same parameters are trained as at construction: copies are so. Local."""
+        is_valid = [*map(_requires_grad, self._own)] == self._flags
+        if not is_valid and not self._has_said:
+            log.warning(
+                "batches of %s go home: experts are frozen or trained (requires_grad) that were not"
+                " when the model was balanced. Call remove() and balance() again",
+                self.balanced.name,
+            )
+        self._has_said = not is_valid
+        return is_valid
+
+    def mark_valid(self) -> None:
+        """Nothing, as `mark_stale`: copies are trained as at construction, or not."""
+
+    def mark_stale(self) -> None:
+        """Nothing."""
 
     def modules(self, x: Tensor) -> tuple[Tensor, list[Callable[..., Any]]]:
         """The rows to go on with, and what computes each local slot."""
@@ -105,15 +135,31 @@ class StaticCopies:
         Raises:
             ContractError: gradients are wanted, and no DDP of Megatron-Core takes them.
         """
-        if torch.is_grad_enabled() and not all(hasattr(p, "main_grad") for p in self._trained):
-            raise ContractError(
-                "gradients of replicas go home before Megatron-Core's "
-                "DistributedDataParallel hands them on, and the model is in none"
-            )
+        if self._trained and torch.is_grad_enabled():
+            self._start_gradients()
         if self._are_old:
             self.replicas.copy_weights()
             self._are_old = False
         return 0
+
+    def _start_gradients(self) -> None:
+        """Has memory for gradients of copies, which are sent on all ranks or on none."""
+        if not all(hasattr(p, "main_grad") for p in self._trained):
+            raise ContractError(
+                "gradients of replicas go home before Megatron-Core's DistributedDataParallel "
+                "hands them on, and the model is in none"
+                if all(map(_requires_grad, self._trained))
+                else f"experts of {self.balanced.name} were frozen (requires_grad) between "
+                "balance() and Megatron-Core's DistributedDataParallel: freeze them before both"
+            )
+        self._are_trained = True
+        for slot in self._in_order()[self.num_own :]:
+            for parameter, home in zip(slot.parameters(), self._own, strict=False):
+                copied: Any = parameter
+                if copied.requires_grad and not hasattr(copied, "main_grad"):
+                    with outside_of_checkpoints():
+                        dtype = home.main_grad.dtype  # type: ignore[attr-defined]
+                        copied.main_grad = torch.zeros_like(copied, dtype=dtype)
 
     def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds a batch's gradients to those of this rank's copies.
@@ -121,19 +167,14 @@ class StaticCopies:
         Args:
             gradients: of each copy's parameters, one copy after the other.
         """
-        self._are_trained = True
-        slots = self._in_order()
-        like = [*slots[0].parameters()] * (len(slots) - self.num_own)
-        copies = [p for slot in slots[self.num_own :] for p in slot.parameters()]
-        parameters: Any = zip(copies, like, gradients, strict=True)
-        for parameter, home, gradient in parameters:
-            if parameter.requires_grad and not hasattr(parameter, "main_grad"):
-                parameter.main_grad = torch.zeros_like(parameter, dtype=home.main_grad.dtype)
+        slots = self._in_order()[self.num_own :]
+        copies: list[Any] = [p for slot in slots for p in slot.parameters()]
+        for parameter, gradient in zip(copies, gradients, strict=True):
             if gradient is not None:
                 parameter.main_grad.add_(gradient)
 
     def reduce_gradients(self) -> None:
-        """Sends gradients home, if batches were trained since the last time. Collective."""
+        """Sends gradients home, if batches were dispatched since the last time. Collective."""
         if self._are_trained:
             self.replicas.reduce_gradients(are_alike=True)  # all that are trained have some
             self._are_old, self._are_trained = True, False
@@ -179,8 +220,12 @@ class _Copies(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         num_names = len(tensors) // len(copies.slots)
         ctx.copies, ctx.num_own = copies, num_names * copies.num_own
-        fixed = (t for n, t in enumerate(tensors) if not tensors[n % num_names].requires_grad)
-        ctx.mark_non_differentiable(*fixed)
+        copied = copies.slots[copies._order[-1]].parameters()
+        is_fixed = [not t.requires_grad for t in tensors[: ctx.num_own]]
+        is_fixed += [not p.requires_grad for p in copied] * (len(copies.slots) - copies.num_own)
+        ctx.mark_non_differentiable(
+            *(t for t, fixed in zip(tensors, is_fixed, strict=True) if fixed)
+        )
         return x, *tensors
 
     @staticmethod

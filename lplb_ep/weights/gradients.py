@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,30 +14,39 @@ from .slots import Slot, describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Codes between ranks: 0 is "no gradient", i + 1 is DTYPES[i].
+_TRAINED = 64  # is added where a parameter is trained
 _REFUSED = 255
 
 
-def gradient_dtypes(
+class SlotGradient(NamedTuple):
+    """The gradient of a parameter of a slot, on this rank or another one."""
+
+    dtype: torch.dtype | None
+    """None: there is no gradient."""
+    is_trained: bool
+    """Whether it has `requires_grad`."""
+
+
+def slot_gradients(
     slots: Mapping[str, Sequence[Slot]],
     rank: int,
     num_ranks: int,
     group: dist.ProcessGroup | None,
     are_alike: bool = False,
-) -> list[list[torch.dtype | None]]:
-    """The dtype of every slot's gradients. Collective if there is a group.
+) -> list[list[SlotGradient]]:
+    """The gradients that every slot has. Collective if there is a group.
 
     Args:
         slots: this rank's, by parameter name.
         rank: this rank.
         num_ranks: R.
-        group: the ranks; None if no replica is on another rank than its home. Other ranks' entries
-            are then None, and nothing reads them.
+        group: the ranks; None if no replica is on another rank than its home. Nothing reads other
+            ranks' entries then.
         are_alike: whether the slots of other ranks have what those of this one have. Then nothing
             is exchanged.
 
     Returns:
-        [R * slots of a rank][number of parameters], None where a slot has no gradient. Guest slots
-        are none of them.
+        [R * slots of a rank][number of parameters]. Guest slots are none of them.
 
     Raises:
         ValueError: a gradient here has another dtype than `DTYPES`, or not its weight's shape.
@@ -56,10 +66,12 @@ def gradient_dtypes(
     refused = torch.nonzero((codes == _REFUSED).flatten(1).any(1)).flatten().tolist()
     if refused:
         raise RankError(f"ranks {refused} refused their gradients; see their errors")
-    return [
-        [DTYPES[code - 1] if code else None for code in slot]
-        for slot in codes.flatten(0, 1).tolist()
-    ]
+    return [[_slot_gradient(code) for code in slot] for slot in codes.flatten(0, 1).tolist()]
+
+
+def _slot_gradient(code: int) -> SlotGradient:
+    is_trained, number = divmod(code, _TRAINED)
+    return SlotGradient(DTYPES[number - 1] if number else None, bool(is_trained))
 
 
 def _codes(slots: Mapping[str, Sequence[Slot]]) -> tuple[torch.Tensor, ValueError | None]:
@@ -69,11 +81,12 @@ def _codes(slots: Mapping[str, Sequence[Slot]]) -> tuple[torch.Tensor, ValueErro
     refusal = None
     for index, (name, copies) in enumerate(slots.items()):
         for slot, copy in enumerate(copies):
+            codes[slot, index] = _TRAINED * copy.parameter.requires_grad
             gradient = copy.gradient
             if gradient is None:
                 continue
             if gradient.dtype in DTYPES and gradient.shape == copy.weight.shape:
-                codes[slot, index] = 1 + DTYPES.index(gradient.dtype)
+                codes[slot, index] += 1 + DTYPES.index(gradient.dtype)
             else:
                 refusal = ValueError(
                     f"the gradient of parameter {name} is {describe(gradient)}, expected "

@@ -27,6 +27,8 @@ class TrainedBatch(NamedTuple):
     layout: GuestLayout
     slots: list[list[Slot]]
     """By parameter, the resident slots."""
+    is_trained: Sequence[bool]
+    """By parameter, whether guests have gradients."""
     is_list: bool
     """Whether each slot has tensors of its own; else a parameter's slots are rows of one."""
     pool: GuestPool
@@ -50,10 +52,6 @@ class TrainedBatch(NamedTuple):
             "gradients would be wrong. The backward pass of combine must dispatch by the handle, "
             "through the buffer that planned"
         )
-
-    def trained(self, number: int) -> bool:
-        """Whether a parameter has gradients."""
-        return self.slots[number][0].parameter.requires_grad
 
     def arrives(self) -> set[int]:
         """The local slots to whose gradients something is added; all, if only a GPU knows."""
@@ -132,14 +130,12 @@ class Homeward(torch.autograd.Function):
         """Returns what it is given: the rows, then `num_own` weights, then those of guests."""
         ctx.set_materialize_grads(False)
         ctx.batch = batch
-        per_own, per_guest = _sizes(batch)
-        fixed = [n for n in range(len(batch.slots)) if not batch.trained(n)]
+        _, per_guest = _sizes(batch)
         own, guests = tensors[:num_own], tensors[num_own:]
-        for n in fixed:
-            ctx.mark_non_differentiable(
-                *own[n * per_own : (n + 1) * per_own],
-                *guests[n * per_guest : (n + 1) * per_guest],
-            )
+        ctx.mark_non_differentiable(
+            *(tensor for tensor in own if not tensor.requires_grad),
+            *(part for n, part in enumerate(guests) if not batch.is_trained[n // per_guest]),
+        )
         return x, *tensors
 
     @staticmethod
@@ -264,7 +260,7 @@ def _send_home(
     totals: list[Gradients] = []
     parts: list[Sequence[Tensor | None] | None] = []
     for number, gradients in enumerate(own):
-        if batch.trained(number):
+        if batch.is_trained[number]:
             gradients, total = batch.totals(number, gradients, alone[number], arrives)
             parts.append(batch.parts(guests[number]))
         else:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -33,7 +33,9 @@ from .slots import (
     has_whole_rows,
     local_part,
     refuse_state_outside_parameters,
+    retrained,
     slots_of,
+    trained_of,
     trained_part,
 )
 from .validity import Watch, last_step
@@ -41,6 +43,8 @@ from .validity import Watch, last_step
 log = logger(__name__)
 
 Weights = dict[str, tuple[Any, Any]]
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class Guests:
@@ -67,7 +71,8 @@ class Guests:
 
     Raises:
         ValueError: the experts do not fit the placement, or the pool. Or they have persistent
-            buffers, or parameters made under `torch.inference_mode`. The message says by what.
+            buffers, parameters made under `torch.inference_mode`, or a parameter that only some
+            experts train (`requires_grad`). The message says by what.
         RankError: ranks differ in placement, pool or parameters, or some refused theirs; names
             the ranks.
     """
@@ -90,10 +95,10 @@ class Guests:
             facts["placement"] = self.layer.placement.fingerprint()
             facts["pools"] = str([(given.slot, given.num_bytes) for given in pools])
             self._slots = slots_of(experts, self._layout.num_residents)
+            self._trained = trained_of(self._slots)
             for name, slots in self._slots.items():
-                parameter = slots[0].parameter
                 facts[f"parameter {name}"] = describe(slots[0].weight)
-                facts[f"parameter {name} is trained"] = parameter.requires_grad
+                facts[f"parameter {name} is trained"] = self._trained[name]
             refuse_state_outside_parameters(experts)
             self._watch = Watch([experts])
         if not pools:
@@ -108,6 +113,7 @@ class Guests:
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         self._said = ""
         self._scan()
+        self._flags = [*map(_requires_grad, self._parameters)]
         counts_if_alone()
         self.layer.take_guests(self)
 
@@ -279,11 +285,11 @@ class Guests:
         batch, own, parts = self._batch(slot)
         with outside_of_checkpoints():
             batch.pool.await_guests(batch.stay)
-        trained = [batch.trained(n) for n in range(len(batch.slots))]
-        leaves = [
-            tensor.detach().requires_grad_(trained[index // (len(of) // len(trained))])
-            for of in (own, parts)
-            for index, tensor in enumerate(of)
+        leaves = [tensor.detach().requires_grad_(tensor.requires_grad) for tensor in own]
+        per_name = len(parts) // len(batch.is_trained)
+        leaves += [
+            part.detach().requires_grad_(batch.is_trained[index // per_name])
+            for index, part in enumerate(parts)
         ]
         residents, guests = self._named(leaves[: len(own)]), self._named(leaves[len(own) :])
         weights = {name: (tensors, guests[name]) for name, tensors in residents.items()}
@@ -332,7 +338,12 @@ class Guests:
             for copies in slots
             for copy in (copies if self._is_list else copies[:1])
         ]
-        return TrainedBatch(self, self._layout, slots, self._is_list, pool, stay), own, parts
+        trained = [*self._trained.values()]
+        return (
+            TrainedBatch(self, self._layout, slots, trained, self._is_list, pool, stay),
+            own,
+            parts,
+        )
 
     def _pool(self, slot: int) -> GuestPool:
         pool = self._pools.get(slot)
@@ -400,8 +411,13 @@ class Guests:
 
     def _obstacle(self) -> str:
         """Why the weights cannot be pushed as they are; empty: they can."""
-        if self._watch.is_intact:
+        if not self._watch.is_intact and (misfit := self._misfit()):
+            return misfit
+        if [*map(_requires_grad, self._parameters)] == self._flags:
             return ""
+        return retrained(self._slots, self._trained)
+
+    def _misfit(self) -> str:
         try:
             self._rescan()
         except ValueError as error:

@@ -107,7 +107,7 @@ class GuestPool:
                 for layer in layers
             )
             trained = any(p.requires_grad for layer in layers for p in _parameters(layer))
-            facts["trained"] = trained
+            facts["trained experts"] = trained
             facts.update(num_guests_per_rank=num_guests_per_rank, slot=slot, transport=transport)
             facts["bytes of the pool"] = self.num_bytes
         self.group, self.slot = group, slot

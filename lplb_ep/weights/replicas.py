@@ -19,8 +19,15 @@ from ..comm.collectives import together
 from ..errors import ContractError
 from ..layer import Layer, layer_of
 from ..placement.table import Placement
-from .gradients import gradient_dtypes
-from .slots import Slot, describe, modules_of, refuse_state_outside_parameters, slots_of
+from .gradients import slot_gradients
+from .slots import (
+    Slot,
+    describe,
+    modules_of,
+    refuse_state_outside_parameters,
+    slots_of,
+    trained_of,
+)
 from .transfers import Movable, Move, Mover, Payload, Transfer
 from .validity import Watch
 
@@ -54,10 +61,11 @@ class Replicas:
 
     Raises:
         ValueError: the module does not fit the placement (see `slot_parameters`), has persistent
-            buffers or parameters made under `torch.inference_mode`. Or the group has not the
-            placement's number of ranks, or the transport is not available.
-        RankError: ranks differ in placement or in parameter names, shapes or dtypes, or some
-            refused their module. The message names the ranks.
+            buffers or parameters made under `torch.inference_mode`. Or only some slots train a
+            parameter (`requires_grad`), the group has not the placement's number of ranks, or the
+            transport is not available.
+        RankError: ranks differ in placement or in parameters' names, shapes, dtypes or
+            `requires_grad`, or some refused their module. The message names the ranks.
     """
 
     def __init__(
@@ -189,12 +197,13 @@ class Replicas:
             ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64, or
                 not of its weight's shape.
             RankError: the same on another rank.
+            ContractError: an expert's parameter has `requires_grad` in one slot and not in another.
         """
         mover = self._mover
         mover.finish()
         slots = self._slots()
         is_remote = any(mover.rank_of(home) != mover.rank_of(copy) for home, copy in self._replicas)
-        dtypes = gradient_dtypes(
+        gradients = slot_gradients(
             slots,
             self._rank,
             self.placement.num_ranks,
@@ -204,7 +213,14 @@ class Replicas:
         moves, residents = [], self.placement.num_resident_slots
         for home, replica in self._replicas:
             row = mover.rank_of(replica) * residents + mover.local(replica)
-            for copies, dtype in zip(slots.values(), dtypes[row], strict=True):
+            at_home = mover.rank_of(home) * residents + mover.local(home)
+            of_both = zip(slots.items(), gradients[row], gradients[at_home], strict=True)
+            for (name, copies), (dtype, is_trained), (_, is_trained_at_home) in of_both:
+                if is_trained != is_trained_at_home and not are_alike:
+                    raise ContractError(
+                        f"parameter {name} has requires_grad={is_trained_at_home} in slot {home}, "
+                        f"and {is_trained} in slot {replica}, which holds the same expert"
+                    )
                 if dtype is not None:
                     moves.append(Move(replica, home, copies, dtype))
                     if mover.is_here(home):
@@ -434,7 +450,12 @@ def _agree(
             raise ValueError(
                 f"group must have the placement's {placement.num_ranks} ranks, got {size}"
             )
-        for name, copies in slots_of(experts, placement.num_resident_slots).items():
-            facts[f"parameter {name}"] = describe(copies[0].weight)
+        slots = slots_of(experts, placement.num_resident_slots)
+        own = placement.physical_to_logical.reshape(size, -1)[0 if group is None else group.rank()]
+        held = [n for n, expert in enumerate(own) if expert >= 0] or [0]
+        trained = trained_of({name: [of_name[n] for n in held] for name, of_name in slots.items()})
+        for name, of_name in slots.items():
+            facts[f"parameter {name}"] = describe(of_name[0].weight)
+            facts[f"parameter {name} is trained"] = trained[name]
         refuse_state_outside_parameters(experts)
     return layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,34 @@ def slots_of(experts: nn.Module, num_local_slots: int) -> dict[str, list[Slot]]:
     if isinstance(experts, nn.ModuleList):
         return _slots_of_list(experts, num_local_slots)
     return _slots_of_stack(experts, num_local_slots)
+
+
+def trained_of(slots: Mapping[str, Sequence[Slot]]) -> dict[str, bool]:
+    """Whether each parameter is trained, by name: in all slots alike.
+
+    Raises:
+        ValueError: some slots of a parameter are trained, and others frozen.
+    """
+    trained = {}
+    for name, of_name in slots.items():
+        flags = [slot.parameter.requires_grad for slot in of_name]
+        if any(flags) and not all(flags):
+            raise ValueError(
+                f"parameter {name} is frozen (requires_grad=False) for some experts and trained "
+                f"for others, {flags.count(False)} of {len(flags)} slots here: freeze all or none"
+            )
+        trained[name] = any(flags)
+    return trained
+
+
+def retrained(slots: Mapping[str, Sequence[Slot]], trained: Mapping[str, bool]) -> str:
+    """Says which parameter is trained or frozen by now, other than before; empty: none."""
+    for name, of_name in slots.items():
+        for slot in of_name:
+            if slot.parameter.requires_grad != trained[name]:
+                now, then = ("frozen", "trained")[:: 1 if trained[name] else -1]
+                return f"parameter {name} is {now} now, and was {then} before: make Guests again"
+    return ""
 
 
 def modules_of(experts: nn.Module, slots: set[int]) -> list[nn.Module]:

@@ -519,6 +519,20 @@ def frozen(group, form):
             assert (gradients(guests.experts, slot, name) - want[name]).abs().max() < 1e-9
 
 
+def frozen_later(group):
+    guests = made(group, "list")
+    for parameter in guests.experts[0].parameters():
+        parameter.requires_grad = False
+        assert not guests.is_valid
+    raises("is frozen (requires_grad=False) for some", Guests, guests.experts, guests.layer, group)
+    guests.experts[0].requires_grad_(True)
+    assert guests.is_valid
+
+
+def test_experts_that_are_frozen_later_have_no_guests():
+    ranks.run(2, frozen_later)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_weights_that_are_not_trained_are_pushed_alone(form):
     ranks.run(2, frozen, form)

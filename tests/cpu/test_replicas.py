@@ -23,6 +23,7 @@ from experts import (
 )
 from torch import nn
 
+from lplb_ep import ContractError, RankError
 from lplb_ep.placement.table import Placement
 from lplb_ep.weights import gradients
 from lplb_ep.weights.replicas import Replicas
@@ -245,6 +246,31 @@ def reduce_alike(group):
 
 def test_ranks_that_know_of_each_other_s_gradients_do_not_ask():
     ranks.run(2, reduce_alike)
+
+
+def partly_frozen(group):
+    """Copies of an expert that are trained in one slot alone, when replicas are made and later."""
+    placement, rank = Placement([0, 1, -1, 1, 0, -1], num_ranks=2, home=[0, 1]), group.rank()
+    experts = make_experts("list", placement, rank)
+    experts[2].requires_grad_(False)  # holds no expert
+    experts[0].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"down.weight is frozen \(requires_grad=False\) for some"):
+        Replicas(experts, placement, group)
+    experts[:2].requires_grad_(rank == 0)
+    with pytest.raises(RankError, match=r"differ in parameter .* is trained: True on ranks \[0\]"):
+        Replicas(experts, placement, group)
+    experts[:2].requires_grad_(True)
+    replicas = Replicas(experts, placement, group)
+    # Expert 0, everywhere; then on the second rank alone.
+    experts[rank].requires_grad_(False)
+    replicas.reduce_gradients()
+    experts[0].requires_grad_(True)
+    with pytest.raises(ContractError, match="requires_grad=True in slot 0, and False in slot 4"):
+        replicas.reduce_gradients()
+
+
+def test_copies_that_are_trained_in_one_slot_alone_are_refused_on_all_ranks():
+    ranks.run(2, partly_frozen)
 
 
 def asynchronous(group):

@@ -1,14 +1,17 @@
-"""Static copies of Megatron-Core's experts: steps that are given up, models that are dropped."""
+"""What changes under Megatron-Core's experts: steps that are given up, experts that are frozen."""
 
 import contextlib
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import ranks
 import torch
 from gpt import Run, Training, chunks_of, config_of, megatron
 from gpt_checks import CLOSE, OFF, ON
+
+from lplb_ep import RankError
 
 pytest.importorskip("megatron")
 
@@ -48,6 +51,89 @@ def repeated(group, run, number):
 def test_a_step_that_was_given_up_leaves_no_gradients(run):
     plain, balanced = (ranks.run(2, repeated, run, 2, environ=environ) for environ in (OFF, ON))
     torch.testing.assert_close(balanced, plain, **CLOSE)
+
+
+def retrained(group, run, before_ddp, changed, is_trained):
+    """Gradients of two steps; between them, or before DDP, experts are frozen or trained."""
+    from lplb_ep.clients import megatron as client
+
+    balance = client.balance
+
+    def change(chunks):
+        for chunk in chunks:
+            for name, parameter in chunk.named_parameters():
+                if changed in name:
+                    parameter.requires_grad = is_trained
+
+    def balance_and_change(chunks, **options):
+        made = balance(chunks, **options)
+        if before_ddp:
+            change(chunks)
+        return made
+
+    with megatron(run), mock.patch.object(client, "balance", balance_and_change):
+        training = Training(run)
+        with contextlib.closing(training):
+            batches, found = training.batches(), []
+            for step in range(2):
+                if step and not before_ddp:
+                    change(training.chunks)
+                training.gradients(batches)
+                named = training.named_parameters()
+                found.append({n: p.main_grad.clone() for n, p in named if hasattr(p, "main_grad")})
+            reports = training.balance.report()
+            return found, [set(row.by_status) for row in reports]
+
+
+@pytest.mark.parametrize("options", [{"guests": 2}, {"replicas": 2}])
+@pytest.mark.parametrize(
+    ("frozen", "change", "statuses"),
+    [
+        ("local_experts", (True, "local_experts", True), {"STALE"}),
+        ("linear_fc1", (True, "local_experts.1.linear_fc1", True), {"STALE"}),
+        ("", (False, "local_experts.0.", False), {"OPTIMAL", "STALE"}),
+    ],
+)
+def test_with_experts_that_are_frozen_or_trained_since_batches_go_home(
+    options, frozen, change, statuses
+):
+    run = Run(balance=options, frozen=frozen)
+    plain, balanced = (
+        ranks.run(2, retrained, run, *change, environ=environ) for environ in (OFF, ON)
+    )
+    for (want, _), (got, seen) in zip(plain, balanced, strict=True):
+        torch.testing.assert_close(got, want, **CLOSE)
+        assert seen == [statuses] * 2
+
+
+@pytest.mark.parametrize("options", [{"guests": 2}, {"replicas": 2}])
+@pytest.mark.parametrize(
+    ("frozen", "message"),
+    [
+        ({0: "0.", 1: "0."}, "linear_fc1.weight is frozen (requires_grad=False) for some experts"),
+        ({0: ""}, "False on ranks [0]; True on ranks [1]"),
+    ],
+)
+def test_experts_of_which_some_are_frozen_are_refused(options, frozen, message):
+    for said in ranks.run(2, refused, Run(balance=options), frozen, environ=ON):
+        assert message in said
+
+
+def refused(group, run, frozen):
+    """The error of a model some of whose experts are frozen."""
+    from lplb_ep.clients.megatron import balance
+
+    with megatron(run):
+        chunks = chunks_of(run, config_of(run))
+        part = frozen.get(group.rank())
+        for name, parameter in chunks[0].named_parameters():
+            if part is not None and f"local_experts.{part}" in name:
+                parameter.requires_grad = False
+        try:
+            balance(chunks, **run.balance)
+        except (RankError, ValueError) as error:
+            return str(error)
+    return ""
 
 
 def dropped(group, run):
