@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import ContractError
+from ..errors import ContractError, PlacementError
 from ..layer import Layer
 from ..metrics.layers import LayerStats, stats_of
+from ..placement.inputs import loads
 from ..placement.table import Placement
 from ..planning.solve import solve
 from ..settings import Settings
@@ -47,10 +49,20 @@ def placement_for(load: Tensor, num_ranks: int, replicas: int) -> Placement:
         load: [E] tokens.
         num_ranks: R.
         replicas: D, of a rank.
+
+    Raises:
+        PlacementError: R does not divide E, D is negative or more than other ranks have experts, or
+            a load is negative or not finite.
     """
     num_experts = len(load)
     homes = Placement.homes_only(num_experts, num_ranks, replicas)
-    scaled = (load.double() / load.double().sum().clamp(min=1) * 2**20).long().cpu()
+    most = num_experts - num_experts // num_ranks
+    if replicas > most:
+        raise PlacementError(
+            f"replicas must be at most {most}, the number of experts on other ranks; got {replicas}"
+        )
+    tokens = loads(load.double().cpu().numpy(), num_experts)
+    scaled = torch.from_numpy(tokens / max(tokens.sum(), 1) * 2**20).long()
     guests = solve(scaled, homes, guest_tolerance=0.0, guest_min_tokens=1).guests
     assert guests is not None, "the placement has guest slots"
     own, slots = num_experts // num_ranks, []

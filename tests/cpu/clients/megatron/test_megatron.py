@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from gpt import (
 from gpt_checks import CLOSE, OFF, ON, check_run
 from layers import ROOT
 
-from lplb_ep import Placement
+from lplb_ep import Placement, PlacementError
 
 pytest.importorskip("megatron")
 
@@ -289,6 +290,22 @@ def test_replicas_are_placed_by_load_behind_homes_in_order():
     unknown = placement_for(torch.ones(8), num_ranks=4, replicas=2)
     table = unknown.physical_to_logical.reshape(4, 4)
     assert table[:, 2:].tolist() == [[2, 3], [4, 5], [6, 7], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("load", "replicas", "message"),
+    [
+        ([1.0] * 8, 7, "replicas must be at most 6, the number of experts on other ranks; got 7"),
+        ([1.0, -2.0, *[1.0] * 6], 1, "load of expert 1 must be finite and at least 0, got -2.0"),
+        ([*[1.0] * 7, math.nan], 1, "expert 7 must be finite and at least 0, got nan"),
+        ([math.inf, *[1.0] * 7], 1, "expert 0 must be finite"),
+    ],
+)
+def test_replicas_that_cannot_be_placed_are_refused_by_name(load, replicas, message):
+    from lplb_ep.clients.balance import placement_for
+
+    with pytest.raises(PlacementError, match=message):
+        placement_for(torch.tensor(load), num_ranks=4, replicas=replicas)
 
 
 def sent_and_handed_on(group, run):
