@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..comm.collectives import most_of
 from ..errors import ContractError
 from ..layer import Layer
 from ..logs import logger
@@ -55,7 +56,7 @@ class StaticCopies:
         )
         # The same order on all ranks, wherever the homes are: autograd goes by it.
         self._order = sorted(range(len(here)), key=lambda n: (here[n] not in homes, n))
-        self.num_own = len(local_experts)
+        self.num_own, self._group = len(local_experts), group
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(layer, replicas=self.replicas)
@@ -137,10 +138,20 @@ class StaticCopies:
         """
         if self._trained and torch.is_grad_enabled():
             self._start_gradients()
-        if self._are_old:
+        if self._are_old or self._were_written():
             self.replicas.copy_weights()
             self._are_old = False
         return 0
+
+    def _were_written(self) -> bool:
+        """Whether weights were written on a rank without a step, where nothing is trained.
+
+        That is inference behind `load_state_dict`. Collective there. In training a batch goes home
+        then, until the step's gradients are reduced: ranks need not agree on each batch.
+        """
+        return not torch.is_grad_enabled() and bool(
+            most_of(self._group, not self.replicas.is_valid)
+        )
 
     def _start_gradients(self) -> None:
         """Has memory for gradients of copies, which are sent on all ranks or on none."""

@@ -9,10 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..comm.collectives import most_of
 from ..layer import Layer
 from ..placement.table import Placement
 from .guests import Guests
 from .pool import GuestPool, Stay, outside_of_checkpoints
+
+# What a rank says before a batch, if it does not have the weights: the largest counts.
+_HAS_OLD, _CANNOT = 1, 2
 
 
 class StandingReplicas:
@@ -49,6 +53,7 @@ class StandingReplicas:
         self._table = table[:, own:].contiguous()
         self._pool = _StandingPool(group, table.shape[1] - own, experts, transport="torch")
         self._guests = Guests(experts, Layer(homes, name=layer.name), group, self._pool)
+        self._group = group
         self._stay: Stay | None = None
         layer.watch(self)
 
@@ -71,16 +76,18 @@ class StandingReplicas:
         """Nothing: weights are known to be valid from `prepare` on."""
 
     def mark_stale(self) -> None:
-        """Has the next `prepare` bring weights. On all ranks alike."""
+        """Has the next `prepare` bring weights, on all ranks."""
         self._stay = None
 
     def prepare(self) -> None:
         """Brings weights where the homes' have changed: a batch is to be dispatched. Collective.
 
-        Weights change on all ranks, or on none.
+        Ranks agree on it first. While a rank cannot send its own (`Guests.is_valid`), none does,
+        and batches go home.
         """
         with outside_of_checkpoints():
-            if not self.is_valid:
+            own = _CANNOT if not self._guests.is_valid else _HAS_OLD if not self.is_valid else 0
+            if most_of(self._group, own) == _HAS_OLD:
                 self._pool.join()
                 self._stay = self._guests.push(self._table)
 

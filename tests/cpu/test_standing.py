@@ -7,7 +7,8 @@ import ranks
 import torch
 from experts import FORMS, SHAPES, make_experts, same_bits, value
 
-from lplb_ep import ContractError, Layer, Placement
+from lplb_ep import ContractError, Layer, Placement, Planner
+from lplb_ep.planning.backend import Status
 from lplb_ep.weights.standing import StandingReplicas
 
 TABLE = [0, 1, 2, -1, 2, 3, 0, 1]  # experts 0 and 1 are home on rank 0, and have copies on rank 1
@@ -89,6 +90,45 @@ def test_weights_come_once_a_step_and_gradients_go_home(form):
             if local >= 2 and expert >= 0:
                 home = found[expert // 2][0][name][expert % 2]
                 assert same_bits(found[rank][1][name][local - 2], home)
+
+
+def changed_alone(group):
+    """What a rank alone does to its weights: by batch the status, and weights of copies."""
+    rank, placement = group.rank(), Placement(TABLE, 2, home=[0, 1, 4, 5])
+    experts, layer = make_experts("list", Placement.homes_only(4, 2), rank), Layer(placement)
+    replicas = StandingReplicas(experts, layer, group)
+    planner, found = Planner(layer, group, solver="cpu"), []
+
+    def batch():
+        with torch.no_grad():
+            replicas.prepare()
+            plan = planner(torch.tensor([[0, 1], [2, 3]]), stale=not layer.is_valid)
+            _, _, arrive = replicas.split_weights(torch.ones(1, 3).double())
+            weights = {n: [t.clone() for t in w] for n, w in arrive().items()}
+        found.append((Status(int(plan.status)).name, weights))
+
+    batch()
+    first = experts[0].up.detach().clone()
+    if rank == 0:
+        with torch.no_grad():
+            experts[0].up.mul_(1.5)
+    batch()
+    if rank == 0:
+        experts[0].up.requires_grad_(False)
+        with torch.no_grad():
+            experts[0].up.mul_(2.0)
+    batch()
+    experts[0].up.requires_grad_(True)
+    batch()
+    return first, found
+
+
+def test_what_a_rank_alone_does_to_its_weights_is_known_to_all():
+    (first, on_home), (_, found) = ranks.run(2, changed_alone)
+    for statuses in (on_home, found):
+        assert [status == "STALE" for status, _ in statuses] == [False, False, True, False]
+    for (status, weights), scale in zip(found, (1.0, 1.5, 1.5, 3.0), strict=True):
+        assert status == "STALE" or same_bits(weights["up"][0], first * scale)
 
 
 def test_homes_elsewhere_are_refused():

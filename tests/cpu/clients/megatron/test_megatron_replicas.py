@@ -136,6 +136,34 @@ def refused(group, run, frozen):
     return ""
 
 
+def inferred(group, run, alone):
+    """Losses and statuses of inference behind writes of weights, on a rank alone or on all."""
+    with megatron(run):
+        training = Training(run)
+        with contextlib.closing(training):
+            chunk, losses = training.chunks[0].module, []
+            tokens = next(training.batches())
+            for scale in (1.0, 1.5, 1.0):
+                state = {n: t * scale for n, t in chunk.state_dict().items() if t is not None}
+                if scale != 1.0 and not (alone and group.rank()):
+                    chunk.load_state_dict(state, strict=False)
+                with torch.inference_mode():
+                    out, loss_of = training.forward(iter([tokens]), training.chunks[0])
+                    losses.append(float(loss_of(out)[0]))
+            losses += training.gradients(training.batches())
+            return losses, [dict(row.by_status) for row in training.balance.report()]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_copies_have_weights_that_were_loaded_for_inference(alone):
+    plain, balanced = (
+        ranks.run(2, inferred, REPLICAS, alone, environ=environ) for environ in (OFF, ON)
+    )
+    for (want, _), (got, seen) in zip(plain, balanced, strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+        assert [set(statuses) for statuses in seen] == [{"OPTIMAL"}] * 2
+
+
 def dropped(group, run):
     """Whether a balanced model's layers are alive once nobody refers to it."""
     from lplb_ep.clients.megatron import balance
