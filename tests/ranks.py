@@ -16,8 +16,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+AFTER_FAILURE_S = 60
+"""How long the other ranks get when one has failed, for which they may wait in vain."""
 
 _context = mp.get_context("forkserver")
 _context.set_forkserver_preload(["torch", "torch.distributed", "scipy.sparse.csgraph"])
@@ -141,27 +145,30 @@ def run(
 
     `function` must be importable (defined at a test module's top level). If a rank raises, the call
     fails with `RanksFailedError`. A rank whose process ended has "EOFError" there. Ranks that hang
-    are killed after `timeout` seconds.
+    are killed after `timeout` seconds, or after `AFTER_FAILURE_S` if another rank has failed.
     """
     pool = _pool(num_ranks)
     for pipe in pool.pipes:
         pipe.send((function, args, kwargs, environ or {}))
-    results, failures = [], {}
-    until = time.monotonic() + timeout
-    for rank, pipe in enumerate(pool.pipes):
-        if not pipe.poll(max(0.0, until - time.monotonic())):
-            stack = pool.stack(rank)
+    results, failures = {}, {}
+    waiting, until = dict(enumerate(pool.pipes)), time.monotonic() + timeout
+    while waiting:
+        ready = connection.wait([*waiting.values()], max(0.0, until - time.monotonic()))
+        if not ready:
+            late = min(waiting)
+            said = f"rank {late} of {num_ranks} did not answer in time\n{pool.stack(late)}"
             close()
-            said = f"rank {rank} of {num_ranks} did not answer in {timeout} s\n{stack}"
-            late = TimeoutError(said)
-            raise late from (RanksFailedError(failures, num_ranks) if failures else None)
-        try:
-            ok, value = pipe.recv()
-        except (EOFError, ConnectionResetError):
-            ok, value = False, ("EOFError", "its process ended", "its process ended")
-        results.append(value)
-        if not ok:
-            failures[rank] = value
+            cause = RanksFailedError(failures, num_ranks) if failures else None
+            raise TimeoutError(said) from cause
+        for rank, pipe in [(rank, pipe) for rank, pipe in waiting.items() if pipe in ready]:
+            try:
+                ok, results[rank] = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                ok, results[rank] = False, ("EOFError", "its process ended", "its process ended")
+            if not ok:
+                failures[rank] = results[rank]
+                until = min(until, time.monotonic() + AFTER_FAILURE_S)
+            del waiting[rank]
     if failures:
         raise RanksFailedError(failures, num_ranks)
-    return results
+    return [results[rank] for rank in range(num_ranks)]

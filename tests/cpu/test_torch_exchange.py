@@ -33,6 +33,9 @@ def over_tcp(group):
     (port, *_) = everyone(group, store.port if rank == 0 else 0)
     if rank > 0:
         store = dist.TCPStore("127.0.0.1", port, size, False)
+    # A rank that leaves the old group could take its last message along.
+    store.set(f"rank {rank}", "")
+    store.wait([f"rank {other}" for other in range(size)])
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     return dist.group.WORLD
