@@ -437,6 +437,12 @@ def launch(args: argparse.Namespace) -> None:
             rank_of, (args, store.port), nprocs=args.ranks, daemon=True, start_method="forkserver"
         )
     except KeyboardInterrupt:
+        # First: ranks whose store ends before they do would complain of it.
+        ranks = multiprocessing.active_children()
+        for rank in ranks:
+            rank.kill()
+        for rank in ranks:
+            rank.join()
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(1)  # at once: an orderly end would wait for ranks that wait for one another
 
