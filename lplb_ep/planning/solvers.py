@@ -41,7 +41,7 @@ MAX_PLAN_RANKS = 128
 """Ranks of such a plan: a block does not hold the rows of more."""
 MAX_PUSHING_THREADS = 256
 """Threads that move tokens. Twice as many are slower: each warp finds the layers for itself."""
-STATIC_SHARED_BYTES = 3 * 1024
+STATIC_SHARED_BYTES = 3584
 """The most shared memory that a kernel has beside its dynamic one, some of it CUDA's, where
 components have at most `WORD_RANKS` ranks."""
 
