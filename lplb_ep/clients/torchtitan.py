@@ -21,7 +21,7 @@ from torchtitan.models.common.moe import RoutedExperts
 from torchtitan.models.common.token_dispatcher import DeepEPTokenDispatcher
 from torchtitan.protocols.model import ModelConfigConverter
 
-from ..comm.collectives import gather_rows, memory_of
+from ..comm.collectives import everyone
 from ..deepep.channels import state_of
 from ..deepep.context import attach
 from ..deepep.drop_in import chosen_module
@@ -316,8 +316,7 @@ def _pool(group: dist.ProcessGroup, num_guests: int, experts: nn.Module) -> Gues
     key = group, num_guests, tuple(shapes_of(experts).items())
     pool = _pools.get(key)
     # Python collects a model that is gone sooner on some ranks than on others.
-    known = torch.tensor([pool is not None], dtype=torch.uint8, device=memory_of(group))
-    if not bool(gather_rows(known, group).all()) or pool is None:
+    if not all(everyone(group, pool is not None)) or pool is None:
         pool = _pools[key] = GuestPool(group, num_guests, experts)
     return pool
 
