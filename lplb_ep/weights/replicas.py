@@ -189,6 +189,8 @@ class Replicas:
         Args:
             async_op: overlap it with the next work of the current stream. That work must not use
                 these experts' gradients before it has waited for the returned transfer.
+            are_alike: the caller's word that all ranks' slots have gradients of the same dtypes.
+                Then the ranks do not exchange which are None, and `requires_grad` is not compared.
 
         Returns:
             The transfer to wait for; None without `async_op`.

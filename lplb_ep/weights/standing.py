@@ -23,13 +23,13 @@ class StandingReplicas:
     """The replicas of one layer's experts, in memory of their own.
 
     `Replicas` are rows of the experts' parameters, or modules beside them. Where a framework owns
-    these and shards them (FSDP2), a rank has E / R rows. The layer takes the weights of all slots
-    from here then, as it does from `Guests`. Weights come once after each change of the homes', a
-    step of the optimizer most often. Gradients go home within each backward pass, before the homes'
-    are handed on. Nothing of it is in the optimizer, in `state_dict` or in a checkpoint.
+    these and shards them (FSDP2), a rank has E / R rows. The layer then takes the weights of all
+    slots from this object, as it does from `Guests`. Home weights are sent once after each change,
+    most often a step of the optimizer. Gradients go home within each backward pass, before the
+    homes' are handed on. The optimizer, `state_dict` and checkpoints do not contain the replicas.
 
-    Construction is collective. The layer refers to it weakly, and knows by it whether its replicas
-    are valid. Weights and gradients travel by all-to-alls of `torch.distributed`.
+    Construction is collective. The layer holds a weak reference to this object, and asks it whether
+    the replicas are valid. Weights and gradients travel by all-to-alls of `torch.distributed`.
 
     Args:
         experts: this rank's E / R experts, as `Guests` take them.
