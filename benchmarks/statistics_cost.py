@@ -50,9 +50,8 @@ def cut_kernels(directory: Path) -> Path:
     shutil.copytree(jit.KERNELS, sources)
     path = sources / "statistics.cuh"
     text = path.read_text("utf-8")
-    for name, result in (("word_of_totals", "0"), ("sample_of", "nullptr")):
-        text = cut(text, name, f"return {result};")
-    for name in ("add_at_home", "tally"):
+    text = cut(text, "word_of_totals", "return 0;")
+    for name in ("keep_sample", "add_at_home", "tally"):
         text = cut(text, name, "return;")
     path.write_text(text, "utf-8")
     return sources

@@ -131,8 +131,8 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
                 total += endings[before].total;
             }
             if (worst < BAD_COUNTS && total <= MAX_TOTAL) {
-                int* sample = sample_of(batch.statistics, batch, E, word, other);
-                add_at_home(table, all_counts, p.counts.stride, sample, at_home, other, others);
+                keep_sample(batch.statistics, table, batch, all_counts, p.counts.stride, word, other, others);
+                add_at_home(table, all_counts, p.counts.stride, at_home, other, others);
             }
         }
         finish(p, g, c, edges, rank, ending, quota, rank_load, solver);

@@ -74,8 +74,10 @@ struct Routes {
         for (int m = threadIdx.x; m < M; m += threads) {
             int at = first[m], number = first[m + 1] - at, expert = table.experts[m];
             long long picks = own[expert], total = 0, end = 0;
+            #pragma unroll 1
             for (int c = 0; c < number; ++c) total += local[at + c] + remote[at + c];
             long long begin = total * (2 * ((this_rank + expert) % R) + 1) / (2 * R);
+            #pragma unroll 1
             for (int c = 0; c < number; ++c) {
                 end += local[at + c] + remote[at + c];
                 ends[at + c] = total == 0 ? int(MAX_TOTAL) : int((picks * end - begin + total - 1) / total);

@@ -91,43 +91,54 @@ extern "C" __global__ void split(
     }
 }
 
-// Keeps the statistics, by a block of its own. It writes nothing that the others read.
-__device__ void keep_statistics(const Table& table, const Batch& batch, int* at_home /* [R] shared */) {
-    long long word = word_of_totals(batch.statistics);
-    for (int r = threadIdx.x; r < table.num_ranks; r += threads) at_home[r] = 0;
-    int status = REUSED;
-    if (!is_reused(batch.turn))
-        status = conclude<threads>(batch, look_at_endings<threads>(batch));  // behind its barrier all are 0
-    if (status < BAD_COUNTS) {
-        int* sample = sample_of(batch.statistics, batch, table.num_experts, word, threadIdx.x);
-        add_at_home(table, batch.counts, table.num_experts, sample, at_home, threadIdx.x, threads);
-    }
-    __syncthreads();  // all is added before the first warp reads it
-    if (threadIdx.x < 32) tally(batch.statistics, table, batch, status, at_home, word);
-}
+// What the block that keeps the statistics needs, in shared memory. It is loaded before the block knows how the batch ends,
+// as the other blocks load theirs: `tally` knows which of it is valid.
+struct Kept {
+    int *at_home, *rank_load;  // [R]
+    int* guests;               // [num_guests]
 
-// One block for each chunk of picks, and one more.
+    __device__ Kept(const Table& table, int* shared)
+        : at_home(shared), rank_load(at_home + table.num_ranks), guests(rank_load + table.num_ranks) {}
+
+    // `worst`: the worst status that this thread saw.
+    __device__ void load(const Table& table, const Batch& batch, int worst) const {
+        for (int r = threadIdx.x; r < table.num_ranks; r += threads) at_home[r] = 0;
+        bool solved = !__syncthreads_or(worst);  // all is zero before any thread adds to it
+        for (int r = threadIdx.x; solved && r < table.num_ranks; r += threads) rank_load[r] = batch.rank_load[r];
+        for (int i = threadIdx.x; solved && i < batch.num_guests; i += threads) guests[i] = batch.guests[i];
+        add_at_home(table, batch.counts, table.num_experts, at_home, threadIdx.x, threads);
+    }
+};
+
+// One block for each chunk of picks, and one more, which keeps the statistics. It writes nothing that the others read.
 extern "C" __global__ void __launch_bounds__(threads) route(
     const Picks picks, const Table table, const Batch batch,
     Index* __restrict__ physical) {  // [num_picks] slots, -1: none
     extern __shared__ int shared[];
-    if (blockIdx.x == picks.num_chunks) {
-        keep_statistics(table, batch, shared);
-        return;
-    }
-    Routes routes(table, shared);
+    bool keeps_statistics = blockIdx.x == picks.num_chunks;
     int n = first_pick(picks, blockIdx.x) + threadIdx.x, end = first_pick(picks, blockIdx.x + 1);
     int expert = n < end ? picks.experts[n] : -1, position = n < end ? picks.positions[n] : 0;
     int worst = look_at_endings<threads>(batch);
-    routes.load<threads>(table, batch.counts, table.num_experts, batch.quota, batch.rank);
+    long long word = keeps_statistics ? word_of_totals(batch.statistics) : 0;
+    Routes routes(table, shared);
+    Kept kept(table, shared);
+    if (keeps_statistics) kept.load(table, batch, worst);
+    else routes.load<threads>(table, batch.counts, table.num_experts, batch.quota, batch.rank);
+    bool reused = is_reused(batch.turn);
     int status = REUSED;
-    if (is_reused(batch.turn)) {
-        __syncthreads();  // the tables above are whole
-        routes.reuse<threads>(table, batch.own, batch.rank);
-    } else {
-        status = conclude<threads>(batch, worst);  // behind its barrier the tables above are whole
-        routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
+    if (reused) __syncthreads();  // what was loaded is whole
+    else status = conclude<threads>(batch, worst);  // and so it is behind its barrier
+    if (keeps_statistics) {
+        if (status < BAD_COUNTS)
+            keep_sample(batch.statistics, table, batch, batch.counts, table.num_experts, word, threadIdx.x, threads);
+        Batch solved = batch;
+        solved.rank_load = kept.rank_load;
+        solved.guests = kept.guests;
+        if (threadIdx.x < 32) tally(batch.statistics, table, solved, status, kept.at_home, word);
+        return;
     }
+    if (reused) routes.reuse<threads>(table, batch.own, batch.rank);
+    else routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
     __syncthreads();  // the ends of all shares are there before picks look for theirs
     for (; n < end; n += threads) {
         physical[n] = Index(routes.slot_of(expert, position));
@@ -136,7 +147,7 @@ extern "C" __global__ void __launch_bounds__(threads) route(
             position = picks.positions[n + threads];
         }
     }
-    if (status != OPTIMAL && status != REUSED) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
+    if (!reused && status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
     if (blockIdx.x != 0) return;
     for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + picks.num_experts; i += threads) batch.row[i] = 0;
     if (threadIdx.x == 0) end_batch(batch, status);

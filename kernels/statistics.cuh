@@ -19,33 +19,34 @@ __device__ unsigned num_batches(long long word) {
     return __reduce_add_sync(~0u, lane >= NUM_TALLIES && lane < NUM_TOTALS ? unsigned(word) : 0u);
 }
 
-// Where the loads [E] of the batch go, if it is sampled; else null. By whole warps, of a batch whose counts
-// are known; `thread` is 0 of one of them. What a backward pass plans again is no further batch: layers that are
-// recomputed and others have the same batches sampled. Batches without an exchange have no counts.
-__device__ int* sample_of(const Statistics& statistics, const Batch& batch, int num_experts, long long word,
-                          int thread) {
-    if (statistics.num_samples == 0 || batch.again) return nullptr;
+// Keeps the loads [E] of a batch whose counts are known, if it is to be sampled. By whole warps, of which one has thread
+// 0. What a backward pass plans again is no further batch: layers that are recomputed and others have the same batches
+// sampled. Batches without an exchange have no counts. A rank's counts lie `stride` from the next one's.
+__device__ void keep_sample(const Statistics& statistics, const Table& table, const Batch& batch, const int* counts,
+                            int stride, long long word, int thread, int num_threads) {
+    if (statistics.num_samples == 0 || batch.again) return;
     unsigned lane = threadIdx.x % 32;
     bool is_other = lane == TALLY_RECOMPUTED || lane == NUM_TALLIES + REUSED;
     unsigned before = num_batches(word) - __reduce_add_sync(~0u, is_other ? unsigned(word) : 0u);
-    if (before % statistics.every != 0) return nullptr;
+    if (before % statistics.every != 0) return;
     unsigned place = before / statistics.every % statistics.num_samples;
     if (thread == 0) statistics.sampled[place] = int(before);
-    return statistics.samples + size_t(place) * num_experts;
+    for (int e = thread; e < table.num_experts; e += num_threads) {
+        int load = 0;
+        each<16>(counts + e, 0, table.num_ranks, 1, stride, [&](int number) { load += number; });
+        statistics.samples[size_t(place) * table.num_experts + e] = load;
+    }
 }
 
 // Adds up what each rank would have to do, had every token gone home: to `at_home` [R] in shared memory, all 0
-// before. By the threads from 0 up to `num_threads`. A rank's counts lie `stride` from the next one's.
-__device__ void add_at_home(const Table& table, const int* counts, int stride, int* sample, int* at_home,
-                            int thread, int num_threads) {
-    int E = table.num_experts, R = table.num_ranks;
-    // Several threads share the rows of an expert, unless its load is asked for.
-    int parts = sample != nullptr ? 1 : max(1, min(num_threads / E, R / 16));
+// before. By the threads from 0 up to `num_threads`, of which several share the rows of an expert.
+__device__ void add_at_home(const Table& table, const int* counts, int stride, int* at_home, int thread,
+                            int num_threads) {
+    int E = table.num_experts, R = table.num_ranks, parts = max(1, min(num_threads / E, R / 16));
     for (int i = thread; i < E * parts; i += num_threads) {
-        int part = i / E, e = i - part * E, load = 0;
+        int part = i / E, e = i - part * E, load = 0, home = table.home_rank[e];
         each<16>(counts + part * stride + e, part, R, parts, stride, [&](int number) { load += number; });
-        atomicAdd(&at_home[table.home_rank[e]], load);
-        if (sample != nullptr) sample[e] = load;
+        atomicAdd(&at_home[home], load);
     }
 }
 
@@ -97,28 +98,31 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         return load > 0 && (load_before == 0 || largest * load_before > before * load);
     };
     bool worse_home = is_worse(home, TALLY_WORST_HOME), worse = is_worse(got, TALLY_WORST);
-    switch (lane) {
-        case TALLY_ROWS: word += rows; break;
-        case TALLY_LOAD: word += load; break;
-        case TALLY_HOME: word += home; break;
-        case TALLY_GOT: word += got; break;
-        case TALLY_BOUND: word += is_planned && statistics.by_tokens ? got : 0; break;
-        case TALLY_BOUND_LOAD: word += is_planned && statistics.by_tokens ? load : 0; break;
-        case TALLY_OWN_HOME: word += is_counted ? at_home[rank] : 0; break;
-        case TALLY_OWN:
-            word += !is_counted ? 0 : is_planned ? batch.rank_load[rank] : at_home[rank];
-            break;
-        case TALLY_GUESTS: word += guests; break;
-        case TALLY_SENT: word += sent; break;
-        case TALLY_RECEIVED: word += received; break;
-        case TALLY_RECOMPUTED: word += batch.again; break;
-        case TALLY_WORST_HOME: word = worse_home ? home : word; break;
-        case TALLY_WORST_HOME_LOAD: word = worse_home ? load : word; break;
-        case TALLY_WORST: word = worse ? got : word; break;
-        case TALLY_WORST_LOAD: word = worse ? load : word; break;
-        case TALLY_WINDOW: word = window; break;
-        default: word += lane == NUM_TALLIES + status;
+    int added = lane == NUM_TALLIES + status;
+    auto add = [&](int place, int value) { added |= lane == place ? value : 0; };  // no jump by lanes
+    add(TALLY_ROWS, rows);
+    add(TALLY_LOAD, load);
+    add(TALLY_HOME, home);
+    add(TALLY_GOT, got);
+    add(TALLY_BOUND, is_planned && statistics.by_tokens ? got : 0);
+    add(TALLY_BOUND_LOAD, is_planned && statistics.by_tokens ? load : 0);
+    add(TALLY_OWN_HOME, is_counted ? at_home[rank] : 0);
+    add(TALLY_OWN, !is_counted ? 0 : is_planned ? batch.rank_load[rank] : at_home[rank]);
+    add(TALLY_GUESTS, guests);
+    add(TALLY_SENT, sent);
+    add(TALLY_RECEIVED, received);
+    add(TALLY_RECOMPUTED, batch.again);
+    word += added;
+    auto set = [&](int place, int value) { word = lane == place ? value : word; };
+    if (worse_home) {
+        set(TALLY_WORST_HOME, home);
+        set(TALLY_WORST_HOME_LOAD, load);
     }
+    if (worse) {
+        set(TALLY_WORST, got);
+        set(TALLY_WORST_LOAD, load);
+    }
+    set(TALLY_WINDOW, window);
     bool marks = statistics.mark_every != 0 && num_batches(word) % statistics.mark_every == 0;
     if (lane < NUM_TOTALS) {
         statistics.totals[lane] = word;

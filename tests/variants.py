@@ -127,13 +127,13 @@ def cases() -> list[Case]:
     return out
 
 
-def placement_of(variant: Variant) -> Placement:
+def placement_of(variant: Variant, *, few: bool = False) -> Placement:
     """A placement whose capacity picks a variant; of some, with a rank less than its size.
 
-    Of sizes above 64 with the fewest ranks: one block holds a whole plan of these.
+    Of sizes above 64, or with `few`, with the fewest ranks: one block holds a whole plan of these.
     """
-    few = variant.size // 2 + 1
-    num_ranks = few if variant.size > 64 else variant.size - variant.turns % 2
+    fewest = variant.size // 2 + 1
+    num_ranks = fewest if few or variant.size > 64 else variant.size - variant.turns % 2
     rng = np.random.default_rng(variant.size)
     num_edges = variant.parts * variant.turns + 2 * variant.more
     while True:
@@ -208,7 +208,8 @@ def run_solver(solver: str, variant: Variant, most: int = 0) -> None:
 
 def run_objective(variant: Variant, most: int) -> None:
     """The kernel of a variant, for every objective but tokens. `most`: as of `run_solver`."""
-    placement, rng = placement_of(variant), np.random.default_rng(variant.size)
+    rng = np.random.default_rng(variant.size)
+    placement = placement_of(variant, few=most > 0 and variant.size == 64)
     picked = OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement))
     assert picked == variant, f"the capacity picks {picked}, not {variant}"
     topk, counts = make_batch(rng, placement, placement.num_ranks // 2)

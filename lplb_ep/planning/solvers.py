@@ -283,7 +283,8 @@ def _route_bytes(placement: Placement, capacity: Capacity) -> int:
     num_nodes = placement.num_ranks // placement.num_ranks_per_node
     several, copies = capacity.num_several, capacity.num_copies
     integers = placement.num_experts + several + 1 + 6 * copies + several * (num_nodes + 2)
-    return 4 * max(integers, placement.num_ranks)  # which the block with the statistics has
+    of_statistics = placement.num_ranks * (2 + placement.num_guests_per_rank)
+    return 4 * max(integers, of_statistics)
 
 
 def num_plan_bytes(

@@ -9,6 +9,7 @@ from lplb_ep.planning.layout import capacity_for
 from lplb_ep.planning.solvers import (
     DEVICE_SOLVERS,
     GUEST_SOLVERS,
+    OBJECTIVE_SOLVERS,
     num_plan_bytes,
     num_static_bytes,
 )
@@ -37,6 +38,15 @@ def test_the_placement_of_a_variant_picks_it(solver, variant):
     if variant in DEVICE_SOLVERS[solver].plan_variants():
         of_plan = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH)
         assert of_plan + num_static_bytes(variant.size) <= 227 * 1024
+
+
+@pytest.mark.parametrize("variant", OBJECTIVE_SOLVERS["flow"].variants(), ids=str)
+def test_one_block_holds_the_plan_of_an_objective(variant):
+    placement = variants.placement_of(variant, few=variant.size == 64)
+    capacity = capacity_for(placement)
+    assert OBJECTIVE_SOLVERS["flow"].variant(capacity) == variant
+    of_plan = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, "cost")
+    assert of_plan + num_static_bytes(variant.size) <= 227 * 1024
 
 
 @pytest.mark.parametrize("variant", GUEST_SOLVERS["flow"].variants(), ids=str)

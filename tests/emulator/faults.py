@@ -850,10 +850,10 @@ FAULTS = [
         "begins = false",
     ),
     Fault(
-        "batches with no counts are summed up",
+        "batches with no counts are sampled",
         "route.cu",
-        "    if (status < BAD_COUNTS) {",
-        "    {",
+        "        if (status < BAD_COUNTS)\n",
+        "",
     ),
     # Quotas of an earlier batch
     Fault("reused: a turn late", "exchange.cuh", "turn + 1) %", "turn + 2) %"),
@@ -868,7 +868,7 @@ FAULTS = [
     Fault("reused: solved", "flow.cuh", "    if (is_reused(p.turn)) return;\n", ""),
     Fault("reused: takes counts", "flow.cuh", "is_reused(p.turn) ? 0 : ", ""),
     Fault("reused: by counts before", "route.cu", "batch.own, batch", "batch.counts, batch"),
-    Fault("reused: sent home", "route.cu", "OPTIMAL && status != REUSED)", "OPTIMAL)"),
+    Fault("reused: sent home", "route.cu", "if (!reused && status", "if (status"),
     Fault("reused: a fault", "rewrite.cuh", "STAYED && status != REUSED)", "STAYED)"),
     Fault("reused: ranks round alike", "rewrite.cuh", "(this_rank + expert) % R", "expert % R"),
     Fault("reused: rounded down", "rewrite.cuh", "end - begin + total - 1)", "end - begin)"),
