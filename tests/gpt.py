@@ -464,7 +464,7 @@ def two_models(group, run):
         found, balances = [losses(trainings)], [balance(t.chunks, **run.balance) for t in trainings]
         found.append(losses(trainings))
         balances[0].remove()
-        found.append(losses(trainings[1:]) * 2)  # the first may not share its buffer
+        found.append(losses(trainings))  # one of them is plain
         during = len(balances[1].report()[0].by_status)
         balances[1].remove()
         found.append(losses(trainings))

@@ -164,14 +164,17 @@ class Balance:
 
 
 class SharedReplacement:
-    """Another attribute of an object that all balanced models need, until the last is removed."""
+    """Another attribute of an object that all balanced models need, until the last is removed.
+
+    A model that was dropped without `remove` leaves it there. So it must not harm other models.
+    """
 
     def __init__(self) -> None:
         self._num_users = 0
 
     def give(
         self, balance: Balance, target: object, name: str, make: Callable[[Any], object]
-    ) -> bool:
+    ) -> None:
         """Replaces the attribute, if that was not done for another model.
 
         Args:
@@ -179,17 +182,12 @@ class SharedReplacement:
             target: the object, always the same one.
             name: of its attribute.
             make: returns the new value, given the old one.
-
-        Returns:
-            Whether it was replaced now.
         """
-        is_first = not self._num_users
-        if is_first:
+        if not self._num_users:
             self._old = getattr(target, name)
             setattr(target, name, make(self._old))
         self._num_users += 1
         balance.undo_with(lambda: self._take(target, name))
-        return is_first
 
     def _take(self, target: object, name: str) -> None:
         self._num_users -= 1

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..deepep import drop_in
+from ..deepep.channels import state_of
 from ..deepep.context import use
 from ..deepep.patch import provide
 from ..layer import Layer
@@ -169,8 +170,18 @@ def _give_buffers(made: Balance) -> None:
         fused_a2a._buffer = None  # the class is looked up when the next batch comes
 
     made.undo_with(forget)
-    if _buffers.give(made, fused_a2a, "Buffer", lambda _: drop_in.Buffer):
-        forget()
+    _buffers.give(made, fused_a2a, "Buffer", lambda _: _shared(drop_in.Buffer))
+    forget()  # it is of another class, or was made while LPLB_EP was another
+
+
+def _shared(base: Any) -> type:
+    """A drop-in for all models of a process: calls of models that are not balanced pass."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        base.__init__(self, *args, **kwargs)
+        state_of(self).is_shared = True
+
+    return type(base.__name__, (base,), {"__init__": __init__, "__doc__": base.__doc__})
 
 
 def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placement]) -> None:

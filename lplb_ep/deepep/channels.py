@@ -116,6 +116,9 @@ class BufferState:
     """
     find_modules: Callable[[], LayerUse | None] | None = None
     """Finds the layer by the module that runs, where placements are by modules' names."""
+    is_shared: bool = False
+    """Whether models that are not balanced call it, too. A client says in each of its own calls
+    which layer is in force; calls without one pass."""
     warned: bool = False
     destroyed: bool = False
     low_latency_slots: int | None = None
@@ -141,7 +144,7 @@ class BufferState:
         The slots that an engine has picked are right as they are, if less balanced.
         """
         has_placements = self.is_registered or self.find_modules is not None
-        return has_placements and self.settings.indices == "logical"
+        return has_placements and self.settings.indices == "logical" and not self.is_shared
 
     def key_of(self, method: str, result: Any) -> Any:
         """As `Contract.key_of`, for a method whose results are alike: the first one is checked."""

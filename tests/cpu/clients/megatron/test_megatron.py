@@ -1,6 +1,7 @@
 """Megatron-Core's MoE layers over the embedded buffers: plain, at home, and balanced by guests."""
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -321,10 +322,13 @@ def sent_and_handed_on(group, run):
 def _sent_and_handed_on(run):
     from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Buckets
 
+    from lplb_ep.clients import megatron_replicas
+    from lplb_ep.clients.balance import SharedReplacement
     from lplb_ep.clients.megatron_replicas import StaticCopies
 
     of_steps, copies = [], []
-    reduce, start = StaticCopies.reduce_gradients, Buckets.start_grad_sync
+    # Models that were dropped before may have left lplb_ep's own part there.
+    reduce, start = StaticCopies.reduce_gradients, inspect.unwrap(Buckets.start_grad_sync)
 
     def note(is_handed_on, layers):
         gradients = [p.main_grad for one in layers for p in one.slots.parameters()]
@@ -343,6 +347,7 @@ def _sent_and_handed_on(run):
         return start(self, *args, **kwargs)
 
     with (
+        mock.patch.object(megatron_replicas, "_start_grad_sync", SharedReplacement()),
         mock.patch.object(Buckets, "start_grad_sync", start_grad_sync),
         mock.patch.object(StaticCopies, "reduce_gradients", reduce_gradients),
     ):

@@ -1,7 +1,9 @@
 """What changes under Megatron-Core's experts: steps that are given up, experts that are frozen."""
 
 import contextlib
+import dataclasses
 import gc
+import os
 import weakref
 from unittest import mock
 
@@ -175,6 +177,27 @@ def dropped(group, run):
         del chunks
         gc.collect()
         return before, [layer() is not None for layer in layers]
+
+
+def beside(group, run):
+    """By turns: losses of a plain model, of one that is dropped afterwards, and of plain ones."""
+    plain = dataclasses.replace(run, balance={"off": True})
+
+    def losses(of, mode):
+        with mock.patch.dict(os.environ, LPLB_EP=mode):
+            training = Training(of)
+            return training.gradients(training.batches())
+
+    with megatron(run):
+        turns = [(plain, "0"), (run, "1"), (plain, "0"), (run, "1"), (plain, "1"), (plain, "home")]
+        return [losses(*turn) for turn in turns]
+
+
+@pytest.mark.parametrize("options", [{"guests": 2}, {"replicas": 2}])
+def test_a_balanced_model_that_is_dropped_harms_no_other(options):
+    for plain, *others in ranks.run(2, beside, Run(balance=options), environ=ON):
+        for losses in others:
+            assert losses == pytest.approx(plain, rel=1e-5)
 
 
 def test_replicas_live_no_longer_than_their_model():
