@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..comm.collectives import most_of
+from ..comm.collectives import most_of, together
 from ..errors import ContractError
 from ..layer import Layer
 from ..logs import logger
@@ -64,7 +64,7 @@ class StaticCopies:
         self._flags = [*map(_requires_grad, self._own)]
         self._trained = [p for p in self._own if p.requires_grad]
         self._are_old = True
-        self._are_trained = self._has_said = False
+        self._are_in_ddp = self._are_trained = self._has_said = False
         layer.watch(self)
 
     @property
@@ -135,6 +135,7 @@ class StaticCopies:
 
         Raises:
             ContractError: gradients are wanted, and no DDP of Megatron-Core takes them.
+            RankError: so it is on another rank.
         """
         if self._trained and torch.is_grad_enabled():
             self._start_gradients()
@@ -155,6 +156,19 @@ class StaticCopies:
 
     def _start_gradients(self) -> None:
         """Has memory for gradients of copies, which are sent on all ranks or on none."""
+        if not self._are_in_ddp:
+            with together(self._group, f"gradients of {self.balanced.name}'s replicas"):
+                self._check_ddp()
+        self._are_in_ddp = self._are_trained = True
+        for slot in self._in_order()[self.num_own :]:
+            for parameter, home in zip(slot.parameters(), self._own, strict=False):
+                copied: Any = parameter
+                if copied.requires_grad and not hasattr(copied, "main_grad"):
+                    with outside_of_checkpoints():
+                        dtype = home.main_grad.dtype  # type: ignore[attr-defined]
+                        copied.main_grad = torch.zeros_like(copied, dtype=dtype)
+
+    def _check_ddp(self) -> None:
         if not all(hasattr(p, "main_grad") for p in self._trained):
             raise ContractError(
                 "gradients of replicas go home before Megatron-Core's DistributedDataParallel "
@@ -163,14 +177,6 @@ class StaticCopies:
                 else f"experts of {self.balanced.name} were frozen (requires_grad) between "
                 "balance() and Megatron-Core's DistributedDataParallel: freeze them before both"
             )
-        self._are_trained = True
-        for slot in self._in_order()[self.num_own :]:
-            for parameter, home in zip(slot.parameters(), self._own, strict=False):
-                copied: Any = parameter
-                if copied.requires_grad and not hasattr(copied, "main_grad"):
-                    with outside_of_checkpoints():
-                        dtype = home.main_grad.dtype  # type: ignore[attr-defined]
-                        copied.main_grad = torch.zeros_like(copied, dtype=dtype)
 
     def take_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds a batch's gradients to those of this rank's copies.

@@ -13,7 +13,7 @@ import torch
 from gpt import Run, Training, chunks_of, config_of, megatron
 from gpt_checks import CLOSE, OFF, ON
 
-from lplb_ep import RankError
+from lplb_ep import ContractError, RankError
 
 pytest.importorskip("megatron")
 
@@ -136,6 +136,40 @@ def refused(group, run, frozen):
         except (RankError, ValueError) as error:
             return str(error)
     return ""
+
+
+def not_in_ddp(group, run, missing, are_frozen):
+    """The error of a first step, where DDP does not have some experts that replicas train."""
+    from lplb_ep.clients.megatron import balance
+
+    with megatron(run):
+        training = Training(dataclasses.replace(run, balance={"off": True}))
+        with contextlib.closing(training):
+            part = missing.get(group.rank())
+            named = training.named_parameters()
+            gone = [p for n, p in named if part is not None and f"local_experts.{part}" in n]
+            balance(training.chunks, **run.balance)
+            for parameter in gone:
+                del parameter.main_grad  # as if it had been frozen when DDP was made
+                parameter.requires_grad = not are_frozen
+            with pytest.raises((ContractError, RankError)) as error:
+                training.gradients(training.batches())
+            return type(error.value).__name__, str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("missing", "are_frozen", "message", "of_rank_0"),
+    [
+        ({1: "0."}, True, "layers.0.mlp were frozen (requires_grad) between", "RankError"),
+        ({0: "", 1: ""}, False, "hands them on, and the model is in none", "ContractError"),
+    ],
+)
+def test_replicas_that_ddp_does_not_have_are_refused_on_all_ranks(
+    missing, are_frozen, message, of_rank_0
+):
+    results = ranks.run(2, not_in_ddp, REPLICAS, missing, are_frozen, environ=ON)
+    assert [name for name, _ in results] == [of_rank_0, "ContractError"]
+    assert all(message in said for _, said in results)
 
 
 def inferred(group, run, alone):
