@@ -108,7 +108,8 @@ def many_batches(group, kind, num_batches, graph):
     dist.barrier(group)
     assert int(wrong) == 0
     assert int(number) == num_batches + 3
-    assert before - torch.cuda.mem_get_info()[0] < 64 << 20
+    if os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1") == "1":  # or others' memory changes, too
+        assert before - torch.cuda.mem_get_info()[0] < 64 << 20
     return took
 
 

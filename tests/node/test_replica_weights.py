@@ -222,6 +222,7 @@ def late(group):
     if group.rank() == 1:
         time.sleep(3)
     layer.replicas["cuda"].copy_weights()
+    torch.cuda.synchronize()  # a copy between CPUs would raise, and not wait
     layer.replicas["cpu"].copy_weights()
     layer.check("weight", layer.read("cuda", "weight"))
     dist.barrier(group)
