@@ -178,7 +178,7 @@ def _read_torch(file: Path) -> Any:
 
 
 def _check_archive(file: Path) -> None:
-    """Holds the parts of an archive against their checksums."""
+    """Compares the parts of an archive with their checksums."""
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip()
     if damaged is not None:

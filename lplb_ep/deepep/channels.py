@@ -9,14 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from ..comm.collectives import everyone, together
+from ..comm.exchange import Limit
 from ..cost import CostModel, choose_cost
 from ..errors import ContractError
 from ..layer import Layer, channels, check_slot, layer_of
 from ..metrics.reporter import is_logged, report
 from ..placement.table import Placement
+from ..planning.host import refuse_first
 from ..planning.planner import Planner
 from ..settings import Settings
 from .contract import Contract
@@ -162,7 +165,7 @@ class BufferState:
             self.checked.add((use, form))
 
     def check_limits(self, placement: Placement) -> None:
-        """Holds a placement against the limits of the kernels that this buffer was made for.
+        """Compares a placement with the limits of the kernels that this buffer was made for.
 
         Raises:
             ContractError: names the limit and what to do.
@@ -173,7 +176,7 @@ class BufferState:
             self.check_slots(placement)
 
     def check_slots(self, placement: Placement) -> None:
-        """Holds a placement against the limits of `dispatch`.
+        """Compares a placement with the limits of `dispatch`.
 
         Raises:
             ContractError: names the limit and what to do.
@@ -244,12 +247,26 @@ def channel(state: BufferState, use: LayerUse) -> Planner:
                 "balancing needs a buffer on a torch.distributed group; "
                 f"this one is on {type(state.group).__name__}"
             )
-        state.check_limits(use.layer.placement)
-        planner = _existing(state, use) or _make(state, use, compare=False)
+        try:
+            state.check_limits(use.layer.placement)
+            planner = _existing(state, use) or _make(state, use, compare=False)
+        except Exception:  # whatever it is, the others must not wait for this rank's counts
+            _refuse_first(state, use)
+            raise
         state.planners[use] = planner
     if state.default is not None and use.layer is not state.default.layer:
         state.default = None
     return planner
+
+
+def _refuse_first(state: BufferState, use: LayerUse) -> None:
+    """Refuses a first batch, where its counts are known to travel by `torch.distributed`."""
+    settings = state.planner_settings
+    if settings.counts != "torch" and (settings.counts != "auto" or torch.cuda.is_available()):
+        return
+    if state.group.size() > 1:
+        limit = Limit("a first batch", settings.timeout_s, settings.abort_on_timeout)
+        refuse_first(use.layer.placement, state.group, limit)
 
 
 def _existing(state: BufferState, use: LayerUse) -> Planner | None:

@@ -1,6 +1,6 @@
 """Checks of calls that plan, made before ranks exchange counts.
 
-They hold arguments against each other, the placement and DeepEP's limits. Each raises
+They compare arguments with each other, with the placement and with DeepEP's limits. Each raises
 ContractError, and TypeError or ValueError where arguments are wrong by themselves. Calls that
 differ from one that was checked in nothing but values are known by their form.
 """
@@ -98,10 +98,7 @@ def _check_low_latency(buffer: Any, state: BufferState, placement: Placement, ca
     E, P = placement.num_experts, placement.num_physical_experts
     check_topk_idx(topk_idx)
     _check_rows(x, topk_idx)
-    if not isinstance(tokens, int):
-        raise ContractError(
-            f"num_max_dispatch_tokens_per_rank must be a whole number; got {tokens!r}"
-        )
+    _check_whole("num_max_dispatch_tokens_per_rank", tokens)
     if topk_idx.shape[0] > tokens:
         raise ContractError(
             f"x must have at most num_max_dispatch_tokens_per_rank={tokens} tokens; "
@@ -131,36 +128,49 @@ def _check_low_latency(buffer: Any, state: BufferState, placement: Placement, ca
 
 def _elastic_form(call: Call) -> Form:
     x, topk_idx, num_experts = call.get("x"), call.get("topk_idx"), call.get("num_experts")
-    if isinstance(x, tuple) and x:
-        x = x[0]
+    scales = None
+    if isinstance(x, tuple) and len(x) == 2:
+        x, scales = x
+        if not isinstance(scales, torch.Tensor):
+            return None
     if not (isinstance(x, torch.Tensor) and isinstance(topk_idx, torch.Tensor)):
         return None
     weights = call.get("topk_weights")
     if type(num_experts) is not int or not (weights is None or isinstance(weights, torch.Tensor)):
         return None
-    kinds = x.shape, x.dtype, topk_idx.shape, topk_idx.dtype
-    of_weights = None if weights is None else weights.shape
+    kinds = x.shape, x.dtype, topk_idx.shape, topk_idx.dtype, scales is None or scales.shape
+    of_weights = None if weights is None else (weights.shape, weights.dtype)
     most = call.get("num_max_tokens_per_rank")
     return ("elastic", *call, *kinds, of_weights, most, num_experts)
 
 
 def _check_elastic(buffer: Any, state: BufferState, placement: Placement, call: Call) -> None:
     x, most, weights = call["x"], call.get("num_max_tokens_per_rank"), call.get("topk_weights")
-    rows = x[0] if isinstance(x, tuple) and x else x
-    topk_idx = call["topk_idx"]
+    rows, topk_idx = x, call["topk_idx"]
     check_topk_idx(topk_idx)
+    if isinstance(x, tuple):
+        if len(x) != 2:
+            raise ContractError(f"x must be a tensor, or rows and scales; got {len(x)} values")
+        rows, scales = x
+        _check_rows(scales, topk_idx, "the scales of x")
     _check_rows(rows, topk_idx)
     if most is None:
         most = getattr(buffer, "num_max_tokens_per_rank", None)
+    if most is not None:
+        _check_whole("num_max_tokens_per_rank", most)
     if most is not None and topk_idx.shape[0] > most:
         raise ContractError(
             f"x must have at most num_max_tokens_per_rank={most} tokens; got {topk_idx.shape[0]}"
         )
-    if weights is not None and getattr(weights, "shape", None) != topk_idx.shape:
-        shown = getattr(weights, "shape", type(weights).__name__)
-        raise ContractError(
-            f"topk_weights must be as topk_idx, {list(topk_idx.shape)}; got {shown}"
-        )
+    if weights is not None:
+        are_floats = isinstance(weights, torch.Tensor) and weights.is_floating_point()
+        if not are_floats or weights.shape != topk_idx.shape:
+            shown = type(weights).__name__
+            if isinstance(weights, torch.Tensor):
+                shown = f"{list(weights.shape)} of {weights.dtype}"
+            raise ContractError(
+                f"topk_weights must be as topk_idx, {list(topk_idx.shape)}, of floats; got {shown}"
+            )
     limits = state.contract.limits
     limits.check_rows(rows)
     limits.check_picks(topk_idx, limits.topk)
@@ -174,16 +184,23 @@ ELASTIC = Check(_elastic_form, _check_elastic)
 """Of `ElasticBuffer.dispatch`."""
 
 
-def _check_rows(x: Any, topk_idx: torch.Tensor) -> None:
+def _check_rows(x: Any, topk_idx: torch.Tensor, name: str = "x") -> None:
     """Raises ContractError unless there is a row for the picks of each token."""
     if not isinstance(x, torch.Tensor) or x.ndim != 2:
-        raise ContractError(
-            f"x must be a tensor [tokens, hidden]; got {getattr(x, 'shape', type(x).__name__)}"
-        )
+        shown = list(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ContractError(f"{name} must be a tensor [tokens, hidden]; got {shown}")
     if x.shape[0] != topk_idx.shape[0]:
         raise ContractError(
-            f"x must have a row for each token of topk_idx, {topk_idx.shape[0]}; got {x.shape[0]}"
+            f"{name} must have a row for each token of topk_idx, {topk_idx.shape[0]}; "
+            f"got {x.shape[0]}"
         )
+
+
+def _check_whole(name: str, number: Any) -> None:
+    """Raises ContractError unless an argument is a whole number."""
+    if not isinstance(number, numbers.Integral):
+        shown = repr(number) if isinstance(number, (str, float)) else type(number).__name__
+        raise ContractError(f"{name} must be a whole number; got {shown}")
 
 
 def _num_rdma_bytes(

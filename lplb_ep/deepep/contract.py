@@ -234,4 +234,7 @@ def _limits(base: type, contract: Contract, version: str) -> Limits:
     number = re.search(r"(\d+)\.(\d+)", version)
     if number is not None and (int(number[1]), int(number[2])) > _KNOWN:
         return NONE
-    return replace(contract.limits, owner=f"{version}'s {contract.class_name}")
+    # 1.2.1 takes int64; later ones have a dtype by which they were compiled.
+    dtype = getattr(sys.modules.get("deep_ep"), "topk_idx_t", torch.int64)
+    owner = f"{version}'s {contract.class_name}"
+    return replace(contract.limits, owner=owner, pick_dtype=dtype)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ..errors import ContractError, RankError
 from ..layer import GuestWeights
 from ..planning.planner import Planner
 from .channels import LayerUse
@@ -96,12 +95,15 @@ def plan_with_guests(
         Slots [T, K], and the guests that are on their way.
     """
     weights = use.layer.guests
-    if weights is None or not weights.is_valid:
-        return planner.route(topk_idx, stale=True, **kinds), without_guests(use)
+    if weights is None:
+        return planner.route(topk_idx, stale=True, **kinds), None
     try:
-        weights.prepare(use.slot)
-    except (ContractError, RankError) as error:  # the other ranks wait for this rank's counts
+        if is_valid := weights.is_valid:
+            weights.prepare(use.slot)
+    except Exception as error:  # noqa: BLE001  (raised when the others know, who wait for counts)
         planner.refuse(error)
+    if not is_valid:
+        return planner.route(topk_idx, stale=True, **kinds), without_guests(use)
     plan = planner(topk_idx, stale=stale, **kinds)
     stay = weights.push(plan.guests, use.slot, plan.status, plan.number)
     return plan.topk_idx, PushedGuests(weights, use.slot, stay)

@@ -29,6 +29,8 @@ class Limits:
     """A thread for each slot of a rank and each rank of a node, where there are several nodes."""
     topk: int | None = None
     """Picks of a token."""
+    pick_dtype: torch.dtype | None = None
+    """Of `topk_idx`."""
     row_bytes: int | None = None
     """The bytes of a dispatched row are a multiple of it."""
     low_latency_topk: int | None = None
@@ -40,7 +42,7 @@ class Limits:
     """Slots of a rank for each queue pair."""
 
     def check_slots(self, placement: Placement, num_ranks_per_node: int | None) -> None:
-        """Holds a placement against the kernels of `dispatch`.
+        """Compares a placement with the limits of `dispatch`.
 
         Args:
             placement: the copies.
@@ -62,7 +64,7 @@ class Limits:
             raise self._too_many_slots(placement, f"{self.slots} slots in all")
 
     def check_low_latency(self, placement: Placement, num_qps: int | None) -> None:
-        """Holds a placement against the low-latency kernels.
+        """Compares a placement with the limits of the low-latency kernels.
 
         Args:
             placement: the copies.
@@ -85,11 +87,15 @@ class Limits:
                 raise self._too_many_slots(placement, f"{most} low-latency slots in all")
 
     def check_picks(self, topk_idx: torch.Tensor, most: int | None) -> None:
-        """Holds the picks of a call against a limit of theirs.
+        """Compares the picks of a call with their limit and dtype.
 
         Raises:
-            ContractError: a token has too many.
+            ContractError: a token has too many, or they have another dtype.
         """
+        if self.pick_dtype not in (None, topk_idx.dtype):
+            raise ContractError(
+                f"{self.owner} takes topk_idx of {self.pick_dtype}; got {topk_idx.dtype}"
+            )
         if most is not None and topk_idx.shape[-1] > most:
             raise ContractError(
                 f"{self.owner} takes at most {most} picks of a token in this call; topk_idx has "
@@ -97,7 +103,7 @@ class Limits:
             )
 
     def check_low_latency_rows(self, x: torch.Tensor) -> None:
-        """Holds the rows of a low-latency call against the sizes that its kernels exist for.
+        """Compares the rows of a low-latency call with the sizes that have kernels.
 
         Raises:
             ContractError: there is no kernel for rows of that size.
@@ -110,7 +116,7 @@ class Limits:
             )
 
     def check_rows(self, x: torch.Tensor) -> None:
-        """Holds the rows of `ElasticBuffer.dispatch` against their alignment.
+        """Compares the rows of `ElasticBuffer.dispatch` with their alignment.
 
         Raises:
             ContractError: rows have another number of bytes.

@@ -176,6 +176,7 @@ def plan(buffer: Any, state: BufferState, use: LayerUse, call: Call, check: Chec
         event = call.event("previous_event") if "previous_event" in call else None
         if event is not None:
             event.current_stream_wait()
+        stale = balances and not (settings.replicas == "valid" or layer.is_valid)
     except Exception as error:  # whatever it is, the others must not wait for this rank's counts
         if balances:
             planner.refuse(error)
@@ -183,7 +184,6 @@ def plan(buffer: Any, state: BufferState, use: LayerUse, call: Call, check: Chec
     indices, distinct = settings.indices, state.contract.distinct_picks
     pushed = None
     if balances:
-        stale = not (settings.replicas == "valid" or layer.is_valid)
         if placement.num_guests_per_rank:
             kinds = {"indices": indices, "distinct": distinct}
             slots, pushed = plan_with_guests(planner, use, topk_idx, stale, **kinds)

@@ -72,7 +72,7 @@ def unwritten(fresh: torch.Tensor) -> torch.Tensor:
 
 
 def check_agreement(group: dist.ProcessGroup, device: torch.device, **sizes: int) -> None:
-    """Holds sizes that a call brings against the other ranks'. Collective.
+    """Compares sizes that a call brings with the other ranks'. Collective.
 
     Kernels do not compare them: rows would land in each other's place, or never arrive.
 

@@ -11,7 +11,9 @@ from ..comm.exchange import Exchange
 from ..placement.table import Placement
 from .plan import Plan
 from .statistics import Statistics
-from .structs import Status
+from .structs import HEAD, Status
+
+_ROW_MULTIPLE = 1024
 
 REASONS = {
     Status.STALE: "STALE, some rank's replicas are not known to equal their homes, or its layer "
@@ -22,6 +24,12 @@ REASONS = {
     Status.INFEASIBLE: "INFEASIBLE, an expert's load is more than the max_quota of its copies",
 }
 """Why a batch goes to the home slots, for the log."""
+
+
+def row_size(placement: Placement) -> int:
+    """Integers of an exchanged row, padded: ranks that plan with placements of different E meet."""
+    size = HEAD + placement.num_experts
+    return -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
 class Batch(NamedTuple):

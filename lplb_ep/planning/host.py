@@ -7,14 +7,16 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
-from ..comm.exchange import Exchange
+from ..comm.exchange import Exchange, Limit
+from ..comm.torch_exchange import TorchExchange
 from ..errors import RankError
 from ..logs import logger
 from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
-from .backend import REASONS, Batch
+from .backend import REASONS, Batch, row_size
 from .guests_by_cost import guests_of, push_waits
 from .objectives import quotas_by_objective
 from .plan import Plan, Results, number_of
@@ -153,6 +155,9 @@ class HostBackend:
         rows = exchange.gather(row)
         others = (rows[:, 1:HEAD] != row[1:HEAD]).any(1)
         if others.any() and status != Status.REFUSED:
+            absent = torch.nonzero(rows[:, Head.PLANNER] == 0).flatten().tolist()
+            if absent:
+                raise RankError(f"ranks {absent} could not make their planner; see their errors")
             raise RankError(
                 f"ranks {torch.nonzero(others).flatten().tolist()} plan another batch than this "
                 "rank: another placement, another slot, or the same ones in another order"
@@ -204,6 +209,24 @@ class HostBackend:
         number = number if guests.size else None
         judged = functools.partial(judge, placement=filled, problem=self._problem, waits=waits)
         return Plan(physical.to(batch.topk_idx.device), results, split, judged, number, filled)
+
+
+def refuse_first(placement: Placement, group: dist.ProcessGroup, limit: Limit) -> None:
+    """Sends a refusal to ranks that wait for a first batch, for a planner that could not be made.
+
+    Collective, instead of that batch. The row is of planner 0, which is none.
+
+    Args:
+        placement: of the batch.
+        group: the ranks, whose rows travel by `torch.distributed`.
+        limit: how long ranks wait.
+
+    Raises:
+        RankError: a rank did not come in time.
+    """
+    row = torch.zeros(row_size(placement), dtype=torch.int32)
+    row[Head.STATUS] = Status.REFUSED
+    TorchExchange(group, limit).gather(row)
 
 
 def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tensor) -> torch.Tensor:

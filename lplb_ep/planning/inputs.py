@@ -146,8 +146,8 @@ def check_counts(counts: torch.Tensor, placement: Placement) -> None:
         )
 
 
-def check_limits(timeout_s: float, one_launch: int) -> None:
-    """Checks a planner's time limit, in seconds, and the most picks of a batch in one launch.
+def check_limits(timeout_s: float, one_launch: int, sample_every: int, mark_every: int) -> None:
+    """Checks the numbers that bound a planner's work, as `Planner` has them.
 
     Raises:
         ValueError: one of them is not in its range.
@@ -161,6 +161,9 @@ def check_limits(timeout_s: float, one_launch: int) -> None:
         raise ValueError(
             f"one_launch must be a whole number in [0, {MAX_ONE_LAUNCH}]; got {one_launch!r}"
         )
+    for name, every in (("sample_every", sample_every), ("mark_every", mark_every)):
+        if not (isinstance(every, int) and 0 <= every < 2**31):
+            raise ValueError(f"{name} must be a whole number in [0, 2**31); got {every!r}")
 
 
 def own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | None) -> int:

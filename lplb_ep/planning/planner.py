@@ -21,7 +21,7 @@ from ..layer import Layer, check_slot, layer_of
 from ..placement.table import Placement
 from ..problem import Integers, Problem
 from . import reference
-from .backend import Backend, Batch
+from .backend import Backend, Batch, row_size
 from .check import check_plan
 from .device import DeviceBackend
 from .home import HomeRoutes
@@ -40,9 +40,6 @@ from .reuse import check_every, check_reusable
 from .solvers import choose_solver, in_steps, log_in_steps, log_on_cpu, solver_fact
 from .statistics import Statistics, batches_by_status, read_totals
 from .structs import HEAD, Status
-
-# Rows are padded to a multiple, so that ranks that plan with placements of different E still meet.
-_ROW_MULTIPLE = 1024
 
 # How many planners that exchange counts were made for a group: each has a number of its own there.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
@@ -146,7 +143,7 @@ class Planner:
             self.rank = own_rank(placement, group, rank)
             check_slot(slot)
             self.slot = slot
-            check_limits(timeout_s, one_launch)
+            check_limits(timeout_s, one_launch, sample_every, mark_every)
             check_every(every, placement, self._problem, counts, one_launch)
             self._every = every
             asked = solver, placement, self.layer.is_refreshable, self._problem.objective_name
@@ -183,17 +180,15 @@ class Planner:
     def _make_backend(
         self, timeout_s: float, abort_on_timeout: bool, one_launch: int, kept: Mapping[str, int]
     ) -> Backend:
-        size = HEAD + self.placement.num_experts
-        row_size = -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
+        p, problem, head, size = self.placement, self._problem, self._head, row_size(self.placement)
         if self.solver == "cpu":
-            p, problem, head = self.placement, self._problem, self._head
-            return HostBackend(p, problem, self.rank, head, row_size, every=self._every, **kept)
+            return HostBackend(p, problem, self.rank, head, size, every=self._every, **kept)
         made = DeviceBackend(
-            self.placement,
-            self._problem,
+            p,
+            problem,
             self.rank,
-            self._head,
-            row_size,
+            head,
+            size,
             solver=self.solver,
             refreshable=self.layer.is_refreshable,
             moves_homes=self.layer.moves_homes,
@@ -322,6 +317,7 @@ class Planner:
             backend.raise_errors()
         try:
             backend.raise_errors()
+            status = Status.STALE if stale else Status.OPTIMAL
             if self._every > 1:
                 check_reusable(stale=stale)
             if wants_plan:
@@ -336,7 +332,6 @@ class Planner:
                 raise
             self.refuse(error)
         wants_plan = wants_plan or self._check or bool(self.layer.observers)
-        status = Status.STALE if stale else Status.OPTIMAL
         again = graph_task() >= 0
         if backend.checks_late:
             batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan, again)

@@ -188,6 +188,9 @@ def differing_planner(group, what):
         Planner(placement, group, slot=int(odd))
     elif what == "tensor":
         Planner(placement, group)(None if odd else torch.tensor([[0, 1]]))
+    elif what == "stale":
+        stale = torch.tensor([True, False]) if odd else False
+        Planner(placement, group)(torch.tensor([[0, 1]]), stale=stale)
     else:
         planners = [Planner(placement, group) for _ in range(2)]
         planners[odd](torch.tensor([[0, 1]]))
@@ -201,6 +204,7 @@ def differing_planner(group, what):
         ("counts", "differ in counts: auto on ranks [0]; given", "differ in counts"),
         ("slot", "differ in slot: 0 on ranks [0]; 1 on ranks [1]", "differ in slot"),
         ("tensor", "ranks [1] refused", "topk_idx must be a tensor, an array or lists of integers"),
+        ("stale", "ranks [1] refused", "Boolean value of Tensor with more than one value"),
         ("order", "ranks [1] plan another batch", "ranks [0] plan another batch"),
     ],
 )
@@ -428,6 +432,8 @@ def test_bad_batches_are_named(topk, counts, message):
         ({"rank": 0}, "counts='auto' needs a group"),
         ({"rank": 0, "counts": "nvlink"}, "counts must be one of auto, nvshmem, ipc, torch, given"),
         ({"rank": 0, "counts": "given", "solver": "x"}, "solver must be one of auto, cpu, flow"),
+        ({"rank": 0, "sample_every": -1}, r"sample_every must be a whole number in \[0, 2\*\*31\)"),
+        ({"rank": 0, "mark_every": "4"}, r"mark_every must be a whole number .*; got '4'"),
         *(
             (
                 {"rank": 0, "timeout_s": seconds},

@@ -212,11 +212,26 @@ def test_a_later_deep_ep_asserts_for_itself(monkeypatch, version, known):
     package.__version__ = version
     monkeypatch.setitem(sys.modules, "deep_ep", package)
     found = contract.contract_of(made("1.2.1", "Buffer")).limits
-    owned = dataclasses.replace(limits.LEGACY_1_2_1, owner=f"DeepEP {version}'s Buffer")
+    owner = f"DeepEP {version}'s Buffer"
+    owned = dataclasses.replace(limits.LEGACY_1_2_1, owner=owner, pick_dtype=torch.int64)
     assert found == (owned if known else limits.NONE)
 
 
-def test_a_deep_ep_without_a_version_is_held_against_the_limits(monkeypatch):
+@pytest.mark.parametrize("compiled_for", [None, torch.int32])
+def test_picks_have_the_dtype_that_deep_ep_was_compiled_for(monkeypatch, compiled_for):
+    package = types.ModuleType("deep_ep")
+    package.__version__ = "1.2.1"
+    if compiled_for is not None:
+        package.topk_idx_t = compiled_for
+    monkeypatch.setitem(sys.modules, "deep_ep", package)
+    found = contract.contract_of(made("1.2.1", "Buffer")).limits
+    right, wrong = compiled_for or torch.int64, torch.int64 if compiled_for else torch.int32
+    found.check_picks(torch.zeros(1, 2, dtype=right), None)
+    with pytest.raises(ContractError, match=f"takes topk_idx of {right}; got {wrong}"):
+        found.check_picks(torch.zeros(1, 2, dtype=wrong), None)
+
+
+def test_limits_hold_for_a_deep_ep_without_a_version(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_ep", types.ModuleType("deep_ep"))
     found = contract.contract_of(made("1.2.1", "Buffer")).limits
     assert found.owner == "DeepEP (version unknown)'s Buffer"

@@ -6,8 +6,9 @@ import torch
 from recording_buffer import PLACEMENT, TOPK, E, P, recorder, targets
 
 import lplb_ep
-from lplb_ep import ContractError, Placement
+from lplb_ep import ContractError, Placement, Planner
 from lplb_ep.deepep import drop_in
+from lplb_ep.deepep.channels import BufferState
 from lplb_ep.layer import channels
 
 # Three copies of expert 0, on ranks 0 to 2.
@@ -110,6 +111,11 @@ def wrong_call(group, what):
         "no rows": {**good, "x": None},
         "too many tokens": {**good, "num_max_tokens_per_rank": 0},
         "weights of another shape": {**good, "topk_weights": torch.zeros(1, 3)},
+        "weights of integers": {**good, "topk_weights": torch.ones(1, 2, dtype=torch.int32)},
+        "weights of lists": {**good, "topk_weights": [[0.5, 0.5]]},
+        "no scales": {**good, "x": (good["x"],)},
+        "scales of other rows": {**good, "x": (good["x"], torch.ones(2, 1))},
+        "a limit in words": {**good, "num_max_tokens_per_rank": "8"},
         "number of experts": {**good, "num_experts": torch.tensor(3)},
         "event": {**good, "previous_event": 5},
         "picks": {**good, "topk_idx": torch.zeros(1, 2)},
@@ -133,6 +139,11 @@ def wrong_call(group, what):
         ("no rows", "ContractError", "x must be a tensor [tokens, hidden]; got NoneType"),
         ("too many tokens", "ContractError", "at most num_max_tokens_per_rank=0 tokens; got 1"),
         ("weights of another shape", "ContractError", "topk_weights must be as topk_idx, [1, 2]"),
+        ("weights of integers", "ContractError", "of floats; got [1, 2] of torch.int32"),
+        ("weights of lists", "ContractError", "of floats; got list"),
+        ("no scales", "ContractError", "x must be a tensor, or rows and scales; got 1 values"),
+        ("scales of other rows", "ContractError", "the scales of x must have a row for each token"),
+        ("a limit in words", "ContractError", "num_max_tokens_per_rank must be a whole number; go"),
         ("number of experts", "ContractError", "num_experts must be 3 with .*; got Tensor"),
         ("event", "AttributeError", "current_stream_wait"),
         ("picks", "ValueError", "topk_idx must be [T, K] of int32 or int64"),
@@ -145,6 +156,63 @@ def test_a_call_that_fails_on_one_rank_is_named_on_the_others(what, kind, messag
     assert own[0][0] == kind
     assert all(part in own[0][1] for part in message.split(".*"))
     assert theirs[1] == own[1] == 1  # only the good batch came to DeepEP
+
+
+class Failing:
+    """Weights or guests of a layer that raise where a call asks for them."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __getattr__(self, _):
+        raise RuntimeError(f"{self.name} failed")
+
+
+def failing_before_the_counts(group, what):
+    channels.clear()
+    odd = group.rank() == 1
+    placement, num_experts = Placement([0, 1, 2, 0], 2), 3
+    if what == "guests":
+        placement, num_experts = Placement.homes_only(4, 2, num_guests_per_rank=1), 4
+    layer, failing = lplb_ep.Layer(placement), Failing(what)
+    buffer = drop_in.drop_in_of(recorder().ElasticBuffer)(group)
+    call = {"x": torch.zeros(1, 8), "topk_idx": torch.tensor([[0, 2]]), "num_experts": num_experts}
+    raised = None
+    with pytest.MonkeyPatch.context() as patch:
+        if odd and what == "weights":
+            layer.watch(failing)
+        elif odd and what == "guests":
+            layer.take_guests(failing)
+        elif odd and what == "a planner":
+            patch.setattr(Planner, "_make_backend", lambda *_: failing.anything)
+        elif odd and what == "limits":
+            patch.setattr(BufferState, "check_limits", lambda *_: failing.anything)
+        try:
+            with lplb_ep.use(layer):
+                buffer.dispatch(**call)
+        except Exception as error:  # noqa: BLE001  (the test compares it)
+            raised = type(error).__name__, str(error)
+    other = Placement([0, 1, 2, 0], 2)
+    buffer.view(other).dispatch(**{**call, "num_experts": 3})  # the ranks are in step
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("weights", "ranks [1] refused their topk_idx"),
+        ("guests", "ranks [1] refused their topk_idx"),
+        ("a planner", "ranks [1] could not make their planner"),
+        ("limits", "ranks [1] could not make their planner"),
+    ],
+)
+def test_whatever_fails_before_the_counts_is_named_on_all(what, named):
+    """At the first call of a layer within `use`, too: each rank makes the planner alone."""
+    theirs, own = ranks.run(
+        2, failing_before_the_counts, what, environ={"LPLB_EP": "1"}, timeout=30
+    )
+    assert theirs == ("RankError", f"{named}; see their errors")
+    assert own == ("RuntimeError", f"{what} failed")
 
 
 def test_a_number_of_experts_that_is_no_whole_number_is_named(make, mode):
