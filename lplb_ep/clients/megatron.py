@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..comm.collectives import together
 from ..deepep import drop_in
 from ..deepep.channels import state_of
 from ..deepep.context import use
@@ -22,6 +23,7 @@ from ..deepep.patch import provide
 from ..layer import Layer
 from ..logs import logger
 from ..placement.table import Placement
+from ..settings import Settings
 from ..weights.slots import is_distributed
 from .balance import Balance, SharedReplacement, is_off, make_guests, refuse
 from .megatron_experts import Experts, Slots, experts_of, obstacles
@@ -54,7 +56,7 @@ def balance(
     load: Tensor | None = None,
     placement: Placement | Mapping[int, Placement] | None = None,
 ) -> Balance:
-    """Balances every MoE layer of a model. Collective over each expert-parallel group.
+    """Balances every MoE layer of a model. Collective over each expert-parallel group, if off, too.
 
     Call it when parameters have their dtype and device: after `Float16Module`, before or after DDP
     and the optimizer. While LPLB_EP is 0 or unset, nothing is changed.
@@ -78,10 +80,10 @@ def balance(
             The message names all of it.
         PlacementError, ValueError, RankError: the arguments do not fit, or differ by rank.
     """
-    if is_off():
-        return Balance()
     chunks = [model] if isinstance(model, nn.Module) else [*model]
     layers = dict(_moe_layers(chunks))
+    if not layers and is_off():
+        return Balance()
     if not layers and any(map(_is_stage, chunks)):
         return Balance(notes=["this stage of the pipeline has no MoE layers"])
     refuse("this model", [] if layers else ["it has no MoELayer with several expert ranks"])
@@ -116,8 +118,8 @@ def balance_when_called(kind: Any) -> None:
             for number, module in enumerate(alive)
             if module.ep_group.size() > 1
         }
-        if layers and not is_off():
-            kept.append(_balanced(layers))
+        if layers and (made := _balanced(layers)).layers:
+            kept.append(made)
 
     def behind(method: Any) -> Any:
         @functools.wraps(method)
@@ -140,11 +142,19 @@ def _balanced(
     load: Tensor | None = None,
     placement: Any = None,
 ) -> Balance:
-    """Balances layers, or leaves them as they are if it fails."""
-    for name, module in layers.items():
-        refuse(name, [*_obstacles(module)])
-    placements = placements_for(layers, guests, replicas, load, placement)
-    made = Balance()
+    """Balances layers, or leaves them as they are if it fails. Collective, with LPLB_EP=0 too."""
+    made, placements = Balance(), []
+    with together(_group_of(next(iter(layers.values()))), "balance()") as facts:
+        facts["LPLB_EP"] = Settings.from_env().mode
+        if not is_off():
+            for name, module in layers.items():
+                refuse(name, [*_obstacles(module)])
+            placements = placements_for(layers, guests, replicas, load, placement)
+            facts["guests of a rank"] = placements[0].num_guests_per_rank
+        for name, one in zip(layers, placements, strict=False):
+            facts[f"placement of {name}"] = one.fingerprint()[:12]
+    if not placements:
+        return made
     try:
         _give_buffers(made)
         _give_slots(made, layers, placements)
@@ -212,6 +222,12 @@ def _give_slots(made: Balance, layers: dict[str, Any], placements: list[Placemen
         saved = saves_by_expert(experts[name], placement, group.rank())
         made.replace(layers[name].experts, "sharded_state_dict", saved)
         move_home(experts[name], placement, group)
+
+
+def _group_of(module: Any) -> Any:
+    """The ranks that have a layer's experts."""
+    manager = getattr(module.token_dispatcher, "_comm_manager", None)
+    return module.ep_group if manager is None else manager.group
 
 
 def _is_stage(chunk: nn.Module) -> bool:

@@ -39,8 +39,10 @@ def placements_for(
         if guests or replicas or load is not None:
             raise ValueError("a placement says all: leave guests, replicas and load out")
         return _given(layers, given, num_experts, num_ranks)
-    if guests is not None and guests < 1 and not replicas:
-        raise ValueError(f"guests must be a whole number from 1, or None; got {guests!r}")
+    _check_number("replicas", replicas, 0)
+    if guests is not None and not replicas:
+        _check_number("guests", guests, 1)
+    load = None if load is None else torch.as_tensor(load)
     if load is not None and load.shape != (len(layers), num_experts):
         raise ValueError(
             f"load must be [{len(layers)}, {num_experts}], layers and experts; got "
@@ -66,6 +68,11 @@ def placements_for(
     ]
 
 
+def _check_number(name: str, number: object, least: int) -> None:
+    if not isinstance(number, int) or isinstance(number, bool) or number < least:
+        raise ValueError(f"{name} must be a whole number from {least}; got {number!r}")
+
+
 def _ranks_per_node(num_ranks: int) -> int | None:
     """The ranks of a node as DeepEP's `Buffer` has them; None: there is one node."""
     node = BUFFER_1_2_1.num_ranks_per_node
@@ -75,9 +82,14 @@ def _ranks_per_node(num_ranks: int) -> int | None:
 def _given(
     layers: Mapping[str, Any], given: Any, num_experts: int, num_ranks: int
 ) -> list[Placement]:
+    if not isinstance(given, (Placement, Mapping)):
+        raise TypeError(
+            "placement must be a Placement, or a dictionary by layer_number as load_placements "
+            f"returns it; got a {type(given).__name__}"
+        )
     placements: list[Placement] = []
     for name, module in layers.items():
-        found = given if isinstance(given, Placement) else given.get(module.layer_number)
+        found: Any = given if isinstance(given, Placement) else given.get(module.layer_number)
         refuse(name, [*_misfits(found, num_experts, num_ranks)])
         if placements and placements[0].num_guests_per_rank != found.num_guests_per_rank:
             refuse(name, ["its placement has another number of guest slots than other layers'"])

@@ -216,7 +216,7 @@ def test_models_that_are_not_supported_are_refused_by_name(change, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"guests": 0}, "guests must be a whole number from 1, or None; got 0"),
+        ({"guests": 0}, "guests must be a whole number from 1; got 0"),
         ({"guests": 1, "replicas": 1}, "say one of them"),
         ({"load": torch.ones(3, EXPERTS)}, "load must be [2, 8], layers and experts; got [3, 8]"),
         ({"placement": {1: HOMES}, "guests": 1}, "leave guests, replicas and load out"),
