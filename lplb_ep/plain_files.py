@@ -11,7 +11,7 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,33 @@ def _read_torch(file: Path) -> Any:
 
     if zipfile.is_zipfile(file):
         _check_archive(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    parts, seen = [content], {id(content)}
+    while parts:
+        part = parts.pop()
+        inner: Collection[Any] = ()
+        if isinstance(part, torch.Tensor):
+            _check_tensor(part)
+        elif isinstance(part, Mapping):
+            inner = part.values()
+        elif isinstance(part, list | tuple):
+            inner = part
+        parts += [value for value in inner if id(value) not in seen]  # a list may hold itself
+        seen.update(map(id, inner))
+    return content
+
+
+def _check_tensor(tensor: Any) -> None:
+    """Refuses a tensor that has no array of its numbers."""
+    kinds = {
+        "sparse": str(tensor.layout) != "torch.strided",
+        "nested": tensor.is_nested,
+        "quantized": tensor.is_quantized,
+        "without data": tensor.device.type != "cpu",
+    }
+    odd = [kind for kind, is_so in kinds.items() if is_so]
+    if odd:
+        raise _ContentError(f"it has a tensor that is {odd[0]}")
 
 
 def _check_archive(file: Path) -> None:

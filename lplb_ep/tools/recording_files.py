@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -286,11 +287,17 @@ def _add_records(
     parts: dict[tuple[int, int, str], tuple[Path, Array]] = {}
     for file, dump in zip(files, dumps, strict=True):
         try:
-            table = np.asarray(dump["last_physical_to_logical_map"].long())
+            table = _slots(file, dump, "last_physical_to_logical_map")
             _check_table(file, table)
             for record in dump["records"]:
-                physical = np.asarray(record["global_physical_count"].long())
-                key = (int(record["forward_pass_id"]), int(record["rank"]))
+                physical = _slots(file, record, "global_physical_count")
+                if physical.shape != table.shape or (physical < 0).any():
+                    raise ValueError(
+                        f"{file}: global_physical_count must be numbers of at least 0 for the "
+                        f"{list(table.shape)} slots of last_physical_to_logical_map; got "
+                        f"{list(physical.shape)}, from {physical.min()}"
+                    )
+                key = (operator.index(record["forward_pass_id"]), operator.index(record["rank"]))
                 part = (*key, str(record.get("gatherer_key", "")))
                 if part in parts:
                     raise ValueError(
@@ -320,6 +327,27 @@ def _add_records(
     for (number, _, _), (_, logical) in parts.items():
         counts[passes.index(number)] += logical
     return counts, len(ranks), _remark_on_gaps("numbers of passes", passes)
+
+
+def _slots(file: Path, holder: Any, name: str) -> Array:
+    """A tensor [layers, slots] of integers, of a dump or of one of its records.
+
+    Raises:
+        ValueError: it is of another kind.
+        KeyError: it is missing.
+        AttributeError: it is no tensor.
+        TypeError: the holder is no dictionary.
+    """
+    if not isinstance(holder, Mapping):
+        raise TypeError(f"a {type(holder).__name__} in the place of a record")
+    values = holder[name].detach()
+    values = np.asarray(values.double() if values.is_floating_point() else values)
+    if values.ndim != 2 or values.dtype.kind not in "iu" or not values.size:
+        raise ValueError(
+            f"{file}: {name} must be integers [layers, slots]; got {values.dtype} "
+            f"{list(values.shape)}"
+        )
+    return np.asarray(values.astype(np.int64))
 
 
 def _check_table(file: Path, table: Array) -> None:

@@ -270,7 +270,8 @@ def _saved(file: Path, arrays: Mapping[str, Array]) -> Recording:
         scale, counts = float(arrays.get("scale", np.array(1.0))), arrays["counts"]
     except (KeyError, ValueError, TypeError):
         raise ValueError(f"{file}: lacks parts of a recording, or has others") from None
-    if not np.issubdtype(arrays["layers"].dtype, np.integer) or len(set(layers)) < len(layers):
+    numbers = arrays["layers"]
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu" or len(set(layers)) < len(layers):
         raise ValueError(f"{file}: layers must be different whole numbers; got {layers}")
     if min(layers, default=0) < 0 or not 0 < scale < np.inf:
         raise ValueError(f"{file}: lacks parts of a recording, or has others")
