@@ -39,6 +39,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "vllm": (".npy", ".pt"),
 }
 """The ends of names that a file of each format may have."""
+NO_PLACEMENTS = (".npz", ".csv", ".html")
+"""The ends of names of other files: recordings, tables and pages."""
 _NAMES = {
     "sglang": "SGLang's physical_to_logical_map",
     "tensorrt-llm": "TensorRT-LLM's initial_global_assignments",
@@ -65,11 +67,18 @@ def format_of(path: str | os.PathLike[str], chosen: str | None = None) -> str:
     """The format of a file to write: as chosen, or by the end of its name.
 
     Raises:
-        PlacementError: there is no such format, or its files end otherwise.
+        PlacementError: there is no such format, its files end otherwise, or files of placements
+            never end so.
     """
     end = Path(path).suffix.lower()
     if chosen is None:
-        return _BY_SUFFIX.get(end, "lplb-ep")
+        kind = _BY_SUFFIX.get(end, "lplb-ep")
+        if end in NO_PLACEMENTS or (kind == "lplb-ep" and is_named_as_engine_file(path)):
+            ends = ", ".join(sorted({end for ends in FORMATS.values() for end in ends}))
+            raise PlacementError(
+                f"a file of placements must end in one of {ends}; got {os.fspath(path)}"
+            )
+        return kind
     if chosen not in FORMATS:
         raise PlacementError(f"format must be one of {', '.join(FORMATS)}; got {chosen!r}")
     if end not in FORMATS[chosen]:

@@ -85,6 +85,8 @@ def read_layers(path: Path, make: Callable[..., T]) -> dict[int | str, T]:
         OSError: the file is not readable.
     """
     content = read_content(path)
+    if isinstance(content, dict) and _ONE in content:
+        raise PlacementError(f"{os.fspath(path)} has one placement, and no layer that it is of")
     if not isinstance(content, dict) or content.get(SEVERAL) != _VERSION:
         raise PlacementError(f"{os.fspath(path)} has no placements saved by this version")
     layers = content.get("layers")

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import PlacementError
 from .engine_files import (
+    NO_PLACEMENTS,
     EngineTables,
     format_of,
     is_content_of_engine,
@@ -201,7 +202,7 @@ def placements_of_modules(path: str | os.PathLike[str]) -> dict[str, Placement]:
 def _engine_tables(path: str | os.PathLike[str]) -> EngineTables | None:
     """What an engine's file has; None of our own."""
     end = Path(path).suffix.lower()
-    if end in (".npz", ".csv", ".html"):
+    if end in NO_PLACEMENTS:
         raise PlacementError(f"{os.fspath(path)} is no file of placements: these are not {end}")
     content = None if is_named_as_engine_file(path) else read_content(path)
     if content is None or is_content_of_engine(content):

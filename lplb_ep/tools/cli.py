@@ -25,17 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for a mistake of the caller, reported in one line on stderr.
     """
-    parser = argparse.ArgumentParser(
-        prog="lplb-ep", description="Exact load balance for DeepEP expert parallelism."
-    )
-    parser.add_argument("--version", action="version", version=f"lplb-ep {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for module in (doctor, replay, place, report, sample, bench, calibrate, compile, run):
-        module.add(commands)
-    args, rest = parser.parse_known_args(argv)
-    if rest and not hasattr(args, "takes_rest"):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        args, rest = _parsed(argv)
         status = int(args.command(args, rest))
         sys.stdout.flush()
     except BrokenPipeError:
@@ -46,6 +37,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nlplb-ep: interrupted", file=sys.stderr)
         return 130
     return status
+
+
+def _parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """The arguments, and those that a command passes on."""
+    parser = argparse.ArgumentParser(
+        prog="lplb-ep", description="Exact load balance for DeepEP expert parallelism."
+    )
+    parser.add_argument("--version", action="version", version=f"lplb-ep {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for module in (doctor, replay, place, report, sample, bench, calibrate, compile, run):
+        module.add(commands)
+    args, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(args, "takes_rest"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args, rest
 
 
 if __name__ == "__main__":

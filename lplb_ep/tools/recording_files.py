@@ -330,7 +330,7 @@ def _add_records(
 
 
 def _slots(file: Path, holder: Any, name: str) -> Array:
-    """A tensor [layers, slots] of integers, of a dump or of one of its records.
+    """A tensor [layers, slots] of whole numbers, of a dump or of one of its records.
 
     Raises:
         ValueError: it is of another kind.
@@ -342,9 +342,10 @@ def _slots(file: Path, holder: Any, name: str) -> Array:
         raise TypeError(f"a {type(holder).__name__} in the place of a record")
     values = holder[name].detach()
     values = np.asarray(values.double() if values.is_floating_point() else values)
-    if values.ndim != 2 or values.dtype.kind not in "iu" or not values.size:
+    is_whole = values.dtype.kind in "iuf" and bool((values == np.rint(values)).all())
+    if values.ndim != 2 or not values.size or not is_whole:
         raise ValueError(
-            f"{file}: {name} must be integers [layers, slots]; got {values.dtype} "
+            f"{file}: {name} must be whole numbers [layers, slots]; got {values.dtype} "
             f"{list(values.shape)}"
         )
     return np.asarray(values.astype(np.int64))

@@ -72,6 +72,15 @@ def test_a_signal_ends_a_command_in_one_line(tmp_path):
     assert not (tmp_path / "o.json").exists()
 
 
+def test_a_signal_before_a_command_begins_is_one_line_too(capsys, monkeypatch):
+    def add(commands):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.doctor, "add", add)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err.strip() == "lplb-ep: interrupted"
+
+
 def test_totals_beyond_a_solver_are_placed_and_replayed(tmp_path, capsys):
     np.save(tmp_path / "a.npy", np.array([[1500000000, 1500000000, 5, 5]]))
     options = ["--ranks", "2", "--redundant", "1"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lplb_ep import Placement
+from lplb_ep import Placement, PlacementError
 from lplb_ep.placement.layer_files import save_placements
 from lplb_ep.tools import cli
 from lplb_ep.tools.commands.options import as_typed
@@ -17,6 +17,7 @@ from lplb_ep.tools.sample import sample
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
 
+OUT = ["-o", "p.json"]
 SHAPE = ["--ranks", "2", "--redundant", "1", "--placement", "eplb"]
 
 
@@ -109,7 +110,8 @@ def test_options_that_say_what_a_file_says_are_taken(fails, tmp_path, capsys):
 @pytest.mark.parametrize("command", ["replay", "report", "place"])
 def test_layers_of_a_placement_that_a_recording_lacks_are_told(tmp_path, capsys, command):
     np.save(tmp_path / "a.npy", np.ones((2, 4)))
-    path, output = tmp_path / "p.json", tmp_path / "o.html"
+    path = tmp_path / "p.json"
+    output = tmp_path / ("o.html" if command == "report" else "o.json")
     placement = Placement([0, 1, 2, 3], 2)
     save_placements(path, dict.fromkeys(range(5), placement))
     options = ["--start", path] if command == "place" else ["--placement", path]
@@ -328,6 +330,51 @@ def test_files_that_cannot_be_written_are_named_before_the_work(fails, tmp_path,
     argv = ["replay", tmp_path / "s.npz", *SHAPE, "--json"]
     says = f"{tmp_path / 'out.json'} cannot be written: permission denied"
     assert says in fails(*argv, tmp_path / "out.json")
+
+
+def test_no_output_takes_the_place_of_an_input_or_of_another_output(fails, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_recording("s.npz", sample(1, 4, 4, 10, 1))
+    os.link("s.npz", "t.npz")
+    os.symlink("s.npz", "same.csv")
+    Placement([0, 1, 2, 3], 2).save("p.json")
+    replay, files = ["replay", "s.npz", *SHAPE], ("s.npz", "p.json")
+    before = [Path(name).read_bytes() for name in files]
+    for argv, option in (
+        ([*replay, "--csv", "./s.npz"], "the recording"),
+        ([*replay, "--csv", "same.csv"], "the recording"),
+        ([*replay, "--learn-from", "t.npz:counts", "--json", "t.npz"], "--learn-from"),
+        ([*replay, "--refresh", "2", "--then", "t.npz", "--json", "t.npz"], "--then"),
+        (["replay", "s.npz", "--placement", "p.json", "--json", "p.json"], "--placement"),
+        ([*replay, "--csv", "a.out", "--json", "a.out"], "--json"),
+        (["report", "s.npz", "--csv", "a.html", "-o", "a.html"], "--csv"),
+        (["place", "s.npz", "--ranks", "2", "--redundant", "1", "-o", "s.npz"], "the recording"),
+    ):
+        assert fails(*argv).endswith(f"would replace the file of {option}")
+    assert [Path(name).read_bytes() for name in files] == before
+    assert "p.json has one placement, and no layer" in fails("place", "--start", "p.json", *OUT)
+    save_placements("p.json", {3: Placement([0, 1, 2, 3], 2)})
+    assert cli.main(["place", "--start", "p.json", "--names", "a.{}", *OUT]) == 0
+    assert cli.main([*replay, "--csv", "/dev/null", "--json", "/dev/null"]) == 0
+
+
+@pytest.mark.parametrize("end", [".npz", ".csv", ".html", ".pth"])
+def test_placements_are_written_where_they_can_be_read(fails, tmp_path, end):
+    save_recording(tmp_path / "s.npz", sample(1, 4, 2, 10, 1))
+    says = f"must end in one of .json, .npy, .pt, .yaml, .yml; got {tmp_path / 'p'}{end}"
+    learned = ["place", tmp_path / "s.npz", "--ranks", "2", "--redundant", "1"]
+    for argv in (learned, ["place", "--experts", "4", "--ranks", "2", "--guests", "1"]):
+        assert fails(*argv, "-o", f"{tmp_path / 'p'}{end}").endswith(says)
+    with pytest.raises(PlacementError, match=r"must end in one of"):
+        save_placements(f"{tmp_path / 'p'}{end}", {0: Placement([0, 1], 2)})
+
+
+@pytest.mark.parametrize("options", [["p.yaml"], ["p.pt"], ["p.json", "--format", "sglang"]])
+def test_homes_of_all_layers_are_no_file_of_an_engine(fails, tmp_path, monkeypatch, options):
+    monkeypatch.chdir(tmp_path)
+    argv = ["place", "--experts", "4", "--ranks", "2", "--guests", "0", "-o", *options]
+    assert fails(*argv).endswith("has a row for each layer: place needs a recording")
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_that_does_not_suffice_is_one_line(fails, tmp_path, monkeypatch):

@@ -369,7 +369,7 @@ def test_placements_of_layers_come_back_by_their_numbers(tmp_path):
     save_placements(path, {7: layers[7]})
     assert Placement.load(path) == layers[7]
     Placement(TABLE, 3).save(path)
-    with pytest.raises(PlacementError, match="has no placements"):
+    with pytest.raises(PlacementError, match="has one placement, and no layer"):
         load_placements(path)
     path.write_text("{")
     with pytest.raises(PlacementError, match="is not JSON"):

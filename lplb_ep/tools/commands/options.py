@@ -115,11 +115,12 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuses files that could not be written, before the work is done.
 
     Raises:
-        ValueError: the directory does not exist or is not writable, or the name is unfit; the
-            option is named.
+        ValueError: the directory does not exist or is not writable, or the name is unfit. Or the
+            file would replace one that the command reads or writes. The option is named.
     """
     picture = getattr(args, "picture", None)
     paths = {f"--{name}": getattr(args, name, None) for name in ("json", "csv", "picture")}
+    used = _inputs(args)
     for option, path in {**paths, "-o": getattr(args, "output", None)}.items():
         if path is None:
             continue
@@ -132,8 +133,25 @@ def check_outputs(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} {path} is a directory, not a file to write")
         if not os.access(file if file.exists() else file.parent, os.W_OK):
             raise ValueError(f"{option} {path} cannot be written: permission denied")
+        if file.is_file() or not file.exists():  # a device may be written by several
+            other = used.setdefault(os.path.realpath(path), option)
+            if other != option:
+                raise ValueError(f"{option} {path} would replace the file of {other}")
     if picture and Path(picture).suffix.lower() not in PICTURES:
         raise ValueError(f"--picture must end in {', '.join(PICTURES)}; got {picture}")
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, str]:
+    """The files that a command reads, and their options. `place` may replace that of --start."""
+    found = {}
+    for name in ("file", "placement", "learn_from", "then"):
+        said = getattr(args, name, None) or []
+        for text in [said] if isinstance(said, str) else said:
+            option = "the recording" if name == "file" else f"--{name.replace('_', '-')}"
+            for path in (text, text.rpartition(":")[0]):  # FILE or FILE:KEY
+                if path and os.path.isfile(path):
+                    found[os.path.realpath(path)] = option
+    return found
 
 
 def check_least(args: argparse.Namespace, *names: str) -> None:

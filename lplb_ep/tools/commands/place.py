@@ -136,6 +136,8 @@ def _check_format(args: argparse.Namespace) -> str:
 
     with as_typed({"format": "--format"}, args.output):
         kind = format_of(args.output, args.format)
+    if kind != "lplb-ep" and args.file is None and args.start is None:
+        raise ValueError(f"a file of {kind} has a row for each layer: place needs a recording")
     if args.names is not None:
         _name(args.names, 0)
         if kind != "lplb-ep":
