@@ -237,4 +237,5 @@ def _limits(base: type, contract: Contract, version: str) -> Limits:
     # 1.2.1 takes int64; later ones have a dtype by which they were compiled.
     dtype = getattr(sys.modules.get("deep_ep"), "topk_idx_t", torch.int64)
     owner = f"{version}'s {contract.class_name}"
-    return replace(contract.limits, owner=owner, pick_dtype=dtype)
+    known = dtype if isinstance(dtype, torch.dtype) else None
+    return replace(contract.limits, owner=owner, pick_dtype=known)

@@ -155,8 +155,9 @@ class HostBackend:
         rows = exchange.gather(row)
         others = (rows[:, 1:HEAD] != row[1:HEAD]).any(1)
         if others.any() and status != Status.REFUSED:
-            absent = torch.nonzero(rows[:, Head.PLANNER] == 0).flatten().tolist()
-            if absent:
+            is_absent = (rows[:, Head.PLANNER] == 0) & (rows[:, Head.STATUS] == Status.REFUSED)
+            if is_absent.any():
+                absent = torch.nonzero(is_absent).flatten().tolist()
                 raise RankError(f"ranks {absent} could not make their planner; see their errors")
             raise RankError(
                 f"ranks {torch.nonzero(others).flatten().tolist()} plan another batch than this "
