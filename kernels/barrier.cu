@@ -1,10 +1,10 @@
-// Ranks wait for one another on their streams, around copies into each other's memory.
+// A barrier between ranks on their streams, before and after copies into each other's memory.
 
 #include "ptx.cuh"
 
-// One block with a thread for each rank. What its stream did before is seen by all ranks behind their barriers
-// of this number. It never gives up, for the next reads are of what others copied. A rank that has not come
-// within the limit is named in the host's memory.
+// One block with a thread for each rank. All ranks see what this rank's stream did before, once they are past their
+// barriers of this number. It waits without a limit, since the work behind it reads what other ranks copied. A rank
+// that has not come within the limit is named in the host's memory.
 extern "C" __global__ void barrier(
     unsigned long long* const* flags,  // [R] each rank's [R]: the number that each rank came to last
     int num_ranks, int rank, unsigned long long number,
@@ -21,7 +21,7 @@ extern "C" __global__ void barrier(
         seen = load_acquire(theirs);
         if (seen < number && nanoseconds() - start > limit_ns) {
             missing[other] = 1;
-            limit_ns = 0x7fffffffffffffff;  // said once
+            limit_ns = 0x7fffffffffffffff;  // reported once
         }
     } while (seen < number);
     fence_system();

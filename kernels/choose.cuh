@@ -1,7 +1,7 @@
 // Choosing the guests of a domain: `choose_guests` of planning/guests.py is the definition, bit for bit.
 //
-// A portfolio of greedy fills, one to a warp, shared between the blocks of a cluster. All begin from the even split
-// over the residents. The best of them is kept. Where none comes down to its limit, rounds with higher ones follow.
+// Several greedy fills, one for each warp, are shared between the blocks of a cluster. All begin from the even split
+// over the residents. The best of them is kept. Where no fill reaches its limit, rounds with higher limits follow.
 #pragma once
 
 #include "fill.cuh"
@@ -9,26 +9,26 @@
 
 namespace lplb {
 
-// What the blocks of a component tell one another. Each has its own in shared memory, and all get the same.
+// The verdicts that the blocks of a component exchange. Each block has a copy in shared memory, and all copies agree.
 struct Verdicts {
-    int4 of_fill[NUM_ROUNDS][FILLS];  // see below
+    int4 of_fill[NUM_ROUNDS][FILLS];  // packed `Verdict`s
     int level;                        // of the residents alone
     unsigned fewest;                  // ~the fewest guests of a fill that reached the target, or 0; ~0: none are wanted
-    Word arrived[NUM_ROUNDS], best;   // words in which they arrive, and at the first block the best fill
+    Word arrived[NUM_ROUNDS], best;   // barriers for the words of each round; and for the best fill
 };
 
-// What a fill is worth. Smaller is better, in this order.
+// The quality of a fill. Verdicts are compared field by field in this order, and smaller is better.
 struct Verdict {
-    unsigned bucket;  // 0: it reaches the target, else by how much not; ~0: it was given up
-    unsigned rest;    // its guests, the most of one home, and its number in all rounds
+    unsigned bucket;  // 0: it reaches the target, else the distance from it; ~0: the fill was stopped early
+    unsigned rest;    // number of guests, the most of one home, and the fill's number in all rounds
     int top;          // its largest level
-    int limit;        // that it aimed at; ~: and did not reach
+    int limit;        // the limit of the fill; its complement if the fill did not reach it
 
     __device__ int4 packed() const { return {int(bucket), int(rest), top, limit}; }
 };
 
-// Makes the verdicts ready, and says so to the other blocks. Threads wait for that (`cluster_wait`) before they send.
-// `fewest` is a hint: one that was lost would cost time alone, so that it is there in time is not made sure.
+// Initialises the verdicts, and signals the other blocks. Threads wait for these signals (`cluster_wait`) before they
+// send. `fewest` is a hint: if one is lost, only time is lost. So no barrier orders its initialisation.
 template <typename V>
 __device__ void begin_verdicts(Verdicts& verdicts) {
     if (threadIdx.x == V::threads - 1) verdicts.fewest = 0;
@@ -37,16 +37,16 @@ __device__ void begin_verdicts(Verdicts& verdicts) {
         for (Word& word : verdicts.arrived) arrivals_init(&word);
         arrivals_init(&verdicts.best);
         arrivals_are_ready_for_cluster();
-        // A fill sends its verdict, and what it knows of the fewest guests; the first block so the level.
+        // For each fill, a verdict and the fewest guests so far arrive; from the first block also the level, likewise.
         for (int round = 0; round < NUM_ROUNDS; ++round)
             arrivals_expect(&verdicts.arrived[round],
                             FILLS * int(sizeof(int4) + sizeof(int)) + (round == 0 ? 2 * int(sizeof(int)) : 0));
     }
-    __syncwarp();  // the words are ready before the warp says so
+    __syncwarp();  // the barriers are initialised before the warp signals
     cluster_arrive();
 }
 
-// Sends a word or four to all blocks, by a lane for each; and raises `fewest`. With the verdicts of a round.
+// Sends one word or four to all blocks, by a lane for each, and raises `fewest`. Both count as verdicts of a round.
 template <typename V, typename T>
 __device__ void tell(Verdicts& verdicts, int round, T* to, T value, unsigned fewest) {
     int block = threadIdx.x % 32;
@@ -60,7 +60,7 @@ __device__ void tell(Verdicts& verdicts, int round, T* to, T value, unsigned few
     }
 }
 
-// Waits until the verdicts of a round have come.
+// Waits until the verdicts of a round have arrived.
 template <typename V>
 __device__ void hear(Verdicts& verdicts, int round) {
     if (V::blocks == 1) __syncthreads();  // all fills of the round are judged before the best is looked for
@@ -105,9 +105,9 @@ __device__ int resident_in(const Guests& g, int rank, int place) {
     return g.places[(component<V>() * V::size + rank) * residents + place];
 }
 
-// Takes all places of a component's ranks, by the threads in turn. `take` gets the place's number in a row, its rank,
-// its number on the rank, and the expert whose resident is there. `own_rank`, `own_resident`: of the thread's first
-// place, known early.
+// Calls `take` for each place of a component's ranks, by the threads in turn. `take` gets the place's number, its rank,
+// its number on the rank, and the expert whose resident it has. `own_rank`, `own_resident`: of the thread's first
+// place, loaded earlier.
 template <typename V, typename Take>
 __device__ void each_place(const Guests& g, int num_ranks, int own_rank, int own_resident, Take take) {
     int S = g.num_local_slots, i = threadIdx.x;
@@ -117,8 +117,8 @@ __device__ void each_place(const Guests& g, int num_ranks, int own_rank, int own
         take(i, i / S, i % S, resident_in<V>(g, i / S, i % S));
 }
 
-// Makes what all fills begin from: every expert evenly over its residents. `start.load` has the base loads. By all
-// threads, with a barrier at the end.
+// Makes the start of all fills: each expert's tokens are split evenly over its residents. `start.load` has the base
+// loads. By all threads, with a barrier at the end.
 template <typename V>
 __device__ void split_over_residents(const Guests& g, const Start<V>& start, const int* load, int own_rank,
                                      int own_resident) {
@@ -136,10 +136,10 @@ __device__ void split_over_residents(const Guests& g, const Start<V>& start, con
         }
         start.places[i] = {own, expert < 0 ? -1 : expert | shared};
     });
-    __syncthreads();  // all is there before fills begin
+    __syncthreads();  // all places and loads are written before fills read them
 }
 
-// The highest mean level of a domain, rounded up. `own`: the total of this one.
+// The highest mean level of all domains, rounded up. `own`: the total load of this domain.
 template <typename V, bool general>
 __device__ int highest_mean(const Problem& p, const Speeds<V, general>& speeds, int own, int num_ranks, char* shared) {
     const Network& net = p.net;
@@ -191,7 +191,7 @@ __device__ void tell_best(Verdicts& verdicts, int* to, int value) {
     else send(0, to, value, &verdicts.best);
 }
 
-// Takes the guests of a fill that is done, and the tokens of all places, by its warp.
+// Passes the guests of a finished fill to `take_guest`, and the tokens of all places to `take_tokens`, by its warp.
 template <typename V, typename TakeGuest, typename TakeTokens>
 __device__ void take_guests(const Start<V>& start, const Fill<V>& fill, TakeGuest take_guest, TakeTokens take_tokens) {
     int lane = threadIdx.x % 32, S = start.num_places, G = start.num_slots;
@@ -203,16 +203,16 @@ __device__ void take_guests(const Start<V>& start, const Fill<V>& fill, TakeGues
     for (int i = lane; i < start.ranks * S; i += 32) take_tokens(i, fill.places[i].tokens);
 }
 
-// Fills the guest slots of a component, by all its blocks. Whether there are guests; then the first block has them in
-// `guests` [size, num_slots], and in `filled` the tokens of all places [size, num_places]. `target`: the level that is
-// good enough. `level`: that of the residents alone, rounded up, which the first block knows. `fills`: whether this
-// block makes fills; all but the first do. `shared`: num_bytes for each.
+// Fills the guest slots of a component, by all its blocks. Returns whether there are guests. Then the first block has
+// them in `guests` [size, num_slots], and in `filled` the tokens of all places [size, num_places]. `target`: the level
+// that suffices. `level`: the level of the residents alone, rounded up, known to the first block only. `fills`: whether
+// this block makes fills; all but the first do. `shared`: num_bytes for each fill.
 template <typename V, bool general>
 __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<V, general>& speeds, char* shared,
                            int num_bytes, Verdicts& verdicts, bool fills, int target, int level, int* guests,
                            int* filled) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, G = start.num_slots, block = block_of_component<V>();
-    // Fills are dealt out to the blocks in turn. The first has none where it has the residents' flow in their place.
+    // Blocks take fills in turn. The first block has none where it solves the residents' flow at the same time.
     int first = V::blocks > 1 && g.max_replicas > 0, step = V::blocks - first, own = warp * step + block - first;
     if (block == 0 && warp == 0) tell<V>(verdicts, 0, &verdicts.level, level, level <= target ? ~0u : 0u);
     fills &= own < FILLS;
@@ -269,11 +269,11 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
             high = verdicts.of_fill[round][best].z;
         }
         if (best_bucket == 0 || round == NUM_ROUNDS - 1) break;
-        if (is_better && fills && best == own)  // the next begins in its place
+        if (is_better && fills && best == own)  // the next fill overwrites it
             take_guests(start, fill, [&](int i, int expert) { guests[i] = expert; },
                         [&](int i, int tokens) { filled[i] = tokens; });
-        __syncthreads();  // the guests are taken before those of another fill come in their place
-        // The next limits lie between one that was too low for all fills, and one that sufficed.
+        __syncthreads();  // the guests are copied before another fill overwrites them
+        // The next limits lie between one that was too low for all fills and one that sufficed.
         bool is_over = its.limit < 0;
         unsigned tried = is_over ? ~its.limit : its.limit;
         unsigned sufficed = min(unsigned(high), __reduce_min_sync(~0u, is_over ? ~0u : tried));
@@ -281,7 +281,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
         if (round > 0) low = max(low, int(too_low));
     }
     if (best_rest >> 20 == 0 || high > verdicts.level - g.min_tokens) return false;
-    if (fills && best == own) {  // this warp has the best fill, of the last round or, kept, of an earlier one
+    if (fills && best == own) {  // this warp has the best fill: of the last round, or kept from an earlier one
         auto put_guest = [&](int i, int expert) { tell_best<V>(verdicts, &guests[i], expert); };
         auto put_tokens = [&](int i, int tokens) { tell_best<V>(verdicts, &filled[i], tokens); };
         if (is_better) {
@@ -291,7 +291,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
             for (int i = lane; i < start.ranks * start.num_places; i += 32) put_tokens(i, filled[i]);
         }
     }
-    if (V::blocks == 1) __syncthreads();  // the best fill is there before it is looked at
+    if (V::blocks == 1) __syncthreads();  // the best fill is written before any thread reads it
     else if (block == 0) arrivals_wait(&verdicts.best, 0);
     return true;
 }

@@ -5,7 +5,7 @@
 
 namespace lplb {
 
-// Whether a batch is not exchanged, and goes by the quotas of an earlier one. `turn`: batches since that; or null.
+// Whether a batch is not exchanged and reuses the quotas of an earlier one. `turn`: batches since that one; or null.
 __device__ bool is_reused(const int* turn) { return turn != nullptr && *turn != 0; }
 
 // A rank's counts in the batch that the block has.
@@ -28,8 +28,8 @@ struct Total {
     __device__ unsigned long long value() const { return ((unsigned long long)high << 16) + low; }
 };
 
-// Takes every `by`-th of the numbers from `from` up to `to`, which lie `step` apart in memory. N loads at a
-// time are guarded and not rolled up, so all are under way at once. Zeros may come behind the last.
+// Calls `take` for every `by`-th of the numbers from `from` up to `to`, which are `step` apart in memory. N guarded
+// loads are unrolled, so all are in flight at once. Zeros may be passed behind the last number.
 template <int N, typename Take>
 __device__ void each(const int* at, int from, int to, int by, int step, Take take) {
     #pragma unroll 1

@@ -1,19 +1,19 @@
 // A greedy fill of a domain's guest slots, by one warp, in whole numbers.
 //
-// Ranks above a limit give tokens along copies that are there, or to a guest on a rank below it.
+// Ranks above a limit pass tokens on: to a copy that another rank already has, or to a guest on a rank below the limit.
 #pragma once
 
 #include "component.cuh"
 
 namespace lplb {
 
-// How a fill decides, from a word of `rule_of`.
+// The rule by which a fill decides, decoded from a word of `rule_of`.
 struct Rule {
-    bool by_excess;  // the rank with most excess gives next, else that with the highest priority
+    bool by_excess;  // the rank with most excess passes tokens on next, else that with the highest priority
     bool widest;     // guests go to the rank with most slack, else to the one where they fit best
     bool largest;    // a guest is of the expert with most tokens, else of the one that fits best
-    int shift;       // the slack of all ranks, halved so often, is what a guest may fill beyond need
-    int noise;       // how much slacks are disguised, in 1024; 0 or a power of two
+    int shift;       // a guest fills its rank if it would leave more slack than that of all ranks >> shift
+    int noise;       // by up to how many 1024ths slacks are raised where they are compared; 0 or a power of two
 
     __device__ explicit Rule(int word)
         : by_excess(word & 1), widest(word >> 1 & 1), largest(word >> 2 & 1), shift(word >> 3 & 31),
@@ -27,7 +27,7 @@ struct alignas(8) Place {
 };
 constexpr int SHARED = 1 << 16;  // other ranks hold the expert, too
 
-// What all fills begin from, in shared memory. A rank has `num_places` places: its residents by expert, then
+// The common start of all fills, in shared memory. A rank has `num_places` places: its residents by expert, then
 // its guest slots.
 template <typename V>
 struct Start {
@@ -39,7 +39,7 @@ struct Start {
     int* load;                       // [size]
 };
 
-// The state of a fill: what a warp has in shared memory, and what its lanes have of their ranks.
+// The state of a fill: arrays of its warp in shared memory, and values of each lane's ranks.
 template <typename V>
 struct Fill {
     __device__ Fill(char* shared, int num_experts, int num_places)
@@ -57,7 +57,7 @@ struct Fill {
     int copies;
 };
 
-// Of the rank `rank`, the value that its lane has.
+// The value that the lane of `rank` has for that rank.
 template <typename V>
 __device__ int of_rank(const int (&values)[V::words], int rank) {
     return __shfl_sync(~0u, V::words > 1 && rank >= 32 ? values[V::words - 1] : values[0], rank & 31);
@@ -75,7 +75,7 @@ __device__ int first_of(const bool (&flag)[number]) {
     return first;
 }
 
-// Moves tokens from rank to rank, as far as their slack goes.
+// Changes the slack of two ranks, between which tokens move.
 template <typename V>
 __device__ void move_load(Fill<V>& fill, int from, int to, int tokens) {
     int lane = threadIdx.x % 32;
@@ -86,8 +86,8 @@ __device__ void move_load(Fill<V>& fill, int from, int to, int tokens) {
     }
 }
 
-// The slack to spare, over 2 to `shift`: a guest that leaves more would waste it. That is the sum of slack over ranks
-// above their limit, or with a guest slot left.
+// The slack to spare, over 2 to `shift`: a guest should not leave more of it unused. It is the sum of slack over ranks
+// above their limit, where it is negative, and ranks with a guest slot left.
 template <typename V>
 __device__ int spare_slack(const Fill<V>& fill, int num_slots, int shift) {
     int slack[V::words], low = 0;
@@ -106,7 +106,7 @@ __device__ int spare_slack(const Fill<V>& fill, int num_slots, int shift) {
     return spare < 0 ? 0 : int(min(spare, (long long)MAX_TOTAL));
 }
 
-// Copies an array by a warp. Several loads are under way at once, before any store that could change what they read.
+// Copies an array by a warp. A lane issues several loads before it stores: a later load might depend on a store.
 template <typename T>
 __device__ void copy_shared(T* to, const T* from, int number) {
     constexpr int at_once = 8;
@@ -121,7 +121,7 @@ __device__ void copy_shared(T* to, const T* from, int number) {
     }
 }
 
-// Begins a fill with a limit of each of this lane's ranks. Ranks behind the last neither give nor take.
+// Begins a fill with a limit of each of this lane's ranks. Lanes without a rank have no slack.
 template <typename V>
 __device__ void begin_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int number,
                            const int (&limit)[V::words]) {
@@ -143,18 +143,19 @@ __device__ void begin_fill(const Start<V>& start, Fill<V>& fill, const Rule& rul
     }
     fill.is_narrow = __reduce_max_sync(~0u, highest) <= MAX_TOTAL / start.ranks;
     fill.copies = 0;
-    __syncwarp();  // the state is whole before the first step
+    __syncwarp();  // the state is complete before the first step reads it
 }
 
-// Moves tokens from a rank along a copy that is there; whether any could move. `x`, `expert`: what this lane's places
-// of the rank have; `need`: its excess; `best`: its priority, unless ranks give by excess.
+// Moves tokens of a rank to a copy that another rank already has. Returns whether any moved.
+// `x`, `expert`: the tokens and experts of this lane's places of the rank. `need`: the rank's excess.
+// `best`: its priority, unless ranks are taken by their excess.
 template <typename V, int parts, int unrolled>
 __device__ bool use_copies(const Start<V>& start, Fill<V>& fill, const Rule& rule, int from, int need, int best,
                            const int (&x)[parts], const int (&expert)[parts]) {
     typedef typename V::Set Set;
     int lane = threadIdx.x % 32, S = start.num_places;
     Place* places = fill.places + from * S;
-    // Lanes have ranks, and look at what each of them could take from place after place. The rank itself has no slack,
+    // For each place, every lane checks how much its ranks could take. The rank itself is never chosen: it has no slack,
     // and no priority below its own.
     int moved = 0;
     unsigned move = 0, first[V::words];  // a place * 64 + a rank; the first place whose expert a rank holds
@@ -213,8 +214,8 @@ __device__ bool use_copies(const Start<V>& start, Fill<V>& fill, const Rule& rul
 // of a fill of this round that reached the target, or 0. Returns false for a fill with more, which is given up: it
 // cannot be the best, and no round follows.
 //
-// A step takes as long as its instructions wait for one another. So whatever is known early begins early, two
-// reductions that could follow one another run side by side, and choices are selects rather than branches.
+// The time of a step is the latency of its longest chain of instructions. So loads are issued early, independent
+// reductions run side by side, and choices are selects instead of branches.
 template <typename V, int parts, int unrolled = parts <= 2 ? parts : 1>
 __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule, int least, int steps,
                           unsigned* fewest) {
@@ -223,7 +224,7 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
     bool flag[V::words], stuck[V::words] = {};
     #pragma unroll 1
     for (; steps > 0; --steps) {
-        // The rank that gives.
+        // The rank that passes tokens on.
         int excess[V::words], value[V::words], best = -1;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
@@ -240,7 +241,7 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         // Negated before it is read from its lane: NVRTC 13.0 loses a minus between that and a minimum of three.
         int from = first_of(flag), need = of_rank<V>(excess, from);
 
-        // What its places have.
+        // The tokens and experts of its places.
         Place* places = fill.places + from * S;
         int x[parts], expert[parts], most = 0;
         bool is_shared = false;
@@ -276,7 +277,7 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
         most = __reduce_max_sync(~0u, most);
         int spare = spare_slack(fill, G, rule.shift);
-        unsigned tight[V::words], wide[V::words], tightest = 0, widest = 0;  // what fits, the best largest; and what may
+        unsigned tight[V::words], wide[V::words], tightest = 0, widest = 0;  // keys: the largest is best
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
             int slack = fill.slack[i];
@@ -299,12 +300,12 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         for (int i = 0; i < V::words; ++i) flag[i] = tightest != 0 ? tight[i] == tightest : wide[i] == widest;
         int to = first_of(flag), slack = of_rank<V>(fill.slack, to), used = of_rank<V>(fill.used, to);
         bool has_slot = of_rank<V>(fill.used, from) < G;
-        // No more than the excess, but all of the slack where the rest of it would be wasted.
+        // No more than the excess, but all of the slack where the rest of the slack would stay unused.
         int aim = min(need, slack);
         if (slack > need && used == G - 1 && has_slot && slack - need > spare) aim = slack;
 
-        // Its expert: that with fewest tokens of those that suffice, else that with most. The rank holds none that
-        // has tokens here, or they would have moved along that copy.
+        // The guest's expert: of those with enough tokens the one with fewest, else the one with most. The guest's rank
+        // has no copy of an expert with tokens here: `use_copies` would have moved them.
         unsigned chosen = ~0u;
         #pragma unroll unrolled
         for (int i = 0; i < parts; ++i)

@@ -1,7 +1,7 @@
 // A component whose ranks have guest slots: the copies of a batch are its residents and the guests chosen for it.
 //
-// The host gives tables of the residents. What depends on the guests is made here, by the component's block. Arcs
-// and edges of the flow lie in shared memory, and what `route` rewrites by in device memory.
+// The host provides tables of the residents. All that depends on the guests is made here, by the component's block.
+// Arcs and edges of the flow are in shared memory. The tables that `route` reads are in device memory.
 #pragma once
 
 #include "choose.cuh"
@@ -23,14 +23,14 @@ struct Experts {
     unsigned* words_of_rank;    // [size] those of its words that are not zero, as bits
     short* place;               // [number] where the arcs of an expert with several copies begin
     short* several;             // [number] how many experts with several copies come before
-    int own_rank, own_resident;  // of this thread's place, of those of all ranks: its rank, and the expert or -1
+    int own_rank, own_resident;  // of this thread's first place: its rank, and its expert or -1
     Arc* arcs;                  // [max_arcs] by expert, then rank
     int* tokens;                // [max_arcs] of each copy
     int* load_by_place;         // [max_arcs] of experts with several copies
     Edge* edges;                // [size * max_edges] by rank
 };
 
-// Most loops in this file run once or twice: unrolled, their instructions would take longer to come than to run.
+// Most loops in this file run once or twice. Unrolled, fetching their instructions would take longer than running them.
 
 // Makes the quotas of the component's experts zero: most copies do not exist. By the warps from `first` on.
 template <typename V>
@@ -53,14 +53,14 @@ __device__ int place_arcs(const Experts<V>& experts) {
     __shared__ int of_warp[warps];
     int i = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int number = i < experts.number ? number_of<V>(experts.ranks[i]) : 0;
-    int own = number > 1 ? 1 << 16 | number : 0, end = own;  // an expert and its arcs
+    int own = number > 1 ? 1 << 16 | number : 0, end = own;  // one expert in the high half, its arcs in the low one
     #pragma unroll
     for (int other = 1; other < 32; other *= 2) {
         int its = __shfl_up_sync(~0u, end, other);
         if (other <= lane) end += its;
     }
     if (lane == 31) of_warp[warp] = end;
-    __syncthreads();  // the sums of all warps are there before they are added
+    __syncthreads();  // the sums of all warps are written before they are added
     int before = 0, total = 0;
     #pragma unroll
     for (int w = 0; w < warps; ++w) {
@@ -76,7 +76,7 @@ __device__ int place_arcs(const Experts<V>& experts) {
     return total;
 }
 
-// How many guests of an expert come before that of a rank's slot: those of lower slots, then of lower ranks.
+// The number of an expert's guests that come before the one in a rank's slot: in lower slots, or on lower ranks.
 // `holders`: of all its guests.
 template <typename V>
 __device__ int earlier_guests(const Experts<V>& experts, int num_slots, int expert, int rank, int slot,
@@ -91,8 +91,8 @@ __device__ int earlier_guests(const Experts<V>& experts, int num_slots, int expe
     return earlier;
 }
 
-// Takes the copies of experts with several, by the threads from `first` on, `step` in all. Guests go to the last
-// threads, which have no homes. `take` gets the expert's number, the copy's local rank, its column, its place among
+// Calls `take` for each copy of an expert that has several, by the threads from `first` on, `step` in all. Guests go to
+// the last threads, which have no homes. `take` gets the expert's number, the copy's local rank, its column, its place among
 // the copies that may get tokens, and its slot. A slot below 0 is the rank's guest slot -1 - slot.
 template <typename V, typename Take>
 __device__ void each_copy(const Guests& g, const Experts<V>& experts, int num_ranks, int first, int step, Take take) {
@@ -121,7 +121,7 @@ __device__ void each_copy(const Guests& g, const Experts<V>& experts, int num_ra
     }
 }
 
-// Puts all copies in their places as arcs, and the load of experts with one copy on their ranks.
+// Writes all copies as arcs, and adds the load of experts with one copy to their ranks.
 template <typename V>
 __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c) {
     int own = threadIdx.x;
@@ -137,8 +137,8 @@ __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& 
     });
 }
 
-// Writes the guests, and what `route` knows of the copies, by the threads from `first` on. `arcs`: as `place_arcs`
-// returns them.
+// Writes the guests, and the tables of copies that `route` reads, by the threads from `first` on. `arcs`: as
+// `place_arcs` returns them.
 template <typename V>
 __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c,
                              int arcs, int* __restrict__ chosen, int first) {
@@ -161,7 +161,7 @@ __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>
         g.experts[m] = expert;
         g.first[m] = first_copy + experts.place[i];
     }
-    // What lies behind the last has no copies.
+    // Entries beyond the last expert have no copies.
     int end = g.max_several + (component<V>() == p.num_components - 1);
     #pragma unroll 1
     for (int m = (arcs >> 16) + first; m < end; m += step) g.first[first_several + m] = first_copy + (arcs & 0xffff);
@@ -200,8 +200,8 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
             int i = word * 32 + __ffs(bits) - 1, place = experts.place[i];
             Set holders = experts.ranks[i];
             int others = number_of<V>(holders) - 1, own = number_of<V>(holders & below<V>(rank)), arc = place + own;
-            // Neighbours begin with different targets, not to fill all the same one: from this rank, which is the
-            // lowest bit, up and around.
+            // Ranks begin with different targets, so that they do not all fill the same one. The targets follow this
+            // rank, which is rotated to the lowest bit.
             Set rest = holders >> rank | holders << ((bits_of_set - rank) % bits_of_set);
             #pragma unroll 1
             for (int nth = 0; nth < others; ++nth) {
@@ -216,7 +216,7 @@ __device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
             most_nth = max(most_nth, others - 1);
         }
     }
-    // The most of a warp is enough: its ranks alone are in step.
+    // The maximum over a warp suffices, since only the ranks of a warp run in step.
     c.shape.most_edges = __reduce_max_sync(~0u, number);
     c.shape.most_nth = __reduce_max_sync(~0u, most_nth);
     c.edges = edges;
@@ -253,7 +253,7 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     return experts;
 }
 
-// The start of the flow where a fill chose the guests: its tokens.
+// The start of the flow where a fill chose the guests: the tokens of that fill.
 template <typename V>
 __device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
     int residents = g.num_local_slots - g.num_slots;
@@ -267,7 +267,7 @@ __device__ void start_filled(const Guests& g, const Experts<V>& experts, const C
     });
 }
 
-// Clears what copies are counted in; a barrier follows.
+// Clears the arrays in which copies are counted; a barrier follows.
 template <typename V>
 __device__ void clear_ranks(const Experts<V>& experts, const Component<V>& c, int base) {
     if (threadIdx.x < V::size) {
@@ -279,8 +279,8 @@ __device__ void clear_ranks(const Experts<V>& experts, const Component<V>& c, in
     for (int i = threadIdx.x; i < V::size * experts.words; i += V::threads) experts.of_rank[i] = 0;
 }
 
-// Lays the flow over residents and guests out and solves it, if the batch goes well so far (`solves`). Meanwhile the
-// threads that do not push write what `route` needs, and make quotas zero (`zeroes`). Returns false if the rounds did
+// Lays out the flow over residents and guests, and solves it unless the batch failed before (`solves`). Meanwhile the
+// threads that do not push write the tables for `route`, and zero the quotas (`zeroes`). Returns false if the rounds did
 // not suffice. `is_filled`: a fill chose the guests.
 template <typename V, bool general>
 __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c,
@@ -296,9 +296,9 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
     __syncthreads();  // sums are zero, and every expert has its guests, before copies are counted
     int arcs = place_arcs<V>(experts);
     c.shape.arcs = arcs & 0xffff;
-    __syncthreads();  // every expert has its place before its copies come there
+    __syncthreads();  // every expert has its place before its copies are written there
     put_copies(p, g, experts, c);
-    __syncthreads();  // all copies are there before any thread reads them
+    __syncthreads();  // all copies are written before any thread reads them
     bool balances = threadIdx.x < V::pushing, is_balanced = true;
     ResidualEdge<V> edges[V::turns];
     if (solves && balances) {
@@ -311,7 +311,7 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
     if (!balances) {
         if (zeroes) zero_quotas(p, experts, V::pushing / 32, quota);
         write_routes(p, g, experts, c, arcs, chosen, threadIdx.x - V::pushing);
-        // Warps come to the barrier whole: compute-sanitizer takes a warp that comes in parts for two.
+        // A warp arrives at the barrier as one: compute-sanitizer takes a warp that arrives in parts for two.
         __syncwarp();
     } else if (solves && c.shape.arcs > 0) {
         is_balanced = balance<V, general>(c, edges, p.max_rounds);
@@ -320,7 +320,7 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
 }
 
 // The blocks of a cluster choose the guests of a component for one batch, and its first block solves it over
-// residents and guests. Where it has replicas, the flow over the residents says whether guests are wanted. It is
+// residents and guests. Where it has replicas, the flow over the residents decides whether guests are wanted. It is
 // solved while the other blocks make fills.
 template <typename V, bool general, typename Choose>
 __device__ void solve_with_guests(const Problem& p, const Guests& g, char* shared, Choose choose) {
@@ -344,7 +344,7 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     int expert = threadIdx.x / sharing;
     int packed = expert < net.max_experts ? net.experts[component<V>() * net.max_experts + expert] : -1;
     int rank = threadIdx.x < V::size ? net.ranks[component<V>() * V::size + threadIdx.x] : 0;
-    // Needed late, so it is under way early.
+    // Used late, so loaded early.
     Resident resident{};
     bool has_resident = threadIdx.x < net.max_experts;
     if (has_resident) resident = g.residents[component<V>() * net.max_experts + threadIdx.x];
@@ -354,7 +354,7 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
                    net.shape[component<V>()], nullptr, net.ranks + component<V>() * V::size, p.speed, nullptr, 0};
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[rank] : 0;
     clear_ranks(experts, c, base);
-    if (threadIdx.x < V::size) c.movable()[threadIdx.x] = base;  // where fills add up what they begin from
+    if (threadIdx.x < V::size) c.movable()[threadIdx.x] = base;  // where the loads at the start of fills are added up
     Ending ending = add_up<V, general>(p, component<V>(), experts.load, c.staying(), quota, sharing, packed, base);
     if (has_resident) {
         experts.residents[threadIdx.x] = resident;
@@ -363,11 +363,11 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     ending.status = max(ending.status, p.status);
     bool is_first = block_of_component<V>() == 0, is_filled = false;
     bool solves = ending.status == OPTIMAL && c.shape.ranks > 0, chooses = solves && c.shape.ranks > 1;
-    bool zeroes = !chooses || g.max_replicas > 0 || V::blocks == 1 || !Choose::fills;  // else warps without a fill do
+    bool zeroes = !chooses || g.max_replicas > 0 || V::blocks == 1 || !Choose::fills;  // else warps without a fill do it
     if (chooses) choose.aim(c, ending.total, reinterpret_cast<char*>(experts.arcs));
     if (V::blocks > 1 && is_first && threadIdx.x == 0)  // the best fill
         arrivals_expect(&verdicts.best, c.shape.ranks * (g.num_slots + g.num_local_slots) * int(sizeof(int)));
-    if (V::blocks > 1) cluster_wait();  // the others are there before words are sent to them
+    if (V::blocks > 1) cluster_wait();  // the other blocks have begun before words are sent to them
     __syncthreads();  // experts have their residents before any thread reads them
     #pragma unroll 1
     for (bool is_last = false;; is_last = true) {
@@ -378,8 +378,8 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
         }
         if (is_last) break;
         bool has_guests = chooses && choose(experts, c, verdicts, ending.status == OPTIMAL, base, quota);
-        if (!is_first) return;  // all that is for this block has come
-        // Without guests the residents' plan stays. An only block has made fills in its place.
+        if (!is_first) return;  // all words for this block have arrived
+        // Without guests the residents' plan stays. A single block has overwritten that plan by fills.
         if (chooses && g.max_replicas > 0 && !has_guests && V::blocks > 1) break;
         is_filled = has_guests && Choose::fills;
         if (g.max_replicas > 0) {
@@ -388,7 +388,7 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
         }
         if (!has_guests)
             for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
-        __syncthreads();  // guests of no use are gone, and sums of the residents, before copies are counted
+        __syncthreads();  // useless guests and sums of the residents are cleared before copies are counted
     }
     if (solves) {
         #pragma unroll 1
@@ -402,15 +402,15 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     if (threadIdx.x == 0) p.endings[blockIdx.y * p.num_components + component<V>()] = ending;
 }
 
-// How the guests are chosen, by the level of the residents in `c.load()` where there are replicas.
+// Chooses the guests, by the level of the residents in `c.load()` where there are replicas.
 template <typename V, bool general>
 struct Chooser {
     static constexpr bool fills = true;
     const Problem& p;
     const Guests& g;
-    int target = 0;  // the level that is good enough
+    int target = 0;  // the level that suffices
 
-    // Sets the target; `total` is the component's load. Before anything lies in `shared`.
+    // Sets the target; `total` is the component's load. It uses `shared`, which has no contents yet.
     __device__ void aim(const Component<V>& c, int total, char* shared) {
         int mean = highest_mean(p, Speeds<V, general>(p, c.ranks, c.shape.ranks), total, c.shape.ranks, shared);
         target = int(min(mean + (long long)mean * g.tolerance / GUEST_PARTS, (long long)MAX_TOTAL));
@@ -426,11 +426,11 @@ struct Chooser {
         Start<V> start{c.shape.ranks, experts.number, S, g.num_slots, g.num_ranks_per_node, g.max_replicas > 0,
                        experts.residents, experts.ranks, reinterpret_cast<Place*>(shared), c.movable()};
         bool is_first = block_of_component<V>() == 0, has_replicas = g.max_replicas > 0;
-        // The first block has the residents' flow in the place of fills.
+        // The first block solves the residents' flow instead of fills.
         bool fills = V::blocks == 1 || !has_replicas || !is_first;
         if (V::blocks == 1 && has_replicas) {
             if (threadIdx.x < V::size) start.load[threadIdx.x] = base;
-            __syncthreads();  // base loads are there before tokens are added
+            __syncthreads();  // base loads are written before tokens are added
         }
         if (fills) split_over_residents(g, start, experts.load, experts.own_rank, experts.own_resident);
         constexpr int filling = FILLS / V::blocks;
@@ -444,7 +444,7 @@ struct Chooser {
             level = max(level, speeds.level(has_replicas ? c.load()[rank] : start.load[rank], i));
         }
         level = is_solved ? __reduce_max_sync(~0u, level) : 0;
-        if (level <= target && (V::blocks == 1 || !has_replicas)) return false;  // and all blocks know it
+        if (level <= target && (V::blocks == 1 || !has_replicas)) return false;  // every block decides the same
         int of_start = sizeof(Place) * num_places;
         int of_fill = (of_start + set * start.num_experts + 4 * V::size + 7) / 8 * 8;
         return fill_slots<V, general>(g, start, speeds, shared + of_start, of_fill, verdicts, fills, target, level,

@@ -1,6 +1,6 @@
 // The exact linear program of a batch as in flow.cu, by an interior-point method: its fractional
 // optimum, rounded, is where the flow starts. The flow makes any start exact, so nothing depends on
-// how far the method got.
+// how close the method came to the optimum.
 //
 // With x the tokens of each copy, w an expert's, b a rank's from experts with one copy, and s >= 0:
 //
@@ -26,7 +26,7 @@ extern "C" __device__ void potrf(double* A, int* info);
 extern "C" __device__ void potrs(double* A, double* B);
 
 constexpr int MAX_STEPS = 30;           // 5 to 8 are usual
-constexpr double ENOUGH = 2;            // tokens of gap; less saves hardly a round of the flow
+constexpr double ENOUGH = 2;            // a gap in tokens; a smaller one saves hardly any round of the flow
 constexpr int PER_ROW = V::threads / V::size;  // threads to a row of M
 static_assert(PER_ROW * V::size == V::threads, "each thread assembles a part of one row of M");
 
@@ -51,7 +51,7 @@ __device__ double warp_sum(double value) {
 __device__ void assemble(const Component& c, const Interior& in, double ratio) {
     for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
         if (in.x[a] > 0) in.d[a] = in.x[a] / in.z[a];
-    __syncthreads();  // d of every copy is there before others of its expert read it
+    __syncthreads();  // d of every copy is written before other copies of its expert read it
     for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
         if (!(in.x[a] > 0)) continue;
         double others = 0;              // not by difference, which is noise beside a large d
@@ -61,7 +61,7 @@ __device__ void assemble(const Component& c, const Interior& in, double ratio) {
         in.share[a] = in.d[a] / (in.d[a] + others);
         in.dz[a] = in.share[a] * others;  // its part of the diagonal
     }
-    __syncthreads();  // shares and parts of the diagonal are there before rows of M are summed
+    __syncthreads();  // shares and parts of the diagonal are written before rows of M are summed
     int row = threadIdx.x / PER_ROW;
     Set mine = 0;
     for (int column = threadIdx.x % PER_ROW; column < row; column += PER_ROW) {
@@ -81,10 +81,10 @@ __device__ void assemble(const Component& c, const Interior& in, double ratio) {
             ratio += in.dz[a];
         in.matrix[threadIdx.x * (V::size + 1)] = ratio;
     }
-    __syncthreads();  // M is whole before it is factorised
+    __syncthreads();  // M is complete before it is factorised
 }
 
-// Leaves in `x` a fractional optimum, or the last that was found within the bounds.
+// Leaves a fractional optimum in `x`, or the last iterate within the bounds.
 __device__ void improve(const Component& c, const Interior& in, int largest, int total) {
     // Thread r has rank r. Ranks that pad the component are rows of the identity. The start: an even
     // split, equal p, and x z = mu.
@@ -107,7 +107,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
             for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
                 if (in.x[a] > 0)        // dx, were dp and dy 0
                     in.dx[a] = (target - corrects * in.dx[a] * in.dz[a]) / in.z[a] - in.x[a];
-            __syncthreads();  // dx is there before it is summed, and `info` before it is read
+            __syncthreads();  // dx is written before it is summed, and `info` before it is read
             if (*in.info != 0) return;
             for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
                 double sum = 0;
@@ -115,7 +115,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
                 for (int i = first; i < last; ++i) sum += in.dx[c.copies[i]];
                 in.dz[a] = in.dx[a] - in.share[a] * sum;  // dx, were dp 0
             }
-            __syncthreads();  // dz is there before a rank sums its own, and every thread has read `info`
+            __syncthreads();  // dz is written before a rank sums its own, and every thread has read `info`
             double slack = (target - corrects * ds * dp) / p - s;  // ds, were dp 0
             if (threadIdx.x < V::size) {
                 double g = mine ? slack : 0;
@@ -125,9 +125,9 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
                 in.side[V::size + threadIdx.x] = mine;
             }
             if (threadIdx.x == 0) *in.inverse_length = 0;
-            __syncthreads();  // both right-hand sides are there before they are solved for
+            __syncthreads();  // both right-hand sides are written before they are solved for
             potrs(in.matrix, in.side);
-            __syncthreads();  // the solutions are there before any thread reads them
+            __syncthreads();  // the solutions are written before any thread reads them
             double dT = 0, ones = 0;
             for (int r = threadIdx.x % 32; r < V::size; r += 32) {
                 dT += in.side[r];
@@ -135,7 +135,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
             }
             dT = warp_sum(dT) / warp_sum(ones);
             if (!isfinite(dT)) return;
-            double lost = 0;            // of every value, the part that a whole step would take away
+            double lost = 0;            // the largest fraction of any value that a whole step would take away
             if (mine) {
                 dp = in.side[threadIdx.x] - dT * in.side[V::size + threadIdx.x];
                 ds = slack - s / p * dp;
@@ -157,7 +157,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
             }
             unsigned most = __reduce_max_sync(~0u, __float_as_uint(fmaxf(0, float(lost))));
             if (threadIdx.x % 32 == 0) atomicMax(in.inverse_length, most);
-            __syncthreads();  // of all copies and ranks before any thread steps
+            __syncthreads();  // the length allows for all copies and ranks before any thread steps
             length = fmin(1.0, 0.99 / __uint_as_float(*in.inverse_length));
             double left = 1 - length;
             if (!corrects) target = left * left * left * mu;
@@ -172,7 +172,7 @@ __device__ void improve(const Component& c, const Interior& in, int largest, int
     }
 }
 
-// Betters the split of `c`.
+// Improves the split of `c`.
 __device__ void start(const Component& c, const Interior& in) {
     int total = 0, largest = 0;
     for (int r = threadIdx.x % 32; r < c.shape.ranks; r += 32) {
@@ -181,7 +181,7 @@ __device__ void start(const Component& c, const Interior& in) {
     }
     total = __reduce_add_sync(~0u, total);
     largest = __reduce_max_sync(~0u, largest);
-    __syncthreads();  // all have read the loads, and decide alike, before rounding changes them
+    __syncthreads();  // all threads have read the loads, so all decide alike, before rounding changes them
     if (largest > total / c.shape.ranks + (total % c.shape.ranks != 0)) {  // else the start is optimal
         improve(c, in, largest, total);
         __syncthreads();  // x is final before copies of the same expert are rounded
@@ -201,7 +201,7 @@ __device__ void start(const Component& c, const Interior& in) {
                 before = until;
             }
         }
-        __syncthreads();  // tokens and sums are whole before the flow reads them
+        __syncthreads();  // tokens and sums are final before the flow reads them
     }
 }
 
@@ -210,7 +210,7 @@ extern "C" __global__ void __launch_bounds__(V::threads, 1) solve(const Problem 
     double* matrix = reinterpret_cast<double*>(shared);
     double* side = matrix + V::size * V::size;
     unsigned* words = reinterpret_cast<unsigned*>(side + 2 * V::size);
-    double* x = side + 2 * V::size + 2;  // two, not to break the tables' alignment
+    double* x = side + 2 * V::size + 2;  // 2 doubles for `words`, so that the tables stay aligned
     int n = problem.net.max_arcs;
     Interior in{matrix, side, x, x + n, x + 2 * n, x + 3 * n, x + 4 * n, x + 5 * n,
                 words, reinterpret_cast<int*>(words + 1),

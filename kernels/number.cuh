@@ -1,4 +1,4 @@
-// Which pick of its expert each of a rank's picks is.
+// Numbers each of a rank's picks among the picks of its expert.
 #pragma once
 
 #include "counts.cuh"
@@ -51,7 +51,7 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
             }
             before[e] = sum;
         }
-        __syncthreads();  // the sums are there before picks read theirs
+        __syncthreads();  // the sums are written before picks read them
         #pragma unroll
         for (int j = 0; j < per_lane; ++j)
             if (begin + 32 * j < end)

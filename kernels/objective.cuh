@@ -1,7 +1,7 @@
 // Plans by active slots or by cost: one block solves one component for one batch.
 //
-// The flow makes an exact solution: of tokens, or of one unit for each expert with tokens. The search improves it, or
-// all tokens at home. Where no plan can cost less than these, there is neither.
+// The flow finds an exact solution: by tokens, or by one unit for each expert with tokens. The search improves it, or
+// the plan with all tokens at home. Where no plan can cost less than the latter, neither flow nor search runs.
 #pragma once
 
 #include "flow.cuh"
@@ -9,7 +9,7 @@
 
 namespace lplb {
 
-// What the search needs beside the flow, in shared memory.
+// The memory of the search beside that of the flow, in shared memory.
 template <typename V>
 struct Workplace {
     char* at = nullptr;
@@ -17,7 +17,7 @@ struct Workplace {
     static constexpr int LONG = V::size * sizeof(Amount), WORDS = V::size * sizeof(int);
     static constexpr int STEPS = LONG + 13 * WORDS, KEPT = STEPS + 2 * (MAX_COST_STEPS + 2) * int(sizeof(int));
 
-    // Lays it out from `begin`, a multiple of 8, and returns where it ends. Steps are there behind the next barrier.
+    // Lays it out from `begin`, a multiple of 8, and returns its end. Steps are readable behind the next barrier.
     __device__ char* lay_out(const Objective& o, int arcs, char* begin) {
         at = begin;
         max_arcs = arcs;
@@ -25,7 +25,7 @@ struct Workplace {
         return at + KEPT + max_arcs * sizeof(int) + V::threads / 32 * Reach<V>::num_bytes(max_arcs);
     }
 
-    // [size] what ranks count; and of that what stays, and what the others' rows count by these plans.
+    // [size] amounts of ranks; their parts that stay; and the parts of movable rows, at home and by tokens.
     __device__ Amount* amount() const { return in_shared<Amount>(at, 0); }
     __device__ Sums of_stays() const { return {in_shared<unsigned>(at, LONG), V::size}; }
     __device__ Sums of_home() const { return {in_shared<unsigned>(at, LONG + 3 * WORDS), V::size}; }
@@ -36,7 +36,7 @@ struct Workplace {
     // [size] active slots, and tokens in the end.
     __device__ int* active() const { return in_shared<int>(at, LONG + 11 * WORDS); }
     __device__ int* load() const { return in_shared<int>(at, LONG + 12 * WORDS); }
-    // [2, MAX_COST_STEPS + 1] what rows cost; and [arcs] rows.
+    // [2, MAX_COST_STEPS + 1] costs of rows; and [arcs] rows of another plan.
     __device__ int* steps() const { return in_shared<int>(at, STEPS); }
     __device__ int* kept() const { return in_shared<int>(at, KEPT); }
     // Of this warp.
@@ -62,7 +62,7 @@ struct ByObjective {
     Sums total;                 // of one place: the least that all experts cost
     int& num_active;            // base loads and experts with tokens
 
-    // The least that an expert of so many rows costs, over any copies. `per`: for `least_tiles`.
+    // The least cost of an expert with so many rows, over any copies. `per`: divides by `least_tiles`.
     __device__ Amount least_of(int rows, const Divisor& per) const {
         const int* least = place.steps() + MAX_COST_STEPS + 1;
         int tiles = costs.tiles_of(rows);
@@ -76,7 +76,7 @@ struct ByObjective {
         return arc.quota % p.max_replicas == 0 ? load[arc.place] : 0;
     }
 
-    // Counts what stays on each rank, of `c.staying()` tokens. By cost, also what all tokens at home cost, and the least.
+    // Adds up what stays on each rank. By cost, also the cost of all tokens at home, and the least cost of all experts.
     __device__ void count() const {
         Divisor per(o.least_tiles);
         Amount sum = 0;
@@ -94,7 +94,7 @@ struct ByObjective {
             total.set(0, 0);
             num_active = 0;
         }
-        __syncthreads();  // sums are there before any thread adds to them
+        __syncthreads();  // sums are initialised before any thread adds to them
         for (int i = threadIdx.x; i < p.net.max_experts; i += V::threads) {
             int packed = p.net.experts[g * p.net.max_experts + i], rank = packed >> 16;
             if (packed < 0 || rank >= V::size) continue;
@@ -123,7 +123,7 @@ struct ByObjective {
         __syncthreads();  // all is added before the sums are read
     }
 
-    // What the largest rank counts of what stays and, where there are any, of these rows.
+    // The largest amount of a rank: what stays and, where given, these rows.
     __device__ Amount largest_with(const Sums& rows) const {
         Amount counts[V::words];
         int who;
@@ -136,7 +136,7 @@ struct ByObjective {
         return largest_of<V>(counts, who);
     }
 
-    // No plan costs less. `by_slots`: by active slots alone.
+    // A lower bound of the cost of every plan. `by_slots`: the bound by active slots alone.
     __device__ Amount least_cost(Amount& by_slots) const {
         Divisor ranks(c.shape.ranks);
         int most = 0;
@@ -152,7 +152,7 @@ struct ByObjective {
         return max(max(mean, largest_with({nullptr, 0})), by_slots);
     }
 
-    // Puts all tokens home, and keeps the rows that were there.
+    // Puts all tokens home, and keeps the rows of the plan before.
     __device__ void put_home() const {
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             place.kept()[a] = c.tokens[a];
@@ -168,20 +168,20 @@ struct ByObjective {
         }
     }
 
-    // Improves rows that are `c.tokens`, and count so much.
+    // Improves the rows `c.tokens`. `rows`: their amounts by rank.
     __device__ Amount improve_cost(const Sums& rows, Amount least) const {
         if (threadIdx.x < V::size) place.amount()[threadIdx.x] = place.of_stays().at(threadIdx.x) + rows.at(threadIdx.x);
         return Search<V, CountCosts>{c, place.amount(), place.active(), verdicts, place.reach(), costs, load, least, 0, 0}.run();
     }
 
-    // Rows by cost, in `c.tokens`, where the even split is.
+    // Plans by cost: the rows replace the even split in `c.tokens`.
     __device__ void solve_cost() const {
         count();
         Amount by_slots, least = least_cost(by_slots);
         Amount of_home = largest_with(place.of_home()), of_best = 0, of_tokens = 0;
         if (of_home <= least) return put_home();
-        // The search comes before the flow where it would begin at home in any case. Where it finds a plan that costs
-        // the least, no other is needed. Else it comes behind the flow. Both are in the code once.
+        // The search runs before the flow where it would begin at home in any case. If it reaches the bound, no flow is
+        // needed. Else the search runs behind the flow. The loop has the code of both once.
         bool may_begin = 2 * by_slots >= least, is_near = may_begin && 2 * of_home <= 3 * least, from_home = is_near;
         #pragma unroll 1
         for (int turn = is_near; turn < 2 + is_near; ++turn) {
@@ -193,23 +193,23 @@ struct ByObjective {
             }
             if (is_near) {
                 take_kept();
-                __syncthreads();  // the even split is there again before the flow
+                __syncthreads();  // the even split is restored before the flow reads it
             }
             run_flow<V, false>(p, c, edges, ending);
             for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
                 int rows = c.tokens[a];
                 if (rows > 0) place.of_tokens().add(c.arcs[a].rank, costs.of(rows));
             }
-            __syncthreads();  // what the tokens' plan costs is added up
+            __syncthreads();  // the cost of the plan by tokens is added up before it is read
             of_tokens = largest_with(place.of_tokens());
             from_home |= may_begin && 2 * of_home <= 3 * of_tokens;
         }
-        // The first of the cheapest: all at home, what was improved, or the tokens' plan. If two were made, one is kept.
+        // The cheapest, in this order: all at home, the improved plan, the plan by tokens. One of two plans is in `kept`.
         if (of_home <= min(of_best, of_tokens)) put_home();
         else if ((of_best <= of_tokens) == is_near) take_kept();
     }
 
-    // Rows by active slots, in `c.tokens`.
+    // Plans by active slots: the rows are in `c.tokens`.
     __device__ void solve_experts() const {
         count();
         if (threadIdx.x < V::size) {
@@ -242,7 +242,7 @@ struct ByObjective {
             place.of_tokens().add(rank, rows);
             atomicAdd(&place.active()[rank], 1);
         }
-        __syncthreads();  // whole experts are added up
+        __syncthreads();  // rows of whole experts are added up before the sums are read
         if (threadIdx.x < V::size)
             place.amount()[threadIdx.x] = place.staying_tokens()[threadIdx.x] + place.of_tokens().at(threadIdx.x);
         int ranks = c.shape.ranks, mean = ending.total / ranks + (ending.total % ranks != 0);
@@ -250,10 +250,10 @@ struct ByObjective {
                                o.free_rows}.run();
     }
 
-    // Adds up the tokens of each rank, for the threads of ranks alone.
+    // Adds up the tokens of each rank. Only the thread of a rank may read its sum without a barrier.
     __device__ void add_up_loads() const {
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) atomicAdd(&place.load()[c.arcs[a].rank], c.tokens[a]);
-        __syncthreads();  // the loads are added up
+        __syncthreads();  // the loads are added up before they are read
         if (threadIdx.x < V::size) c.load()[threadIdx.x] = place.load()[threadIdx.x];
     }
 };

@@ -6,12 +6,12 @@ using namespace lplb;
 
 extern "C" __global__ void __launch_bounds__(V::threads, 1) plan(
     const void* topk_idx,    // [num_picks] ids in [0, num_ids), -1: none
-    const Picks picks,       // of one chunk; where they are laid out is not asked for
+    const Picks picks,       // of one chunk; its pointers are not used
     const int* logical,      // [num_ids] the expert of each id, -1: none; or null, ids are experts
     int num_ids,
     int num_topk,            // picks of a token, of which no two may be of one expert; or 0
-    int4* head,              // what the row begins with behind its status
-    const Window window,     // where rows are exchanged, if its peers are given; `rows` is not asked for
+    int4* head,              // of the row, behind its status
+    const Window window,     // where rows are exchanged, if its peers are given; `rows` is not used
     int status,              // of this rank, for its row
     const Problem problem,
     const Table table,

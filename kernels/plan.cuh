@@ -1,8 +1,8 @@
 // A whole plan in one launch, of a batch that one block holds.
 //
-// The steps are those of route.cu and flow.cu, by the same functions. What their launches leave each other in memory
-// stays in shared memory here. All tables are on their way before the first is used. Picks are numbered while the rows
-// of other ranks come.
+// The steps are those of route.cu and flow.cu, by the same functions. What those launches pass on in global memory
+// stays in shared memory here. All tables are requested before the first is used. Picks are numbered while the rows
+// of other ranks arrive.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace lplb {
 typedef Variant<SIZE, PARTS, TURNS, MORE, THREADS> V;
 static_assert(V::pushing < V::threads, "threads that do not push have other work meanwhile");
 
-// An array on its way to shared memory. A thread's first elements are under way when it is made.
+// An array that is being copied to shared memory. The constructor issues the loads of a thread's first elements.
 template <typename T, int at_once = 1>
 struct Arriving {
     const T* from;
@@ -39,7 +39,7 @@ struct Arriving {
     }
 };
 
-// The next `number` elements of shared memory.
+// Takes the next `number` elements of shared memory.
 template <typename T>
 __device__ T* take(char*& shared, int number) {
     T* first = reinterpret_cast<T*>(shared);
@@ -94,7 +94,7 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     picks.experts = reinterpret_cast<short*>(routes.mine + M);
     for (int i = threadIdx.x; i < size; i += V::threads) row[i] = 0;
     for (int r = threadIdx.x; r < R; r += V::threads) at_home[r] = 0;
-    __syncthreads();  // all is zero before any thread counts
+    __syncthreads();  // all sums are zero before any thread counts
 
     bool refused = count_picks<V::threads>(given, picks, 0, row + HEAD, p.error_flags, ids);
     long long deadline = 0;
@@ -113,12 +113,12 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     #pragma unroll 1
     for (;; ++g) {
         if (g > 0) {
-            __syncthreads();  // all have read the component before
+            __syncthreads();  // all threads have read the last component before the next one overwrites it
             rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
             of_rank = first_edges<V>(p, g, edges);
             c = lay_out_component<V>(p, g, shared, of_rank, addend);
         }
-        // Tables of placements that may fall into more components end with some that are empty.
+        // Tables have places for the most components that may arise; the last ones may be empty.
         bool is_last = g + 1 == p.num_components || p.net.shape[g + 1].ranks == 0;
         Ending ending = begin<V, general>(p, g, c, shared, addend, quota);
         if (is_last && threadIdx.x >= V::pushing) {
@@ -139,14 +139,14 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
         if (threadIdx.x == 0) endings[g] = ending;
         if (is_last) break;
     }
-    __syncthreads();  // quotas and endings are there before any thread goes by them
+    __syncthreads();  // quotas and endings are written before any thread reads them
 
     batch.endings = endings;
     batch.num_components = g + 1;
     routes.load<V::threads>(table, all_counts, p.counts.stride, quota, batch.rank);
-    status = conclude<V::threads>(batch, look_at_endings<V::threads>(batch));  // behind its barrier the tables above are whole
+    status = conclude<V::threads>(batch, look_at_endings<V::threads>(batch));  // its barrier completes the tables above
     routes.share_out<V::threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
-    __syncthreads();  // the ends of all shares are there before picks look for theirs
+    __syncthreads();  // the ends of all shares are written before picks are compared with them
     constexpr int rewriting = V::threads - 32;
     if (threadIdx.x >= rewriting) {  // one warp keeps the statistics meanwhile
         Batch solved = batch;

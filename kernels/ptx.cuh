@@ -1,5 +1,5 @@
-// Instructions that CUDA C++ has no words for, each behind a function that says what it does. Nothing else
-// in these sources is written in PTX, so a host compiler needs another version of this header only.
+// PTX instructions without an equivalent in CUDA C++, each in a function of its own. No other source has PTX. So a
+// host compiler needs another version of this header only.
 #pragma once
 
 // The clock that all GPUs of a host share.
@@ -9,7 +9,7 @@ __device__ long long nanoseconds() {
     return time;
 }
 
-// A word that another GPU may write meanwhile: whole, as it was before or as it is after.
+// Loads a word that another GPU may write at the same time: the old value or the new one, never a mixture.
 __device__ unsigned long long load_relaxed(const unsigned long long* from) {
     unsigned long long word;
     asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
@@ -20,7 +20,7 @@ __device__ void store_relaxed(unsigned long long* to, unsigned long long word) {
     asm volatile("st.relaxed.sys.global.u64 [%0], %1;" :: "l"(to), "l"(word) : "memory");
 }
 
-// What the writer of the word did before its release is seen by what follows.
+// All that the writer of the word wrote before its release is visible behind this load.
 __device__ unsigned long long load_acquire(const unsigned long long* from) {
     unsigned long long word;
     asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
@@ -33,7 +33,7 @@ __device__ void store_release(unsigned long long* to, unsigned long long word) {
 
 __device__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
-// --- What GPUs have from sm_90 on; older ones never come here.
+// --- Instructions of sm_90 and later; no kernel runs them on older GPUs.
 
 #if __CUDA_ARCH__ >= 900
 #define LPLB_SM_90(...) asm volatile(__VA_ARGS__)
@@ -41,21 +41,21 @@ __device__ void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory")
 #define LPLB_SM_90(...) __trap()
 #endif
 
-// --- Bulk copies: one thread starts them, and they go on beside it. Addresses and sizes are multiples of 16 bytes.
+// --- Bulk copies: one thread starts them, and they run asynchronously. Addresses and sizes are multiples of 16 bytes.
 
 __device__ unsigned shared_address(const void* shared) { return unsigned(__cvta_generic_to_shared(shared)); }
 
-// A word of shared memory in which loads arrive; a phase ends when those that were announced have come.
+// An mbarrier: a word of shared memory that counts arriving bytes. A phase ends when all expected bytes have arrived.
 __device__ void arrivals_init(unsigned long long* arrivals) {
     LPLB_SM_90("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(arrivals)) : "memory");
 }
 
-// What this thread wrote to shared memory is seen by the copies that follow.
+// Makes this thread's writes to shared memory visible to the copies that follow.
 __device__ void arrivals_are_ready() {
     LPLB_SM_90("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// What this thread has seen happen in global memory is before the copies that follow.
+// Orders the copies that follow behind all accesses to global memory that this thread has seen.
 __device__ void fence_bulk() { LPLB_SM_90("fence.proxy.async.global;" ::: "memory"); }
 
 // Begins a phase of `bytes`, loaded by the calls of `bulk_load` that follow.
@@ -83,7 +83,7 @@ __device__ void bulk_store(void* to, const void* shared, int bytes) {
               :: "l"(to), "r"(shared_address(shared)), "r"(bytes) : "memory");
 }
 
-// The stores since the last group are one, perhaps of none.
+// Makes one group of the stores since the last group, which may be empty.
 __device__ void bulk_end_group() { LPLB_SM_90("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // Waits until all groups but the last `number` have read their shared memory.
@@ -92,19 +92,19 @@ __device__ void bulk_wait_read() {
     LPLB_SM_90("cp.async.bulk.wait_group.read %0;" :: "n"(number) : "memory");
 }
 
-// Waits until all that this thread stored has come.
+// Waits until all stores of this thread are written.
 __device__ void bulk_wait() { LPLB_SM_90("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// --- Clusters: blocks that run at the same time, and send each other words. A word comes into the other block's shared
-// memory, and then it counts there as arrived. Who has waited for all of a phase sees them, without a fence.
+// --- Clusters: blocks that run at the same time and send each other words. A word is written to the other block's shared
+// memory and counted by an mbarrier there. A thread that has waited for a phase sees all its words, without a fence.
 
-// A barrier of all threads of a cluster, in two parts. It orders no memory: a fence of the whole memory, as it would
-// need, takes as long as a load. Words of arrivals that were made ready before the first part are so behind the second.
+// A barrier of all threads of a cluster, in two parts. It orders no memory, since a fence would take as long as a load.
+// Only mbarriers that were initialised before the first part are visible as such behind the second.
 __device__ void arrivals_are_ready_for_cluster() { LPLB_SM_90("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 __device__ void cluster_arrive() { LPLB_SM_90("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 __device__ void cluster_wait() { LPLB_SM_90("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
-// Where a block of the cluster has a variable of shared memory. `shared`: where this block has its own.
+// The address of a shared variable in another block of the cluster. `shared`: its address in this block.
 __device__ unsigned address_in(int block, const void* shared) {
     unsigned address = shared_address(shared);
     LPLB_SM_90("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(address) : "r"(block));
@@ -122,7 +122,7 @@ __device__ void send(int block, int4* to, int4 value, unsigned long long* arriva
                   "r"(address_in(block, arrivals)) : "memory");
 }
 
-// Raises a word to a value, if it is less.
+// Raises a word to a value, if the word is less.
 __device__ void send_at_least(int block, unsigned* to, unsigned value, unsigned long long* arrivals) {
     LPLB_SM_90("red.async.relaxed.cluster.shared::cluster.mbarrier::complete_tx::bytes.max.u32 [%0], %1, [%2];"
                :: "r"(address_in(block, to)), "r"(value), "r"(address_in(block, arrivals)) : "memory");
@@ -134,7 +134,7 @@ __device__ void barrier_of_first() {
     asm volatile("bar.sync 1, %0;" :: "n"(threads) : "memory");
 }
 
-// The address as it is, made here: the compiler keeps it in a register instead of making it anew.
+// Returns the address unchanged. The compiler keeps it in a register instead of computing it again.
 template <typename T>
 __device__ void keep_in_register(T*& address) {
     asm volatile("" : "+l"(address));

@@ -6,13 +6,13 @@
 namespace lplb {
 
 template <typename V>
-struct ResidualEdge {           // along which tokens may move, ready for use
+struct ResidualEdge {           // an edge along which tokens may move, with addresses ready
     typename V::Set target;     // a bit; none: no edge
-    int arc, to, rank;          // where `tokens` and `excess` have the two copies and the target
+    int arc, to, rank;          // indices of the two copies in `tokens`, and of the target in `excess`
     unsigned same;              // edges of the same copy, as bits of the chunk
 };
 
-// The `number` bits from `begin` on that a chunk has.
+// The `number` bits from `begin` on, as far as they are of the chunk.
 template <typename V>
 __device__ unsigned bits_of_chunk(int begin, int number) {
     if constexpr (V::wide) {
@@ -40,8 +40,8 @@ __device__ void make_ready(const Edge* edges, int number, int chunk, ResidualEdg
     }
 }
 
-// One layer of a wave: a rank's excess goes to the ranks `down`, in the layer below. Those of the lowest layer
-// take no more than their deficit. Lanes of ranks that do not push come along.
+// One layer of a wave: ranks push their excess to the ranks `down`, in the layer below. Ranks of the lowest layer
+// take no more than their deficit. Lanes whose ranks do not push run along, since votes and shuffles take all lanes.
 template <typename V, bool general>
 __device__ void push(const Component<V>& c, const ResidualEdge<V> (&first)[V::turns], bool pushes,
                      typename V::Set down, bool lowest) {
@@ -67,8 +67,8 @@ __device__ void push(const Component<V>& c, const ResidualEdge<V> (&first)[V::tu
             offer[i] = available[i];
         }
         if (c.shape.most_nth > 0) {
-            // The edges of one copy share what it has: each takes half of what the earlier ones left, the
-            // last all. Those of another chunk do so with what this one leaves.
+            // The edges of one copy share its tokens. Each takes half of what the earlier ones left, and the last
+            // takes all. Edges in the next chunk share the rest in the same way.
             unsigned usable_edges = 0;
             #pragma unroll
             for (int i = 0; i < V::turns; ++i) {
@@ -104,13 +104,13 @@ __device__ void push(const Component<V>& c, const ResidualEdge<V> (&first)[V::tu
             atomicAdd(&c.tokens[edges[i].to], tokens);
             atomicSub(&c.tokens[edges[i].arc], tokens);
         }
-        if (V::parts > 1) __syncwarp();  // all threads of the rank have read its excess before the last writes it
-        // No one else adds to a rank while it pushes.
+        if (V::parts > 1) __syncwarp();  // all threads of the rank have read its excess before the last thread writes it
+        // No other thread adds to a rank's excess while the rank pushes.
         if (part == V::parts - 1 && excess > 0) c.excess()[rank] = max(0, excess - sum);
         if (!V::more || chunk + V::chunk >= c.shape.most_edges) return;
         excess = max(0, excess - __shfl_sync(~0u, sum, V::parts - 1, V::parts));
         make_ready<V>(c.edges, c.end_of_edges(), chunk + V::chunk, edges);
-        __syncwarp();  // what this chunk took from a copy is gone before the next reads what it has
+        __syncwarp();  // this chunk's tokens are subtracted before the next chunk reads a copy's rest
     }
 }
 

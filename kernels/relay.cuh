@@ -1,8 +1,8 @@
 // Rows of counts between nodes, by the first rank of each.
 //
 // `gather` collects its node's rows. NVSHMEM puts them into the memory of the first rank of every other node,
-// with a signal. `broadcast` writes what came from there into the windows of its own node. A row that is late
-// is given up a little earlier at each station, so that those who wait for it learn which it is.
+// with a signal. `broadcast` writes the rows of other nodes into the windows of its own node. The time limit of each
+// step is a little shorter than that of the step behind it. So the ranks that wait learn which row is late.
 #pragma once
 
 #include "exchange.cuh"
@@ -20,7 +20,7 @@ __device__ void gather_rows(const Window& window, const Relay& relay, int batch,
                           any_late |= !is_of(word, batch);
                           words[i] = is_of(word, batch) ? word : word_of(batch, LATE);
                       });
-    if (!__syncthreads_or(any_late)) return;  // all words are written before late rows are completed
+    if (!__syncthreads_or(any_late)) return;  // all words are written before late rows are filled in
     for (int source = threadIdx.x; source < count; source += threads) {
         Word* row = words + source * size;
         bool is_late = false;
@@ -34,7 +34,7 @@ __device__ void gather_rows(const Window& window, const Relay& relay, int batch,
     }
 }
 
-// Hands the rows of the other nodes to the ranks of this one, and waits for all; one block.
+// Writes the rows of the other nodes to the ranks of this one, and waits for all rows; one block.
 template <int threads>
 __device__ void broadcast_rows(const Window& window, const Relay& relay, int batch, int size) {
     int count = relay.node_size, number = count * size;
@@ -46,7 +46,7 @@ __device__ void broadcast_rows(const Window& window, const Relay& relay, int bat
         while (node != relay.node && ((unsigned(sent) - unsigned(batch)) & MAX_TOTAL) > MAX_TOTAL / 2 &&
                nanoseconds() <= deadline);
     }
-    __syncthreads();  // all signals have come before any thread reads what they announce
+    __syncthreads();  // all signals have arrived before any thread reads the rows behind them
     for (int node = 0; node < nodes; ++node) {
         const Word* words = relay.received + (2 * node + (batch & 1)) * number;
         for (int i = threadIdx.x; node != relay.node && i < count * number; i += threads) {

@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(threads) count(
     int num_ids,
     int num_topk,                        // picks of a token, of which no two may be of one expert; or 0
     int* __restrict__ row,               // [HEAD + E], zeroed; or null
-    int4* __restrict__ head,             // what the row begins with behind its status
+    int4* __restrict__ head,             // of the row, behind its status
     volatile int* error_flags,           // in the host's memory
     const Window window,
     int status) {
@@ -41,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(threads) count(
     if (window.peers != nullptr) exchange<threads>(window, row, HEAD + picks.num_experts, histogram);
 }
 
-// Of the first rank of a node, one block each: they take the node's rows to other nodes, and theirs to it.
+// Launched by the first rank of a node, one block each: rows of the node to other nodes, and rows of those back.
 extern "C" __global__ void __launch_bounds__(threads) gather(
     const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
     gather_rows<threads>(window, relay, *num_batches, size);
@@ -80,7 +80,7 @@ extern "C" __global__ void split(
         for (int r = n * table.num_ranks_per_node; r < (n + 1) * table.num_ranks_per_node; ++r)
             supply[n] += counts[size_t(r) * E + e];
     }
-    __syncthreads();  // the copies and the nodes' tokens are there before threads share them out
+    __syncthreads();  // the copies and the nodes' tokens are written before threads share them out
     Expert expert{N, rank, node, local, remote, supply, nodes};
     for (int r = threadIdx.x; r < R; r += blockDim.x) {
         int before = 0, home = r / table.num_ranks_per_node;
@@ -91,8 +91,8 @@ extern "C" __global__ void split(
     }
 }
 
-// What the block that keeps the statistics needs, in shared memory. It is loaded before the block knows how the batch ends,
-// as the other blocks load theirs: `tally` knows which of it is valid.
+// The input of the block that keeps the statistics, in shared memory. It is loaded before the batch's status is known, as
+// the other blocks load theirs. `tally` knows which of it is valid.
 struct Kept {
     int *at_home, *rank_load;  // [R]
     int* guests;               // [num_guests]
@@ -126,8 +126,8 @@ extern "C" __global__ void __launch_bounds__(threads) route(
     else routes.load<threads>(table, batch.counts, table.num_experts, batch.quota, batch.rank);
     bool reused = is_reused(batch.turn);
     int status = REUSED;
-    if (reused) __syncthreads();  // what was loaded is whole
-    else status = conclude<threads>(batch, worst);  // and so it is behind its barrier
+    if (reused) __syncthreads();  // all is loaded before any thread reads it
+    else status = conclude<threads>(batch, worst);  // has such a barrier
     if (keeps_statistics) {
         if (status < BAD_COUNTS)
             keep_sample(batch.statistics, table, batch, batch.counts, table.num_experts, word, threadIdx.x, threads);
@@ -139,7 +139,7 @@ extern "C" __global__ void __launch_bounds__(threads) route(
     }
     if (reused) routes.reuse<threads>(table, batch.own, batch.rank);
     else routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
-    __syncthreads();  // the ends of all shares are there before picks look for theirs
+    __syncthreads();  // the ends of all shares are written before picks are compared with them
     for (; n < end; n += threads) {
         physical[n] = Index(routes.slot_of(expert, position));
         if (n + threads < end) {
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(threads) route(
     if (threadIdx.x == 0) end_batch(batch, status);
 }
 
-// Slots for picks that were planned in the place of others: where a pick was none, it has none.
+// Planned slots, without those of picks that the caller has masked since.
 extern "C" __global__ void mask(
     const Index* given,    // [num_picks] -1: none
     const Index* planned,  // [num_picks]

@@ -6,12 +6,12 @@
 
 namespace lplb {
 
-// How the heads of the rows say that the batch fares: raises `status` in shared memory to the largest.
+// Checks the heads of the rows, and raises `status` in shared memory to the largest status that they show.
 template <int threads>
 __device__ void check_heads(const Counts& counts, int* status) {
     for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += threads) {
         int word = i % HEAD, value = counts_of(counts, i / HEAD)[word - HEAD];
-        // A row of another kind may have anything in its place.
+        // A row that is not of this exchange may have any value there.
         if (word == HEAD_STATUS && unsigned(value) >= NUM_STATUSES) value = OUT_OF_STEP;
         if (word == HEAD_STATUS && value != OPTIMAL) atomicMax(status, value);
         if (word > HEAD_STATUS && value != counts_of(counts, counts.rank)[word - HEAD])
@@ -19,10 +19,10 @@ __device__ void check_heads(const Counts& counts, int* status) {
     }
 }
 
-constexpr int FEW_COLUMNS = 8;  // up to which a thread writes the quotas of its expert
+constexpr int FEW_COLUMNS = 8;  // up to so many, a thread writes all quotas of its expert
 
-// Writes the quotas of experts as they are before the flow, by whole warps: a row of many columns takes few stores.
-// `mine`: whether this thread has an expert; `first` is the quota of its first copy.
+// Writes the quotas that experts have before the flow, by whole warps, since a row of many columns then takes few stores.
+// `mine`: whether this thread has an expert. `first`: the quota of its first copy.
 __device__ void write_rows(int* __restrict__ quota, int max_replicas, bool mine, int expert, int first) {
     for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
         int lane = __ffs(int(left)) - 1, row = __shfl_sync(~0u, expert, lane) * max_replicas;
@@ -33,9 +33,9 @@ __device__ void write_rows(int* __restrict__ quota, int max_replicas, bool mine,
 
 // Adds up the counts of the experts of component g, and writes the quotas of those with one copy.
 //
-// `load` [arcs] gets the load of each expert with several copies, by its place. To `staying` [size] that of
-// the other experts is added, by rank. `packed` is this thread's first expert, `base` the load that stays on
-// this thread's rank.
+// `load` [arcs] gets the load of each expert with several copies, by its place. The loads of the other experts are
+// added to `staying` [size], by rank. `packed` is this thread's first expert, and `base` the base load of this
+// thread's rank.
 //
 // Returns the batch's status and total, the same to every thread. The status is BAD_COUNTS if a count is
 // negative or the total too large, and INFEASIBLE if an only copy may not have its tokens.
@@ -51,7 +51,7 @@ __device__ Ending add_up(const Problem& p, int g, int* load, int* staying, int* 
         status = OPTIMAL;
         total = {0, 0};
     }
-    __syncthreads();  // both are there, and `staying`, before any thread adds to them
+    __syncthreads();  // both and `staying` are initialised before any thread adds to them
     for (int i = threadIdx.x / sharing, row = threadIdx.x % sharing;;) {
         int expert = packed & 0xffff, home = packed >> 16, signs = 0;
         long long sum = 0;
@@ -90,7 +90,7 @@ __device__ Ending add_up(const Problem& p, int g, int* load, int* staying, int* 
     }
     check_heads<V::threads>(counts, &status);
     if (p.base != nullptr) total.add(base);
-    __syncthreads();  // all is added before the sums are read, and `load` and the arcs are there
+    __syncthreads();  // all is added, and `load` and the arcs are written, before any thread reads them
     if (total.value() > MAX_TOTAL) return {max(status, BAD_COUNTS), 0, 0, 0};
     return {status, int(total.value()), 0, 0};
 }

@@ -1,19 +1,20 @@
 // The search that improves a plan by active slots or cost: lplb_ep/planning/objectives.py defines it.
 //
-// The ranks that count most pass rows on, each along a chain of experts' copies. A warp looks for each chain: of the
-// largest rank by several aims, of others by the first. Its lanes share the arcs that may leave the ranks of the
-// chain's front. Each rank keeps the best move that reaches it, as the least of 32-bit keys. So no result depends on
-// the order of threads. A round has two barriers of the block, and no more work for an aim without a chain.
+// The ranks with the largest amounts pass rows on, each along a chain of experts' copies. Each warp looks for one chain:
+// several warps from the largest rank with different aims, the others from other ranks with the first aim. The lanes of
+// a warp share the arcs that may leave the ranks of the chain's front. Each rank keeps the best move that reaches it, as
+// the least of 32-bit keys. So no result depends on the order of threads. A round has two barriers of the block. An aim
+// without a chain costs no further round.
 #pragma once
 
 #include "component.cuh"
 
 namespace lplb {
 
-typedef long long Amount;  // what a rank counts: tokens, or nanoseconds
+typedef long long Amount;  // the quantity that is balanced: tokens, or nanoseconds
 typedef unsigned Key;      // of a move: the least is best
 
-// Divides by the same number again and again, without the long way of a division.
+// Divides by one number repeatedly, by a multiplication instead of a division.
 struct Divisor {
     unsigned number, inverse;
 
@@ -24,7 +25,7 @@ struct Divisor {
         return quotient + (dividend - quotient * number >= number);
     }
 
-    // Of one that is not negative.
+    // Of an amount that is not negative.
     __device__ Amount of_amount(Amount dividend) const {
         return dividend >> 32 == 0 ? Amount(of(unsigned(dividend))) : dividend / number;
     }
@@ -42,7 +43,7 @@ struct CountTokens {
 struct CountCosts {
     static constexpr bool limits_slots = false;
 
-    const int* steps;  // [1 + number] of a slot, by tiles; in shared memory
+    const int* steps;  // [1 + number] cost of a slot by its tiles, in shared memory
     int number, slope;
     Divisor tile, per;
 
@@ -56,7 +57,7 @@ struct CountCosts {
         return steps[inside] + Amount(slope) * (tiles - inside);
     }
 
-    // The most rows that cost at most so much, in whole tiles; -1 below 0.
+    // The most rows, in whole tiles, that cost at most `amount`; -1 if that is negative.
     __device__ int most_rows(Amount amount) const {
         if (amount < 0) return -1;
         int last = steps[number];
@@ -64,10 +65,10 @@ struct CountCosts {
             Amount more = slope > 0 ? min(per.of_amount(amount - last), Amount(MAX_TOTAL)) : MAX_TOTAL;
             return int(min((number + more) * tile.number, Amount(MAX_TOTAL)));
         }
-        int tiles = 0, most = int(amount);  // below the last step
+        int tiles = 0, most = int(amount);  // `amount` is below the last step, so it fits
         #pragma unroll 1
         for (int width = number < 64 ? 16 : 64; width > 0; width /= 4) {
-            int enough = 0;  // quarters that cost no more: steps never fall
+            int enough = 0;  // steps at quarters of the range that cost no more: costs never fall
             #pragma unroll
             for (int i = 1; i < 4; ++i) enough += steps[min(tiles + i * width, number)] <= most;
             tiles += enough * width;
@@ -127,7 +128,7 @@ __device__ T* in_shared(char* at, int offset) {
     return array;
 }
 
-// What a warp's chain knows of the ranks that it has reached; [size] each.
+// The state of a warp's chain: the ranks that it has reached. [size] each.
 template <typename V>
 struct Reach {
     char* at;
@@ -135,7 +136,7 @@ struct Reach {
 
     __device__ static constexpr int num_bytes(int max_arcs) { return V::size * 48 + (max_arcs + 3) / 4 * 8; }
 
-    // What the rank counts with the rows, and the one that passed them on without; and their active slots.
+    // The rank's amount with the rows, and the amount without them of the rank that passed them on; and active slots.
     __device__ Amount* amount() const { return in_shared<Amount>(at, 0); }
     __device__ Amount* rest() const { return in_shared<Amount>(at, LONG); }
     __device__ int* active() const { return in_shared<int>(at, 2 * LONG); }
@@ -143,23 +144,23 @@ struct Reach {
     // The rank that passed them on, and the chain's second rank.
     __device__ int* from() const { return in_shared<int>(at, 2 * LONG + 2 * WORDS); }
     __device__ int* via() const { return in_shared<int>(at, 2 * LONG + 3 * WORDS); }
-    // The arcs that they left and entered, and how many they are.
+    // The arcs that the rows left and entered, and the number of rows.
     __device__ int* left() const { return in_shared<int>(at, 2 * LONG + 4 * WORDS); }
     __device__ int* entered() const { return in_shared<int>(at, 2 * LONG + 5 * WORDS); }
     __device__ int* moved() const { return in_shared<int>(at, 2 * LONG + 6 * WORDS); }
-    // Of the best move to a rank; and [arcs] those that may leave the front.
+    // The key of the best move to a rank; and [arcs] the arcs that may leave the front.
     __device__ Key* keys() const { return in_shared<Key>(at, 2 * LONG + 7 * WORDS); }
     __device__ unsigned short* leaving() const { return in_shared<unsigned short>(at, 2 * LONG + 8 * WORDS); }
 };
 
-// What the warps tell one another in a round.
+// The results that the warps of a block exchange in a round.
 template <typename V>
 struct Verdicts {
     typename V::Set touched[NUM_AIMS + NUM_OTHERS];  // ranks of the chain that each has found; none: no chain
-    int first;                                       // aim that has a chain, as far as is known
+    int first;                                       // the first aim for which a chain is known
 };
 
-// A search: what it goes by, and this warp's chain.
+// A search: its input, and this warp's chain.
 template <typename V, typename Measure>
 struct Search {
     typedef typename V::Set Set;
@@ -168,28 +169,28 @@ struct Search {
     static_assert(WARPS >= NUM_AIMS + NUM_OTHERS, "a warp looks for each chain");
 
     const Component<V>& c;
-    Amount* amount;             // [size] what a rank counts
-    int* active;                // [size] slots with rows; where they are limited
+    Amount* amount;             // [size] of each rank
+    int* active;                // [size] slots with rows, where these are limited
     Verdicts<V>& verdicts;
     Reach<V> reach;
     Measure measure;
     const int* load;            // of experts, by place
     Amount least;               // a lower bound of the largest rank
-    int most_active;            // slots of a rank that may have rows
-    int splits_above;           // experts of more rows may go in parts
+    int most_active;            // the most slots of a rank that may have rows
+    int splits_above;           // only experts with more rows may be split
 
-    int unit = 0;               // bits by which amounts are shortened where they are compared
+    int unit = 0;               // bits that are dropped where amounts are compared
     Amount aim = 0;
-    int first = 0;              // rank of the chain
-    // The last move, where this lane has found it.
+    int first = 0;              // the rank at which the chain begins
+    // The last move of the chain, if this lane has found it.
     bool is_mine = false;
     int arc = 0, to = 0, moved = 0, left_active = 0, end_active = 0, source = 0, target = 0;
     Amount rest = 0, end = 0;
 
-    // What a rank that a chain has reached passes on along an arc.
+    // The rows that a rank in the chain passes on along an arc.
     struct Leaving {
-        int moved, active;      // 0: nothing can leave; the rank's active slots behind it
-        Amount rest;            // what the rank counts behind it
+        int moved, active;      // rows, 0: none can leave; then the rank's active slots
+        Amount rest;            // then the rank's amount
     };
 
     __device__ Leaving leaving(const Arc& arc, int rows) const {
@@ -209,8 +210,8 @@ struct Search {
         return c.copies[arc.place + number_of<V>(Set(arc.ranks) & below<V>(rank))];
     }
 
-    // What a rank counts, and its active slots, with more rows of an arc. Where a chain comes back to its first
-    // rank, `from` is the rank that passes them on.
+    // The amount of a rank, and its active slots, with more rows of an arc. Where a chain returns to its first
+    // rank, `from` is the rank that passes the rows on.
     __device__ Amount with(int to, int rank, int moved, int from, int& active) const {
         int rows = c.tokens[to];
         bool closes = rank == first;
@@ -218,7 +219,7 @@ struct Search {
         return (closes ? reach.rest()[reach.via()[from]] : amount[rank]) - measure.of(rows) + measure.of(rows + moved);
     }
 
-    // Collects the arcs that may leave the front; their number.
+    // Collects the arcs that may leave the front. Returns their number.
     __device__ int find_leaving(Set front) const {
         int lane = threadIdx.x % 32, number = 0;
         for (int begin = 0; begin < c.shape.arcs; begin += 32) {
@@ -232,12 +233,12 @@ struct Search {
             if (may) reach.leaving()[number + __popc(all & ((1u << lane) - 1))] = static_cast<unsigned short>(a);
             number += __popc(all);
         }
-        __syncwarp();  // the arcs are there before other lanes take them
+        __syncwarp();  // the arcs are written before other lanes read them
         return number;
     }
 
-    // Finds the best moves from the front to other ranks. The best that ends a chain stays with its lane; its key is
-    // the same to every lane.
+    // Finds the best moves from the front to other ranks. The best move that ends a chain stays in the lane that found
+    // it. Returns its key, the same to every lane.
     __device__ Key find_moves(int number, Set seen, bool may_close) {
         Key best = NONE;
         for (int i = threadIdx.x % 32; i < number; i += 32) {
@@ -275,7 +276,7 @@ struct Search {
         return least_key;
     }
 
-    // Remembers how a rank was reached.
+    // Records how a rank was reached.
     __device__ void take(Key key, int rank) const {
         int a = int(key & 0xffff), active;
         Arc leaves = c.arcs[a];
@@ -292,8 +293,8 @@ struct Search {
         reach.moved()[rank] = leave.moved;
     }
 
-    // Looks for a chain; whether there is one, the same to every lane. `attempt`: of the largest rank, by number; it
-    // gives up where an earlier one has a chain.
+    // Looks for a chain. Returns whether it found one, the same to every lane. `attempt`: the number of the largest
+    // rank's aim; the search ends where an earlier aim has a chain.
     __device__ bool find_chain(int attempt) {
         int lane = threadIdx.x % 32;
         #pragma unroll
@@ -304,7 +305,7 @@ struct Search {
             reach.entered()[first] = -1;
             if (Measure::limits_slots) reach.active()[first] = active[first];
         }
-        __syncwarp();  // no move is known, and all lanes know where the chain begins
+        __syncwarp();  // keys and the first rank's state are initialised before any lane uses them
         Set seen = Set(1) << first, front = seen;
         #pragma unroll 1
         for (int length = 0; length < CHAIN; ++length) {
@@ -313,7 +314,7 @@ struct Search {
                 if (__shfl_sync(~0u, known, 0) < attempt) return false;
             }
             if (find_moves(find_leaving(front), seen, length > 0) != NONE) return true;
-            __syncwarp();  // the best moves are known
+            __syncwarp();  // all keys are final before they are read
             bool flag[V::words];
             #pragma unroll
             for (int i = 0; i < V::words; ++i) {
@@ -327,12 +328,12 @@ struct Search {
             front = vote<V>(flag);
             if (front == 0) return false;
             seen |= front;
-            __syncwarp();  // ranks are reached before chains go on from them
+            __syncwarp();  // the new front is recorded before the next step reads it
         }
         return false;
     }
 
-    // The ranks of a chain that was found, but for its first and its last one.
+    // The ranks of the chain that was found, without its first and its last one.
     __device__ Set path() const {
         unsigned lane = __ffs(int(__ballot_sync(~0u, is_mine))) - 1;
         Set path{};
@@ -340,7 +341,7 @@ struct Search {
         return path;
     }
 
-    // Makes the moves of a chain, a lane each. No two of them change the same, since the chain comes to a rank once.
+    // Makes the moves of a chain, one by each lane. No two moves change the same rank: a chain reaches each rank once.
     __device__ void make_moves(Set path) {
         int lane = threadIdx.x % 32;
         bool closes = __any_sync(~0u, is_mine && target == first);
@@ -364,13 +365,13 @@ struct Search {
         if (Measure::limits_slots) active[rank] = slots;
     }
 
-    // Improves the rows of the arcs, which are `c.tokens`, from what ranks count with them. What the largest rank
-    // counts then, the same to every thread. All of it is there before, and behind it.
+    // Improves the rows of the arcs, `c.tokens`. `amount` has the ranks' amounts with these rows. Returns the largest
+    // amount in the end, the same to every thread. Barriers are before it and at its end.
     __device__ Amount run() {
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32, worst;
         Amount finest = max(Amount(1), least >> FINEST), step = 0, most = 0;
         if (threadIdx.x == 0) verdicts.first = NUM_AIMS;
-        __syncthreads();  // the verdict is there before any warp looks at it
+        __syncthreads();  // the verdict is initialised before any warp reads it
         #pragma unroll 1
         for (int round = 0;; ++round) {
             Amount counts[V::words];
@@ -384,7 +385,7 @@ struct Search {
             Amount steps[NUM_AIMS];
             steps[0] = step == 0 ? max(finest, above / 2) : step;
             #pragma unroll
-            for (int i = 1; i < NUM_AIMS; ++i)  // 0 behind the last
+            for (int i = 1; i < NUM_AIMS; ++i)  // 0 behind the last step
                 steps[i] = steps[i - 1] > finest ? max(finest, steps[i - 1] >> SHRINK) : 0;
             Amount own = steps[0];
             #pragma unroll
@@ -411,7 +412,7 @@ struct Search {
                 touched = between | Set(1) << first | Set(1) << __shfl_sync(~0u, target, mine);
             }
             if (lane == 0 && warp < NUM_AIMS + NUM_OTHERS) verdicts.touched[warp] = touched;
-            __syncthreads();  // all chains are known, and no warp looks for one
+            __syncthreads();  // all warps have ended their search before moves change what it reads
             int found = NUM_AIMS;
             Set taken{};
             #pragma unroll
@@ -439,7 +440,7 @@ struct Search {
                 if (moves) make_moves(between);
                 if (threadIdx.x == 0) verdicts.first = NUM_AIMS;
             }
-            __syncthreads();  // moves are made before ranks are looked at, and verdicts are read before others
+            __syncthreads();  // moves are made before amounts are read; verdicts are read before they are overwritten
         }
         return most;
     }

@@ -3,7 +3,7 @@
 
 namespace lplb {
 
-// Of more ranks than a word has bits.
+// A set of more ranks than a word has bits.
 template <int words>
 struct __align__(16) Wide {
     unsigned word[words];
@@ -31,7 +31,7 @@ template <int words> struct Bits { typedef Wide<words> Type; };
 template <> struct Bits<1> { typedef unsigned Type; };
 template <> struct Bits<2> { typedef unsigned long long Type; };
 
-// Whether there is a rank in a set.
+// Whether a set has any rank.
 template <typename Set>
 __device__ bool any(const Set& set) { return set != 0; }
 template <int words>
@@ -62,7 +62,7 @@ template <typename Set>
 __device__ bool has(const Set& set, int rank) { return set >> rank & 1; }
 template <int words>
 __device__ bool has(const Wide<words>& set, int rank) {
-    return any(set & only<Wide<words>>(rank));  // a word that is picked by its number would lie in memory
+    return any(set & only<Wide<words>>(rank));  // an index into `word` would move the set from registers to memory
 }
 
 // Puts 32 ranks into a set that has none of them.
@@ -98,12 +98,12 @@ __device__ void add_to_set(Set* set, int rank) {
     atomicOr(reinterpret_cast<unsigned*>(set) + rank / 32, 1u << rank % 32);
 }
 
-// A load that stays where it is written, so that it is under way early, and in the order of a warp.
+// A load that the compiler does not move: it is issued early, and in the order of its warp's accesses.
 template <typename T>
 __device__ T early(const T* at) {
     return *static_cast<const volatile T*>(at);
 }
-// By whole 16 bytes, which no volatile access has: a barrier is between it and whoever writes the set.
+// In loads of 16 bytes, which cannot be volatile. So a barrier separates it from the writers of the set.
 template <int words>
 __device__ Wide<words> early(const Wide<words>* at) {
     return *at;

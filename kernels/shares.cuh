@@ -7,8 +7,8 @@ namespace lplb {
 __device__ int overlap(int a, int b, int c, int d) { return max(0, min(b, d) - max(a, c)); }
 
 // One expert's copies in a batch, in shared memory. Its tokens are served in three stages: by copies on their
-// own rank, then by the others of their node, then by the rest. At each stage tokens in rank order, and what
-// copies still take in column order, are laid end to end.
+// own rank, then by the others of their node, then by the rest. At each stage the tokens in rank order are matched with
+// what the copies still take, in column order.
 struct Expert {
     int num_copies;
     const int* rank;    // [num_copies]
@@ -18,7 +18,7 @@ struct Expert {
     const int* supply;  // [num_nodes] tokens on the ranks of each
     int num_nodes;
 
-    // A node's tokens beyond those that copies take of their own ranks. `demand`: how many more these take.
+    // A node's tokens without those that copies take of their own ranks. `demand`: how many more its copies can take.
     __device__ int left(int n, int& demand) const {
         int tokens = supply[n];
         demand = 0;

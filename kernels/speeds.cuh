@@ -5,8 +5,8 @@
 
 namespace lplb {
 
-// Finds the least time in which the ranks of `set` take `load` whole tokens between them. By it the limits of
-// the ranks of this lane rise, and `own`, that of this thread's rank. By whole warps.
+// Finds the least time in which the ranks of `set` together compute `load` whole tokens. Raises the limits of this
+// lane's ranks to it, and `own`, the limit of this thread's rank. By whole warps.
 template <typename V>
 __device__ void raise_limits(const Component<V>& c, typename V::Set set, int load, int (&limit)[V::words], int& own,
                              int rank) {
@@ -25,7 +25,7 @@ __device__ void raise_limits(const Component<V>& c, typename V::Set set, int loa
         done[i] = inside ? int(Long(load) * speed[i] / speeds) : -1;
         short_of -= __reduce_add_sync(~0u, inside ? done[i] : 0);
     }
-    // Rounding down loses at most a token a rank: each goes to whoever ends it first.
+    // Rounding down loses at most one token a rank. Each lost token goes to the rank that would finish it first.
     Long tokens = load, time = speeds;
     for (; short_of > 0; --short_of) {
         Long next = MAX_TOTAL, pace = 1;

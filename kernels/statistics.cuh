@@ -1,4 +1,4 @@
-// What a planner's batches come to: sums that the kernels keep, and loads of some batches.
+// Statistics of a planner's batches: sums that the kernels keep, and the loads of sampled batches.
 #pragma once
 
 #include "counts.cuh"
@@ -7,21 +7,21 @@ namespace lplb {
 
 static_assert(NUM_TOTALS < 32, "a lane has each of the totals, and one the window");
 
-// This lane's word of the totals, or the window; to be read early, since `tally` writes it.
+// This lane's word of the totals, or the window. It is read before `tally` overwrites it.
 __device__ long long word_of_totals(const Statistics& statistics) {
     int lane = threadIdx.x % 32;
     return lane <= NUM_TOTALS ? statistics.totals[lane] : 0;
 }
 
-// How many batches the totals have, by a whole warp.
+// The number of batches in the totals, by a whole warp.
 __device__ unsigned num_batches(long long word) {
     unsigned lane = threadIdx.x % 32;
     return __reduce_add_sync(~0u, lane >= NUM_TALLIES && lane < NUM_TOTALS ? unsigned(word) : 0u);
 }
 
 // Keeps the loads [E] of a batch whose counts are known, if it is to be sampled. By whole warps, of which one has thread
-// 0. What a backward pass plans again is no further batch: layers that are recomputed and others have the same batches
-// sampled. Batches without an exchange have no counts. A rank's counts lie `stride` from the next one's.
+// 0. A batch that a backward pass plans again does not count: so layers with and without recompute sample the same
+// batches. Batches without an exchange have no counts. A rank's counts lie `stride` from the next one's.
 __device__ void keep_sample(const Statistics& statistics, const Table& table, const Batch& batch, const int* counts,
                             int stride, long long word, int thread, int num_threads) {
     if (statistics.num_samples == 0 || batch.again) return;
@@ -38,7 +38,7 @@ __device__ void keep_sample(const Statistics& statistics, const Table& table, co
     }
 }
 
-// Adds up what each rank would have to do, had every token gone home: to `at_home` [R] in shared memory, all 0
+// Adds up the tokens that each rank would have with every token at home, in `at_home` [R] in shared memory, all 0
 // before. By the threads from 0 up to `num_threads`, of which several share the rows of an expert.
 __device__ void add_at_home(const Table& table, const int* counts, int stride, int* at_home, int thread,
                             int num_threads) {
@@ -50,8 +50,8 @@ __device__ void add_at_home(const Table& table, const int* counts, int stride, i
     }
 }
 
-// Adds a batch to the totals, by one warp: the CPU's `add_batch` is the definition. `at_home` is whole where the
-// counts are known, `word` this lane's word of the totals.
+// Adds a batch to the totals, by one warp: the CPU's `add_batch` is the definition. `at_home` is valid where the
+// counts are known. `word` is this lane's word of the totals.
 __device__ void tally(const Statistics& statistics, const Table& table, const Batch& batch, int status,
                       const int* at_home, long long word) {
     int R = table.num_ranks, rank = batch.rank, lane = threadIdx.x % 32, total_speed = 0;
@@ -87,12 +87,12 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
     sent = __reduce_add_sync(~0u, sent);
     received = __reduce_add_sync(~0u, received);
 
-    // What another lane has. NVRTC 13.5 crashes on a shuffle here for sm_80.
+    // The word of another lane. NVRTC 13.5 crashes on a shuffle here for sm_80.
     auto of_lane = [&](int other) { return __reduce_max_sync(~0u, lane == other ? int(word) : 0); };
     int window = of_lane(NUM_TOTALS);
     bool begins = of_lane(TALLY_WINDOW) != window;
     if (begins && lane >= TALLY_WORST_HOME && lane < TALLY_WINDOW) word = 0;
-    // Whether a quotient is larger than the window's before, of two words.
+    // Whether the imbalance largest / load is larger than the window's so far, which is in two words.
     auto is_worse = [&](long long largest, int first_word) {
         long long before = of_lane(first_word), load_before = of_lane(first_word + 1);
         return load > 0 && (load_before == 0 || largest * load_before > before * load);

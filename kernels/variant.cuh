@@ -1,4 +1,4 @@
-// What a kernel of the flow is compiled for.
+// The sizes that a kernel of the flow is compiled for, as a type.
 #pragma once
 
 #include "sets.cuh"
@@ -10,13 +10,13 @@ struct Variant {
     static constexpr int size = size_;        // the most ranks of a component
     static constexpr int parts = parts_;      // threads that share the edges of a rank
     static constexpr int turns = turns_;      // edges that each of them keeps in registers
-    static constexpr bool more = more_;       // whether a rank may have still more, read when needed
+    static constexpr bool more = more_;       // whether a rank may have further edges, read when needed
     static constexpr int threads = threads_;  // of a block
-    static constexpr bool guests = guests_;   // whether the copies are another batch's others
-    static constexpr int blocks = blocks_;    // that share a component: a cluster
-    static constexpr int words = (size + 31) / 32;  // ranks of a lane: each warp has the whole graph
+    static constexpr bool guests = guests_;   // whether copies differ from batch to batch
+    static constexpr int blocks = blocks_;    // blocks of a cluster, which share a component
+    static constexpr int words = (size + 31) / 32;  // ranks of a lane, since each warp works on all ranks
     static constexpr int pushing = size * parts;    // threads that push: the first of the block
-    static constexpr int chunk = parts * turns;     // edges of a rank that are pushed along at once
+    static constexpr int chunk = parts * turns;     // edges of a rank that tokens move along at once
     typedef typename Bits<words>::Type Set;         // ranks, as bits
 
     static constexpr bool wide = words > 2;         // whether a set is several words
@@ -31,15 +31,15 @@ struct Variant {
     static_assert(threads % 32 == 0, "sums are made by whole warps");
 };
 
-// The component that the block works on.
+// The number of the block's component.
 template <typename V>
 __device__ unsigned component() { return blockIdx.x / unsigned(V::blocks); }
 
-// Which of the component's blocks it is. The first solves.
+// The block's number among those of its component. Block 0 solves.
 template <typename V>
 __device__ int block_of_component() { return int(blockIdx.x % unsigned(V::blocks)); }
 
-// The ranks whose flag is set; of a lane those of the rank `lane`, `lane` + 32, ...
+// The ranks whose flag is set. A lane has the flags of the ranks `lane`, `lane` + 32, ...
 template <typename V>
 __device__ typename V::Set vote(const bool (&flag)[V::words]) {
     typename V::Set set{};

@@ -1,18 +1,19 @@
-// Weights of experts that are guests on other ranks for a batch: from their homes, and their gradients back.
+// Moves weights of experts to the ranks where they are guests for a batch, and gradients of guests back home.
 //
-// A push needs no word from the CPU. The plan on the device says which expert each guest slot gets, and the home
+// A push needs nothing from the CPU. The plan on the device says which expert each guest slot gets, and the home
 // writes it there. The rows that ranks send before they plan say that guest slots are free. Where no rows are
-// exchanged the ranks meet. When all of a push has come, the home writes a ticket to each rank that it visits, which
-// waits for just that one. A ticket is a batch's number and how often it was used before, so no other push has it.
-// A push that comes too late is not taken for a later one. A rank that missed a batch is in step at the next.
+// exchanged, the ranks meet at a barrier instead (`meet`). When all bytes of a push have been written, the home writes
+// a ticket to each rank that it visits. That rank waits for exactly this ticket. A ticket is made of a batch's number
+// and of how often it was used before, so no other push has it. A late push is not mistaken for a later one. A rank
+// that missed a batch is in step again at the next.
 //
-// Gradients are fetched by the homes, since they know how many they get and need no memory for them. Ranks meet
-// before, so that all are complete.
+// Homes fetch the gradients, since they know how many they get, and so need no memory for them. Ranks meet
+// before, so that all gradients are complete.
 //
-// What an expert has is cut into chunks, and the chunks of all visits are shared evenly between the blocks. An item
-// is a chunk of one visit. Items are ordered by expert, then chunk, then rank and slot: the visits of one expert
-// have the same chunk one after the other. In shared memory chunks begin at multiples of 128 bytes. Bulk copies that
-// begin elsewhere bring a third less in the same time.
+// The parameters of an expert are cut into chunks, and the chunks of all visits are shared evenly between the blocks.
+// An item is a chunk of one visit. Items are ordered by expert, then chunk, then rank and slot. So the same chunk of
+// all visits of an expert is copied in a row. In shared memory chunks begin at multiples of 128 bytes: bulk copies that
+// begin elsewhere are a third slower.
 
 #include "abi.cuh"
 #include "travel.cuh"
@@ -32,12 +33,12 @@ struct Visit {             // an expert whose home is here, in a guest slot of a
     short first, number;   // of the visits of the same expert
 };
 
-struct Span {              // an item: what the home has of the chunk, and what the guest slot has
+struct Span {              // an item: the addresses of its chunk at the home and in the guest slot
     char *home, *guest;
-    int bytes, sum;        // of the home; a Sum
+    int bytes, sum;        // at the home; how gradients are added, a Sum
 };
 
-struct Part {              // of a chunk: what bulk copies take
+struct Part {              // of a chunk: the bytes that bulk copies can move
     int begin, bytes;
 };
 
@@ -48,7 +49,7 @@ __device__ int find_visits(const Travel& t, Visit* visits) {
     if (threadIdx.x < 32) {
         int lane = threadIdx.x, entries = t.node_size * t.num_guests, count = 0;
         const int* guests = t.guests + t.first_rank * t.num_guests;
-        int homes[ROUNDS];  // first the experts: all are read at once
+        int homes[ROUNDS];  // first the experts; all loads are issued before one is used
         #pragma unroll
         for (int j = 0; j < ROUNDS; ++j) homes[j] = 32 * j + lane < entries ? guests[32 * j + lane] : -1;
         #pragma unroll
@@ -67,7 +68,7 @@ __device__ int find_visits(const Travel& t, Visit* visits) {
         }
         if (lane == 0) number = count;
     }
-    __syncthreads();  // all are found before they are put in order
+    __syncthreads();  // all are found before they are sorted
     int count = number;
     for (int i = threadIdx.x; i < count; i += THREADS) {
         Visit visit = found[i];
@@ -81,11 +82,11 @@ __device__ int find_visits(const Travel& t, Visit* visits) {
         visit.number = short(same);
         visits[smaller + before] = visit;
     }
-    __syncthreads();  // they are in order before any thread reads them
+    __syncthreads();  // they are sorted before any thread reads them
     return count;
 }
 
-// Finds this rank's guests. Addresses in `homes` are of their gradients then. Returns their number to all threads.
+// Finds this rank's guests, where `Parameter.homes` has addresses of their gradients. Returns their number to all threads.
 __device__ int find_guests(const Travel& t, Visit* visits) {
     __shared__ int number;
     if (threadIdx.x < 32) {
@@ -106,24 +107,24 @@ __device__ int find_guests(const Travel& t, Visit* visits) {
 
 __device__ bool is_planned(const Travel& t) { return t.status == nullptr || *t.status == OPTIMAL; }
 
-// Whether the ranks know that this one comes; else what it needs of them is void.
+// Whether the ranks have met, if they had to. If they have not, nothing of theirs can be used.
 __device__ bool has_met(const Travel& t) { return !t.has_met || *t.met != 0; }
 
-// The same on all ranks, and of no other push or meeting.
+// A word that is the same on all ranks, and different for every push and meeting.
 __device__ Word ticket_of(const Travel& t) {
     if (t.batch == nullptr) return 1ull << 63 | (*t.num_used + 1);
     return *t.batch ^ Word(t.use) << 24;
 }
 
-// Whether any rank has a guest. Tables without are not counted: not all ranks may know of them. One block.
+// Whether any rank has a guest. Tables without guests are not counted, since some ranks may not know of them. One block.
 __device__ bool has_guests(const Travel& t) {
     bool any = false;
     for (int i = threadIdx.x; i < t.node_size * t.num_guests; i += THREADS)
         any |= t.guests[t.first_rank * t.num_guests + i] >= 0;
-    return __syncthreads_or(any);
+    return __syncthreads_or(any);  // all threads have looked before any of them decides
 }
 
-// Waits for a ticket until the deadline. Whether it came.
+// Waits for a ticket until the deadline. Returns whether it came.
 __device__ bool await(const Word* from, Word ticket, long long deadline) {
     while (load_acquire(from) != ticket)
         if (nanoseconds() > deadline) return load_acquire(from) == ticket;
@@ -137,17 +138,17 @@ __device__ Span span_of(const Travel& t, const Visit* visits, int item) {
     while (p + 1 < t.num_parameters && t.parameters[p + 1].first_chunk <= chunk) ++p;
     const Parameter& one = t.parameters[p];
     long long begin = (long long)(chunk - one.first_chunk) * CHUNK;
-    int narrower = one.sum == SUM_BFLOATS_TO_FLOATS;  // the guest's, by half
+    int narrower = one.sum == SUM_BFLOATS_TO_FLOATS;  // the guest's values have half the size
     char* home = reinterpret_cast<char*>(one.homes[visit.home]);
     return {home == nullptr ? nullptr : home + begin,
             t.memory[visit.rank] + one.offset + ((visit.slot * one.bytes + begin) >> narrower),
             int(min(one.bytes - begin, (long long)CHUNK)), one.sum};
 }
 
-// Where a block's items begin, or those of the block behind it.
+// The first item of a block. For the number behind the last block: the number of items.
 __device__ int begin_of(int block, int number) { return int((long long)number * block / gridDim.x); }
 
-// Bulk copies want both ends at multiples of 16 bytes.
+// Bulk copies need addresses and sizes that are multiples of 16 bytes.
 __device__ Part bulk_part(const Span& span) {
     int begin = -int(size_t(span.home)) & 15;
     if (span.home == nullptr) return {0, 0};
@@ -155,8 +156,8 @@ __device__ Part bulk_part(const Span& span) {
     return {begin, (span.bytes - begin) & ~15};
 }
 
-// One thread copies chunks through shared memory: it loads some while others are stored. Where the next chunk lies is
-// found out while this one is on its way.
+// One thread copies chunks through shared memory: some are loaded while others are stored. The next chunk's address is
+// computed while this chunk is loaded.
 __device__ void copy_in_bulk(const Travel& t, const Visit* visits, int begin, int number, int4* stages, Span* spans,
                              unsigned long long* arrivals) {
     Span next = {};
@@ -164,7 +165,7 @@ __device__ void copy_in_bulk(const Travel& t, const Visit* visits, int begin, in
     for (int i = 0; i < number + AHEAD; ++i) {
         if (i < number) {
             int stage = i % STAGES;
-            if (i >= STAGES) bulk_wait_read<STAGES - AHEAD - 1>();  // all but those: the last from this stage, too
+            if (i >= STAGES) bulk_wait_read<STAGES - AHEAD - 1>();  // the store that last read this stage is done
             Part part = bulk_part(next);
             arrivals_expect(arrivals + stage, part.bytes);
             if (part.bytes > 0)
@@ -194,7 +195,7 @@ __device__ int copy_words(char* to, const char* from, int bytes, int thread, int
     return bytes / size * size;
 }
 
-// What bulk copies leave: few bytes, unless home and guest slot lie differently to multiples of 16 bytes.
+// Copies the bytes that bulk copies leave: few, unless the two addresses differ modulo 16 bytes.
 __device__ void copy_plainly(char* to, const char* from, int bytes, int thread, int threads) {
     int done = copy_words<int>(to, from, bytes, thread, threads);
     if (done == 0) done = copy_words<short>(to, from, bytes, thread, threads);
@@ -202,7 +203,7 @@ __device__ void copy_plainly(char* to, const char* from, int bytes, int thread, 
         for (int i = done; i < bytes; ++i) to[i] = from[i];
 }
 
-// Some threads write zeros, where there is nothing to copy.
+// Some threads write zeros where there is no source, such as a missing gradient.
 __device__ void zero_plainly(char* to, int bytes, int thread, int threads) {
     int words = (size_t(to) & 3) == 0 ? bytes / 4 : 0;
     for (int i = thread; i < words; i += threads) reinterpret_cast<int*>(to)[i] = 0;
@@ -210,7 +211,7 @@ __device__ void zero_plainly(char* to, int bytes, int thread, int threads) {
         for (int i = 4 * words; i < bytes; ++i) to[i] = 0;
 }
 
-// Copies this block's part of all items from homes to guest slots, and waits until it is there.
+// Copies this block's part of all items from homes to guest slots, and waits until it is written.
 __device__ void copy_items(const Travel& t, const Visit* visits, int number, int4* stages) {
     __shared__ Span spans[STAGES];
     __shared__ unsigned long long arrivals[STAGES];
@@ -218,7 +219,7 @@ __device__ void copy_items(const Travel& t, const Visit* visits, int number, int
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; ++stage) arrivals_init(arrivals + stage);
         arrivals_are_ready();
-        fence_system();  // what the others read in their slots they have read
+        fence_system();  // the other ranks' reads of their slots come before these writes
         fence_bulk();
         copy_in_bulk(t, visits, begin, end - begin, stages, spans, arrivals);
     } else if (threadIdx.x >= 32) {
@@ -235,7 +236,7 @@ __device__ void copy_items(const Travel& t, const Visit* visits, int number, int
             copy_plainly(span.guest + behind, span.home + behind, span.bytes - behind, thread, THREADS - 32);
         }
     }
-    __syncthreads();  // all copies of the block have come before it says so
+    __syncthreads();  // all copies of the block are written before it is counted as done
 }
 
 // All threads of the block fill memory with ones, a NaN of every type of 8, 16, 32 or 64 bits.
@@ -266,18 +267,18 @@ __device__ void put(Bfloat& to, float x) {  // rounded to the nearest, or the ev
     to = x != x ? Bfloat(0x7fff) : Bfloat((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Of a chunk's gradient, the bytes that the guest's has and that bulk copies take.
+// The bytes of a guest's gradient chunk that bulk copies bring.
 __device__ int staged_bytes(const Span& span) {
     if (((size_t(span.home) | size_t(span.guest)) & 15) != 0) return 0;
     return (span.bytes >> (span.sum == SUM_BFLOATS_TO_FLOATS)) & ~15;
 }
 
-// Whole vectors of a home's chunk that bulk copies bring the guest's part of.
+// The number of whole vectors of a home's chunk to which bulk copies bring the guest's values.
 __device__ int full_vectors(const Span& span) {
     return staged_bytes(span) / (span.sum == SUM_BFLOATS_TO_FLOATS ? 8 : 16);
 }
 
-// Reads what this thread adds to.
+// Reads the vectors of the home to which this thread adds.
 __device__ void read_home(const Span& span, int4 (&vectors)[TURNS]) {
     const int4* home = reinterpret_cast<const int4*>(span.home);
     int full = full_vectors(span);
@@ -286,7 +287,7 @@ __device__ void read_home(const Span& span, int4 (&vectors)[TURNS]) {
         if (int(threadIdx.x) + j * THREADS < full) vectors[j] = home[threadIdx.x + j * THREADS];
 }
 
-// Adds a guest's part of a chunk to its home's, of which the thread has read its vectors.
+// Adds a guest's chunk to its home's. The thread has read its own vectors of the home before.
 template <typename Home, typename Guest>
 __device__ void add_chunk(const Span& span, int4 (&vectors)[TURNS], const int4* stage) {
     constexpr int number = 16 / sizeof(Home);
@@ -305,14 +306,14 @@ __device__ void add_chunk(const Span& span, int4 (&vectors)[TURNS], const int4* 
         for (int i = 0; i < number; ++i) put(sum.values[i], value_of(sum.values[i]) + value_of(guest.values[i]));
         home[at] = sum;
     }
-    // The rest is no whole vector, and comes from where it lies.
+    // The rest is no whole vector, and is read from its place in memory.
     Home* rest = reinterpret_cast<Home*>(span.home);
     const Guest* theirs = reinterpret_cast<const Guest*>(span.guest);
     for (int i = full * number + threadIdx.x; i < span.bytes / int(sizeof(Home)); i += THREADS)
         put(rest[i], value_of(rest[i]) + value_of(theirs[i]));
 }
 
-// Where the sums of a block begin: all visits of a chunk are of one block.
+// The first item of a block that adds gradients: one block adds all visits of a chunk.
 __device__ int begin_of_sums(const Travel& t, const Visit* visits, int block, int number) {
     int item = begin_of(block, number);
     if (item == number) return item;
@@ -338,16 +339,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) push_guests(const Travel t
     if (atomicAdd(travel.num_done, 1) != int(gridDim.x) - 1) return;
     *travel.num_done = 0;
     Word ticket = ticket_of(travel);
-    fence_system();  // what all blocks wrote is there before the tickets
+    fence_system();  // what all blocks wrote is visible before the tickets
     for (int i = 0; i < num_visits; ++i) store_relaxed(travel.arrived[visits[i].rank] + travel.rank, ticket);
 }
 
-// One block. Waits until this rank's guests have come. Slots whose guest does not come in time hold NaN then.
-// So do all where others may plan with guests and this rank does not.
+// One block. Waits until this rank's guests have arrived. A slot whose guest is late is filled with NaN.
+// So are all slots where other ranks may plan with guests and this rank does not.
 extern "C" __global__ void __launch_bounds__(THREADS) await_guests(const Travel travel) {
     __shared__ int is_void[MAX_GUESTS];
     bool planned = is_planned(travel), alone = !planned && *travel.status == TIMED_OUT;
-    if (!planned && !alone) return;  // as on all other ranks
+    if (!planned && !alone) return;  // all other ranks do the same
     bool counts = travel.batch == nullptr && (alone || has_guests(travel)), any_void = false;
     Word ticket = ticket_of(travel);
     long long deadline = nanoseconds() + travel.limit_ns;
@@ -373,7 +374,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) await_guests(const Travel 
     }
 }
 
-// Waits for a ticket or its complement, by which a rank refuses, until the deadline. Returns what came.
+// Waits until the deadline for a ticket, or for its complement, by which a rank refuses. Returns the last word read.
 __device__ Word await_word(const Word* from, Word ticket, long long deadline) {
     Word word;
     do word = load_acquire(from);
@@ -381,8 +382,8 @@ __device__ Word await_word(const Word* from, Word ticket, long long deadline) {
     return word;
 }
 
-// One block. Ranks wait for one another, if the batch has guests. What their streams did before is seen by all
-// behind it. A rank may refuse the batch: it comes, and all know then. Nobody comes to the batch's later meetings.
+// One block. A barrier between the ranks, if the batch has guests. All ranks see what the streams of the others did
+// before it. A rank may refuse the batch at this barrier. Then all ranks know, and skip the batch's later meetings.
 extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) {
     if (!is_planned(travel) || !has_guests(travel)) return;
     if (travel.batch != nullptr && *travel.refused == *travel.batch) {
@@ -393,7 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) 
     long long deadline = nanoseconds() + travel.limit_ns;
     for (int i = threadIdx.x; i < travel.node_size; i += THREADS) {
         int other = travel.first_rank + i;
-        // It has read the last ticket, which this one overwrites.
+        // That rank has read the last ticket, which this one overwrites.
         if (travel.last[other] != 0) await(here + travel.num_ranks + other, travel.last[other], deadline);
         fence_system();
         store_release(travel.present[other] + travel.rank, travel.refuses ? ~ticket : ticket);
@@ -411,14 +412,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) meet(const Travel travel) 
         refused |= refuses;
     }
     late = __syncthreads_or(late);  // all have read the ticket before it changes
-    refused = __syncthreads_or(refused);
+    refused = __syncthreads_or(refused);  // the words of all ranks are judged before one thread writes the result
     if (threadIdx.x != 0) return;
     *travel.met = !late && !refused;
     if (refused && travel.batch != nullptr) *travel.refused = *travel.batch;
     if (travel.batch == nullptr) ++*travel.num_used;
 }
 
-// Brings gradients of this rank's guests to where their homes fetch them. Zeros take the place of one that is not there.
+// Copies gradients of this rank's guests to the memory from which their homes fetch them. A missing gradient is zero.
 extern "C" __global__ void __launch_bounds__(THREADS) lay_gradients(const Travel travel) {
     extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
     __shared__ Visit visits[MAX_GUESTS];
@@ -426,8 +427,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) lay_gradients(const Travel
     if (number > 0) copy_items(travel, visits, number, stages);
 }
 
-// Adds the gradients of guests to those of their homes here, rank by rank and slot by slot. Where the ranks did not
-// meet, these are NaN.
+// Adds the gradients of guests to those of their homes on this rank, rank by rank and slot by slot. Where the ranks did
+// not meet, the homes' gradients become NaN.
 extern "C" __global__ void __launch_bounds__(THREADS) add_gradients(const Travel travel) {
     extern __shared__ __align__(128) int4 stages[];  // [STAGES, CHUNK / 16]
     __shared__ Visit visits[MAX_GUESTS];
@@ -459,20 +460,20 @@ extern "C" __global__ void __launch_bounds__(THREADS) add_gradients(const Travel
         fence_bulk();
         for (int i = 0; i < min(STAGES, count); ++i) load(i);
     }
-    __syncthreads();  // the first spans are there, and the words in which chunks arrive
+    __syncthreads();  // the first spans are written, and barriers initialised, before any thread uses them
     int4 vectors[TURNS], ahead[TURNS];
     if (count > 0) read_home(spans[0], vectors);
     for (int i = 0; i < count; ++i) {
         int stage = i % STAGES;
         Span span = spans[stage], next = spans[i + 1 < count ? (i + 1) % STAGES : stage];
-        bool is_same = next.home == span.home;  // what this item leaves, or there is none
+        bool is_same = next.home == span.home;  // the next item adds to this item's sums, or there is none
         if (!is_same) read_home(next, ahead);
         arrivals_wait(arrivals + stage, i / STAGES % 2);
         const int4* staged = stages + stage * VECTORS;
         if (span.sum == SUM_FLOATS) add_chunk<float, float>(span, vectors, staged);
         else if (span.sum == SUM_BFLOATS) add_chunk<Bfloat, Bfloat>(span, vectors, staged);
         else add_chunk<float, Bfloat>(span, vectors, staged);
-        __syncthreads();  // all have read the stage before another chunk takes its place
+        __syncthreads();  // all have read the stage before another chunk overwrites it
         if (threadIdx.x == 0 && i + STAGES < count) load(i + STAGES);
         if (is_same) read_home(next, vectors);
         #pragma unroll

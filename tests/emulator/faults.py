@@ -876,7 +876,7 @@ FAULTS = [
 ]
 
 SURVIVING_BARRIERS = {
-    "what this chunk took from a copy is gone before the next reads what it has": (
+    "this chunk's tokens are subtracted before the next chunk reads a copy's rest": (
         "the barrier before it suffices; it goes when GPUs have run without it"
     ),
 }
