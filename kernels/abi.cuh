@@ -78,7 +78,7 @@ constexpr int NUM_ERROR_FLAGS = 13;  // statuses, then the others
 
 constexpr int GUEST_PARTS = 10000;  // of 1, in which a tolerance is counted
 
-// What the largest rank is to have the least of, beside tokens.
+// The quantities beside tokens whose largest value over ranks a plan minimises.
 enum Aim {
     AIM_EXPERTS = 0,
     AIM_COST = 1,
@@ -120,12 +120,12 @@ __device__ inline int rule_of(int i) {
 
 constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 
-// How a component of the replica graph ends.
+// The status and sums of a component of the replica graph.
 struct __align__(16) Ending {
     int status;  // a Status
     int total;   // tokens of its experts, and base loads
     int home;    // where `least_gain` is asked for: the most tokens of a rank at home
-    int bound;   // and what no plan is below
+    int bound;   // and a lower bound of every plan
 };
 LPLB_SIZE(Ending, 16);
 LPLB_PLACE(Ending, status, 0);
@@ -205,7 +205,7 @@ LPLB_PLACE(Window, waits, 48);
 LPLB_PLACE(Window, every, 52);
 LPLB_PLACE(Window, turn, 56);
 
-// What the first rank of a node has for other nodes, in NVSHMEM's symmetric memory.
+// Memory of the first rank of a node for rows to and from other nodes, by NVSHMEM.
 struct Relay {
     Word* sent;            // [2, node_size, HEAD + E] the node's rows, for even and odd batches
     const Word* received;  // [nodes, 2, node_size, HEAD + E] those of each node
@@ -286,11 +286,11 @@ LPLB_PLACE(Network, max_arcs, 56);
 LPLB_PLACE(Network, max_edges, 60);
 LPLB_PLACE(Network, max_experts, 64);
 
-// What a solver's kernel is asked.
+// The input and the output of a solver's kernel.
 struct Problem {
     Counts counts;              // the load
     Network net;                // the placement
-    Picks picks;                // what further blocks number meanwhile
+    Picks picks;                // that further blocks number meanwhile
     int* quota;                 // [B, E, C] tokens of each copy
     int* rank_load;             // [B, R] tokens of each rank, base loads not included
     Ending* endings;            // [B, G] of each component
@@ -304,7 +304,7 @@ struct Problem {
     int num_experts;            // E
     int max_replicas;           // C
     int max_rounds;             // of the flow
-    int status;                 // of the batch, as far as the counts do not say it
+    int status;                 // of the batch, as known without the counts
     int least_gain;             // tokens off the fullest rank for which a batch leaves home; 0: any
     const int* turn;            // as the struct Window has it: not 0, and nothing is solved; or null
 };
@@ -371,7 +371,7 @@ LPLB_PLACE(Table, num_ranks_per_node, 52);
 LPLB_PLACE(Table, num_experts, 56);
 LPLB_PLACE(Table, max_replicas, 60);
 
-// Where a planner keeps what its batches come to.
+// Memory of a planner's statistics.
 struct Statistics {
     long long* totals;  // [NUM_WORDS] totals; the window, which the host sets; marked totals
     int* samples;       // [num_samples, E] loads of sampled batches
@@ -394,7 +394,7 @@ LPLB_PLACE(Statistics, every, 44);
 LPLB_PLACE(Statistics, by_tokens, 48);
 LPLB_PLACE(Statistics, mark_every, 52);
 
-// What was solved, and where to say how the batch ends.
+// The solution of a batch, and where its status is written.
 struct Batch {
     int* counts;                // [R, E] of all ranks
     int* quota;                 // [E, C] tokens of each copy
@@ -461,7 +461,7 @@ LPLB_PLACE(Replica, rank, 6);
 LPLB_PLACE(Replica, column, 7);
 LPLB_PLACE(Replica, nth, 8);
 
-// Where guests may come, and where they are written.
+// Residents and guest slots of each component, and where guests are written.
 struct Guests {
     const Resident* residents;  // [G, max_experts] of each component
     const Replica* replicas;    // [G, max_replicas] of each component
@@ -500,7 +500,7 @@ LPLB_PLACE(Guests, max_copies, 92);
 LPLB_PLACE(Guests, tolerance, 96);
 LPLB_PLACE(Guests, min_tokens, 100);
 
-// What the largest rank is to have the least of, and what rows cost.
+// The objective of a plan, and the costs of rows.
 struct Objective {
     const int* costs;  // [2, MAX_COST_STEPS + 1] by tiles: of a slot, and the least of an expert over any copies
     int kind;          // an Aim

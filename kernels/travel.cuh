@@ -26,7 +26,7 @@ enum Missing {
     MISSING_REFUSES = 2,
 };
 
-// A parameter of every expert that guests travel with, or its gradient.
+// A parameter of experts that is copied to guest slots, or its gradient.
 struct Parameter {
     const Word* homes;  // [num_local_slots] where those of this rank lie; or of its guests
     long long offset;   // where guest slot 0 has it in a rank's guest memory, in bytes

@@ -8,7 +8,7 @@ from ..cost import MAX_STEPS
 
 
 class Aim(enum.IntEnum):
-    """What the largest rank is to have the least of, beside tokens."""
+    """The quantities beside tokens whose largest value over ranks a plan minimises."""
 
     EXPERTS = 0
     """Active slots, and then tokens."""

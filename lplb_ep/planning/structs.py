@@ -83,11 +83,11 @@ NUM_ERROR_FLAGS = len(Status) + len(ErrorFlag)
 
 ENDING = Struct(
     "Ending",
-    "How a component of the replica graph ends.",
+    "The status and sums of a component of the replica graph.",
     ("int", "status", "a Status"),
     ("int", "total", "tokens of its experts, and base loads"),
     ("int", "home", "where `least_gain` is asked for: the most tokens of a rank at home"),
-    ("int", "bound", "and what no plan is below"),
+    ("int", "bound", "and a lower bound of every plan"),
     align=16,
 )
 COUNTS = Struct(
@@ -138,7 +138,7 @@ WINDOW = Struct(
 )
 RELAY = Struct(
     "Relay",
-    "What the first rank of a node has for other nodes, in NVSHMEM's symmetric memory.",
+    "Memory of the first rank of a node for rows to and from other nodes, by NVSHMEM.",
     ("Word*", "sent", "[2, node_size, HEAD + E] the node's rows, for even and odd batches"),
     ("const Word*", "received", "[nodes, 2, node_size, HEAD + E] those of each node"),
     ("const Word*", "signals", "[nodes] how many batches each node has sent"),
@@ -193,10 +193,10 @@ NETWORK = Struct(
 )
 PROBLEM = Struct(
     "Problem",
-    "What a solver's kernel is asked.",
+    "The input and the output of a solver's kernel.",
     (COUNTS, "counts", "the load"),
     (NETWORK, "net", "the placement"),
-    (PICKS, "picks", "what further blocks number meanwhile"),
+    (PICKS, "picks", "that further blocks number meanwhile"),
     ("int*", "quota", "[B, E, C] tokens of each copy"),
     ("int*", "rank_load", "[B, R] tokens of each rank, base loads not included"),
     ("Ending*", "endings", "[B, G] of each component"),
@@ -210,13 +210,13 @@ PROBLEM = Struct(
     ("int", "num_experts", "E"),
     ("int", "max_replicas", "C"),
     ("int", "max_rounds", "of the flow"),
-    ("int", "status", "of the batch, as far as the counts do not say it"),
+    ("int", "status", "of the batch, as known without the counts"),
     ("int", "least_gain", "tokens off the fullest rank for which a batch leaves home; 0: any"),
     ("const int*", "turn", "as the struct Window has it: not 0, and nothing is solved; or null"),
 )
 OBJECTIVE = Struct(
     "Objective",
-    "What the largest rank is to have the least of, and what rows cost.",
+    "The objective of a plan, and the costs of rows.",
     (
         "const int*",
         "costs",
@@ -261,7 +261,7 @@ TABLE = Struct(
 )
 STATISTICS = Struct(
     "Statistics",
-    "Where a planner keeps what its batches come to.",
+    "Memory of a planner's statistics.",
     ("long long*", "totals", "[NUM_WORDS] totals; the window, which the host sets; marked totals"),
     ("int*", "samples", "[num_samples, E] loads of sampled batches"),
     ("int*", "sampled", "[num_samples] how many batches came before each; -1: none is there"),
@@ -274,7 +274,7 @@ STATISTICS = Struct(
 )
 BATCH = Struct(
     "Batch",
-    "What was solved, and where to say how the batch ends.",
+    "The solution of a batch, and where its status is written.",
     ("int*", "counts", "[R, E] of all ranks"),
     ("int*", "quota", "[E, C] tokens of each copy"),
     ("int*", "rank_load", "[R] tokens of each rank"),
@@ -314,7 +314,7 @@ REPLICA = Struct(
 )
 GUESTS = Struct(
     "Guests",
-    "Where guests may come, and where they are written.",
+    "Residents and guest slots of each component, and where guests are written.",
     ("const Resident*", "residents", "[G, max_experts] of each component"),
     ("const Replica*", "replicas", "[G, max_replicas] of each component"),
     ("const int*", "num_experts", "[G] of each component"),

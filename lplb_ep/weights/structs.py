@@ -35,7 +35,7 @@ MAX_GUESTS = 512
 """Guest slots of the ranks of a node."""
 PARAMETER = Struct(
     "Parameter",
-    "A parameter of every expert that guests travel with, or its gradient.",
+    "A parameter of experts that is copied to guest slots, or its gradient.",
     ("const Word*", "homes", "[num_local_slots] where those of this rank lie; or of its guests"),
     ("long long", "offset", "where guest slot 0 has it in a rank's guest memory, in bytes"),
     ("long long", "bytes", "of a home; the guest slots' follow one another"),
