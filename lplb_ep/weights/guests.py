@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..comm.collectives import together
-from ..errors import ContractError, RankError
+from ..errors import ContractError
 from ..layer import Layer, layer_of
 from ..logs import logger
 from ..placement.table import Placement
@@ -198,7 +198,7 @@ class Guests:
             self._check_pushed(stay)
             pool.check_free(self)
             pool.transport.raise_errors()
-        except (ContractError, RankError):  # the other ranks wait for this one
+        except Exception:  # whatever it is, the other ranks wait for this one
             pool.transport.barrier(*given, refuses=True)
             raise
         pool.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -685,7 +686,7 @@ def test_a_step_of_sharded_weights_counts_from_the_next_batch_on():
     ranks.run(2, step_of_sharded)
 
 
-def stepped_on_one(group):
+def stepped_on_one(group, what):
     """The other rank waits for its weights: it raises at once, and both go on."""
     guests = made(group, "stacked")
     first, other = Batch(guests, 0, 0), Batch(guests, 1, 1)
@@ -693,9 +694,14 @@ def stepped_on_one(group):
     out = first.experts(first.x)
     other.dispatch()
     other.experts(other.x)
-    if group.rank() == 0:
+    if group.rank() == 0 and what == "a step":
         in_place(guests.experts)
         raises("the home weights changed between a batch's dispatch and its", first.dispatch_again)
+    elif group.rank() == 0:
+        guests._check_pushed = Mock(side_effect=RuntimeError("no memory"))
+        with pytest.raises(RuntimeError, match="no memory"):
+            first.dispatch_again()
+        del guests._check_pushed
     else:
         raises("ranks [0] refused to push a batch's guests again", first.dispatch_again)
     assert out.requires_grad
@@ -704,8 +710,9 @@ def stepped_on_one(group):
     again.experts(again.x).backward()
 
 
-def test_a_rank_whose_weights_changed_keeps_nobody_waiting():
-    ranks.run(2, stepped_on_one)
+@pytest.mark.parametrize("what", ["a step", "an error of any kind"])
+def test_a_rank_that_cannot_push_again_keeps_nobody_waiting(what):
+    ranks.run(2, stepped_on_one, what, timeout=60)
 
 
 def changed(group):
