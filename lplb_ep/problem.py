@@ -191,7 +191,7 @@ class Problem:
             raise ValueError(f"the objective {name!r} does not go with {given}: use 'tokens'")
         if name != "tokens" and has_guests and self.cost_model.push is None:
             raise ValueError(
-                f"the objective {name!r} with guest slots goes by what a push costs, and the cost "
+                f"the objective {name!r} with guest slots needs the cost of a push, and the cost "
                 f"model {self.cost_model.name!r} has no `push`: set it, in nanoseconds"
             )
 

@@ -32,9 +32,9 @@ grow with the square of the ranks: of 128 a layer's would be 33 MB."""
 class EngineLayers:
     """The MoE layers of an engine that owns its weights, picks copies itself and moves experts.
 
-    Its slots hold what its table says, and are equal where the table says so: the layers are
-    trusted. After the engine has moved experts the table is read again. Tables on the GPU are
-    rewritten in place, and captured CUDA graphs plan with the new ones.
+    The layers are trusted: each slot has the weights of the expert that the table names. After the
+    engine has moved experts the table is read again. Tables on the GPU are rewritten in place, and
+    captured CUDA graphs plan with the new ones.
 
     Args:
         read: returns the engine's table, [layers, P] integers, on any device. It must be one tensor

@@ -54,7 +54,7 @@ class StaticCopies:
         self.slots = nn.ModuleList(
             next(own) if slot in homes else _twin(local_experts[0]) for slot in here
         )
-        # The same order on all ranks, wherever the homes are: autograd goes by it.
+        # The same order on all ranks, wherever the homes are: autograd follows it.
         self._order = sorted(range(len(here)), key=lambda n: (here[n] not in homes, n))
         self.num_own, self._group = len(local_experts), group
         layer = Layer(placement, name=name)
@@ -261,8 +261,8 @@ _start_grad_sync, _zero_grad_buffer = SharedReplacement(), SharedReplacement()
 def send_home_with_ddp(made: Balance, copies: Sequence[StaticCopies]) -> None:
     """Has gradients of copies sent home, or dropped, before DDP's are, until `made` is removed.
 
-    DDP hands buckets on at one place. It comes there when the last of their gradients is there
-    (`overlap_grad_reduce`), when a pipeline's schedule says so, or at the end of a step's. The
+    DDP sends buckets from one function. It is called when the last of their gradients is ready
+    (`overlap_grad_reduce`), when a pipeline's schedule says so, or at the end of a step. The
     order is the same on all ranks, since they have as many experts of the same shapes.
     """
     from megatron.core.distributed import DistributedDataParallel

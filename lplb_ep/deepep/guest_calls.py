@@ -110,7 +110,7 @@ def plan_with_guests(
 
 
 def without_guests(use: LayerUse) -> PushedGuests | None:
-    """What stands for a batch that goes home; None where its layer has no `Guests`."""
+    """For a batch that goes home: no guests. None where its layer has no `Guests`."""
     weights = use.layer.guests
     if weights is None:
         return None

@@ -14,7 +14,7 @@ log = logger(__name__)
 
 
 def provide() -> None:
-    """Gives the embedded module DeepEP's name, where DeepEP is not to be had.
+    """Gives the embedded module DeepEP's name, where DeepEP is not available.
 
     A program that imports `deep_ep` then runs without it, and its buffers plan nothing.
     """
@@ -26,7 +26,7 @@ def provide() -> None:
 def patch() -> None:
     """Puts the overriding methods on the original classes.
 
-    Where DeepEP is not to be had, the embedded module takes its name, as by `provide`.
+    Where DeepEP is not available, the embedded module takes its name, as by `provide`.
 
     Raises:
         ContractError: a class lacks something that the methods rely on. None is changed then.

@@ -88,7 +88,7 @@ class Kernels:
 class Kernel:
     """A loaded kernel and the formats of its arguments.
 
-    Launches go by CuPy's driver interface (`cupy.cuda.driver`, which is not among its documents).
+    Launches use CuPy's driver interface (`cupy.cuda.driver`, which is not documented).
     A call of a `cupy.cuda.Function` keeps the CPU twice as long.
     """
 

@@ -202,7 +202,7 @@ class _Domain:
         return level * self.speed // self.fastest
 
     def _try(self, number: int, aim: int, target: int) -> _Fill:
-        """Fill `number` of all rounds, which aims at a level, and what it is worth."""
+        """Fill `number` of all rounds, which aims at a level, and its quality."""
         filled = _fill(self, RULES[number % len(RULES)], number, self._limits(aim))
         level = int(_levels(filled.load, self.speed, self.fastest).max())
         guests = filled.expert[:, self.expert.shape[1] - self.num_guests :]
@@ -243,12 +243,12 @@ def _fill(domain: _Domain, rule: Rule, number: int, limit: Int64) -> _State:
     In each step, as long as a rank is above its limit by the least tokens of a guest:
 
     1. The *source* is such a rank: with the largest excess, or with the highest random priority.
-    2. Tokens move along a copy that is there, to a rank below its limit. They are as many as the
+    2. Tokens move to a copy that a rank below its limit already has. They are as many as the
        copy has, the excess asks for and the other rank takes. The move of most tokens is made.
-    3. Where there is none, and ranks go by priority, the excess moves along a copy that is there.
-       It goes to the rank of least priority, if that is less than the source's.
-    4. Where there is none, a guest is placed (`_place_guest`). A source that cannot place one is
-       passed over until some guest is placed.
+    3. Where no such move exists and the rule is by priority, the excess moves to a copy
+       on another rank: that of least priority, which must be less than the source's.
+    4. Where there is no such copy, a guest is placed (`_place_guest`). A source that cannot place
+       one is passed over until some guest is placed.
 
     There are at most 8 R + R G steps. Ties go to the lowest place, then to the lowest rank.
     """

@@ -296,7 +296,7 @@ def _holders(
     by_expert: npt.NDArray[Any],
     size: int,
 ) -> npt.NDArray[np.uint64]:
-    """What each arc of a component knows of the copies of its expert: `ranks` of an `ARC`."""
+    """For each arc of a component the copies of its expert: `ranks` of an `ARC`."""
     if size > WORD_RANKS:
         nth = np.empty(expert.size, np.int64)
         sorted_experts = expert[by_expert]
@@ -354,7 +354,7 @@ def pack_objective(objective: str, cost: CostModel, address: int) -> bytes:
 
 @dataclass(frozen=True)
 class Routes:
-    """What `kernels/route.cu` knows of a placement: its `Table`. Copies that can get no tokens (a
+    """A placement as `kernels/route.cu` reads it: its `Table`. Copies that can get no tokens (a
     second one on a rank) are left out."""
 
     lookup: npt.NDArray[np.int32]

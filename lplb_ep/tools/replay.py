@@ -326,7 +326,7 @@ def describe(
     placements: Sequence[Placement],
     start: Sequence[Placement] | None = None,
 ) -> tuple[str, int]:
-    """What each layer's placement is worth on the load it was learned on.
+    """The imbalance of each layer's placement on the load it was learned on.
 
     Args:
         recording: the load.

@@ -121,7 +121,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         if result.guests is not None:
             print("moved      copies of experts that a batch moves in a layer, over all ranks")
         if args.every > 1:
-            print(f"reused     one in {args.every} batches is solved, the others go by its quotas")
+            print(f"reused     one in {args.every} batches is solved, the others reuse its quotas")
         print()
         print(result.table(args.expert_bytes, by_batch=args.by_batch))
     return 0
