@@ -45,6 +45,7 @@ Int64 = npt.NDArray[np.int64]
 
 NUM_REDUNDANT, HIDDEN, WIDTH = 2, 7168, 2048
 COLUMNS = ("plain", "even", *OBJECTIVES, "ideal")
+MODEL_ROWS = 2048  # of a slot, in the mean of the largest batches that a cost model is made from
 NEAR = 0.75  # of the dearest rank by the model: those are timed
 
 
@@ -117,8 +118,9 @@ def measure(args: argparse.Namespace, num_ranks: int, cost: CostModel | None) ->
         for key in (args.key, args.learn_from)
     )
     num_slots = live.shape[1] // num_ranks + NUM_REDUNDANT
-    clock = Clock(num_slots, num_ranks * max(args.tokens) * args.topk // 2)
-    cost = cost or calibrate(clock.rank, num_slots, 2048, torch.cuda.get_device_name()).model
+    most = max(num_ranks * max(args.tokens) * args.topk // 2, num_slots * (MODEL_ROWS + 1))
+    clock = Clock(num_slots, most)
+    cost = cost or calibrate(clock.rank, num_slots, MODEL_ROWS, torch.cuda.get_device_name()).model
     found: dict[int, dict[str, list[float]]] = {
         tokens: {column: [] for column in COLUMNS} for tokens in args.tokens
     }
