@@ -54,13 +54,13 @@ __device__ int nth_of_copies(const Arc& arc) {
 // Splits each expert evenly over its copies: half as many rounds of the flow as from the homes.
 template <typename V>
 __device__ void split_evenly(const Component<V>& c, const int* load) {
-    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+    block_stride<V::threads>(c.shape.arcs, [&](int a) {
         Arc arc = c.arcs[a];
         int total = load[arc.place], number = number_of_copies<V>(arc);
         int place = nth_of_copies<V>(arc);
         c.tokens[a] = total / number + (place < total % number);
         atomicAdd(&c.movable()[arc.rank], c.tokens[a]);
-    }
+    });
 }
 
 // Fills copy after copy of each expert. Whether all have what they need, the same to every thread.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.cuh"
+#include "loops.cuh"
 
 namespace lplb {
 
@@ -27,19 +28,5 @@ struct Total {
 
     __device__ unsigned long long value() const { return ((unsigned long long)high << 16) + low; }
 };
-
-// Calls `take` for every `by`-th of the numbers from `from` up to `to`, which are `step` apart in memory. N guarded
-// loads are unrolled, so all are in flight at once. Zeros may be passed behind the last number.
-template <int N, typename Take>
-__device__ void each(const int* at, int from, int to, int by, int step, Take take) {
-    #pragma unroll 1
-    for (int i = from; i < to; i += N * by, at += N * by * step) {
-        int several[N];
-        #pragma unroll
-        for (int j = 0; j < N; ++j) several[j] = i + j * by < to ? at[j * by * step] : 0;
-        #pragma unroll
-        for (int j = 0; j < N; ++j) take(several[j]);
-    }
-}
 
 }  // namespace lplb

@@ -139,6 +139,7 @@ template <typename V>
 __device__ void number_picks(const Problem& p, char* shared) {
     int first = p.num_components * V::blocks, helper = blockIdx.x - first, step = (gridDim.x - first) * V::threads;
     int number_of_counts = is_reused(p.turn) ? 0 : p.num_ranks * p.num_experts;
+    #pragma unroll 1
     for (int i = helper * V::threads + threadIdx.x; i < number_of_counts; i += step)
         p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
     // Grids of clusters may have a few blocks more.
@@ -181,7 +182,7 @@ __device__ void finish(const Problem& p, int g, const Component<V>& c, const Res
                        int rank, Ending& ending, int* quota, int* rank_load, const Solver& solver) {
     if (ending.status != OPTIMAL || c.shape.ranks == 0) return;
     if (c.shape.arcs > 0) solver.move(p, g, c, edges, ending, quota);
-    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) quota[c.arcs[a].quota] = c.tokens[a];
+    block_stride<V::threads>(c.shape.arcs, [&](int a) { quota[c.arcs[a].quota] = c.tokens[a]; });
     if (threadIdx.x < c.shape.ranks)
         rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
 }

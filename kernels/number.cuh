@@ -24,12 +24,12 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
         #pragma unroll
         for (int j = 0; j < per_lane; ++j)
             expert[j] = begin + 32 * j < end ? picks.experts[begin + 32 * j] : -1;
-        for (int e = threadIdx.x; tile == first && e < E; e += threads) {
+        block_stride<threads>(tile == first ? E : 0, [&](int e) {
             int sum = 0;
             each<16>(picks.histograms + e, 0, chunk, 1, E, [&](int number) { sum += number; });
             before[e] = sum;
-        }
-        for (int i = threadIdx.x; i < warps * E; i += threads) runs[i] = 0;
+        });
+        block_stride<threads>(warps * E, [&](int i) { runs[i] = 0; });
         __syncthreads();  // `runs` are zero before any warp counts in its own
         #pragma unroll
         for (int j = 0; j < per_lane; ++j) {
@@ -41,7 +41,7 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
             __syncwarp();  // it is raised before the next 32 picks read it
         }
         __syncthreads();  // all runs are counted before they are summed
-        for (int e = threadIdx.x; e < E; e += threads) {
+        block_stride<threads>(E, [&](int e) {
             int sum = before[e];
             #pragma unroll
             for (int w = 0; w < warps; ++w) {
@@ -50,7 +50,7 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
                 sum += of_run;
             }
             before[e] = sum;
-        }
+        });
         __syncthreads();  // the sums are written before picks read them
         #pragma unroll
         for (int j = 0; j < per_lane; ++j)
@@ -58,8 +58,9 @@ __device__ void number(const Picks& picks, int chunk, const int* own_counts, vol
                 picks.positions[begin + 32 * j] = expert[j] < 0 ? 0 : seen[expert[j]] + nth[j];
         __syncthreads();  // all have read them before the next tile's are zeroed
     }
-    for (int e = threadIdx.x; chunk == picks.num_chunks - 1 && e < E; e += threads)
+    block_stride<threads>(chunk == picks.num_chunks - 1 ? E : 0, [&](int e) {
         if (before[e] != own_counts[e]) error_flags[FLAG_MISCOUNTED] = 1;
+    });
 }
 
 }  // namespace lplb

@@ -9,14 +9,14 @@ namespace lplb {
 // Checks the heads of the rows, and raises `status` in shared memory to the largest status that they show.
 template <int threads>
 __device__ void check_heads(const Counts& counts, int* status) {
-    for (int i = threadIdx.x; i < counts.num_rows * counts.head; i += threads) {
+    block_stride<threads>(counts.num_rows * counts.head, [&](int i) {
         int word = i % HEAD, value = counts_of(counts, i / HEAD)[word - HEAD];
         // A row that is not of this exchange may have any value there.
         if (word == HEAD_STATUS && unsigned(value) >= NUM_STATUSES) value = OUT_OF_STEP;
         if (word == HEAD_STATUS && value != OPTIMAL) atomicMax(status, value);
         if (word > HEAD_STATUS && value != counts_of(counts, counts.rank)[word - HEAD])
             atomicMax(status, OUT_OF_STEP);
-    }
+    });
 }
 
 constexpr int FEW_COLUMNS = 8;  // up to so many, a thread writes all quotas of its expert
@@ -27,6 +27,7 @@ __device__ void write_rows(int* __restrict__ quota, int max_replicas, bool mine,
     for (unsigned left = __ballot_sync(~0u, mine); left != 0; left &= left - 1) {
         int lane = __ffs(int(left)) - 1, row = __shfl_sync(~0u, expert, lane) * max_replicas;
         int value = __shfl_sync(~0u, first, lane);
+        #pragma unroll 1
         for (int c = threadIdx.x % 32; c < max_replicas; c += 32) quota[row + c] = c == 0 ? value : 0;
     }
 }
@@ -77,6 +78,7 @@ __device__ Ending add_up(const Problem& p, int g, int* load, int* staying, int* 
         if (mine) {
             if (home < V::size) atomicAdd(&staying[home], int(sum));
             else load[home - V::size] = int(sum);
+            #pragma unroll 1
             for (int c = 0; !V::guests && c < max_replicas && max_replicas <= FEW_COLUMNS; ++c)
                 quota[expert * max_replicas + c] = c == 0 && home < V::size ? int(sum) : 0;
             if (general && p.cap != nullptr && home < V::size && sum > p.cap[expert * max_replicas])

@@ -1,4 +1,5 @@
-// How each copy's quota is shared out to the source ranks; the CPU's `split` is the definition.
+// How each copy's quota is shared out to the source ranks; the CPU's `split` is the definition. Copies are few, and loops
+// over them are not unrolled, as in `block_stride`.
 #pragma once
 
 namespace lplb {
@@ -22,6 +23,7 @@ struct Expert {
     __device__ int left(int n, int& demand) const {
         int tokens = supply[n];
         demand = 0;
+        #pragma unroll 1
         for (int c = 0; c < num_copies; ++c)
             if (node[c] == n) {
                 tokens -= local[c];
@@ -33,12 +35,14 @@ struct Expert {
     // The shares of a source rank with `mine` tokens, and `before` on earlier ranks of its node.
     __device__ void share_out(int source, int home, int mine, int before, int* shares) const {
         int begin = before, end = before + mine, at = 0;
+        #pragma unroll 1
         for (int c = 0; c < num_copies; ++c) {
             shares[c] = rank[c] == source ? local[c] : 0;
             if (node[c] != home) continue;
             if (rank[c] < source) begin -= local[c];
             if (rank[c] <= source) end -= local[c];
         }
+        #pragma unroll 1
         for (int c = 0; c < num_copies; ++c) {
             if (node[c] != home) continue;
             shares[c] += overlap(begin, end, at, at + remote[c]);
@@ -48,10 +52,12 @@ struct Expert {
         end = max(end, at) - at;
         if (num_nodes == 1 || begin == end) return;
         int demand, first = at = 0;
+        #pragma unroll 1
         for (int n = 0; n < home; ++n) {
             int tokens = left(n, demand);
             first += max(0, tokens - demand);
         }
+        #pragma unroll 1
         for (int c = 0; c < num_copies; ++c) {
             int tokens = left(node[c], demand), filled = 0;
             for (int k = 0; k < c; ++k)

@@ -68,8 +68,8 @@ FAULTS = [
     Fault(
         "tiles forget earlier ones",
         "number.cuh",
-        "            before[e] = sum;\n        }\n        __syncthreads();",
-        "        }\n        __syncthreads();",
+        "            before[e] = sum;\n        });\n        __syncthreads();",
+        "        });\n        __syncthreads();",
     ),
     Fault("no one compares given counts", "number.cuh", "before[e] != own_counts[e]", "false"),
     # Exchange
