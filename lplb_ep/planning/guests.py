@@ -246,7 +246,7 @@ def _fill(domain: _Domain, rule: Rule, number: int, limit: Int64) -> _State:
     2. Tokens move to a copy that a rank below its limit already has. They are as many as the
        copy has, the excess asks for and the other rank takes. The move of most tokens is made.
     3. Where no such move exists and the rule is by priority, the excess moves to a copy
-       on another rank: that of least priority, which must be less than the source's.
+       on another rank. That is the rank of least priority, if less than the source's.
     4. Where there is no such copy, a guest is placed (`_place_guest`). A source that cannot place
        one is passed over until some guest is placed.
 
