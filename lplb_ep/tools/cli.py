@@ -5,11 +5,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
 
 from .. import __version__
 from .commands import bench, calibrate, compile, doctor, place, replay, report, run, sample
+
+_INTERRUPTED = "\nlplb-ep: interrupted"
+_STATUS_OF_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for a mistake of the caller, reported in one line on stderr.
     """
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
     try:
         args, rest = _parsed(argv)
         status = int(args.command(args, rest))
@@ -34,9 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("\nlplb-ep: interrupted", file=sys.stderr)
-        return 130
+        print(_INTERRUPTED, file=sys.stderr)
+        return _STATUS_OF_INTERRUPTED
     return status
+
+
+def _end(signum: int, frame: FrameType | None) -> NoReturn:
+    """Ends the process on Ctrl-C, at once.
+
+    In a library's C++ a KeyboardInterrupt may be lost, or end in an abort, as at an import of torch.
+    """
+    os.write(2, f"{_INTERRUPTED}\n".encode())
+    os._exit(_STATUS_OF_INTERRUPTED)
 
 
 def _parsed(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:

@@ -53,23 +53,42 @@ def refuse(path):
     raise PermissionError(13, "Permission denied", str(path))
 
 
-def test_a_signal_ends_a_command_in_one_line(tmp_path):
-    np.save(tmp_path / "a.npy", np.random.default_rng(0).lognormal(5, 1, (40, 256)))
-    argv = ["place", tmp_path / "a.npy", "--ranks", 8, "--redundant", 2, "-o", tmp_path / "o.json"]
-    code = "import sys; from lplb_ep.tools import cli; print(flush=True); sys.exit(cli.main())"
+def interrupted(code, *argv):
+    """A command, as a process that prints a line and gets a signal then: its status and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, argv)],
+        [sys.executable, "-c", f"import sys; from lplb_ep.tools import cli; {code}", *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell may ignore it
     )
     process.stdout.readline()
-    time.sleep(1)  # it is searching, or importing: either is to end so
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130, told
-    assert told.strip() == "lplb-ep: interrupted"
+    return process.returncode, told.strip()
+
+
+def test_a_signal_ends_a_command_in_one_line(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).lognormal(5, 1, (40, 256)))
+    argv = ["place", tmp_path / "a.npy", "--ranks", 8, "--redundant", 2, "-o", tmp_path / "o.json"]
+    # It is searching, or importing: either is to end so.
+    found = interrupted("print(flush=True); sys.exit(cli.main())", *map(str, argv))
+    assert found == (130, "lplb-ep: interrupted")
     assert not (tmp_path / "o.json").exists()
+
+
+def test_a_signal_is_not_lost_in_a_library():
+    lost = """
+def run(args, rest):
+    try:
+        print(flush=True)
+        time.sleep(60)
+    except BaseException:
+        return 0
+cli.doctor._run = run
+sys.exit(cli.main())"""
+    assert interrupted(f"import time{lost}", "doctor") == (130, "lplb-ep: interrupted")
 
 
 def test_a_signal_before_a_command_begins_is_one_line_too(capsys, monkeypatch):
