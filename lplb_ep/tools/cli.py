@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _end(signum: int, frame: FrameType | None) -> NoReturn:
     """Ends the process on Ctrl-C, at once.
 
-    In a library's C++ a KeyboardInterrupt may be lost, or end in an abort, as at an import of torch.
+    In a library's C++ a KeyboardInterrupt may be lost, or end in an abort: when torch is imported,
+    say.
     """
     os.write(2, f"{_INTERRUPTED}\n".encode())
     os._exit(_STATUS_OF_INTERRUPTED)
