@@ -154,7 +154,9 @@ class Layer:
         P = self.placement.num_physical_experts
         given = (tokens.slots, P) if self.sizes.physical else (tokens.logical, len(self.popularity))
         ways: Ways = {
-            "plain": functools.partial(pair, plain_of(buffer, self.sizes), tokens, tokens.slots, P),
+            "plain": functools.partial(
+                pair, plain_of(buffer, self.sizes.module), tokens, tokens.slots, P
+            ),
             "balanced": functools.partial(pair, buffer, tokens, *given),
         }
         rows = {way: torch.as_tensor(call()).tolist() for way, call in ways.items()}
@@ -163,9 +165,9 @@ class Layer:
         return ways
 
 
-def plain_of(buffer: Any, sizes: Sizes) -> Any:
+def plain_of(buffer: Any, module: str) -> Any:
     """The buffer as DeepEP's own class has it: the same memory, without the drop-in's methods."""
-    own = getattr(importlib.import_module(sizes.module), type(buffer).__name__)
+    own = getattr(importlib.import_module(module), type(buffer).__name__)
     assert own in type(buffer).__mro__[1:], f"{type(buffer)} is no drop-in of {own}"
     plain = object.__new__(own)
     plain.__dict__ = buffer.__dict__

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "calls.py"
 COLUMNS = "| us | CPU | wall | CPU, synchronised | wall, synchronised |"
 WAYS = ("plain", "balanced")
@@ -32,6 +34,30 @@ def test_time_on_the_host_is_measured_without_a_gpu(tmp_path):
     pairs = [f"{name}, {way}" for name in ("low latency", "legacy", "V2") for way in WAYS]
     assert [*found] == [*pairs, "slots", "plan", "plan, counts given"]
     assert all(float(us) > 0 for us in found.values())
+
+
+def test_whole_layers_are_measured_in_pairs(tmp_path):
+    """Each way's outputs are compared with plain's, by both kinds of calls."""
+    script = BENCHMARK.with_name("paired_layers.py")
+    loads = np.random.default_rng(0).integers(1, 1000, (2, 64))
+    np.savez(tmp_path / "loads.npz", live=loads, learned=loads[:, ::-1])
+    command = [sys.executable, "-W", "error", str(script), "loads.npz", "--embedded"]
+    options = ["--key", "live", "--learn-from", "learned", "--layers", "1", "--tokens", "8"]
+    result = subprocess.run(
+        [*command, *options, "--rounds", "2", "--json", "found.json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    names = [f"{calls}, 8 tokens, eager" for calls in ("throughput", "low-latency")]
+    assert [row[0] for row in found["rows"]] == [*found["ranks"][0]] == names
+    for rank in found["ranks"]:
+        for times in rank.values():
+            assert [*times] == ["plain", "even", "balanced", "forced"]
+            assert all(len(taken) == 2 and min(taken) > 0 for taken in times.values())
 
 
 def test_every_case_is_measured(tmp_path):
