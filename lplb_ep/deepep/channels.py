@@ -286,5 +286,5 @@ def _make(state: BufferState, use: LayerUse, *, compare: bool) -> Planner:
     of_group = channels.setdefault(state.group, {})
     of_group[use.layer, use.slot, state.planner_settings] = planner
     if planner.rank == 0 and state.settings.mode == "1":
-        report(state.settings)
+        report(state.settings, planner)
     return planner

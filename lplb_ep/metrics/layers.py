@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from ..layer import Layer, planned_layers
-from ..planning.statistics import Totals, batches_by_status, read_totals
+from ..planning.statistics import Statistics, Totals, batches_by_status, read_totals
 from ..planning.structs import NUM_TOTALS, Status
 from ..planning.tallies import Tally
 
@@ -129,7 +129,7 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._since: WeakKeyDictionary[Any, Totals] = WeakKeyDictionary()
+        self._since: WeakKeyDictionary[Statistics, Totals] = WeakKeyDictionary()
 
     def stats(
         self, layers: Iterable[Layer], renew_at: int | None = None, *, marked: bool = False
@@ -147,18 +147,40 @@ class Window:
             RuntimeError: batches come faster than they can be read.
         """
         chosen = [(layer, [*layer.planners]) for layer in layers]
+        return self.stats_of_planners(chosen, renew_at, marked=marked)
+
+    def stats_of_planners(
+        self,
+        chosen: Sequence[tuple[Layer, Sequence[Any]]],
+        renew_at: int | None = None,
+        *,
+        marked: bool = False,
+    ) -> list[LayerStats]:
+        """As `stats`, of some planners of each layer, or of what has remained of them (`Ended`)."""
         planners = [planner for _, several in chosen for planner in several]
         totals = read_totals((p.statistics for p in planners), marked=marked)
-        read = dict(zip(planners, totals, strict=True))
+        read = {p.statistics: found for p, found in zip(planners, totals, strict=True)}
         found = []
         for layer, several in chosen:
-            of_planners = [
-                (planner, read[planner], self._since.get(planner)) for planner in several
-            ]
-            found.append(_stats(layer, of_planners))
+            kept = [planner.statistics for planner in several]
+            sums = [(read[one], self._since.get(one)) for one in kept]
+            found.append(_stats(layer, several[0].rank if several else 0, sums))
             if renew_at is not None and found[-1].batches >= renew_at:
-                self._since.update({planner: read[planner] for planner in several})
+                self._since.update({one: read[one] for one in kept})
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """What has remained of a planner, until its last batches are reported."""
+
+    layer: Layer
+    """Of which it was."""
+    rank: int
+    """As the planner had it, like the others."""
+    slot: int
+    generation: int
+    statistics: Statistics
 
 
 _window = Window()
@@ -199,10 +221,12 @@ def _size(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"
 
 
-def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -> LayerStats:
+def _stats(
+    layer: Layer, rank: int, of_planners: Sequence[tuple[Totals, Totals | None]]
+) -> LayerStats:
     sums, worst = np.zeros(NUM_TOTALS, np.int64), {Tally.WORST_HOME: 0.0, Tally.WORST: 0.0}
     num_ranks = len(layer.placement.active_ranks)
-    for _, totals, before in of_planners:
+    for totals, before in of_planners:
         sums += totals if before is None else totals - before
         # With none in this window, the worst are those of an earlier one.
         is_new = before is None or totals[Tally.WINDOW] != before[Tally.WINDOW]
@@ -215,7 +239,7 @@ def _stats(layer: Layer, of_planners: list[tuple[Any, Totals, Totals | None]]) -
 
     return LayerStats(
         layer=layer.label,
-        rank=of_planners[0][0].rank if of_planners else 0,
+        rank=rank,
         num_ranks=layer.placement.num_ranks,
         batches=by_status.total(),
         by_status={Status(s).name: n for s, n in by_status.items()},

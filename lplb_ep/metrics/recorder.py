@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from ..layer import Layer
 from ..logs import logger
+from .layers import Ended
 from .recording_file import write_recording
 
 log = logger(__name__)
@@ -57,20 +58,23 @@ class Recorder:
             return False
         return True
 
-    def take(self, layers: Iterable[Layer], *, all_done: bool = False) -> None:
+    def take(
+        self, layers: Iterable[Layer], ended: Iterable[Ended] = (), *, all_done: bool = False
+    ) -> None:
         """Takes the samples that there are.
 
         Args:
             layers: whose planners are asked.
+            ended: further ones, which are no more.
             all_done: as `Statistics.take_samples` has it.
         """
-        for layer in layers:
-            for planner in [*layer.planners]:
-                for before, load in planner.statistics.take_samples(all_done=all_done).items():
-                    if before // self._every % self._stride == 0:
-                        batch = planner.generation, before, planner.slot
-                        self._loads.setdefault(layer.label, {})[batch] = load
-                        self._num_new += 1
+        asked = [(layer, planner) for layer in layers for planner in [*layer.planners]]
+        for layer, planner in [*asked, *((one.layer, one) for one in ended)]:
+            for before, load in planner.statistics.take_samples(all_done=all_done).items():
+                if before // self._every % self._stride == 0:
+                    batch = planner.generation, before, planner.slot
+                    self._loads.setdefault(layer.label, {})[batch] = load
+                    self._num_new += 1
         while self._num_bytes > self._max_bytes and self._thin_out():
             pass
 

@@ -6,10 +6,13 @@ waits for nothing of it.
 
 from __future__ import annotations
 
+import collections
 import logging
 import threading
 from multiprocessing.util import Finalize
 from pathlib import Path
+from typing import Any
+from weakref import finalize
 
 import torch
 import torch.distributed as dist
@@ -17,7 +20,7 @@ import torch.distributed as dist
 from ..layer import Layer
 from ..logs import logger
 from ..settings import Settings
-from .layers import Window, all_layers
+from .layers import Ended, Window, all_layers
 from .recorder import Recorder
 
 log = logger(__name__)
@@ -36,6 +39,7 @@ class Reporter:
     def __init__(self, log_every: int, recorder: Recorder | None) -> None:
         self._log_every, self._recorder = log_every, recorder
         self._window, self._lock = Window(), threading.Lock()
+        self._ended: collections.deque[Ended] = collections.deque()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lplb_ep reporter", daemon=True)
 
@@ -60,6 +64,17 @@ class Reporter:
         self._thread.join(10 * INTERVAL_S)
         self._try(last=True)
 
+    def follow(self, planner: Any) -> None:
+        """Reports on the last batches of a planner, too, which ends with its group.
+
+        Programs leave their group before they end, so no later look would find it.
+        """
+        left = Ended(
+            planner.layer, planner.rank, planner.slot, planner.generation, planner.statistics
+        )
+        # It may come while another thread looks, or this one: nothing is read there.
+        finalize(planner, self._ended.append, left).atexit = False
+
     def look(self, *, last: bool = False) -> None:
         """Reports news. Planners that another thread makes meanwhile may wait for the next.
 
@@ -68,12 +83,18 @@ class Reporter:
         """
         with self._lock:
             layers = [layer for layer in all_layers() if _is_first(layer)]
+            ended = [self._ended.popleft() for _ in range(len(self._ended))]
             if self._logs:
-                for stats in self._window.stats(layers, renew_at=1, marked=not last):
+                found = self._window.stats(layers, renew_at=1, marked=not last)
+                by_layer: dict[Layer, list[Ended]] = {}
+                for one in ended:
+                    by_layer.setdefault(one.layer, []).append(one)
+                found += self._window.stats_of_planners([*by_layer.items()], renew_at=1)
+                for stats in found:
                     if stats.batches:
                         log.info("%s", stats)
             if self._recorder is not None:
-                self._recorder.take(layers, all_done=last and _is_idle())
+                self._recorder.take(layers, ended, all_done=last and _is_idle())
                 self._recorder.write(now=last)
 
     def _run(self) -> None:
@@ -104,20 +125,30 @@ _reporters: list[Reporter] = []
 _lock = threading.Lock()
 
 
-def report(settings: Settings) -> None:
-    """Has one thread of this process report, as the first settings that ask for it say."""
+def report(settings: Settings, planner: Any) -> None:
+    """Has one thread of this process report on a planner and on all others.
+
+    Args:
+        settings: the first ones that ask for a report say which.
+        planner: the planner.
+    """
     with _lock:
-        if _reporters:
-            return
-        recorder = None
-        if settings.record:
-            recorder = Recorder(_path_of_rank(Path(settings.record)), settings.record_every)
-            if not recorder.is_writable():
-                recorder = None
-        reporter = Reporter(settings.log_every, recorder)
-        if reporter.has_work:
-            _reporters.append(reporter)
-            reporter.start()
+        if not _reporters:
+            _start(settings)
+        for reporter in _reporters:
+            reporter.follow(planner)
+
+
+def _start(settings: Settings) -> None:
+    recorder = None
+    if settings.record:
+        recorder = Recorder(_path_of_rank(Path(settings.record)), settings.record_every)
+        if not recorder.is_writable():
+            recorder = None
+    reporter = Reporter(settings.log_every, recorder)
+    if reporter.has_work:
+        _reporters.append(reporter)
+        reporter.start()
 
 
 def _path_of_rank(path: Path) -> Path:

@@ -1,5 +1,6 @@
 """What a running program sees of its layers: statistics, log lines, exporters, recordings."""
 
+import gc
 import logging
 import subprocess
 import sys
@@ -200,6 +201,24 @@ def test_a_line_comes_every_so_many_batches(caplog):
     assert said(last=True) == []
     assert not any("another rank" in message for message in caplog.messages)
     assert not reporter.Reporter(0, None).has_work
+
+
+def test_a_planner_that_has_ended_leaves_its_last_batches(caplog, tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "run.npz"
+    layer, planner = planner_of(name="ended.moe", mark_every=4, sample_every=2)
+    caplog.set_level(logging.INFO, "lplb_ep")
+    reports = reporter.Reporter(4, recorder.Recorder(path, 2))
+    reports.follow(planner)
+    loads = plan(planner, rng, 5)
+    reports.look()
+    loads = np.concatenate([loads, plan(planner, rng, 2)])
+    del layer, planner
+    gc.collect()
+    for last in (False, True):
+        reports.look(last=last)
+    said = [m.split("; ")[1] for m in caplog.messages if "ended.moe" in m]
+    assert said == ["4 batches", "3 batches"]
+    assert (load_recording(path).counts[:, 0].numpy() == loads[::2]).all()
 
 
 def test_every_layer_logs_at_its_own_batches(caplog):
@@ -517,6 +536,8 @@ def run():
     buffer = lplb_ep.Buffer(dist.group.WORLD, placement=layer, num_local_slots=4)
     for i in range(10):
         buffer.get_dispatch_layout(torch.arange(3)[:, None].repeat(1 + i, 1), 3)
+    if sys.argv[3] == "leaves":
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     if sys.argv[2] == "itself":
@@ -528,8 +549,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("process", ["itself", "fork"])
-def test_a_process_that_ends_leaves_its_recording_and_lines(process, tmp_path):
+@pytest.mark.parametrize(
+    ("process", "group"), [("itself", "stays"), ("itself", "leaves"), ("fork", "leaves")]
+)
+def test_a_process_that_ends_leaves_its_recording_and_lines(process, group, tmp_path):
     environ = {
         "LPLB_EP": "1",
         "LPLB_EP_REPLICAS": "valid",
@@ -540,7 +563,7 @@ def test_a_process_that_ends_leaves_its_recording_and_lines(process, tmp_path):
         "PYTHONPATH": str(Path(lplb_ep.__file__).parents[1]),
     }
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), process],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "store"), process, group],
         env=environ,
         capture_output=True,
         text=True,
