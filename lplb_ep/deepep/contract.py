@@ -5,12 +5,12 @@ A method or an argument that DeepEP renames would let experts pass for slots wit
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import inspect
 import operator
 import re
 import sys
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,6 @@ from .limits import ELASTIC, LEGACY_1_2_1, LEGACY_2, NONE, Limits
 
 NAMES_EXPERTS = ("topk_idx", "num_experts")
 """Arguments by which callers name experts where DeepEP must see slots."""
-_METHODS = (types.FunctionType, staticmethod, classmethod)
 _KNOWN = (2, 1)
 """The last version of DeepEP whose limits were read."""
 
@@ -203,9 +202,17 @@ def unknown_methods(base: type, contract: Contract) -> list[str]:
         name
         for name in dir(base)
         if not name.startswith("_") and name not in contract.methods
-        if isinstance(inspect.getattr_static(base, name), _METHODS)
+        if _is_method(inspect.getattr_static(base, name))
         if set(NAMES_EXPERTS) & set(_arguments(getattr(base, name)))
     ]
+
+
+def _is_method(member: Any) -> bool:
+    """Whether an attribute of a class is a method, of whatever kind its decorators have made it."""
+    if isinstance(member, (staticmethod, classmethod, functools.partialmethod)):
+        return True
+    binds = hasattr(type(member), "__get__")
+    return callable(member) and binds and not isinstance(member, type)
 
 
 def _missing(base: type, contract: Contract) -> list[str]:

@@ -1,5 +1,6 @@
 """The table of the drop-ins' contract, and classes that differ from it."""
 
+import functools
 import inspect
 import pickle
 import re
@@ -155,6 +156,19 @@ def test_a_patch_of_classes_that_do_not_fit_changes_none(monkeypatch, mode):
     assert drop_in.patched == {}
 
 
+class Decorated:
+    """A method that a decorator has made an object of its own."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+
+    def __get__(self, instance, owner=None):
+        return self if instance is None else functools.partial(self, instance)
+
+    def __call__(self, *args):
+        return self.__wrapped__(*args)
+
+
 class Later(recorder().Buffer):
     """With methods that came later, and an argument."""
 
@@ -178,6 +192,12 @@ class Later(recorder().Buffer):
         self.sm_margin = sm_margin
         return super().get_dispatch_layout(topk_idx, num_experts, previous_event, async_finish)
 
+    low_latency_warm_up = functools.partialmethod(warm_up)
+
+    @Decorated
+    def decorated_warm_up(self, num_experts):
+        return num_experts
+
 
 Later.__name__ = "Buffer"
 
@@ -191,8 +211,9 @@ def test_a_method_that_takes_experts_and_is_unknown_is_refused_while_a_placement
     for inside in (buffer.view(PLACEMENT), buffer):
         with lplb_ep.use(OTHER), pytest.raises(ContractError, match=r"Buffer.low_latency_dispatc"):
             inside.low_latency_dispatch_v2(X, TOPK, num_experts=E)
-        with lplb_ep.use(OTHER), pytest.raises(ContractError, match=r"Buffer.warm_up takes expert"):
-            inside.warm_up(E)
+        for warm_up in (inside.warm_up, inside.low_latency_warm_up, inside.decorated_warm_up):
+            with lplb_ep.use(OTHER), pytest.raises(ContractError, match=r"warm_up takes experts"):
+                warm_up(E)
     with pytest.raises(ContractError, match="no placement is in force"):
         buffer.warm_up(E)
     # Static and class methods know no buffer: these ranks have planned.
