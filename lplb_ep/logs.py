@@ -13,7 +13,11 @@ class _Prefixed(logging.LoggerAdapter):
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
         """Puts the package and the rank before a message."""
-        return f"{_prefix()}: {msg}", kwargs
+        return f"{_prefix((self.extra or {}).get('rank', _rank()))}: {msg}", kwargs
+
+    def with_rank_of_now(self) -> _Prefixed:
+        """The same logger for messages that may come when the job has left its groups."""
+        return _Prefixed(self.logger, {"rank": _rank()})
 
 
 def logger(name: str) -> _Prefixed:
@@ -49,8 +53,7 @@ class _Shown(logging.StreamHandler):
     """The handler that `show` adds."""
 
 
-def _prefix() -> str:
-    rank = _rank()
+def _prefix(rank: object) -> str:
     return "lplb_ep" if rank is None else f"lplb_ep rank {rank}"
 
 

@@ -38,6 +38,7 @@ class Reporter:
 
     def __init__(self, log_every: int, recorder: Recorder | None) -> None:
         self._log_every, self._recorder = log_every, recorder
+        self._log = log.with_rank_of_now()
         self._window, self._lock = Window(), threading.Lock()
         self._ended: collections.deque[Ended] = collections.deque()
         self._ends = threading.Event()
@@ -92,7 +93,7 @@ class Reporter:
                 found += self._window.stats_of_planners([*by_layer.items()], renew_at=1)
                 for stats in found:
                     if stats.batches:
-                        log.info("%s", stats)
+                        self._log.info("%s", stats)
             if self._recorder is not None:
                 self._recorder.take(layers, ended, all_done=last and _is_idle())
                 self._recorder.write(now=last)
@@ -105,7 +106,7 @@ class Reporter:
         try:
             self.look(last=last)
         except RuntimeError as error:  # a set that changed, batches that come too fast, a lost GPU
-            log.debug("no report now: %s", error)
+            self._log.debug("no report now: %s", error)
 
 
 def is_logged() -> bool:

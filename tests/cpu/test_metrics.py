@@ -574,5 +574,5 @@ def test_a_process_that_ends_leaves_its_recording_and_lines(process, group, tmp_
     assert recording.layers == (4,)
     assert [s for s in done.stderr.splitlines() if " batches" in s and "10 batches" not in s] == []
     (line,) = (line for line in done.stderr.splitlines() if "10 batches" in line)
-    assert line.startswith("lplb_ep")
+    assert line.startswith("lplb_ep rank 0: ")
     assert "model.layers.4.moe: imbalance 1.000 at home, 1.000 as planned, T* 1.000" in line
