@@ -145,8 +145,10 @@ def _balanced(
     """Balances layers, or leaves them as they are if it fails. Collective, with LPLB_EP=0 too."""
     made, placements = Balance(), []
     with together(_group_of(next(iter(layers.values()))), "balance()") as facts:
-        facts["LPLB_EP"] = Settings.from_env().mode
-        if not is_off():
+        settings = Settings.from_env()
+        facts["LPLB_EP"] = settings.mode
+        if settings.mode != "0":
+            refuse("this model", _FILE if settings.placement else [])
             for name, module in layers.items():
                 refuse(name, [*_obstacles(module)])
             placements = placements_for(layers, guests, replicas, load, placement)
@@ -169,6 +171,7 @@ def _balanced(
     return made
 
 
+_FILE = ["LPLB_EP_PLACEMENT is set, which is for programs without this call: give placement="]
 _buffers = SharedReplacement()
 
 

@@ -217,6 +217,7 @@ def test_run_drops_a_leading_double_dash(tmp_path):
         ([], "a script, or -m and a module"),
         (["--"], "a script, or -m and a module"),
         (["--placement", "none.json", "x.py"], "No such file"),
+        (["--client", "megatron", "--placement", "a.json", "x.py"], "--client balances by guests"),
     ],
 )
 def test_run_says_what_is_wrong_in_one_line(fails, argv, says):

@@ -49,6 +49,18 @@ def test_files_that_the_system_refuses(fails, tmp_path, monkeypatch):
     assert fails("replay", tmp_path, *SHAPE) == f"lplb-ep: error: {tmp_path}: Permission denied"
 
 
+def test_run_says_that_nothing_is_balanced(tmp_path):
+    (tmp_path / "a.py").write_text("")
+    for options, says in (
+        (["--client", "megatron"], "so nothing is balanced: add --mode 1"),
+        ([], ""),
+    ):
+        command = [sys.executable, "-m", "lplb_ep.tools.cli", "run", *options, tmp_path / "a.py"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert says in done.stderr
+        assert bool(says) == bool(done.stderr)
+
+
 def refuse(path):
     raise PermissionError(13, "Permission denied", str(path))
 

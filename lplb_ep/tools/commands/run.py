@@ -64,10 +64,20 @@ def _run(args: argparse.Namespace, rest: list[str]) -> NoReturn:
         if args.mode is not None:
             put_in_environment("mode", args.mode)
         settings = Settings.from_env()
+        if args.client is not None and settings.placement:
+            raise ValueError(
+                "--client balances by guests and reads no file: leave it out, or --placement "
+                "(LPLB_EP_PLACEMENT)"
+            )
         if settings.placement:
             from ...placement.layer_files import placements_of_modules
 
             placements_of_modules(settings.placement)
+        if settings.mode == "0" and args.mode is None and (args.client or args.placement):
+            print(
+                "lplb-ep: LPLB_EP is 0 or unset, so nothing is balanced: add --mode 1",
+                file=sys.stderr,
+            )
     package = Path(__file__).resolve().parents[2]
     put_first_on_python_path(package / "deepep" / "startup")
     if args.client is not None:

@@ -39,6 +39,7 @@ def disagreement(group, run, options, environ, change):
         ([{}, {"guests": 0}], {}, False, "guests must be a whole number from 1; got 0"),
         ([{}, {"load": UNLIKE[:1]}], {}, False, "load must be [2, 8], layers and experts; got [1"),
         ([{}, {}], {}, True, "mlp cannot be balanced: fp8 is 'e4m3': turn it off"),
+        ([{}, {}], {"LPLB_EP_PLACEMENT": "a.json"}, False, "LPLB_EP_PLACEMENT is set, which is"),
         ([{}, {}], {"LPLB_EP": "yes"}, False, "LPLB_EP must be one of 0, home, 1; got 'yes'"),
         ([{}, {}], {"LPLB_EP": "0"}, False, "differ in LPLB_EP: 1 on ranks [0]; 0 on ranks [1]"),
         ([{}, {"guests": 2}], {}, False, "differ in guests of a rank: 1 on ranks [0]; 2 on ran"),
