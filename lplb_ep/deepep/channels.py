@@ -260,11 +260,11 @@ def channel(state: BufferState, use: LayerUse) -> Planner:
 
 
 def _refuse_first(state: BufferState, use: LayerUse) -> None:
-    """Refuses a first batch, where its counts are known to travel by `torch.distributed`."""
+    """Refuses a first batch, where plans are surely made on the CPU: on a GPU ranks first agree on memory."""
     settings = state.planner_settings
-    if settings.counts != "torch" and (settings.counts != "auto" or torch.cuda.is_available()):
+    if settings.solver != "cpu" and torch.cuda.is_available():
         return
-    if state.group.size() > 1:
+    if settings.counts in ("auto", "torch") and state.group.size() > 1:
         limit = Limit("a first batch", settings.timeout_s, settings.abort_on_timeout)
         refuse_first(use.layer.placement, state.group, limit)
 
