@@ -260,7 +260,10 @@ def channel(state: BufferState, use: LayerUse) -> Planner:
 
 
 def _refuse_first(state: BufferState, use: LayerUse) -> None:
-    """Refuses a first batch, where plans are surely made on the CPU: on a GPU ranks first agree on memory."""
+    """Refuses a first batch, where plans are surely made on the CPU.
+
+    On a GPU the ranks first agree on the memory that they reach.
+    """
     settings = state.planner_settings
     if settings.solver != "cpu" and torch.cuda.is_available():
         return
