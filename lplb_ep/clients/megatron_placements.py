@@ -33,6 +33,12 @@ def placements_for(
     """
     manager = next(iter(layers.values())).token_dispatcher._comm_manager
     num_experts, num_ranks = manager.num_experts, manager.group.size()
+    for name, module in layers.items():
+        found = module.token_dispatcher._comm_manager.num_experts
+        if found != num_experts:
+            refuse(
+                name, [f"it has {found} experts, and other layers {num_experts}: call it for each"]
+            )
     if guests and replicas:
         raise ValueError("guests and replicas do not go together: say one of them")
     if given is not None:

@@ -79,3 +79,16 @@ def test_arguments_of_another_kind_are_refused_by_name(options, message):
     with pytest.raises((TypeError, ValueError)) as error:
         placements_for({"a": layer}, *given.values())
     assert message in str(error.value)
+
+
+def test_layers_with_another_number_of_experts_are_refused_by_name():
+    from types import SimpleNamespace
+
+    from lplb_ep.clients.megatron_placements import placements_for
+
+    def layer(num_experts):
+        manager = SimpleNamespace(num_experts=num_experts, group=SimpleNamespace(size=lambda: 2))
+        return SimpleNamespace(token_dispatcher=SimpleNamespace(_comm_manager=manager))
+
+    with pytest.raises(ContractError, match="b cannot be balanced: it has 4 experts, and other la"):
+        placements_for({"a": layer(8), "b": layer(4)}, None, 0, None, None)
