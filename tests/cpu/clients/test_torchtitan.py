@@ -90,7 +90,7 @@ def largest_difference(got, want):
         (2, 2, {}),
         pytest.param(4, 4, {"param_dtype": "bfloat16"}, marks=pytest.mark.long),
         # Each expert's rows are on two ranks.
-        pytest.param(4, 2, {"reshard": "always"}, marks=pytest.mark.long),
+        (4, 2, {"reshard": "always"}),
         (2, 2, {"copies": REPLICAS}),
         pytest.param(4, 4, {"copies": REPLICAS, "param_dtype": "bfloat16"}, marks=pytest.mark.long),
         pytest.param(4, 2, {"copies": REPLICAS, "reshard": "always"}, marks=pytest.mark.long),
@@ -166,8 +166,7 @@ def save_and_load(world, steps, folder, copies):
     return found
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("copies", [None, REPLICAS])
+@pytest.mark.parametrize("copies", [None, pytest.param(REPLICAS, marks=pytest.mark.long)])
 def test_checkpoints_go_from_plain_to_balanced_and_back(tmp_path, copies):
     """Bit for bit, with the optimizer's moments, and on other numbers of ranks."""
     at = str(tmp_path), copies
