@@ -109,14 +109,14 @@ class Recorder:
 
     def _write(self) -> None:
         names, counts, batches = self._table()
-        part = _part(self.path)
+        part, number = _part(self.path), self._every * self._stride
         try:
             with open(part, "wb") as file:
                 write_recording(
                     file,
                     counts,
                     _numbers(names),
-                    f"a run, every {self._every * self._stride} batches",
+                    f"a run, every {number} batches" if number > 1 else "a run, every batch",
                     names=np.array(names),
                     batches=np.array(batches),
                 )

@@ -255,6 +255,22 @@ def test_a_browser_leaves_out_layers_without_tokens(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+@pytest.mark.parametrize("width", [360, 700, 1300])
+def test_charts_stay_in_their_cards(tmp_path, shown, width):
+    script = f"document.body.style.width = '{width}px'; dispatchEvent(new Event('resize'));"
+    script += """
+        const ends = (one) => one.getBoundingClientRect().right;
+        const charts_ = [...document.querySelectorAll(".chart")];
+        const steps = charts_.map((one) => ends(one.closest(".card")) - ends(one));
+        document.body.dataset.steps = encodeURIComponent(JSON.stringify(steps));
+    """
+    data, _ = body_of(browse(tmp_path, shown[3], "--dump-dom", script=script))
+    rests = json.loads(unquote(data["steps"]))
+    assert len(rests) == 7
+    assert min(rests) >= 0, rests
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 @pytest.mark.parametrize(("theme", "bright"), [("light", True), ("dark", False)])
 def test_the_picture_is_that_of_the_theme(tmp_path, shown, theme, bright):
     from PIL import Image

@@ -85,7 +85,7 @@ function drawLines() {
   element("which").textContent = state.layer < 0 ? "all layers" : `layer ${data.layers[state.layer]}`;
   chart("lines", {
     grid: { left: 56, right: 20, top: 56, bottom: 78 },
-    legend: { top: 0, textStyle: { color: css("--text") }, inactiveColor: css("--soft") },
+    legend: { type: "scroll", top: 0, textStyle: { color: css("--text") }, inactiveColor: css("--soft") },
     tooltip: tooltip({ trigger: "axis", formatter: (items) => [`<b>${batchesOf(items[0].dataIndex)}</b>`, ...items.map((i) => `${i.marker}${escaped(i.seriesName)}: <b>${format(i.value)}</b>`)].join("<br>") }),
     xAxis: axis({ type: "category", data: data.starts, name: "batch", nameLocation: "middle", nameGap: 24 }),
     yAxis: axis({ type: "value", name: "max / mean", scale: true, min: (extent) => Math.min(1, extent.min) }),
