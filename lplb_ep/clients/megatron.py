@@ -116,7 +116,7 @@ def balance_when_called(kind: Any) -> None:
         layers = {
             f"{number}: layer {module.layer_number}": module
             for number, module in enumerate(alive)
-            if module.ep_group.size() > 1
+            if module.ep_group.size() > 1 and not _is_balanced(module)
         }
         if layers and (made := _balanced(layers)).layers:
             kept.append(made)
@@ -188,10 +188,13 @@ def _give_buffers(made: Balance) -> None:
 
 
 def _shared(base: Any) -> type:
-    """A drop-in for all models of a process: calls of models that are not balanced pass."""
+    """A drop-in for all models of a process: calls of models that are not balanced pass.
+
+    Megatron-Core passes experts, whatever LPLB_EP_INDICES says.
+    """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        base.__init__(self, *args, **kwargs)
+        base.__init__(self, *args, indices="logical", **kwargs)
         state_of(self).is_shared = True
 
     return type(base.__name__, (base,), {"__init__": __init__, "__doc__": base.__doc__})
@@ -262,7 +265,7 @@ def _obstacles(module: Any) -> Iterator[str]:
         yield f"moe_flex_dispatcher_backend is {config.moe_flex_dispatcher_backend!r}: set 'deepep'"
     if dispatcher.tp_size > 1:
         yield f"expert_tensor_parallel_size is {dispatcher.tp_size}: set 1"
-    if "dispatch" in vars(getattr(dispatcher, "_comm_manager", None) or object):
+    if _is_balanced(module):
         yield "it is balanced already: remove() that first"
     yield from obstacles(module.experts)
     for name in (
@@ -279,6 +282,10 @@ def _obstacles(module: Any) -> Iterator[str]:
         if is_distributed(parameter) or hasattr(parameter, "__fsdp_param__"):
             yield f"its parameter experts.{name} is sharded (FSDP), and guests need it whole"
             break
+
+
+def _is_balanced(module: Any) -> bool:
+    return "dispatch" in vars(getattr(module.token_dispatcher, "_comm_manager", None) or object)
 
 
 def _install(made: Balance, module: Any, layer: Layer, experts: Experts, slots: Slots) -> None:

@@ -33,6 +33,13 @@ def test_experts_at_other_homes_train_as_in_order(num_ranks, options):
         assert all(row.imbalance < 1.1 for row in report)
 
 
+def test_megatron_core_passes_experts_whatever_lplb_ep_indices_says():
+    """Slots, as an engine's, and experts have the same numbers here, and other meanings."""
+    plain = ranks.run(2, go, Run(), environ=OFF)
+    moved = ranks.run(2, go, placed(0), environ={**ON, "LPLB_EP_INDICES": "physical"})
+    assert [r[2] for r in moved] == [pytest.approx(r[2], rel=1e-5) for r in plain]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("ddp", "metadata"), [({}, FULLY), (SHARDED, {**FULLY, "singleton_local_shards": True})]

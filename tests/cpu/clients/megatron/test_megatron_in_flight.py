@@ -87,6 +87,11 @@ def unedited(group, run):
         return losses, [(row.layer, row.batches, set(row.by_status)) for row in report]
 
 
+def test_a_model_that_the_program_balances_itself_is_left_alone():
+    for _, report in ranks.run(2, unedited, of(), environ=ON):
+        assert not report
+
+
 def test_a_program_that_is_not_edited_is_balanced_when_its_layers_route():
     run = of(balance={"off": True})
     plain, balanced = (ranks.run(2, unedited, run, environ=environ) for environ in (OFF, ON))
