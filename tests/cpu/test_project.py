@@ -336,6 +336,9 @@ def test_readme_is_short_and_begins_with_what_is_gained():
     lines = README.splitlines()
     assert len(lines) <= 150
     assert any(line.startswith("| DeepEP alone |") for line in lines[:30])
+    limitations = README.split("## Limitations\n")[1].split("\n## ")[0]
+    assert len(limitations.strip().splitlines()) <= 6
+    assert not re.findall(r"\b(?=[0-9a-f]*\d)(?=[0-9a-f]*[a-f])[0-9a-f]{7}\b", README), "commits"
 
 
 def test_kernel_sources_are_found_from_the_source_tree():
