@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..comm.collectives import together
 from ..deepep import drop_in
-from ..deepep.channels import state_of
+from ..deepep.channels import PlannerSettings, state_of
 from ..deepep.context import use
 from ..deepep.patch import provide
 from ..layer import Layer
@@ -152,6 +152,8 @@ def _balanced(
             for name, module in layers.items():
                 refuse(name, [*_obstacles(module)])
             placements = placements_for(layers, guests, replicas, load, placement)
+            for one in dict.fromkeys(placements):
+                PlannerSettings.of(settings).check_placement(one)
             facts["guests of a rank"] = placements[0].num_guests_per_rank
         for name, one in zip(layers, placements, strict=False):
             facts[f"placement of {name}"] = one.fingerprint()[:12]

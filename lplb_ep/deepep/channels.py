@@ -21,6 +21,8 @@ from ..metrics.reporter import is_logged, report
 from ..placement.table import Placement
 from ..planning.host import refuse_first
 from ..planning.planner import Planner
+from ..planning.reuse import check_every
+from ..problem import Problem
 from ..settings import Settings
 from .contract import Contract
 
@@ -94,6 +96,22 @@ class PlannerSettings(NamedTuple):
             sample_every=settings.record_every if settings.record and balances else 0,
             mark_every=settings.log_every if balances else 0,
         )
+
+    def check_placement(self, placement: Placement) -> None:
+        """Holds a placement against the settings, as a planner of it will.
+
+        Raises:
+            ValueError: they do not go together; names the setting.
+        """
+        problem = Problem().with_defaults(
+            guest_tolerance=self.guest_tolerance,
+            guest_min_tokens=self.guest_min_tokens,
+            objective=self.objective,
+            cost=self.cost,
+            min_gain=self.min_gain,
+        )
+        given = placement, problem.checked(placement), self.counts, self.one_launch
+        check_every(self.every, *given)
 
 
 @dataclass(eq=False)
