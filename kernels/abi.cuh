@@ -124,7 +124,7 @@ constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 struct __align__(16) Ending {
     int status;  // a Status
     int total;   // tokens of its experts, and base loads
-    int home;    // where `least_gain` is asked for: the most tokens of a rank at home
+    int home;    // where `least_gain` is asked for: the most tokens of a rank, if it stays
     int bound;   // and a lower bound of every plan
 };
 LPLB_SIZE(Ending, 16);
@@ -182,9 +182,9 @@ LPLB_PLACE(Exchange, start, 8);
 
 // Where ranks write each other's rows.
 struct Window {
-    Word* const* peers;     // [R] each rank's [2, R, HEAD + E] words, null on other nodes; or null
+    Word* const* peers;     // [R] each rank's [2, R, size] words, null on other nodes; or null
     Exchange* state;        // of this rank
-    int* rows;              // [R, HEAD + E] what was received
+    int* rows;              // [R, size] what was received
     volatile int* missing;  // [R] in the host's memory: 1 where a row did not come in time
     long long limit_ns;     // how long to wait
     int num_ranks;          // R
@@ -192,8 +192,9 @@ struct Window {
     int waits;              // 1: waits for the rows of all ranks
     int every;              // batches from one that is exchanged to the next, where `turn` is given
     int* turn;              // [1] batches since the last that was exchanged; or null: all are
+    int size;               // integers of a row: HEAD + E, and R more where `least_gain` is asked for
 };
-LPLB_SIZE(Window, 64);
+LPLB_SIZE(Window, 72);
 LPLB_PLACE(Window, peers, 0);
 LPLB_PLACE(Window, state, 8);
 LPLB_PLACE(Window, rows, 16);
@@ -204,11 +205,12 @@ LPLB_PLACE(Window, rank, 44);
 LPLB_PLACE(Window, waits, 48);
 LPLB_PLACE(Window, every, 52);
 LPLB_PLACE(Window, turn, 56);
+LPLB_PLACE(Window, size, 64);
 
 // Memory of the first rank of a node for rows to and from other nodes, by NVSHMEM.
 struct Relay {
-    Word* sent;            // [2, node_size, HEAD + E] the node's rows, for even and odd batches
-    const Word* received;  // [nodes, 2, node_size, HEAD + E] those of each node
+    Word* sent;            // [2, node_size, size] the node's rows, for even and odd batches
+    const Word* received;  // [nodes, 2, node_size, size] those of each node
     const Word* signals;   // [nodes] how many batches each node has sent
     int node;              // this one
     int node_size;         // ranks of a node
@@ -307,8 +309,9 @@ struct Problem {
     int status;                 // of the batch, as known without the counts
     int least_gain;             // tokens off the fullest rank for which a batch leaves home; 0: any
     const int* turn;            // as the struct Window has it: not 0, and nothing is solved; or null
+    int* given_load;            // [R] by given slots, which rows have behind their counts; or null
 };
-LPLB_SIZE(Problem, 248);
+LPLB_SIZE(Problem, 256);
 LPLB_PLACE(Problem, counts, 0);
 LPLB_PLACE(Problem, net, 32);
 LPLB_PLACE(Problem, picks, 104);
@@ -328,6 +331,7 @@ LPLB_PLACE(Problem, max_rounds, 224);
 LPLB_PLACE(Problem, status, 228);
 LPLB_PLACE(Problem, least_gain, 232);
 LPLB_PLACE(Problem, turn, 240);
+LPLB_PLACE(Problem, given_load, 248);
 
 // A copy of an expert that has several, for rewriting.
 struct __align__(16) Copy {
@@ -404,7 +408,7 @@ struct Batch {
     int* guests;                // [num_guests] the expert in each guest slot, -1: none
     Statistics statistics;      // which one more block of the grid keeps
     volatile int* error_flags;  // [NUM_ERROR_FLAGS] in the host's memory
-    int* row;                   // [HEAD + E] to be zeroed for the next count, or null
+    int* row;                   // [HEAD + E] (and R) to be zeroed for the next count, or null
     int num_components;         // G
     int rank;                   // this rank
     int num_guests;             // guest slots of all ranks
@@ -412,8 +416,9 @@ struct Batch {
     const int* turn;            // as the struct Window has it: not 0, and quotas are reused; or null
     const int* own;             // [E] this rank's counts, where `turn` is given
     int again;                  // 1: a backward pass plans a batch again
+    const int* given_load;      // as the struct Problem has it; picks may keep their slots
 };
-LPLB_SIZE(Batch, 160);
+LPLB_SIZE(Batch, 168);
 LPLB_PLACE(Batch, counts, 0);
 LPLB_PLACE(Batch, quota, 8);
 LPLB_PLACE(Batch, rank_load, 16);
@@ -430,6 +435,7 @@ LPLB_PLACE(Batch, least_gain, 132);
 LPLB_PLACE(Batch, turn, 136);
 LPLB_PLACE(Batch, own, 144);
 LPLB_PLACE(Batch, again, 152);
+LPLB_PLACE(Batch, given_load, 160);
 
 // An expert, and its resident copies: those that it has in every batch.
 struct __align__(16) Resident {

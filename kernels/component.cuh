@@ -127,17 +127,23 @@ __device__ Component<V> lay_out_component(const Problem& p, int g, char* shared,
     return c;
 }
 
-// Whether it pays to leave home: the CPU's `stays_home` is the definition. A component that is the only one decides
-// here. Of several, `conclude` does.
+// Whether it pays to leave home, or the slots that the batch came with: the CPU's `stays` is the definition. A component
+// that is the only one decides here. Of several, `conclude` does.
 template <typename V>
 __device__ void look_at_home(const Problem& p, const Component<V>& c, const int* load, Ending& ending) {
-    __shared__ int at_home[V::size];
+    __shared__ int at_home[V::size];  // or by the given slots
     int lane = threadIdx.x % 32, stays = 0, home = 0, ranks = c.shape.ranks;
-    if (threadIdx.x < V::size) at_home[threadIdx.x] = c.staying()[threadIdx.x];
+    bool is_given = p.given_load != nullptr, mine = threadIdx.x < ranks;
+    int base = is_given && mine && p.base != nullptr ? p.base[c.ranks[threadIdx.x]] : 0;
+    if (threadIdx.x < V::size) at_home[threadIdx.x] = is_given ? base : c.staying()[threadIdx.x];
     __syncthreads();  // what stays is there before other experts are added
-    for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads)
+    for (int a = threadIdx.x; !is_given && a < c.shape.arcs; a += V::threads)
         if (c.arcs[a].quota % p.max_replicas == 0) atomicAdd(&at_home[c.arcs[a].rank], load[c.arcs[a].place]);
+    #pragma unroll 1
+    for (int i = threadIdx.x; is_given && i < ranks * p.counts.num_rows; i += V::threads)
+        atomicAdd(&at_home[i % ranks], counts_of(p.counts, i / ranks)[p.num_experts + c.ranks[i % ranks]]);
     __syncthreads();  // the sums are whole before any thread reads them
+    if (is_given && mine) p.given_load[c.ranks[threadIdx.x]] = at_home[threadIdx.x] - base;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
         if (lane + 32 * i >= V::size) continue;

@@ -71,6 +71,18 @@ __device__ bool count_picks(const Given& given, const Picks& picks, int chunk, i
     return wrong || repeated;
 }
 
+// Counts the picks of a chunk in `numbers`, by the rank whose slot each names, by all threads of a block. `num_local`:
+// slots of a rank.
+template <int threads>
+__device__ void count_by_rank(const Given& given, const Picks& picks, int chunk, int num_local, int* numbers) {
+    int end = first_pick(picks, chunk + 1);
+    #pragma unroll 1
+    for (int n = first_pick(picks, chunk) + threadIdx.x; n < end; n += threads) {
+        long long id = given.ids[n];
+        if (id >= 0 && id < given.num_ids) atomicAdd(&numbers[int(id) / num_local], 1);
+    }
+}
+
 // Writes what a row begins with, by one thread, and counts the batch: here, so that a replayed graph does it
 // too. `words`: what `head` has.
 __device__ void begin_row(int4* head, int4 words, int* row, int status) {

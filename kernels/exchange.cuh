@@ -48,8 +48,8 @@ __device__ void wait_for(const Word* words, int number, int batch, long long dea
 
 // Waits for the rows of all ranks; with one block. Those that do not come in time are TIMED_OUT.
 template <int threads>
-__device__ void receive(const Window& window, int batch, int size, long long deadline) {
-    int number = window.num_ranks * size;
+__device__ void receive(const Window& window, int batch, long long deadline) {
+    int size = window.size, number = window.num_ranks * size;
     bool any_late = false;
     wait_for<threads>(window.peers[window.rank] + place_of(window, batch, 0, size), number, batch, deadline,
                       [&](int i, Word word) {
@@ -78,12 +78,12 @@ __device__ void receive(const Window& window, int batch, int size, long long dea
 // Sends this rank's row to every rank of the node; with one block. `row` is in shared memory, `unread` as the state has
 // it. Returns until when to wait for the rows of all ranks.
 template <int threads>
-__device__ long long send_row(const Window& window, const int* row, int size, bool unread) {
+__device__ long long send_row(const Window& window, const int* row, bool unread) {
     __syncthreads();  // the row is whole, and all have read the state, before either is used
-    int batch = row[HEAD_BATCH];
+    int batch = row[HEAD_BATCH], size = window.size;
     // Unread rows say that the others have read those of the batch before, whose place this one's take.
     if (unread) {
-        receive<threads>(window, (batch - 1) & MAX_TOTAL, size, nanoseconds() + window.limit_ns);
+        receive<threads>(window, (batch - 1) & MAX_TOTAL, nanoseconds() + window.limit_ns);
         __syncthreads();  // late rows of that batch are completed before this one's take their place
     }
     for (int i = threadIdx.x; i < window.num_ranks * size; i += threads) {
@@ -103,9 +103,9 @@ __device__ int turn_of(const Window& window) {
 
 // Sends this rank's row to every rank of the node and waits for those of all ranks, by the last block that
 // calls it. A batch whose turn it is not leaves its row with those that were exchanged last, and is not sent.
-// Leaves the row zeroed. `shared`: [HEAD + E].
+// Leaves the row zeroed. `shared`: as large as a row.
 template <int threads>
-__device__ void exchange(const Window& window, int* row, int size, int* shared) {
+__device__ void exchange(const Window& window, int* row, int* shared) {
     __shared__ bool last;
     __syncthreads();  // the block has counted, in the row and in `shared`, before it says so
     if (threadIdx.x == 0) {
@@ -115,7 +115,7 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
     __syncthreads();  // `last` is there before the others read it
     if (!last) return;
     __threadfence();  // what the other blocks counted is seen by what follows
-    int turn = turn_of(window);
+    int turn = turn_of(window), size = window.size;
     for (int i = threadIdx.x; i < size; i += threads) {
         shared[i] = __ldcg(row + i);
         row[i] = 0;
@@ -129,8 +129,8 @@ __device__ void exchange(const Window& window, int* row, int size, int* shared) 
         }
         if (turn != 0) return;
     }
-    long long deadline = send_row<threads>(window, shared, size, window.state->unread);
-    if (window.waits) receive<threads>(window, shared[HEAD_BATCH], size, deadline);
+    long long deadline = send_row<threads>(window, shared, window.state->unread);
+    if (window.waits) receive<threads>(window, shared[HEAD_BATCH], deadline);
 }
 
 }  // namespace lplb

@@ -52,8 +52,9 @@ __device__ T* take(char*& shared, int number) {
 template <bool general, typename Solver>
 __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, int4* head, Window window, int status,
                           Problem p, Table table, Batch batch, char* shared, Solver solver) {
-    int E = p.num_experts, R = p.num_ranks, M = table.num_several, C = p.max_replicas, size = HEAD + E;
+    int E = p.num_experts, R = p.num_ranks, M = table.num_several, C = p.max_replicas;
     bool exchanges = window.peers != nullptr;
+    int size = exchanges ? window.size : HEAD + E;
     p.counts.stride = exchanges ? size : E;
 
     long long ids[4];
@@ -97,17 +98,18 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     __syncthreads();  // all sums are zero before any thread counts
 
     bool refused = count_picks<V::threads>(given, picks, 0, row + HEAD, p.error_flags, ids);
+    if (p.given_load != nullptr) count_by_rank<V::threads>(given, picks, 0, given.num_ids / R, row + HEAD + E);
     long long deadline = 0;
     if (exchanges) {
         if (refused) atomicMax(&row[HEAD_STATUS], REFUSED);
         if (threadIdx.x == 0) begin_row(head, words, row, status);
-        deadline = send_row<V::threads>(window, row, size, unread);
+        deadline = send_row<V::threads>(window, row, unread);
     } else {
         __syncthreads();  // all have counted before picks are numbered
     }
     number<V::threads>(picks, 0, exchanges ? row + HEAD : all_counts + p.counts.rank * p.counts.stride, p.error_flags,
                        runs);
-    if (exchanges) receive<V::threads>(window, row[HEAD_BATCH], size, deadline);
+    if (exchanges) receive<V::threads>(window, row[HEAD_BATCH], deadline);
 
     int g = 0;
     #pragma unroll 1
@@ -145,13 +147,19 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     batch.num_components = g + 1;
     routes.load<V::threads>(table, all_counts, p.counts.stride, quota, batch.rank);
     status = conclude<V::threads>(batch, look_at_endings<V::threads>(batch));  // its barrier completes the tables above
+    bool keeps = keeps_slots(batch, status);
+    #pragma unroll 1
+    for (int r = threadIdx.x; keeps && r < R; r += V::threads) rank_load[r] = batch.given_load[r];
     routes.share_out<V::threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
     __syncthreads();  // the ends of all shares are written before picks are compared with them
     constexpr int rewriting = V::threads - 32;
     if (threadIdx.x >= rewriting) {  // one warp keeps the statistics meanwhile
         Batch solved = batch;
         solved.rank_load = rank_load;
-        tally(batch.statistics, table, solved, status, at_home, word);
+        tally(batch.statistics, table, solved, status, keeps, at_home, word);
+    } else if (keeps) {
+        #pragma unroll 1
+        for (int n = threadIdx.x; n < picks.num_picks; n += rewriting) physical.set(n, int(given.ids[n]));
     } else {
         for (int n = threadIdx.x; n < picks.num_picks; n += rewriting)
             physical.set(n, routes.slot_of(picks.experts[n], picks.positions[n]));
@@ -159,6 +167,8 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     if (status == OPTIMAL) {
         for (int i = threadIdx.x; i < E * C; i += V::threads) batch.quota[i] = quota[i];
         for (int r = threadIdx.x; r < R; r += V::threads) batch.rank_load[r] = rank_load[r];
+    } else if (keeps) {
+        keep_slots<V::threads>(table, batch, 1);
     } else {
         send_home<V::threads>(table, batch, status < BAD_COUNTS, 1);
     }

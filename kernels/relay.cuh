@@ -11,8 +11,8 @@ namespace lplb {
 
 // Collects the rows of a node to be sent; one block.
 template <int threads>
-__device__ void gather_rows(const Window& window, const Relay& relay, int batch, int size) {
-    int count = relay.node_size;
+__device__ void gather_rows(const Window& window, const Relay& relay, int batch) {
+    int count = relay.node_size, size = window.size;
     Word* words = relay.sent + (batch & 1) * count * size;
     bool any_late = false;
     wait_for<threads>(window.peers[window.rank] + place_of(window, batch, relay.node * count, size), count * size,
@@ -36,8 +36,8 @@ __device__ void gather_rows(const Window& window, const Relay& relay, int batch,
 
 // Writes the rows of the other nodes to the ranks of this one, and waits for all rows; one block.
 template <int threads>
-__device__ void broadcast_rows(const Window& window, const Relay& relay, int batch, int size) {
-    int count = relay.node_size, number = count * size;
+__device__ void broadcast_rows(const Window& window, const Relay& relay, int batch) {
+    int count = relay.node_size, size = window.size, number = count * size;
     int nodes = window.num_ranks / count;
     long long start = window.state->start, deadline = start + window.limit_ns / 4 * 3;
     for (int node = threadIdx.x; node < nodes; node += threads) {
@@ -55,7 +55,7 @@ __device__ void broadcast_rows(const Window& window, const Relay& relay, int bat
             if (is_of(word, batch)) store_relaxed(to + place_of(window, batch, node * count, size) + i % number, word);
         }
     }
-    receive<threads>(window, batch, size, start + window.limit_ns);
+    receive<threads>(window, batch, start + window.limit_ns);
     if (threadIdx.x == 0) window.state->unread = 0;
 }
 

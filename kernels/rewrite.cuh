@@ -158,6 +158,20 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted, 
     for (int i = first; i < batch.num_guests; i += step) batch.guests[i] = -1;
 }
 
+// Says what each rank gets where picks keep the slots that they came with. No quotas are known then. By the first blocks
+// of the grid.
+template <int threads>
+__device__ void keep_slots(const Table& table, const Batch& batch, int num_blocks) {
+    int first = blockIdx.x * threads + threadIdx.x, step = num_blocks * threads;
+    #pragma unroll 1
+    for (int i = first; i < table.num_experts * table.max_replicas; i += step) batch.quota[i] = 0;
+    #pragma unroll 1
+    for (int r = first; r < table.num_ranks; r += step) batch.rank_load[r] = batch.given_load[r];
+}
+
+// Whether a batch that ends so keeps the slots that it came with, and does not go home.
+__device__ bool keeps_slots(const Batch& batch, int status) { return status == STAYED && batch.given_load != nullptr; }
+
 // Says how the batch ends; by one thread.
 __device__ void end_batch(const Batch& batch, int status) {
     *batch.status = status;

@@ -17,18 +17,23 @@ extern "C" __global__ void __launch_bounds__(threads) count(
     const int* __restrict__ logical,     // [num_ids] the expert of each id, -1: none; or null, ids are experts
     int num_ids,
     int num_topk,                        // picks of a token, of which no two may be of one expert; or 0
-    int* __restrict__ row,               // [HEAD + E], zeroed; or null
+    int* __restrict__ row,               // [HEAD + E] zeroed, R more with `num_local`; or null
     int4* __restrict__ head,             // of the row, behind its status
     volatile int* error_flags,           // in the host's memory
     const Window window,
-    int status) {
-    extern __shared__ int histogram[];  // [HEAD + E]
+    int status,
+    int num_local) {                     // slots of a rank, where picks are also counted by their slots' rank; or 0
+    extern __shared__ int histogram[];  // as large as a row
     Given given{{const_cast<Index*>(topk_idx), sizeof(Index) == 8}, logical, num_ids, num_topk};
     long long ids[1];
     given.load<threads>(first_pick(picks, blockIdx.x) + threadIdx.x, first_pick(picks, blockIdx.x + 1), ids);
     for (int e = threadIdx.x; e < picks.num_experts; e += threads) histogram[e] = 0;
+    int *by_rank = histogram + picks.num_experts, num_ranks = num_local == 0 ? 0 : num_ids / num_local;
+    #pragma unroll 1
+    for (int r = threadIdx.x; r < num_ranks; r += threads) by_rank[r] = 0;
     __syncthreads();  // all is zero before any thread counts
     bool refused = count_picks<threads>(given, picks, blockIdx.x, histogram, error_flags, ids);
+    if (num_local != 0) count_by_rank<threads>(given, picks, blockIdx.x, num_local, by_rank);
     if (refused && row != nullptr) atomicMax(&row[HEAD_STATUS], REFUSED);
     __syncthreads();  // all have counted before the numbers are read
     for (int e = threadIdx.x; e < picks.num_experts; e += threads) {
@@ -36,20 +41,23 @@ extern "C" __global__ void __launch_bounds__(threads) count(
         picks.histograms[size_t(blockIdx.x) * picks.num_experts + e] = number;
         if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
     }
+    #pragma unroll 1
+    for (int r = threadIdx.x; r < num_ranks; r += threads)
+        if (by_rank[r] != 0) atomicAdd(&row[HEAD + picks.num_experts + r], by_rank[r]);
     if (row == nullptr) return;
     if (blockIdx.x == 0 && threadIdx.x == 0 && turn_of(window) == 0) begin_row(head, *head, row, status);
-    if (window.peers != nullptr) exchange<threads>(window, row, HEAD + picks.num_experts, histogram);
+    if (window.peers != nullptr) exchange<threads>(window, row, histogram);
 }
 
 // Launched by the first rank of a node, one block each: rows of the node to other nodes, and rows of those back.
 extern "C" __global__ void __launch_bounds__(threads) gather(
-    const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
-    gather_rows<threads>(window, relay, *num_batches, size);
+    const Window window, const Relay relay, const int* __restrict__ num_batches) {
+    gather_rows<threads>(window, relay, *num_batches);
 }
 
 extern "C" __global__ void __launch_bounds__(threads) broadcast(
-    const Window window, const Relay relay, const int* __restrict__ num_batches, int size) {
-    broadcast_rows<threads>(window, relay, *num_batches, size);
+    const Window window, const Relay relay, const int* __restrict__ num_batches) {
+    broadcast_rows<threads>(window, relay, *num_batches);
 }
 
 extern "C" __global__ void split(
@@ -62,7 +70,7 @@ extern "C" __global__ void split(
     int m = ~table.lookup[e], nodes = R / table.num_ranks_per_node;
     if (m < 0) {
         for (int r = threadIdx.x; r < R; r += blockDim.x)
-            shares[(size_t(r) * E + e) * C] = counts[size_t(r) * E + e];
+            shares[(size_t(r) * E + e) * C] = min(counts[size_t(r) * E + e], quota[size_t(e) * C]);
         return;
     }
     const Copy* copies = table.copies + table.first[m];
@@ -113,7 +121,8 @@ struct Kept {
 // One block for each chunk of picks, and one more, which keeps the statistics. It writes nothing that the others read.
 extern "C" __global__ void __launch_bounds__(threads) route(
     const Picks picks, const Table table, const Batch batch,
-    Index* __restrict__ physical) {  // [num_picks] slots, -1: none
+    const Index* __restrict__ given,  // [num_picks] the slots that a batch may keep, by `given_load`
+    Index* __restrict__ physical) {   // [num_picks] slots, -1: none
     extern __shared__ int shared[];
     bool keeps_statistics = blockIdx.x == picks.num_chunks;
     int n = first_pick(picks, blockIdx.x) + threadIdx.x, end = first_pick(picks, blockIdx.x + 1);
@@ -128,28 +137,41 @@ extern "C" __global__ void __launch_bounds__(threads) route(
     int status = REUSED;
     if (reused) __syncthreads();  // all is loaded before any thread reads it
     else status = conclude<threads>(batch, worst);  // has such a barrier
+    bool keeps = keeps_slots(batch, status);
     if (keeps_statistics) {
+        if (keeps) {
+            #pragma unroll 1
+            for (int r = threadIdx.x; r < table.num_ranks; r += threads) kept.rank_load[r] = batch.given_load[r];
+            __syncthreads();  // they are there before a warp adds them to the statistics
+        }
         if (status < BAD_COUNTS)
             keep_sample(batch.statistics, table, batch, batch.counts, table.num_experts, word, threadIdx.x, threads);
         Batch solved = batch;
         solved.rank_load = kept.rank_load;
         solved.guests = kept.guests;
-        if (threadIdx.x < 32) tally(batch.statistics, table, solved, status, kept.at_home, word);
+        if (threadIdx.x < 32) tally(batch.statistics, table, solved, status, keeps, kept.at_home, word);
         return;
     }
-    if (reused) routes.reuse<threads>(table, batch.own, batch.rank);
-    else routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
-    __syncthreads();  // the ends of all shares are written before picks are compared with them
-    for (; n < end; n += threads) {
-        physical[n] = Index(routes.slot_of(expert, position));
-        if (n + threads < end) {
-            expert = picks.experts[n + threads];
-            position = picks.positions[n + threads];
+    if (keeps) {
+        #pragma unroll 1
+        for (; n < end; n += threads) physical[n] = given[n];
+        keep_slots<threads>(table, batch, picks.num_chunks);
+    } else {
+        if (reused) routes.reuse<threads>(table, batch.own, batch.rank);
+        else routes.share_out<threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
+        __syncthreads();  // the ends of all shares are written before picks are compared with them
+        for (; n < end; n += threads) {
+            physical[n] = Index(routes.slot_of(expert, position));
+            if (n + threads < end) {
+                expert = picks.experts[n + threads];
+                position = picks.positions[n + threads];
+            }
         }
+        if (!reused && status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
     }
-    if (!reused && status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
     if (blockIdx.x != 0) return;
-    for (int i = threadIdx.x; batch.row != nullptr && i < HEAD + picks.num_experts; i += threads) batch.row[i] = 0;
+    int size = HEAD + picks.num_experts + (batch.given_load == nullptr ? 0 : table.num_ranks);
+    for (int i = threadIdx.x; batch.row != nullptr && i < size; i += threads) batch.row[i] = 0;
     if (threadIdx.x == 0) end_batch(batch, status);
 }
 

@@ -51,11 +51,11 @@ __device__ void add_at_home(const Table& table, const int* counts, int stride, i
 }
 
 // Adds a batch to the totals, by one warp: the CPU's `add_batch` is the definition. `at_home` is valid where the
-// counts are known. `word` is this lane's word of the totals.
+// counts are known. `word` is this lane's word of the totals. `keeps`: the batch keeps its slots, and has rank loads.
 __device__ void tally(const Statistics& statistics, const Table& table, const Batch& batch, int status,
-                      const int* at_home, long long word) {
+                      bool keeps, const int* at_home, long long word) {
     int R = table.num_ranks, rank = batch.rank, lane = threadIdx.x % 32, total_speed = 0;
-    bool is_counted = status < BAD_COUNTS, is_planned = status == OPTIMAL;
+    bool is_counted = status < BAD_COUNTS, is_planned = status == OPTIMAL, is_away = is_planned || keeps;
     for (int r = lane; statistics.speed != nullptr && r < R; r += 32) total_speed += statistics.speed[r];
     total_speed = __reduce_add_sync(~0u, total_speed);
     int rows = 0, stays = 0, home = 0, got = 0, guests = 0, sent = 0, received = 0;
@@ -69,7 +69,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         rows += at_home[r];
         stays += base;
         home = max(home, at_mean_speed(at_home[r] + base));
-        if (is_planned) got = max(got, at_mean_speed(batch.rank_load[r] + base));
+        if (is_away) got = max(got, at_mean_speed(batch.rank_load[r] + base));
     }
     #pragma unroll 4
     for (int i = lane; is_planned && i < batch.num_guests; i += 32) {
@@ -82,7 +82,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
     rows = __reduce_add_sync(~0u, rows);
     int load = rows + __reduce_add_sync(~0u, stays);
     home = __reduce_max_sync(~0u, home);
-    got = __reduce_max_sync(~0u, is_planned ? got : home);
+    got = __reduce_max_sync(~0u, is_away ? got : home);
     guests = __reduce_add_sync(~0u, guests);
     sent = __reduce_add_sync(~0u, sent);
     received = __reduce_add_sync(~0u, received);
@@ -107,7 +107,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
     add(TALLY_BOUND, is_planned && statistics.by_tokens ? got : 0);
     add(TALLY_BOUND_LOAD, is_planned && statistics.by_tokens ? load : 0);
     add(TALLY_OWN_HOME, is_counted ? at_home[rank] : 0);
-    add(TALLY_OWN, !is_counted ? 0 : is_planned ? batch.rank_load[rank] : at_home[rank]);
+    add(TALLY_OWN, !is_counted ? 0 : is_away ? batch.rank_load[rank] : at_home[rank]);
     add(TALLY_GUESTS, guests);
     add(TALLY_SENT, sent);
     add(TALLY_RECEIVED, received);

@@ -68,11 +68,11 @@ class Problem:
     in 1/10000; None: the setting, or its default."""
     guest_min_tokens: int | None = None
     """The least tokens that a guest must take, from 1; None: the setting, or its default."""
-
     min_gain: int | None = None
-    """A `Planner`'s batch stays at home where no plan could take so many tokens off its fullest
-    rank (`planning.stay`); 0: no batch does. None: the setting, or its default. It needs the
-    objective `tokens`, and excludes speeds, limits of copies and guest slots."""
+    """A `Planner`'s batch stays where no plan could take so many tokens off its fullest rank
+    (`planning.stay`). Its slots are then its homes, or those that an engine gave. 0: no batch
+    stays. None: the setting, or its default. It needs the objective `tokens`, and excludes speeds,
+    limits of copies and guest slots."""
 
     @property
     def objective_name(self) -> str:

@@ -183,9 +183,9 @@ class Settings:
     min_gain: int = _setting(
         "LPLB_EP_MIN_GAIN",
         0,
-        "A batch keeps its home slots where no plan could take so many tokens off its fullest "
-        "rank; 0: every batch is balanced. It needs the objective `tokens`, and no guest slots. A "
-        "layer's `Problem` overrules it.",
+        "A batch keeps its slots where no plan could take so many tokens off its fullest rank. "
+        "These are its homes, or the slots of an engine. 0: every batch is balanced. It needs the "
+        "objective `tokens`, and no guest slots. A layer's `Problem` overrules it.",
         within=("of at least 0, below 2**31", lambda tokens: 0 <= tokens < 2**31),
     )
     one_launch: int = _setting(

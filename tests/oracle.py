@@ -259,6 +259,16 @@ def random_topk(rng, num_tokens, num_topk, weight, none=0.05) -> np.ndarray:
     return np.where(rng.random(topk.shape) < none, -1, topk)
 
 
+def slots_of(rng, topk, placement) -> np.ndarray:
+    """[T, K] slots of an engine: copies by turns, at random, or always the last ones."""
+    table, slots, kind = placement.physical_to_logical, np.full(topk.shape, -1), rng.integers(3)
+    for expert in range(placement.num_experts):
+        copies, picks = np.flatnonzero(table == expert), topk == expert
+        turns = np.arange(picks.sum()), rng.integers(0, copies.size, picks.sum()), -1
+        slots[picks] = copies[turns[kind] % copies.size]
+    return slots
+
+
 def random_copies(rng, placement) -> Placement:
     """Any other replicas in a placement's layer: of random experts, some slots unused."""
     table = placement.physical_to_logical.copy()

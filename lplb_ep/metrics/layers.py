@@ -43,7 +43,8 @@ class LayerStats:
     recomputed: int
     """Those that a backward pass planned again, as activation checkpointing does."""
     sent_home: int
-    """Batches of which every token went to its home: all that are neither OPTIMAL nor REUSED."""
+    """Batches that went home for another reason than too little gain: all that are neither OPTIMAL,
+    REUSED nor STAYED."""
     rows: int
     """Picks of all ranks."""
     own_rows: int
@@ -93,6 +94,12 @@ class LayerStats:
         return self.by_status.get("REUSED", 0)
 
     @property
+    def stayed(self) -> int:
+        """Batches that kept their slots, home or an engine's, as no plan could gain enough
+        (`LPLB_EP_MIN_GAIN`)."""
+        return self.by_status.get("STAYED", 0)
+
+    @property
     def timed_out(self) -> int:
         """Batches in which a rank's counts did not arrive in time."""
         return self.by_status.get("TIMED_OUT", 0)
@@ -110,13 +117,15 @@ class LayerStats:
         said.append(f"{self.batches} {'batch' if self.batches == 1 else 'batches'}")
         if self.reused:
             said.append(f"{self.reused} of them by earlier quotas, of unknown loads")
+        if self.stayed:
+            said.append(f"{self.stayed} of them stayed, for too little gain")
         if self.rows:
             said.append(f"{self.rows / max(1, self.batches - self.reused):.0f} rows a batch")
         if self.guests:
             moved = f" ({_size(self.guest_bytes / self.batches)})" if self.guest_bytes else ""
             said.append(f"{self.guests / self.batches:.1f} guests a batch{moved}")
-        balanced = ("OPTIMAL", "REUSED")
-        others = {name: n for name, n in self.by_status.items() if name not in balanced}
+        known = ("OPTIMAL", "REUSED", "STAYED")
+        others = {name: n for name, n in self.by_status.items() if name not in known}
         if others:
             said.append("sent home: " + ", ".join(f"{n} {name}" for name, n in others.items()))
         return "; ".join(said)
@@ -244,7 +253,11 @@ def _stats(
         batches=by_status.total(),
         by_status={Status(s).name: n for s, n in by_status.items()},
         recomputed=int(sums[Tally.RECOMPUTED]),
-        sent_home=by_status.total() - by_status[Status.OPTIMAL] - by_status[Status.REUSED],
+        sent_home=sum(
+            n
+            for status, n in by_status.items()
+            if status not in (Status.OPTIMAL, Status.REUSED, Status.STAYED)
+        ),
         rows=int(sums[Tally.ROWS]),
         own_rows=int(sums[Tally.OWN]),
         own_rows_at_home=int(sums[Tally.OWN_HOME]),

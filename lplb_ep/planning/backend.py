@@ -27,8 +27,11 @@ REASONS = {
 
 
 def row_size(placement: Placement) -> int:
-    """Integers of an exchanged row, padded: ranks that plan with placements of different E meet."""
-    size = HEAD + placement.num_experts
+    """Integers of an exchanged row, padded: ranks that plan with placements of different E meet.
+
+    So do ranks of which some ask for a least gain.
+    """
+    size = HEAD + placement.num_experts + placement.num_ranks
     return -(-size // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
@@ -50,6 +53,9 @@ class Batch(NamedTuple):
     """Whether the caller may ask for the plan, and not for the slots alone."""
     is_again: bool = False
     """Whether a backward pass plans a batch again, as activation checkpointing does."""
+    keeps: torch.Tensor | None = None
+    """[T, K] slots that picks keep where the batch stays, and by which it is judged; None: homes. A
+    backend that checks late has them in `topk_idx`."""
 
 
 class Backend(Protocol):

@@ -13,7 +13,7 @@ from .guests_by_cost import guests_of, push_waits
 from .plan import Plan
 from .reuse import reuse
 from .solve import judge, least_value, rank_load
-from .stay import stays_home
+from .stay import count_by_rank, stays
 from .structs import Status
 
 
@@ -23,6 +23,7 @@ def check_plan(
     placement: Placement,
     rank: int,
     problem: Problem | None = None,
+    given: torch.Tensor | None = None,
 ) -> None:
     """Checks all conditions that a plan must meet.
 
@@ -32,6 +33,7 @@ def check_plan(
         placement: the copies.
         rank: this rank.
         problem: bounds of the plan beside its counts; by default none.
+        given: [T, K], the slots that an engine gave, where counts were exchanged; by default none.
 
     Raises:
         AssertionError: names the broken invariant.
@@ -52,27 +54,24 @@ def check_plan(
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
     physical, logical = plan.topk_idx.cpu(), topk_idx.cpu()
     counts, quota, shares = plan.counts.cpu(), plan.quota.cpu(), plan.split.cpu()
-    hold(plan.topk_idx.dtype == topk_idx.dtype, "topk_idx changed its dtype")
-    hold(plan.topk_idx.device == topk_idx.device, "topk_idx changed its device")
-    hold(physical.shape == logical.shape, "topk_idx changed its shape")
+    for what in ("dtype", "device", "shape"):
+        same = getattr(plan.topk_idx, what) == getattr(topk_idx, what)
+        hold(same, f"topk_idx changed its {what}")
     if status is Status.BAD_COUNTS:
-        # Invalid counts say nothing: there are no quotas, and every pick is at its home.
-        for name in ("counts", "quota", "split", "rank_load"):
-            hold((getattr(plan, name) == 0).all(), f"{name} is not 0, of invalid counts")
-        at_home = reference.rewrite_home(logical, placement)
-        hold((physical == at_home).all(), "a pick is not at its home")
+        hold(not (fault := _fault_without_counts(plan, logical, placement)), fault)
         return
-    hold(counts.shape == (R, E), f"counts are {list(counts.shape)}")
-    hold(quota.shape == (E, C), f"quota is {list(quota.shape)}")
-    hold(shares.shape == (R, E, C), f"split is {list(shares.shape)}")
+    of_shape = {"counts": (counts, (R, E)), "quota": (quota, (E, C)), "split": (shares, (R, E, C))}
+    for name, (values, shape) in of_shape.items():
+        hold(values.shape == shape, f"{name} is {list(values.shape)}")
 
     hold(((physical == -1) == (logical == -1)).all(), "-1 was not kept")
     held = torch.tensor(placement.physical_to_logical)[physical.long().clamp(min=0)]
     hold((held == logical)[logical >= 0].all(), "a pick went to a slot of another expert")
-    hold(
-        (counts[rank] == reference.count(logical, E)).all(), "counts do not count this rank's picks"
-    )
+    hold(counts[rank].equal(reference.count(logical, E)), "counts are not this rank's picks'")
 
+    if status is Status.STAYED and given is not None:
+        hold(not (fault := _fault_of_kept(plan, given.cpu(), placement, problem)), fault)
+        return
     absent = torch.tensor(placement.copy_rank < 0)
     hold((shares >= 0).all() and (quota >= 0).all(), "a negative quota")
     hold((quota[absent] == 0).all(), "a quota where no copy can take tokens")
@@ -87,16 +86,16 @@ def check_plan(
     stay = torch.minimum(counts[own, e], quota[e, c])
     hold((shares[own, e, c] >= stay).all(), "a copy passed over tokens of its own rank")
 
-    load = rank_load(quota, placement)
-    hold((plan.rank_load.cpu() == load).all(), "rank_load is not the load of the quotas")
-    if status in (Status.OPTIMAL, Status.STAYED):
-        stays = stays_home(counts.long().sum(0).numpy(), placement, problem)
-        hold(stays == (status is Status.STAYED), "it stays at home, or not, against the rule")
+    on_ranks = plan.rank_load.cpu().long()
+    hold(on_ranks.equal(rank_load(quota, placement)), "rank_load is not the load of the quotas")
+    load = counts.long().sum(0)
+    if status in (Status.OPTIMAL, Status.STAYED) and given is None:
+        must_stay = stays(load.numpy(), placement, problem)
+        hold(must_stay == (status is Status.STAYED), "it stays at home, or not, against the rule")
     if status is Status.OPTIMAL:
         if problem.max_quota is not None:
             hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")
-        fault = _fault_of(quota, counts.long().sum(0), placement, problem, chosen)
-        hold(not fault, fault)
+        hold(not (fault := _fault_of(quota, load, placement, problem, chosen)), fault)
     else:
         hold((quota[:, 1:] == 0).all(), "a plan that is not optimal must send every token home")
 
@@ -114,6 +113,29 @@ def _fault_of(
         return ""
     what = "active slots" if problem.objective_name == "experts" else "load"
     return f"the largest rank {what} is {how.value}, not {best}"
+
+
+def _fault_without_counts(plan: Plan, logical: torch.Tensor, placement: Placement) -> str:
+    """Invalid counts say nothing: there are no quotas, and every pick is at its home."""
+    for name in ("counts", "quota", "split", "rank_load"):
+        if getattr(plan, name).any():
+            return f"{name} is not 0, of invalid counts"
+    at_home = plan.topk_idx.cpu().equal(reference.rewrite_home(logical, placement))
+    return "" if at_home else "a pick is not at its home"
+
+
+def _fault_of_kept(plan: Plan, given: torch.Tensor, placement: Placement, problem: Problem) -> str:
+    """The fault of a plan that keeps slots; empty: none. Others' slots show in rank loads alone."""
+    load, on_ranks = plan.counts.cpu().long().sum(0), plan.rank_load.cpu().long()
+    if not plan.topk_idx.cpu().equal(given):
+        return "a pick did not keep its slot"
+    if plan.quota.any() or plan.split.any():
+        return "there are quotas of slots that were kept"
+    if (on_ranks < count_by_rank(given, placement)).any() or on_ranks.sum() != load.sum():
+        return "rank_load is not the load of the slots that were kept"
+    if not stays(load.numpy(), placement, problem, on_ranks.numpy()):
+        return "it keeps its slots against the rule"
+    return ""
 
 
 def _fault_of_reused(plan: Plan, topk_idx: torch.Tensor, placement: Placement, rank: int) -> str:

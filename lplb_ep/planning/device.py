@@ -271,7 +271,7 @@ class DeviceBackend:
             physical,
             lambda: self._results(results),
             lambda *solved: self._split(made_on, results, *solved),
-            lambda quota, load: self._judge(made_on, results, quota, load),
+            lambda *solved, **known: self._judge(made_on, results, *solved, **known),
             number,
             made_on,
         )
@@ -325,11 +325,12 @@ class DeviceBackend:
         results: torch.Tensor,
         quota: torch.Tensor,
         load: torch.Tensor,
+        on_ranks: torch.Tensor,
     ) -> Reached:
         placement = made_on or self.tables.placement
         if placement.num_guests_per_rank:
             placement = placement.with_guests(self._results(results).guests.cpu().numpy())
-        return judge(quota, load, placement, self.problem)
+        return judge(quota, load, placement, self.problem, on_ranks=on_ranks)
 
     def _make_launches(
         self, dtype: torch.dtype, indices: str, distinct: bool, exchanged: bool

@@ -98,10 +98,18 @@ class DeviceTables:
         """Dynamic shared memory of a block that solves."""
         self.num_route_bytes = num_route_bytes(placement, refreshable)
         """Dynamic shared memory of a block that rewrites."""
-        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, objective)
+        of_plan = objective, problem.least_gain
+        self.num_plan_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, *of_plan)
         """Dynamic shared memory of a block that makes a whole plan."""
         homes = {"refreshable": refreshable, "moves_homes": moves_homes}
-        self.in_steps = why_in_steps(placement, solver, most_bytes, objective=objective, **homes)
+        self.in_steps = why_in_steps(
+            placement,
+            solver,
+            most_bytes,
+            objective=objective,
+            least_gain=problem.least_gain,
+            **homes,
+        )
         """Why no kernel makes whole plans; empty: one does."""
         self._tables, self._routes = self._make(placement)
         pack = pack_guest_network if p.num_guests_per_rank else pack_network
@@ -326,6 +334,7 @@ def problem_of(
     error_flags: int = 0,
     least_gain: int = 0,
     turn: int = 0,
+    given_load: int = 0,
 ) -> bytes:
     """The struct `Problem`. Fields that are left out are written before a launch, or not needed."""
     p = tables.placement
@@ -350,6 +359,7 @@ def problem_of(
         status=Status.OPTIMAL,
         least_gain=least_gain,
         turn=turn,
+        given_load=given_load,
     )
 
 

@@ -23,7 +23,7 @@ from .plan import Plan, Results, number_of
 from .reuse import reuse
 from .solve import judge, rank_load
 from .statistics import HostStatistics, batches_by_status
-from .stay import stays_home
+from .stay import count_by_rank, stays
 from .structs import HEAD, Head, Status
 
 log = logger(__name__)
@@ -95,13 +95,18 @@ class HostBackend:
         if not self._is_due():
             return self._reuse(batch, picks, counts)
         self._exchanged = None  # unless it is solved, those behind it go home
-        rows = self._gather(exchange, counts, batch.status)
+        words = counts
+        if batch.keeps is not None:
+            words = torch.cat([counts, count_by_rank(batch.keeps.cpu(), self._placement)])
+        rows = self._gather(exchange, words, batch.status)
         refused_by = torch.nonzero(rows[:, Head.STATUS] == Status.REFUSED).flatten().tolist()
         if refused_by:
             raise RankError(f"ranks {refused_by} refused their topk_idx; see their errors")
         status = Status(int(rows[:, Head.STATUS].max()))
         number = number_of(rows[self._rank, 1:HEAD].clone())
-        return self._route(batch, picks, rows[:, HEAD:].contiguous(), status, number)
+        counts, given = rows[:, HEAD:].split([len(counts), len(words) - len(counts)], 1)
+        given_load = None if batch.keeps is None else given.long().sum(0)
+        return self._route(batch, picks, counts.contiguous(), status, number, given_load)
 
     def route_given(self, batch: Batch, counts: torch.Tensor) -> Plan:
         """As `Backend.route_given`."""
@@ -145,13 +150,13 @@ class HostBackend:
         kept, split = functools.partial(Results, *results), functools.partial(split_on_host, p)
         return Plan(physical, kept, split, judged, None, p)
 
-    def _gather(self, exchange: Exchange, counts: torch.Tensor, status: Status) -> torch.Tensor:
-        """[R, HEAD + E] int32."""
-        size = HEAD + self._placement.num_experts
+    def _gather(self, exchange: Exchange, words: torch.Tensor, status: Status) -> torch.Tensor:
+        """[R, HEAD + N] int32. `words`: [N] of this rank: counts, and what comes behind them."""
+        size = HEAD + len(words)
         row = torch.zeros(self._row_size, dtype=torch.int32)
         self._num_exchanges = (self._num_exchanges + 1) % 2**31
         row[:HEAD] = torch.tensor([status, *self._head, self._num_exchanges])
-        row[HEAD:size] = counts
+        row[HEAD:size] = words
         rows = exchange.gather(row)
         others = (rows[:, 1:HEAD] != row[1:HEAD]).any(1)
         if others.any() and status != Status.REFUSED:
@@ -172,6 +177,7 @@ class HostBackend:
         counts: torch.Tensor,
         status: Status,
         number: torch.Tensor | None = None,
+        given_load: torch.Tensor | None = None,
     ) -> Plan:
         load, base = counts.long().sum(0), self._problem.base_load
         total = int(load.sum()) + (0 if base is None else int(base.sum()))
@@ -179,11 +185,14 @@ class HostBackend:
             counts, load, status = counts * 0, load * 0, max(status, Status.BAD_COUNTS)
         elif not self._problem.is_feasible(load, self._placement):
             status = max(status, Status.INFEASIBLE)
-        elif status is Status.OPTIMAL and stays_home(load.numpy(), self._placement, self._problem):
-            status = Status.STAYED
+        elif status is Status.OPTIMAL:
+            by = None if given_load is None else given_load.numpy()
+            if stays(load.numpy(), self._placement, self._problem, by):
+                status = Status.STAYED
         guests = guests_of(status, load.numpy(), self._placement, self._problem)
         waits = push_waits(guests, self._placement, self._problem)
-        filled = self._placement
+        filled, on_ranks = self._placement, None
+        quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
         if status is Status.OPTIMAL:
             if guests.size:
                 filled = self._placement.with_guests(guests)
@@ -191,14 +200,17 @@ class HostBackend:
             quota = torch.from_numpy(found.astype(np.int32))
             shares = reference.split(counts, quota, filled)
             physical = reference.rewrite(picks, shares[self._rank], filled)
+        elif status is Status.STAYED and batch.keeps is not None:
+            physical, on_ranks = batch.keeps.cpu().clone(), given_load
         else:
-            quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
             quota[:, 0] = load
             physical = reference.rewrite_home(picks, self._placement)
             is_new = not batches_by_status(self.statistics.totals)[status]
             if status in REASONS and is_new and self._rank == 0:  # all ranks know of it
                 log_home(self._placement, status)
-        on_ranks, bounds = rank_load(quota, filled), self._problem.bounds
+        if on_ranks is None:
+            on_ranks = rank_load(quota, filled)
+        bounds = self._problem.bounds
         about = guests, self._placement, self._rank, bounds["base_load"], bounds["speed"]
         by_tokens = self._problem.objective_name == "tokens"
         how = {"by_tokens": by_tokens, "again": batch.is_again}

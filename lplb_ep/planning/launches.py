@@ -20,6 +20,7 @@ from .inputs import logical_table, num_ids
 from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
 from .solvers import NUM_PLAN_THREADS
 from .statistics import DeviceStatistics
+from .stay import num_words
 from .structs import HEAD, Status
 
 _CHUNK_MULTIPLE = 128  # picks: whole cache lines of every kind of index
@@ -35,7 +36,7 @@ class Workspace:
         rank: this rank.
         head: the integers that an exchanged row begins with, between its status and the number of
             the batch.
-        row_size: integers of an exchanged row.
+        row_size: integers of this rank's row, of which the last ones may stay 0.
         bounds: base loads [R], speeds [R] and limits [E, C], int32 on the GPU; None: none.
         guest_rule: when a batch takes guests.
         least_gain: tokens off the fullest rank for which a batch leaves home.
@@ -66,13 +67,13 @@ class Workspace:
         statistics: DeviceStatistics,
     ) -> None:
         p, device = tables.placement, tables.device
+        R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
         zeros = functools.partial(torch.zeros, dtype=torch.int32, device=device)
         self.tables, self.error_flags, self.rank = tables, error_flags, rank
         self.one_launch = one_launch
         self.plan = tables.plan_kernel(bounds) if one_launch else None
         """The kernel of whole plans of small batches, where there is one."""
         self.bounds, self.guest_rule, self.max_rounds = bounds, guest_rule, max_rounds
-        self.least_gain = least_gain
         self.row = zeros(row_size)
         """[row_size] this rank's row of an exchange, between `count` and `route`."""
         self.head = torch.tensor([*head, 0], dtype=torch.int32, device=device)
@@ -84,11 +85,13 @@ class Workspace:
         """The expert of each slot of an engine, rewritten in place when replicas move."""
         self.scratch = torch.empty(0, dtype=torch.uint8, device=device)
         self._outgrown: list[torch.Tensor] = []  # which captured graphs may use
-        self.rows = zeros(p.num_ranks if windows else 0, HEAD + p.num_experts)
-        """[R, HEAD + E] rows of all ranks, where windows exchange them."""
-        self._addresses = torch.tensor(
-            windows.addresses if windows else [], dtype=torch.int64, device=device
-        )
+        self.least_gain, self.num_words = least_gain, num_words(E, R, least_gain)
+        self.rows = zeros(R if windows else 0, self.num_words)
+        """[R, num_words] rows of all ranks, where windows exchange them."""
+        self.given_load = zeros(R if least_gain else 0)
+        """[R] loads by the slots that a batch came with, from `solve` to `route`."""
+        addresses = windows.addresses if windows else []
+        self._addresses = torch.tensor(addresses, dtype=torch.int64, device=device)
         self._state = zeros(4)
         self.every, self.turn = every, zeros(1) + every - 1
         """[1] batches since the last that was exchanged, which `count` raises, in replays, too."""
@@ -107,8 +110,8 @@ class Workspace:
                 waits=self.relay is None,
                 every=every,
                 turn=self.turn_address,
+                size=self.num_words,
             )
-        R, E, C, G = p.num_ranks, p.num_experts, p.max_replicas, tables.num_components
         of_endings = structs.ENDING.size // 4 * G
         self.result_sizes = [of_endings, R * E, E * C, R, 1, R * p.num_guests_per_rank]
         """Integers of what a plan consists of: endings, counts, quotas, rank loads, status and
@@ -173,6 +176,8 @@ class Launches:
         p = tables.placement
         kernel = functools.partial(route_kernel, dtype, tables.device.index)
         physical = indices == "physical"
+        keeps = physical and exchanged and workspace.least_gain > 0
+        self._given_load = workspace.given_load.data_ptr() if keeps else 0
         given: dict[str, int | bytes] = {
             "topk_idx": 0,
             "picks": bytes(structs.PICKS.size),
@@ -183,15 +188,15 @@ class Launches:
             "window": workspace.window if exchanged else bytes(structs.WINDOW.size),
             "status": Status.OPTIMAL,
         }
-        row = workspace.row.data_ptr() if exchanged else 0
+        row, num_local = workspace.row.data_ptr() if exchanged else 0, p.num_local_slots * keeps
         about: dict[str, Any] = {"least_gain": workspace.least_gain, "turn": workspace.turn_address}
-        limits = workspace.bounds, workspace.max_rounds
-        problem = problem_of(tables, *limits, error_flags=flags, **about)
+        about |= {"error_flags": flags, "given_load": self._given_load}
+        problem = problem_of(tables, workspace.bounds, workspace.max_rounds, **about)
         batch = self._batch(row)
         self._count = kernel(structs.COUNT).prepare(
-            structs.COUNT.arrange(row=row, error_flags=flags, **given),
+            structs.COUNT.arrange(row=row, error_flags=flags, num_local=num_local, **given),
             NUM_THREADS,
-            4 * (HEAD + p.num_experts),
+            4 * workspace.num_words,
         )
         self._solve = kernel_of(tables, workspace.bounds).prepare(
             tables.arguments(problem, workspace.guest_rule),
@@ -200,7 +205,7 @@ class Launches:
         )
         self._route = kernel(structs.ROUTE).prepare(
             structs.ROUTE.arrange(
-                picks=given["picks"], table=tables.table, batch=batch, physical=0
+                picks=given["picks"], table=tables.table, batch=batch, given=0, physical=0
             ),
             NUM_THREADS,
             tables.num_route_bytes,
@@ -260,6 +265,7 @@ class Launches:
             turn=workspace.turn_address,
             own=workspace.own_counts,
             again=0,
+            given_load=self._given_load,
         )
 
     def _relay_launches(self, kernel: Callable[[Signature], Kernel]) -> list[Launch]:
@@ -279,7 +285,6 @@ class Launches:
                     window=window,
                     relay=packed,
                     num_batches=self._workspace.head[-1:].data_ptr(),
-                    size=HEAD + self._workspace.tables.placement.num_experts,
                 ),
                 NUM_THREADS,
             )
@@ -313,7 +318,9 @@ class Launches:
         self._write_batch = _writer("batch", of_batch, route, plan)
         self._write_again = _writer("batch", ["again"], route, plan)
         self._topk_idx = self._count.word(*structs.COUNT.span("topk_idx"))
-        self._physical = self._route.word(*structs.ROUTE.span("physical"))
+        self._given, self._physical = (
+            self._route.word(*structs.ROUTE.span(word)) for word in ("given", "physical")
+        )
         if self._plan is not None:
             words = ("topk_idx", "physical")
             self._of_plan = [self._plan.word(*self._plan_signature.span(word)) for word in words]
@@ -378,6 +385,8 @@ class Launches:
         else:
             self._count.point(self._topk_idx, topk_idx.data_ptr())
             self._route.point(self._physical, physical)
+            if self._given_load:
+                self._route.point(self._given, topk_idx.data_ptr())
 
     def together(self, is_captured: bool) -> Callable[[int], None] | None:
         """What launches the whole batch on a stream, given by its address.

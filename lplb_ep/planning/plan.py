@@ -34,11 +34,14 @@ class Plan:
     Where `status` is REUSED, only `topk_idx` and `status` are of this batch. All else is of the
     batch whose quotas it uses, the last one that was exchanged and that this rank did not refuse.
 
+    Where `status` is STAYED and picks keep slots that an engine gave, ranks do not know what each
+    copy computes. Then `quota` and `split` are 0; `counts` and `rank_load` are right.
+
     Args:
         topk_idx: the slots of the picks.
         results: makes the results when they are first read. Most callers read none.
         split: makes the split [R, E, C] of counts [R, E] and quotas [E, C].
-        judge: evaluates quotas [E, C] of a load [E], on the CPU.
+        judge: evaluates quotas [E, C] of a load [E] on the CPU, by rank loads `on_ranks` [R].
         number: of the batch, where there are guest slots and counts were exchanged.
         placement: by which the plan was made; None: the one in force when it is read.
     """
@@ -56,7 +59,7 @@ class Plan:
         topk_idx: torch.Tensor,
         results: Callable[[], Results],
         split: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        judge: Callable[[torch.Tensor, torch.Tensor], Reached],
+        judge: Callable[..., Reached],
         number: torch.Tensor | None = None,
         placement: Placement | None = None,
     ) -> None:
@@ -129,6 +132,7 @@ class Plan:
     def reached(self) -> Reached:
         """The value of the largest rank in the unit of the objective, and the bound of all plans.
 
-        The CPU computes it when it is read, from counts and quotas, which waits for a GPU.
+        The CPU computes it when it is read, from the results, which waits for a GPU.
         """
-        return self._judge(self.quota.cpu(), self.counts.cpu().long().sum(0))
+        load, on_ranks = self.counts.cpu().long().sum(0), self.rank_load.cpu()
+        return self._judge(self.quota.cpu(), load, on_ranks=on_ranks)

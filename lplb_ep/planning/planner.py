@@ -39,7 +39,8 @@ from .plan import Plan
 from .reuse import check_every, check_reusable
 from .solvers import choose_solver, in_steps, log_in_steps, log_on_cpu, solver_fact
 from .statistics import Statistics, batches_by_status, read_totals
-from .structs import HEAD, Status
+from .stay import num_words
+from .structs import Status
 
 # How many planners that exchange counts were made for a group: each has a number of its own there.
 _num_made: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
@@ -160,7 +161,7 @@ class Planner:
             counts,
             group,
             placement.num_ranks,
-            HEAD + placement.num_experts,
+            num_words(placement.num_experts, placement.num_ranks, self._problem.least_gain),
             Limit(f"placement {placement.fingerprint()[:8]}", timeout_s, abort_on_timeout),
             on_gpu=self._is_on_gpu,
         )
@@ -260,7 +261,8 @@ class Planner:
                 `topk_idx`.
             stale: this rank's replica weights are out of date; one such rank sends all ranks'
                 tokens home. (A captured graph stays what it was captured with.)
-            indices: "physical" where `topk_idx` has slots, numbered without guest slots.
+            indices: "physical" where `topk_idx` has slots, numbered without guest slots. Where a
+                least gain is asked for, it must be the same on all ranks.
             distinct: whether a token that picks one expert twice is refused.
 
         Raises:
@@ -318,8 +320,9 @@ class Planner:
         try:
             backend.raise_errors()
             status = Status.STALE if stale else Status.OPTIMAL
+            keeps = indices == "physical" and exchange is not None and self._problem.least_gain > 0
             if self._every > 1:
-                check_reusable(stale=stale)
+                check_reusable(stale=stale, keeps=keeps)
             if wants_plan:
                 topk_idx = as_picks(topk_idx)
             if counts is not None:
@@ -336,7 +339,7 @@ class Planner:
         if backend.checks_late:
             batch = Batch(topk_idx, status, indices, distinct, captured, wants_plan, again)
         else:
-            batch = Batch(picks, status, is_again=again)
+            batch = Batch(picks, status, keeps=topk_idx if keeps else None, is_again=again)
         if exchange is None:
             assert counts is not None, "they are given"
             plan = backend.route_given(batch, counts)
@@ -345,7 +348,8 @@ class Planner:
         if self._check:
             backend.synchronize()
             backend.raise_errors()
-            check_plan(plan, picks, self.placement, self.rank, self._problem)
+            given = topk_idx if keeps else None
+            check_plan(plan, picks, self.placement, self.rank, self._problem, given)
         for observe in self.layer.observers:
             observe(plan.counts)
         return plan

@@ -76,12 +76,21 @@ def check_windows(every: int, windows: Windows | None) -> None:
         )
 
 
-def check_reusable(*, stale: bool) -> None:
+def check_reusable(*, stale: bool, keeps: bool) -> None:
     """Checks that a batch may use the quotas of an earlier one.
 
+    Args:
+        stale: whether this rank's replicas are.
+        keeps: whether batches may keep slots that an engine gave them.
+
     Raises:
-        ContractError: this rank's replicas are stale, or a backward pass may come.
+        ContractError: one of both, or a backward pass may come.
     """
+    if keeps:
+        raise ContractError(
+            "LPLB_EP_MIN_GAIN with an engine's slots does not go with LPLB_EP_EVERY above 1: a "
+            "batch that keeps them has no quotas for those behind it. Set one of both"
+        )
     if stale:
         raise ContractError(
             "this rank's replicas are stale, and with LPLB_EP_EVERY above 1 it cannot tell the "

@@ -225,16 +225,19 @@ def judge(
     placement: Placement,
     problem: Problem,
     waits: npt.NDArray[np.int64] | int = 0,
+    on_ranks: torch.Tensor | None = None,
 ) -> Reached:
     """The value of quotas [E, C] of a load [E] by the problem's objective, and the bound.
 
-    `waits` [R] are those of `push_waits`.
+    `waits` [R] are those of `push_waits`. `on_ranks` [R] is the load of each rank; None: that of
+    the quotas. Where it is given, quotas of tokens may be 0: they are not known.
     """
     if problem.objective_name != "tokens":
         arrays = quota.numpy().astype(np.int64), load.numpy().astype(np.int64)
         return reached_by_objective(*arrays, placement, problem, waits)
-    optimum = reference.solve(load, placement, start=quota, **problem.bounds)
-    value = slowest_time(quota, placement, problem)
+    start = quota if quota.sum(1).equal(load) else None
+    optimum = reference.solve(load, placement, start=start, **problem.bounds)
+    value = slowest_time(rank_load(quota, placement) if on_ranks is None else on_ranks, problem)
     return Reached(value, optimum.bound, optimum.tight_ranks)
 
 
@@ -252,13 +255,13 @@ def least_value(
     if problem.speed is None:
         return math.ceil(how.bound)
     optimum = reference.solve(load, placement, start=quota, **problem.bounds)
-    return slowest_time(optimum.quota, placement, problem)
+    return slowest_time(rank_load(optimum.quota, placement), problem)
 
 
-def slowest_time(quota: torch.Tensor, placement: Placement, problem: Problem) -> Fraction:
-    """The time of the slowest rank, by quotas [E, C] on the CPU."""
+def slowest_time(on_ranks: torch.Tensor, problem: Problem) -> Fraction:
+    """The time of the slowest rank, by loads [R] on the CPU, base loads not included."""
     base, speed = problem.base_load, problem.speed
-    load = rank_load(quota, placement) + (0 if base is None else base)
+    load = on_ranks.long() + (0 if base is None else base)
     paces = [1] * len(load) if speed is None else speed.tolist()
     return max(Fraction(n, s) for n, s in zip(load.tolist(), paces, strict=True))
 

@@ -29,7 +29,8 @@ from .layout import (
     check_word,
     component_sizes,
 )
-from .structs import ARC, COPY, EDGE, ENDING, HEAD, RESIDENT
+from .stay import num_words
+from .structs import ARC, COPY, EDGE, ENDING, RESIDENT
 
 log = logger(__name__)
 
@@ -288,10 +289,15 @@ def _route_bytes(placement: Placement, capacity: Capacity) -> int:
 
 
 def num_plan_bytes(
-    placement: Placement, capacity: Capacity, num_picks: int, objective: str = "tokens"
+    placement: Placement,
+    capacity: Capacity,
+    num_picks: int,
+    objective: str = "tokens",
+    least_gain: int = 0,
 ) -> int:
     """Dynamic shared memory, in bytes, of a block that makes a plan, as in `kernels/plan.cuh`."""
-    p, c, row = placement, capacity, HEAD + placement.num_experts
+    p, c = placement, capacity
+    row = num_words(p.num_experts, p.num_ranks, least_gain)
     of_components = _multiple(16, _flow_bytes(c, 1)) + ENDING.size * c.num_components
     of_components += 0 if objective == "tokens" else _search_bytes(c)
     of_table = COPY.size * c.num_copies + 4 * (p.num_experts + 2 * c.num_several + 1)
@@ -309,6 +315,7 @@ def why_in_steps(
     refreshable: bool = False,
     moves_homes: bool = False,
     objective: str = "tokens",
+    least_gain: int = 0,
 ) -> str:
     """Why plans take three launches and never one; empty: those of small batches take one.
 
@@ -318,6 +325,7 @@ def why_in_steps(
         max_bytes: shared memory of a block.
         refreshable, moves_homes: as for `capacity_for`.
         objective: one of `settings.OBJECTIVES`.
+        least_gain: of the problem.
 
     Raises:
         ValueError: as `solver_record`.
@@ -333,7 +341,7 @@ def why_in_steps(
     # and the tables hold more.
     if capacity.num_components > 1 and not moves_homes:
         return f"the placement has {capacity.num_components} components, and one block solves one"
-    num_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, objective)
+    num_bytes = num_plan_bytes(placement, capacity, MAX_ONE_LAUNCH, objective, least_gain)
     num_bytes += num_static_bytes(capacity.size)
     if num_bytes > max_bytes:
         return f"a block has {max_bytes} bytes of shared memory, and such a plan takes {num_bytes}"

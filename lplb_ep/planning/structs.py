@@ -21,7 +21,7 @@ class Status(enum.IntEnum):
     OPTIMAL = 0
     """No plan on this placement has a smaller maximum rank load."""
     STAYED = 1
-    """No plan could gain `min_gain` tokens: every token stays at home."""
+    """No plan could gain `min_gain` tokens: tokens stay at home, or in slots of an engine."""
     STALE = 2
     """Replica weights are out of date on some rank: every token goes home."""
     NOT_CONVERGED = 3
@@ -86,7 +86,7 @@ ENDING = Struct(
     "The status and sums of a component of the replica graph.",
     ("int", "status", "a Status"),
     ("int", "total", "tokens of its experts, and base loads"),
-    ("int", "home", "where `least_gain` is asked for: the most tokens of a rank at home"),
+    ("int", "home", "where `least_gain` is asked for: the most tokens of a rank, if it stays"),
     ("int", "bound", "and a lower bound of every plan"),
     align=16,
 )
@@ -124,10 +124,10 @@ WINDOW = Struct(
     (
         "Word* const*",
         "peers",
-        "[R] each rank's [2, R, HEAD + E] words, null on other nodes; or null",
+        "[R] each rank's [2, R, size] words, null on other nodes; or null",
     ),
     ("Exchange*", "state", "of this rank"),
-    ("int*", "rows", "[R, HEAD + E] what was received"),
+    ("int*", "rows", "[R, size] what was received"),
     ("volatile int*", "missing", "[R] in the host's memory: 1 where a row did not come in time"),
     ("long long", "limit_ns", "how long to wait"),
     ("int", "num_ranks", "R"),
@@ -135,12 +135,13 @@ WINDOW = Struct(
     ("int", "waits", "1: waits for the rows of all ranks"),
     ("int", "every", "batches from one that is exchanged to the next, where `turn` is given"),
     ("int*", "turn", "[1] batches since the last that was exchanged; or null: all are"),
+    ("int", "size", "integers of a row: HEAD + E, and R more where `least_gain` is asked for"),
 )
 RELAY = Struct(
     "Relay",
     "Memory of the first rank of a node for rows to and from other nodes, by NVSHMEM.",
-    ("Word*", "sent", "[2, node_size, HEAD + E] the node's rows, for even and odd batches"),
-    ("const Word*", "received", "[nodes, 2, node_size, HEAD + E] those of each node"),
+    ("Word*", "sent", "[2, node_size, size] the node's rows, for even and odd batches"),
+    ("const Word*", "received", "[nodes, 2, node_size, size] those of each node"),
     ("const Word*", "signals", "[nodes] how many batches each node has sent"),
     ("int", "node", "this one"),
     ("int", "node_size", "ranks of a node"),
@@ -213,6 +214,7 @@ PROBLEM = Struct(
     ("int", "status", "of the batch, as known without the counts"),
     ("int", "least_gain", "tokens off the fullest rank for which a batch leaves home; 0: any"),
     ("const int*", "turn", "as the struct Window has it: not 0, and nothing is solved; or null"),
+    ("int*", "given_load", "[R] by given slots, which rows have behind their counts; or null"),
 )
 OBJECTIVE = Struct(
     "Objective",
@@ -283,7 +285,11 @@ BATCH = Struct(
     ("int*", "guests", "[num_guests] the expert in each guest slot, -1: none"),
     (STATISTICS, "statistics", "which one more block of the grid keeps"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
-    ("int*", "row", "[HEAD + E] to be zeroed for the next count, or null"),
+    (
+        "int*",
+        "row",
+        "[HEAD + E] (and R) to be zeroed for the next count, or null",
+    ),
     ("int", "num_components", "G"),
     ("int", "rank", "this rank"),
     ("int", "num_guests", "guest slots of all ranks"),
@@ -291,6 +297,11 @@ BATCH = Struct(
     ("const int*", "turn", "as the struct Window has it: not 0, and quotas are reused; or null"),
     ("const int*", "own", "[E] this rank's counts, where `turn` is given"),
     ("int", "again", "1: a backward pass plans a batch again"),
+    (
+        "const int*",
+        "given_load",
+        "as the struct Problem has it; picks may keep their slots",
+    ),
 )
 RESIDENT = Struct(
     "Resident",
@@ -352,18 +363,22 @@ COUNT = Signature(
     ),
     ("int", "num_ids", "E, or the slots where ids are physical"),
     ("int", "num_topk", "picks of a token, where no two may be of one expert; or 0"),
-    ("int*", "row", "[HEAD + E] zeroed, or null"),
+    ("int*", "row", "[HEAD + E] zeroed, R more with `num_local`; or null"),
     ("int4*", "head", "of the row, behind its status"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
     (WINDOW, "window", "where rows are exchanged, if its peers are given"),
     ("int", "status", "of this rank"),
+    (
+        "int",
+        "num_local",
+        "slots of a rank, where picks are counted by rank, too; or 0",
+    ),
 )
 GATHER = Signature(
     "gather",
     (WINDOW, "window", "of this rank, the first of its node"),
     (RELAY, "relay", "where the rows go"),
     ("const int*", "num_batches", "[1] the number of the batch"),
-    ("int", "size", "HEAD + E"),
 )
 BROADCAST = Signature("broadcast", *GATHER.arguments)
 SOLVE = Signature("solve", (PROBLEM, "problem", "and where its solution goes"))
@@ -391,6 +406,7 @@ ROUTE = Signature(
     (PICKS, "picks", "numbered"),
     (TABLE, "table", "the placement"),
     (BATCH, "batch", "what was solved"),
+    ("const Index*", "given", "[num_picks] the slots that a batch may keep, by `given_load`"),
     ("Index*", "physical", "[num_picks] slots, -1: none"),
 )
 PLAN = Signature(

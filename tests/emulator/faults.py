@@ -567,6 +567,68 @@ FAULTS = [
         "home = batch.endings[g].home;",
     ),
     Fault("a batch that stays is a fault", "rewrite.cuh", "status > STAYED", "status != OPTIMAL"),
+    # Batches that keep the slots that they came with
+    Fault("kept: ranks by turns", "count.cuh", "int(id) / num_local", "int(id) % num_local"),
+    Fault("kept: one rank too many", "count.cuh", "id < given.num_ids)", "id <= given.num_ids)"),
+    Fault(
+        "kept: loads before are not zeroed",
+        "route.cu",
+        "    for (int r = threadIdx.x; r < num_ranks; r += threads) by_rank[r] = 0;\n",
+        "",
+    ),
+    Fault(
+        "kept: a row is left",
+        "route.cu",
+        "(batch.given_load == nullptr ? 0 : table.num",
+        "(0 * table.num",
+    ),
+    Fault("kept: without base loads", "component.cuh", "is_given ? base : c", "is_given ? 0 : c"),
+    Fault(
+        "kept: with base loads",
+        "component.cuh",
+        "at_home[threadIdx.x] - base;",
+        "at_home[threadIdx.x];",
+    ),
+    Fault("kept: and homes", "component.cuh", "!is_given && a < c.shape", "a < c.shape"),
+    Fault("kept: by one rank's row", "component.cuh", "ranks * p.counts.num_rows", "ranks"),
+    Fault("kept: not the slots", "rewrite.cuh", "return status == STAYED &&", "return false &&"),
+    Fault("kept: at home, too", "rewrite.cuh", "STAYED && batch.given_load != nullptr", "STAYED"),
+    Fault(
+        "kept: quotas are left",
+        "rewrite.cuh",
+        "i < table.num_experts * table.max_replicas; i += step",
+        "i < 0; ++i",
+    ),
+    Fault(
+        "kept: as at home",
+        "statistics.cuh",
+        "is_away = is_planned || keeps",
+        "is_away = is_planned",
+    ),
+    Fault(
+        "kept: not in one launch",
+        "plan.cuh",
+        "physical.set(n, int(given.ids[n]));",
+        "physical.set(n, routes.slot_of(picks.experts[n], picks.positions[n]));",
+    ),
+    Fault(
+        "kept: not counted in one launch",
+        "plan.cuh",
+        "    if (p.given_load != nullptr) count_by_rank",
+        "    if (false) count_by_rank",
+    ),
+    Fault(
+        "kept: no loads for the statistics",
+        "plan.cuh",
+        "keeps && r < R; r += V::threads",
+        "r < 0; ++r",
+    ),
+    Fault(
+        "split: a copy without a quota",
+        "route.cu",
+        "min(counts[size_t(r) * E + e], quota[size_t(e) * C])",
+        "counts[size_t(r) * E + e]",
+    ),
     # Guests' weights and gradients
     Fault(
         "a stage is loaded before it is stored",

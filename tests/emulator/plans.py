@@ -20,6 +20,7 @@ from lplb_ep.planning.solvers import (
     OBJECTIVE_SOLVERS,
     Variant,
 )
+from lplb_ep.planning.stay import num_words
 from lplb_ep.planning.structs import HEAD
 from lplb_ep.problem import Problem
 
@@ -128,6 +129,7 @@ class Rank:
         tag: of the placement, for the head of a row.
         given: whether guests are given instead of chosen.
         least_gain: tokens off the fullest rank for which a batch leaves home.
+        keeps: whether picks are slots, which they keep where a batch stays.
         num_samples, every, mark_every: as `Statistics` has them.
         exchanges_every: batches from one that is exchanged to the next.
     """
@@ -146,6 +148,7 @@ class Rank:
         tag: int = 77,
         given: bool = False,
         least_gain: int = 0,
+        keeps: bool = False,
         num_samples: int = 0,
         every: int = 0,
         exchanges_every: int = 1,
@@ -185,7 +188,8 @@ class Rank:
             self.routes = self._put(layout.routes(p, capacity))
         self.table = layout.pack_table(p, capacity, self.routes)
         self.guest_rule = Problem().guest_rule
-        self.row = memory.zeros(HEAD + p.num_experts)
+        self.num_words = num_words(p.num_experts, p.num_ranks, least_gain)
+        self.row = memory.zeros(self.num_words)
         self.head = memory.array([tag, 2, 3, 0], np.int32)
         self.error_flags = memory.zeros(structs.NUM_ERROR_FLAGS)
         self.totals = memory.zeros(structs.NUM_WORDS, np.int64)
@@ -193,12 +197,14 @@ class Rank:
         self.sampled = memory.zeros(num_samples)
         self._every, self._mark_every = every, mark_every
         self.least_gain, self.again = least_gain, 0
+        self.keeps = keeps
+        self.given_load = memory.empty(p.num_ranks)
         self._exchanges_every = exchanges_every
         self.turn = memory.array([exchanges_every - 1], np.int32)
         self.missing = memory.zeros(p.num_ranks)
         self.state = memory.zeros(4)
         self.peers = memory.zeros(p.num_ranks, np.int64)
-        self.window = memory.zeros((2, p.num_ranks, HEAD + p.num_experts), np.uint64)
+        self.window = memory.zeros((2, p.num_ranks, self.num_words), np.uint64)
 
     def _put(self, tables: Any) -> dict[str, int]:
         named = {f.name: getattr(tables, f.name) for f in fields(tables)}
@@ -216,7 +222,7 @@ class Rank:
             experts=empty(topk_idx.size, np.int16),
             positions=empty(topk_idx.size),
             histograms=empty((num_chunks, p.num_experts)),
-            rows=empty((p.num_ranks, HEAD + p.num_experts)),
+            rows=empty((p.num_ranks, self.num_words)),
             counts=empty((p.num_ranks, p.num_experts)),
             quota=empty((p.num_experts, p.max_replicas)),
             rank_load=empty(p.num_ranks),
@@ -253,6 +259,7 @@ class Rank:
             waits=waits,
             every=self._exchanges_every,
             turn=self._turn_address,
+            size=self.num_words,
         )
 
     def count(
@@ -269,7 +276,7 @@ class Rank:
         return self.route_library.kernel("count")(
             (picks.num_chunks, 1),
             kernels.NUM_THREADS,
-            4 * (HEAD + self.placement.num_experts),
+            4 * self.num_words,
             topk_idx=picks.given,
             picks=picks.struct,
             logical=0 if logical is None else logical,
@@ -280,6 +287,7 @@ class Rank:
             error_flags=self.error_flags,
             window=window,
             status=status,
+            num_local=self.placement.num_local_slots if self.keeps else 0,
         )
 
     def solve(
@@ -377,6 +385,7 @@ class Rank:
             "status": status,
             "least_gain": self.least_gain,
             "turn": self._turn_address,
+            "given_load": self.given_load.ctypes.data if self.keeps else 0,
         }
 
     def _solve(
@@ -418,6 +427,7 @@ class Rank:
             picks=picks.struct,
             table=self.table,
             batch=batch,
+            given=picks.given if self.keeps else 0,
             physical=plan.physical,
         )
 
@@ -449,6 +459,7 @@ class Rank:
             turn=self._turn_address,
             own=plan.rows[self.rank, HEAD:].ctypes.data,
             again=self.again,
+            given_load=self.given_load.ctypes.data if self.keeps else 0,
         )
 
     def whole(
@@ -467,7 +478,7 @@ class Rank:
     ) -> emulator.Operation:
         """The launch of `plan`, or with speeds or capacities of `plan_general`.
 
-        `rows`: [R, E] given counts, or with a window [R, HEAD + E]. `status`: of this rank;
+        `rows`: [R, E] given counts, or with a window [R, num_words]. `status`: of this rank;
         `of_batch`: as far as the counts do not say it.
         """
         given, size = picks.given, self._dtype.itemsize
@@ -480,15 +491,16 @@ class Rank:
             chunk=given.size,
             num_experts=self.placement.num_experts,
         )
-        head = rows.shape[1] - self.placement.num_experts
+        head = 0 if rows.shape[1] == self.placement.num_experts else HEAD
         general = bool({"speed", "cap"} & bounds.keys())
         by = {"objective": self._objective} if self._objective else {}
         name = "plan_by_objective" if by else "plan_general" if general else "plan"
         objective = "auto" if by else "tokens"
+        sizes = self.placement, self._capacity, given.size
         return self.plan_library.kernel(name)(
             (1, 1),
             solvers.NUM_PLAN_THREADS,
-            solvers.num_plan_bytes(self.placement, self._capacity, given.size, objective),
+            solvers.num_plan_bytes(*sizes, objective, self.least_gain),
             **by,
             topk_idx=given,
             picks=packed,

@@ -38,6 +38,7 @@ from lplb_ep.planning.plan import Status
 from lplb_ep.planning.reuse import reuse
 from lplb_ep.planning.solve import judge
 from lplb_ep.planning.solvers import log_in_steps
+from lplb_ep.planning.stay import count_by_rank
 from lplb_ep.planning.structs import HEAD, Head
 from lplb_ep.settings import MAX_ONE_LAUNCH
 
@@ -219,13 +220,15 @@ class Rows(LocalExchange):
     """Adds rows of ranks in step with this one."""
 
     counts, status = torch.zeros(R, E), Status.OPTIMAL
+    given_load = torch.zeros(R, 0)  # of each rank's picks, where they are slots
     sent = None
 
     def gather(self, row):
         self.sent = Status(int(row[Head.STATUS]))
         rows = row.expand(R, -1).clone()
         rows[:, Head.STATUS] = self.status
-        rows[:, HEAD : HEAD + E] = self.counts
+        words = torch.cat([self.counts, self.given_load], 1)
+        rows[:, HEAD : HEAD + words.shape[1]] = words
         rows[RANK] = row
         return rows
 
@@ -311,6 +314,51 @@ def test_batches_end_as_on_the_cpu(make):
         seen.add(Status(int(plan.status)))
     faults = {Status.STALE, Status.INFEASIBLE, Status.BAD_COUNTS}
     assert seen == {Status.OPTIMAL, Status.STAYED, *faults}
+
+
+def test_batches_of_slots_stay_as_on_the_cpu(make):
+    """By turns with batches of experts and given counts, which are compared with homes."""
+    rng, rows, on_host, seen = np.random.default_rng(4), Rows(), Rows(), set()
+    layer = Layer(TWO, Problem(min_gain=12, base_load=torch.tensor([3, 0])))
+    exchanging, given = make(layer, rows), make(layer)
+    host = Planner(layer, rank=RANK, counts="given", solver="cpu")
+    host.exchange = on_host
+    expected, kept = tallied.Tallied(RANK, base_load=layer.problem.base_load), []
+    for _ in range(40):
+        dtype = rng.choice([torch.int32, torch.int64])
+        weight, numbers = rng.dirichlet(np.ones(E)), rng.integers(0, 60, R)
+        topks = [oracle.random_topk(rng, int(n), 2, weight) for n in numbers]
+        slots = [torch.from_numpy(oracle.slots_of(rng, one, TWO)).to(dtype) for one in topks]
+        topk = torch.from_numpy(topks[RANK]).to(dtype)
+        counts = torch.stack([reference.count(torch.from_numpy(one), E) for one in topks])
+        of_rank = torch.stack([count_by_rank(one, TWO) for one in slots])
+        for ids, indices in ((slots[RANK], "physical"), (topk, "logical")):
+            given_load = of_rank if indices == "physical" else of_rank * 0
+            for one in (rows, on_host):
+                one.counts, one.given_load = counts, given_load
+            stale = bool(rng.random() < 0.1)
+            plan = exchanging(ids, indices=indices, stale=stale)
+            other = host(ids, indices=indices, stale=stale)
+            keeps = ids if indices == "physical" else None
+            check_plan(plan, topk, TWO, RANK, layer.problem, keeps)
+            assert int(plan.status) == int(other.status)
+            assert plan.reached.value == other.reached.value
+            assert plan.reached.bound == other.reached.bound
+            if int(plan.status) != Status.OPTIMAL:  # else several are the best
+                assert same(values(plan), values(other))
+            expected.add(plan, TWO)
+            kept.append((plan, values(plan)))
+            seen.add((indices, Status(int(plan.status))))
+            slots_alone = exchanging.route(ids, indices=indices, stale=stale)
+            assert slots_alone.equal(plan.topk_idx)
+            expected.add(plan, TWO)
+        by_homes = given(slots[RANK], counts=counts, indices="physical")
+        check_plan(by_homes, topk, TWO, RANK, layer.problem)
+        assert tallied.read(exchanging) == expected.totals
+    assert len(seen) == 6
+    assert all(same(values(plan), earlier) for plan, earlier in kept)
+    for one in (exchanging, given):
+        one.raise_errors()
 
 
 @pytest.mark.parametrize("objective", ["experts", "cost", "auto"])

@@ -1,19 +1,23 @@
 """Kernels of several ranks at once, emulated: exchanged rows, and barriers."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import emulator
 import numpy as np
 import oracle
 import plans
 import pytest
+import tallied
 import torch
 from emulator import ORDERS, EmulationError
 
+from lplb_ep import Placement, Problem
 from lplb_ep.comm.copies import barrier_program
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning import structs
 from lplb_ep.planning.reuse import reuse
+from lplb_ep.planning.stay import count_by_rank, stays
 from lplb_ep.planning.structs import HEAD, MAX_TOTAL, ErrorFlag, Status
 
 SEEDS = (*ORDERS, 3, 4, 5, 7, 9)
@@ -27,7 +31,7 @@ class Group:
 
     def __init__(self, memory, placement, library, ones=(), **arguments):
         self.ones = ones
-        R, size = placement.num_ranks, HEAD + placement.num_experts
+        R = placement.num_ranks
         self.memory, self.placement, self.node_size = (
             memory,
             placement,
@@ -39,7 +43,7 @@ class Group:
             node = rank.rank // self.node_size
             for other in self.ranks[node * self.node_size : (node + 1) * self.node_size]:
                 rank.peers[other.rank] = other.window.ctypes.data
-        zeros = memory.zeros
+        zeros, size = memory.zeros, self.ranks[0].num_words
         self.sent = [zeros((2, self.node_size, size), np.uint64) for _ in range(self.num_nodes)]
         self.received = [
             zeros((self.num_nodes, 2, self.node_size, size), np.uint64) for _ in self.sent
@@ -65,7 +69,6 @@ class Group:
             node_size=self.node_size,
         )
         arguments = {"window": window, "relay": relay, "num_batches": rank.head[-1:]}
-        arguments["size"] = HEAD + self.placement.num_experts
         gather, broadcast = (
             rank.route_library.kernel(name)((1, 1), 1024, 0, **arguments)
             for name in ("gather", "broadcast")
@@ -119,6 +122,27 @@ def check_batch(group, topks, made, number):
         assert (plan.quota == made[0].quota).all()
         expected = cpu.rewrite(torch.from_numpy(topk), shares[rank.rank], group.placement)
         assert (plan.physical == expected.numpy()).all()
+
+
+def run_slots(group, many, base, order):
+    """A batch of slots [T, K] of each rank; its plans."""
+    logical = group.memory.array(group.placement.physical_to_logical, np.int32)
+    streams, made = [], []
+    for rank, slots in zip(group.ranks, many, strict=True):
+        plan = rank.plan(slots)
+        picks = rank.picks(slots, plan)
+        if rank.rank in group.ones:
+            window = rank.window_struct(plan)
+            whole = rank.whole(picks, plan, plan.rows, window=window, logical=logical, base=base)
+            stream = [whole]
+        else:
+            stream = group.count(rank, picks, plan, logical=logical)
+            stream += [rank.solve(picks, plan, plan.rows, base=base)]
+            stream += [rank.route(picks, plan, base=base)]
+        streams.append(stream)
+        made.append(plan)
+    group.memory.run(*streams, order=order)
+    return made
 
 
 def run_batches(group, rng, order, number, first=1):
@@ -175,6 +199,71 @@ def test_first_ranks_relay_the_rows_of_their_nodes(R, node, order, memory, libra
     rng = np.random.default_rng(R)
     group = random_group(rng, memory, library, R, node)
     run_batches(group, rng, order, 4)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("R", "node", "ones"),
+    [
+        *[(1, 1, ()), (1, 1, (0,)), (5, 5, ()), (5, 5, (0, 1, 2, 3, 4)), (4, 4, (1, 3))],
+        *[(4, 2, ()), (16, 16, ()), (16, 16, (0, 2))],
+    ],
+)
+def test_batches_that_stay_keep_the_slots_that_they_came_with(
+    R, node, ones, order, memory, library
+):
+    """By the slots of all ranks, whose loads come with the rows, and by all components."""
+    rng = np.random.default_rng(R)
+    placement = oracle.random_placement(rng, R, 24, 2, num_ranks_per_node=node)
+    if R == 16:  # two components
+        placement = Placement.from_topology(
+            "cube", num_experts=32, num_ranks=16, num_redundant_per_rank=2
+        )
+    E = placement.num_experts
+    arguments = {"ones": ones, "chunk": 64, "keeps": True, "least_gain": 1}
+    group = Group(memory, placement, library, **arguments)
+    base_load = torch.from_numpy(rng.integers(0, 9, R))
+    base = memory.array(base_load.numpy(), np.int32)
+    expected = [tallied.Tallied(r, base_load=base_load) for r in range(R)]
+    for _ in range(3):
+        weight = rng.lognormal(0, 0.5, E)
+        topks = [oracle.random_topk(rng, n, 3, weight) for n in rng.integers(0, 60, R)]
+        many = [oracle.slots_of(rng, topk, placement) for topk in topks]
+        of_rank = torch.stack([count_by_rank(torch.from_numpy(one), placement) for one in many])
+        counts = torch.stack([cpu.count(torch.from_numpy(topk), E) for topk in topks])
+        load, given_load = counts.long().sum(0).numpy(), of_rank.long().sum(0).numpy()
+
+        def must_stay(least, load=load, given_load=given_load):
+            problem = Problem(base_load=base_load, min_gain=least).checked(placement)
+            return stays(load, placement, problem, given_load)
+
+        most = next(n for n in range(2 * load.sum() + 99) if must_stay(n + 1))
+        for least in {max(1, most), most + 1}:
+            for rank in group.ranks:
+                rank.least_gain = least
+            made = run_slots(group, many, base, order)
+            quota = torch.from_numpy(made[0].quota.copy())
+            for rank, topk, slots, plan in zip(group.ranks, topks, many, made, strict=True):
+                if rank.rank not in ones:
+                    words = torch.cat([counts, of_rank], 1).numpy()
+                    assert (plan.rows[:, HEAD:] == words).all()
+                assert (plan.counts == counts.numpy()).all()
+                if least > most:
+                    assert plan.status.tolist() == [Status.STAYED]
+                    assert (plan.physical == slots).all()
+                    assert not plan.quota.any()
+                    assert plan.rank_load.tolist() == given_load.tolist()
+                else:
+                    assert plan.status.tolist() == [Status.OPTIMAL]
+                    shares = cpu.split(counts, quota, placement)[rank.rank]
+                    planned = cpu.rewrite(torch.from_numpy(topk), shares, placement)
+                    assert (plan.physical == planned.numpy()).all()
+                assert not rank.row.any()
+                assert not rank.error_flags.any()
+                tensors = {name: torch.from_numpy(v) for name, v in vars(plan).items()}
+                expected[rank.rank].add(SimpleNamespace(**tensors), placement)
+                totals = rank.totals[: structs.NUM_TOTALS].tolist()
+                assert totals == expected[rank.rank].totals
 
 
 def test_the_number_of_a_batch_may_wrap_around(memory, library):

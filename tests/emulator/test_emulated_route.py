@@ -13,7 +13,7 @@ from emulator import ORDERS
 
 from lplb_ep import Placement, Problem
 from lplb_ep.planning import reference as cpu
-from lplb_ep.planning.stay import stays_home
+from lplb_ep.planning.stay import count_by_rank, stays
 from lplb_ep.planning.structs import HEAD, MAX_TOTAL, NUM_TOTALS, ErrorFlag, Status
 
 TWO = Placement([0, 1, 2, 0], 2)
@@ -156,14 +156,19 @@ def run_plan(
     status=0,
     max_rounds=10_000,
     of_ranks=(),
+    by_rank=None,
 ):
     """A batch with the counts of the other ranks in its memory: three launches, or one.
 
-    `of_ranks`: base loads and speeds.
+    `of_ranks`: base loads and speeds. `by_rank`: where picks are slots, [R, R] of each rank.
     """
-    E = rank.placement.num_experts
-    rows = np.zeros((rank.placement.num_ranks, (0 if given else HEAD) + E), np.int64)
-    rows[:, -E:] = counts
+    p, logical = rank.placement, None
+    rows = np.zeros((p.num_ranks, p.num_experts if given else rank.num_words), np.int64)
+    begin = 0 if given else HEAD
+    rows[:, begin : begin + p.num_experts] = counts
+    if by_rank is not None:
+        rows[:, HEAD + p.num_experts :] = by_rank
+        logical = memory.array(p.physical_to_logical, np.int32)
     if not given:
         rows[:, 1:HEAD] = 77, 2, 3, 1
         rows[0, 0] = status
@@ -177,7 +182,7 @@ def run_plan(
         memory.run([whole], order=order)
         return plan
     launches = [
-        rank.count(picks, exchanged=not given),
+        rank.count(picks, exchanged=not given, logical=logical),
         rank.solve(
             picks,
             plan,
@@ -399,9 +404,10 @@ def test_shares_of_all_ranks_are_the_cpus(R, node, order, memory, library):
     load = torch.from_numpy(counts).long().sum(0)
     quota = cpu.solve(load, placement).quota
     rank = plans.Rank(memory, placement, 0, library)
-    launch, shares = rank.split(memory.array(counts), memory.array(quota.numpy()))
-    memory.run([launch], order=order)
-    assert (shares == cpu.split(torch.from_numpy(counts), quota, placement).numpy()).all()
+    for some in (quota, quota * 0):  # where none are known, nothing is shared out
+        launch, shares = rank.split(memory.array(counts), memory.array(some.numpy()))
+        memory.run([launch], order=order)
+        assert (shares == cpu.split(torch.from_numpy(counts), some, placement).numpy()).all()
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
@@ -467,9 +473,9 @@ def test_statistics_are_those_of_the_plan(R, E, form, order, memory, library):
     assert rank.samples.tolist() == [expected.samples[4], expected.samples[6]]
 
 
-def stays(load, placement, base, least_gain):
+def must_stay(load, placement, base, least_gain, given_load=None):
     problem = Problem(base_load=torch.from_numpy(base), min_gain=least_gain).checked(placement)
-    return stays_home(load, placement, problem)
+    return stays(load, placement, problem, given_load)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -491,7 +497,7 @@ def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memo
         counts = np.stack([cpu.count(torch.from_numpy(t), E).numpy() for t in topks])
         load = counts.sum(0).astype(np.int64)
         # What a plan could gain at most, and one more.
-        most = next(n for n in range(2 * load.sum() + 2) if stays(load, placement, base, n + 1))
+        most = next(n for n in range(2 * load.sum() + 2) if must_stay(load, placement, base, n + 1))
         for least_gain, rounds in itertools.product((most, most + 1), (10_000, 0)):
             rank = plans.Rank(memory, placement, 1, library, least_gain=least_gain)
             plan = run_plan(memory, rank, topks[1], counts, max_rounds=rounds, **launched)
@@ -507,3 +513,61 @@ def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memo
                 assert (plan.physical == homes.numpy()).all()
                 assert (plan.quota[:, 0] == load).all()
                 assert (plan.rank_load == np.bincount(placement.home_rank, load, R)).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("is_cube", [False, True])
+def test_batches_that_would_gain_too_little_keep_their_slots(is_cube, order, memory, library):
+    """By the loads that the rows of all ranks say, whatever the batch is at home."""
+    rng = np.random.default_rng(9)
+    R, E = (16, 64) if is_cube else (4, 40)
+    placement = oracle.random_placement(rng, R, E, 2, num_ranks_per_node=R // 2)
+    if is_cube:
+        placement = Placement.from_topology(
+            "cube", num_experts=E, num_ranks=R, num_redundant_per_rank=2
+        )
+    base = rng.integers(0, 40, R)
+    expected = tallied.Tallied(1, base_load=torch.from_numpy(base))
+    rank = plans.Rank(memory, placement, 1, library, least_gain=1, keeps=True)
+    launched = {"order": order, "of_ranks": {"base": memory.array(base, np.int32)}}
+    for _ in range(3):
+        topks = [topk_of(rng, placement, int(rng.integers(0, 90)), 4) for _ in range(R)]
+        many = [oracle.slots_of(rng, topk, placement) for topk in topks]
+        counts = np.stack([cpu.count(torch.from_numpy(t), E).numpy() for t in topks])
+        by_rank = torch.stack([count_by_rank(torch.from_numpy(one), placement) for one in many])
+        load, given_load = counts.sum(0).astype(np.int64), by_rank.long().sum(0).numpy()
+        by = load, placement, base
+        most = next(n for n in range(2 * load.sum() + 99) if must_stay(*by, n + 1, given_load))
+        for least_gain in {max(1, most), most + 1}:
+            rank.head[3], rank.least_gain = 0, least_gain
+            how = {"by_rank": by_rank.numpy(), **launched}
+            plan = run_plan(memory, rank, many[1], counts, **how)
+            stayed = least_gain > most
+            assert plan.status.tolist() == [Status.STAYED if stayed else Status.OPTIMAL]
+            if stayed:
+                assert (plan.physical == many[1]).all()
+                assert not plan.quota.any()
+                assert plan.rank_load.tolist() == given_load.tolist()
+            assert (plan.counts == counts).all()
+            assert not rank.row.any()
+            assert not rank.error_flags.any()
+            tensors = {name: torch.from_numpy(values) for name, values in vars(plan).items()}
+            expected.add(SimpleNamespace(**tensors), placement)
+            assert rank.totals[:NUM_TOTALS].tolist() == expected.totals
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_picks_are_counted_by_the_ranks_of_their_slots(order, memory, library):
+    rng = np.random.default_rng(5)
+    placement = oracle.random_placement(rng, 4, 30, 2)
+    logical = memory.array(placement.physical_to_logical, np.int32)
+    topk = topk_of(rng, placement, 200, 3)
+    slots = oracle.slots_of(rng, topk, placement)
+    rank = plans.Rank(memory, placement, 0, library, least_gain=9, keeps=True)
+    memory.run([rank.count(rank.picks(slots, rank.plan(slots)), logical=logical)], order=order)
+    by_rank = np.bincount(slots[slots >= 0] // placement.num_local_slots, minlength=4)
+    experts = cpu.count(torch.from_numpy(topk), 30)
+    assert rank.row.tolist() == [0, 77, 2, 3, 1, *experts, *by_rank]
+    slots[7, 1] = placement.num_physical_experts  # a rank that is none
+    memory.run([rank.count(rank.picks(slots, rank.plan(slots)), logical=logical)], order=order)
+    assert rank.row[0] == Status.REFUSED

@@ -153,7 +153,8 @@ def _describe_launches(settings: Settings) -> tuple[str, str]:
             return "none", "plans are made on the CPU"
         if placement is not None:
             most = max_shared_bytes(0)
-            why = why_in_steps(placement, solver, most, objective=objective)
+            asked = placement, solver, most
+            why = why_in_steps(*asked, objective=objective, least_gain=settings.min_gain)
             if why:
                 return "three", f"{name}: {why}" if name else why
     why = in_steps(_choose_counts(settings)[0])

@@ -261,7 +261,7 @@ def test_every_plan_is_checked_on_demand(make, mode, monkeypatch):
         mode("1", LPLB_EP_CHECK=value)
         channels.clear()  # which keep what they were made with
         make(placement=PLACEMENT, num_local_slots=P).get_dispatch_layout(TOPK, E)
-    ((plan, topk, placement, rank, _),) = checked
+    ((plan, topk, placement, rank, *_),) = checked
     assert torch.equal(plan.topk_idx, planned())
     assert (topk is TOPK, placement, rank) == (True, PLACEMENT, 0)
 
