@@ -6,7 +6,7 @@
 namespace lplb {
 
 template <typename V>
-struct Component {              // the pointers lead to shared memory, but for those behind `shape`
+struct Component {              // the pointers before `shape` are to shared memory, the others to device memory
     const Arc* arcs;
     const short* copies;
     int* tokens;                // [arcs] of each copy
@@ -14,19 +14,19 @@ struct Component {              // the pointers lead to shared memory, but for t
     typename V::Set* targets;   // [size] ranks that a rank's tokens could go to
     typename V::Set* layers;    // [size] ranks by their distance from one below its limit
     Shape shape;
-    const Edge* edges;          // [end_of_edges] of this thread's rank; without guests -1 behind its last
+    const Edge* edges;          // [end_of_edges] of this thread's rank; without guests padded by arcs of -1
     const int* ranks;           // [size] local rank to rank
     const int* speed;           // [R] of ranks, or null: all the same
     const int* cap;             // [E, C] the most tokens of each copy, or null: no limit
     int own_edges;              // with guests: of this thread's rank
 
-    // Before the flow: what a rank has of experts with one copy, with its base load; and of the others.
+    // Before the flow: a rank's load of experts with one copy, base load included; and of the other experts.
     __device__ int* staying() const { return first_of_rank; }
     __device__ int* movable() const { return second_of_rank; }
-    // In the flow: load above the limit, negative below it; and what a rank could take when the round began.
+    // In the flow: the load above the limit, negative below it; and a rank's deficit when the round began.
     __device__ int* excess() const { return first_of_rank; }
     __device__ int* deficit() const { return second_of_rank; }
-    // Behind it: the load.
+    // Behind the flow: the load.
     __device__ int* load() const { return first_of_rank; }
 
     __device__ int end_of_edges() const { return V::guests ? own_edges : shape.most_edges; }
@@ -37,21 +37,21 @@ struct Component {              // the pointers lead to shared memory, but for t
     }
 };
 
-// How many copies the expert of an arc has.
+// The number of copies of an arc's expert.
 template <typename V>
 __device__ int number_of_copies(const Arc& arc) {
     if constexpr (V::wide) return int(arc.ranks & 0xffffffff);
     else return number_of<V>(arc.ranks);
 }
 
-// How many of them are on lower ranks.
+// The number of these copies that are on lower ranks.
 template <typename V>
 __device__ int nth_of_copies(const Arc& arc) {
     if constexpr (V::wide) return int(arc.ranks >> 32);
     else return number_of<V>(arc.ranks & ((typename V::Set(1) << arc.rank) - 1));
 }
 
-// Splits each expert evenly over its copies: half as many rounds of the flow as from the homes.
+// Splits each expert evenly over its copies. From there the flow takes half as many rounds as from the homes.
 template <typename V>
 __device__ void split_evenly(const Component<V>& c, const int* load) {
     block_stride<V::threads>(c.shape.arcs, [&](int a) {
@@ -63,7 +63,7 @@ __device__ void split_evenly(const Component<V>& c, const int* load) {
     });
 }
 
-// Fills copy after copy of each expert. Whether all have what they need, the same to every thread.
+// Fills copy after copy of each expert. Returns whether all tokens found a place, the same to every thread.
 template <typename V>
 __device__ bool fill_copies(const Component<V>& c, const int* load) {
     bool lacks = false;
@@ -79,14 +79,14 @@ __device__ bool fill_copies(const Component<V>& c, const int* load) {
         }
         lacks |= total > 0;
     }
-    return !__syncthreads_or(lacks);  // all experts are looked at before any thread decides
+    return !__syncthreads_or(lacks);  // all experts are filled before any thread decides
 }
 
-// What a thread adds up first, loaded early.
+// The input of a thread's first sum, loaded early.
 struct Addend {
     int sharing;  // neighbouring threads that share the rows of an expert
     int packed;   // the thread's first expert
-    int base;     // what stays on the thread's rank
+    int base;     // the base load of the thread's rank
 
     template <typename V>
     __device__ static Addend of(const Problem& p, int g, int ranks) {
@@ -102,11 +102,11 @@ struct Addend {
     }
 };
 
-// Lays the component g out in shared memory; the counts are not needed yet.
+// Lays out the component g in shared memory, without its counts.
 template <typename V>
 __device__ Component<V> lay_out_component(const Problem& p, int g, char* shared, const Edge* edges, Addend& addend) {
     const Network& net = p.net;
-    // What the flow reads most lies where the compiler knows.
+    // The arrays that the flow reads most are static, so that the compiler knows their addresses.
     __shared__ typename V::Set targets[V::size], layers[V::size];
     __shared__ int first_of_rank[V::size], second_of_rank[V::size];
     int* tokens = reinterpret_cast<int*>(shared);
@@ -127,8 +127,8 @@ __device__ Component<V> lay_out_component(const Problem& p, int g, char* shared,
     return c;
 }
 
-// Whether it pays to leave home, or the slots that the batch came with: the CPU's `stays` is the definition. A component
-// that is the only one decides here. Of several, `conclude` does.
+// Decides whether the batch stays at home, or in the slots that it came with: the CPU's `stays` is the definition. A single
+// component decides here; for several `conclude` does.
 template <typename V>
 __device__ void look_at_home(const Problem& p, const Component<V>& c, const int* load, Ending& ending) {
     __shared__ int at_home[V::size];  // or by the given slots
@@ -136,13 +136,13 @@ __device__ void look_at_home(const Problem& p, const Component<V>& c, const int*
     bool is_given = p.given_load != nullptr, mine = threadIdx.x < ranks;
     int base = is_given && mine && p.base != nullptr ? p.base[c.ranks[threadIdx.x]] : 0;
     if (threadIdx.x < V::size) at_home[threadIdx.x] = is_given ? base : c.staying()[threadIdx.x];
-    __syncthreads();  // what stays is there before other experts are added
+    __syncthreads();  // loads that stay are written before other experts are added
     for (int a = threadIdx.x; !is_given && a < c.shape.arcs; a += V::threads)
         if (c.arcs[a].quota % p.max_replicas == 0) atomicAdd(&at_home[c.arcs[a].rank], load[c.arcs[a].place]);
     #pragma unroll 1
     for (int i = threadIdx.x; is_given && i < ranks * p.counts.num_rows; i += V::threads)
         atomicAdd(&at_home[i % ranks], counts_of(p.counts, i / ranks)[p.num_experts + c.ranks[i % ranks]]);
-    __syncthreads();  // the sums are whole before any thread reads them
+    __syncthreads();  // the sums are complete before any thread reads them
     if (is_given && mine) p.given_load[c.ranks[threadIdx.x]] = at_home[threadIdx.x] - base;
     #pragma unroll
     for (int i = 0; i < V::words; ++i) {
@@ -157,7 +157,7 @@ __device__ void look_at_home(const Problem& p, const Component<V>& c, const int*
         ending.status = max(ending.status, STAYED);
 }
 
-// Adds up the counts and makes the start of the flow, behind `lay_out_component` in `shared`.
+// Adds up the counts and makes the start of the flow, after `lay_out_component` with the same `shared`.
 template <typename V, bool general>
 __device__ Ending begin(const Problem& p, int g, const Component<V>& c, char* shared, const Addend& addend,
                         int* __restrict__ quota) {

@@ -1,4 +1,4 @@
-// The experts of a rank's picks, how many picks each has, and what a row of counts begins with.
+// The experts of a rank's picks, the number of picks of each, and the head of a row of counts.
 #pragma once
 
 #include "number.cuh"
@@ -28,14 +28,14 @@ __device__ int expert_of(long long id, const int* __restrict__ logical, int num_
     return expert;
 }
 
-// What callers give: a rank's picks by their ids.
+// The input of a caller: a rank's picks by their ids.
 struct Given {
     Ids ids;             // [num_picks] in [0, num_ids), -1: none
     const int* logical;  // [num_ids] the expert of each id, -1: none; or null, ids are experts
     int num_ids;
     int num_topk;        // picks of a token, of which no two may be of one expert; or 0
 
-    // Loads a thread's ids from the pick `n` on. All are under way at once.
+    // Loads a thread's ids from the pick `n` on, with all loads in flight at once.
     template <int threads, int at_once>
     __device__ void load(int n, int end, long long (&several)[at_once]) const {
         #pragma unroll
@@ -44,7 +44,7 @@ struct Given {
 };
 
 // Counts the picks of a chunk in `histogram`, by all threads of a block. `several`: the thread's first ids.
-// Whether it saw one that is refused.
+// Returns whether it saw one that is refused.
 template <int threads, int at_once>
 __device__ bool count_picks(const Given& given, const Picks& picks, int chunk, int* histogram,
                             volatile int* error_flags, long long (&several)[at_once]) {
@@ -60,7 +60,7 @@ __device__ bool count_picks(const Given& given, const Picks& picks, int chunk, i
             if (expert < 0) continue;
             atomicAdd(&histogram[expert], 1);
             if (given.num_topk == 0) continue;
-            bool ignored;  // the thread that has the other pick says whether it is wrong
+            bool ignored;  // the thread that has the other pick reports whether it is wrong
             for (int later = given.num_topk - 1 - n % given.num_topk; later > 0; --later)
                 repeated |= expert_of(given.ids[n + later], given.logical, given.num_ids, ignored) == expert;
         }
@@ -83,8 +83,8 @@ __device__ void count_by_rank(const Given& given, const Picks& picks, int chunk,
     }
 }
 
-// Writes what a row begins with, by one thread, and counts the batch: here, so that a replayed graph does it
-// too. `words`: what `head` has.
+// Writes the head of a row, by one thread, and raises the number of the batch. The GPU does it, so that replays of a
+// graph do it, too. `words`: the value of `head`.
 __device__ void begin_row(int4* head, int4 words, int* row, int status) {
     head->w = words.w = (words.w + 1) & MAX_TOTAL;
     atomicMax(&row[HEAD_STATUS], status);

@@ -1,9 +1,9 @@
 // Rows of counts between ranks that write each other's memory.
 //
-// A word is an integer of a row beside the number of its batch, 8 bytes that are written at once. So each word
-// says itself whether it has come, without flags or fences (NCCL's protocol "LL" does so). Windows are for even
-// and odd batches by turns. A rank sends batch n + 2 when it has every row of n + 1. Each sender sent that when
-// it had read the rows of n.
+// A word is an integer of a row with the number of its batch, 8 bytes in one write. So each word shows by itself
+// whether it has arrived, without flags or fences, as in NCCL's protocol "LL". A window has a part for even
+// batches and one for odd ones. A rank sends batch n + 2 only when it has all rows of n + 1. A rank sends its row of
+// n + 1 only when it has read the rows of n. So no row is overwritten before it was read.
 #pragma once
 
 #include "abi.cuh"
@@ -11,9 +11,9 @@
 
 namespace lplb {
 
-constexpr int LATE = -1;  // which no word of a row is
+constexpr int LATE = -1;  // no word of a row has this value
 
-// Where a source's row lies in a window.
+// The place of a source's row in a window.
 __device__ size_t place_of(const Window& window, int batch, int source, int size) {
     return (size_t(batch & 1) * window.num_ranks + source) * size;
 }
@@ -22,8 +22,8 @@ __device__ Word word_of(int batch, int value) { return Word(unsigned(batch)) << 
 
 __device__ bool is_of(Word word, int batch) { return int(word >> 32) == batch; }
 
-// Waits until all of `number` words are of the batch, and hands them on, or until the deadline. Words that did
-// not come are handed on as they are.
+// Waits until all `number` words are of the batch, or until the deadline. Calls `take` for each word, also for late
+// words, as they are then.
 template <int threads, typename Take>
 __device__ void wait_for(const Word* words, int number, int batch, long long deadline, Take take) {
     constexpr int at_once = 4;
@@ -46,7 +46,7 @@ __device__ void wait_for(const Word* words, int number, int batch, long long dea
     }
 }
 
-// Waits for the rows of all ranks; with one block. Those that do not come in time are TIMED_OUT.
+// Waits for the rows of all ranks, by one block. Late rows get the status TIMED_OUT.
 template <int threads>
 __device__ void receive(const Window& window, int batch, long long deadline) {
     int size = window.size, number = window.num_ranks * size;
@@ -55,10 +55,10 @@ __device__ void receive(const Window& window, int batch, long long deadline) {
                       [&](int i, Word word) {
                           bool came = is_of(word, batch);
                           window.rows[i] = came ? int(word) : LATE;
-                          // A row may say that another node has missed it.
+                          // Another node may have marked a row as late.
                           any_late |= !came || (int(word) == TIMED_OUT && i % size == HEAD_STATUS);
                       });
-    // All rows are written before late ones are completed, or read behind this.
+    // All rows are written before late ones are filled in, and before any row is read behind this.
     if (!__syncthreads_or(any_late)) return;
     for (int source = threadIdx.x; source < window.num_ranks; source += threads) {
         int* row = window.rows + source * size;
@@ -75,16 +75,17 @@ __device__ void receive(const Window& window, int batch, long long deadline) {
     }
 }
 
-// Sends this rank's row to every rank of the node; with one block. `row` is in shared memory, `unread` as the state has
-// it. Returns until when to wait for the rows of all ranks.
+// Sends this rank's row to every rank of the node, by one block. `row` is in shared memory. `unread` is that of the
+// state. Returns the deadline for the rows of all ranks.
 template <int threads>
 __device__ long long send_row(const Window& window, const int* row, bool unread) {
-    __syncthreads();  // the row is whole, and all have read the state, before either is used
+    __syncthreads();  // the row is complete before it is sent; the state is read before it is overwritten
     int batch = row[HEAD_BATCH], size = window.size;
-    // Unread rows say that the others have read those of the batch before, whose place this one's take.
+    // This rank has not waited for the last batch's rows. Their arrival shows that their senders have read the rows
+    // before those, which this row overwrites.
     if (unread) {
         receive<threads>(window, (batch - 1) & MAX_TOTAL, nanoseconds() + window.limit_ns);
-        __syncthreads();  // late rows of that batch are completed before this one's take their place
+        __syncthreads();  // late rows of that batch are filled in before this batch overwrites them
     }
     for (int i = threadIdx.x; i < window.num_ranks * size; i += threads) {
         Word* to = window.peers[i / size];
@@ -96,25 +97,25 @@ __device__ long long send_row(const Window& window, const int* row, bool unread)
     return start + window.limit_ns;
 }
 
-// Which turn a batch has that is being counted; 0: it is exchanged.
+// The turn of the batch that is being counted; 0: it is exchanged.
 __device__ int turn_of(const Window& window) {
     return window.turn == nullptr ? 0 : (*window.turn + 1) % window.every;
 }
 
-// Sends this rank's row to every rank of the node and waits for those of all ranks, by the last block that
-// calls it. A batch whose turn it is not leaves its row with those that were exchanged last, and is not sent.
-// Leaves the row zeroed. `shared`: as large as a row.
+// Sends this rank's row to every rank of the node and waits for the rows of all ranks, by the last block that
+// calls it. A batch that is not exchanged is not sent: its row replaces this rank's among the rows exchanged last.
+// Zeroes the row. `shared`: as large as a row.
 template <int threads>
 __device__ void exchange(const Window& window, int* row, int* shared) {
     __shared__ bool last;
-    __syncthreads();  // the block has counted, in the row and in `shared`, before it says so
+    __syncthreads();  // the block has counted, in the row and in `shared`, before it is counted as done
     if (threadIdx.x == 0) {
-        __threadfence();  // and other blocks see that before they see that it is done
+        __threadfence();  // other blocks see the counts before they see that the block is done
         last = atomicAdd(&window.state->num_done, 1) == int(gridDim.x) - 1;
     }
-    __syncthreads();  // `last` is there before the others read it
+    __syncthreads();  // `last` is written before the other threads read it
     if (!last) return;
-    __threadfence();  // what the other blocks counted is seen by what follows
+    __threadfence();  // what the other blocks counted is visible from here on
     int turn = turn_of(window), size = window.size;
     for (int i = threadIdx.x; i < size; i += threads) {
         shared[i] = __ldcg(row + i);
@@ -122,7 +123,7 @@ __device__ void exchange(const Window& window, int* row, int* shared) {
         if (turn != 0) window.rows[window.rank * size + i] = shared[i];
     }
     if (window.turn != nullptr) {
-        __syncthreads();  // all have read the turn before it is the next
+        __syncthreads();  // all threads have read the turn before it is overwritten
         if (threadIdx.x == 0) {
             *window.turn = turn;
             if (turn != 0) window.state->num_done = 0;

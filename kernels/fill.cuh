@@ -12,7 +12,7 @@ struct Rule {
     bool by_excess;  // the rank with most excess passes tokens on next, else that with the highest priority
     bool widest;     // guests go to the rank with most slack, else to the one where they fit best
     bool largest;    // a guest is of the expert with most tokens, else of the one that fits best
-    int shift;       // a guest fills its rank if it would leave more slack than that of all ranks >> shift
+    int shift;       // a rank's last guest fills it if it would leave more slack than all spare slack >> shift
     int noise;       // by up to how many 1024ths slacks are raised where they are compared; 0 or a power of two
 
     __device__ explicit Rule(int word)

@@ -6,8 +6,8 @@
 // K: Newton's method on the parametric cut, as in the CPU's definition. All numbers are whole, and no result
 // depends on the order of atomics.
 //
-// A warp has the whole graph between its lanes, so a layer costs a vote, and every warp finds the layers for
-// itself. What a layer costs is the latency of its instructions: few are wanted from one barrier to the next.
+// The lanes of each warp together have the whole graph. So a layer takes one vote, and every warp finds the layers
+// itself. The time of a layer is the latency of its instructions, so there are few between two barriers.
 #pragma once
 
 #include "number.cuh"
@@ -24,7 +24,7 @@ __device__ void sync_pushing() {
     else barrier_of_first<V::pushing>();
 }
 
-// Ranks that the tokens of this thread's rank could go to.
+// The ranks to which tokens of this thread's rank could go.
 template <typename V, bool general>
 __device__ typename V::Set targets_of(const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns]) {
     typename V::Set targets{};
@@ -43,7 +43,7 @@ __device__ typename V::Set targets_of(const Component<V>& c, const ResidualEdge<
 }
 
 // Moves tokens until the largest load of a rank, by the ranks' speeds, is the optimum. By the threads that
-// push; false if the rounds did not suffice. general: with speeds or capacities.
+// push. Returns false if the rounds did not suffice. `general`: with speeds or capacities.
 template <typename V, bool general>
 __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns], int rounds) {
     typedef typename V::Set Set;
@@ -57,15 +57,15 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
     }
     total = __reduce_add_sync(~0u, total);
     least = __reduce_max_sync(~0u, least);
-    // K of this thread's rank begins at the mean, or at what a rank cannot pass on. With speeds each rank has
-    // a K of its own, and a lane has those of its ranks, too.
+    // K of this thread's rank begins at the mean load, or at the largest load that a rank cannot pass on. With speeds
+    // each rank has a K of its own, and a lane also has those of its ranks.
     int limit = max(least, total / c.shape.ranks + (total % c.shape.ranks != 0)), limits[V::words];
     if (general && c.speed != nullptr) raise_limits<V>(c, ~Set{}, total, limits, limit, rank);
-    int rise = limit - c.movable()[rank];  // of K since `excess` was written
+    int rise = limit - c.movable()[rank];  // the increase of K since `excess` was written
     Set* layers = c.layers;
-    keep_in_register(layers);  // or its address is made anew wherever it is used
+    keep_in_register(layers);  // else its address is computed again at each use
     __builtin_assume(__isShared(layers));
-    sync_pushing<V>();  // all have read the loads before excesses take their place
+    sync_pushing<V>();  // all threads have read the loads before excesses overwrite them
     for (; rounds > 0; --rounds) {
         int excess = part == 0 ? early(c.excess() + rank) - rise : 0;
         Set targets = targets_of<V, general>(c, edges);
@@ -76,7 +76,7 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
             c.targets[rank] = targets;
         }
         rise = 0;
-        sync_pushing<V>();  // excesses, deficits and targets of all ranks are there before a warp reads them
+        sync_pushing<V>();  // excesses, deficits and targets of all ranks are written before a warp reads them
         Set next[V::words];
         int above[V::words];
         bool flag[V::words];
@@ -103,7 +103,7 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
             reached |= layer;
         }
         if (any(with_excess & ~reached)) {
-            // What does not reach a rank below its limit is a cut: nothing leads out of it.
+            // The ranks that reach no rank below its limit are a cut: no edge leads out of it.
             int cut_load = 0, size = c.shape.ranks - number_of<V>(reached), before = limit;
             #pragma unroll
             for (int i = 0; i < V::words; ++i)
@@ -117,7 +117,7 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
             continue;
         }
         for (; top > 0; --top) {
-            // Two ranks could fill one copy beyond its capacity: in turn, then.
+            // Two ranks at once could fill one copy beyond its capacity, so ranks push in turn.
             int turns = general && c.cap != nullptr ? c.shape.ranks : 1;
             for (int turn = 0; turn < turns; ++turn) {
                 sync_pushing<V>();  // the layer above has pushed, and the layers are written
@@ -129,12 +129,12 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
         }
         sync_pushing<V>();  // the last layer has pushed before the next round reads excesses and tokens
     }
-    sync_pushing<V>();  // every warp has read the excesses before loads take their place
+    sync_pushing<V>();  // every warp has read the excesses before loads overwrite them
     if (part == 0 && rank < c.shape.ranks) c.load()[rank] += limit - rise;
     return rounds > 0;
 }
 
-// The blocks behind those of the components number this rank's picks, which takes no quotas, and copy the counts.
+// The blocks behind those of the components number this rank's picks, which needs no quotas, and copy the counts.
 template <typename V>
 __device__ void number_picks(const Problem& p, char* shared) {
     int first = p.num_components * V::blocks, helper = blockIdx.x - first, step = (gridDim.x - first) * V::threads;
@@ -142,14 +142,14 @@ __device__ void number_picks(const Problem& p, char* shared) {
     #pragma unroll 1
     for (int i = helper * V::threads + threadIdx.x; i < number_of_counts; i += step)
         p.counted[i] = counts_of(p.counts, i / p.num_experts)[i % p.num_experts];
-    // Grids of clusters may have a few blocks more.
+    // A grid of whole clusters may have a few more blocks than chunks.
     if (V::blocks > 1 && helper >= p.picks.num_chunks) return;
     number<V::threads>(p.picks, helper, counts_of(p.counts, p.counts.rank), p.error_flags,
                        reinterpret_cast<int*>(shared));
 }
 
-// Runs the flow of a component that has begun, by all threads. Where the rounds do not suffice the quotas are whole,
-// but not the best.
+// Runs the flow of a component that `begin` has prepared, by all threads. Where the rounds do not suffice, the quotas
+// are complete but not optimal.
 template <typename V, bool general>
 __device__ void run_flow(const Problem& p, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
                          Ending& ending) {
@@ -157,12 +157,12 @@ __device__ void run_flow(const Problem& p, const Component<V>& c, const Residual
     __syncthreads();  // tokens and loads are final before any thread reads them
 }
 
-// A solver by tokens: `start` may better the even split, and the flow makes it exact.
+// A solver by tokens: `start` may improve the even split, and the flow makes it exact.
 template <typename V, bool general, typename Start>
 struct ByTokens {
     Start start;
 
-    // Takes what it needs of shared memory from `at`, a multiple of 8, and returns where that ends.
+    // Takes its part of shared memory from `at` on, a multiple of 8. Returns the end of that part.
     __device__ char* lay_out(const Problem&, char* at) { return at; }
 
     // Moves the tokens of the component g, where some can move.
@@ -176,7 +176,7 @@ struct ByTokens {
 template <typename V, bool general, typename Start>
 __device__ ByTokens<V, general, Start> by_tokens(Start start) { return {start}; }
 
-// Solves a component that has begun. `rank`: this thread's, of those of the component.
+// Solves a component that `begin` has prepared. `rank`: of the component's ranks the one that this thread has.
 template <typename V, typename Solver>
 __device__ void finish(const Problem& p, int g, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
                        int rank, Ending& ending, int* quota, int* rank_load, const Solver& solver) {
@@ -187,7 +187,7 @@ __device__ void finish(const Problem& p, int g, const Component<V>& c, const Res
         rank_load[rank] = c.load()[threadIdx.x] - (p.base == nullptr ? 0 : p.base[rank]);
 }
 
-// This thread's edges in the component g, ready for use, and where its rank has all of them.
+// This thread's edges in the component g, with addresses ready. Returns the address of all edges of its rank.
 template <typename V>
 __device__ const Edge* first_edges(const Problem& p, int g, ResidualEdge<V> (&edges)[V::turns]) {
     const Edge* of_rank = p.net.edges + (g * V::size + threadIdx.x / V::parts) * p.net.max_edges;
@@ -206,7 +206,7 @@ __device__ void solve_component(const Problem& p, char* shared, Solver solver) {
     if (is_reused(p.turn)) return;
     int* quota = p.quota + size_t(batch) * p.num_experts * p.max_replicas;
     int* rank_load = p.rank_load + size_t(batch) * p.num_ranks;
-    // Loads whose values are needed late begin early.
+    // Values that are used late are loaded early.
     int rank = threadIdx.x < V::size ? p.net.ranks[g * V::size + threadIdx.x] : 0;
     ResidualEdge<V> edges[V::turns];
     const Edge* of_rank = first_edges<V>(p, g, edges);

@@ -7,7 +7,7 @@
 
 namespace lplb {
 
-// What a block rewrites by, in shared memory.
+// The tables by which a block rewrites picks, in shared memory.
 struct Routes {
     int E, M, N, nodes;
     int* lookup;                        // [E] as the struct Table has it, and so is `first`
@@ -24,7 +24,7 @@ struct Routes {
           node(rank + N), slot(node + N), local(slot + N), remote(local + N), ends(remote + N), supply(ends + N),
           before(supply + M * nodes), mine(before + M) {}
 
-    // Loads what the copies get, and what the ranks have. A rank's counts lie `stride` from the next one's.
+    // Loads the copies' quotas and the ranks' counts. The counts of two neighbouring ranks are `stride` apart.
     template <int threads>
     __device__ void load(const Table& table, const int* counts, int stride, const int* quota, int this_rank) const {
         for (int e = threadIdx.x; e < E; e += threads) lookup[e] = table.lookup[e];
@@ -39,8 +39,8 @@ struct Routes {
             local[i] = number;
             remote[i] = tokens - number;
         }
-        // By the last threads, while the first wait for the copies' loads. With a single node its tokens
-        // are not asked for.
+        // By the last threads, while the first threads wait for loads of copies. The tokens of a single node are
+        // not needed.
         int size = table.num_ranks_per_node, home = this_rank / size;
         for (int i = threads - 1 - threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += threads) {
             int n = i / M, m = i - n * M, sum = 0;
@@ -53,7 +53,7 @@ struct Routes {
         }
     }
 
-    // Shares the quotas out to this rank, behind a barrier.
+    // Computes this rank's shares of the quotas. A barrier comes before.
     template <int threads>
     __device__ void share_out(int status, int this_rank, int home) const {
         for (int m = threadIdx.x; m < M; m += threads) {
@@ -67,7 +67,7 @@ struct Routes {
         }
     }
 
-    // Splits this rank's own picks in proportion to the quotas, behind a barrier: the CPU's `reuse` is the definition.
+    // Splits this rank's picks in proportion to the quotas: the CPU's `reuse` is the definition. A barrier comes before.
     template <int threads>
     __device__ void reuse(const Table& table, const int* own, int this_rank) const {
         int R = table.num_ranks;
@@ -85,12 +85,12 @@ struct Routes {
         }
     }
 
-    // The slot of a pick, behind a barrier; -1: none.
+    // The slot of a pick; -1: none. A barrier comes before.
     __device__ int slot_of(int expert, int position) const {
         int at = expert < 0 ? -1 : lookup[expert];
         if (expert < 0 || at >= 0) return at;
         int c = first[~at], last = first[~at + 1] - 1;
-        // More picks than were counted go to the last copy: any computes them right.
+        // If there are more picks than were counted, the last copy takes them: every copy computes them correctly.
         while (c < last && position >= ends[c]) ++c;
         return slot[c];
     }
@@ -106,22 +106,22 @@ __device__ int look_at_endings(const Batch& batch) {
     return worst;
 }
 
-// How the batch ends, by the worst status that each thread saw. The same to every thread of every block, for
-// no block writes what it goes by.
+// The status of the batch, from the worst status that each thread saw. It is the same to every thread of every block,
+// since no block writes its input.
 template <int threads>
 __device__ int conclude(const Batch& batch, int worst) {
     __shared__ int status, home, bound;
     __shared__ Total total;
-    bool fine = !__syncthreads_or(worst);  // all endings are read; the tables of the caller are whole, too
+    bool fine = !__syncthreads_or(worst);  // all endings are read, and the tables of the caller are complete
     if (fine && batch.num_components == 1 && batch.least_gain == 0) return OPTIMAL;
     if (threadIdx.x == 0) {
         status = OPTIMAL;
         home = bound = 0;
         total = {0, 0};
     }
-    __syncthreads();  // both are there before any thread adds to them
+    __syncthreads();  // all four are initialised before any thread adds to them
     if (worst != OPTIMAL) atomicMax(&status, worst);
-    // Components know their own totals only.
+    // Each component has checked its own total alone.
     #pragma unroll 1
     for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += threads)
         total.add(g < batch.num_components ? batch.endings[g].total : 0);
@@ -132,7 +132,7 @@ __device__ int conclude(const Batch& batch, int worst) {
     }
     __syncthreads();  // all is added before it is read
     int ends = total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
-    // A component may have run out of rounds before all knew that the batch stays.
+    // A component may have run out of rounds in a batch that stays at home.
     bool stays = home - bound < batch.least_gain && (ends == OPTIMAL || ends == NOT_CONVERGED);
     return stays ? STAYED : ends;
 }
@@ -158,8 +158,8 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted, 
     for (int i = first; i < batch.num_guests; i += step) batch.guests[i] = -1;
 }
 
-// Says what each rank gets where picks keep the slots that they came with. No quotas are known then. By the first blocks
-// of the grid.
+// Writes the load of each rank where picks keep the slots that they came with. No quotas are known then. By the first
+// blocks of the grid.
 template <int threads>
 __device__ void keep_slots(const Table& table, const Batch& batch, int num_blocks) {
     int first = blockIdx.x * threads + threadIdx.x, step = num_blocks * threads;
@@ -169,10 +169,10 @@ __device__ void keep_slots(const Table& table, const Batch& batch, int num_block
     for (int r = first; r < table.num_ranks; r += step) batch.rank_load[r] = batch.given_load[r];
 }
 
-// Whether a batch that ends so keeps the slots that it came with, and does not go home.
+// Whether a batch with this status keeps the slots that it came with instead of going home.
 __device__ bool keeps_slots(const Batch& batch, int status) { return status == STAYED && batch.given_load != nullptr; }
 
-// Says how the batch ends; by one thread.
+// Writes the status of the batch, by one thread.
 __device__ void end_batch(const Batch& batch, int status) {
     *batch.status = status;
     if (status > STAYED && status != REUSED) batch.error_flags[status] = 1;

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(threads) route(
         if (keeps) {
             #pragma unroll 1
             for (int r = threadIdx.x; r < table.num_ranks; r += threads) kept.rank_load[r] = batch.given_load[r];
-            __syncthreads();  // they are there before a warp adds them to the statistics
+            __syncthreads();  // rank loads are written before a warp adds them to the statistics
         }
         if (status < BAD_COUNTS)
             keep_sample(batch.statistics, table, batch, batch.counts, table.num_experts, word, threadIdx.x, threads);

@@ -505,8 +505,8 @@ FAULTS = [
     Fault(
         "a launch takes the place of rows that were not read",
         "plan.cuh",
-        "send_row<V::threads>(window, row, size, unread)",
-        "send_row<V::threads>(window, row, size, false)",
+        "send_row<V::threads>(window, row, unread)",
+        "send_row<V::threads>(window, row, false)",
     ),
     Fault(
         "rows of a launch lie without their heads",
@@ -517,8 +517,8 @@ FAULTS = [
     Fault(
         "a launch leaves its last warp's picks",
         "plan.cuh",
-        "n += rewriting)",
-        "n += V::threads)",
+        "n += rewriting)\n            physical",
+        "n += V::threads)\n            physical",
     ),
     Fault(
         "arrays end with their first elements",
