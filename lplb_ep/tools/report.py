@@ -71,6 +71,7 @@ def page_of(
     columns = {name: getattr(result, name) for name in names}
     if torch.equal(result.home.nan_to_num(), result.even.nan_to_num()):  # there are no replicas
         columns |= {"even": None, "residents": None}
+    takes_part = np.array([np.isin(np.arange(num_ranks), p.active_ranks) for p in placements])
     moves = []
     if timeline is not None:
         columns["refreshed"] = timeline.imbalance()["refreshed"]
@@ -87,7 +88,10 @@ def page_of(
         "num_batches": num_batches,
         "starts": starts,
         "imbalance": {name: _packed(means(c)) for name, c in columns.items() if c is not None},
-        "rank_loads": {name: _packed(means(loads)) for name, loads in result.rank_loads.items()},
+        "rank_loads": {
+            name: _packed(np.where(takes_part, means(loads), np.nan))
+            for name, loads in result.rank_loads.items()
+        },
         "experts": [
             _hottest(load, placement)
             for load, placement in zip(recording.load.numpy(), placements, strict=True)

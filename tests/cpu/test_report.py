@@ -118,6 +118,19 @@ def test_layers_without_tokens_are_left_out(monkeypatch):
     assert means.tolist() == [[1.333, nothing], [nothing, 1.833]], "of the batches with tokens"
 
 
+def test_ranks_that_take_no_part_are_left_out(tmp_path, capsys):
+    path, output = tmp_path / "a.npz", tmp_path / "a.html"
+    save_recording(path, sample(2, 16, 4, 300, 2))
+    argv = ["report", path, "--placement", "eplb", "--ranks", 5, "--redundant", 1, "-o", output]
+    assert cli.main([*map(str, argv), "--active-ranks", "0-2,4"]) == 0
+    assert "eplb, 5 ranks (4 take part), 25 slots" in capsys.readouterr().out
+    loads = data_of(output.read_text())["rank_loads"]
+    for name in ("home", "lp"):
+        is_nothing = loads[name] == 65.535
+        assert is_nothing[..., 3].all()
+        assert is_nothing.sum() == is_nothing[..., 3].sum()
+
+
 def test_the_command_needs_nothing_but_a_file(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_recording("a.npz", sample(2, 16, 4, 300, 2))

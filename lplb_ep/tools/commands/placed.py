@@ -198,6 +198,7 @@ def about_placements(
         "learned_from": learned.source,
         "placement": args.placement,
         "num_ranks": placements[0].num_ranks,
+        "num_active_ranks": len(placements[0].active_ranks),
         "num_physical_experts": placements[0].num_physical_experts,
         "num_guests_per_rank": placements[0].num_guests_per_rank,
     }
@@ -205,10 +206,11 @@ def about_placements(
 
 def in_words(args: argparse.Namespace, about: dict[str, Any], recording: Recording) -> str:
     """The same in words."""
-    guests = about["num_guests_per_rank"]
+    guests, active = about["num_guests_per_rank"], about["num_active_ranks"]
+    away = f" ({active} take part)" if active < about["num_ranks"] else ""
     return (
-        f"{args.placement}, {about['num_ranks']} ranks, {about['num_physical_experts']} slots for "
-        f"{recording.num_experts} experts{f', {guests} a rank for guests' if guests else ''}"
+        f"{args.placement}, {about['num_ranks']} ranks{away}, {about['num_physical_experts']} slots "
+        f"for {recording.num_experts} experts{f', {guests} a rank for guests' if guests else ''}"
     )
 
 

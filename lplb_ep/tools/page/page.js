@@ -6,7 +6,7 @@ const element = (id) => document.getElementById(id);
 const SHOWN = { home: "at home", even: "even split over copies", residents: "LP, no guests", lp: "balanced", refreshed: "balanced, replicas refreshed", bound: "lower bound T*" };
 
 /* Numbers come as thousandths in 16 bits: base64 of little-endian words. The largest says that there is none: a
-   layer had no tokens. Such numbers are null, and left out of all means. */
+   layer had no tokens, or a rank takes no part. Such numbers are null, and left out of all means. */
 function unpack(text) {
   const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return Array.from(new Uint16Array(bytes.buffer), (word) => (word === 65535 ? null : word / 1000));
@@ -138,7 +138,10 @@ function drawTime() {
     cells[name] = [];
     chosen.forEach((w, column) => {
       if (at(name, w, layer) === null) return;
-      for (let rank = 0; rank < R; rank++) cells[name].push([column, rank, load(name, w, layer, rank)]);
+      for (let rank = 0; rank < R; rank++) {
+        const value = load(name, w, layer, rank);
+        if (value !== null) cells[name].push([column, rank, value]);
+      }
     });
   }
   const limits = limitsOf([...cells.home, ...cells.lp]);
