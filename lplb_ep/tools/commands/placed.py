@@ -209,8 +209,9 @@ def in_words(args: argparse.Namespace, about: dict[str, Any], recording: Recordi
     guests, active = about["num_guests_per_rank"], about["num_active_ranks"]
     away = f" ({active} take part)" if active < about["num_ranks"] else ""
     return (
-        f"{args.placement}, {about['num_ranks']} ranks{away}, {about['num_physical_experts']} slots "
-        f"for {recording.num_experts} experts{f', {guests} a rank for guests' if guests else ''}"
+        f"{args.placement}, {about['num_ranks']} ranks{away}, "
+        f"{about['num_physical_experts']} slots for {recording.num_experts} experts"
+        f"{f', {guests} a rank for guests' if guests else ''}"
     )
 
 
