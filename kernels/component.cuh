@@ -137,11 +137,12 @@ __device__ void look_at_home(const Problem& p, const Component<V>& c, const int*
     int base = is_given && mine && p.base != nullptr ? p.base[c.ranks[threadIdx.x]] : 0;
     if (threadIdx.x < V::size) at_home[threadIdx.x] = is_given ? base : c.staying()[threadIdx.x];
     __syncthreads();  // loads that stay are written before other experts are added
-    for (int a = threadIdx.x; !is_given && a < c.shape.arcs; a += V::threads)
+    block_stride<V::threads>(is_given ? 0 : c.shape.arcs, [&](int a) {
         if (c.arcs[a].quota % p.max_replicas == 0) atomicAdd(&at_home[c.arcs[a].rank], load[c.arcs[a].place]);
-    #pragma unroll 1
-    for (int i = threadIdx.x; is_given && i < ranks * p.counts.num_rows; i += V::threads)
+    });
+    block_stride<V::threads>(is_given ? ranks * p.counts.num_rows : 0, [&](int i) {
         atomicAdd(&at_home[i % ranks], counts_of(p.counts, i / ranks)[p.num_experts + c.ranks[i % ranks]]);
+    });
     __syncthreads();  // the sums are complete before any thread reads them
     if (is_given && mine) p.given_load[c.ranks[threadIdx.x]] = at_home[threadIdx.x] - base;
     #pragma unroll

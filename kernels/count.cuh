@@ -61,6 +61,7 @@ __device__ bool count_picks(const Given& given, const Picks& picks, int chunk, i
             atomicAdd(&histogram[expert], 1);
             if (given.num_topk == 0) continue;
             bool ignored;  // the thread that has the other pick reports whether it is wrong
+            #pragma unroll 1
             for (int later = given.num_topk - 1 - n % given.num_topk; later > 0; --later)
                 repeated |= expert_of(given.ids[n + later], given.logical, given.num_ids, ignored) == expert;
         }

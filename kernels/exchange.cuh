@@ -7,6 +7,7 @@
 #pragma once
 
 #include "abi.cuh"
+#include "loops.cuh"
 #include "ptx.cuh"
 
 namespace lplb {
@@ -117,11 +118,11 @@ __device__ void exchange(const Window& window, int* row, int* shared) {
     if (!last) return;
     __threadfence();  // what the other blocks counted is visible from here on
     int turn = turn_of(window), size = window.size;
-    for (int i = threadIdx.x; i < size; i += threads) {
+    block_stride<threads>(size, [&](int i) {
         shared[i] = __ldcg(row + i);
         row[i] = 0;
         if (turn != 0) window.rows[window.rank * size + i] = shared[i];
-    }
+    });
     if (window.turn != nullptr) {
         __syncthreads();  // all threads have read the turn before it is overwritten
         if (threadIdx.x == 0) {

@@ -34,6 +34,7 @@ struct Arriving {
         #pragma unroll
         for (int j = 0; j < at_once; ++j)
             if (threadIdx.x + j * V::threads < number) to[threadIdx.x + j * V::threads] = several[j];
+        #pragma unroll 1
         for (int i = threadIdx.x + at_once * V::threads; i < number; i += V::threads) to[i] = from[i];
         return to;
     }
@@ -93,8 +94,8 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     picks.positions = take<int>(at, picks.num_picks);
     Routes routes(table, reinterpret_cast<int*>(at));
     picks.experts = reinterpret_cast<short*>(routes.mine + M);
-    for (int i = threadIdx.x; i < size; i += V::threads) row[i] = 0;
-    for (int r = threadIdx.x; r < R; r += V::threads) at_home[r] = 0;
+    block_stride<V::threads>(size, [&](int i) { row[i] = 0; });
+    block_stride<V::threads>(R, [&](int r) { at_home[r] = 0; });
     __syncthreads();  // all sums are zero before any thread counts
 
     bool refused = count_picks<V::threads>(given, picks, 0, row + HEAD, p.error_flags, ids);
@@ -126,8 +127,10 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
         if (is_last && threadIdx.x >= V::pushing) {
             constexpr int others = V::threads - V::pushing;
             int other = threadIdx.x - V::pushing, worst = ending.status;
+            #pragma unroll 1
             for (int i = other; i < R * E; i += others) batch.counts[i] = all_counts[i / E * p.counts.stride + i % E];
             long long total = ending.total;
+            #pragma unroll 1
             for (int before = 0; before < g; ++before) {
                 worst = max(worst, endings[before].status);
                 total += endings[before].total;
@@ -146,10 +149,9 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
     batch.endings = endings;
     batch.num_components = g + 1;
     routes.load<V::threads>(table, all_counts, p.counts.stride, quota, batch.rank);
-    status = conclude<V::threads>(batch, look_at_endings<V::threads>(batch));  // its barrier completes the tables above
+    status = conclude<V::threads, true>(batch, look_at_endings<V::threads>(batch));  // its barrier completes the tables above
     bool keeps = keeps_slots(batch, status);
-    #pragma unroll 1
-    for (int r = threadIdx.x; keeps && r < R; r += V::threads) rank_load[r] = batch.given_load[r];
+    block_stride<V::threads>(keeps ? R : 0, [&](int r) { rank_load[r] = batch.given_load[r]; });
     routes.share_out<V::threads>(status, batch.rank, batch.rank / table.num_ranks_per_node);
     __syncthreads();  // the ends of all shares are written before picks are compared with them
     constexpr int rewriting = V::threads - 32;
@@ -158,15 +160,14 @@ __device__ void make_plan(const Given& given, const Ids& physical, Picks picks, 
         solved.rank_load = rank_load;
         tally(batch.statistics, table, solved, status, keeps, at_home, word);
     } else if (keeps) {
-        #pragma unroll 1
-        for (int n = threadIdx.x; n < picks.num_picks; n += rewriting) physical.set(n, int(given.ids[n]));
+        block_stride<rewriting>(picks.num_picks, [&](int n) { physical.set(n, int(given.ids[n])); });
     } else {
         for (int n = threadIdx.x; n < picks.num_picks; n += rewriting)
             physical.set(n, routes.slot_of(picks.experts[n], picks.positions[n]));
     }
     if (status == OPTIMAL) {
-        for (int i = threadIdx.x; i < E * C; i += V::threads) batch.quota[i] = quota[i];
-        for (int r = threadIdx.x; r < R; r += V::threads) batch.rank_load[r] = rank_load[r];
+        block_stride<V::threads>(E * C, [&](int i) { batch.quota[i] = quota[i]; });
+        block_stride<V::threads>(R, [&](int r) { batch.rank_load[r] = rank_load[r]; });
     } else if (keeps) {
         keep_slots<V::threads>(table, batch, 1);
     } else {

@@ -27,9 +27,9 @@ struct Routes {
     // Loads the copies' quotas and the ranks' counts. The counts of two neighbouring ranks are `stride` apart.
     template <int threads>
     __device__ void load(const Table& table, const int* counts, int stride, const int* quota, int this_rank) const {
-        for (int e = threadIdx.x; e < E; e += threads) lookup[e] = table.lookup[e];
-        for (int m = threadIdx.x; m <= M; m += threads) first[m] = table.first[m];
-        for (int i = threadIdx.x; i < N; i += threads) {
+        block_stride<threads>(E, [&](int e) { lookup[e] = table.lookup[e]; });
+        block_stride<threads>(M + 1, [&](int m) { first[m] = table.first[m]; });
+        block_stride<threads>(N, [&](int i) {
             Copy copy = table.copies[i];
             int tokens = quota[copy.quota];
             int number = min(counts[copy.rank * stride + copy.expert], tokens);
@@ -38,10 +38,11 @@ struct Routes {
             slot[i] = copy.slot;
             local[i] = number;
             remote[i] = tokens - number;
-        }
+        });
         // By the last threads, while the first threads wait for loads of copies. The tokens of a single node are
         // not needed.
         int size = table.num_ranks_per_node, home = this_rank / size;
+        #pragma unroll 1
         for (int i = threads - 1 - threadIdx.x + (nodes == 1 ? M : 0); i < M * (nodes + 1); i += threads) {
             int n = i / M, m = i - n * M, sum = 0;
             int begin = (n < nodes ? n : home) * size, last = n < nodes ? begin + size : this_rank;
@@ -56,22 +57,23 @@ struct Routes {
     // Computes this rank's shares of the quotas. A barrier comes before.
     template <int threads>
     __device__ void share_out(int status, int this_rank, int home) const {
-        for (int m = threadIdx.x; m < M; m += threads) {
+        block_stride<threads>(M, [&](int m) {
             int at = first[m], number = first[m + 1] - at;
             if (status == OPTIMAL) {
                 Expert one{number, rank + at, node + at, local + at, remote + at, supply + m * nodes, nodes};
                 one.share_out(this_rank, home, mine[m], before[m], ends + at);
             }
+            #pragma unroll 1
             for (int c = 0; c < number; ++c)
                 ends[at + c] = status != OPTIMAL ? int(MAX_TOTAL) : ends[at + c] + (c ? ends[at + c - 1] : 0);
-        }
+        });
     }
 
     // Splits this rank's picks in proportion to the quotas: the CPU's `reuse` is the definition. A barrier comes before.
     template <int threads>
     __device__ void reuse(const Table& table, const int* own, int this_rank) const {
         int R = table.num_ranks;
-        for (int m = threadIdx.x; m < M; m += threads) {
+        block_stride<threads>(M, [&](int m) {
             int at = first[m], number = first[m + 1] - at, expert = table.experts[m];
             long long picks = own[expert], total = 0, end = 0;
             #pragma unroll 1
@@ -82,7 +84,7 @@ struct Routes {
                 end += local[at + c] + remote[at + c];
                 ends[at + c] = total == 0 ? int(MAX_TOTAL) : int((picks * end - begin + total - 1) / total);
             }
-        }
+        });
     }
 
     // The slot of a pick; -1: none. A barrier comes before.
@@ -91,6 +93,7 @@ struct Routes {
         if (expert < 0 || at >= 0) return at;
         int c = first[~at], last = first[~at + 1] - 1;
         // If there are more picks than were counted, the last copy takes them: every copy computes them correctly.
+        #pragma unroll 1
         while (c < last && position >= ends[c]) ++c;
         return slot[c];
     }
@@ -100,20 +103,19 @@ struct Routes {
 template <int threads>
 __device__ int look_at_endings(const Batch& batch) {
     int worst = OPTIMAL;
-    #pragma unroll 1
-    for (int g = threadIdx.x; g < batch.num_components; g += threads)
-        worst = max(worst, batch.endings[g].status);
+    block_stride<threads>(batch.num_components, [&](int g) { worst = max(worst, batch.endings[g].status); });
     return worst;
 }
 
 // The status of the batch, from the worst status that each thread saw. It is the same to every thread of every block,
-// since no block writes its input.
-template <int threads>
+// since no block writes its input. general: with a least gain.
+template <int threads, bool general>
 __device__ int conclude(const Batch& batch, int worst) {
     __shared__ int status, home, bound;
     __shared__ Total total;
     bool fine = !__syncthreads_or(worst);  // all endings are read, and the tables of the caller are complete
-    if (fine && batch.num_components == 1 && batch.least_gain == 0) return OPTIMAL;
+    int least_gain = general ? batch.least_gain : 0;
+    if (fine && batch.num_components == 1 && least_gain == 0) return OPTIMAL;
     if (threadIdx.x == 0) {
         status = OPTIMAL;
         home = bound = 0;
@@ -125,15 +127,14 @@ __device__ int conclude(const Batch& batch, int worst) {
     #pragma unroll 1
     for (int g = threadIdx.x; g < (batch.num_components + 31) / 32 * 32; g += threads)
         total.add(g < batch.num_components ? batch.endings[g].total : 0);
-    #pragma unroll 1
-    for (int g = threadIdx.x; batch.least_gain > 0 && g < batch.num_components; g += threads) {
+    block_stride<threads>(least_gain == 0 ? 0 : batch.num_components, [&](int g) {
         atomicMax(&home, batch.endings[g].home);
         atomicMax(&bound, batch.endings[g].bound);
-    }
+    });
     __syncthreads();  // all is added before it is read
     int ends = total.value() > MAX_TOTAL ? max(status, BAD_COUNTS) : status;
     // A component may have run out of rounds in a batch that stays at home.
-    bool stays = home - bound < batch.least_gain && (ends == OPTIMAL || ends == NOT_CONVERGED);
+    bool stays = home - bound < least_gain && (ends == OPTIMAL || ends == NOT_CONVERGED);
     return stays ? STAYED : ends;
 }
 
@@ -142,11 +143,13 @@ template <int threads>
 __device__ void send_home(const Table& table, const Batch& batch, bool counted, int num_blocks) {
     int first = blockIdx.x * threads + threadIdx.x, step = num_blocks * threads, lane = threadIdx.x % 32;
     int E = table.num_experts, C = table.max_replicas, R = table.num_ranks;
+    #pragma unroll 1
     for (int i = first; i < E * C; i += step) {
         int load = 0;
         for (int r = 0; counted && i % C == 0 && r < R; ++r) load += batch.counts[size_t(r) * E + i / C];
         batch.quota[i] = load;
     }
+    #pragma unroll 1
     for (int rank = first / 32; rank < R; rank += step / 32) {
         int load = 0;
         for (int i = lane; counted && i < R * E; i += 32)
@@ -154,7 +157,9 @@ __device__ void send_home(const Table& table, const Batch& batch, bool counted, 
         load = __reduce_add_sync(~0u, load);
         if (lane == 0) batch.rank_load[rank] = load;
     }
+    #pragma unroll 1
     for (int i = first; !counted && i < R * E; i += step) batch.counts[i] = 0;
+    #pragma unroll 1
     for (int i = first; i < batch.num_guests; i += step) batch.guests[i] = -1;
 }
 

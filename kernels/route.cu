@@ -27,23 +27,22 @@ extern "C" __global__ void __launch_bounds__(threads) count(
     Given given{{const_cast<Index*>(topk_idx), sizeof(Index) == 8}, logical, num_ids, num_topk};
     long long ids[1];
     given.load<threads>(first_pick(picks, blockIdx.x) + threadIdx.x, first_pick(picks, blockIdx.x + 1), ids);
-    for (int e = threadIdx.x; e < picks.num_experts; e += threads) histogram[e] = 0;
+    block_stride<threads>(picks.num_experts, [&](int e) { histogram[e] = 0; });
     int *by_rank = histogram + picks.num_experts, num_ranks = num_local == 0 ? 0 : num_ids / num_local;
-    #pragma unroll 1
-    for (int r = threadIdx.x; r < num_ranks; r += threads) by_rank[r] = 0;
+    block_stride<threads>(num_ranks, [&](int r) { by_rank[r] = 0; });
     __syncthreads();  // all is zero before any thread counts
     bool refused = count_picks<threads>(given, picks, blockIdx.x, histogram, error_flags, ids);
     if (num_local != 0) count_by_rank<threads>(given, picks, blockIdx.x, num_local, by_rank);
     if (refused && row != nullptr) atomicMax(&row[HEAD_STATUS], REFUSED);
     __syncthreads();  // all have counted before the numbers are read
-    for (int e = threadIdx.x; e < picks.num_experts; e += threads) {
+    block_stride<threads>(picks.num_experts, [&](int e) {
         int number = histogram[e];
         picks.histograms[size_t(blockIdx.x) * picks.num_experts + e] = number;
         if (row != nullptr && number != 0) atomicAdd(&row[HEAD + e], number);
-    }
-    #pragma unroll 1
-    for (int r = threadIdx.x; r < num_ranks; r += threads)
+    });
+    block_stride<threads>(num_ranks, [&](int r) {
         if (by_rank[r] != 0) atomicAdd(&row[HEAD + picks.num_experts + r], by_rank[r]);
+    });
     if (row == nullptr) return;
     if (blockIdx.x == 0 && threadIdx.x == 0 && turn_of(window) == 0) begin_row(head, *head, row, status);
     if (window.peers != nullptr) exchange<threads>(window, row, histogram);
@@ -110,19 +109,19 @@ struct Kept {
 
     // `worst`: the worst status that this thread saw.
     __device__ void load(const Table& table, const Batch& batch, int worst) const {
-        for (int r = threadIdx.x; r < table.num_ranks; r += threads) at_home[r] = 0;
+        block_stride<threads>(table.num_ranks, [&](int r) { at_home[r] = 0; });
         bool solved = !__syncthreads_or(worst);  // all is zero before any thread adds to it
-        for (int r = threadIdx.x; solved && r < table.num_ranks; r += threads) rank_load[r] = batch.rank_load[r];
-        for (int i = threadIdx.x; solved && i < batch.num_guests; i += threads) guests[i] = batch.guests[i];
+        block_stride<threads>(solved ? table.num_ranks : 0, [&](int r) { rank_load[r] = batch.rank_load[r]; });
+        block_stride<threads>(solved ? batch.num_guests : 0, [&](int i) { guests[i] = batch.guests[i]; });
         add_at_home(table, batch.counts, table.num_experts, at_home, threadIdx.x, threads);
     }
 };
 
 // One block for each chunk of picks, and one more, which keeps the statistics. It writes nothing that the others read.
-extern "C" __global__ void __launch_bounds__(threads) route(
-    const Picks picks, const Table table, const Batch batch,
-    const Index* __restrict__ given,  // [num_picks] the slots that a batch may keep, by `given_load`
-    Index* __restrict__ physical) {   // [num_picks] slots, -1: none
+// general: batches may reuse quotas, or keep their slots.
+template <bool general>
+__device__ void route_picks(const Picks& picks, const Table& table, const Batch& batch, const Index* given,
+                            Index* physical) {
     extern __shared__ int shared[];
     bool keeps_statistics = blockIdx.x == picks.num_chunks;
     int n = first_pick(picks, blockIdx.x) + threadIdx.x, end = first_pick(picks, blockIdx.x + 1);
@@ -133,15 +132,14 @@ extern "C" __global__ void __launch_bounds__(threads) route(
     Kept kept(table, shared);
     if (keeps_statistics) kept.load(table, batch, worst);
     else routes.load<threads>(table, batch.counts, table.num_experts, batch.quota, batch.rank);
-    bool reused = is_reused(batch.turn);
+    bool reused = general && is_reused(batch.turn);
     int status = REUSED;
     if (reused) __syncthreads();  // all is loaded before any thread reads it
-    else status = conclude<threads>(batch, worst);  // has such a barrier
-    bool keeps = keeps_slots(batch, status);
+    else status = conclude<threads, general>(batch, worst);  // has such a barrier
+    bool keeps = general && keeps_slots(batch, status);
     if (keeps_statistics) {
         if (keeps) {
-            #pragma unroll 1
-            for (int r = threadIdx.x; r < table.num_ranks; r += threads) kept.rank_load[r] = batch.given_load[r];
+            block_stride<threads>(table.num_ranks, [&](int r) { kept.rank_load[r] = batch.given_load[r]; });
             __syncthreads();  // rank loads are written before a warp adds them to the statistics
         }
         if (status < BAD_COUNTS)
@@ -170,9 +168,24 @@ extern "C" __global__ void __launch_bounds__(threads) route(
         if (!reused && status != OPTIMAL) send_home<threads>(table, batch, status < BAD_COUNTS, picks.num_chunks);
     }
     if (blockIdx.x != 0) return;
-    int size = HEAD + picks.num_experts + (batch.given_load == nullptr ? 0 : table.num_ranks);
-    for (int i = threadIdx.x; batch.row != nullptr && i < size; i += threads) batch.row[i] = 0;
+    int size = HEAD + picks.num_experts + (general && batch.given_load != nullptr ? table.num_ranks : 0);
+    block_stride<threads>(batch.row == nullptr ? 0 : size, [&](int i) { batch.row[i] = 0; });
     if (threadIdx.x == 0) end_batch(batch, status);
+}
+
+extern "C" __global__ void __launch_bounds__(threads, 1) route(
+    const Picks picks, const Table table, const Batch batch,
+    const Index* __restrict__ given,  // not asked for
+    Index* __restrict__ physical) {   // [num_picks] slots, -1: none
+    route_picks<false>(picks, table, batch, given, physical);
+}
+
+// With a least gain, or with quotas of an earlier batch.
+extern "C" __global__ void __launch_bounds__(threads, 1) route_general(
+    const Picks picks, const Table table, const Batch batch,
+    const Index* __restrict__ given,  // [num_picks] the slots that a batch may keep, by `given_load`
+    Index* __restrict__ physical) {
+    route_picks<true>(picks, table, batch, given, physical);
 }
 
 // Planned slots, without those of picks that the caller has masked since.

@@ -60,6 +60,7 @@ struct Expert {
         #pragma unroll 1
         for (int c = 0; c < num_copies; ++c) {
             int tokens = left(node[c], demand), filled = 0;
+            #pragma unroll 1
             for (int k = 0; k < c; ++k)
                 if (node[k] == node[c]) filled += remote[k];
             int open = remote[c] - overlap(filled, filled + remote[c], 0, tokens);

@@ -31,6 +31,7 @@ __device__ void keep_sample(const Statistics& statistics, const Table& table, co
     if (before % statistics.every != 0) return;
     unsigned place = before / statistics.every % statistics.num_samples;
     if (thread == 0) statistics.sampled[place] = int(before);
+    #pragma unroll 1
     for (int e = thread; e < table.num_experts; e += num_threads) {
         int load = 0;
         each<16>(counts + e, 0, table.num_ranks, 1, stride, [&](int number) { load += number; });
@@ -43,6 +44,7 @@ __device__ void keep_sample(const Statistics& statistics, const Table& table, co
 __device__ void add_at_home(const Table& table, const int* counts, int stride, int* at_home, int thread,
                             int num_threads) {
     int E = table.num_experts, R = table.num_ranks, parts = max(1, min(num_threads / E, R / 16));
+    #pragma unroll 1
     for (int i = thread; i < E * parts; i += num_threads) {
         int part = i / E, e = i - part * E, load = 0, home = table.home_rank[e];
         each<16>(counts + part * stride + e, part, R, parts, stride, [&](int number) { load += number; });
@@ -56,9 +58,11 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
                       bool keeps, const int* at_home, long long word) {
     int R = table.num_ranks, rank = batch.rank, lane = threadIdx.x % 32, total_speed = 0;
     bool is_counted = status < BAD_COUNTS, is_planned = status == OPTIMAL, is_away = is_planned || keeps;
+    #pragma unroll 1
     for (int r = lane; statistics.speed != nullptr && r < R; r += 32) total_speed += statistics.speed[r];
     total_speed = __reduce_add_sync(~0u, total_speed);
     int rows = 0, stays = 0, home = 0, got = 0, guests = 0, sent = 0, received = 0;
+    #pragma unroll 1
     for (int r = lane; is_counted && r < R; r += 32) {
         int base = statistics.base == nullptr ? 0 : statistics.base[r];
         auto at_mean_speed = [&](long long load) {
@@ -71,7 +75,7 @@ __device__ void tally(const Statistics& statistics, const Table& table, const Ba
         home = max(home, at_mean_speed(at_home[r] + base));
         if (is_away) got = max(got, at_mean_speed(batch.rank_load[r] + base));
     }
-    #pragma unroll 4
+    #pragma unroll 1
     for (int i = lane; is_planned && i < batch.num_guests; i += 32) {
         int expert = batch.guests[i];
         if (expert < 0) continue;

@@ -45,12 +45,7 @@ MAX_JOBS = 12
 
 OWN_KERNELS = [
     option
-    for signature in (
-        *(structs.COUNT, structs.SOLVE, structs.SOLVE_GENERAL, structs.ROUTE, structs.SPLIT),
-        *(structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
-        *(structs.MASK, structs.GATHER, structs.BROADCAST, BARRIER),
-        *weights_structs.SIGNATURES.values(),
-    )
+    for signature in (*structs.SIGNATURES.values(), BARRIER, *weights_structs.SIGNATURES.values())
     for option in ("--kernel-name", f"kernel_name={signature.name}")
 ]
 """The options that leave torch's kernels at full speed."""

@@ -280,6 +280,10 @@ def run_route(dtype: torch.dtype) -> None:
         assert torch.equal(masked.cpu(), plan.topk_idx.cpu())
         given = Planner(layer, rank=rank, counts="given", solver="flow")
         check(given(picks, counts=counts.cuda()), topk, layer, rank)
+        for min_gain, status in ((1, Status.OPTIMAL), (10**6, Status.STAYED)):
+            gaining = Layer(placement, Problem(min_gain=min_gain))
+            some = Planner(gaining, rank=rank, counts="given", solver="flow")
+            check(some(picks, counts=counts.cuda()), topk, gaining, rank, status)
         counts[rank] = 0
         check(given(picks[:0], counts=counts.cuda()), topk[:0], layer, rank)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -186,7 +187,5 @@ def own_rank(placement: Placement, group: dist.ProcessGroup | None, rank: int | 
     return rank
 
 
-def graph_task() -> int:
-    """The number of the backward pass that runs, -1 outside of any."""
-    number: int = torch._C._current_graph_task_id()
-    return number
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that runs, -1 outside of any."""

@@ -10,6 +10,7 @@ from ..comm.copies import barrier_program
 from ..gpu.abi import Signature
 from ..gpu.jit import Program
 from ..gpu.launch import Kernel, Kernels, load
+from . import structs
 from .solvers import DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS, DeviceSolver, Variant
 
 NUM_THREADS = 1024
@@ -81,6 +82,17 @@ def route_kernel(dtype: torch.dtype, device: int, signature: Signature) -> Kerne
         MissingPackageError, CompileError: as `solver_kernel`.
     """
     return _route_kernels(dtype, device).kernel(signature.name, signature.formats)
+
+
+def route_signature(every: int, least_gain: int) -> Signature:
+    """The kernel that rewrites picks.
+
+    Batches that reuse quotas or keep slots have one of their own, so that the usual one is short.
+
+    Args:
+        every, least_gain: as `Workspace` has them.
+    """
+    return structs.ROUTE if every == 1 and least_gain == 0 else structs.ROUTE_GENERAL
 
 
 def weights_kernel(device: int, chunk: int, num_stages: int, signature: Signature) -> Kernel:

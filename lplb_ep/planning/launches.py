@@ -17,7 +17,7 @@ from . import structs
 from .device_tables import DeviceTables, kernel_of, problem_of
 from .error_flags import ErrorFlags
 from .inputs import logical_table, num_ids
-from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel
+from .kernels import MAX_CHUNKS, NUM_THREADS, route_kernel, route_signature
 from .solvers import NUM_PLAN_THREADS
 from .statistics import DeviceStatistics
 from .stay import num_words
@@ -203,26 +203,18 @@ class Launches:
             tables.num_solver_threads,
             tables.num_solver_bytes,
         )
-        self._route = kernel(structs.ROUTE).prepare(
+        self._route = kernel(route_signature(workspace.every, workspace.least_gain)).prepare(
             structs.ROUTE.arrange(
                 picks=given["picks"], table=tables.table, batch=batch, given=0, physical=0
             ),
             NUM_THREADS,
             tables.num_route_bytes,
         )
-        self._plan: Launch | None = None
-        if workspace.plan is not None and self._by_kernels:
-            by = {"objective": tables.objective} if tables.objective else {}
-            arguments = self._plan_signature.arrange(
-                problem=problem,
-                table=tables.table,
-                batch=self._batch(0),
-                physical=0,
-                wide=dtype == torch.int64,
-                **by,
-                **given,
-            )
-            self._plan = workspace.plan.prepare(arguments, NUM_PLAN_THREADS, tables.num_plan_bytes)
+        # Whether nothing but kernels of this rank's GPU comes between its picks and its slots.
+        self._by_kernels = not exchanged or (
+            bool(workspace.rows.numel()) and workspace.relay is None
+        )
+        self._plan = self._plan_launch(problem=problem, wide=dtype == torch.int64, **given)
         self._relayed = self._relay_launches(kernel) if workspace.relay and exchanged else []
         self._make_writers()
         self._shape: Sequence[int] = ()
@@ -237,12 +229,16 @@ class Launches:
         by_objective = bool(self._workspace.tables.objective)
         return structs.PLAN_BY_OBJECTIVE if by_objective else structs.PLAN
 
-    @property
-    def _by_kernels(self) -> bool:
-        """Whether nothing but kernels of this rank's GPU comes between its picks and its slots."""
-        return not self._exchanged or (
-            bool(self._workspace.rows.numel()) and self._workspace.relay is None
+    def _plan_launch(self, **given: int | bytes) -> Launch | None:
+        """The launch of whole plans, where small batches have one."""
+        workspace, tables = self._workspace, self._workspace.tables
+        if workspace.plan is None or not self._by_kernels:
+            return None
+        by = {"objective": tables.objective} if tables.objective else {}
+        arguments = self._plan_signature.arrange(
+            table=tables.table, batch=self._batch(0), physical=0, **by, **given
         )
+        return workspace.plan.prepare(arguments, NUM_PLAN_THREADS, tables.num_plan_bytes)
 
     def _batch(self, row: int) -> bytes:
         """The struct `Batch`. Results are named before a launch."""

@@ -409,6 +409,7 @@ ROUTE = Signature(
     ("const Index*", "given", "[num_picks] the slots that a batch may keep, by `given_load`"),
     ("Index*", "physical", "[num_picks] slots, -1: none"),
 )
+ROUTE_GENERAL = Signature("route_general", *ROUTE.arguments)
 PLAN = Signature(
     "plan",
     ("const void*", "topk_idx", "[num_picks] ids in [0, num_ids), -1: none"),
@@ -440,7 +441,8 @@ SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
-        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, PLAN, PLAN_GENERAL, PLAN_BY_OBJECTIVE, MASK),
+        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, ROUTE_GENERAL, PLAN, PLAN_GENERAL),
+        *(PLAN_BY_OBJECTIVE, MASK),
     )
 }
 """Of every kernel of a plan, by name."""

@@ -573,14 +573,14 @@ FAULTS = [
     Fault(
         "kept: loads before are not zeroed",
         "route.cu",
-        "    for (int r = threadIdx.x; r < num_ranks; r += threads) by_rank[r] = 0;\n",
+        "    block_stride<threads>(num_ranks, [&](int r) { by_rank[r] = 0; });\n",
         "",
     ),
     Fault(
         "kept: a row is left",
         "route.cu",
-        "(batch.given_load == nullptr ? 0 : table.num",
-        "(0 * table.num",
+        "batch.given_load != nullptr ? table.num",
+        "batch.given_load != nullptr ? 0 * table.num",
     ),
     Fault("kept: without base loads", "component.cuh", "is_given ? base : c", "is_given ? 0 : c"),
     Fault(
@@ -589,7 +589,7 @@ FAULTS = [
         "at_home[threadIdx.x] - base;",
         "at_home[threadIdx.x];",
     ),
-    Fault("kept: and homes", "component.cuh", "!is_given && a < c.shape", "a < c.shape"),
+    Fault("kept: and homes", "component.cuh", "is_given ? 0 : c.shape.arcs", "c.shape.arcs"),
     Fault("kept: by one rank's row", "component.cuh", "ranks * p.counts.num_rows", "ranks"),
     Fault("kept: not the slots", "rewrite.cuh", "return status == STAYED &&", "return false &&"),
     Fault("kept: at home, too", "rewrite.cuh", "STAYED && batch.given_load != nullptr", "STAYED"),
@@ -620,8 +620,8 @@ FAULTS = [
     Fault(
         "kept: no loads for the statistics",
         "plan.cuh",
-        "keeps && r < R; r += V::threads",
-        "r < 0; ++r",
+        "(keeps ? R : 0,",
+        "(0,",
     ),
     Fault(
         "split: a copy without a quota",

@@ -420,7 +420,8 @@ class Rank:
     ) -> emulator.Operation:
         """The launch of `route`; `bounds`: base loads and speeds, for the statistics."""
         batch = self._batch(plan, self.row.ctypes.data if exchanged else 0, bounds)
-        return self.route_library.kernel("route")(
+        name = kernels.route_signature(self._exchanges_every, self.least_gain).name
+        return self.route_library.kernel(name)(
             (picks.num_chunks + 1, 1),
             kernels.NUM_THREADS,
             self._num_route_bytes,
