@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +120,10 @@ def _in_order(
     ranks_found = sorted({rank for _, rank in cells})
     remarks = _check_steps(path, steps_found)
     for step in steps_found:
-        absent = [rank for rank in range(ranks_found[-1] + 1) if (step, rank) not in cells]
-        if absent:
+        absent = _first_absent({rank for at, rank in cells if at == step}, ranks_found[-1])
+        if absent is not None:
             name = cells[next(key for key in cells if key[0] == step)][0].name
-            raise ValueError(f"{path}: rank {absent[0]} is missing beside {name}")
+            raise ValueError(f"{path}: rank {absent} is missing beside {name}")
     added = []
     for step in steps_found:
         parts = [cells[step, rank] for rank in ranks_found]
@@ -317,16 +317,21 @@ def _add_records(
         raise ValueError(f"{path}: its records are of different models: {sorted(shapes)}")
     there = {key[:2] for key in parts}
     for number in passes:
-        absent = [rank for rank in range(ranks[-1] + 1) if (number, rank) not in there]
-        if absent:
+        absent = _first_absent({rank for at, rank in there if at == number}, ranks[-1])
+        if absent is not None:
             raise ValueError(
-                f"{path}: pass {number} of rank {absent[0]} is missing; each of the ranks 0 to "
+                f"{path}: pass {number} of rank {absent} is missing; each of the ranks 0 to "
                 f"{ranks[-1]} must have recorded the same passes"
             )
     counts = np.zeros((len(passes), *shapes.pop()), np.int64)
     for (number, _, _), (_, logical) in parts.items():
         counts[passes.index(number)] += logical
     return counts, len(ranks), _remark_on_gaps("numbers of passes", passes)
+
+
+def _first_absent(ranks: Collection[int], last: int) -> int | None:
+    """The first of the ranks 0 to `last` that is missing, however large the last one is."""
+    return next((rank for rank in range(last + 1) if rank not in ranks), None)
 
 
 def _slots(file: Path, holder: Any, name: str) -> Array:

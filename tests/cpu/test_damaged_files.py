@@ -409,3 +409,15 @@ def test_a_list_that_holds_itself_is_read_once(tmp_path):
     status, told = said("replay", tmp_path / "a.pt", "--placement", "homes", "--ranks", 1)
     check_said(status, told, tmp_path / "a.pt")
     assert status == 2
+
+
+def test_a_rank_of_an_absurd_number_takes_no_memory(tmp_path):
+    torch.save(
+        CONTENTS["records.pt"] | {"records": [a_record(0) | {"rank": 2**40}]}, tmp_path / "a.pt"
+    )
+    np.save(tmp_path / f"rank{2**40}.npy", COUNTS)
+    for path in (tmp_path / "a.pt", tmp_path):
+        status, told = said("replay", path, "--placement", "homes", "--ranks", 1)
+        assert status == 2
+        assert "rank 0 is missing" in told
+        (tmp_path / "a.pt").unlink(missing_ok=True)
