@@ -48,8 +48,9 @@ def raised(planner):
 
 
 @pytest.fixture
-def ended_after():
-    """Other tests have other processes."""
+def own_processes():
+    """Other tests have other processes: a world that is left may still have late messages of theirs."""
+    ranks.close()
     yield
     ranks.close()
 
@@ -70,7 +71,7 @@ def killed(group, victim, tcp):
     raise RankError(message)
 
 
-@pytest.mark.usefixtures("ended_after")
+@pytest.mark.usefixtures("own_processes")
 @pytest.mark.parametrize(("victim", "tcp"), [(2, False), (0, True)])
 def test_a_killed_rank_is_named(victim, tcp):
     with pytest.raises(ranks.RanksFailedError) as failure:
@@ -104,7 +105,7 @@ def hung(group, victim, tcp):
 @pytest.mark.parametrize(("victim", "tcp"), [(2, False), (0, True)])
 def test_a_hung_rank_is_named_and_learns_that_it_came_late(victim, tcp, request):
     if tcp:
-        request.getfixturevalue("ended_after")
+        request.getfixturevalue("own_processes")
     messages = ranks.run(3, hung, victim, tcp)
     others = [rank for rank in range(3) if rank != victim]
     for rank in others:
@@ -128,7 +129,7 @@ def stopped(group):
         os.kill(first, signal.SIGCONT)
 
 
-@pytest.mark.usefixtures("ended_after")
+@pytest.mark.usefixtures("own_processes")
 def test_a_rank_that_stands_still_with_the_store_is_named():
     _, message = ranks.run(2, stopped)
     assert "ranks [0] sent no counts within 1 s" in message
@@ -195,7 +196,7 @@ def aborting(group):
         planner(TOPK)
 
 
-@pytest.mark.usefixtures("ended_after")
+@pytest.mark.usefixtures("own_processes")
 def test_a_process_ends_when_a_rank_is_missing_if_asked():
     with pytest.raises(ranks.RanksFailedError) as failure:
         ranks.run(2, aborting)
