@@ -49,7 +49,7 @@ def raised(planner):
 
 @pytest.fixture
 def own_processes():
-    """Other tests have other processes: a world that is left may still have late messages of theirs."""
+    """Other tests have other processes: the world that is left may have late messages of theirs."""
     ranks.close()
     yield
     ranks.close()
