@@ -39,7 +39,7 @@ from lplb_ep.tools import bench
 from lplb_ep.tools.calibrate import calibrate
 from lplb_ep.tools.grouped_gemms import Experts
 from lplb_ep.tools.recordings import load_recording
-from lplb_ep.tools.tables import text_table
+from lplb_ep.tools.tables import markdown_table, text_table
 
 Int64 = npt.NDArray[np.int64]
 
@@ -174,8 +174,7 @@ def main() -> None:
         head, rows = table_of(found)
         print(text_table(head, rows), flush=True)
         if args.markdown:
-            lines = [head, ["---"] * len(head), *rows]
-            Path(args.markdown).write_text("\n".join(f"| {' | '.join(r)} |" for r in lines) + "\n")
+            Path(args.markdown).write_text(markdown_table(head, rows))
         if args.json:
             Path(args.json).write_text(json.dumps({**bench.conditions(), "ms": found}, indent=1))
 

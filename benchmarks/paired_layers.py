@@ -39,12 +39,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from calls import plain_of
 from torch import Tensor
-from whole_layer import Experts, Sizes, folded, forced_picks, picks
+from whole_layer import Experts, Sizes, environ_of, folded, forced_picks, picks
 
 import lplb_ep
 from lplb_ep import Placement
 from lplb_ep.tools.recordings import load_recording
-from lplb_ep.tools.tables import text_table
+from lplb_ep.tools.tables import markdown_table, text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import ranks
@@ -379,11 +379,7 @@ def main() -> None:
         live,
         learned,
         args.rounds,
-        environ={
-            "LPLB_EP": "1",
-            "LPLB_EP_REPLICAS": "valid",  # equal experts are made alike
-            "LPLB_EP_BACKEND": "embedded" if args.embedded else "deep_ep",
-        },
+        environ=environ_of(args.embedded),
         timeout=args.timeout,
     )
     ranks.close()
@@ -391,8 +387,7 @@ def main() -> None:
     head = ["ms a layer", *WAYS, *(f"{way} against plain" for way in WAYS[1:])]
     print(text_table(head, rows))
     if args.markdown:
-        lines = [head, ["---"] * len(head), *rows]
-        Path(args.markdown).write_text("\n".join(f"| {' | '.join(r)} |" for r in lines) + "\n")
+        Path(args.markdown).write_text(markdown_table(head, rows))
     if args.json:
         Path(args.json).write_text(json.dumps({"rows": rows, "ranks": of_ranks}, indent=1))
 

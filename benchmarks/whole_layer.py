@@ -445,6 +445,15 @@ def markdown(found: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def environ_of(embedded: bool) -> dict[str, str]:
+    """The settings of ranks that run whole layers."""
+    return {
+        "LPLB_EP": "1",
+        "LPLB_EP_REPLICAS": "valid",  # equal experts are made alike
+        "LPLB_EP_BACKEND": "embedded" if embedded else "deep_ep",
+    }
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recording")
@@ -494,11 +503,7 @@ def main() -> None:
         sizes,
         [folded(live[(layer + away) % len(live)], args.experts) for layer in args.layers],
         [folded(learned[layer], args.experts) for layer in args.layers],
-        environ={
-            "LPLB_EP": "1",
-            "LPLB_EP_REPLICAS": "valid",  # equal experts are made alike
-            "LPLB_EP_BACKEND": "embedded" if args.embedded else "deep_ep",
-        },
+        environ=environ_of(args.embedded),
         timeout=args.timeout,
     )
     ranks.close()

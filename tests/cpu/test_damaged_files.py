@@ -221,13 +221,7 @@ def run(folder, attempt, num_examples):
         assert attempt(name, data) or name == "h.json", name
     read = itertools.count()
 
-    @settings(
-        max_examples=num_examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @examples(num_examples)
     @given(damaged(contents))
     def one(case):
         if attempt(*case):
@@ -235,6 +229,17 @@ def run(folder, attempt, num_examples):
 
     one()
     return next(read)
+
+
+def examples(number):
+    """The same ones in every run, however long they take."""
+    return settings(
+        max_examples=number,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 COUNT = [120, pytest.param(5000, marks=pytest.mark.long)]
@@ -377,13 +382,7 @@ def of_odd_parts(draw):
 def test_whole_files_of_odd_parts(folders, tmp_path, num_examples):
     """Checksums hide from byte damage what a program may write: parts of another kind."""
 
-    @settings(
-        max_examples=num_examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @examples(num_examples)
     @given(of_odd_parts())
     def one(case):
         name, content = case

@@ -478,18 +478,25 @@ def must_stay(load, placement, base, least_gain, given_load=None):
     return stays(load, placement, problem, given_load)
 
 
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("form", FORMS, ids=("rows", "given", "one launch"))
-@pytest.mark.parametrize("is_cube", [False, True])
-def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memory, library):
-    """By all components together; one that has none beside it does not solve."""
-    rng = np.random.default_rng(9)
+def place(rng, is_cube):
+    """Random copies on two nodes, or two cubes of eight ranks."""
     R, E = (16, 64) if is_cube else (4, 40)
     placement = oracle.random_placement(rng, R, E, 2, num_ranks_per_node=R // 2)
     if is_cube:
         placement = Placement.from_topology(
             "cube", num_experts=E, num_ranks=R, num_redundant_per_rank=2
         )
+    return placement
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("form", FORMS, ids=("rows", "given", "one launch"))
+@pytest.mark.parametrize("is_cube", [False, True])
+def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memory, library):
+    """By all components together; one that has none beside it does not solve."""
+    rng = np.random.default_rng(9)
+    placement = place(rng, is_cube)
+    R, E = placement.num_ranks, placement.num_experts
     base = rng.integers(0, 40, R)
     launched = {"order": order, "of_ranks": {"base": memory.array(base, np.int32)}, **form}
     for _ in range(3):
@@ -520,12 +527,8 @@ def test_batches_that_would_gain_too_little_stay_home(is_cube, form, order, memo
 def test_batches_that_would_gain_too_little_keep_their_slots(is_cube, order, memory, library):
     """By the loads that the rows of all ranks say, whatever the batch is at home."""
     rng = np.random.default_rng(9)
-    R, E = (16, 64) if is_cube else (4, 40)
-    placement = oracle.random_placement(rng, R, E, 2, num_ranks_per_node=R // 2)
-    if is_cube:
-        placement = Placement.from_topology(
-            "cube", num_experts=E, num_ranks=R, num_redundant_per_rank=2
-        )
+    placement = place(rng, is_cube)
+    R, E = placement.num_ranks, placement.num_experts
     base = rng.integers(0, 40, R)
     expected = tallied.Tallied(1, base_load=torch.from_numpy(base))
     rank = plans.Rank(memory, placement, 1, library, least_gain=1, keeps=True)
