@@ -29,7 +29,9 @@ def service():
     num_gpus = torch.cuda.device_count()
     with tempfile.TemporaryDirectory(prefix="lplb_ep_mps_") as folder:
         ours = {"CUDA_MPS_PIPE_DIRECTORY": folder, "CUDA_MPS_LOG_DIRECTORY": folder}
+        # A daemon numbers the GPUs that it sees anew, and ranks would choose among these again.
         environ = {**os.environ, **ours}
+        environ.pop("CUDA_VISIBLE_DEVICES", None)
         subprocess.run([_CONTROL, "-d"], env=environ, check=True, timeout=30)
         try:
             share = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
