@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
@@ -104,6 +103,8 @@ class Layer:
     """The planners that were made for this layer, of whatever group."""
     name: str
     """For messages and statistics; empty: it has none."""
+    guest_bytes: int
+    """Weights of one guest, by the `Guests` that were made last; 0: there were none."""
 
     def __init__(
         self, placement: Placement, problem: Problem | None = None, name: str = ""
@@ -119,6 +120,7 @@ class Layer:
         self.planners = WeakSet()
         self._replicas: list[ref[Weights]] = []  # asked at every batch: a WeakSet takes 1 µs
         self._guests: ref[GuestWeights] | None = None
+        self.guest_bytes = 0
         self._is_trusted = False
 
     @property
@@ -145,8 +147,8 @@ class Layer:
 
     @property
     def label(self) -> str:
-        """Its name, or its number among the layers that were planned with."""
-        return self.name or f"layer {planned_layers.get(self, len(planned_layers))}"
+        """Its name, or its number among the layers that were planned with. It may be the next."""
+        return self.name or f"layer {planned_layers.get(self, _num_planned)}"
 
     def add_planner(self, planner: Any, kind: Hashable) -> int:
         """Adds a planner, which the layer holds weakly.
@@ -159,9 +161,11 @@ class Layer:
         Returns:
             How many of its kind were made before, in this process, for a layer of this label.
         """
+        global _num_planned
         self.planners.add(planner)
         if self not in planned_layers:
-            planned_layers[self] = next(_numbers)
+            planned_layers[self] = _num_planned
+            _num_planned += 1
         of_kind = self.label, kind
         _num_planners[of_kind] += 1
         return _num_planners[of_kind] - 1
@@ -214,6 +218,7 @@ class Layer:
     def take_guests(self, guests: GuestWeights) -> None:
         """Sets the `Guests` that push for the layer's batches, and holds them weakly."""
         self._guests = ref(guests)
+        self.guest_bytes = guests.expert_bytes
 
     @property
     def guests(self) -> GuestWeights | None:
@@ -260,7 +265,7 @@ def check_slot(slot: int) -> None:
         raise ValueError(f"slot must be a whole number in [0, 2**31); got {slot!r}")
 
 
-_numbers = itertools.count()
+_num_planned = 0
 _num_planners: collections.Counter[tuple[str, Hashable]] = collections.Counter()
 planned_layers: WeakKeyDictionary[Layer, int] = WeakKeyDictionary()
 """The layers that planners were made for, in that order, and the number of each."""

@@ -63,16 +63,16 @@ def newly_missing(
     return find
 
 
-def missing_ranks(missing: npt.NDArray[np.int32], placement: str, timeout_s: float) -> str:
+def missing_ranks(missing: npt.NDArray[np.int32], name: str, timeout_s: float) -> str:
     """Says which ranks' counts did not come into windows.
 
     Args:
         missing: [R] not 0 where a rank's did not.
-        placement: names what was planned.
+        name: what was planned.
         timeout_s: how many seconds this rank waited.
     """
     ranks = np.flatnonzero(missing).tolist()
-    return f"{late(ranks, f'placement {placement}', timeout_s)}. That batch went to the home slots"
+    return f"{late(ranks, name, timeout_s)}. That batch went to the home slots"
 
 
 def late(ranks: list[int], name: str, timeout_s: float, what: str = "counts") -> str:

@@ -69,8 +69,8 @@ class LayerStats:
     own_guests_received: int
     """Guests that this rank received."""
     guest_bytes: int
-    """Weights of all guests, in bytes; 0 where the layer has no `Guests` any more. A backward pass
-    may push them once more, which is not counted."""
+    """Weights of all guests, in bytes, by the layer's last `Guests`. A backward pass may push them
+    once more, which is not counted."""
     largest_home_load: int
     """Sum over batches of the largest rank load at home, in rows, base loads included."""
     largest_load: int
@@ -244,8 +244,7 @@ def _stats(
             worst[first] = max(worst[first], largest * num_ranks / load if load else 0.0)
     by_status = batches_by_status(sums)
     mean, bound_mean = (int(sums[t]) / num_ranks for t in (Tally.LOAD, Tally.BOUND_LOAD))
-    guests, weights = int(sums[Tally.GUESTS]), layer.guests
-
+    guests = int(sums[Tally.GUESTS])
     return LayerStats(
         layer=layer.label,
         rank=rank,
@@ -269,7 +268,7 @@ def _stats(
         guests=guests,
         own_guests_sent=int(sums[Tally.SENT]),
         own_guests_received=int(sums[Tally.RECEIVED]),
-        guest_bytes=0 if weights is None else guests * weights.expert_bytes,
+        guest_bytes=guests * layer.guest_bytes,
         largest_home_load=int(sums[Tally.HOME]),
         largest_load=int(sums[Tally.GOT]),
         bound_load=int(sums[Tally.BOUND]),

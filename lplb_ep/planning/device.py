@@ -53,6 +53,7 @@ class DeviceBackend:
         one_launch: as `Workspace` has it.
         sample_every, mark_every: as `DeviceStatistics` has `every` and `mark_every`.
         every: as `Workspace` has it.
+        layer: names the layer in messages.
 
     Raises:
         ValueError: as `DeviceTables` and `check_windows`.
@@ -80,6 +81,7 @@ class DeviceBackend:
         sample_every: int = 0,
         every: int = 1,
         mark_every: int = 0,
+        layer: str = "a layer",
     ) -> None:
         check_windows(every, windows)
         self._device = torch.device("cuda", torch.cuda.current_device())
@@ -88,7 +90,7 @@ class DeviceBackend:
         self.tables = DeviceTables(
             placement, self._device, solver, refreshable, moves_homes, problem
         )
-        self.error_flags = ErrorFlags(placement, rank, timeout_s, abort_on_timeout)
+        self.error_flags = ErrorFlags(placement, rank, layer, timeout_s, abort_on_timeout)
         self.raise_errors = self.error_flags.raise_errors  # called for each batch
         by_tokens = problem.objective_name == "tokens"
         self.statistics = DeviceStatistics(

@@ -22,17 +22,18 @@ class ErrorFlags:
     """The flags of one planner. Kernels set them, and the CPU reads them without waiting.
 
     Args:
-        placement: names the planner in messages.
+        placement: the copies.
         rank: this rank. What all ranks know the first one logs.
+        layer: names the layer in messages.
         timeout_s: how long kernels wait for another rank's counts, in seconds.
         abort_on_timeout: whether the process ends when a rank is missing after that time.
     """
 
     def __init__(
-        self, placement: Placement, rank: int, timeout_s: float, abort_on_timeout: bool
+        self, placement: Placement, rank: int, layer: str, timeout_s: float, abort_on_timeout: bool
     ) -> None:
-        self._placement, self._rank, self._timeout_s = placement, rank, timeout_s
-        self._name = placement.fingerprint()[:8]
+        self._placement, self._rank, self._layer = placement, rank, layer
+        self._timeout_s = timeout_s
         self._memory = torch.zeros(placement.num_ranks + NUM_ERROR_FLAGS, dtype=torch.int32)
         self._memory = self._memory.pin_memory()
         words = self._memory.numpy()
@@ -43,7 +44,7 @@ class ErrorFlags:
         self.address = self.missing_address + 4 * placement.num_ranks
         self._clear = self.flags.tobytes()
         self._logged: set[Status] = set()
-        say = functools.partial(missing_ranks, self.missing, self._name, timeout_s)
+        say = functools.partial(missing_ranks, self.missing, layer, timeout_s)
         watch(self, newly_missing(self.missing, say), abort=abort_on_timeout)
 
     def raise_errors(self) -> None:
@@ -60,7 +61,7 @@ class ErrorFlags:
         for status in (REASONS.keys() & seen) - self._logged:
             self._logged.add(status)
             if self._rank == 0:
-                log_home(self._placement, status)
+                log_home(self._layer, status)
         faults = {
             ErrorFlag.OUT_OF_RANGE: out_of_range(self._placement),
             ErrorFlag.REPEATED_PICK: ValueError(
@@ -70,7 +71,7 @@ class ErrorFlags:
             ErrorFlag.MISCOUNTED: ValueError(
                 "an earlier batch's counts were not those of its topk_idx"
             ),
-            Status.TIMED_OUT: RankError(missing_ranks(self.missing, self._name, self._timeout_s)),
+            Status.TIMED_OUT: RankError(missing_ranks(self.missing, self._layer, self._timeout_s)),
             Status.OUT_OF_STEP: RankError(
                 "ranks planned different batches: another placement, another slot, or the same "
                 "ones in another order"

@@ -41,6 +41,7 @@ class HostBackend:
         row_size: integers of an exchanged row; those behind the counts stay 0.
         sample_every, mark_every: as `HostStatistics` has `every` and `mark_every`.
         every: batches from one that is exchanged and solved to the next.
+        layer: names the layer in messages.
     """
 
     capturable = False
@@ -57,8 +58,10 @@ class HostBackend:
         sample_every: int = 0,
         mark_every: int = 0,
         every: int = 1,
+        layer: str = "a layer",
     ) -> None:
         self._placement, self._problem, self._rank, self._head = placement, problem, rank, head
+        self._layer = layer
         self._row_size, self._num_exchanges = row_size, 0
         self._every, self._until_due = every, 0
         self._exchanged: Results | None = None
@@ -207,7 +210,7 @@ class HostBackend:
             physical = reference.rewrite_home(picks, self._placement)
             is_new = not batches_by_status(self.statistics.totals)[status]
             if status in REASONS and is_new and self._rank == 0:  # all ranks know of it
-                log_home(self._placement, status)
+                log_home(self._layer, status)
         if on_ranks is None:
             on_ranks = rank_load(quota, filled)
         bounds = self._problem.bounds
@@ -247,13 +250,9 @@ def split_on_host(placement: Placement, counts: torch.Tensor, quota: torch.Tenso
     return reference.split(counts.cpu(), quota.cpu(), placement).to(counts.device)
 
 
-def log_home(placement: Placement, status: Status) -> None:
-    """Says why a batch goes to the home slots."""
-    log.warning(
-        "a batch goes to the home slots (placement %s): %s",
-        placement.fingerprint()[:8],
-        REASONS[status],
-    )
+def log_home(layer: str, status: Status) -> None:
+    """Says why a batch of a layer goes to the home slots."""
+    log.warning("a batch of %s goes to the home slots: %s", layer, REASONS[status])
 
 
 def _no_results(placement: Placement) -> Results:

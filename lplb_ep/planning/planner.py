@@ -162,7 +162,7 @@ class Planner:
             group,
             placement.num_ranks,
             num_words(placement.num_experts, placement.num_ranks, self._problem.least_gain),
-            Limit(f"placement {placement.fingerprint()[:8]}", timeout_s, abort_on_timeout),
+            Limit(self.layer.label, timeout_s, abort_on_timeout),
             on_gpu=self._is_on_gpu,
         )
         self.counts = "given" if self.exchange is None else self.exchange.kind
@@ -182,8 +182,9 @@ class Planner:
         self, timeout_s: float, abort_on_timeout: bool, one_launch: int, kept: Mapping[str, int]
     ) -> Backend:
         p, problem, head, size = self.placement, self._problem, self._head, row_size(self.placement)
+        every, layer = self._every, self.layer.label
         if self.solver == "cpu":
-            return HostBackend(p, problem, self.rank, head, size, every=self._every, **kept)
+            return HostBackend(p, problem, self.rank, head, size, every=every, layer=layer, **kept)
         made = DeviceBackend(
             p,
             problem,
@@ -197,7 +198,8 @@ class Planner:
             timeout_s=timeout_s,
             abort_on_timeout=abort_on_timeout,
             one_launch=one_launch,
-            every=self._every,
+            every=every,
+            layer=layer,
             **kept,
         )
         why = made.tables.in_steps or in_steps(self.counts, made.has_relay)

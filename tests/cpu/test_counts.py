@@ -228,7 +228,7 @@ def test_the_watchdog_names_missing_ranks_once(caplog):
         missing[1] = 1  # anew
         assert named() == 2
     assert caplog.messages == [
-        f"lplb_ep: ranks {ranks} sent no counts within 1.5 s (placement abc): ended, hung or slow. "
+        f"lplb_ep: ranks {ranks} sent no counts within 1.5 s (abc): ended, hung or slow. "
         "That batch went to the home slots"
         for ranks in ([1, 3], [1])
     ]

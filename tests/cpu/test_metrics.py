@@ -150,6 +150,10 @@ def guests_on_ranks(group):
     )
     (stats,) = buffer.view(layer).stats()
     assert guests.expert_bytes == 64
+    del guests, buffer, layout
+    gc.collect()
+    assert layer.guests is None
+    assert stats_of([layer]) == [stats], "what they moved stays known"
     return vars(stats), str(stats)
 
 
@@ -178,7 +182,7 @@ def test_a_line_comes_every_so_many_batches(caplog):
 
     def said(last=False):
         reports.look(last=last)
-        lines = [m for m in caplog.messages if "a layer that logs" in m]
+        lines = [m for m in caplog.messages if "a layer that logs: " in m]
         caplog.clear()
         return lines
 

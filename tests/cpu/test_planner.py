@@ -1,4 +1,5 @@
 import os
+import re
 
 import numpy as np
 import oracle
@@ -7,7 +8,7 @@ import ranks
 import torch
 
 import lplb_ep
-from lplb_ep import Placement, Planner, RankError, check_plan
+from lplb_ep import Layer, Placement, Planner, RankError, check_plan
 from lplb_ep.comm.exchange import LocalExchange
 from lplb_ep.planning import error_flags, planner, solvers
 from lplb_ep.planning import reference as cpu
@@ -253,7 +254,7 @@ def flags_of(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
 
     def make(*seen):
-        flags = error_flags.ErrorFlags(TWO, 0, timeout_s=9, abort_on_timeout=False)
+        flags = error_flags.ErrorFlags(TWO, 0, "moe.3", timeout_s=9, abort_on_timeout=False)
         flags.flags[list(seen)] = 1
         return flags
 
@@ -293,7 +294,26 @@ def test_of_several_faults_the_first_is_raised_and_all_are_logged(flags_of, capl
         "a rank refused",
     ):
         assert caplog.text.count(message) == 1, message
+    assert caplog.text.count("a batch of moe.3 goes to the home slots: ") == 4
     flags.raise_errors()  # once
+
+
+def sent_home(group):
+    said, layers = ranks.Said(), [Layer(TWO, name="moe.3"), Layer(TWO)]
+    for layer in layers:
+        planner = Planner(layer, group)
+        for _ in range(2):
+            planner(torch.tensor([[0, 1]]), stale=True)
+    return said.lines, layers[1].label
+
+
+def test_a_layer_that_goes_home_is_named_once_by_one_rank():
+    (first, label), (second, _) = ranks.run(2, sent_home)
+    assert re.fullmatch(r"layer \d+", label)
+    said = [line.split(": STALE")[0] for line in first]
+    goes = "goes to the home slots"
+    assert said == [f"lplb_ep rank 0: a batch of {name} {goes}" for name in ("moe.3", label)]
+    assert second == []
 
 
 def out_of_step(group):

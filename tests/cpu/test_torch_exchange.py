@@ -81,7 +81,7 @@ def test_a_killed_rank_is_named(victim, tcp):
             assert kind == "EOFError"
         else:
             assert kind == "RankError"
-            assert f"ranks [{victim}] ended before they sent their counts (placement " in message
+            assert f"ranks [{victim}] ended before they sent their counts (layer " in message
             assert "The exchange is broken" in message
 
 
@@ -109,7 +109,7 @@ def test_a_hung_rank_is_named_and_learns_that_it_came_late(victim, tcp, request)
     messages = ranks.run(3, hung, victim, tcp)
     others = [rank for rank in range(3) if rank != victim]
     for rank in others:
-        assert f"ranks [{victim}] sent no counts within 2 s (placement " in messages[rank]
+        assert f"ranks [{victim}] sent no counts within 2 s (layer " in messages[rank]
         assert "The exchange is broken" in messages[rank]
     assert f"this rank came late: ranks {others} had given up waiting" in messages[victim]
 
