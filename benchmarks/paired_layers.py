@@ -234,29 +234,32 @@ def milliseconds(run: Callable[[], object], group: dist.ProcessGroup, on_gpu: bo
     return start.elapsed_time(end)
 
 
-def make_buffer(group: dist.ProcessGroup, sizes: Sizes, calls: str) -> Any:
-    """The drop-in's buffer, which is DeepEP's with `plain_of`. Collective."""
-    size = group.size()
-    if calls == "low-latency":
-        num_ids = sizes.num_experts + size * sizes.num_redundant
-        num_bytes = lplb_ep.Buffer.get_low_latency_rdma_size_hint(
-            sizes.num_tokens, sizes.hidden, size, num_ids
-        )
-        return lplb_ep.Buffer(
-            group,
-            num_rdma_bytes=num_bytes,
-            low_latency_mode=True,
-            num_qps_per_rank=num_ids // size,
-            explicitly_destroy=True,
-        )
+def make_buffer(group: dist.ProcessGroup, all_sizes: list[Sizes], kinds: list[str]) -> Any:
+    """The drop-in's buffer for all sizes, which is DeepEP's with `plain_of`. Collective.
+
+    One buffer serves both kinds of calls, as engines have it: DeepEP starts NVSHMEM for the first
+    buffer with low latency, and that must come before a layer's counts.
+    """
+    size, hidden = group.size(), all_sizes[0].hidden
     num_bytes = max(
-        config.get_nvl_buffer_size_hint(2 * sizes.hidden, size)
+        config.get_nvl_buffer_size_hint(2 * hidden, size)
         for config in (
             lplb_ep.Buffer.get_dispatch_config(size),
             lplb_ep.Buffer.get_combine_config(size),
         )
     )
-    return lplb_ep.Buffer(group, num_bytes, explicitly_destroy=True)
+    small = [s.num_tokens for s in all_sizes if s.num_tokens <= MAX_LOW_LATENCY]
+    if "low-latency" not in kinds or not small:
+        return lplb_ep.Buffer(group, num_bytes, explicitly_destroy=True)
+    num_ids = all_sizes[0].num_experts + size * all_sizes[0].num_redundant
+    return lplb_ep.Buffer(
+        group,
+        num_bytes,
+        lplb_ep.Buffer.get_low_latency_rdma_size_hint(max(small), hidden, size, num_ids),
+        low_latency_mode=True,
+        num_qps_per_rank=num_ids // size,
+        explicitly_destroy=True,
+    )
 
 
 def measure(
@@ -273,12 +276,12 @@ def measure(
         torch.cuda.set_device(group.rank())
     module = "deep_ep" if on_gpu else "lplb_ep.embedded"
     found: dict[str, dict[str, list[float]]] = {}
+    buffer = make_buffer(group, all_sizes, kinds)
+    plain = plain_of(buffer, module)
     for calls in kinds:
         for sizes in all_sizes:
             if calls == "low-latency" and sizes.num_tokens > MAX_LOW_LATENCY:
                 continue
-            buffer = make_buffer(group, sizes, calls)
-            plain = plain_of(buffer, module)
             generator = torch.Generator().manual_seed(group.rank())
             x = torch.randn(sizes.num_tokens, sizes.hidden, generator=generator)
             x = x.to(sizes.device, sizes.dtype)
@@ -307,7 +310,7 @@ def measure(
                             times[way].append(taken)
                 found[f"{calls}, {sizes.num_tokens} tokens, {mode}"] = times
             del eager, modes, layers, runs
-            buffer.destroy()
+    buffer.destroy()
     return found
 
 
