@@ -128,7 +128,7 @@ def table_of(args: argparse.Namespace, records: dict[str, Record]) -> str:
         speed, share, away = tokens_a_second(args, record), "", ""
         if base is not None and even is not None and record not in (base, even):
             slow, fast = tokens_a_second(args, base), tokens_a_second(args, even)
-            share = f"{(speed - slow) / (fast - slow):.0%}"
+            share = f"{(speed - slow) / (fast - slow):.0%}" if fast > slow else "none to gain"
         if plain is not None and record is not plain:
             difference = (record.losses - plain.losses).abs()
             away = f"{difference.mean():.4f} / {difference[args.steps // 2 :].mean():.4f}"

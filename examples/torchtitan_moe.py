@@ -318,8 +318,15 @@ def table(results: list[dict]) -> str:
         plain, balanced, forced = (
             by_run[n]["tokens_per_s"] for n in ("plain", "balanced", "forced")
         )
-        gained = f"{balanced - plain:,.0f} of the {forced - plain:,.0f} tokens/s"
-        rows += ["", f"Balanced gains {gained} that forced routing gains over plain."]
+        if forced > plain:
+            gained = f"{balanced - plain:,.0f} of the {forced - plain:,.0f} tokens/s"
+            verdict = f"Balanced gains {gained} that forced routing gains over plain."
+        else:
+            verdict = (
+                "Even forced routing gains nothing over plain: at these sizes a step does not wait "
+                "for the experts of the fullest rank."
+            )
+        rows += ["", verdict]
     for name in by_run.keys() - {"plain", "forced"}:
         if "plain" in by_run:
             pairs = zip(by_run[name]["losses"], by_run["plain"]["losses"], strict=True)

@@ -1,5 +1,6 @@
 """The example runs as its reader would run it, and shows what it promises."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -36,3 +37,18 @@ def test_plain_and_balanced_runs_learn_the_same(tmp_path):
     assert "| balanced |" in (tmp_path / "picture.md").read_text()
     assert "4/4 steps" in result.stdout
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("forced", "said"),
+    [(150.0, "Balanced gains 40 of the 50 tokens/s"), (99.0, "Even forced routing gains nothing")],
+)
+def test_a_share_of_no_gain_is_none(monkeypatch, forced, said):
+    monkeypatch.syspath_prepend(EXAMPLE.parent)
+    spec = importlib.util.spec_from_file_location("torchtitan_moe", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    speeds = {"plain": 100.0, "balanced": 140.0, "forced": forced}
+    fields = dict(device="H200", losses=[1.0], imbalance=[[1.0]], memory_gib=1.0, pool_mib=0.0)
+    table = example.table([{**fields, "run": n, "tokens_per_s": s} for n, s in speeds.items()])
+    assert said in table
