@@ -237,8 +237,8 @@ def milliseconds(run: Callable[[], object], group: dist.ProcessGroup, on_gpu: bo
 def make_buffer(group: dist.ProcessGroup, all_sizes: list[Sizes], kinds: list[str]) -> Any:
     """The drop-in's buffer for all sizes, which is DeepEP's with `plain_of`. Collective.
 
-    One buffer serves both kinds of calls, as engines have it: DeepEP starts NVSHMEM for the first
-    buffer with low latency, and that must come before a layer's counts.
+    One buffer serves both kinds of calls, as in engines. DeepEP starts NVSHMEM with the first
+    low-latency buffer, which must come before a layer's counts.
     """
     size, hidden = group.size(), all_sizes[0].hidden
     num_bytes = max(
