@@ -211,7 +211,8 @@ class Settings:
     push_sms: int = _setting(
         "LPLB_EP_PUSH_SMS",
         16,
-        "How many SMs push guests' weights to other GPUs, and fetch their gradients.",
+        "How many SMs push guests' weights to other GPUs. Their gradients are fetched by four "
+        "times as many where nothing runs beside that.",
         within=("of at least 1, at most 1024", lambda number: 1 <= number <= 1024),
     )
     num_physical_experts: int = _setting(

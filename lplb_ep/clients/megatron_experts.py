@@ -7,12 +7,14 @@ slots of a rank. Nothing is registered with the model.
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ContractError
@@ -76,10 +78,22 @@ class SequentialExperts:
         """As `Experts.methods`."""
         experts, own = self._experts, type(self._experts).forward
 
+        def run(modules: Sequence[Any], rows: Tensor, counts: Tensor, probs: Tensor) -> Any:
+            given = {"local_experts": modules, "num_local_experts": len(modules)}
+            return own(_StandIn(experts, given), rows, counts, probs)
+
         def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
             rows, modules = slots.modules(rows)
-            given = {"local_experts": modules, "num_local_experts": len(modules)}
-            return own(_StandIn(experts, given), rows, tokens_per_expert, probs)
+            number, counts = len(self.local), tokens_per_expert.cpu()
+            sizes = [num_rows := int(counts[:number].sum()), len(rows) - num_rows]
+            (rows, copied), (probs, of_copied) = rows.split(sizes), probs.split(sizes)
+            # Copies have many rows, where a rank's own experts may have few. The GPU is busy with
+            # those while the CPU launches these. Behind them it would wait for each launch.
+            copies = [functools.partial(_unless_empty, module) for module in modules[number:]]
+            done = run(copies, copied, counts[number:], of_copied)
+            # Their output is the last of those that Megatron-Core puts together.
+            local = [*modules[:number], lambda *_: done]
+            return run(local, rows, F.pad(counts[:number], (0, 1)), probs)
 
         return {"forward": forward}
 
@@ -89,6 +103,11 @@ class SequentialExperts:
         found = _saved(self._experts, alone, expert, num_experts, args)
         old, new = "local_experts.0.", f"local_experts.{number}."
         return {key.replace(old, new, 1): value for key, value in found.items()}
+
+
+def _unless_empty(module: Callable[..., Any], rows: Tensor, *args: Any) -> Any:
+    """Calls a copy of an expert, unless it has no rows: its gradient is none then, not zeros."""
+    return module(rows, *args) if len(rows) else (rows, None)
 
 
 class GroupedExperts:

@@ -36,6 +36,7 @@ from .structs import Missing, Sum
 _ALIGNMENT = 256  # bytes, of blocks of gradients
 _MAX_TABLES = 64  # of addresses; beyond it they are made anew
 _LAY_BLOCKS = 128  # nothing else runs beside it, and a block takes an SM
+_SUMS_FACTOR = 4  # how many more blocks than a push has a sum for which the current stream waits
 
 _SUMS = {
     (torch.float32, torch.float32): Sum.FLOATS,
@@ -200,8 +201,9 @@ class PeerGuests:
         guests: Tensor,
         number: BatchNumber | None = None,
     ) -> None:
-        """As `GuestTransport.reduce`: `begin_reduce`, then `wait`."""
-        self.begin_reduce(layout, parts, totals, guests, number)
+        """As `GuestTransport.reduce`: `begin_reduce` with more SMs, which idle, then `wait`."""
+        blocks = _SUMS_FACTOR * self.num_blocks
+        self.begin_reduce(layout, parts, totals, guests, number, num_blocks=blocks)
         self.wait()
         # Autograd copies a gradient that someone else has, too, even if only views of it.
         self._gradients_lent = ()
@@ -214,6 +216,7 @@ class PeerGuests:
         totals: Sequence[Sequence[Tensor | None]],
         guests: Tensor,
         number: BatchNumber | None = None,
+        num_blocks: int = 0,
     ) -> None:
         """Begins to add gradients of guests to those of their homes, beside the current stream.
 
@@ -228,6 +231,7 @@ class PeerGuests:
             totals: by parameter and resident slot, of the same dtype or float32.
             guests: [R, G] int32 on the GPU.
             number: of the batch, as in the push.
+            num_blocks: of the sum; 0: those of a push.
 
         Raises:
             TypeError: gradients are of other dtypes.
@@ -254,7 +258,8 @@ class PeerGuests:
             if lying:
                 calls.lay(stream, batch, 0, own, num_blocks=_LAY_BLOCKS)
             meet()
-            calls.add(stream, batch, 0, table, has_met=True, num_blocks=self.num_blocks)
+            blocks_of_sum = num_blocks or self.num_blocks
+            calls.add(stream, batch, 0, table, has_met=True, num_blocks=blocks_of_sum)
             # Others have read this pool before anything overwrites it. The next table may be empty.
             meet()
             self._leave(guests, number, table, own)
