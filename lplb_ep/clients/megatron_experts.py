@@ -7,7 +7,6 @@ slots of a rank. Nothing is registered with the model.
 from __future__ import annotations
 
 import copy
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -85,15 +84,18 @@ class SequentialExperts:
         def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
             rows, modules = slots.modules(rows)
             number, counts = len(self.local), tokens_per_expert.cpu()
-            sizes = [num_rows := int(counts[:number].sum()), len(rows) - num_rows]
-            (rows, copied), (probs, of_copied) = rows.split(sizes), probs.split(sizes)
-            # Copies have many rows, where a rank's own experts may have few. The GPU is busy with
-            # those while the CPU launches these. Behind them it would wait for each launch.
-            copies = [functools.partial(_unless_empty, module) for module in modules[number:]]
-            done = run(copies, copied, counts[number:], of_copied)
-            # Their output is the last of those that Megatron-Core puts together.
-            local = [*modules[:number], lambda *_: done]
-            return run(local, rows, F.pad(counts[:number], (0, 1)), probs)
+            used = [slot for slot in range(number, len(modules)) if counts[slot]]
+            local, own_counts = [*modules[:number]], counts[:number]
+            if used:
+                sizes = [num_rows := int(own_counts.sum()), len(rows) - num_rows]
+                (rows, copied), (probs, of_copied) = rows.split(sizes), probs.split(sizes)
+                # Copies have many rows, where a rank's own experts may have few. The GPU is busy
+                # with those while the CPU launches these. Else it would wait for each launch.
+                done = run([modules[slot] for slot in used], copied, counts[used], of_copied)
+                # Their output is the last of those that Megatron-Core puts together.
+                local.append(lambda *_: done)
+                own_counts = F.pad(own_counts, (0, 1))
+            return run(local, rows, own_counts, probs)
 
         return {"forward": forward}
 
@@ -103,11 +105,6 @@ class SequentialExperts:
         found = _saved(self._experts, alone, expert, num_experts, args)
         old, new = "local_experts.0.", f"local_experts.{number}."
         return {key.replace(old, new, 1): value for key, value in found.items()}
-
-
-def _unless_empty(module: Callable[..., Any], rows: Tensor, *args: Any) -> Any:
-    """Calls a copy of an expert, unless it has no rows: its gradient is none then, not zeros."""
-    return module(rows, *args) if len(rows) else (rows, None)
 
 
 class GroupedExperts:
