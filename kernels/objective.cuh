@@ -15,14 +15,14 @@ struct Workplace {
     char* at = nullptr;
     int max_arcs = 0;
     static constexpr int LONG = V::size * sizeof(Amount), WORDS = V::size * sizeof(int);
-    static constexpr int STEPS = LONG + 13 * WORDS, KEPT = STEPS + 2 * (MAX_COST_STEPS + 2) * int(sizeof(int));
+    static constexpr int STEPS = LONG + 13 * WORDS, OWN = STEPS + 2 * (MAX_COST_STEPS + 2) * int(sizeof(int));
 
     // Lays it out from `begin`, a multiple of 8, and returns its end. Steps are readable behind the next barrier.
     __device__ char* lay_out(const Objective& o, int arcs, char* begin) {
         at = begin;
         max_arcs = arcs;
-        for (int i = threadIdx.x; i < 2 * (MAX_COST_STEPS + 1); i += V::threads) steps()[i] = o.costs[i];
-        return at + KEPT + max_arcs * sizeof(int) + V::threads / 32 * Reach<V>::num_bytes(max_arcs);
+        block_stride<V::threads>(2 * (MAX_COST_STEPS + 1), [&](int i) { steps()[i] = o.costs[i]; });
+        return at + of_warps() + V::threads / 32 * Reach<V>::num_bytes(max_arcs);
     }
 
     // [size] amounts of ranks; their parts that stay; and the parts of movable rows, at home and by tokens.
@@ -36,13 +36,18 @@ struct Workplace {
     // [size] active slots, and tokens in the end.
     __device__ int* active() const { return in_shared<int>(at, LONG + 11 * WORDS); }
     __device__ int* load() const { return in_shared<int>(at, LONG + 12 * WORDS); }
-    // [2, MAX_COST_STEPS + 1] costs of rows; and [arcs] rows of another plan.
+    // [2, MAX_COST_STEPS + 1] costs of rows.
     __device__ int* steps() const { return in_shared<int>(at, STEPS); }
-    __device__ int* kept() const { return in_shared<int>(at, KEPT); }
+    // [arcs] what rows count; and rows of another plan.
+    __device__ Amount* own() const { return in_shared<Amount>(at, OWN); }
+    __device__ int* kept() const { return in_shared<int>(at, OWN + max_arcs * int(sizeof(Amount))); }
     // Of this warp.
     __device__ Reach<V> reach() const {
-        return {at + KEPT + max_arcs * int(sizeof(int)) + int(threadIdx.x / 32) * Reach<V>::num_bytes(max_arcs)};
+        return {at + of_warps() + int(threadIdx.x / 32) * Reach<V>::num_bytes(max_arcs)};
     }
+
+    // Behind the arrays of the block.
+    __device__ int of_warps() const { return OWN + max_arcs * int(sizeof(Amount) + sizeof(int)); }
 };
 
 // A component of a batch, by another objective than tokens.
@@ -95,6 +100,7 @@ struct ByObjective {
             num_active = 0;
         }
         __syncthreads();  // sums are initialised before any thread adds to them
+        #pragma unroll 1
         for (int i = threadIdx.x; i < p.net.max_experts; i += V::threads) {
             int packed = p.net.experts[g * p.net.max_experts + i], rank = packed >> 16;
             if (packed < 0 || rank >= V::size) continue;
@@ -108,6 +114,7 @@ struct ByObjective {
             sum += cost;
         }
         if (o.kind != AIM_EXPERTS) {
+            #pragma unroll 1
             for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
                 Arc arc = c.arcs[a];
                 int rows = at_home(a);
@@ -154,6 +161,7 @@ struct ByObjective {
 
     // Puts all tokens home, and keeps the rows of the plan before.
     __device__ void put_home() const {
+        #pragma unroll 1
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             place.kept()[a] = c.tokens[a];
             c.tokens[a] = at_home(a);
@@ -161,6 +169,7 @@ struct ByObjective {
     }
 
     __device__ void take_kept() const {
+        #pragma unroll 1
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             int rows = c.tokens[a];
             c.tokens[a] = place.kept()[a];
@@ -171,7 +180,7 @@ struct ByObjective {
     // Improves the rows `c.tokens`. `rows`: their amounts by rank.
     __device__ Amount improve_cost(const Sums& rows, Amount least) const {
         if (threadIdx.x < V::size) place.amount()[threadIdx.x] = place.of_stays().at(threadIdx.x) + rows.at(threadIdx.x);
-        return Search<V, CountCosts>{c, place.amount(), place.active(), verdicts, place.reach(), costs, load, least, 0, 0}.run();
+        return Search<V, CountCosts>{c, place.amount(), place.active(), place.own(), verdicts, place.reach(), costs, load, least, 0, 0}.run();
     }
 
     // Plans by cost: the rows replace the even split in `c.tokens`.
@@ -196,6 +205,7 @@ struct ByObjective {
                 __syncthreads();  // the even split is restored before the flow reads it
             }
             run_flow<V, false>(p, c, edges, ending);
+            #pragma unroll 1
             for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
                 int rows = c.tokens[a];
                 if (rows > 0) place.of_tokens().add(c.arcs[a].rank, costs.of(rows));
@@ -217,6 +227,7 @@ struct ByObjective {
             c.movable()[threadIdx.x] = 0;
         }
         __syncthreads();  // sums are zero before units are added
+        #pragma unroll 1
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             Arc arc = c.arcs[a];
             bool is_here = load[arc.place] > 0 && c.copies[arc.place] == a;
@@ -235,6 +246,7 @@ struct ByObjective {
         }
         most_active = __reduce_max_sync(~0u, most_active);
         most = __reduce_max_sync(~0u, most);
+        #pragma unroll 1
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             int rows = c.tokens[a] > 0 ? load[c.arcs[a].place] : 0, rank = c.arcs[a].rank;
             c.tokens[a] = rows;
@@ -246,13 +258,13 @@ struct ByObjective {
         if (threadIdx.x < V::size)
             place.amount()[threadIdx.x] = place.staying_tokens()[threadIdx.x] + place.of_tokens().at(threadIdx.x);
         int ranks = c.shape.ranks, mean = ending.total / ranks + (ending.total % ranks != 0);
-        Search<V, CountTokens>{c, place.amount(), place.active(), verdicts, place.reach(), {}, load, max(mean, most), most_active,
+        Search<V, CountTokens>{c, place.amount(), place.active(), place.own(), verdicts, place.reach(), {}, load, max(mean, most), most_active,
                                o.free_rows}.run();
     }
 
     // Adds up the tokens of each rank. Only the thread of a rank may read its sum without a barrier.
     __device__ void add_up_loads() const {
-        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) atomicAdd(&place.load()[c.arcs[a].rank], c.tokens[a]);
+        block_stride<V::threads>(c.shape.arcs, [&](int a) { atomicAdd(&place.load()[c.arcs[a].rank], c.tokens[a]); });
         __syncthreads();  // the loads are added up before they are read
         if (threadIdx.x < V::size) c.load()[threadIdx.x] = place.load()[threadIdx.x];
     }

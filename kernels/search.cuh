@@ -3,8 +3,8 @@
 // The ranks with the largest amounts pass rows on, each along a chain of experts' copies. Each warp looks for one chain:
 // several warps from the largest rank with different aims, the others from other ranks with the first aim. The lanes of
 // a warp share the arcs that may leave the ranks of the chain's front. Each rank keeps the best move that reaches it, as
-// the least of 32-bit keys. So no result depends on the order of threads. A round has two barriers of the block. An aim
-// without a chain costs no further round.
+// the least of 32-bit keys. So no result depends on the order of threads. A round has two barriers of the block. It takes
+// as long as its shortest chain: other warps give up once they cannot find one as short.
 #pragma once
 
 #include "component.cuh"
@@ -36,7 +36,9 @@ struct CountTokens {
     static constexpr bool limits_slots = true;
 
     __device__ Amount of(int rows) const { return rows; }
-    __device__ int most_rows(Amount amount) const { return int(max(Amount(-1), min(amount, Amount(MAX_TOTAL)))); }
+    __device__ int most_rows(Amount amount, Amount&) const {
+        return int(max(Amount(-1), min(amount, Amount(MAX_TOTAL))));
+    }
 };
 
 // Rows cost nanoseconds, by tiles.
@@ -57,12 +59,13 @@ struct CountCosts {
         return steps[inside] + Amount(slope) * (tiles - inside);
     }
 
-    // The most rows, in whole tiles, that cost at most `amount`; -1 if that is negative.
-    __device__ int most_rows(Amount amount) const {
+    // The most rows, in whole tiles, that cost at most `amount`, and their cost; -1 if that is negative.
+    __device__ int most_rows(Amount amount, Amount& cost) const {
         if (amount < 0) return -1;
         int last = steps[number];
         if (amount >= last) {
             Amount more = slope > 0 ? min(per.of_amount(amount - last), Amount(MAX_TOTAL)) : MAX_TOTAL;
+            cost = last + slope * more;
             return int(min((number + more) * tile.number, Amount(MAX_TOTAL)));
         }
         int tiles = 0, most = int(amount);  // `amount` is below the last step, so it fits
@@ -73,6 +76,7 @@ struct CountCosts {
             for (int i = 1; i < 4; ++i) enough += steps[min(tiles + i * width, number)] <= most;
             tiles += enough * width;
         }
+        cost = steps[tiles];
         return int(min(Amount(tiles) * tile.number, Amount(MAX_TOTAL)));
     }
 };
@@ -157,8 +161,13 @@ struct Reach {
 template <typename V>
 struct Verdicts {
     typename V::Set touched[NUM_AIMS + NUM_OTHERS];  // ranks of the chain that each has found; none: no chain
-    int first;                                       // the first aim for which a chain is known
+    int moves[NUM_AIMS + NUM_OTHERS];                // of that chain
+    int best;                                        // the least `place_of` of a chain that is known
 };
+
+// The place of a chain of so many moves among those of the largest rank: the shortest is first, then the first aim.
+__device__ int place_of(int moves, int attempt) { return moves * NUM_AIMS + attempt; }
+constexpr int NO_CHAIN = (CHAIN + 1) * NUM_AIMS;
 
 // A search: its input, and this warp's chain.
 template <typename V, typename Measure>
@@ -171,6 +180,7 @@ struct Search {
     const Component<V>& c;
     Amount* amount;             // [size] of each rank
     int* active;                // [size] slots with rows, where these are limited
+    Amount* own;                // [arcs] what the rows of each count
     Verdicts<V>& verdicts;
     Reach<V> reach;
     Measure measure;
@@ -193,16 +203,18 @@ struct Search {
         Amount rest;            // then the rank's amount
     };
 
-    __device__ Leaving leaving(const Arc& arc, int rows) const {
-        Amount own = measure.of(rows), reached = reach.amount()[arc.rank];
-        int keep = min(measure.most_rows(own - reached + aim), rows - 1), active = 0;
+    __device__ Leaving leaving(const Arc& arc, int a) const {
+        // By cost a rank of a chain is above the aim, so it cannot keep all rows.
+        Amount own = this->own[a], reached = reach.amount()[arc.rank], kept = 0;
+        int rows = c.tokens[a], keep = measure.most_rows(own - reached + aim, kept), active = 0;
         if (Measure::limits_slots) {
             active = reach.active()[arc.rank];
-            if (load[arc.place] <= splits_above || active > most_active) keep = min(keep, 0);
+            keep = min(keep, load[arc.place] <= splits_above || active > most_active ? 0 : rows - 1);
             active -= keep == 0;
+            kept = keep;
         }
         if (keep < 0 || active > most_active) return {0, 0, 0};
-        return {rows - keep, active, reached - own + measure.of(keep)};
+        return {rows - keep, active, reached - own + kept};
     }
 
     // The arc of the same expert on another rank.
@@ -216,12 +228,13 @@ struct Search {
         int rows = c.tokens[to];
         bool closes = rank == first;
         active = Measure::limits_slots ? (closes ? reach.rest_active()[reach.via()[from]] : this->active[rank]) + (rows == 0) : 0;
-        return (closes ? reach.rest()[reach.via()[from]] : amount[rank]) - measure.of(rows) + measure.of(rows + moved);
+        return (closes ? reach.rest()[reach.via()[from]] : amount[rank]) - own[to] + measure.of(rows + moved);
     }
 
     // Collects the arcs that may leave the front. Returns their number.
     __device__ int find_leaving(Set front) const {
         int lane = threadIdx.x % 32, number = 0;
+        #pragma unroll 1
         for (int begin = 0; begin < c.shape.arcs; begin += 32) {
             int a = begin + lane;
             bool may = false;
@@ -237,38 +250,70 @@ struct Search {
         return number;
     }
 
-    // Finds the best moves from the front to other ranks. The best move that ends a chain stays in the lane that found
-    // it. Returns its key, the same to every lane.
+    // Finds the best moves from the front to other ranks, and records how these are reached. The best move that ends a
+    // chain stays in the lane that found it. Returns its key, the same to every lane.
     __device__ Key find_moves(int number, Set seen, bool may_close) {
         Key best = NONE;
-        for (int i = threadIdx.x % 32; i < number; i += 32) {
-            int a = reach.leaving()[i];
-            Arc leaves = c.arcs[a];
-            Leaving leave = leaving(leaves, c.tokens[a]);
-            if (leave.moved == 0) continue;
-            Set targets = Set(leaves.ranks) & ~seen;
-            if (may_close && has(Set(leaves.ranks), first) && arc_on(leaves, first) != reach.left()[reach.via()[leaves.rank]])
-                targets |= Set(1) << first;
-            for (; targets != 0; targets &= targets - 1) {
-                int rank = lowest_of<V>(targets), enters = arc_on(leaves, rank), active;
-                Amount count = with(enters, rank, leave.moved, leaves.rank, active);
-                Key key = Key(min(count >> unit, Amount((1 << COUNT_BITS) - 1))) << 16 | unsigned(a);
-                bool crowds = active > most_active;
-                if (crowds) key |= CROWDS;
-                if (crowds || count > aim) {
-                    if (rank != first) atomicMin(&reach.keys()[rank], key);
-                } else if (key < best) {
-                    best = key;
-                    arc = a;
-                    to = enters;
-                    moved = leave.moved;
-                    rest = leave.rest;
-                    left_active = leave.active;
-                    end = count;
-                    end_active = active;
-                    source = leaves.rank;
-                    target = rank;
+        #pragma unroll 1
+        for (int i = threadIdx.x % 32; __any_sync(~0u, i < number); i += 32) {
+            int a = 0;
+            Arc leaves{};
+            Leaving leave{};
+            Set targets{};
+            if (i < number) {
+                a = reach.leaving()[i];
+                leaves = c.arcs[a];
+                leave = leaving(leaves, a);
+                targets = leave.moved > 0 ? Set(leaves.ranks) & ~seen : 0;
+                if (leave.moved > 0 && may_close && has(Set(leaves.ranks), first) &&
+                    arc_on(leaves, first) != reach.left()[reach.via()[leaves.rank]])
+                    targets |= Set(1) << first;
+            }
+            #pragma unroll 1
+            while (__any_sync(~0u, targets != 0)) {
+                int rank = 0, enters = 0, active = 0;
+                Amount count = 0;
+                Key key = NONE;
+                if (targets != 0) {
+                    rank = lowest_of<V>(targets);
+                    targets &= targets - 1;
+                    enters = arc_on(leaves, rank);
+                    count = with(enters, rank, leave.moved, leaves.rank, active);
+                    key = Key(min(count >> unit, Amount((1 << COUNT_BITS) - 1))) << 16 | unsigned(a);
+                    bool crowds = active > most_active;
+                    if (crowds) key |= CROWDS;
+                    if (crowds || count > aim) {
+                        if (rank == first) key = NONE;
+                        else atomicMin(&reach.keys()[rank], key);
+                    } else {
+                        if (key < best) {
+                            best = key;
+                            arc = a;
+                            to = enters;
+                            moved = leave.moved;
+                            rest = leave.rest;
+                            left_active = leave.active;
+                            end = count;
+                            end_active = active;
+                            source = leaves.rank;
+                            target = rank;
+                        }
+                        key = NONE;
+                    }
                 }
+                __syncwarp();  // keys are lowered before they are compared
+                if (key != NONE && reach.keys()[rank] == key) {
+                    reach.amount()[rank] = count;
+                    reach.rest()[rank] = leave.rest;
+                    reach.active()[rank] = active;
+                    reach.rest_active()[rank] = leave.active;
+                    reach.from()[rank] = leaves.rank;
+                    reach.via()[rank] = leaves.rank == first ? rank : reach.via()[leaves.rank];
+                    reach.left()[rank] = a;
+                    reach.entered()[rank] = enters;
+                    reach.moved()[rank] = leave.moved;
+                }
+                __syncwarp();  // a rank is recorded before a better move to it may overwrite that
             }
         }
         Key least_key = __reduce_min_sync(~0u, best);
@@ -276,26 +321,9 @@ struct Search {
         return least_key;
     }
 
-    // Records how a rank was reached.
-    __device__ void take(Key key, int rank) const {
-        int a = int(key & 0xffff), active;
-        Arc leaves = c.arcs[a];
-        Leaving leave = leaving(leaves, c.tokens[a]);
-        int enters = arc_on(leaves, rank);
-        reach.amount()[rank] = with(enters, rank, leave.moved, leaves.rank, active);
-        reach.rest()[rank] = leave.rest;
-        reach.active()[rank] = active;
-        reach.rest_active()[rank] = leave.active;
-        reach.from()[rank] = leaves.rank;
-        reach.via()[rank] = leaves.rank == first ? rank : reach.via()[leaves.rank];
-        reach.left()[rank] = a;
-        reach.entered()[rank] = enters;
-        reach.moved()[rank] = leave.moved;
-    }
-
-    // Looks for a chain. Returns whether it found one, the same to every lane. `attempt`: the number of the largest
-    // rank's aim; the search ends where an earlier aim has a chain.
-    __device__ bool find_chain(int attempt) {
+    // Looks for a chain. Returns the number of its moves, the same to every lane; 0: none. `attempt`: the number of the
+    // largest rank's aim. The search ends where a chain is known that comes before any that it could still find.
+    __device__ int find_chain(int attempt) {
         int lane = threadIdx.x % 32;
         #pragma unroll
         for (int i = 0; i < V::words; ++i)
@@ -308,29 +336,24 @@ struct Search {
         __syncwarp();  // keys and the first rank's state are initialised before any lane uses them
         Set seen = Set(1) << first, front = seen;
         #pragma unroll 1
-        for (int length = 0; length < CHAIN; ++length) {
-            if (attempt > 0) {
-                int known = lane == 0 ? atomicMin(&verdicts.first, NUM_AIMS) : 0;
-                if (__shfl_sync(~0u, known, 0) < attempt) return false;
-            }
-            if (find_moves(find_leaving(front), seen, length > 0) != NONE) return true;
-            __syncwarp();  // all keys are final before they are read
+        for (int moves = 1; moves <= CHAIN; ++moves) {
+            int known = lane == 0 && moves > 1 ? atomicMin(&verdicts.best, NO_CHAIN) : NO_CHAIN;
+            int number = find_leaving(front);
+            if (__shfl_sync(~0u, known, 0) < place_of(moves, attempt)) return 0;
+            if (find_moves(number, seen, moves > 1) != NONE) return moves;
             bool flag[V::words];
             #pragma unroll
             for (int i = 0; i < V::words; ++i) {
                 int rank = lane + 32 * i;
-                Key key = rank < V::size ? reach.keys()[rank] : NONE;
-                flag[i] = key != NONE;
-                if (!flag[i]) continue;
-                take(key, rank);
-                reach.keys()[rank] = NONE;
+                flag[i] = rank < V::size && reach.keys()[rank] != NONE;
+                if (flag[i]) reach.keys()[rank] = NONE;
             }
             front = vote<V>(flag);
-            if (front == 0) return false;
+            if (front == 0) return 0;
             seen |= front;
-            __syncwarp();  // the new front is recorded before the next step reads it
+            __syncwarp();  // keys are reset before the next step lowers them
         }
-        return false;
+        return 0;
     }
 
     // The ranks of the chain that was found, without its first and its last one.
@@ -349,15 +372,18 @@ struct Search {
         for (int i = 0; i < V::words; ++i) {
             int rank = lane + 32 * i;
             if (rank >= V::size || !has(path, rank)) continue;
-            c.tokens[reach.left()[rank]] -= reach.moved()[rank];
-            c.tokens[reach.entered()[rank]] += reach.moved()[rank];
+            move(reach.left()[rank], reach.entered()[rank], reach.moved()[rank]);
             if (!(closes && reach.from()[rank] == first)) leave_rank(reach.from()[rank], reach.rest()[rank], reach.rest_active()[rank]);
         }
         if (!is_mine) return;
-        c.tokens[arc] -= moved;
-        c.tokens[to] += moved;
+        move(arc, to, moved);
         leave_rank(source, rest, left_active);
         leave_rank(target, end, end_active);
+    }
+
+    __device__ void move(int from, int to, int rows) {
+        own[from] = measure.of(c.tokens[from] -= rows);
+        own[to] = measure.of(c.tokens[to] += rows);
     }
 
     __device__ void leave_rank(int rank, Amount count, int slots) {
@@ -370,8 +396,9 @@ struct Search {
     __device__ Amount run() {
         int warp = threadIdx.x / 32, lane = threadIdx.x % 32, worst;
         Amount finest = max(Amount(1), least >> FINEST), step = 0, most = 0;
-        if (threadIdx.x == 0) verdicts.first = NUM_AIMS;
-        __syncthreads();  // the verdict is initialised before any warp reads it
+        if (threadIdx.x == 0) verdicts.best = NO_CHAIN;
+        block_stride<V::threads>(c.shape.arcs, [&](int a) { own[a] = measure.of(c.tokens[a]); });
+        __syncthreads();  // the verdict and what rows count are initialised before any warp reads them
         #pragma unroll 1
         for (int round = 0;; ++round) {
             Amount counts[V::words];
@@ -387,58 +414,68 @@ struct Search {
             #pragma unroll
             for (int i = 1; i < NUM_AIMS; ++i)  // 0 behind the last step
                 steps[i] = steps[i - 1] > finest ? max(finest, steps[i - 1] >> SHRINK) : 0;
-            Amount own = steps[0];
+            Amount mine = steps[0], last = steps[0];
             #pragma unroll
-            for (int i = 1; i < NUM_AIMS; ++i)
-                if (warp == i) own = steps[i];
-            aim = least + max(Amount(0), above - own);
+            for (int i = 1; i < NUM_AIMS; ++i) {
+                if (warp == i) mine = steps[i];
+                if (steps[i] > 0) last = steps[i];
+            }
+            aim = least + max(Amount(0), above - mine);
             first = worst;
-            bool looks = own > 0;
+            bool looks = mine > 0;
             if (warp >= NUM_AIMS) {
                 bool flag[V::words];
                 #pragma unroll
                 for (int i = 0; i < V::words; ++i) flag[i] = counts[i] > aim;
                 Set others = vote<V>(flag) & ~(Set(1) << worst);
+                #pragma unroll 1
                 for (int i = NUM_AIMS; i < warp; ++i) others &= others - 1;
                 looks = others != 0 && warp < NUM_AIMS + NUM_OTHERS;
                 if (looks) first = lowest_of<V>(others);
             }
             Set between{}, touched{};
             is_mine = false;
-            if (looks && find_chain(warp < NUM_AIMS ? warp : 0)) {
-                if (warp < NUM_AIMS && lane == 0) atomicMin(&verdicts.first, warp);
+            int moves = looks ? find_chain(warp < NUM_AIMS ? warp : 0) : 0;
+            if (moves > 0) {
+                if (warp < NUM_AIMS && lane == 0) atomicMin(&verdicts.best, place_of(moves, warp));
                 between = path();
                 unsigned mine = __ffs(int(__ballot_sync(~0u, is_mine))) - 1;
                 touched = between | Set(1) << first | Set(1) << __shfl_sync(~0u, target, mine);
             }
-            if (lane == 0 && warp < NUM_AIMS + NUM_OTHERS) verdicts.touched[warp] = touched;
+            if (lane == 0 && warp < NUM_AIMS + NUM_OTHERS) {
+                verdicts.touched[warp] = touched;
+                verdicts.moves[warp] = moves;
+            }
             __syncthreads();  // all warps have ended their search before moves change what it reads
-            int found = NUM_AIMS;
-            Set taken{};
+            // A lane has the verdict of a warp.
+            bool has_verdict = lane < NUM_AIMS + NUM_OTHERS;
+            Set theirs = has_verdict ? verdicts.touched[lane] : Set{};
+            int their_moves = has_verdict ? verdicts.moves[lane] : 0;
+            int best = lane < NUM_AIMS && theirs != 0 ? place_of(their_moves, lane) : NO_CHAIN;
+            best = int(__reduce_min_sync(~0u, unsigned(best)));
+            int found = best == NO_CHAIN ? -1 : best % NUM_AIMS;
+            step = last;
             #pragma unroll
             for (int i = 0; i < NUM_AIMS; ++i)
-                if (steps[i] > 0) step = steps[i];
-            #pragma unroll
-            for (int i = NUM_AIMS - 1; i >= 0; --i) {
-                if (verdicts.touched[i] == 0) continue;
-                found = i;
-                step = steps[i];
-                taken = verdicts.touched[i];
-            }
-            if (found == NUM_AIMS) {
+                if (i == found) step = steps[i];
+            if (best == NO_CHAIN) {
                 if (step <= finest) break;
                 step = max(finest, step >> SHRINK);
             } else {
-                bool moves = warp == found;
-                #pragma unroll
-                for (int i = NUM_AIMS; i < NUM_AIMS + NUM_OTHERS; ++i) {
-                    Set other = verdicts.touched[i];
-                    if (other == 0 || (other & taken) != 0) continue;
+                Set taken = __shfl_sync(~0u, theirs, found);
+                bool makes = warp == found;
+                // Chains of other ranks that are no longer.
+                unsigned left = __ballot_sync(~0u, lane >= NUM_AIMS && theirs != 0 && their_moves <= best / NUM_AIMS);
+                #pragma unroll 1
+                for (; left != 0; left &= left - 1) {
+                    int i = __ffs(int(left)) - 1;
+                    Set other = __shfl_sync(~0u, theirs, i);
+                    if ((other & taken) != 0) continue;
                     taken |= other;
-                    moves |= warp == i;
+                    makes |= warp == i;
                 }
-                if (moves) make_moves(between);
-                if (threadIdx.x == 0) verdicts.first = NUM_AIMS;
+                if (makes) make_moves(between);
+                if (threadIdx.x == 0) verdicts.best = NO_CHAIN;
             }
             __syncthreads();  // moves are made before amounts are read; verdicts are read before they are overwritten
         }

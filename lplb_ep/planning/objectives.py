@@ -33,6 +33,8 @@ from .search_rules import (
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
+_Chain = list[tuple[int, int, int]]
+"""Moves of rows: the arcs that they leave and enter, and their number."""
 
 
 class Reached(NamedTuple):
@@ -281,10 +283,11 @@ class _Component:
         Each round takes the rank that counts most, the first of several, and aims below it. At
         first it aims halfway to the bound. `_chain` finds what to move. Where there is no chain the
         step shrinks, down to 2 to the minus `FINEST` of the bound. Up to `NUM_AIMS` steps are tried
-        in a round, and what the first one with a chain finds is moved.
+        in a round. The shortest chain is moved, and of equal ones that of the largest step.
 
-        Other ranks above the round's first aim look for chains, too, the first `NUM_OTHERS` of
-        them. They are moved in this order, as far as they touch no rank that moved before.
+        Other ranks above the round's first aim look for chains no longer than that, too, the first
+        `NUM_OTHERS` of them. They are moved in this order, as far as they touch no rank that moved
+        before.
         """
         rows = rows.copy()
         finest = max(1, limits.least >> FINEST)
@@ -298,21 +301,24 @@ class _Component:
             steps = [step or max(finest, above // 2)]
             while steps[-1] > finest and len(steps) < NUM_AIMS:
                 steps.append(max(finest, steps[-1] >> SHRINK))
-            chain = []
-            for step in steps:
-                aim = limits.least + max(0, above - step)
-                chain = self._chain(state, worst, aim, limits)
-                if chain:
-                    break
+            aims = [limits.least + max(0, above - step) for step in steps]
+            chain: _Chain = []
+            for attempt, aim in enumerate(aims):
+                # A later aim's chain must be shorter.
+                found = self._chain(state, worst, aim, limits, len(chain) - 1 if chain else CHAIN)
+                if found:
+                    chain, step = found, steps[attempt]
             if not chain:
+                step = steps[-1]
                 if step <= finest:
                     break
                 step = max(finest, step >> SHRINK)
                 continue
-            aim = limits.least + max(0, above - steps[0])
-            others = np.flatnonzero(state.amount > aim)
+            others = np.flatnonzero(state.amount > aims[0])
             others = others[others != worst][:NUM_OTHERS]
-            chains = [self._chain(state, int(other), aim, limits) for other in others]
+            chains = [
+                self._chain(state, int(other), aims[0], limits, len(chain)) for other in others
+            ]
             moved = np.zeros(state.amount.size, bool)
             for moves in (chain, *chains):
                 touched = self.rank[[arc for move in moves for arc in move[:2]]]
@@ -328,10 +334,8 @@ class _Component:
         amount = self._staying(measure) + self._sums(measure.of_slots(rows))
         return _State(rows, amount, self._staying_active() + self._sums(rows > 0))
 
-    def _chain(
-        self, state: _State, first: int, aim: int, limits: _Limits
-    ) -> list[tuple[int, int, int]]:
-        """Moves (from arc, to arc, rows), the last first, of a chain from `first`; none: no chain.
+    def _chain(self, state: _State, first: int, aim: int, limits: _Limits, most: int) -> _Chain:
+        """At most so many moves of a chain from `first`, the last first; none: no chain.
 
         After them all ranks that they touch are within the aim and the limit of active slots. It is
         a search by breadth. A rank passes on what brings it within the aim, and the next one may
@@ -340,7 +344,7 @@ class _Component:
         """
         found = _Reach(state, first)
         front = np.arange(len(state.amount)) == first
-        for length in range(CHAIN):
+        for length in range(most):
             moves = self._moves(state, found, front, first, aim, limits, length > 0)
             if not moves.arc.size:
                 break
@@ -470,7 +474,7 @@ class _Reach:
         self.root_amount[to] = moves.rest[i] if is_first else self.root_amount[source]
         self.root_active[to] = moves.left[i] if is_first else self.root_active[source]
 
-    def back_from(self, at: int, rank: Int64) -> list[tuple[int, int, int]]:
+    def back_from(self, at: int, rank: Int64) -> _Chain:
         """The moves that lead to a rank, the last first."""
         chain = []
         while at in self.moves:

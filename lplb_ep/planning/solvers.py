@@ -160,7 +160,7 @@ def _objective_bytes(capacity: Capacity, num_blocks: int) -> int:
 
 def _search_bytes(capacity: Capacity) -> int:
     of_reach = capacity.size * 48 + _multiple(8, 2 * capacity.max_arcs)  # of each warp
-    own = capacity.size * 60 + 8 * (MAX_STEPS + 2) + 4 * capacity.max_arcs
+    own = capacity.size * 60 + 8 * (MAX_STEPS + 2) + 12 * capacity.max_arcs
     return own + NUM_PLAN_THREADS // 32 * of_reach
 
 
