@@ -65,6 +65,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     return _read(Path(path), *_JSON)
 
 
+def read_json_lines(path: str | os.PathLike[str]) -> tuple[list[Any], bool]:
+    """What a file of JSON lines holds, whatever its name.
+
+    Returns:
+        The value of each line; and whether a last one is left out, of which only a part is there.
+
+    Raises:
+        ValueError: the content is no JSON lines, or one of them names a key twice.
+        OSError: the file cannot be read.
+    """
+    values, is_cut = _read(Path(path), "a file of JSON lines", _read_json_lines, b"{")
+    return values, is_cut
+
+
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
     """Writes lists, dictionaries, numbers and texts as JSON.
 
@@ -120,6 +134,22 @@ def _read_json(file: Path) -> Any:
         raise _ContentError(f"byte {error.start} is no UTF-8") from None
     except json.JSONDecodeError as error:
         raise _ContentError(str(error)) from None
+
+
+def _read_json_lines(file: Path) -> tuple[list[Any], bool]:
+    values: list[Any] = []
+    *lines, rest = file.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, *([rest] if rest else [])], 1):
+        try:
+            values.append(json.loads(line.decode(), object_pairs_hook=_once))
+        except ValueError as error:
+            if number > len(lines):
+                return values, True
+            said = "no UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            raise _ContentError(f"line {number}: {said}") from None
+        except _ContentError as error:
+            raise _ContentError(f"line {number}: {error}") from None
+    return values, False
 
 
 def _read_yaml(file: Path) -> Any:

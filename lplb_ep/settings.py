@@ -239,6 +239,13 @@ class Settings:
         "Every so many batches of a layer, and at the end, the first rank of its group logs their "
         "statistics at INFO (docs/metrics.md); 0: never.",
     )
+    metrics: str = _setting(
+        "LPLB_EP_METRICS",
+        "",
+        "A file that ends in `.jsonl`. Every `LPLB_EP_LOG_EVERY` batches of a layer, and at the "
+        "end, the first rank of each group adds their statistics, as `lplb-ep report` draws them.",
+        ends_in=".jsonl",
+    )
     record: str = _setting(
         "LPLB_EP_RECORD",
         "",
@@ -275,6 +282,8 @@ class Settings:
                 raise TypeError(f"{f.name} ({variable}) must be {a_kind}; got {value!r}")
             if not lies_within(value):
                 raise ValueError(f"{variable} must be {a_kind} {words}; got {value}")
+        if self.metrics and not self.log_every:
+            raise ValueError("LPLB_EP_METRICS needs LPLB_EP_LOG_EVERY above 0: it says how often")
         if self.every > 1 and self.mode == "1" and self.replicas != "valid":
             raise ValueError(
                 f"LPLB_EP_EVERY={self.every} needs LPLB_EP_REPLICAS=valid: between two exchanges "

@@ -92,7 +92,7 @@ class PlannerSettings(NamedTuple):
             min_gain=settings.min_gain if balances else 0,
             one_launch=settings.one_launch,
             every=settings.every if balances else 1,
-            # At home nothing is planned, and so nothing is recorded or logged.
+            # At home nothing is planned, and so nothing is recorded or written.
             sample_every=settings.record_every if settings.record and balances else 0,
             mark_every=settings.log_every if balances else 0,
         )
@@ -301,7 +301,7 @@ def _make(state: BufferState, use: LayerUse, *, compare: bool) -> Planner:
     # All know the loads, and one records and logs them.
     if state.group.rank() != 0:
         settings["sample_every"] = 0
-    if state.group.rank() != 0 or not is_logged():
+    if state.group.rank() != 0 or not (is_logged() or state.settings.metrics):
         settings["mark_every"] = 0
     planner = Planner(use.layer, state.group, slot=use.slot, compare=compare, **settings)
     of_group = channels.setdefault(state.group, {})

@@ -17,9 +17,11 @@ from .exporters import write_tensorboard as write_tensorboard
 from .layers import LayerStats as LayerStats
 from .layers import reset as reset
 from .layers import snapshot as snapshot
+from .line_file import LineFile as LineFile
 
 __all__ = [
     "LayerStats",
+    "LineFile",
     "register_prometheus",
     "reset",
     "scalars",

@@ -1,4 +1,4 @@
-"""A thread beside the program: lines about its layers in the log, and a recording of its loads.
+"""A thread beside the program: its layers' statistics in the log and a file, and their loads.
 
 It reads what planners keep on their devices, so replays of CUDA graphs are seen, too. The program
 waits for nothing of it.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 import threading
+from collections.abc import Sequence
 from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import torch.distributed as dist
 from ..layer import Layer
 from ..logs import logger
 from ..settings import Settings
-from .layers import Ended, Window, all_layers
+from .layers import Ended, LayerStats, Window, all_layers
+from .line_file import LineFile
 from .recorder import Recorder
 
 log = logger(__name__)
@@ -34,10 +36,14 @@ class Reporter:
     Args:
         log_every: batches of a layer from one line to the next; 0: there are none.
         recorder: takes samples of loads; None: none are taken.
+        lines: has the lines of the log as numbers; None: they are not written.
     """
 
-    def __init__(self, log_every: int, recorder: Recorder | None) -> None:
-        self._log_every, self._recorder = log_every, recorder
+    def __init__(
+        self, log_every: int, recorder: Recorder | None, lines: LineFile | None = None
+    ) -> None:
+        self._log_every, self._recorder, self._lines = log_every, recorder, lines
+        self._said = ""
         self._log = log.with_rank_of_now()
         self._window, self._lock = Window(), threading.Lock()
         self._ended: collections.deque[Ended] = collections.deque()
@@ -47,7 +53,7 @@ class Reporter:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to report."""
-        return self._recorder is not None or self._logs
+        return self._recorder is not None or self._lines is not None or self._logs
 
     @property
     def _logs(self) -> bool:
@@ -85,18 +91,28 @@ class Reporter:
         with self._lock:
             layers = [layer for layer in all_layers() if _is_first(layer)]
             ended = [self._ended.popleft() for _ in range(len(self._ended))]
-            if self._logs:
+            if self._logs or self._lines is not None:
                 found = self._window.stats(layers, renew_at=1, marked=not last)
                 by_layer: dict[Layer, list[Ended]] = {}
                 for one in ended:
                     by_layer.setdefault(one.layer, []).append(one)
                 found += self._window.stats_of_planners([*by_layer.items()], renew_at=1)
-                for stats in found:
-                    if stats.batches:
-                        self._log.info("%s", stats)
+                self._tell([stats for stats in found if stats.batches])
             if self._recorder is not None:
                 self._recorder.take(layers, ended, all_done=last and _is_idle())
                 self._recorder.write(now=last)
+
+    def _tell(self, found: Sequence[LayerStats]) -> None:
+        if self._logs:
+            for stats in found:
+                self._log.info("%s", stats)
+        if self._lines is not None:
+            try:
+                self._lines.add(found)
+            except OSError as error:
+                if self._said != str(error):  # once
+                    self._said = str(error)
+                    _say_unwritable(self._lines.path, error)
 
     def _run(self) -> None:
         while not self._ends.wait(INTERVAL_S):
@@ -146,13 +162,24 @@ def _start(settings: Settings) -> None:
         recorder = Recorder(_path_of_rank(Path(settings.record)), settings.record_every)
         if not recorder.is_writable():
             recorder = None
-    reporter = Reporter(settings.log_every, recorder)
+    lines = None
+    if settings.metrics:
+        path = _path_of_rank(Path(settings.metrics))
+        try:
+            lines = LineFile(path)
+        except OSError as error:
+            _say_unwritable(path, error)
+    reporter = Reporter(settings.log_every, recorder, lines)
     if reporter.has_work:
         _reporters.append(reporter)
         reporter.start()
 
 
+def _say_unwritable(path: Path, error: OSError) -> None:
+    log.error("LPLB_EP_METRICS: %s cannot be written: %s", path, error.strerror)
+
+
 def _path_of_rank(path: Path) -> Path:
-    """A file for each process that records: the first rank of each group."""
+    """A file for each process that writes: the first rank of each group."""
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

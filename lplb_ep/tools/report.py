@@ -78,6 +78,7 @@ def page_of(
         place = {number: layer for layer, number in enumerate(recording.layers)}
         moves = [[m.batch // size, place[m.layer], m.num_copies] for m in timeline.moves]
     data = {
+        "kind": "recording",
         "moves": moves,
         "title": title,
         "about": about,
@@ -100,7 +101,7 @@ def page_of(
         if result.guests is None
         else with_gaps(means(result.guests).round(2).ravel().tolist()),
     }
-    return _filled(data)
+    return filled(data)
 
 
 def _packed(values: npt.NDArray[np.float64]) -> str:
@@ -120,14 +121,19 @@ def _hottest(load: npt.NDArray[Any], placement: Placement) -> list[list[float]]:
     ]
 
 
-def _filled(data: dict[str, Any]) -> str:
-    """The page with its parts in the places of their names."""
+def filled(data: dict[str, Any]) -> str:
+    """The page with its parts in the places of their names.
+
+    Args:
+        data: what its scripts draw. `kind` names the script of what only some pages have.
+    """
     # In a script element only this could be taken for its end, or for a comment.
     text = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    scripts = [(_PAGE / f"{name}.js").read_text("utf-8") for name in ("page", data["kind"])]
     parts = {
         "style": (_PAGE / "page.css").read_text("utf-8"),
         "library": (_PAGE / "echarts.min.js").read_text("utf-8"),
-        "script": (_PAGE / "page.js").read_text("utf-8"),
+        "script": "\n".join([*scripts, "start();"]),
         "data": text,
     }
     page = (_PAGE / "page.html").read_text("utf-8")

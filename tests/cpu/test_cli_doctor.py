@@ -6,7 +6,9 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from lplb_ep import Placement
+from lplb_ep import Layer, Placement, Planner
+from lplb_ep.metrics import LineFile
+from lplb_ep.metrics.layers import stats_of
 from lplb_ep.planning import solvers
 from lplb_ep.planning.solvers import MAX_PLAN_RANKS, in_steps, log_in_steps, why_in_steps
 from lplb_ep.tools import cli
@@ -52,6 +54,23 @@ def test_a_recording_that_will_be_written(told, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
     _, said = told("record", LPLB_EP="home")
     assert said == f"{path} nothing is recorded where LPLB_EP is home, but where it is 1"
+
+
+def test_metrics_that_will_be_written(told, tmp_path):
+    path = tmp_path / "run.jsonl"
+    asked = {"LPLB_EP": 1, "LPLB_EP_METRICS": path, "LPLB_EP_LOG_EVERY": 5}
+    said = f"{path} every 5 batches of a layer, two files of 64 MiB"
+    assert told("metrics", **asked) == (0, said)
+    path.write_text("of something else")
+    assert told("metrics") == (0, f"{said}; replaces a file that has no metrics")
+    layer = Layer(Placement([0, 1, 2, 0], 2))
+    planner = Planner(layer, rank=0, counts="given")
+    planner([[0]], [[1, 0, 0], [0, 0, 0]])
+    LineFile(path).add(stats_of([layer]))
+    assert told("metrics") == (0, f"{said}; replaces those of another run")
+    assert told("metrics", LPLB_EP="home")[1].startswith(f"{path} nothing is written where")
+    at = tmp_path / "none" / "run.jsonl"
+    assert told("metrics", LPLB_EP_METRICS=at)[0] == 2
 
 
 def test_a_recording_that_cannot_be_written(told, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from lplb_ep.errors import MissingPackageError
 from lplb_ep.metrics import recorder, reporter
 from lplb_ep.metrics.layers import stats_of
 from lplb_ep.tools.cli import main
+from lplb_ep.tools.metric_lines import read_metrics
 from lplb_ep.tools.recordings import load_recording
 
 E, R, K = 8, 2, 2
@@ -518,6 +519,7 @@ def test_each_group_writes_a_file_of_its_own(monkeypatch):
     [
         ("LPLB_EP_RECORD", "run.pt", "LPLB_EP_RECORD must be a file that ends in .npz; got run.pt"),
         ("LPLB_EP_RECORD_EVERY", "0", "LPLB_EP_RECORD_EVERY must be a whole number of at least 1"),
+        ("LPLB_EP_METRICS", "run.json", "LPLB_EP_METRICS must be a file that ends in .jsonl; got"),
         ("LPLB_EP_LOG", "warn", "LPLB_EP_LOG must be one of program, info, debug; got 'warn'"),
         ("LPLB_EP_LOG_EVERY", "often", "LPLB_EP_LOG_EVERY must be a whole number; got 'often'"),
     ],
@@ -564,6 +566,7 @@ def test_a_process_that_ends_leaves_its_recording_and_lines(process, group, tmp_
         "LPLB_EP_LOG_EVERY": "10",
         "LPLB_EP_RECORD": str(tmp_path / "run.npz"),
         "LPLB_EP_RECORD_EVERY": "3",
+        "LPLB_EP_METRICS": str(tmp_path / "run.jsonl"),
         "PYTHONPATH": str(Path(lplb_ep.__file__).parents[1]),
     }
     done = subprocess.run(
@@ -576,6 +579,9 @@ def test_a_process_that_ends_leaves_its_recording_and_lines(process, group, tmp_
     recording = load_recording(tmp_path / "run.npz")
     assert recording.counts[:, 0].tolist() == [[n] * 3 for n in (1, 4, 7, 10)]
     assert recording.layers == (4,)
+    (line,) = read_metrics(tmp_path / "run.jsonl").lines
+    assert (line.stats.layer, line.stats.batches) == ("model.layers.4.moe", 10)
+    assert line.stats.rows == 3 * sum(range(1, 11))
     assert [s for s in done.stderr.splitlines() if " batches" in s and "10 batches" not in s] == []
     (line,) = (line for line in done.stderr.splitlines() if "10 batches" in line)
     assert line.startswith("lplb_ep rank 0: ")

@@ -23,12 +23,17 @@ pytestmark = pytest.mark.usefixtures("clean_environment")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
-def data_of(page):
-    """The numbers of a page, as its script reads them."""
+def content_of(page):
+    """What the scripts of a page draw."""
     (text,) = re.findall(
         r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL
     )
-    data = json.loads(text)
+    return json.loads(text)
+
+
+def data_of(page):
+    """The numbers of a recording's page, as its script reads them."""
+    data = content_of(page)
     for part in ("imbalance", "rank_loads"):
         for name, packed in data[part].items():
             words = np.frombuffer(base64.b64decode(packed), "<u2")

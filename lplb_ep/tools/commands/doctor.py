@@ -134,6 +134,8 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
         choices["guests"] = lambda: _describe_guests(settings)
     if settings.one_launch:
         choices["launches"] = lambda: _describe_launches(settings)
+    if settings.metrics:
+        choices["metrics"] = lambda: _describe_metrics(settings)
     if settings.record:
         choices["record"] = lambda: _describe_record(settings)
     return choices
@@ -159,6 +161,33 @@ def _describe_launches(settings: Settings) -> tuple[str, str]:
                 return "three", f"{name}: {why}" if name else why
     why = in_steps(_choose_counts(settings)[0])
     return ("three", why) if why else ("one", f"of at most {settings.one_launch} picks of a rank")
+
+
+def _describe_metrics(settings: Settings) -> tuple[str, str]:
+    """The file of statistics, and what becomes of one that is there.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from ...metrics.line_file import MAX_BYTES
+    from ...metrics.recorder import check_writable
+    from ..metric_lines import read_metrics
+
+    path = Path(settings.metrics)
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    if settings.mode != "1":
+        return str(path), f"nothing is written where LPLB_EP is {settings.mode}, but where it is 1"
+    said = f"every {settings.log_every} batches of a layer, two files of {MAX_BYTES >> 20} MiB"
+    if path.exists():
+        try:
+            read_metrics(path)
+            said += "; replaces those of another run"
+        except ValueError:
+            said += "; replaces a file that has no metrics"
+    return str(path), said
 
 
 def _describe_record(settings: Settings) -> tuple[str, str]:

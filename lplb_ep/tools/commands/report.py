@@ -1,4 +1,4 @@
-"""`lplb-ep report`: a page with charts of recorded routing, at home and balanced."""
+"""`lplb-ep report`: a page with charts of recorded routing, or of a run's metrics."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def add(commands: Any) -> None:
     """Adds the command to the parser's."""
     parser = commands.add_parser(
         "report",
-        help="a page with charts of recorded routing, at home and balanced",
+        help="a page with charts of recorded routing, or of a run's metrics",
         description="Replays recorded routing on a placement and writes one HTML file: loads by "
-        "rank and layer, imbalance over time, the hottest experts. It needs no network.",
+        "rank and layer, imbalance over time, the hottest experts. It needs no network. Of a run's "
+        "metrics, a FILE that ends in .jsonl (LPLB_EP_METRICS), it draws what its batches were.",
     )
     parser.set_defaults(command=_run)
     add_recording(parser)
@@ -54,6 +55,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_outputs(args)
         if Path(args.output).suffix.lower() not in (".html", ".htm"):
             raise ValueError(f"-o must end in .html; got {args.output}")
+        if args.file.lower().endswith(".jsonl"):
+            _report_metrics(args)
+            return 0
         rule = guest_rule(args)
         settings = _refresh_settings(args, rule)
         from ..replay import replay
@@ -100,6 +104,32 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             found = summary[name]
             print(f"{said:<12} median {found['median']:.3f}, worst {found['worst']:.3f}")
     return 0
+
+
+def _report_metrics(args: argparse.Namespace) -> None:
+    """The page of a run's metrics."""
+    for name, value in vars(args).items():
+        if value not in (None, 0) and name not in ("command", "file", "output", "csv"):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is for recordings; {args.file} has metrics of a run")
+    import numpy as np
+
+    from ..metric_lines import read_metrics
+    from ..report_metrics import about_metrics, imbalance_by_layer, page_of_metrics
+
+    metrics = read_metrics(args.file)
+    notes = ["the last line is left out: only a part of it is there"] if metrics.is_cut else []
+    page = page_of_metrics(metrics, [f"{note[0].upper()}{note[1:]}." for note in notes])
+    Path(args.output).write_text(page, "utf-8")
+    write_csv(args.csv, metrics.rows())
+    print(f"{args.output}: {metrics.source}; {about_metrics(metrics)}")
+    print_notes(notes)
+    found = imbalance_by_layer(metrics)
+    for name, said in (("home", "at home"), ("lp", "as planned"), ("bound", "lower bound")):
+        known = found[name][~np.isnan(found[name])]
+        if known.size:
+            middle, most = np.median(known), known.max()
+            print(f"{said:<12} median layer {middle:.3f}, worst layer {most:.3f}")
 
 
 def _refresh_settings(args: argparse.Namespace, rule: dict[str, Any]) -> Settings | None:

@@ -1,0 +1,95 @@
+"""A file of statistics as JSON lines, for `lplb-ep report` and other readers."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .layers import LayerStats, Window, all_layers
+
+VERSION = 1
+FIELDS = tuple(
+    field.name for field in dataclasses.fields(LayerStats) if not field.name.startswith("worst")
+)
+"""Of `LayerStats`, in a line. The worst batch of such a window is not known."""
+MAX_BYTES = 64 << 20
+"""Of a file. The one that is full stays beside the next."""
+
+
+class LineFile:
+    """A file that grows by a line for each layer and window of batches.
+
+    A line is a JSON object: fields of `LayerStats`, and those that docs/metrics.md names.
+    A full file is renamed, `run.jsonl` to `run.before.jsonl`, and begun anew. So two files have the
+    last windows, of at least 64 MiB.
+
+    Args:
+        path: the file, which is replaced. Its name ends in `.jsonl`.
+
+    Raises:
+        ValueError: the name ends in something else.
+        OSError: the file is not writable.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if self.path.suffix != ".jsonl":
+            raise ValueError(f"path must end in .jsonl; got {os.fspath(path)}")
+        now = datetime.datetime.now(datetime.timezone.utc)
+        self._run = f"{now:%Y-%m-%dT%H:%M:%SZ} {uuid.uuid4().hex[:8]}"
+        self._window = Window()
+        self._before: collections.Counter[str] = collections.Counter()
+        self.path.write_text("")
+
+    def write(self) -> None:
+        """Adds a line for each layer of this process that had batches since the last call.
+
+        The first call has the batches since the process began. Call it on one rank of each group.
+
+        Raises:
+            OSError: the file is not writable.
+            RuntimeError: batches come faster than they can be read.
+        """
+        self.add(self._window.stats(all_layers(), renew_at=1))
+
+    def add(self, several: Iterable[LayerStats]) -> None:
+        """Adds a line for each of the statistics that have batches.
+
+        Args:
+            several: of windows that do not overlap.
+
+        Raises:
+            OSError: the file is not writable.
+        """
+        lines = [self._line(stats) for stats in several if stats.batches]
+        if not lines:
+            return
+        if self.path.exists() and self.path.stat().st_size > MAX_BYTES:
+            os.replace(self.path, self.path.with_name(f"{self.path.stem}.before.jsonl"))
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.writelines(lines)
+
+    def _line(self, stats: LayerStats) -> str:
+        values = {
+            "lplb_ep_metrics": VERSION,
+            "run": self._run,
+            "time": round(time.time(), 3),
+            "before": self._before[stats.layer],
+            **{name: getattr(stats, name) for name in FIELDS},
+        }
+        self._before[stats.layer] += stats.batches
+        known = {name: None if _is_nan(value) else value for name, value in values.items()}
+        return f"{json.dumps(known, separators=(',', ':'), allow_nan=False)}\n"
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and math.isnan(value)
