@@ -351,7 +351,6 @@ struct Search {
             front = vote<V>(flag);
             if (front == 0) return 0;
             seen |= front;
-            __syncwarp();  // keys are reset before the next step lowers them
         }
         return 0;
     }

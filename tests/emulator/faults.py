@@ -353,7 +353,13 @@ FAULTS = [
         "if (crowds || count > aim)",
         "if (count > aim)",
     ),
-    Fault("crowded targets are as good", "search.cuh", "if (crowds) key |= CROWDS;", ""),
+    Fault(
+        "crowded targets are as good",
+        "search.cuh",
+        "if (crowds) key |= CROWDS;",
+        "",
+        "one in 850 random instances differs by the CPU's flow, none of the tests' by the kernel's",
+    ),
     Fault("chains do not close", "search.cuh", "moves > 1) != NONE", "false) != NONE"),
     Fault(
         "a chain closes by its own expert",

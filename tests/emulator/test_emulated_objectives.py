@@ -155,6 +155,15 @@ def test_all_tokens_at_home_are_as_cheap_as_any_plan(memory, library):
         assert (objectives.quotas_by_objective(loads[0], placement, problem) == home).all()
 
 
+def test_the_bound_of_mean_slots_rounds_up(memory, library):
+    """With these seeds plans differ where it rounds down."""
+    for seed in (18, 121, 499):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 6, 18, 2)
+        loads = rng.poisson(rng.lognormal(2.0 + seed % 3, 0.8, 18))[None]
+        check(memory, library, placement, loads, H200, orders=ORDERS[:1])
+
+
 def test_ranks_that_share_nothing_and_empty_batches(memory, library):
     placement = Placement([0, 1, 2, 0, 3, 4, 5, 3], 4, num_experts=6)
     loads = np.array([[0] * 6, [4, 3, 3, 0, 0, 9], [700, 5, 5, 300, 1, 1]])
