@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ContractError
@@ -77,25 +76,21 @@ class SequentialExperts:
         """As `Experts.methods`."""
         experts, own = self._experts, type(self._experts).forward
 
-        def run(modules: Sequence[Any], rows: Tensor, counts: Tensor, probs: Tensor) -> Any:
-            given = {"local_experts": modules, "num_local_experts": len(modules)}
-            return own(_StandIn(experts, given), rows, counts, probs)
-
         def forward(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> Any:
             rows, modules = slots.modules(rows)
-            number, counts = len(self.local), tokens_per_expert.cpu()
-            used = [slot for slot in range(number, len(modules)) if counts[slot]]
-            local, own_counts = [*modules[:number]], counts[:number]
-            if used:
-                sizes = [num_rows := int(own_counts.sum()), len(rows) - num_rows]
-                (rows, copied), (probs, of_copied) = rows.split(sizes), probs.split(sizes)
-                # Copies have many rows, where a rank's own experts may have few. The GPU is busy
-                # with those while the CPU launches these. Else it would wait for each launch.
-                done = run([modules[slot] for slot in used], copied, counts[used], of_copied)
-                # Their output is the last of those that Megatron-Core puts together.
-                local.append(lambda *_: done)
-                own_counts = F.pad(own_counts, (0, 1))
-            return run(local, rows, own_counts, probs)
+            counts = tokens_per_expert.tolist()
+            of_slot = [*zip(modules, rows.split(counts), probs.split(counts), strict=True)]
+            # Experts with many rows come first: the GPU is busy with them while the CPU launches
+            # the others. Parameters of a rank's own experts get a gradient without rows, too.
+            used = [n for n, count in enumerate(counts) if count or n < len(self.local)]
+            outputs = {}
+            for number in sorted(used, key=lambda n: -counts[n]):
+                module, *inputs = of_slot[number]
+                alone = _StandIn(experts, {"local_experts": [module], "num_local_experts": 1})
+                outputs[number], _ = own(alone, inputs[0], tokens_per_expert, inputs[1])
+            # Biases are within the outputs, as in Megatron-Core's own loop.
+            in_order = [outputs[number] for number in used]
+            return torch.cat(in_order) if len(in_order) > 1 else in_order[0], None
 
         return {"forward": forward}
 

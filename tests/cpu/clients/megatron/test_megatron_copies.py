@@ -76,15 +76,15 @@ def _computed(counts, scales_input):
 @pytest.mark.parametrize(
     ("counts", "order"),
     [
-        ([2, 1, 3, 5, 4], [3, 4, 0, 1, 2]),
-        ([2, 0, 3, 0, 4], [4, 0, 1, 2]),
+        ([2, 1, 3, 5, 4], [3, 4, 2, 0, 1]),
+        ([2, 0, 3, 0, 4], [4, 2, 0, 1]),
         ([0, 0, 0, 7, 0], [3, 0, 1, 2]),
-        ([2, 1, 3, 0, 0], [0, 1, 2]),
-        ([2, 1, 3, 4], [3, 0, 1, 2]),
+        ([0, 9, 2, 0, 0], [1, 2, 0]),
+        ([2, 1, 3, 4], [3, 2, 0, 1]),
         ([0, 0, 0, 0, 0], [0, 1, 2]),
     ],
 )
-def test_copies_with_rows_compute_first_and_the_result_is_that_of_all_in_order(
+def test_the_most_rows_come_first_and_the_result_is_that_of_all_in_order(
     counts, order, scales_input
 ):
     for want, got, calls in ranks.run(2, computed, counts, scales_input):
