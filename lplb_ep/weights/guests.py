@@ -150,7 +150,7 @@ class Guests:
             RankError: a rank's guests did not arrive in time for an earlier batch.
         """
         pool = self._pool(slot)
-        pool.check_free(self)
+        pool.check_free(self, plans=True)
         pool.transport.raise_errors()
         pool.join()
 
@@ -196,7 +196,7 @@ class Guests:
         given = self._layout, stay.guests, stay.number
         try:
             self._check_pushed(stay)
-            pool.check_free(self)
+            pool.check_free(self, plans=False)
             pool.transport.raise_errors()
         except Exception:  # whatever it is, the other ranks wait for this one
             pool.transport.barrier(*given, refuses=True)

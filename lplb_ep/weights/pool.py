@@ -190,16 +190,21 @@ class GuestPool:
             self.transport.wait()
         self.use(stay)
 
-    def check_free(self, owner: object) -> None:
+    def check_free(self, owner: object, *, plans: bool) -> None:
         """Refuses a batch while experts of another batch have still to run.
 
-        A recompute is part of its batch. So in a backward pass the same layer may plan again.
+        A recompute is part of its batch. So in a backward pass the same layer may plan again. One
+        of several layers plans all of them again, behind the push for the last one's backward pass.
+
+        Args:
+            owner: the `Guests` of the batch's layer.
+            plans: whether the batch is planned, and not pushed again.
 
         Raises:
             ContractError: the batch of another layer, or another batch of this one, is in flight.
         """
         # The traceback must not refer to the batch, or it could not be given up.
-        if who := self._in_flight(owner):
+        if who := self._in_flight(owner, plans):
             self._refuse(who)
 
     def _refuse(self, who: str) -> NoReturn:
@@ -209,14 +214,16 @@ class GuestPool:
             "slot= and a GuestPool of its own, or drop the handle of a batch that was given up"
         )
 
-    def _in_flight(self, owner: object) -> str:
+    def _in_flight(self, owner: object, plans: bool) -> str:
         """Whose batch is in the way of another one; empty: none."""
-        stay = self.stay
+        stay, now = self.stay, graph_task()
         if stay is None or not stay.is_awaited:
             return ""
-        if stay.awaited_in >= 0 and graph_task() < 0:  # that backward pass has failed
+        if stay.awaited_in >= 0 and now < 0:  # that backward pass has failed
             return ""
-        return "" if stay.owner is owner and graph_task() >= 0 else str(stay.owner)
+        if now >= 0 and (stay.owner is owner or (plans and stay.awaited_in == now)):
+            return ""  # a recompute, which brings the guests of what runs backward next, or raises
+        return str(stay.owner)
 
     def put(self, stay: Stay | None) -> None:
         """Sets the batch whose guests are in the pool from now on; None: it goes home.

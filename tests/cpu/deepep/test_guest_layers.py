@@ -221,6 +221,50 @@ def test_so_it_does_with_activation_checkpointing(checkpointing):
     ranks.run(2, train, "legacy", checkpointing)
 
 
+class Block(nn.Module):
+    """Layers one after another, and perhaps something behind them that keeps its input."""
+
+    def __init__(self, layers, squashes):
+        super().__init__()
+        self.layers, self.squashes = nn.ModuleList(layers), squashes
+
+    def forward(self, x, weights, topk_idx):
+        for layer in self.layers:
+            x = x + layer(x, weights, topk_idx)
+        return x.tanh() if self.squashes else x
+
+
+def checkpoint_blocks(group, reentrant, squashes):
+    """One checkpoint for several layers: all of them plan again before the last runs backward."""
+    placements = [Placement.homes_only(E, group.size(), G) for _ in range(2)]
+    first = MoE(group, placements[0], "legacy")
+    (pool,) = first.guests._pools.values()
+    layers = [first, MoE(group, placements[1], "legacy", 1, pool)]
+    block = Block(layers, squashes)
+
+    def run(mode, recomputes):
+        set_mode(layers, mode)
+        block.zero_grad()
+        gradients = []
+        for number in range(2):
+            given = batch_of(group.rank(), number)
+            if recomputes:
+                out = checkpoint(block, *given, use_reentrant=reentrant)
+            else:
+                out = block(*given)
+            out.pow(2).sum().backward()
+            gradients += [given[0].grad, given[1].grad]
+        return gradients + [p.grad.clone() for p in block.parameters()]
+
+    assert_close(run("1", recomputes=True), run("home", recomputes=False))
+
+
+@pytest.mark.parametrize("squashes", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_may_be_around_several_layers(reentrant, squashes):
+    ranks.run(2, checkpoint_blocks, reentrant, squashes)
+
+
 def interleave(group):
     """Micro-batches of a pipeline: forward 0, forward 1, backward 0, forward 2, backward 1, 2."""
     layer = MoE(group, Placement.homes_only(E, group.size(), G), "legacy")
