@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..comm.alltoall import make_transport
-from ..comm.collectives import gather_rows, memory_of
 from ..errors import RankError
 from .transfers import Move, Mover
 
@@ -223,18 +222,15 @@ class CollectiveGuests:
 
     Args:
         group: the ranks; None for a single one.
-        device: where the weights lie.
-        num_bytes: of the pool.
+        memory: [num_bytes] uint8, the pool, on the device of the weights.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, device: torch.device, num_bytes: int
-    ) -> None:
-        self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    def __init__(self, group: dist.ProcessGroup | None, memory: Tensor) -> None:
+        self.memory = memory
         self._group = group
         self._rank = 0 if group is None else group.rank()
         self._num_ranks = 1 if group is None else group.size()
-        self._transport = make_transport(group, device, "torch")
+        self._transport = make_transport(group, memory.device, "torch")
 
     @torch.no_grad()
     def push(
@@ -305,8 +301,11 @@ class CollectiveGuests:
         """As `GuestTransport.barrier`: a rank writes its slots itself, so only refusals matter."""
         if self._group is None or not bool((guests >= 0).any()):
             return
-        own = torch.tensor([refuses], dtype=torch.uint8, device=memory_of(self._group))
-        ranks = torch.nonzero(gather_rows(own, self._group)[:, 0]).flatten().tolist()
+        R = self._num_ranks
+        own = torch.full((R,), refuses, dtype=torch.uint8, device=self._transport.device)
+        of_ranks = torch.empty_like(own)
+        self._transport.all_to_all(of_ranks, own, [[1] * R for _ in range(R)])
+        ranks = torch.nonzero(of_ranks).flatten().tolist()
         if ranks and not refuses:
             raise RankError(refusal(ranks))
 

@@ -37,6 +37,7 @@ def make_guest_transport(
 
     Raises:
         ValueError: "peers" is asked for and not possible; says why.
+        RuntimeError: there is no memory for it; RankError on the other ranks.
     """
     most = max(num_bytes, 2 * num_bytes if num_gradient_bytes is None else num_gradient_bytes)
     found = make_peers(
@@ -47,7 +48,11 @@ def make_guest_transport(
         lambda: _obstacle(device),
         lambda of: _make_peer_guests(of, device, num_bytes, most),
     )
-    return CollectiveGuests(group, device, num_bytes) if found is None else found
+    if found is not None:
+        return found
+    with together(group, "GuestPool"):  # the memory may not suffice on one rank alone
+        memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    return CollectiveGuests(group, memory)
 
 
 def _obstacle(device: torch.device) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -737,6 +737,25 @@ def changed(group):
 
 def test_weights_that_were_cast_or_freed_are_not_pushed():
     ranks.run(2, changed)
+
+
+def no_memory(group):
+    """One rank alone has no memory for a pool."""
+    experts, zeros = make_experts("stacked", placed(2).placement, 0), torch.zeros
+
+    def allocate(*shape, **options):
+        if group.rank() == 1 and options.get("dtype") is torch.uint8:
+            raise RuntimeError("out of memory")
+        return zeros(*shape, **options)
+
+    with patch.object(torch, "zeros", allocate), pytest.raises(RuntimeError) as error:
+        GuestPool(group, G, experts)
+    assert "out of memory" in str(error.value)
+    return type(error.value)
+
+
+def test_a_rank_without_memory_for_a_pool_is_named_by_all():
+    assert ranks.run(2, no_memory, timeout=60) == [RankError, RuntimeError]
 
 
 def wrong_pools(group):

@@ -486,8 +486,8 @@ def test_after_a_backward_pass_that_failed_other_batches_go_on():
     ranks.run(2, failed_backward)
 
 
-def absent(group):
-    """A rank does not come to a push: the others name it."""
+def absent(group, again):
+    """A rank does not come to a push, or to where ranks meet before one: the others name it."""
     group = dist.new_group()
     guests = Guests(
         Experts(2, group.rank(), torch.float64),
@@ -496,18 +496,27 @@ def absent(group):
     )
     table = torch.tensor([[2], [0], [0]], dtype=torch.int32)
     aside = dist.new_group()
+    stay = None
+    if again:
+        guests.prepare()
+        stay = guests.push(table)
+        guests.weights(torch.ones(1))
+        guests.skip()  # another batch has used the pool
     if group.rank() == 2:
         dist.barrier(aside)
         return ""
-    guests.prepare()
     with pytest.raises(RankError) as error:
+        if stay is not None:
+            guests.push_again(stay)
+        guests.prepare()
         guests.push(table)
     dist.barrier(aside)
     return str(error.value)
 
 
-def test_a_rank_that_does_not_come_to_a_push_is_named():
-    first, second, _ = ranks.run(3, absent, environ={"LPLB_EP_TIMEOUT_S": "2"})
+@pytest.mark.parametrize("again", [False, True])
+def test_a_rank_that_does_not_come_to_a_push_is_named(again):
+    first, second, _ = ranks.run(3, absent, again, environ={"LPLB_EP_TIMEOUT_S": "2"}, timeout=60)
     said = "ranks [2] sent no weights or gradients within 2 s"
     assert said in first
     assert said in second
