@@ -82,7 +82,13 @@ def together(group: dist.ProcessGroup | None, what: str) -> Iterator[dict[str, o
     Raises:
         Exception: what the block raised, on its own rank.
         RankError: the block raised on another rank, or records differ; names the ranks and why.
+        TypeError: `group` is no process group, or one that this rank does not belong to.
     """
+    if not isinstance(group, (dist.ProcessGroup, type(None))):
+        raise TypeError(
+            f"{what}: group must be a torch.distributed process group that this rank belongs to, "
+            f"or None for a single rank; got a {type(group).__name__}"
+        )
     facts: dict[str, object] = {}
     error: Exception | None = None
     try:

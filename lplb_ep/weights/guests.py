@@ -12,7 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,7 @@ from ..placement.table import Placement
 from ..planning.inputs import graph_task
 from .guest_gradients import Homeward, TrainedBatch, counts_if_alone, send_late
 from .guest_transport import BatchNumber, GuestLayout
-from .pool import GuestPool, Stay, outside_of_checkpoints, shapes_of
+from .pool import GuestPool, Stay, outside_of_checkpoints, pools_by_slot, shapes_of
 from .slots import (
     describe,
     has_whole_rows,
@@ -70,6 +70,7 @@ class Guests:
             residents meanwhile (`split_weights`). The backward pass does not overlap.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: the experts do not fit the placement, or the pool. Or they have persistent
             buffers, parameters made under `torch.inference_mode`, or a parameter that only some
             experts train (`requires_grad`). The message says by what.
@@ -89,11 +90,10 @@ class Guests:
             self.layer = layer_of(placement)
             self.experts, self.group, self.layer_waits = experts, group, layer_waits
             self._layout = _layout(experts, self.layer.placement, group)
-            pools = [pool] if isinstance(pool, GuestPool) else [*(pool or ())]
-            for number, given in enumerate(pools):
-                self._check_pool(given, [other.slot for other in pools[:number]])
-            facts["placement"] = self.layer.placement.fingerprint()
-            facts["pools"] = str([(given.slot, given.num_bytes) for given in pools])
+            self._placement = self.layer.placement
+            self._pools = pools_by_slot(pool, group, self._layout)
+            facts["placement"] = self._placement.fingerprint()
+            facts["pools"] = str([(slot, one.num_bytes) for slot, one in self._pools.items()])
             self._slots = slots_of(experts, self._layout.num_residents)
             self._trained = trained_of(self._slots)
             for name, slots in self._slots.items():
@@ -101,9 +101,8 @@ class Guests:
                 facts[f"parameter {name} is trained"] = self._trained[name]
             refuse_state_outside_parameters(experts)
             self._watch = Watch([experts])
-        if not pools:
-            pools = [GuestPool(group, self._layout.num_guests, experts)]
-        self._pools = {given.slot: given for given in pools}
+        if not self._pools:
+            self._pools = {0: GuestPool(group, self._layout.num_guests, experts)}
         self._blocks = {
             slot: self._layout.blocks(given.transport.memory) for slot, given in self._pools.items()
         }
@@ -118,7 +117,13 @@ class Guests:
         self.layer.take_guests(self)
 
     def __repr__(self) -> str:
-        return f"Guests({self.layer.placement!r})"
+        return f"Guests({self.layer.label}, {self.layer.placement!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "Guests are neither copied nor pickled, since ranks share their memory. Take them off "
+            "the module before, and make others for its copy; or save the state_dict"
+        )
 
     @property
     def expert_bytes(self) -> int:
@@ -135,7 +140,7 @@ class Guests:
         """
         obstacle = self._obstacle()
         if obstacle and obstacle != self._said:
-            log.warning("batches have no guests: %s", obstacle)
+            log.warning("batches of %s have no guests: %s", self.layer.label, obstacle)
         self._said = obstacle
         return not obstacle
 
@@ -329,7 +334,15 @@ class Guests:
         """The batch at hand, and the weights of resident slots and of guest slots."""
         pool = self._pool(slot)
         self._rescan()
-        stay = pool.stay_of(self)
+        try:
+            stay = pool.stay_of(self)
+        except ContractError as error:
+            if self.layer.guests is self:
+                raise
+            raise ContractError(
+                f"other Guests were made for {self.layer.label} since, and its batches get those. "
+                "Give each layer a Layer, or a placement object, of its own"
+            ) from error
         # Tensors of their own versions: autograd must not notice later pushes.
         parts = [part for block in self._blocks[slot] for part in self._split(block.data)]
         slots = [*self._slots.values()]
@@ -353,23 +366,6 @@ class Guests:
                 f"{[*self._pools]}"
             )
         return pool
-
-    def _check_pool(self, pool: GuestPool, others: list[int]) -> None:
-        layout = self._layout
-        if pool.group is not self.group:
-            raise ValueError("the pool is on another group than the layer")
-        if pool.slot in others:
-            raise ValueError(f"two pools are for micro-batch slot {pool.slot}")
-        if pool.num_guests_per_rank != layout.num_guests:
-            raise ValueError(
-                f"the pool has {pool.num_guests_per_rank} guests a rank, and the placement "
-                f"{layout.num_guests}"
-            )
-        if pool.num_bytes < layout.num_bytes:
-            raise ValueError(
-                f"the pool has {pool.num_bytes} bytes, and {layout.num_guests} guests of this "
-                f"layer take {layout.num_bytes}: give GuestPool the experts of every layer"
-            )
 
     def _check_pushed(self, stay: Stay) -> None:
         """Raises ContractError where the weights are not those that a batch was dispatched with."""
@@ -411,6 +407,11 @@ class Guests:
 
     def _obstacle(self) -> str:
         """Why the weights cannot be pushed as they are; empty: they can."""
+        placement = self.layer.placement
+        if placement is not self._placement:
+            if not placement.may_replace(self._placement):
+                return "its placement has other homes or slots by now: make Guests again"
+            self._placement = placement
         if not self._watch.is_intact and (misfit := self._misfit()):
             return misfit
         if [*map(_requires_grad, self._parameters)] == self._flags:

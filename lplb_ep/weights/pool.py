@@ -67,7 +67,7 @@ class GuestPool:
             plan. "auto": the first of them that is available.
 
     Raises:
-        TypeError: `experts` are no modules.
+        TypeError: `experts` are no modules, or `group` is no group.
         ValueError: G or `slot` is out of range, the experts have no parameters or are on several
             devices, or the transport is not available.
         RankError: ranks differ in one of these, or in the size of the pool; names the ranks.
@@ -96,7 +96,9 @@ class GuestPool:
                 raise ValueError(
                     f"transport must be one of {', '.join(TRANSPORTS)}; got {transport!r}"
                 )
-            layers = [experts] if isinstance(experts, nn.Module) else [*experts]
+            layers = [*experts] if isinstance(experts, Sequence) else [experts]
+            if not layers:
+                raise ValueError("experts must be those of a layer, or of several; got none")
             devices = {p.device for layer in layers for p in _parameters(layer)}
             if len(devices) != 1:
                 raise ValueError(
@@ -120,6 +122,15 @@ class GuestPool:
         self._used: Stay | None = None
         self._goes_home = False
         self._streams: set[torch.cuda.Stream] = set()
+
+    def __repr__(self) -> str:
+        return f"GuestPool({self.num_guests_per_rank} guests a rank, slot {self.slot})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a GuestPool is memory that ranks share, and is neither copied nor pickled: make "
+            "another one for the copied model"
+        )
 
     @property
     def stay(self) -> Stay | None:
@@ -238,6 +249,40 @@ class GuestPool:
     def clear(self) -> None:
         """Marks the pool as without guests, since some transports put gradients there."""
         self._stay = self._used = None
+
+
+def pools_by_slot(
+    given: GuestPool | Sequence[GuestPool] | None,
+    group: dist.ProcessGroup | None,
+    layout: GuestLayout,
+) -> dict[int, GuestPool]:
+    """The pools that a layer is given, by micro-batch slot.
+
+    Raises:
+        TypeError: one is no pool.
+        ValueError: one is on another group than the layer, does not fit its guests, or is for the
+            same micro-batch slot as another.
+    """
+    pools: dict[int, GuestPool] = {}
+    for pool in given if isinstance(given, Sequence) else [given] if given is not None else []:
+        if not isinstance(pool, GuestPool):
+            raise TypeError(f"pool must be a GuestPool, or several; got a {type(pool).__name__}")
+        if pool.group is not group:
+            raise ValueError("the pool is on another group than the layer")
+        if pool.slot in pools:
+            raise ValueError(f"two pools are for micro-batch slot {pool.slot}")
+        if pool.num_guests_per_rank != layout.num_guests:
+            raise ValueError(
+                f"the pool has {pool.num_guests_per_rank} guests a rank, and the placement "
+                f"{layout.num_guests}"
+            )
+        if pool.num_bytes < layout.num_bytes:
+            raise ValueError(
+                f"the pool has {pool.num_bytes} bytes, and {layout.num_guests} guests of this "
+                f"layer take {layout.num_bytes}: give GuestPool the experts of every layer"
+            )
+        pools[pool.slot] = pool
+    return pools
 
 
 @contextlib.contextmanager

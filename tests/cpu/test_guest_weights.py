@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from unittest.mock import Mock, patch
 
@@ -543,7 +545,8 @@ def test_weights_that_are_not_trained_are_pushed_alone(form):
 
 
 def raises(message, function, *args):
-    with pytest.raises((ContractError, RankError, ValueError), match=re.escape(message)):
+    kinds = (ContractError, RankError, TypeError, ValueError)
+    with pytest.raises(kinds, match=re.escape(message)):
         function(*args)
 
 
@@ -739,6 +742,22 @@ def test_weights_that_were_cast_or_freed_are_not_pushed():
     ranks.run(2, changed)
 
 
+def copied(group):
+    guests = made(group, "list")
+    guests.experts.guests = guests
+    (pool,) = guests._pools.values()
+    for copy_of in (copy.copy, copy.deepcopy, pickle.dumps):
+        raises("Guests are neither copied nor pickled, since ranks share", copy_of, guests)
+        raises("is neither copied nor pickled: make another one", copy_of, pool)
+    raises("Take them off the module before", copy.deepcopy, guests.experts)
+    del guests.experts.guests
+    assert same_bits(copy.deepcopy(guests.experts)[0].up, guests.experts[0].up)
+
+
+def test_guests_are_not_copied_with_a_module():
+    ranks.run(2, copied)
+
+
 def no_memory(group):
     """One rank alone has no memory for a pool."""
     experts, zeros = make_experts("stacked", placed(2).placement, 0), torch.zeros
@@ -761,10 +780,16 @@ def test_a_rank_without_memory_for_a_pool_is_named_by_all():
 def wrong_pools(group):
     guests = made(group, "stacked")
     small = nn.ParameterDict({"up": nn.Parameter(torch.zeros(E_PER_RANK, 3))})
-    make = (Guests, guests.experts, guests.layer, group)
+    make = Guests, guests.experts, guests.layer, group
     raises("must be a whole number from 1; got True", GuestPool, group, True, guests.experts)
     raises("guests of this layer take 768: give GuestPool the", *make, GuestPool(group, G, small))
     raises("pool has 1 guests a rank, and the placement 2", *make, GuestPool(group, 1, small))
+    raises("experts must be those of a layer, or of several; got none", GuestPool, group, G, [])
+    raises("experts must be a module; got a int", GuestPool, group, G, 7)
+    raises("pool must be a GuestPool, or several; got a str", *make, "pool")
+    raises("pool must be a GuestPool, or several; got a Mock", *make, Mock())
+    (pool,) = guests._pools.values()
+    raises("that this rank belongs to, or None for a single rank; got a GuestPool", *make[:3], pool)
     pools = [GuestPool(group, G, guests.experts) for _ in range(2)]
     raises("two pools are for micro-batch slot 0", *make, pools)
     plain = Layer(Placement.homes_only(4, 2))

@@ -505,11 +505,10 @@ def absent(group, again):
     if group.rank() == 2:
         dist.barrier(aside)
         return ""
-    with pytest.raises(RankError) as error:
-        if stay is not None:
-            guests.push_again(stay)
+    if not again:
         guests.prepare()
-        guests.push(table)
+    with pytest.raises(RankError) as error:
+        guests.push(table) if stay is None else guests.push_again(stay)
     dist.barrier(aside)
     return str(error.value)
 
@@ -520,6 +519,44 @@ def test_a_rank_that_does_not_come_to_a_push_is_named(again):
     said = "ranks [2] sent no weights or gradients within 2 s"
     assert said in first
     assert said in second
+
+
+def other_homes(group, slots):
+    """A program puts a placement in force that `Guests` were not made for."""
+    layer = MoE(group, Placement.homes_only(E, 2, G), "legacy")
+    x, weights, topk_idx = batch_of(group.rank(), 0)
+    layer(x, weights, topk_idx).sum().backward()
+    said = ranks.Said()
+    homes = torch.arange(E).flip(0).view(2, -1)
+    table = torch.cat([homes, torch.full((2, slots), -1)], dim=1)
+    layer.layer.replace(Placement(table.flatten(), 2, num_guests_per_rank=slots))
+    layer(x, weights, topk_idx).sum().backward()
+    planners = [p for p in layer.layer.current_planners() if p.counts != "given"]
+    return [status.name for p in planners for status in p.num_batches], said.lines[0]
+
+
+@pytest.mark.parametrize("slots", [G, G - 1])
+def test_guests_made_for_other_homes_or_slots_are_not_pushed(slots):
+    for statuses, said in ranks.run(2, other_homes, slots):
+        assert statuses == ["STALE"]
+        assert "have no guests: its placement has other homes or slots by now" in said
+
+
+def one_placement_object(group):
+    """It names one layer, to which the second module's `Guests` belong from then on."""
+    placement = Placement.homes_only(E, 2, G)
+    first, second = (Experts(E // 2, seed, torch.float64) for seed in range(2))
+    mine, other = Guests(first, placement, group), Guests(second, placement, group)
+    with unittest.mock.patch.dict(os.environ, LPLB_EP="1"):
+        buffer = lplb_ep.Buffer(group, 1 << 20).view(placement)
+    got = Dispatch.apply(*batch_of(group.rank(), 0), buffer)
+    with pytest.raises(ContractError, match="since, and its batches get those"):
+        mine.weights(got[0])
+    other.weights(got[0])
+
+
+def test_guests_of_two_modules_for_one_layer_are_told_apart():
+    ranks.run(2, one_placement_object)
 
 
 def refreshed(group):
