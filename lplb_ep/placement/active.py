@@ -50,16 +50,12 @@ class ActiveRanks(NamedTuple):
 
 
 def take_part(
-    active_ranks: npt.ArrayLike | None,
-    num_ranks: int | None,
-    num_ranks_per_node: int | None,
-    num_guests_per_rank: int | None = 0,
+    active_ranks: npt.ArrayLike | None, num_ranks: int | None, num_ranks_per_node: int | None
 ) -> ActiveRanks:
     """The checked ranks that take part, by default all.
 
     Raises:
-        PlacementError: a rank is out of range or comes twice, or there is none. Or ranks are left
-            out where there are guest slots, which take part on all.
+        PlacementError: a rank is out of range or comes twice, or there is none.
     """
     ranks = whole("num_ranks", num_ranks)
     node = ranks_per_node(ranks, num_ranks_per_node)
@@ -74,8 +70,6 @@ def take_part(
     twice = active[1:][active[1:] == active[:-1]]
     if twice.size:
         raise PlacementError(f"active_ranks has rank {twice[0]} twice")
-    if num_guests_per_rank and active.size < ranks:
-        raise PlacementError("active_ranks must be all ranks with num_guests_per_rank")
     of_node = np.bincount(active // node)
     equal = np.unique(of_node[of_node > 0])
     return ActiveRanks(active, ranks, node, int(equal[0]) if equal.size == 1 else active.size)

@@ -113,7 +113,7 @@ def with_guests_in(
 
     Raises:
         PlacementError: `guests` has another shape, names no expert or one that the rank holds, or
-            one whose home is on another node.
+            one whose home is on another node. Or the rank holds no expert.
     """
     chosen = integers("guests", guests, dims=(2,))
     if chosen.shape != (num_ranks, num_guests_per_rank):
@@ -130,6 +130,8 @@ def with_guests_in(
             raise PlacementError(
                 f"{where} must be -1 or an expert in [0, {home_rank.size}); got {expert}"
             )
+        if (residents[rank] < 0).all():
+            raise PlacementError(f"{where} is expert {expert}, and rank {rank} takes no part")
         if expert in residents[rank] or expert in chosen[rank, :slot]:
             raise PlacementError(f"{where} is expert {expert}, which rank {rank} holds already")
         if home_rank[expert] // num_ranks_per_node != rank // num_ranks_per_node:

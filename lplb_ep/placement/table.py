@@ -73,12 +73,12 @@ class Placement(Value):
             num_guests_per_rank: empty guest slots behind the homes, as for `Placement`.
             num_ranks_per_node: as for `Placement`.
             active_ranks: the ranks that take part, integers in [0, R); the slots of others are
-                empty. Default: all. With guest slots it must be all.
+                empty, and get no guests. Default: all.
 
         Raises:
             PlacementError: these ranks do not divide E, or another argument does not fit.
         """
-        active = take_part(active_ranks, num_ranks, num_ranks_per_node, num_guests_per_rank)
+        active = take_part(active_ranks, num_ranks, num_ranks_per_node)
         homes = fill_in_order(num_experts, active.num_active, active.num_active_per_node)
         return cls(**active.on_all_ranks(homes)).with_guest_slots(num_guests_per_rank)
 
@@ -128,7 +128,7 @@ class Placement(Value):
         Raises:
             PlacementError: names the argument that does not fit, or the rank and column of `r2o`.
         """
-        active = take_part(active_ranks, num_ranks, num_ranks_per_node, num_guests_per_rank)
+        active = take_part(active_ranks, num_ranks, num_ranks_per_node)
         filled = fill_by_topology(
             topology,
             num_experts=num_experts,
@@ -181,7 +181,7 @@ class Placement(Value):
         Raises:
             PlacementError: names the argument that does not fit, or the expert with a bad load.
         """
-        active = take_part(active_ranks, num_ranks, num_ranks_per_node, num_guests_per_rank)
+        active = take_part(active_ranks, num_ranks, num_ranks_per_node)
         shape = active.num_active, num_redundant_per_rank, active.num_active_per_node
         filled = fill_from_history(load, *shape, num_groups)
         return cls(**active.on_all_ranks(filled)).with_guest_slots(num_guests_per_rank)
@@ -259,8 +259,6 @@ class Placement(Value):
             check_placement(start)
             guests = start.num_guests_per_rank if num_guests_per_rank is None else guests
             start = start.with_guest_slots(0)
-        if active_ranks is not None and guests:
-            raise PlacementError("active_ranks does not go with num_guests_per_rank")
         filled = fill_for_lp(
             samples,
             num_ranks=num_ranks,

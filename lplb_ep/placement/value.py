@@ -123,6 +123,8 @@ class Value:
     def may_replace(self, other: Value, *, moves_homes: bool = False) -> bool:
         """Whether this placement differs from another only in replicas and their number.
 
+        With guest slots the same ranks must take part, too.
+
         Args:
             other: the placement that it would replace.
             moves_homes: whether homes may differ, too, as for an engine that moves all its experts.
@@ -131,6 +133,8 @@ class Value:
         same = all(
             getattr(self, name) == getattr(other, name) for name in (*sizes, "num_guests_per_rank")
         )
+        if self.num_guests_per_rank:
+            same = same and np.array_equal(self.active_ranks, other.active_ranks)
         return same and (moves_homes or np.array_equal(self.home, other.home))
 
     def with_guests(self: Self, guests: npt.ArrayLike) -> Self:
@@ -143,8 +147,8 @@ class Value:
             guests: [R, G] integers, the expert in each guest slot, -1 = empty.
 
         Raises:
-            PlacementError: the shape is another, or an entry is no expert. Or the rank holds the
-                expert already, or the expert's home is on another node.
+            PlacementError: the shape is another, or an entry is no expert. Or the rank takes no
+                part, or holds the expert already, or the expert's home is on another node.
         """
         shape = self.num_ranks, self.num_ranks_per_node, self.num_guests_per_rank
         return type(self)(
@@ -199,12 +203,12 @@ class Value:
 
     @cached_property
     def active_ranks(self) -> IntArray:
-        """[A] int32: the ranks that take part. They hold an expert, or have guest slots.
+        """[A] int32: the ranks that take part, which hold an expert. The others get no guests.
 
         The mean rank load, by which imbalance is measured, is that of these ranks.
         """
         ranks = np.flatnonzero(self.physical_to_logical >= 0) // self.num_local_slots
-        return _frozen(range(self.num_ranks) if self.num_guests_per_rank else np.unique(ranks))
+        return _frozen(np.unique(ranks))
 
     def on_ranks(self: Self, ranks: npt.ArrayLike, num_ranks_per_node: int) -> Self:
         """The placement of some ranks alone, which must hold all experts.

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..placement.optimum import components
 from ..placement.table import Placement
 from ..problem import GUEST_PARTS, MAX_TOTAL, Problem
 from . import reference
 from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
+from .layout import guest_components
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -30,10 +30,11 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     """Fills the guest slots for a batch; pure, deterministic, in whole numbers.
 
     Guests stay on their home's node. So each *domain* chooses by itself: a node, or all nodes that
-    replicas join. A *level* is a load over a rank's speed, rounded up, in tokens of the fastest
-    rank. At equal speeds it is the load. The *target* is the largest mean level of a domain, and
-    the tolerance more. A domain has no guests where its residents' optimum is within the target.
-    Nor has it where they would gain less than `guest_min_tokens`.
+    replicas join. Ranks without an expert get no guests, and are no part of a domain. A *level* is
+    a load over a rank's speed, rounded up, in tokens of the fastest rank. At equal speeds it is the
+    load. The *target* is the largest mean level of a domain, and the tolerance more. A domain has
+    no guests where its residents' optimum is within the target. Nor has it where they would gain
+    less than `guest_min_tokens`.
 
     Every expert starts split evenly over its residents, by rank, the rest to the first. `_fill`
     says what a fill does. Of two fills that one is better which comes first by
@@ -62,7 +63,7 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     fastest = int(speed.max())
     holds = _holders(placement)
     tokens = _even_split(load, holds)
-    label = _domains(placement)
+    label = guest_components(placement)
     domains = [np.flatnonzero(label == d) for d in range(label.max() + 1)]
     rank_load = tokens.sum(axis=1) + base
     mean = max(
@@ -97,13 +98,6 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
         if found.level <= best - rule.min_tokens:
             guests[ranks] = found.guests
     return guests
-
-
-def _domains(placement: Placement) -> Int32:
-    """[R]: the number of each rank's domain."""
-    size = placement.num_ranks_per_node
-    copy_node = np.where(placement.copy_rank >= 0, placement.copy_rank // size, -1)
-    return components(copy_node, placement.num_ranks // size)[placement.node]
 
 
 def _even_split(load: Int64, holds: Bool) -> Int64:

@@ -169,14 +169,44 @@ def capacity_for(
 def guest_components(placement: Placement) -> npt.NDArray[np.int32]:
     """[R]: label of each rank's component where guests may come.
 
-    Ranks of a node are joined, as are those that hold copies of one expert.
+    Ranks of a node are joined, as are those that hold copies of one expert. A rank that takes no
+    part is alone.
     """
-    nodes = np.arange(placement.num_ranks).reshape(-1, placement.num_ranks_per_node)
+    ranks = np.arange(placement.num_ranks)
+    nodes = np.where(np.isin(ranks, placement.active_ranks), ranks, -1)
+    nodes = -np.sort(-nodes.reshape(-1, placement.num_ranks_per_node))  # -1 is behind the others
     copies = placement.copy_rank
     joined = np.full((len(copies) + len(nodes), max(copies.shape[1], nodes.shape[1])), -1)
     joined[: len(copies), : copies.shape[1]] = copies
     joined[len(copies) :, : nodes.shape[1]] = nodes
     return components(joined, placement.num_ranks)
+
+
+def check_nodes(placement: Placement, refreshable: bool = False) -> None:
+    """Checks whether kernels that choose guests know the nodes of a component's ranks.
+
+    They take a component's ranks for those of whole nodes, where it has several.
+
+    Args:
+        placement: the residents and the guest slots.
+        refreshable: whether any other replicas may join nodes.
+
+    Raises:
+        ValueError: replicas join nodes, or may join them, of which some ranks take no part.
+    """
+    component, active = guest_components(placement), placement.active_ranks
+    of_node = np.bincount(placement.node[active])
+    is_part = (of_node > 0) & (of_node < placement.num_ranks_per_node)
+    pairs = np.unique(np.stack([component[active], placement.node[active]]), axis=1)
+    is_joined = np.bincount(pairs[0])[pairs[0]] > 1
+    if refreshable:
+        is_joined[:] = pairs.shape[1] > 1
+    if (is_part[pairs[1]] & is_joined).any():
+        raise ValueError(
+            "with guest slots the GPU solver joins nodes by replicas only where all of their ranks "
+            f"take part, or none; of {placement.num_ranks_per_node} there are "
+            f"{', '.join(map(str, of_node))}"
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -187,8 +217,10 @@ def guest_capacity(placement: Placement, refreshable: bool = False) -> Capacity:
         placement, refreshable: as for `capacity_for`.
 
     Raises:
-        ValueError: a component is too large for one block, or an expert has too many copies.
+        ValueError: a component is too large for one block, or an expert has too many copies. Or as
+            `check_nodes`.
     """
+    check_nodes(placement, refreshable)
     p, component = placement, guest_components(placement)
     num_ranks, num_experts = component_sizes(placement, component)
     check_word(num_ranks.max(), num_experts.max(), "a placement with guest slots")

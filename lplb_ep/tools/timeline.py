@@ -266,7 +266,7 @@ def _refresh(
 
 def _anew(placement: Placement, loads: Int64, num_groups: int | None) -> Placement:
     """EPLB's, of the same shape."""
-    active = placement.with_guest_slots(0).active_ranks
+    active = placement.active_ranks
     base = -(-placement.num_experts // active.size)
     return Placement.from_history(
         loads,

@@ -7,7 +7,8 @@ import oracle
 import pytest
 import torch
 
-from lplb_ep import Placement, PlacementError, Settings, solve
+from lplb_ep import Placement, PlacementError, Planner, Settings, check_plan, solve
+from lplb_ep.planning.solvers import check_fit
 from lplb_ep.tools import cli
 from lplb_ep.tools.recordings import Recording
 from lplb_ep.tools.replay import replay
@@ -88,14 +89,116 @@ def test_ranks_that_do_not_fit(active, says):
 
 
 def test_what_does_not_go_with_idle_ranks():
-    with pytest.raises(PlacementError, match="active_ranks must be all ranks with num_guests"):
-        Placement.homes_only(12, 4, 1, active_ranks=[0, 1, 3])
     with pytest.raises(PlacementError, match="rank 1 holds experts, and takes no part"):
         Placement.for_lp([1, 1], start=Placement([0, 1], 2), active_ranks=[0])
     shape = {"num_ranks": 4, "num_redundant_per_rank": 0, "num_ranks_per_node": 2}
     with pytest.raises(PlacementError, match="within_node needs as many active_ranks"):
         Placement.for_lp(LOAD, within_node=True, active_ranks=[0, 1, 3], **shape)
-    assert Placement.homes_only(12, 4, 1).active_ranks.tolist() == [0, 1, 2, 3]
+
+
+# --- beside guest slots ---------------------------------------------------------------------------
+
+
+def with_guests(active, per_node=None, redundant=0):
+    """Twelve experts on some of eight ranks, with two guest slots each."""
+    shape = {"num_ranks": 8, "num_ranks_per_node": per_node, "active_ranks": active}
+    if not redundant:
+        return Placement.homes_only(12, num_guests_per_rank=2, **shape)
+    more = {"num_redundant_per_rank": redundant, "num_guests_per_rank": 2}
+    return Placement.from_history(LOAD, **shape, **more)
+
+
+def alone(placement):
+    """The ranks that take part as a group of their own, whole nodes if there are several."""
+    rows = placement.physical_to_logical.reshape(8, -1)[placement.active_ranks]
+    rank, slot = np.divmod(placement.home, placement.num_local_slots)
+    per_node = np.unique(placement.node[placement.active_ranks], return_counts=True)[1]
+    return Placement(
+        rows.ravel(),
+        len(rows),
+        num_experts=12,
+        num_ranks_per_node=int(per_node[0]),
+        home=np.searchsorted(placement.active_ranks, rank) * placement.num_local_slots + slot,
+        num_guests_per_rank=2,
+    )
+
+
+@pytest.mark.parametrize(
+    ("active", "per_node", "redundant"),
+    [
+        ([0, 1, 3], None, 0),
+        ([0, 1, 3], None, 1),
+        ([2, 3, 4, 5, 6, 7], 8, 0),
+        ([0, 1, 5, 6], 4, 0),
+        ([0, 1, 5, 6], 4, 1),
+        ([4, 5, 7], 4, 0),
+    ],
+)
+def test_guests_are_those_of_the_active_ranks_by_themselves(active, per_node, redundant):
+    placement = with_guests(active, per_node, redundant)
+    assert placement.active_ranks.tolist() == active
+    small, rng, number = alone(placement), np.random.default_rng(0), 0
+    for _ in range(20):
+        load = rng.poisson(200 * rng.lognormal(0, 1.2, 12))
+        found = solve(load, placement)
+        expected = solve(load, small)
+        idle = np.setdiff1d(np.arange(8), active)
+        assert (found.guests[idle] == -1).all()
+        assert (found.rank_load[idle] == 0).all()
+        assert found.guests[active].equal(expected.guests)
+        assert found.quota.sum(1).tolist() == load.tolist()
+        assert found.rank_load[active].tolist() == expected.rank_load.tolist()
+        assert found.lower_bound == expected.lower_bound
+        number += int((found.guests >= 0).sum())
+    assert number > 20
+
+
+def test_a_plan_with_guests_leaves_idle_ranks_alone():
+    placement, rng = with_guests([0, 1, 3]), np.random.default_rng(0)
+    counts = torch.from_numpy(rng.poisson(30 * rng.lognormal(0, 1.2, 12), (8, 12)))
+    for rank in (1, 2):  # a rank that takes no part may have tokens
+        topk = torch.arange(12).repeat_interleave(counts[rank])[:, None]
+        plan = Planner(placement, rank=rank, counts="given")(topk, counts=counts)
+        check_plan(plan, topk, placement, rank)
+        assert int((plan.guests >= 0).sum()) > 0
+        assert (plan.rank_load[[2, 4, 5, 6, 7]] == 0).all()
+        assert "imbalance 1.0" in repr(plan), "of the ranks that take part"
+
+
+def test_guest_slots_of_idle_ranks_are_kept_and_not_filled():
+    placement = with_guests([0, 1, 3], redundant=1)
+    better = Placement.for_lp(LOAD, start=placement, fixed_homes=True, max_steps=20)
+    assert (better.num_guests_per_rank, better.active_ranks.tolist()) == (2, [0, 1, 3])
+    fresh = Placement.for_lp(
+        LOAD, 8, 0, num_guests_per_rank=2, active_ranks=[0, 1, 3], max_steps=20
+    )
+    assert fresh.active_ranks.tolist() == [0, 1, 3]
+    assert better.may_replace(placement)
+    wider = placement.physical_to_logical.copy()
+    wider[2 * placement.num_local_slots] = 0
+    assert not placement.with_copies(wider).may_replace(placement)
+    guests = np.full((8, 2), -1)
+    guests[2, 0] = 5
+    with pytest.raises(
+        PlacementError, match=r"guests\[2, 0\] is expert 5, and rank 2 takes no part"
+    ):
+        placement.with_guests(guests)
+
+
+def test_the_gpu_takes_nodes_joined_by_replicas_as_a_whole():
+    check_fit(with_guests([0, 1, 3]), "flow", 227 << 10)
+    check_fit(with_guests([0, 1, 5, 6], 4), "flow", 227 << 10)
+    joined = Placement([0, 1, 2, 0, 3, 1, 1, 2], 4, num_ranks_per_node=2)
+    check_fit(joined.with_guest_slots(1), "flow", 227 << 10, refreshable=True)  # all take part
+    table = [0, -1, -1, -1, -1, 0, -1, 1]
+    partly = Placement(table, 4, num_ranks_per_node=2, num_experts=2).with_guest_slots(1)
+    assert partly.active_ranks.tolist() == [0, 2, 3]
+    with pytest.raises(ValueError, match="only where all of their ranks take part, or none; of 2"):
+        check_fit(partly, "flow", 227 << 10)
+    apart = with_guests([0, 1, 5], 4)
+    check_fit(apart, "flow", 227 << 10)
+    with pytest.raises(ValueError, match=r"of 4 there are 2, 1$"):
+        check_fit(apart, "flow", 227 << 10, refreshable=True)
 
 
 def test_the_mean_is_that_of_the_active_ranks():
@@ -134,6 +237,9 @@ def test_commands_with_idle_ranks(tmp_path, capsys, clean_environment):
         assert cli.main([*argv, "--json", str(tmp_path / "r.json")]) == 0
         lp = json.loads((tmp_path / "r.json").read_text())["imbalance"]["lp"]
         assert max(lp[0]) < 1.1, "with the mean of all ranks it is 1.333 at least"
+        assert cli.main([*argv, "--guests", "1", "--json", str(tmp_path / "r.json")]) == 0
+        told = json.loads((tmp_path / "r.json").read_text())
+        assert 1 <= max(told["imbalance"]["lp"][0]) < 1.1
     capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         cli.main(["place", str(tmp_path / "a.npy"), "--active-ranks", "0-", "-o", "x.json"])

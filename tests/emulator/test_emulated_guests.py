@@ -42,7 +42,7 @@ def random_guests(rng, placement, share=0.8, favourite=None):
     """[R, G] of any guests that there may be; often of one expert, `favourite`."""
     p = placement
     guests = np.full((p.num_ranks, p.num_guests_per_rank), -1)
-    for rank in range(p.num_ranks):
+    for rank in p.active_ranks:
         held = p.physical_to_logical.reshape(p.num_ranks, -1)[rank]
         near = np.flatnonzero(p.node[p.home_rank] == p.node[rank])
         for slot in range(p.num_guests_per_rank):
@@ -233,6 +233,42 @@ def test_guests_are_those_of_the_definition(R, node, memory, library):
         rank = plans.Rank(memory, placement, 0, library)
         number += check_choice(memory, rank, skewed(rng, placement), orders=ORDERS[:2])
     assert number > 5 or R < 3
+
+
+@pytest.mark.parametrize(
+    ("R", "node", "active"),
+    [
+        (8, None, [0, 1, 3]),
+        (8, 4, [0, 1, 5, 6]),
+        (8, 4, [0, 1, 2, 3]),
+        (8, 2, [0, 1, 4, 5, 6, 7]),
+        (33, None, range(5, 30)),
+    ],
+)
+def test_ranks_that_take_no_part_get_no_guests(R, node, active, memory, library):
+    rng, number = np.random.default_rng(R), 0
+    idle = np.setdiff1d(np.arange(R), active)
+    base = rng.integers(0, 300, R)
+    problem = Problem(base_load=torch.from_numpy(base))
+    shape = {"num_ranks": R, "num_ranks_per_node": node, "active_ranks": [*active]}
+    for placement in (
+        Placement.homes_only(4 * len(active), num_guests_per_rank=2, **shape),
+        Placement.from_history(
+            rng.lognormal(0, 1, 3 * len(active)),
+            num_redundant_per_rank=1,
+            num_guests_per_rank=1,
+            num_groups=len(np.unique(np.array(active) // (node or R))),  # no node is joined
+            **shape,
+        ),
+    ):
+        rank = plans.Rank(memory, placement, 0, library)
+        loads = skewed(rng, placement)
+        number += check_choice(memory, rank, loads, orders=ORDERS[:2])
+        check_choice(memory, rank, loads, ORDERS[2:3], problem, base=base)
+        guests, _, rank_load = choose(memory, rank, loads, ORDERS[0])
+        assert (guests[:, idle] == -1).all()
+        assert (rank_load[:, idle] == 0).all()
+    assert number > 2
 
 
 @pytest.mark.parametrize(("R", "E", "G"), [(8, 256, 6), (4, 150, 2), (64, 256, 1)])
