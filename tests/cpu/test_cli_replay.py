@@ -151,7 +151,7 @@ def test_place_writes_what_replay_reads(recording, tmp_path, capsys):
     again = tmp_path / "again.json"
     refine = ["--start", str(output), "--fixed-homes", "--max-changes", "1", "--seconds", "1"]
     assert cli.main(["place", str(recording[0]), "--key", "new", *refine, "-o", str(again)]) == 0
-    changed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[5:]]
+    changed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[6:]]
     for layer, placement in load_placements(again).items():
         before = placements[layer]
         different = before.physical_to_logical != placement.physical_to_logical

@@ -246,10 +246,12 @@ def test_replay_and_place_read_what_place_writes(tmp_path, placed, kind, end):
     assert cli.main([*again, "--max-changes", "1", "-o", str(tmp_path / "again.json")]) == 0
 
 
-def test_place_writes_for_an_engine_at_once(tmp_path, placed):
+def test_place_writes_for_an_engine_at_once(tmp_path, placed, capsys):
     shape = ["--ranks", "4", "--redundant", "1", "--first-layer", "3", "--seconds", "0"]
     assert cli.main(["place", placed[0], *shape, "-o", str(tmp_path / "a.yaml")]) == 0
     assert list(tensorrt_llm(tmp_path / "a.yaml", 8)) == [3, 4]
+    told = capsys.readouterr().out.splitlines()
+    assert f"written    {tmp_path / 'a.yaml'}, in the format tensorrt-llm" in told
 
 
 @pytest.mark.parametrize(("kind", "end"), KINDS)

@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_guests(args)
         kind = _check_format(args)
         if args.file is None:
-            return _place_homes(args) if args.start is None else _convert(args)
+            return _place_homes(args) if args.start is None else _convert(args, kind)
         from ...placement.engine_files import check_layers
         from ..replay import describe
 
@@ -115,6 +115,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         )
         _save(args, dict(zip(recording.layers, placements, strict=True)))
         print(f"recording  {recording.source}: {len(recording.counts)} batch(es)")
+        _say_written(args, kind)
         print_notes(recording.notes())
         if args.start is not None:
             print_notes(notes_on_layers(args.start, recording))
@@ -158,7 +159,7 @@ def _save(args: argparse.Namespace, placements: Mapping[int, Placement]) -> None
         save_placements(args.output, named)
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: argparse.Namespace, kind: str) -> int:
     """Writes the placements of --start in another format, or with names."""
     from ...placement.layer_files import engine_of, load_placements
 
@@ -179,7 +180,12 @@ def _convert(args: argparse.Namespace) -> int:
         raise ValueError(f"--start {args.start} has layers by name, and needs a recording")
     _save(args, numbered)
     print(f"{len(numbered)} layer(s): {next(iter(numbered.values()))}")
+    _say_written(args, kind)
     return 0
+
+
+def _say_written(args: argparse.Namespace, kind: str) -> None:
+    print(f"written    {args.output}, in the format {kind}")
 
 
 def _refuse_learning(args: argparse.Namespace, but: str = "") -> None:
@@ -224,4 +230,5 @@ def _place_homes(args: argparse.Namespace) -> int:
         )
     placement.save(args.output)
     print(placement)
+    _say_written(args, "lplb-ep")
     return 0
