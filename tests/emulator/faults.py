@@ -364,7 +364,7 @@ FAULTS = [
     Fault(
         "a chain closes by its own expert",
         "search.cuh",
-        " && arc_on(leaves, first) != reach.left()[reach.via()[leaves.rank]]",
+        " &&\n                    arc_on(leaves, first) != reach.left()[reach.via()[leaves.rank]]",
         "",
         "none of three thousand random instances has such a chain",
     ),
