@@ -221,6 +221,8 @@ def test_place_makes_guest_slots(recording, tmp_path, capsys):
     table = capsys.readouterr().out
     assert [p.num_guests_per_rank for p in load_placements(again).values()] == [1, 1]
     assert "slots changed" in table
+    assert command(*made, "--ranks", 4, "--guests", 2, "-o", again) == 0  # no replicas
+    assert [p.num_physical_experts for p in load_placements(again).values()] == [24, 24]
 
 
 def test_place_needs_no_recording_for_homes(recording, tmp_path, capsys):

@@ -52,7 +52,10 @@ def add(commands: Any) -> None:
     )
     place.add_argument("--ranks", type=int, metavar="R", help="with --start its own")
     place.add_argument(
-        "--redundant", type=int, metavar="D", help="on each rank; with --start its own"
+        "--redundant",
+        type=int,
+        metavar="D",
+        help="on each rank; with --start its own, with --guests 0 by default",
     )
     place.add_argument("--ranks-per-node", type=int, metavar="N", help="default: all ranks")
     add_active_ranks(place)
@@ -95,6 +98,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         recording = read_recording(args)
         check_layers(kind, sorted(recording.layers))
         start = None if args.start is None else read_placements(args.start, args, recording)
+        if start is None and args.redundant is None and args.guests:
+            args.redundant = 0
         if start is None and (args.ranks is None or args.redundant is None):
             raise ValueError("place needs --ranks and --redundant, or --start")
         placements = learn_for_lp(
