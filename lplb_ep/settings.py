@@ -176,8 +176,8 @@ class Settings:
     guest_min_tokens: int = _setting(
         "LPLB_EP_GUEST_MIN_TOKENS",
         32,
-        "The least number of tokens that a guest takes, at least 1. A layer's `Problem` overrules "
-        "it.",
+        "The least number of tokens that a guest is chosen for, at least 1. A layer's `Problem` "
+        "overrules it.",
         within=("of at least 1, below 2**31", lambda tokens: 1 <= tokens < 2**31),
     )
     min_gain: int = _setting(

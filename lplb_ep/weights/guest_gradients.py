@@ -17,6 +17,7 @@ from .pool import GuestPool, Stay
 from .slots import Slot, local_part
 
 Gradients = list[Tensor | None]
+_NOTHING = torch.empty(0, device="cpu")
 
 
 class TrainedBatch(NamedTuple):
@@ -122,13 +123,16 @@ class TrainedBatch(NamedTuple):
 class Homeward(torch.autograd.Function):
     """Passes a layer's weights on. Once all of their gradients are there, guests' go home.
 
-    The received rows pass through as well. So it runs on every rank, also where no row came.
+    The received rows pass through as well. So it runs on every rank, also where no row came. There
+    experts may have saved nothing, and a checkpoint around the layer would not run it again, for
+    which the other ranks wait. So this asks for a saved tensor.
     """
 
     @staticmethod
     def forward(ctx: Any, batch: TrainedBatch, num_own: int, x: Tensor, *tensors: Tensor) -> Any:
         """Returns what it is given: the rows, then `num_own` weights, then those of guests."""
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(_NOTHING)
         ctx.batch = batch
         _, per_guest = _sizes(batch)
         own, guests = tensors[:num_own], tensors[num_own:]
@@ -143,6 +147,7 @@ class Homeward(torch.autograd.Function):
     def backward(ctx: Any, x: Tensor | None, *gradients: Tensor | None) -> Any:
         """Gradients of the rows and of the parameters, guests' parts added."""
         batch: TrainedBatch = ctx.batch
+        _ = ctx.saved_tensors
         alone = [counts == counts_if_alone() for counts in _counts(gradients)]
         per_own, per_guest = _sizes(batch)
         names = range(len(batch.slots))

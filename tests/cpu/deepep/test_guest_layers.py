@@ -265,6 +265,31 @@ def test_a_checkpoint_may_be_around_several_layers(reentrant, squashes):
     ranks.run(2, checkpoint_blocks, reentrant, squashes)
 
 
+def no_rows(group, mode):
+    """The last rank gets no rows, so its experts save nothing that would make it recompute."""
+    layers = [MoE(group, Placement.homes_only(E, group.size(), G), "legacy", s) for s in (0, 1)]
+    set_mode(layers, mode)
+    x, weights, topk_idx = batch_of(group.rank(), 0)
+    topk_idx.fill_(-1)
+    if group.rank() == 0:
+        topk_idx[0, 0] = 0
+    h = x
+    for layer in layers:
+        h = checkpoint(
+            lambda h, one: h.tanh() + one(h, weights, topk_idx), h, layer, use_reentrant=False
+        )
+    h.sum().backward()
+    # Forward and again.
+    assert [len(layer.received) for layer in layers] == [2, 2]
+    return sum(sum(layer.received) for layer in layers)
+
+
+@pytest.mark.parametrize("mode", ["home", "1"])
+def test_a_rank_without_rows_recomputes_as_the_others_do(mode):
+    environ = {"LPLB_EP_TIMEOUT_S": "5"}
+    assert ranks.run(2, no_rows, mode, environ=environ, timeout=60) == [4, 0]
+
+
 def interleave(group):
     """Micro-batches of a pipeline: forward 0, forward 1, backward 0, forward 2, backward 1, 2."""
     layer = MoE(group, Placement.homes_only(E, group.size(), G), "legacy")
