@@ -119,6 +119,8 @@ class GuestPool:
             group, self.device, self.num_bytes, transport, None if trained else 0
         )
         self._stay: weakref.ref[Stay] | None = None
+        self._planned_again: Stay | None = None
+        """The batch, if a recompute planned it, which may end early and drop all that it made."""
         self._used: Stay | None = None
         self._goes_home = False
         self._streams: set[torch.cuda.Stream] = set()
@@ -245,10 +247,11 @@ class GuestPool:
         if stay is None and (held := self.stay) is not None and held.is_awaited:
             return
         self._stay, self._used = None if stay is None else weakref.ref(stay), None
+        self._planned_again = None if stay is None or stay.graph_task < 0 else stay
 
     def clear(self) -> None:
         """Marks the pool as without guests, since some transports put gradients there."""
-        self._stay = self._used = None
+        self._stay = self._used = self._planned_again = None
 
 
 def pools_by_slot(
