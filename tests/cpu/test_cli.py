@@ -291,6 +291,7 @@ dist.destroy_process_group()
 
 MODEL = """
 import json, os, sys, torch, torch.distributed as dist
+import torch._dynamo  # as checkpoint does; if it is behind a group, the group outlives its end
 from torch.utils.checkpoint import checkpoint
 from deep_ep import Buffer
 E, R, T = 6, 2, 40
