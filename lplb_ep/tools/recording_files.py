@@ -52,7 +52,11 @@ def read_arrays(path: Path) -> Content:
     if path.is_dir():
         return _read_directory(path)
     if path.suffix.lower() not in ENDS:
-        raise ValueError(f"{path}: a recording is a directory, or a file that ends in {_or(ENDS)}")
+        is_metrics = path.suffix.lower() == ".jsonl"
+        raise ValueError(
+            f"{path}: a recording is a directory, or a file that ends in {_or(ENDS)}"
+            f"{'; metrics of a run are for lplb-ep report' if is_metrics else ''}"
+        )
     content = read_plain(path)
     if path.suffix.lower() in (".pt", ".pth"):
         return _of_torch(path, [path], [content])

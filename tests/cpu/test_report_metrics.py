@@ -259,6 +259,8 @@ def test_options_of_recordings_are_refused(fails, run, tmp_path):
         said = f"{options[0]} is for recordings; {run[0]} has metrics of a run"
         assert said in fails("report", run[0], *options, "-o", tmp_path / "page.html")
     assert "No such file" in fails("report", tmp_path / "none.jsonl", "-o", tmp_path / "a.html")
+    line = fails("replay", run[0], "--placement", "homes", "--ranks", 4)
+    assert line.endswith("or .csv; metrics of a run are for lplb-ep report")
 
 
 @pytest.mark.parametrize("num_examples", COUNT)
@@ -367,6 +369,23 @@ def test_a_browser_leaves_out_what_a_run_has_not(tmp_path):
     dom = browse(tmp_path, page_of_metrics(read_metrics(path)), "--dump-dom", script=script)
     data, _ = body_of(dom)
     assert data["steps"] == "5 –at home: median layerworst layer –"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_charts_stay_in_their_cards(tmp_path, run):
+    script = """
+        document.body.style.width = "360px";
+        dispatchEvent(new Event("resize"));
+        const ends = (one) => one.getBoundingClientRect().right;
+        const drawn = [...document.querySelectorAll(".chart")];
+        const steps = drawn.map((one) => ends(one.closest(".card")) - ends(one));
+        document.body.dataset.steps = encodeURIComponent(JSON.stringify(steps));
+    """
+    page = page_of_metrics(read_metrics(run[0]))
+    data, _ = body_of(browse(tmp_path, page, "--dump-dom", script=script))
+    rests = json.loads(unquote(data["steps"]))
+    assert len(rests) == 6
+    assert min(rests) >= 0, rests
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
