@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -26,6 +26,10 @@ Weights = Mapping[str, Sequence[Sequence[Tensor]]]
 
 class Slots(Protocol):
     """What computes the slots of a rank: guests, or copies that stay."""
+
+    @property
+    def own(self) -> Collection[int]:
+        """The local slots of the rank's own experts; the others have copies."""
 
     def prepare(self) -> int:
         """Says that a batch is to be dispatched. Returns which of the micro-batches in flight."""
@@ -81,13 +85,15 @@ class SequentialExperts:
             counts = tokens_per_expert.tolist()
             of_slot = [*zip(modules, rows.split(counts), probs.split(counts), strict=True)]
             # Experts with many rows come first: the GPU is busy with them while the CPU launches
-            # the others. Parameters of a rank's own experts get a gradient without rows, too.
-            used = [n for n, count in enumerate(counts) if count or n < len(self.local)]
+            # the others. Parameters of a rank's own experts get a gradient without rows, too:
+            # DDP hands a bucket on when all of it have one.
+            used = [n for n, count in enumerate(counts) if count or n in slots.own]
             outputs = {}
             for number in sorted(used, key=lambda n: -counts[n]):
                 module, *inputs = of_slot[number]
                 alone = _StandIn(experts, {"local_experts": [module], "num_local_experts": 1})
-                outputs[number], _ = own(alone, inputs[0], tokens_per_expert, inputs[1])
+                count = tokens_per_expert[number : number + 1]
+                outputs[number], _ = own(alone, inputs[0], count, inputs[1])
             # Biases are within the outputs, as in Megatron-Core's own loop.
             in_order = [outputs[number] for number in used]
             return torch.cat(in_order) if len(in_order) > 1 else in_order[0], None

@@ -25,6 +25,11 @@ class GuestsInTurn:
     def __init__(self, guests: Guests, pools: Sequence[GuestPool]) -> None:
         self._guests, self._pools, self._slot = guests, pools, 0
 
+    @property
+    def own(self) -> range:
+        """As `Slots.own`: residents, which are the first."""
+        return range(self._guests.layer.placement.num_resident_slots)
+
     def prepare(self) -> int:
         """Chooses a pool: a batch is to be dispatched. The same on all ranks.
 

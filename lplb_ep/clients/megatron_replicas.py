@@ -57,6 +57,7 @@ class StaticCopies:
         # The same order on all ranks, wherever the homes are: autograd follows it.
         self._order = sorted(range(len(here)), key=lambda n: (here[n] not in homes, n))
         self.num_own, self._group = len(local_experts), group
+        self.own = frozenset(self._order[: self.num_own])  # local slots
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
         self.balanced = BalancedLayer(layer, replicas=self.replicas)

@@ -190,11 +190,13 @@ def inferred(group, run, alone):
             return losses, [dict(row.by_status) for row in training.balance.report()]
 
 
-@pytest.mark.parametrize("alone", [False, True])
-def test_copies_have_weights_that_were_loaded_for_inference(alone):
-    plain, balanced = (
-        ranks.run(2, inferred, REPLICAS, alone, environ=environ) for environ in (OFF, ON)
-    )
+@pytest.mark.parametrize(
+    ("options", "alone"),
+    [({"replicas": 2}, False), ({"replicas": 2}, True), ({"guests": 2}, True)],
+)
+def test_copies_have_weights_that_were_loaded_for_inference(options, alone):
+    run = Run(balance=options, micro_batches=3)
+    plain, balanced = (ranks.run(2, inferred, run, alone, environ=environ) for environ in (OFF, ON))
     for (want, _), (got, seen) in zip(plain, balanced, strict=True):
         assert got == pytest.approx(want, rel=1e-5)
         assert [set(statuses) for statuses in seen] == [{"OPTIMAL"}] * 2
