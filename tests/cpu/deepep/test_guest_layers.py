@@ -6,6 +6,7 @@ import os
 import re
 import unittest.mock
 
+import numpy as np
 import pytest
 import ranks
 import torch
@@ -291,6 +292,112 @@ def no_rows(group, mode):
 def test_a_rank_without_rows_recomputes_as_the_others_do(mode):
     environ = {"LPLB_EP_TIMEOUT_S": "5"}
     assert ranks.run(2, no_rows, mode, environ=environ, timeout=60) == [4, 0]
+
+
+CHECKPOINTS = ("none", "layer", "layer, reentrant", "two layers", "two layers, reentrant")
+
+
+class Schedule:
+    """Steps of training, drawn at random: the same on all ranks."""
+
+    def __init__(self, seed, num_layers):
+        draw = np.random.default_rng(seed)
+        self.blocks, self.inside = [], []
+        """By block how many layers, the checkpoint around them, and whether it keeps their output.
+        By layer the checkpoint inside."""
+        while len(self.inside) < num_layers:
+            around = str(draw.choice(CHECKPOINTS))
+            size = min(2 if "two" in around else 1, num_layers - len(self.inside))
+            self.blocks.append((size, around, bool(draw.integers(2))))
+            # Torch has no reentrant one in a reentrant one.
+            kinds = [None, "plain"] if "reentrant" in around else [None, "plain", "reentrant"]
+            self.inside += draw.choice(kinds, size).tolist()
+        num_batches = int(draw.integers(1, 5))
+        self.modes = draw.choice(["1", "1", "1", "home"], num_batches)
+        self.tokens = draw.choice(
+            ["random", "random", "one expert", "some ranks", "none"], num_batches
+        )
+        self.order = []
+        """(forward, backward or evaluate, number of the batch)"""
+        begun, in_flight = 0, []
+        while begun < num_batches or in_flight:
+            what = draw.random()
+            if what < 0.2:
+                self.order.append(("evaluate", int(draw.integers(num_batches))))
+            elif begun < num_batches and (what < 0.6 or not in_flight):
+                self.order.append(("forward", begun))
+                in_flight.append(begun)
+                begun += 1
+            elif in_flight:
+                number = in_flight.pop(int(draw.integers(len(in_flight))))
+                self.order.append(("backward", number))
+
+    def batch(self, rank, number):
+        x, weights, topk_idx = batch_of(rank, number)
+        how = self.tokens[number]
+        if how == "one expert":
+            topk_idx[:, 0], topk_idx[:, 1] = 0, -1
+        if how == "none" or (how == "some ranks" and rank % 2):
+            x, weights, topk_idx = (t.detach()[:0] for t in (x, weights, topk_idx))
+        return x.requires_grad_(), weights.requires_grad_(), topk_idx
+
+    def run(self, layers, given):
+        x, weights, topk_idx = given
+        begin = 0
+        for size, how, squashes in self.blocks:
+            block = Block(layers[begin : begin + size], squashes)
+            begin += size
+            if how == "none" or not torch.is_grad_enabled():
+                x = block(x, weights, topk_idx)
+            else:
+                reentrant = "reentrant" in how
+                x = checkpoint(block, x, weights, topk_idx, use_reentrant=reentrant)
+        return x
+
+    def play(self, layers, rank, is_balanced):
+        """Values without gradients, and all gradients."""
+        outs, leaves, values = {}, [], []
+        for layer, inside in zip(layers, self.inside, strict=True):
+            layer.zero_grad()
+            layer.inside = inside
+        for what, number in self.order:
+            set_mode(layers, self.modes[number] if is_balanced else "home")
+            if what == "backward":
+                outs.pop(number).backward()
+            elif what == "evaluate":
+                for layer in layers:
+                    layer.inside = None
+                with torch.no_grad():
+                    values.append(self.run(layers, self.batch(rank, number)))
+                for layer, inside in zip(layers, self.inside, strict=True):
+                    layer.inside = inside
+            else:
+                given = self.batch(rank, number)
+                leaves += given[:2]
+                outs[number] = self.run(layers, given).pow(2).sum()
+        leaves += [p for layer in layers for p in layer.experts.parameters()]
+        return values + [torch.zeros_like(t) if t.grad is None else t.grad.clone() for t in leaves]
+
+
+def any_schedule(group, kind, seeds):
+    first = MoE(group, Placement.homes_only(E, group.size(), G), kind)
+    (pool,) = first.guests._pools.values()
+    layers = [first]
+    for seed in (1, 2):
+        placement = Placement.homes_only(E, group.size(), G)
+        layers.append(MoE(group, placement, kind, seed, pool, layer_waits=seed == 1))
+    optimizer = torch.optim.AdamW([p for one in layers for p in one.experts.parameters()])
+    for seed in seeds:
+        schedule = Schedule(seed, len(layers))
+        want, got = (schedule.play(layers, group.rank(), balanced) for balanced in (False, True))
+        for a, b in zip(got, want, strict=True):
+            assert not b.numel() or (a - b).abs().max() <= 1e-9 * max(1.0, float(b.abs().max()))
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("kind", "seeds"), [("legacy", [6, 8, 12, 15]), ("elastic", range(4))])
+def test_any_schedule_of_micro_batches_and_checkpoints_equals_that_at_home(kind, seeds):
+    ranks.run(2, any_schedule, kind, seeds, environ={"LPLB_EP_TIMEOUT_S": "20"})
 
 
 def interleave(group):
