@@ -51,7 +51,7 @@ class TrainedBatch(NamedTuple):
         raise ContractError(
             "the pool of guests holds another batch than the one whose backward pass runs, so its "
             "gradients would be wrong. The backward pass of combine must dispatch by the handle, "
-            "through the buffer that planned"
+            "through the buffer that planned. And a layer takes the weights of a batch once"
         )
 
     def arrives(self) -> set[int]:

@@ -223,7 +223,7 @@ class Guests:
     # --- what a layer asks ------------------------------------------------------------------------
 
     def weights(self, x: Tensor, slot: int = 0) -> tuple[Tensor, Weights]:
-        """The weights of all local slots, for the batch that was dispatched last.
+        """The weights of all local slots, for the batch that was dispatched last. Once a batch.
 
         The layer must compute with these weights, not with the parameters: through them gradients
         of guests go home. The autograd node that sends gradients runs when `x` has its gradient,

@@ -600,6 +600,10 @@ def not_pushed_again(group):
     second.dispatch()
     second.experts(second.x)
     raises("holds another batch than the one whose backward pass runs", out.backward)
+    third = Batch(guests, 2, 2)
+    third.dispatch()
+    out = third.experts(third.x) + third.experts(third.x)
+    raises("And a layer takes the weights of a batch once", out.backward)
 
 
 def test_a_backward_pass_with_other_guests_in_the_pool_is_refused():
