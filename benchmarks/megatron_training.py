@@ -126,7 +126,8 @@ def table_of(args: argparse.Namespace, records: dict[str, Record]) -> str:
         base, even = (records.get(f"{mode}:{seed}") for mode in ("plain", "forced"))
         plain = records.get(f"plain:{seed}" if not name.startswith("plain") else "plain:0")
         speed, share, away = tokens_a_second(args, record), "", ""
-        if base is not None and even is not None and record not in (base, even):
+        is_timed = args.device.type == "cuda"  # ranks share the CPU's cores: nobody waits for one
+        if is_timed and base is not None and even is not None and record not in (base, even):
             slow, fast = tokens_a_second(args, base), tokens_a_second(args, even)
             share = f"{(speed - slow) / (fast - slow):.0%}" if fast > slow else "none to gain"
         if plain is not None and record is not plain:
