@@ -145,7 +145,9 @@ def _read_json_lines(file: Path) -> tuple[list[Any], bool]:
         except ValueError as error:
             if number > len(lines):
                 return values, True
-            said = "no UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            said = "no UTF-8" if isinstance(error, UnicodeDecodeError) else "a number is too long"
+            if isinstance(error, json.JSONDecodeError):
+                said = f"{error.msg}, at character {error.colno}"
             raise _ContentError(f"line {number}: {said}") from None
         except _ContentError as error:
             raise _ContentError(f"line {number}: {error}") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -21,6 +23,14 @@ FIELDS = tuple(
     field.name for field in dataclasses.fields(LayerStats) if not field.name.startswith("worst")
 )
 """Of `LayerStats`, in a line. The worst batch of such a window is not known."""
+_QUOTIENTS = {
+    "home_imbalance": ("largest_home_load", "mean_load"),
+    "imbalance": ("largest_load", "mean_load"),
+    "bound": ("bound_load", "bound_mean_load"),
+}
+_SUMS = [
+    name for name in FIELDS if name not in ("layer", "rank", "num_ranks", "by_status", *_QUOTIENTS)
+]
 MAX_BYTES = 64 << 20
 """Of a file. The one that is full stays beside the next."""
 
@@ -30,7 +40,7 @@ class LineFile:
 
     A line is a JSON object: fields of `LayerStats`, and those that docs/metrics.md names.
     A full file is renamed, `run.jsonl` to `run.before.jsonl`, and begun anew. So two files have the
-    last windows, of at least 64 MiB.
+    last windows, of at least 64 MiB. Layers of one name are one layer.
 
     Args:
         path: the file, which is replaced. Its name ends in `.jsonl`.
@@ -41,13 +51,15 @@ class LineFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(path).absolute()  # wherever the program goes
         if self.path.suffix != ".jsonl":
             raise ValueError(f"path must end in .jsonl; got {os.fspath(path)}")
         now = datetime.datetime.now(datetime.timezone.utc)
         self._run = f"{now:%Y-%m-%dT%H:%M:%SZ} {uuid.uuid4().hex[:8]}"
         self._window = Window()
         self._before: collections.Counter[str] = collections.Counter()
+        self._waiting: dict[str, LayerStats] = {}
+        check_writable(self.path)
         self.path.write_text("")
 
     def write(self) -> None:
@@ -62,7 +74,9 @@ class LineFile:
         self.add(self._window.stats(all_layers(), renew_at=1))
 
     def add(self, several: Iterable[LayerStats]) -> None:
-        """Adds a line for each of the statistics that have batches.
+        """Adds a line for each layer of the statistics that have batches.
+
+        What cannot be written is part of the layer's next line.
 
         Args:
             several: of windows that do not overlap.
@@ -70,13 +84,17 @@ class LineFile:
         Raises:
             OSError: the file is not writable.
         """
-        lines = [self._line(stats) for stats in several if stats.batches]
-        if not lines:
+        for stats in several:
+            if stats.batches:
+                before = self._waiting.get(stats.layer)
+                self._waiting[stats.layer] = stats if before is None else _sum(before, stats)
+        if not self._waiting:
             return
         if self.path.exists() and self.path.stat().st_size > MAX_BYTES:
             os.replace(self.path, self.path.with_name(f"{self.path.stem}.before.jsonl"))
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(lines)
+        _append(self.path, "".join(map(self._line, self._waiting.values())).encode())
+        self._before.update({layer: stats.batches for layer, stats in self._waiting.items()})
+        self._waiting.clear()
 
     def _line(self, stats: LayerStats) -> str:
         values = {
@@ -86,9 +104,45 @@ class LineFile:
             "before": self._before[stats.layer],
             **{name: getattr(stats, name) for name in FIELDS},
         }
-        self._before[stats.layer] += stats.batches
         known = {name: None if _is_nan(value) else value for name, value in values.items()}
         return f"{json.dumps(known, separators=(',', ':'), allow_nan=False)}\n"
+
+
+def check_writable(path: Path) -> None:
+    """Looks whether the file can be written, now. One that is there stays as it is.
+
+    Raises:
+        OSError: it cannot; says why.
+    """
+    is_new = not path.exists()
+    if not (is_new or path.is_file() or path.is_dir()):  # a pipe would wait for a reader
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open(path, "ab"):
+        pass
+    if is_new:
+        Path(os.path.realpath(path)).unlink()
+
+
+def _append(path: Path, content: bytes) -> None:
+    """Adds it to a file, all or nothing: a part of a line would spoil the next."""
+    with open(path, "ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise
+
+
+def _sum(one: LayerStats, other: LayerStats) -> LayerStats:
+    """Statistics of two windows together, but for their worst batches."""
+    values = {name: getattr(one, name) + getattr(other, name) for name in _SUMS}
+    for name, (above, below) in _QUOTIENTS.items():
+        values[name] = values[above] / values[below] if values[below] else math.nan
+    by_status = collections.Counter(one.by_status) + collections.Counter(other.by_status)
+    return dataclasses.replace(other, by_status=dict(by_status), **values)
 
 
 def _is_nan(value: Any) -> bool:

@@ -180,6 +180,10 @@ def _say_unwritable(path: Path, error: OSError) -> None:
 
 
 def _path_of_rank(path: Path) -> Path:
-    """A file for each process that writes: the first rank of each group."""
+    """A file for each process that writes: the first rank of each group.
+
+    It stays where it is if the program goes to another directory.
+    """
+    path = path.absolute()
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

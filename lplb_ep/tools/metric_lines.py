@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,6 +20,8 @@ _MOST = 2.0**53
 """Numbers are below it, or a page would round them."""
 _LAST_TIME = 1e11
 """A time that pages can show, in seconds."""
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half a character, which JSON can name, and no file can hold."""
 _AROUND = ("lplb_ep_metrics", "run", "time", "before")
 _TYPES = {field.name: str(field.type) for field in fields(LayerStats)}
 _MAY_BE_MISSING = ("home_imbalance", "imbalance", "bound")
@@ -74,6 +78,8 @@ def read_metrics(path: str | os.PathLike[str]) -> Metrics:
         OSError: the file cannot be read.
     """
     file = Path(path)
+    if file.is_file() and not file.stat().st_size:
+        raise ValueError(f"{file} is empty: the run has no window of batches yet")
     values, is_cut = read_json_lines(file)
     lines: list[Line] = []
     ends: dict[str, int] = {}
@@ -105,13 +111,15 @@ def _line(value: Any) -> Line:
     if not isinstance(value, dict) or "lplb_ep_metrics" not in value:
         raise ValueError("is none of lplb_ep's metrics")
     if value["lplb_ep_metrics"] != VERSION:
-        raise ValueError(f"is of version {value['lplb_ep_metrics']!r}; only {VERSION} can be read")
+        raise ValueError(
+            f"is of version {reprlib.repr(value['lplb_ep_metrics'])}; only {VERSION} can be read"
+        )
     known = {*_AROUND, *FIELDS}
     odd = sorted(known ^ value.keys())
     if odd:
         raise ValueError(f"{'lacks' if odd[0] in known else 'has an unknown'} {odd[0]!r}")
     if not isinstance(value["run"], str):
-        raise ValueError(f"has a run that is no text: {value['run']!r}")
+        raise ValueError(f"has a run that is no text: {reprlib.repr(value['run'])}")
     made = {name: _checked(name, _TYPES[name], value[name]) for name in FIELDS}
     stats = LayerStats(**made, **_WORST)
     if stats.batches != sum(stats.by_status.values()) or not stats.batches:
@@ -124,7 +132,7 @@ def _line(value: Any) -> Line:
 
 def _checked(name: str, kind: str, value: Any) -> Any:
     """A value of a field's type."""
-    if kind == "str" and isinstance(value, str):
+    if kind == "str" and isinstance(value, str) and not _HALF.search(value):
         return value
     if kind == "int" and type(value) is int and 0 <= value < _MOST:
         return value
@@ -138,4 +146,4 @@ def _checked(name: str, kind: str, value: Any) -> Any:
                 raise ValueError(f"has an unknown status: {status!r}")
             _checked(f"{name} {status}", "int", number)
         return value
-    raise ValueError(f"has a wrong {name}: {value!r}")
+    raise ValueError(f"has a wrong {name}: {reprlib.repr(value)}")

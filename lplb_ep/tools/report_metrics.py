@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
+import collections
 import datetime
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -83,17 +84,21 @@ def names_of(metrics: Metrics) -> list[str]:
 
 def about_metrics(metrics: Metrics) -> str:
     """What they are of, in words."""
-    num_layers, lines = len(names_of(metrics)), metrics.lines
-    batches = sum(line.stats.batches for line in lines)
+    lines = metrics.lines
     first, last = (
         datetime.datetime.fromtimestamp(time, datetime.timezone.utc)
         for time in (lines[0].time, lines[-1].time)
     )
+    batches = sum(line.stats.batches for line in lines)
     return (
-        f"{num_layers} layer{'s' * (num_layers > 1)}, {_num_ranks(metrics)} ranks, {batches} "
-        f"batches in {len(lines)} windows, written from {first:%Y-%m-%d %H:%M:%S} to "
-        f"{last:%Y-%m-%d %H:%M:%S} UTC"
+        f"{_number(len(names_of(metrics)), 'layer')}, {_num_ranks(metrics)} ranks, "
+        f"{_number(batches, 'batch', 'batches')} in {_number(len(lines), 'window')}, written from "
+        f"{first:%Y-%m-%d %H:%M:%S} to {last:%Y-%m-%d %H:%M:%S} UTC"
     )
+
+
+def _number(number: int, one: str, several: str = "") -> str:
+    return f"{number} {one if number == 1 else several or f'{one}s'}"
 
 
 def imbalance_by_layer(metrics: Metrics) -> dict[str, _Array]:
@@ -110,21 +115,22 @@ def imbalance_by_layer(metrics: Metrics) -> dict[str, _Array]:
     return found
 
 
-def _points(metrics: Metrics, num_layers: int) -> tuple[list[int], Any]:
+def _points(metrics: Metrics, num_layers: int) -> tuple[list[int], Callable[[Line], int]]:
     """The first batches of the points in time; and which of them has a line.
 
-    They are as far apart as most windows have batches, or several times as far.
+    A point is a window, or several. Layers that are some batches apart share their points.
     """
-    sizes = [line.stats.batches for line in metrics.lines]
-    usual = max(sorted(set(sizes)), key=sizes.count)
-    first = min(line.before for line in metrics.lines)
-    last = max(line.before for line in metrics.lines)
+    sizes = collections.Counter(line.stats.batches for line in metrics.lines)
+    usual = max(sorted(sizes), key=lambda size: sizes[size])
+    starts: list[int] = []
+    for before in sorted({line.before for line in metrics.lines}):
+        if not starts or before - starts[-1] >= usual / 2:
+            starts.append(before)
     most = min(_MOST_WINDOWS, max(1, _MOST_NUMBERS // num_layers))
-    step = usual * -(-((last - first) // usual + 1) // most)
-    starts = [*range(first, last + 1, step)]
+    starts = starts[:: -(-len(starts) // most)]
 
     def column(line: Line) -> int:
-        return (line.before - first) // step
+        return bisect.bisect(starts, line.before) - 1
 
     return starts, column
 

@@ -507,11 +507,11 @@ def test_layers_of_other_sizes_are_left_out(tmp_path, caplog):
 
 
 def test_each_group_writes_a_file_of_its_own(monkeypatch):
-    path = Path("out/run.npz")
+    path = Path("out/run.npz").absolute()
     assert reporter._path_of_rank(path) == path
     monkeypatch.setattr(reporter.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(reporter.dist, "get_rank", lambda: 8)
-    assert reporter._path_of_rank(path) == Path("out/run.rank8.npz")
+    assert reporter._path_of_rank(path) == path.with_name("run.rank8.npz")
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,15 @@
 """Statistics of a run as lines of a file, and the page that `lplb-ep report` makes of them."""
 
 import csv
+import dataclasses
+import errno
+import functools
+import io
 import itertools
 import json
 import logging
+import os
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -122,6 +128,95 @@ def test_a_full_file_stays_beside_the_next(tmp_path, monkeypatch):
     assert 3 <= len(kept) <= 6
 
 
+def test_what_cannot_be_written_is_in_the_next_line(tmp_path, monkeypatch):
+    """Even where a part of a line was written, as on a full disk."""
+    rng, path = np.random.default_rng(0), tmp_path / "run.jsonl"
+    layer, planner = planner_of("patient")
+    lines = LineFile(path)
+
+    def write():
+        plan(planner, rng, 3)
+        lines.add(lines._window.stats([layer], renew_at=1))
+
+    write()
+    for size in (500, 1000):  # nothing of the next line has room, and a part of it
+        full = functools.partial(Full, size)
+        with monkeypatch.context() as changed:
+            changed.setattr(line_file, "open", full, raising=False)
+            with pytest.raises(OSError, match="No space left"):
+                write()
+        assert len(read_metrics(path).lines) == 1
+        assert not read_metrics(path).is_cut
+    write()
+    first, second = (line.stats for line in read_metrics(path).lines)
+    assert (first.batches, second.batches) == (3, 9)
+    whole = stats_of([layer])[0]
+    for name in (*SUMS, "own_rows", "mean_load", "bound_load"):
+        assert getattr(first, name) + getattr(second, name) == getattr(whole, name), name
+    assert second.home_imbalance == second.largest_home_load / second.mean_load
+    assert second.by_status == {"OPTIMAL": 9}
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full after so many bytes."""
+
+    def __init__(self, size, path, mode, buffering=0):
+        super().__init__(path, mode)
+        self.room = size
+
+    def write(self, content):
+        room = self.room - self.tell()
+        if room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(content[:room])
+
+
+def test_layers_of_one_name_are_one_line(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "run.jsonl"
+    (one, first), (other, second) = (planner_of("twin") for _ in range(2))
+    lines = LineFile(path)
+    for number in (2, 3):
+        plan(first, rng, number)
+        plan(second, rng, 4)
+        lines.add(lines._window.stats([one, other], renew_at=1))
+    read = read_metrics(path).lines
+    assert [(line.before, line.stats.batches) for line in read] == [(0, 6), (6, 7)]
+
+
+def test_a_file_stays_where_it_is(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    layer, planner = planner_of("moved")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    lines = LineFile("run.jsonl")
+    monkeypatch.chdir("other")
+    plan(planner, rng, 1)
+    lines.add(lines._window.stats([layer], renew_at=1))
+    assert len(read_metrics(tmp_path / "run.jsonl").lines) == 1
+    assert not [*(tmp_path / "other").iterdir()]
+    assert reporter._path_of_rank(Path("loads.npz")) == tmp_path / "other" / "loads.npz"
+
+
+def test_only_a_regular_file_is_written(tmp_path):
+    pipe, link, aim = (tmp_path / f"{name}.jsonl" for name in ("pipe", "link", "aim"))
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        LineFile(pipe)
+    with pytest.raises(IsADirectoryError):
+        line_file.check_writable(tmp_path)
+    link.symlink_to(aim)
+    line_file.check_writable(link)
+    assert link.is_symlink()
+    assert not aim.exists()
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere" / "aim.jsonl")
+    with pytest.raises(OSError, match="No such file"):
+        line_file.check_writable(link)
+    aim.write_text("kept")
+    line_file.check_writable(aim)
+    assert aim.read_text() == "kept"
+
+
 def test_the_reporter_writes_what_it_would_log(tmp_path, caplog):
     rng, path = np.random.default_rng(0), tmp_path / "run.jsonl"
     layer = Layer(Placement.homes_only(E, R), name="reported")
@@ -184,6 +279,26 @@ def test_many_windows_are_put_together(run, monkeypatch):
     assert data["sums"]["batches"] == [12, 12, 12, 8]
 
 
+def written(path, windows):
+    """A file of one layer's windows, of so many batches each."""
+    layer, planner = planner_of("uneven")
+    lines, rng = LineFile(path), np.random.default_rng(0)
+    for number in windows:
+        plan(planner, rng, number)
+        lines.add(lines._window.stats([layer], renew_at=1))
+    return read_metrics(path)
+
+
+def test_windows_of_any_size_are_points(tmp_path):
+    data = content_of(page_of_metrics(written(tmp_path / "run.jsonl", [4, 4, 20, 12, 4, 1])))
+    assert data["starts"] == [0, 4, 8, 28, 40, 44]
+    assert data["sums"]["batches"] == [4, 4, 20, 12, 4, 1]
+    assert data["num_batches"] == 45
+    data = content_of(page_of_metrics(written(tmp_path / "run.jsonl", [5])))
+    assert data["starts"] == [0]
+    assert "5 batches in 1 window, written" in data["about"]
+
+
 def test_the_command_writes_a_page_and_a_table(run, tmp_path, capsys):
     page, table = tmp_path / "page.html", tmp_path / "table.csv"
     assert cli.main(["report", str(run[0]), "-o", str(page), "--csv", str(table)]) == 0
@@ -226,14 +341,18 @@ def changed(number, **values):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda lines: [], "is not a file of JSON lines: it is empty"),
+        (lambda lines: [], "is empty: the run has no window of batches yet"),
         (lambda lines: ["[1]"], "is not a file of JSON lines: it begins with '[1]\\n'"),
         (lambda lines: ['{"a": 1}'], "line 1 is none of lplb_ep's metrics"),
         (lambda lines: [*lines[:2], "{"], "line 3: Expecting property name"),
+        (lambda lines: [*lines, "{}", ""], "line 13: Expecting value, at character 1"),
+        (lambda lines: ['{"a": ' + "1" * 5000 + "}"], "JSON lines: line 1: a number is too long"),
         (lambda lines: [*lines[:2], *lines[4:]], "line 3 'layers.3.<b>mlp</b>' goes on at batch 8"),
         (lambda lines: [*lines, lines[-1]], "lines are missing, or come twice"),
         (changed(1, lplb_ep_metrics=2), "line 2 is of version 2; only 1 can be read"),
         (changed(1, run="another"), "line 2 is of the run 'another', and the first of "),
+        (changed(1, lplb_ep_metrics=[1] * 5000), "version [1, 1, 1, 1, 1, 1, ...]; only 1 can be"),
+        (changed(1, layer="\ud800"), r"line 2 has a wrong layer: '\ud800'"),
         (changed(1, rows="away"), "line 2 lacks 'rows'"),
         (changed(1, colour=1), "line 2 has an unknown 'colour'"),
         (changed(0, rows=-1), "line 1 has a wrong rows: -1"),
@@ -386,6 +505,30 @@ def test_charts_stay_in_their_cards(tmp_path, run):
     rests = json.loads(unquote(data["steps"]))
     assert len(rests) == 6
     assert min(rests) >= 0, rests
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_long_names_leave_room(tmp_path):
+    names = [f"decoder.{'long_' * 20}{'x' * (5 * i)}.{i}.mlp" for i in range(200)]
+    path = tmp_path / "run.jsonl"
+    (line,) = written(path, [2]).lines
+    lines = LineFile(path)
+    lines.add(dataclasses.replace(line.stats, layer=name) for name in names)
+    script = """
+        document.body.style.width = "400px";
+        dispatchEvent(new Event("resize"));
+        const first = document.querySelector("#table td").getBoundingClientRect().width;
+        const grid = charts["over-lp"].getModel().getComponent("grid").coordinateSystem.getRect();
+        const labels = charts["over-lp"].getModel().getComponent("yAxis").axis.getViewLabels();
+        const steps = [element("layer").offsetWidth, first, grid.width, labels.length];
+        document.body.dataset.steps = encodeURIComponent(JSON.stringify(steps));
+    """
+    dom = browse(tmp_path, page_of_metrics(read_metrics(path)), "--dump-dom", script=script)
+    chosen, cell, width, labels = json.loads(unquote(body_of(dom)[0]["steps"]))
+    assert chosen <= 320
+    assert cell < 500
+    assert width > 150
+    assert 10 < labels < 25, "of 352 pixels"
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

@@ -169,8 +169,7 @@ def _describe_metrics(settings: Settings) -> tuple[str, str]:
     Raises:
         OSError: it cannot be written.
     """
-    from ...metrics.line_file import MAX_BYTES
-    from ...metrics.recorder import check_writable
+    from ...metrics.line_file import MAX_BYTES, check_writable
     from ..metric_lines import read_metrics
 
     path = Path(settings.metrics)

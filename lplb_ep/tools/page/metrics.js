@@ -99,7 +99,7 @@ function drawPushed() {
   chart("pushed", {
     grid: { left: 56, right: 64, top: 46, bottom: 46 },
     legend: { top: 0, textStyle: { color: css("--text") }, inactiveColor: css("--soft") },
-    tooltip: tooltip({ trigger: "axis", formatter: (items) => said(items, (i) => (i.seriesIndex ? `${mega(1e6 * i.value)} MB` : one(i.value))) }),
+    tooltip: tooltip({ trigger: "axis", formatter: (items) => said(items, (i) => (i.value === null ? "–" : i.seriesIndex ? `${mega(1e6 * i.value)} MB` : one(i.value))) }),
     xAxis: moments(),
     yAxis: [axis({ type: "value", name: "copies", min: 0 }), axis({ type: "value", name: "MB", min: 0, splitLine: { show: false } })],
     series: [

@@ -85,21 +85,25 @@ function drawLines() {
 const shades = () => (state.dark ? ["#2f7fc1", "#20303e", "#262a30", "#5a3420", "#ff8a3d"] : ["#2b7bba", "#bcd9ee", "#f6f6f4", "#f5c7a4", "#c24f00"]);
 
 function heat(id, title, cells, horizontal, vertical, limits, say, color = shades()) {
+  const interval = Math.ceil((15 * vertical.values.length) / (element(id).clientHeight - 108)) - 1;
   chart(id, {
     title: { text: `${title} (rows: ${vertical.name}s)`, left: 8, top: 0, textStyle: { fontSize: 13, color: css("--text") } },
     grid: { left: 52, right: 16, top: 30, bottom: 78 },
     tooltip: tooltip({ formatter: (item) => say(item.data) }),
     xAxis: axis({ type: "category", data: horizontal.values, name: horizontal.name, nameLocation: "middle", nameGap: 24, splitArea: { show: false } }),
-    yAxis: axis({ type: "category", data: vertical.values, inverse: true }),
+    yAxis: axis({ type: "category", data: vertical.values, inverse: true, axisLabel: { color: css("--soft"), interval, formatter: endOf } }),
     visualMap: { min: limits[0], max: limits[1], calculable: true, precision: 2, orient: "horizontal", left: "center", bottom: 4, itemHeight: 160, itemWidth: 12, textStyle: { color: css("--soft") }, inRange: { color } },
     series: [{ type: "heatmap", data: cells, progressive: 0, itemStyle: { borderWidth: 0 }, emphasis: { itemStyle: { borderColor: css("--text"), borderWidth: 1 } } }],
   });
 }
 
+/* Of a long name, what tells it from others. */
+const endOf = (name) => (name.length > 16 ? `…${name.slice(-15)}` : name);
+
 let sorting = [0, 1];
 
 function drawTable() {
-  const columns = [["layer", (layer) => layer, (layer) => escaped(data.layers[layer])], ...view.columns];
+  const columns = [["layer", (layer) => layer, (layer) => `<span>${escaped(data.layers[layer])}</span>`], ...view.columns];
   const rows = data.layers.map((_, layer) => [layer, ...columns.map(([, value]) => value(layer))]);
   rows.sort((one, two) => sorting[1] * (one[sorting[0] + 1] - two[sorting[0] + 1]));
   const head = `<thead><tr>${columns.map(([name], i) => `<th data-column="${i}">${name}</th>`).join("")}</tr></thead>`;
