@@ -339,7 +339,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--balance", choices=[*MODES], default="guests")
     parser.add_argument("--out", default="out/megatron_gpt.png", help="the picture")
     add_options(parser)
-    return parser.parse_args()
+    args = parser.parse_args()
+    from report import writable_picture
+
+    writable_picture(parser, args.out)
+    return args
 
 
 @contextlib.contextmanager
@@ -395,7 +399,6 @@ def show(args: argparse.Namespace, record: Record) -> None:
         f"loss {record.losses[0]:.3f} -> {record.losses[-1]:.3f}, imbalance of the ranks "
         f"{record.imbalance.mean():.3f}, {tokens_a_second(args, record):,.0f} tokens a second"
     )
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     speed = {record.mode: tokens_a_second(args, record)}
     try:
         plot_runs(

@@ -34,7 +34,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from report import Observer
+from report import Observer, writable_picture
 from torch import nn
 
 import lplb_ep
@@ -396,6 +396,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.guests = 0  # likewise
     if args.experts % args.ranks:
         parser.error(f"--experts must be a multiple of the {args.ranks} ranks; got {args.experts}")
+    writable_picture(parser, args.out)
     return args
 
 

@@ -247,7 +247,6 @@ class Observer:
     def draw(self, before, after, bound, static) -> None:
         from lplb_ep.tools.plots import plot_training
 
-        Path(self.args.out).parent.mkdir(parents=True, exist_ok=True)
         beside = {}
         if self.args.guests:
             label = f"at best with {STATIC} static copies a rank"
@@ -316,6 +315,16 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
     from lplb_ep.tools.tables import text_table
 
     print(f"\n{title}\n\n{text_table(header, rows)}")
+
+
+def writable_picture(parser: argparse.ArgumentParser, path: str | os.PathLike[str]) -> None:
+    """Makes the folder of `--out`, before training. An obstacle ends the program with its name."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: {error.strerror}: {error.filename}")
+    if Path(path).is_dir():
+        parser.error(f"--out must be a file; {path} is a directory")
 
 
 def progress(done: int, total: int, note: str) -> None:

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from report import progress
+from report import progress, writable_picture
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -266,7 +266,6 @@ def run_rank(args: argparse.Namespace) -> None:
     result = train(args)
     if dist.get_rank() == 0:
         path = args.out.with_suffix(f".{args.run}.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result))
         print(f"{args.run}: {result['tokens_per_s']:,.0f} tokens/s, {path}", flush=True)
     dist.destroy_process_group()
@@ -381,6 +380,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--checkpointing", choices=("none", "full", "selective"), default="none")
     parser.add_argument("--out", type=Path, default=Path("out/torchtitan_moe.png"))
     args = parser.parse_args(argv)
+    writable_picture(parser, args.out)
     args.runs = args.runs.split(",")
     for run in [*args.runs, *([args.run] if args.run else [])]:
         if run not in RUNS:

@@ -148,6 +148,21 @@ def test_what_cannot_be_is_named(options, environ, message, parse, monkeypatch, 
 
 
 @pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("file/picture.png", "--out: File exists: "),
+        ("file/folder/picture.png", "--out: Not a directory: "),
+        (".", "--out must be a file; "),
+    ],
+)
+def test_what_is_in_a_pictures_way_is_named_before_training(out, message, parse, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        parse([*SMALL, "--out", str(tmp_path / out)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "number",
     [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)],
 )
