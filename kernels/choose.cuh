@@ -42,7 +42,7 @@ __device__ void begin_verdicts(Verdicts& verdicts) {
             arrivals_expect(&verdicts.arrived[round],
                             FILLS * int(sizeof(int4) + sizeof(int)) + (round == 0 ? 2 * int(sizeof(int)) : 0));
     }
-    __syncwarp();  // the barriers are initialised before the warp signals
+    __syncwarp();  // an aligned arrival wants the whole warp, behind the initialisation
     cluster_arrive();
 }
 

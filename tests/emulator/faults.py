@@ -964,6 +964,9 @@ FAULTS = [
 ]
 
 SURVIVING_BARRIERS = {
+    "an aligned arrival wants the whole warp, behind the initialisation": (
+        "the emulator lets each thread arrive alone, and the last one has initialised the words"
+    ),
     "this chunk's tokens are subtracted before the next chunk reads a copy's rest": (
         "the barrier before it suffices; it goes when GPUs have run without it"
     ),
