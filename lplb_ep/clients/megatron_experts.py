@@ -90,10 +90,10 @@ class SequentialExperts:
             used = [n for n, count in enumerate(counts) if count or n in slots.own]
             outputs = {}
             for number in sorted(used, key=lambda n: -counts[n]):
-                module, *inputs = of_slot[number]
+                module, of_rows, of_probs = of_slot[number]
                 alone = _StandIn(experts, {"local_experts": [module], "num_local_experts": 1})
                 count = tokens_per_expert[number : number + 1]
-                outputs[number], _ = own(alone, inputs[0], count, inputs[1])
+                outputs[number], _ = own(alone, of_rows, count, of_probs)
             # Biases are within the outputs, as in Megatron-Core's own loop.
             in_order = [outputs[number] for number in used]
             return torch.cat(in_order) if len(in_order) > 1 else in_order[0], None

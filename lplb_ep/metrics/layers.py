@@ -260,9 +260,9 @@ def _stats(
         rows=int(sums[Tally.ROWS]),
         own_rows=int(sums[Tally.OWN]),
         own_rows_at_home=int(sums[Tally.OWN_HOME]),
-        home_imbalance=_quotient(int(sums[Tally.HOME]), mean),
-        imbalance=_quotient(int(sums[Tally.GOT]), mean),
-        bound=_quotient(int(sums[Tally.BOUND]), bound_mean),
+        home_imbalance=quotient(int(sums[Tally.HOME]), mean),
+        imbalance=quotient(int(sums[Tally.GOT]), mean),
+        bound=quotient(int(sums[Tally.BOUND]), bound_mean),
         worst_home_imbalance=worst[Tally.WORST_HOME] or math.nan,
         worst_imbalance=worst[Tally.WORST] or math.nan,
         guests=guests,
@@ -277,5 +277,6 @@ def _stats(
     )
 
 
-def _quotient(loads: int, mean: float) -> float:
+def quotient(loads: int, mean: float) -> float:
+    """A largest load over the mean, both summed over batches; NaN where there was none."""
     return loads / mean if mean else math.nan

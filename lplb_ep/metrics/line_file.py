@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .layers import LayerStats, Window, all_layers
+from .layers import LayerStats, Window, all_layers, quotient
 
 VERSION = 1
 FIELDS = tuple(
@@ -140,7 +140,7 @@ def _sum(one: LayerStats, other: LayerStats) -> LayerStats:
     """Statistics of two windows together, but for their worst batches."""
     values = {name: getattr(one, name) + getattr(other, name) for name in _SUMS}
     for name, (above, below) in _QUOTIENTS.items():
-        values[name] = values[above] / values[below] if values[below] else math.nan
+        values[name] = quotient(values[above], values[below])
     by_status = collections.Counter(one.by_status) + collections.Counter(other.by_status)
     return dataclasses.replace(other, by_status=dict(by_status), **values)
 

@@ -26,6 +26,7 @@ _SUMS = {
     "bound_mean": "bound_mean_load",
     "rows": "rows",
     "batches": "batches",
+    "sent_home": "sent_home",
     "guests": "guests",
     "guest_bytes": "guest_bytes",
 }

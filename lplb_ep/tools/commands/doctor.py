@@ -172,11 +172,7 @@ def _describe_metrics(settings: Settings) -> tuple[str, str]:
     from ...metrics.line_file import MAX_BYTES, check_writable
     from ..metric_lines import read_metrics
 
-    path = Path(settings.metrics)
-    try:
-        check_writable(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    path = _writable(settings.metrics, check_writable)
     if settings.mode != "1":
         return str(path), f"nothing is written where LPLB_EP is {settings.mode}, but where it is 1"
     said = f"every {settings.log_every} batches of a layer, two files of {MAX_BYTES >> 20} MiB"
@@ -198,11 +194,7 @@ def _describe_record(settings: Settings) -> tuple[str, str]:
     from ...metrics.recorder import MAX_BYTES, check_writable
     from ..recordings import load_recording
 
-    path = Path(settings.record)
-    try:
-        check_writable(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    path = _writable(settings.record, check_writable)
     if settings.mode != "1":
         return str(path), f"nothing is recorded where LPLB_EP is {settings.mode}, but where it is 1"
     free = shutil.disk_usage(path.parent).free
@@ -216,6 +208,20 @@ def _describe_record(settings: Settings) -> tuple[str, str]:
         except ValueError:
             said += "; replaces a file that is no recording"
     return str(path), said
+
+
+def _writable(name: str, check: Callable[[Path], None]) -> Path:
+    """The path of a file that jobs write.
+
+    Raises:
+        OSError: the check has found that it cannot be written; names the file.
+    """
+    path = Path(name)
+    try:
+        check(path)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {error.strerror}") from None
+    return path
 
 
 def _kernel_cache() -> tuple[str, str]:

@@ -18,8 +18,6 @@ const worstOf = (name) => (layer) => worst(windows().map((w) => at(name, w, laye
 const shownLayers = () => (state.layer < 0 ? everyLayer : [state.layer]);
 const shownNames = () => (state.layer < 0 ? "all layers" : data.layers[state.layer]);
 const ended = (status, chosen, layers) => sum(chosen.flatMap((w) => layers.map((layer) => data.ended[status][w * L + layer])));
-const SENT_HOME = Object.keys(data.ended).filter((status) => !["OPTIMAL", "REUSED", "STAYED"].includes(status));
-const sentHome = (chosen, layers) => sum(SENT_HOME.map((status) => ended(status, chosen, layers)));
 const whole = (value) => Math.round(value).toLocaleString("en");
 const one = (value) => (value === null ? "–" : value.toFixed(1));
 const mega = (value) => (value === null ? "–" : (value / 1e6).toFixed(value < 1e5 ? 3 : 1));
@@ -116,7 +114,7 @@ function decorate(drawn) {
 
 function tiles() {
   const chosen = windows(), of = (name) => everyLayer.map((layer) => ratio(name, OVER[name], chosen, [layer]));
-  const batches = total("batches", chosen, everyLayer), home = sentHome(chosen, everyLayer), worstLayer = (name) => `median layer<br>worst layer ${format(worst(of(name)))}`;
+  const batches = total("batches", chosen, everyLayer), home = total("sent_home", chosen, everyLayer), worstLayer = (name) => `median layer<br>worst layer ${format(worst(of(name)))}`;
   const saved = 1 - total("lp", chosen, everyLayer) / total("home", chosen, everyLayer);
   const guests = ratio("guests", "batches", chosen, everyLayer), bytes = ratio("guest_bytes", "batches", chosen, everyLayer);
   return [
@@ -139,7 +137,7 @@ const columns = [
   ["worst window", worstOf("lp"), format],
   ["lower bound T*", chosenRatio("bound", "bound_mean"), format],
   ...Object.keys(data.ended).filter((status) => status !== "OPTIMAL").map((status) => [status, (layer) => ended(status, windows(), [layer]), whole]),
-  ["sent home", (layer) => sentHome(windows(), [layer]), whole],
+  ["sent home", (layer) => total("sent_home", windows(), [layer]), whole],
   ["guests a batch", chosenRatio("guests", "batches"), one],
   ["MB a batch", chosenRatio("guest_bytes", "batches"), mega],
 ];
