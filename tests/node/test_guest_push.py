@@ -121,14 +121,29 @@ def test_a_graph_is_replayed_over_changing_guests(node, num_ranks):
     node(num_ranks, replays, 10_000, timeout=150)
 
 
-def late(group):
+def late(group, is_replayed):
     """The last rank comes after the limit: NaN and its name, then all is well again."""
     layout, one, device = start(group, 1)
     last = group.size() - 1
     table = torch.full((group.size(), 1), -1, dtype=torch.int32)
     table[0, 0], table[last, 0] = L * last, 0
     experts, guests = guest_ranks.draw_experts(layout, 0, device), table.to(device)
-    raised = ""
+    raised, word = "", torch.zeros(1, dtype=torch.int64, device=device)
+    number = BatchNumber(word)
+
+    def push():
+        one.push(layout, own(experts, group), guests, None, number)
+        one.wait()
+
+    if is_replayed:
+        word.fill_(1 << 32)
+        one.barrier(layout, guests)
+        push()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            push()
+        push = graph.replay
     dist.barrier(group)
     for step in range(2):
         one.barrier(layout, guests)
@@ -136,9 +151,8 @@ def late(group):
         dist.barrier(group)
         if step == 0 and group.rank() == last:
             time.sleep(3)
-        number = BatchNumber(torch.full((1,), step + 1 << 32, device=device))
-        one.push(layout, own(experts, group), guests, None, number)
-        one.wait()
+        word.fill_(step + 2 << 32)
+        push()
         torch.cuda.synchronize()
         wrong = int(guest_ranks.num_wrong(layout, one.memory, experts, guests[group.rank()]))
         if step == 0 and group.rank() == 0:
@@ -155,10 +169,12 @@ def late(group):
     return raised
 
 
-def test_a_rank_that_comes_late_is_named(service):
+@pytest.mark.parametrize("is_replayed", [False, True])
+def test_a_rank_that_comes_late_is_named(service, is_replayed):
     ranks.close()  # a transport has its limit from when it was made
     try:
-        found = ranks.run(2, late, environ={**service(2), "LPLB_EP_TIMEOUT_S": "1"})
+        environ = {**service(2), "LPLB_EP_TIMEOUT_S": "1"}
+        found = ranks.run(2, late, is_replayed, environ=environ)
     finally:
         ranks.close()
     assert found[0].startswith("ranks [1] did not come to a push of guests")
