@@ -11,7 +11,8 @@ are `tokens` times 8, equal in all slots. One GPU, gated experts, torch's groupe
 - second: one pass over own experts and one over the pool, as the clients of `Guests` do.
 
 "late" has guests arrive 0.25 ms after the start. One stack waits for them first. With two, own
-experts compute meanwhile. A figure is the median of milliseconds by the GPU's clock, the ways by turns.
+experts compute meanwhile. A figure is the median of milliseconds by the GPU's clock; ways run by
+turns.
 """
 
 from __future__ import annotations
