@@ -9,7 +9,8 @@ Live picks are cut into batches of `--batch` tokens. `KEY/first` is the first ha
 `KEY/second` the second.
 Homes are in order, or placed on the earlier load by `Placement.from_history`.
 
-T / mean is the exact optimum over residents and guests, over the mean of all ranks. UltraEP's rule
+T / mean is the exact optimum over residents and guests, over the mean of all ranks. "Fewer" are the
+guests that end with fewer tokens than `--least`, by the CPU's quotas. UltraEP's rule
 is a few lines here: quotas by a search for a threshold that a greedy fill reaches, within 1 %.
 """
 
@@ -34,7 +35,7 @@ from lplb_ep.problem import Problem
 from lplb_ep.tools.tables import text_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from guest_optimum import best_guests, small_instance
+from guest_optimum import best_guests, guest_tokens, small_instance
 
 SHAPES = [
     *((ranks, 0, guests) for ranks in (8, 16, 32, 64) for guests in (1, 2, 4, 6)),
@@ -170,7 +171,15 @@ def read(path: str, key: str, batch: int | None) -> list[np.ndarray]:
 
 
 def layer(
-    pair, num_ranks, replicas, num_guests, node_size, is_placed, with_lp=False, with_peer=True
+    pair,
+    num_ranks,
+    replicas,
+    num_guests,
+    node_size,
+    is_placed,
+    least=1,
+    with_lp=False,
+    with_peer=True,
 ):
     """Numbers of one layer's batch: T / mean at home, with guests and by UltraEP, and guests."""
     torch.set_num_threads(1)
@@ -188,15 +197,17 @@ def layer(
     else:
         placement = Placement.homes_only(len(load), num_guests_per_rank=num_guests, **shape)
     mean = load.sum() / num_ranks
-    problem = Problem(guest_min_tokens=1).checked(placement)
+    problem = Problem(guest_min_tokens=least).checked(placement)
     start = time.process_time()
     guests = choose_guests(load, placement, problem)
     seconds = time.process_time() - start
+    solved = reference.solve(torch.from_numpy(load), placement.with_guests(guests))
     node_load = np.bincount(placement.home_rank // node_size, load) / node_size
     sent = np.bincount(placement.home_rank[guests[guests >= 0]], minlength=1)
     out = {
         "before": optimum(load, placement, np.full_like(guests, -1)) / mean,
-        "T": optimum(load, placement, guests) / mean,
+        "T": float(solved.bound) / mean,
+        "fewer": int((guest_tokens(solved.quota, placement, guests) < least).sum()),
         "nodes": node_load.max() / mean,
         "copies": int((guests >= 0).sum()),
         "sent": int(sent.max()),
@@ -226,6 +237,7 @@ def cells(name: str, found: list[dict[str, float]], size: float) -> list[str]:
         both("T"),
         both("nodes"),
         both("copies", ".0f"),
+        f"{sum(one['fewer'] for one in found)} of {sum(one['copies'] for one in found)}",
         both("sent", ".0f"),
         f"{copies * size / 1000:.1f}",
         both("ultraep"),
@@ -234,7 +246,7 @@ def cells(name: str, found: list[dict[str, float]], size: float) -> list[str]:
     ]
 
 
-HEADER = ["median / worst", "residents", "guests: T", "nodes", "copies", "of a rank", "GB"]
+HEADER = ["median / worst", "residents", "guests: T", "nodes", "copies", "fewer", "of a rank", "GB"]
 HEADER += ["UltraEP: T", "copies", "for_lp, D = 2"]
 
 
@@ -258,6 +270,7 @@ def on_recordings(args: argparse.Namespace) -> None:
                         num_guests=guests,
                         node_size=node,
                         is_placed=is_placed,
+                        least=args.least,
                         with_lp=args.for_lp and replicas == 1 and not nodes,
                     )
                     where = "placed" if is_placed else "in order"
@@ -300,8 +313,8 @@ def simulate(processes: int) -> None:
             )
             pairs = [drifted(seed, experts, correlation) for seed in range(2 if ranks > 512 else 6)]
             name = f"EP{ranks}, E {experts}, in {node}, {where}, {correlation:g}"
-            rows.append(cells(name, pool.map(call, pairs, chunksize=1), 88)[:7])
-    print(text_table(HEADER[:7], rows))
+            rows.append(cells(name, pool.map(call, pairs, chunksize=1), 88)[:8])
+    print(text_table(HEADER[:8], rows))
 
 
 def main() -> None:
@@ -311,6 +324,7 @@ def main() -> None:
     parser.add_argument("--milp", type=int, metavar="N", help="small instances against HiGHS")
     parser.add_argument("--pair", nargs=4, action="append", default=[], help="earlier, live")
     parser.add_argument("--batch", type=int, help="tokens of a live batch, for picks")
+    parser.add_argument("--least", type=int, default=1, help="tokens that a guest is chosen for")
     parser.add_argument("--every", type=int, default=1, help="take every n-th load")
     parser.add_argument("--for-lp", action="store_true", help="static copies, too; slow")
     parser.add_argument("--simulate", action="store_true", help="many ranks by domains")

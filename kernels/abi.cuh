@@ -485,7 +485,7 @@ struct Guests {
     int max_several;            // of a component: M is G times as many
     int max_copies;             // of a component: N is G times as many
     int tolerance;              // above the mean, in GUEST_PARTS of it, that needs no guests
-    int min_tokens;             // the least tokens that a guest must take
+    int min_tokens;             // the least tokens that a guest is chosen for
 };
 LPLB_SIZE(Guests, 104);
 LPLB_PLACE(Guests, residents, 0);

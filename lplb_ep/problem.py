@@ -67,8 +67,8 @@ class Problem:
     load over the total speed. Of several nodes it is the largest mean of one. In [0, 1], counted
     in 1/10000; None: the setting, or its default."""
     guest_min_tokens: int | None = None
-    """The least tokens that a guest is chosen for, from 1; None: the setting, or its default. The
-    program that follows may leave a guest fewer."""
+    """The least tokens that a guest is chosen for, from 1; None: the setting, or its default. It is
+    no bound of quotas: the program that follows finds the least T*, and may leave a guest fewer."""
     min_gain: int | None = None
     """A `Planner`'s batch stays where no plan could take so many tokens off its fullest rank
     (`planning.stay`). Its slots are then its homes, or those that an engine gave. 0: no batch

@@ -66,6 +66,22 @@ def best_guests(load, placement, most=None, time_limit=60.0) -> float | None:
     return float(result.fun) * unit if most is None else round(result.fun)
 
 
+def guest_tokens(quota, placement, guests):
+    """[number of guests] the tokens of each, by rank and slot.
+
+    Args:
+        quota: [E, C] tokens of each copy.
+        placement: the residents and the guest slots.
+        guests: [R, G] the expert in each guest slot, -1 = empty.
+    """
+    rank, slot = np.nonzero(guests >= 0)
+    expert, physical = guests[rank, slot], placement.guest_slots[rank, slot]
+    slots_of_copies = placement.with_guests(guests).logical_to_physical
+    is_guest = slots_of_copies[expert] == physical[:, None]
+    assert (is_guest.sum(axis=1) == 1).all(), "a guest has one column"
+    return np.asarray(quota)[expert][is_guest]
+
+
 def small_instance(seed):
     """A load [E] and a placement of 2 to 8 ranks with 1 to 3 guest slots, in some of them replicas.
 

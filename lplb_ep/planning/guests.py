@@ -34,7 +34,8 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     a load over a rank's speed, rounded up, in tokens of the fastest rank. At equal speeds it is the
     load. The *target* is the largest mean level of a domain, and the tolerance more. A domain has
     no guests where its residents' optimum is within the target. Nor has it where they would gain
-    less than `guest_min_tokens`.
+    less than `guest_min_tokens`. Each guest is placed for so many tokens or more. That does not
+    bound the quotas: of the plans with the least T*, a solver may find one with fewer.
 
     Every expert starts split evenly over its residents, by rank, the rest to the first. `_fill`
     says what a fill does. Of two fills that one is better which comes first by

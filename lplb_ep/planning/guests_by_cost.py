@@ -36,9 +36,9 @@ def choose_guests_by_cost(load: Int64, placement: Placement, problem: Problem) -
     3. by a tolerance of a fifth, with the problem's least tokens
     4. by a tolerance of a half, likewise
 
-    No tolerance is below the problem's, and no guest has fewer than its least tokens. Where guests
-    get no tokens by the plan, the same choice without them is one more. Of choices that cost the
-    same, the one with fewer guests counts, then the first.
+    No tolerance is below the problem's, and no guest is chosen for fewer than its least tokens.
+    Where guests get no tokens by the plan, the same choice without them is one more. Of choices
+    that cost the same, the one with fewer guests counts, then the first.
 
     Args:
         load: [E] whole numbers, tokens of each expert in the batch.

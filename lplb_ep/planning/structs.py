@@ -350,7 +350,7 @@ GUESTS = Struct(
         "tolerance",
         "above the mean, in GUEST_PARTS of it, that needs no guests",
     ),
-    ("int", "min_tokens", "the least tokens that a guest must take"),
+    ("int", "min_tokens", "the least tokens that a guest is chosen for"),
 )
 COUNT = Signature(
     "count",

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from guest_optimum import best_guests, small_instance
+from guest_optimum import best_guests, guest_tokens, small_instance
 from oracle import linear_program
 
-from lplb_ep import Placement
+from lplb_ep import Placement, solve
 from lplb_ep.planning.guests import choose_guests
 from lplb_ep.problem import Problem
 
@@ -91,6 +91,31 @@ def test_a_guest_takes_the_least_tokens_at_least():
     load = [5] * 9 + [60] + [0] * 10
     guests = chosen(load, Placement.homes_only(20, 2, 3), guest_min_tokens=10)
     assert guests.tolist() == [[-1, -1, -1], [9, -1, -1]]
+
+
+def fewer(load, placement, least):
+    """How many guests end with fewer tokens than the least; and how many there are."""
+    solution = solve(torch.from_numpy(load), placement, guest_min_tokens=least)
+    guests = solution.guests.numpy()
+    tokens = guest_tokens(solution.quota, placement, guests)
+    return np.array([(tokens < least).sum(), tokens.size])
+
+
+def test_few_guests_end_with_fewer_tokens_than_they_are_chosen_for():
+    """T* comes first; docs/guests.md says how often."""
+    homes, beside = np.zeros(2, int), np.zeros(2, int)
+    for load, placement in map(small_instance, range(120)):
+        has_replicas = (placement.copy_rank >= 0).sum() > placement.num_experts
+        (beside if has_replicas else homes)[:] += fewer(load, placement, 32)
+    for earlier, load in deepseek_like(16, 0.94):
+        shape = {"num_ranks": 32, "num_guests_per_rank": 1}
+        homes += fewer(load, Placement.homes_only(256, **shape), 32)
+        placement = Placement.from_history(earlier, num_redundant_per_rank=1, **shape)
+        beside += fewer(load, placement, 32)
+    assert homes[1] > 300
+    assert homes[0] <= homes[1] // 100
+    assert beside[1] > 80
+    assert beside[0] <= beside[1] // 8
 
 
 def test_one_guest_serves_all_ranks_that_share_experts():

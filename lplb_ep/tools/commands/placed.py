@@ -70,7 +70,7 @@ def add_placement(parser: argparse.ArgumentParser, default: str) -> None:
         "--guest-min-tokens",
         type=int,
         metavar="N",
-        help="the least tokens that a guest must take; default: the setting",
+        help="the least tokens that a guest is chosen for; default: the setting",
     )
     parser.add_argument(
         "--expert-bytes",
