@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..comm.collectives import most_of, together
+from ..comm.alltoall import limit_of_experts
+from ..comm.collectives import together
+from ..comm.torch_exchange import TorchExchange, most_of
 from ..errors import ContractError
 from ..layer import Layer
 from ..logs import logger
@@ -57,6 +59,7 @@ class StaticCopies:
         # The same order on all ranks, wherever the homes are: autograd follows it.
         self._order = sorted(range(len(here)), key=lambda n: (here[n] not in homes, n))
         self.num_own, self._group = len(local_experts), group
+        self._exchange = TorchExchange(group, limit_of_experts(), "weights")
         self.own = frozenset(self._order[: self.num_own])  # local slots
         layer = Layer(placement, name=name)
         self.replicas = Replicas(self.slots, layer, group)
@@ -152,7 +155,7 @@ class StaticCopies:
         then, until the step's gradients are reduced: ranks need not agree on each batch.
         """
         return not torch.is_grad_enabled() and bool(
-            most_of(self._group, not self.replicas.is_valid)
+            most_of(self._exchange, not self.replicas.is_valid)
         )
 
     def _start_gradients(self) -> None:

@@ -217,8 +217,6 @@ def make_transport(
     Raises:
         ValueError: "peers" is asked for and not possible; says why.
     """
-    settings = Settings.from_env()
-    limit = Limit("experts", settings.timeout_s, settings.on_timeout == "abort")
     found = make_peers(
         group,
         transport,
@@ -227,7 +225,13 @@ def make_transport(
         lambda: peers_obstacle(device),
         lambda of: _peer_transport(of, device),
     )
-    return TorchTransport(group, device, limit) if found is None else found
+    return TorchTransport(group, device, limit_of_experts()) if found is None else found
+
+
+def limit_of_experts() -> Limit:
+    """How long ranks wait for one another's weights and gradients, by the settings."""
+    settings = Settings.from_env()
+    return Limit("experts", settings.timeout_s, settings.on_timeout == "abort")
 
 
 def make_peers(

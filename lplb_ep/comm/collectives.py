@@ -54,12 +54,6 @@ def gather_rows(
     return rows
 
 
-def most_of(group: dist.ProcessGroup, value: int) -> int:
-    """The largest of the ranks' numbers, each from 0 to 255. Collective, and the CPU waits."""
-    row = torch.tensor([value], dtype=torch.uint8, device=memory_of(group))
-    return int(gather_rows(row, group).max())
-
-
 def memory_of(group: dist.ProcessGroup) -> torch.device:
     """Where tensors must lie for a group: NCCL moves device memory only, gloo the host's."""
     return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")

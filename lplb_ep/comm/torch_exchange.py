@@ -37,20 +37,21 @@ class TorchExchange:
         group: the ranks.
         limit: how long ranks wait. With NCCL the GPU goes on waiting, and the missing ranks are
             logged.
+        what: the rows, for messages.
     """
 
     kind = "torch"
     windows = None
 
-    def __init__(self, group: dist.ProcessGroup, limit: Limit) -> None:
-        self._group, self._limit = weakref.ref(group), limit
+    def __init__(self, group: dist.ProcessGroup, limit: Limit, what: str = "counts") -> None:
+        self._group, self._limit, self._what = weakref.ref(group), limit, what
         self._device = memory_of(group)
         self.waits_on_host = self._device.type == "cpu"
         self.capturable = not self.waits_on_host
         self._watch = None if self.waits_on_host else _watch_of(group, limit)
 
     def gather(self, row: torch.Tensor) -> torch.Tensor:
-        """As `Exchange.gather`.
+        """As `Exchange.gather`, of rows of any shape and dtype.
 
         Raises:
             ContractError: the group is destroyed.
@@ -61,12 +62,19 @@ class TorchExchange:
             raise ContractError("the group that this exchange was made for is destroyed")
         if self._watch is None:
             check_unbroken(group)
-            rows = gather_rows(row.cpu(), group, lambda w: wait_on_host(group, w, self._limit))
+            rows = gather_rows(
+                row.cpu(), group, lambda w: wait_on_host(group, w, self._limit, self._what)
+            )
             return rows.to(row.device)
         rows = gather_rows(row.to(self._device), group)
         if not torch.cuda.is_current_stream_capturing():
-            self._watch.record(self._limit.name)
+            self._watch.record(self._limit.name, self._what)
         return rows.to(row.device)
+
+
+def most_of(exchange: TorchExchange, value: int) -> int:
+    """The largest of the ranks' numbers, each from 0 to 255. Collective, and the CPU waits."""
+    return int(exchange.gather(torch.tensor([value], dtype=torch.uint8, device="cpu")).max())
 
 
 def check_unbroken(group: dist.ProcessGroup) -> None:
@@ -186,20 +194,21 @@ class GpuWatch:
         self._lock = threading.Lock()
         make_event = make_event or _DeviceEvent
         self._last, self._watched = make_event(), make_event()
-        self._name, self._is_new = "", False
+        self._name, self._what, self._is_new = "", "counts", False
         self._since: float | None = None  # when the watched event was fixed
         self._stall: Stall | None = None
         self._said = False
 
-    def record(self, name: str) -> None:
+    def record(self, name: str, what: str = "counts") -> None:
         """Follows a collective, on the current stream.
 
         Args:
             name: what its rows are for.
+            what: what they are.
         """
         with self._lock:
             self._last.record()
-            self._name, self._is_new = name, True
+            self._name, self._what, self._is_new = name, what, True
 
     def find(self) -> str:
         """Names the missing ranks, once for each collective. It does not wait."""
@@ -221,7 +230,7 @@ class GpuWatch:
         group = self._group()
         if group is None or waited_s < patience_s(self._timeout_s):
             return ""
-        self._stall = self._stall or Stall(group)
+        self._stall = self._stall or Stall(group, self._what)
         if waited_s < self._timeout_s:
             return ""
         self._stall.ask()

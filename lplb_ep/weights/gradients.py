@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
-from ..comm.collectives import gather_rows, memory_of
+from ..comm.torch_exchange import TorchExchange
 from ..errors import RankError
 from .slots import Slot, describe
 
@@ -31,17 +30,17 @@ def slot_gradients(
     slots: Mapping[str, Sequence[Slot]],
     rank: int,
     num_ranks: int,
-    group: dist.ProcessGroup | None,
+    exchange: TorchExchange | None,
     are_alike: bool = False,
 ) -> list[list[SlotGradient]]:
-    """The gradients that every slot has. Collective if there is a group.
+    """The gradients that every slot has. Collective if there is an exchange.
 
     Args:
         slots: this rank's, by parameter name.
         rank: this rank.
         num_ranks: R.
-        group: the ranks; None if no replica is on another rank than its home. Nothing reads other
-            ranks' entries then.
+        exchange: brings the other ranks' codes; None if no replica is on another rank than its
+            home. Nothing reads other ranks' entries then.
         are_alike: whether the slots of other ranks have what those of this one have. Then nothing
             is exchanged.
 
@@ -50,17 +49,17 @@ def slot_gradients(
 
     Raises:
         ValueError: a gradient here has another dtype than `DTYPES`, or not its weight's shape.
-        RankError: that is so on another rank.
+        RankError: that is so on another rank, or a rank did not come in time.
     """
     own, refusal = _codes(slots)
     if refusal is not None:
         own.fill_(_REFUSED)  # the others wait for this rank's codes
-    codes = torch.zeros(num_ranks, *own.shape, dtype=torch.uint8)
+    codes = torch.zeros(num_ranks, *own.shape, dtype=torch.uint8, device="cpu")
     codes[rank] = own
     if are_alike:
         codes[:] = own
-    elif group is not None:
-        codes = gather_rows(own.to(memory_of(group)), group).cpu()
+    elif exchange is not None:
+        codes = exchange.gather(own)
     if refusal is not None:
         raise refusal
     refused = torch.nonzero((codes == _REFUSED).flatten(1).any(1)).flatten().tolist()
@@ -77,7 +76,7 @@ def _slot_gradient(code: int) -> SlotGradient:
 def _codes(slots: Mapping[str, Sequence[Slot]]) -> tuple[torch.Tensor, ValueError | None]:
     """[P / R, number of parameters] uint8 codes of this rank, and why it refuses its gradients."""
     num_local_slots = len(next(iter(slots.values())))
-    codes = torch.zeros(num_local_slots, len(slots), dtype=torch.uint8)
+    codes = torch.zeros(num_local_slots, len(slots), dtype=torch.uint8, device="cpu")
     refusal = None
     for index, (name, copies) in enumerate(slots.items()):
         for slot, copy in enumerate(copies):

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.alltoall import TRANSPORTS, make_transport
+from ..comm.alltoall import TRANSPORTS, limit_of_experts, make_transport
 from ..comm.collectives import together
+from ..comm.torch_exchange import TorchExchange
 from ..errors import ContractError
 from ..layer import Layer, layer_of
 from ..placement.table import Placement
@@ -80,6 +81,9 @@ class Replicas:
         self.experts = experts
         self.group = group
         self._rank = 0 if group is None else dist.get_rank(group)
+        self._exchange = (
+            None if group is None else TorchExchange(group, limit_of_experts(), "gradients")
+        )
         self._mover = Mover(
             make_transport(group, next(experts.parameters()).device, transport),
             self._rank,
@@ -184,7 +188,7 @@ class Replicas:
         own. Replicas are added one by one, by column of `logical_to_physical`: the result is the
         same bits in every run. None counts as zero, and the home's gradient stays None where that
         of every copy is None. The ranks exchange which gradients are None in a small message that
-        the CPU waits for.
+        the CPU waits for, at most `LPLB_EP_TIMEOUT_S` with gloo.
 
         Args:
             async_op: overlap it with the next work of the current stream. That work must not use
@@ -198,7 +202,8 @@ class Replicas:
         Raises:
             ValueError: a gradient is of a dtype other than float32, bfloat16, float16, float64, or
                 not of its weight's shape.
-            RankError: the same on another rank.
+            RankError: the same on another rank. Or, with gloo, a rank that did not come in time; it
+                is named. With NCCL it is named in the log, and the GPU goes on waiting.
             ContractError: an expert's parameter has `requires_grad` in one slot and not in another.
         """
         mover = self._mover
@@ -209,7 +214,7 @@ class Replicas:
             slots,
             self._rank,
             self.placement.num_ranks,
-            self.group if is_remote else None,
+            self._exchange if is_remote else None,
             are_alike,
         )
         moves, residents = [], self.placement.num_resident_slots

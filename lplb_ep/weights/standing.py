@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..comm.collectives import most_of
+from ..comm.alltoall import limit_of_experts
+from ..comm.torch_exchange import TorchExchange, most_of
 from ..layer import Layer
 from ..placement.table import Placement
 from .guests import Guests
@@ -53,7 +54,7 @@ class StandingReplicas:
         self._table = table[:, own:].contiguous()
         self._pool = _StandingPool(group, table.shape[1] - own, experts, transport="torch")
         self._guests = Guests(experts, Layer(homes, name=layer.name), group, self._pool)
-        self._group = group
+        self._exchange = TorchExchange(group, limit_of_experts(), "weights")
         self._stay: Stay | None = None
         layer.watch(self)
 
@@ -87,7 +88,7 @@ class StandingReplicas:
         """
         with outside_of_checkpoints():
             own = _CANNOT if not self._guests.is_valid else _HAS_OLD if not self.is_valid else 0
-            if most_of(self._group, own) == _HAS_OLD:
+            if most_of(self._exchange, own) == _HAS_OLD:
                 self._pool.join()
                 self._stay = self._guests.push(self._table)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import unittest.mock
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from experts import (
     FORMS,
     OPTIMIZERS,
@@ -23,11 +25,11 @@ from experts import (
 )
 from torch import nn
 
-from lplb_ep import ContractError, RankError
+from lplb_ep import ContractError, Layer, RankError
 from lplb_ep.placement.table import Placement
-from lplb_ep.weights import gradients
 from lplb_ep.weights.replicas import Replicas
 from lplb_ep.weights.slots import slot_parameters
+from lplb_ep.weights.standing import StandingReplicas
 
 
 def run_expert(weights: dict[str, torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
@@ -235,10 +237,12 @@ def reduce_alike(group):
         experts = make_experts("stacked", placement, rank)
         for name, parameter in experts.named_parameters():
             parameter.grad = torch.stack([value("gradient", 2 * rank + i, name) for i in range(2)])
-        with unittest.mock.patch.object(
-            gradients, "gather_rows", wraps=gradients.gather_rows
-        ) as gather:
-            Replicas(experts, placement, group).reduce_gradients(are_alike=are_alike)
+        replicas = Replicas(experts, placement, group)
+        gathered = unittest.mock.patch.object(
+            replicas._exchange, "gather", wraps=replicas._exchange.gather
+        )
+        with gathered as gather:
+            replicas.reduce_gradients(are_alike=are_alike)
         assert gather.call_count == (not are_alike)
         sums.append([bytes_of(p.grad) for p in experts.parameters()])
     assert sums[0] == sums[1]
@@ -246,6 +250,38 @@ def reduce_alike(group):
 
 def test_ranks_that_know_of_each_other_s_gradients_do_not_ask():
     ranks.run(2, reduce_alike)
+
+
+def late_to(group, what):
+    """The last rank comes when the others have given up, and then once more."""
+    group, aside, rank = dist.new_group(), dist.new_group(), group.rank()
+    if what == "gradients":
+        placement = Placement([0, 1, 1, 0, 2, -1], 3)
+        experts = make_experts("stacked", placement, rank)
+        meet = Replicas(experts, placement, group).reduce_gradients
+    else:
+        experts = make_experts("stacked", Placement.homes_only(3, 3), rank)
+        layer = Layer(Placement([0, 1, 1, 0, 2, -1], 3, home=[0, 2, 4]))
+        meet = StandingReplicas(experts, layer, group).prepare
+    if rank == 2:
+        dist.barrier(aside)
+        with contextlib.suppress(RankError):  # what the others have sent before is there
+            meet()
+    try:
+        with pytest.raises(RankError) as error:
+            meet()
+        return str(error.value)
+    finally:
+        if rank != 2:
+            dist.barrier(aside)
+
+
+@pytest.mark.parametrize("what", ["gradients", "weights"])
+def test_a_rank_that_is_late_to_a_small_exchange_is_named_within_the_limit(what):
+    first, second, late = ranks.run(3, late_to, what, environ={"LPLB_EP_TIMEOUT_S": "1"})
+    for message in (first, second):
+        assert f"ranks [2] sent no {what} within 1 s (experts): ended, hung or slow" in message
+    assert "this rank came late: ranks [0, 1] had given up waiting for its" in late
 
 
 def partly_frozen(group):
