@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..errors import MissingPackageError
-from .layers import LayerStats, Window, all_layers, snapshot
+from .layers import LayerStats, Window, all_layers, by_name, snapshot
 
 _SCALARS = (
     "home_imbalance",
@@ -43,13 +43,15 @@ _COUNTERS = {
 def scalars(prefix: str = "lplb_ep") -> dict[str, float]:
     """The numbers of `snapshot` by name, as Weights & Biases and others log them.
 
+    Layers of one name are added up, as if they were one.
+
     Args:
         prefix: the beginning of the names, which are `prefix/layer/number`. Numbers that are not
             known, such as the imbalance of a layer without rows, are left out.
     """
     every = {
-        f"{prefix}/{stats.layer}/{name}": float(getattr(stats, name))
-        for stats in snapshot()
+        f"{prefix}/{layer}/{name}": float(getattr(stats, name))
+        for layer, stats in by_name(snapshot()).items()
         for name in _SCALARS
     }
     return {name: value for name, value in every.items() if not math.isnan(value)}
@@ -100,7 +102,7 @@ class _Collector:
         """The families of metrics."""
         from prometheus_client.core import CounterMetricFamily
 
-        layers = Window().stats(all_layers())
+        layers = [*by_name(Window().stats(all_layers())).values()]
         labels = ["layer", "rank"]
         batches = CounterMetricFamily(
             "lplb_ep_batches", "Batches that were planned.", labels=[*labels, "status"]

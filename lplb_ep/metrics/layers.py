@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from ..planning.structs import NUM_TOTALS, Status
 from ..planning.tallies import Tally
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LayerStats:
     """Statistics of one layer's batches, on all micro-batch slots, since `reset`.
 
@@ -179,7 +180,7 @@ class Window:
         return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Ended:
     """What has remained of a planner, until its last batches are reported."""
 
@@ -260,9 +261,9 @@ def _stats(
         rows=int(sums[Tally.ROWS]),
         own_rows=int(sums[Tally.OWN]),
         own_rows_at_home=int(sums[Tally.OWN_HOME]),
-        home_imbalance=quotient(int(sums[Tally.HOME]), mean),
-        imbalance=quotient(int(sums[Tally.GOT]), mean),
-        bound=quotient(int(sums[Tally.BOUND]), bound_mean),
+        home_imbalance=_quotient(int(sums[Tally.HOME]), mean),
+        imbalance=_quotient(int(sums[Tally.GOT]), mean),
+        bound=_quotient(int(sums[Tally.BOUND]), bound_mean),
         worst_home_imbalance=worst[Tally.WORST_HOME] or math.nan,
         worst_imbalance=worst[Tally.WORST] or math.nan,
         guests=guests,
@@ -277,6 +278,42 @@ def _stats(
     )
 
 
-def quotient(loads: int, mean: float) -> float:
+def by_name(several: Iterable[LayerStats]) -> dict[str, LayerStats]:
+    """Statistics by the layer's name. Layers of one name, or windows of one layer, are added up."""
+    found: dict[str, LayerStats] = {}
+    for stats in several:
+        before = found.get(stats.layer)
+        found[stats.layer] = stats if before is None else _sum(before, stats)
+    return found
+
+
+def _sum(one: LayerStats, other: LayerStats) -> LayerStats:
+    """Statistics of all batches of two layers, or of two windows that do not overlap."""
+    values = {name: getattr(one, name) + getattr(other, name) for name in _SUMS}
+    for name, (above, below) in _QUOTIENTS.items():
+        values[name] = _quotient(values[above], values[below])
+    for name in _WORST:
+        values[name] = float(np.fmax(getattr(one, name), getattr(other, name)))  # NaN is none
+    by_status = collections.Counter(one.by_status) + collections.Counter(other.by_status)
+    return dataclasses.replace(other, by_status=dict(by_status), **values)
+
+
+def _quotient(loads: int, mean: float) -> float:
     """A largest load over the mean, both summed over batches; NaN where there was none."""
     return loads / mean if mean else math.nan
+
+
+_QUOTIENTS = {
+    "home_imbalance": ("largest_home_load", "mean_load"),
+    "imbalance": ("largest_load", "mean_load"),
+    "bound": ("bound_load", "bound_mean_load"),
+}
+_WORST = ("worst_home_imbalance", "worst_imbalance")
+_SUMS = {field.name for field in dataclasses.fields(LayerStats)} - {
+    "layer",
+    "rank",
+    "num_ranks",
+    "by_status",
+    *_QUOTIENTS,
+    *_WORST,
+}

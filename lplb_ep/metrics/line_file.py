@@ -16,21 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .layers import LayerStats, Window, all_layers, quotient
+from .layers import LayerStats, Window, all_layers, by_name
 
 VERSION = 1
 FIELDS = tuple(
     field.name for field in dataclasses.fields(LayerStats) if not field.name.startswith("worst")
 )
 """Of `LayerStats`, in a line. The worst batch of such a window is not known."""
-_QUOTIENTS = {
-    "home_imbalance": ("largest_home_load", "mean_load"),
-    "imbalance": ("largest_load", "mean_load"),
-    "bound": ("bound_load", "bound_mean_load"),
-}
-_SUMS = [
-    name for name in FIELDS if name not in ("layer", "rank", "num_ranks", "by_status", *_QUOTIENTS)
-]
 MAX_BYTES = 64 << 20
 """Of a file. The one that is full stays beside the next."""
 
@@ -84,10 +76,8 @@ class LineFile:
         Raises:
             OSError: the file is not writable.
         """
-        for stats in several:
-            if stats.batches:
-                before = self._waiting.get(stats.layer)
-                self._waiting[stats.layer] = stats if before is None else _sum(before, stats)
+        new = [stats for stats in several if stats.batches]
+        self._waiting = by_name([*self._waiting.values(), *new])
         if not self._waiting:
             return
         if self.path.exists() and self.path.stat().st_size > MAX_BYTES:
@@ -134,15 +124,6 @@ def _append(path: Path, content: bytes) -> None:
             with contextlib.suppress(OSError):
                 file.truncate(end)
             raise
-
-
-def _sum(one: LayerStats, other: LayerStats) -> LayerStats:
-    """Statistics of two windows together, but for their worst batches."""
-    values = {name: getattr(one, name) + getattr(other, name) for name in _SUMS}
-    for name, (above, below) in _QUOTIENTS.items():
-        values[name] = quotient(values[above], values[below])
-    by_status = collections.Counter(one.by_status) + collections.Counter(other.by_status)
-    return dataclasses.replace(other, by_status=dict(by_status), **values)
 
 
 def _is_nan(value: Any) -> bool:

@@ -323,6 +323,32 @@ def test_numbers_go_to_tensorboard_and_others():
     assert written["lplb_ep/exported/imbalance"] == (stats.imbalance, 7)
 
 
+def test_layers_of_one_name_are_one_in_all_exporters(tmp_path):
+    """As of two models of a process; the last one's numbers do not stand for both."""
+    prometheus_client = pytest.importorskip("prometheus_client")
+    rng, registry = np.random.default_rng(0), prometheus_client.CollectorRegistry()
+    (first, busy), (_, idle), (_, rare) = (planner_of(name="twice.moe") for _ in range(3))
+    lines = metrics.LineFile(tmp_path / "run.jsonl")
+    plan(busy, rng, 5)
+    idle(torch.empty(0, 1).long(), counts=torch.zeros(R, E).int())
+    skewed = torch.zeros(R, E).int()
+    skewed[0, 1] = 10
+    rare(torch.full((10, 1), 1), counts=skewed)
+    (alone,) = stats_of([first])
+    numbers = metrics.scalars()
+    metrics.register_prometheus(registry)
+    text = prometheus_client.generate_latest(registry).decode()
+    lines.write()
+    (line,) = (x for x in read_metrics(lines.path).lines if x.stats.layer == "twice.moe")
+    assert numbers["lplb_ep/twice.moe/batches"] == line.stats.batches == 7
+    assert numbers["lplb_ep/twice.moe/rows"] == line.stats.rows == alone.rows + 10
+    assert alone.worst_home_imbalance < numbers["lplb_ep/twice.moe/worst_home_imbalance"] == 2
+    expected = (alone.largest_load + 10) / (alone.mean_load + 5)
+    assert numbers["lplb_ep/twice.moe/imbalance"] == line.stats.imbalance == expected
+    assert text.count('lplb_ep_rows_total{layer="twice.moe",rank="0"} ') == 1
+    assert f'lplb_ep_rows_total{{layer="twice.moe",rank="0"}} {alone.rows + 10}.0' in text
+
+
 def test_prometheus_scrapes_counters_that_never_go_back(monkeypatch):
     prometheus_client = pytest.importorskip("prometheus_client")
     rng, registry = np.random.default_rng(0), prometheus_client.CollectorRegistry()
