@@ -108,6 +108,7 @@ LAYERS = [
     "metrics.layers",
     "metrics.exporters",
     "metrics.line_file",
+    "metrics.rank_files",
     "metrics.recording_file",
     "metrics.recorder",
     "metrics.reporter",

@@ -306,6 +306,6 @@ def _make(state: BufferState, use: LayerUse, *, compare: bool) -> Planner:
     planner = Planner(use.layer, state.group, slot=use.slot, compare=compare, **settings)
     of_group = channels.setdefault(state.group, {})
     of_group[use.layer, use.slot, state.planner_settings] = planner
-    if planner.rank == 0 and state.settings.mode == "1":
+    if state.settings.mode == "1":
         report(state.settings, planner)
     return planner

@@ -35,7 +35,8 @@ class LineFile:
     last windows, of at least 64 MiB. Layers of one name are one layer.
 
     Args:
-        path: the file, which is replaced. Its name ends in `.jsonl`.
+        path: the file, which is replaced. Its name ends in `.jsonl`. A full one of an earlier run
+            is removed.
 
     Raises:
         ValueError: the name ends in something else.
@@ -53,6 +54,11 @@ class LineFile:
         self._waiting: dict[str, LayerStats] = {}
         check_writable(self.path)
         self.path.write_text("")
+        self._full.unlink(missing_ok=True)  # of an earlier run
+
+    @property
+    def _full(self) -> Path:
+        return self.path.with_name(f"{self.path.stem}.before.jsonl")
 
     def write(self) -> None:
         """Adds a line for each layer of this process that had batches since the last call.
@@ -81,7 +87,7 @@ class LineFile:
         if not self._waiting:
             return
         if self.path.exists() and self.path.stat().st_size > MAX_BYTES:
-            os.replace(self.path, self.path.with_name(f"{self.path.stem}.before.jsonl"))
+            os.replace(self.path, self._full)
         _append(self.path, "".join(map(self._line, self._waiting.values())).encode())
         self._before.update({layer: stats.batches for layer, stats in self._waiting.items()})
         self._waiting.clear()

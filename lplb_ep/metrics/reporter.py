@@ -16,13 +16,13 @@ from typing import Any
 from weakref import finalize
 
 import torch
-import torch.distributed as dist
 
 from ..layer import Layer
 from ..logs import logger
 from ..settings import Settings
 from .layers import Ended, LayerStats, Window, all_layers
 from .line_file import LineFile
+from .rank_files import path_of_rank, remove_stale
 from .recorder import Recorder
 
 log = logger(__name__)
@@ -139,17 +139,26 @@ def _is_idle() -> bool:
 
 
 _reporters: list[Reporter] = []
+_cleared: set[Path] = set()
 _lock = threading.Lock()
 
 
 def report(settings: Settings, planner: Any) -> None:
     """Has one thread of this process report on a planner and on all others.
 
+    The first rank of a group reports. Others only remove files that an earlier job left.
+
     Args:
         settings: the first ones that ask for a report say which.
         planner: the planner.
     """
     with _lock:
+        is_first = planner.rank == 0
+        for path in {*map(Path, filter(None, (settings.record, settings.metrics)))} - _cleared:
+            remove_stale(path, writes=is_first or bool(_reporters))
+            _cleared.add(path)
+        if not is_first:
+            return
         if not _reporters:
             _start(settings)
         for reporter in _reporters:
@@ -159,12 +168,12 @@ def report(settings: Settings, planner: Any) -> None:
 def _start(settings: Settings) -> None:
     recorder = None
     if settings.record:
-        recorder = Recorder(_path_of_rank(Path(settings.record)), settings.record_every)
+        recorder = Recorder(path_of_rank(Path(settings.record)), settings.record_every)
         if not recorder.is_writable():
             recorder = None
     lines = None
     if settings.metrics:
-        path = _path_of_rank(Path(settings.metrics))
+        path = path_of_rank(Path(settings.metrics))
         try:
             lines = LineFile(path)
         except OSError as error:
@@ -177,13 +186,3 @@ def _start(settings: Settings) -> None:
 
 def _say_unwritable(path: Path, error: OSError) -> None:
     log.error("LPLB_EP_METRICS: %s cannot be written: %s", path, error.strerror)
-
-
-def _path_of_rank(path: Path) -> Path:
-    """A file for each process that writes: the first rank of each group.
-
-    It stays where it is if the program goes to another directory.
-    """
-    path = path.absolute()
-    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-    return path if rank == 0 else path.with_name(f"{path.stem}.rank{rank}{path.suffix}")

@@ -68,6 +68,10 @@ def test_metrics_that_will_be_written(told, tmp_path):
     planner([[0]], [[1, 0, 0], [0, 0, 0]])
     LineFile(path).add(stats_of([layer]))
     assert told("metrics") == (0, f"{said}; replaces those of another run")
+    for name in ("run.rank8.jsonl", "run.rank16.before.jsonl", "run.rank8.npz", "rank8.jsonl"):
+        (tmp_path / name).write_text("")
+    beside = "replaces or removes run.rank16.before.jsonl, run.rank8.jsonl"
+    assert told("metrics") == (0, f"{said}; replaces those of another run; {beside}")
     assert told("metrics", LPLB_EP="home")[1].startswith(f"{path} nothing is written where")
     at = tmp_path / "none" / "run.jsonl"
     assert told("metrics", LPLB_EP_METRICS=at)[0] == 2

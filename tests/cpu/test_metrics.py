@@ -16,7 +16,7 @@ from tallied import in_backward
 import lplb_ep
 from lplb_ep import GuestPool, Guests, Layer, Placement, Planner, Settings, logs, metrics
 from lplb_ep.errors import MissingPackageError
-from lplb_ep.metrics import recorder, reporter
+from lplb_ep.metrics import rank_files, recorder, reporter
 from lplb_ep.metrics.layers import stats_of
 from lplb_ep.tools.cli import main
 from lplb_ep.tools.metric_lines import read_metrics
@@ -532,12 +532,61 @@ def test_layers_of_other_sizes_are_left_out(tmp_path, caplog):
     ]
 
 
-def test_each_group_writes_a_file_of_its_own(monkeypatch):
+@pytest.fixture
+def in_job(monkeypatch):
+    """Says which rank of how many this process is."""
+
+    def is_rank(rank, size):
+        monkeypatch.setattr(rank_files.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(rank_files.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(rank_files.dist, "get_world_size", lambda: size)
+
+    return is_rank
+
+
+def test_each_group_writes_a_file_of_its_own(in_job):
     path = Path("out/run.npz").absolute()
-    assert reporter._path_of_rank(path) == path
-    monkeypatch.setattr(reporter.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(reporter.dist, "get_rank", lambda: 8)
-    assert reporter._path_of_rank(path) == path.with_name("run.rank8.npz")
+    assert rank_files.path_of_rank(path) == path
+    in_job(8, 16)
+    assert rank_files.path_of_rank(path) == path.with_name("run.rank8.npz")
+
+
+def test_files_that_an_earlier_job_left_are_removed(in_job, tmp_path, monkeypatch):
+    """It had 32 ranks in groups of 8, and this one has 16 in one group."""
+    left = [
+        f"run{rank}{before}.jsonl"
+        for rank in ("", ".rank8", ".rank24")
+        for before in ("", ".before")
+    ]
+    left += ["run.rank24.npz"]
+    others = ["run.rank.jsonl", "run.rank24.txt", "run.rank24.after.jsonl", "a.run.rank24.jsonl"]
+    others += ["run.rank024.jsonl", "runs.rank24.jsonl"]
+    settings = Settings(metrics=str(tmp_path / "run.jsonl"))
+    monkeypatch.setattr(reporter, "_start", lambda settings: reporter._reporters.append(reports))
+    reports = reporter.Reporter(0, None)
+
+    def in_process(rank, planner_rank):
+        """What is left when a process has made its first planner."""
+        monkeypatch.setattr(reporter, "_reporters", [])
+        monkeypatch.setattr(reporter, "_cleared", set())
+        in_job(rank, 16)
+        _, planner = planner_of()
+        planner.rank = planner_rank
+        reporter.report(settings, planner)
+        assert bool(reporter._reporters) == (planner_rank == 0)
+        return {file.name for file in tmp_path.iterdir()}
+
+    for name in [*left, *others]:
+        (tmp_path / name).write_text("")
+    (tmp_path / "run.rank99.jsonl").mkdir()
+    kept = {*left, *others, "run.rank99.jsonl"} - {"run.rank24.jsonl", "run.rank24.before.jsonl"}
+    assert in_process(3, 3) == kept
+    assert in_process(0, 0) == kept
+    # The first rank of another group would write its file; as another rank it leaves none.
+    assert in_process(8, 0) == kept
+    assert in_process(8, 8) == kept - {"run.rank8.jsonl", "run.rank8.before.jsonl"}
+    metrics.LineFile(tmp_path / "run.jsonl")
+    assert not (tmp_path / "run.before.jsonl").exists()
 
 
 @pytest.mark.parametrize(

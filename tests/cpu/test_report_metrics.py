@@ -20,7 +20,7 @@ from test_damaged_files import COUNT, check_said, damaged, examples, said
 from test_report import CHROMIUM, body_of, browse, content_of
 
 from lplb_ep import Layer, Placement, Planner, Settings, metrics
-from lplb_ep.metrics import LineFile, line_file, reporter
+from lplb_ep.metrics import LineFile, line_file, rank_files, reporter
 from lplb_ep.metrics.layers import stats_of
 from lplb_ep.tools import cli, report_metrics
 from lplb_ep.tools.metric_lines import read_metrics
@@ -194,7 +194,7 @@ def test_a_file_stays_where_it_is(tmp_path, monkeypatch):
     lines.add(lines._window.stats([layer], renew_at=1))
     assert len(read_metrics(tmp_path / "run.jsonl").lines) == 1
     assert not [*(tmp_path / "other").iterdir()]
-    assert reporter._path_of_rank(Path("loads.npz")) == tmp_path / "other" / "loads.npz"
+    assert rank_files.path_of_rank(Path("loads.npz")) == tmp_path / "other" / "loads.npz"
 
 
 def test_only_a_regular_file_is_written(tmp_path):

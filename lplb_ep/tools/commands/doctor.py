@@ -182,7 +182,7 @@ def _describe_metrics(settings: Settings) -> tuple[str, str]:
             said += "; replaces those of another run"
         except ValueError:
             said += "; replaces a file that has no metrics"
-    return str(path), said
+    return str(path), said + _beside(path)
 
 
 def _describe_record(settings: Settings) -> tuple[str, str]:
@@ -207,7 +207,15 @@ def _describe_record(settings: Settings) -> tuple[str, str]:
             said += f"; replaces {load_recording(path).source}"
         except ValueError:
             said += "; replaces a file that is no recording"
-    return str(path), said
+    return str(path), said + _beside(path)
+
+
+def _beside(path: Path) -> str:
+    """What becomes of files of other ranks, which an earlier job left."""
+    from ...metrics.rank_files import files_of_ranks
+
+    names = [file.name for file in files_of_ranks(path)]
+    return f"; replaces or removes {', '.join(names)}" if names else ""
 
 
 def _writable(name: str, check: Callable[[Path], None]) -> Path:
