@@ -215,6 +215,7 @@ __device__ bool fill_slots(const Guests& g, const Start<V>& start, const Speeds<
     // Blocks take fills in turn. The first block has none where it solves the residents' flow at the same time.
     int first = V::blocks > 1 && g.max_replicas > 0, step = V::blocks - first, own = warp * step + block - first;
     if (block == 0 && warp == 0) tell<V>(verdicts, 0, &verdicts.level, level, level <= target ? ~0u : 0u);
+    if (V::blocks > 1 && block == 0 && level <= target) return false;  // words still come, which are heard in the end
     fills &= own < FILLS;
     Fill<V> fill(shared + warp * num_bytes, start.num_experts, start.num_places);
     Rule rule(rule_of(fills ? own : 0));

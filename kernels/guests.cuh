@@ -12,15 +12,14 @@ namespace lplb {
 // The experts of a component, by their numbers in it, and their copies in this batch. In shared memory.
 template <typename V>
 struct Experts {
-    int number, words;          // of experts, and of 32 experts each
+    int number;                 // of experts
     Resident* residents;        // [number]
+    Replica* replicas;          // [max_replicas] of residents, -1 behind the last
     typename V::Set* ranks;     // [number] that hold a copy
     int* load;                  // [number]
     int* filled;                // [size, num_local_slots] tokens of each place in the fill that chose the guests
     int* guests;                // [size, num_slots] the expert in each guest slot, -1: none
-    int* num_edges;             // [size] of each rank
-    unsigned* of_rank;          // [size, words] experts with several copies, as bits
-    unsigned* words_of_rank;    // [size] those of its words that are not zero, as bits
+    int* first_edge;            // [size + 1] of each rank, and the number of all
     short* place;               // [number] where the arcs of an expert with several copies begin
     short* several;             // [number] how many experts with several copies come before
     int own_rank, own_resident;  // of this thread's first place: its rank, and its expert or -1
@@ -103,7 +102,7 @@ __device__ void each_copy(const Guests& g, const Experts<V>& experts, int num_ra
     }
     #pragma unroll 1
     for (int i = first; i < g.max_replicas; i += step) {
-        Replica one = g.replicas[component<V>() * g.max_replicas + i];
+        Replica one = experts.replicas[i];
         if (one.expert < 0) break;
         take(int(one.expert), int(one.rank), int(one.column), int(one.nth), one.slot);
     }
@@ -131,9 +130,6 @@ __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& 
         typename V::Set holders = experts.ranks[i];
         int place = experts.place[i], quota = experts.residents[i].expert * p.max_replicas + column;
         experts.arcs[place + number_of<V>(holders & below<V>(rank))] = Arc{holders, quota, short(place), short(rank)};
-        atomicOr(&experts.of_rank[rank * experts.words + i / 32], 1u << i % 32);
-        atomicOr(&experts.words_of_rank[rank], 1u << i / 32);
-        atomicAdd(&experts.num_edges[rank], number_of<V>(holders) - 1);
     });
 }
 
@@ -173,76 +169,84 @@ __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>
     });
 }
 
-// Makes the edges of this thread's rank, by the threads that share it.
+// The expert in a place of a rank, or -1. `resident`: as `resident_in`.
 template <typename V>
-__device__ void make_edges(const Experts<V>& experts, Component<V>& c) {
+__device__ int expert_in(const Guests& g, const Experts<V>& experts, int rank, int place, int resident) {
+    int residents = g.num_local_slots - g.num_slots;
+    return place < residents ? resident : experts.guests[rank * g.num_slots + place - residents];
+}
+
+// Makes the edges of all ranks behind `place_arcs`, by rank and then place. A thread has one copy at a time. The first
+// barrier is before places of arcs are read. Returns whether some copy has several edges, the same to every thread.
+template <typename V>
+__device__ bool make_edges(const Guests& g, const Experts<V>& experts, int ranks) {
     typedef typename V::Set Set;
-    constexpr int bits_of_set = 8 * sizeof(Set);
-    int rank = threadIdx.x / V::parts, part = threadIdx.x % V::parts, lane = threadIdx.x % 32;
-    int first = 0, before = 0;
-    #pragma unroll
-    for (int i = 0; i < V::words; ++i) {
-        int own = lane + 32 * i < V::size ? experts.num_edges[lane + 32 * i] : 0, end = own;
+    constexpr int warps = V::threads / 32, bits_of_set = 8 * sizeof(Set);
+    __shared__ int of_warp[2][warps];  // of two rounds: a round is read while the next is written
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = g.num_local_slots, before = 0, has_several = 0;
+    #pragma unroll 1
+    for (int begin = 0, round = 0; begin < ranks * S; begin += V::threads, round ^= 1) {
+        int i = begin + threadIdx.x, rank = experts.own_rank, resident = experts.own_resident;
+        if (begin > 0) {
+            rank = i / S;
+            resident = rank < ranks ? resident_in<V>(g, rank, i % S) : -1;
+        }
+        int expert = rank < ranks ? expert_in(g, experts, rank, i - rank * S, resident) : -1;
+        Set holders = expert < 0 ? Set{} : experts.ranks[expert];
+        int others = max(0, number_of<V>(holders) - 1), end = others;
         #pragma unroll
         for (int other = 1; other < 32; other *= 2) {
             int its = __shfl_up_sync(~0u, end, other);
             if (other <= lane) end += its;
         }
-        int begin = __shfl_sync(~0u, before + end - own, rank % 32);
-        if (rank / 32 == i) first = begin;
-        before += __shfl_sync(~0u, end, 31);
-    }
-    Edge* edges = experts.edges + first;
-    int number = 0, most_nth = 0;
-    for (unsigned words = experts.words_of_rank[rank]; words != 0; words &= words - 1) {
-        int word = __ffs(words) - 1;
-        for (unsigned bits = experts.of_rank[rank * experts.words + word]; bits != 0; bits &= bits - 1) {
-            int i = word * 32 + __ffs(bits) - 1, place = experts.place[i];
-            Set holders = experts.ranks[i];
-            int others = number_of<V>(holders) - 1, own = number_of<V>(holders & below<V>(rank)), arc = place + own;
-            // Ranks begin with different targets, so that they do not all fill the same one. The targets follow this
-            // rank, which is rotated to the lowest bit.
-            Set rest = holders >> rank | holders << ((bits_of_set - rank) % bits_of_set);
-            #pragma unroll 1
-            for (int nth = 0; nth < others; ++nth) {
-                rest &= rest - 1;
-                if (nth % V::parts != part) continue;
-                int target = (lowest_of<V>(rest) + rank) % bits_of_set, behind = own + 1 + nth;
-                int to = place + (behind <= others ? behind : behind - others - 1);
-                edges[number + nth] = {short(arc), short(to), (unsigned char)(target), (unsigned char)(nth),
-                                       (unsigned char)(others)};
-            }
-            number += others;
-            most_nth = max(most_nth, others - 1);
+        if (lane == 31) of_warp[round][warp] = end;
+        has_several |= __syncthreads_or(others > 1);  // sums of all warps, and places of arcs, are written before they are read
+        int total = before;
+        #pragma unroll
+        for (int w = 0; w < warps; ++w) {
+            int sum = of_warp[round][w];
+            before += w < warp ? sum : 0;
+            total += sum;
+        }
+        int first = before + end - others;
+        if (rank < ranks && i == rank * S) experts.first_edge[rank] = first;
+        before = total;
+        if (others == 0) continue;
+        // Ranks begin with different targets, so that they do not all fill the same one. The targets follow this
+        // rank, which is rotated to the lowest bit.
+        Set rest = holders >> rank | holders << ((bits_of_set - rank) % bits_of_set);
+        int arcs = experts.place[expert], own = number_of<V>(holders & below<V>(rank));
+        #pragma unroll 1
+        for (int nth = 0; nth < others; ++nth) {
+            rest &= rest - 1;
+            int target = (lowest_of<V>(rest) + rank) % bits_of_set, behind = own + 1 + nth;
+            int to = arcs + (behind <= others ? behind : behind - others - 1);
+            experts.edges[first + nth] = {short(arcs + own), short(to), (unsigned char)(target), (unsigned char)(nth),
+                                          (unsigned char)(others)};
         }
     }
-    // The maximum over a warp suffices, since only the ranks of a warp run in step.
-    c.shape.most_edges = __reduce_max_sync(~0u, number);
-    c.shape.most_nth = __reduce_max_sync(~0u, most_nth);
-    c.edges = edges;
-    c.own_edges = number;
-    __syncwarp();  // the edges of a rank are made before its threads read them
+    if (threadIdx.x + ranks <= V::size) experts.first_edge[threadIdx.x + ranks] = before;
+    return has_several != 0;
 }
 
-// Lays out the component in shared memory. The residents and loads of the experts come later.
+// Lays out the component in shared memory. The experts' residents, their replicas and their loads come later.
 template <typename V>
 __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     const Network& net = p.net;
     Experts<V> experts;
     experts.number = g.num_experts[component<V>()];
-    experts.words = (net.max_experts + 31) / 32;
     experts.residents = reinterpret_cast<Resident*>(shared);
     experts.ranks = reinterpret_cast<typename V::Set*>(experts.residents + net.max_experts);
     experts.load = reinterpret_cast<int*>(experts.ranks + net.max_experts);
     experts.filled = experts.load + net.max_experts;
     experts.guests = experts.filled + V::size * g.num_local_slots;
-    experts.num_edges = experts.guests + V::size * g.num_slots;
-    experts.of_rank = reinterpret_cast<unsigned*>(experts.num_edges + V::size);
-    experts.words_of_rank = experts.of_rank + V::size * experts.words;
-    experts.place = reinterpret_cast<short*>(experts.words_of_rank + V::size);
+    experts.first_edge = experts.guests + V::size * g.num_slots;
+    experts.replicas = reinterpret_cast<Replica*>(experts.first_edge + V::size + 1);
+    experts.place = reinterpret_cast<short*>(experts.replicas + g.max_replicas);
     experts.several = experts.place + net.max_experts;
-    int of_rank = 4 * g.num_local_slots + 8 + 4 * experts.words + 4 * g.num_slots;
-    int end = net.max_experts * (sizeof(Resident) + sizeof(typename V::Set) + 8) + V::size * of_rank;
+    int of_rank = 4 * (g.num_local_slots + g.num_slots + 1);
+    int of_expert = sizeof(Resident) + sizeof(typename V::Set) + 8;
+    int end = net.max_experts * of_expert + V::size * of_rank + 4 + g.max_replicas * sizeof(Replica);
     experts.arcs = reinterpret_cast<Arc*>(shared + (end + 15) / 16 * 16);
     experts.edges = reinterpret_cast<Edge*>(experts.arcs + net.max_arcs);
     experts.load_by_place = reinterpret_cast<int*>(experts.edges + V::size * net.max_edges);
@@ -256,27 +260,14 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
 // The start of the flow where a fill chose the guests: the tokens of that fill.
 template <typename V>
 __device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
-    int residents = g.num_local_slots - g.num_slots;
-    each_place<V>(g, c.shape.ranks, experts.own_rank, experts.own_resident, [&](int i, int rank, int place, int expert) {
-        if (place >= residents) expert = experts.guests[rank * g.num_slots + place - residents];
+    each_place<V>(g, c.shape.ranks, experts.own_rank, experts.own_resident, [&](int i, int rank, int place, int resident) {
+        int expert = expert_in(g, experts, rank, place, resident);
         if (expert < 0) return;
         typename V::Set holders = experts.ranks[expert];
         if (number_of<V>(holders) == 1) return;
         c.tokens[experts.place[expert] + number_of<V>(holders & below<V>(rank))] = experts.filled[i];
         atomicAdd(&c.movable()[rank], experts.filled[i]);
     });
-}
-
-// Clears the arrays in which copies are counted; a barrier follows.
-template <typename V>
-__device__ void clear_ranks(const Experts<V>& experts, const Component<V>& c, int base) {
-    if (threadIdx.x < V::size) {
-        c.staying()[threadIdx.x] = base;
-        experts.num_edges[threadIdx.x] = 0;
-        experts.words_of_rank[threadIdx.x] = 0;
-    }
-    #pragma unroll 1
-    for (int i = threadIdx.x; i < V::size * experts.words; i += V::threads) experts.of_rank[i] = 0;
 }
 
 // Lays out the flow over residents and guests, and solves it unless the batch failed before (`solves`). Meanwhile the
@@ -296,13 +287,17 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
     __syncthreads();  // sums are zero, and every expert has its guests, before copies are counted
     int arcs = place_arcs<V>(experts);
     c.shape.arcs = arcs & 0xffff;
-    __syncthreads();  // every expert has its place before its copies are written there
+    c.shape.most_nth = make_edges(g, experts, c.shape.ranks);
     put_copies(p, g, experts, c);
-    __syncthreads();  // all copies are written before any thread reads them
+    __syncthreads();  // all copies and edges are written before any thread reads them
     bool balances = threadIdx.x < V::pushing, is_balanced = true;
     ResidualEdge<V> edges[V::turns];
     if (solves && balances) {
-        make_edges(experts, c);
+        int first = experts.first_edge[threadIdx.x / V::parts];
+        c.edges = experts.edges + first;
+        c.own_edges = experts.first_edge[threadIdx.x / V::parts + 1] - first;
+        // The maximum over a warp suffices, since only the ranks of a warp run in step.
+        c.shape.most_edges = __reduce_max_sync(~0u, c.own_edges);
         make_ready<V>(c.edges, c.own_edges, 0, edges);
     }
     if (is_filled) start_filled(g, experts, c);
@@ -346,20 +341,28 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     int rank = threadIdx.x < V::size ? net.ranks[component<V>() * V::size + threadIdx.x] : 0;
     // Used late, so loaded early.
     Resident resident{};
-    bool has_resident = threadIdx.x < net.max_experts;
+    Replica replica{};
+    const Replica* replicas = g.replicas + component<V>() * g.max_replicas;
+    bool has_resident = threadIdx.x < net.max_experts, has_replica = threadIdx.x < g.max_replicas;
     if (has_resident) resident = g.residents[component<V>() * net.max_experts + threadIdx.x];
+    if (has_replica) replica = replicas[threadIdx.x];
     begin_verdicts<V>(verdicts);
     Experts<V> experts = lay_out<V>(p, g, shared);
     Component<V> c{experts.arcs, nullptr, experts.tokens, first_of_rank, second_of_rank, targets, layers,
                    net.shape[component<V>()], nullptr, net.ranks + component<V>() * V::size, p.speed, nullptr, 0};
     int base = p.base && threadIdx.x < c.shape.ranks ? p.base[rank] : 0;
-    clear_ranks(experts, c, base);
-    if (threadIdx.x < V::size) c.movable()[threadIdx.x] = base;  // where the loads at the start of fills are added up
+    if (threadIdx.x < V::size) {
+        c.staying()[threadIdx.x] = base;
+        c.movable()[threadIdx.x] = base;  // where the loads at the start of fills are added up
+    }
     Ending ending = add_up<V, general>(p, component<V>(), experts.load, c.staying(), quota, sharing, packed, base);
     if (has_resident) {
         experts.residents[threadIdx.x] = resident;
         experts.ranks[threadIdx.x] = Set(resident.ranks);
     }
+    if (has_replica) experts.replicas[threadIdx.x] = replica;
+    #pragma unroll 1
+    for (int i = V::threads + threadIdx.x; i < g.max_replicas; i += V::threads) experts.replicas[i] = replicas[i];
     ending.status = max(ending.status, p.status);
     bool is_first = block_of_component<V>() == 0, is_filled = false;
     bool solves = ending.status == OPTIMAL && c.shape.ranks > 0, chooses = solves && c.shape.ranks > 1;
@@ -384,7 +387,7 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
         is_filled = has_guests && Choose::fills;
         if (g.max_replicas > 0) {
             __syncthreads();  // all have read the residents' loads before they are cleared
-            clear_ranks(experts, c, base);
+            if (threadIdx.x < V::size) c.staying()[threadIdx.x] = base;
         }
         if (!has_guests)
             for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
@@ -400,6 +403,8 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
         if (threadIdx.x < c.shape.ranks) rank_load[rank] = c.load()[threadIdx.x] - base;
     }
     if (threadIdx.x == 0) p.endings[blockIdx.y * p.num_components + component<V>()] = ending;
+    // No word may come to a block that has ended.
+    if (V::blocks > 1 && Choose::fills && chooses && g.max_replicas > 0) hear<V>(verdicts, 0);
 }
 
 // Chooses the guests, by the level of the residents in `c.load()` where there are replicas.

@@ -30,7 +30,7 @@ from .layout import (
     component_sizes,
 )
 from .stay import num_words
-from .structs import ARC, COPY, EDGE, ENDING, RESIDENT
+from .structs import ARC, COPY, EDGE, ENDING, REPLICA, RESIDENT
 
 log = logger(__name__)
 
@@ -70,7 +70,8 @@ class DeviceSolver:
     kernels: tuple[Signature, Signature]
     """The one for loads alone, and the one for speeds and capacities, too."""
     shares: tuple[tuple[int, int, int], ...]
-    """`parts`, `turns` and `more` of its variants. The first that take all edges of a rank run."""
+    """`parts`, `turns` and `more` of its variants. The first that take all edges of a rank run. Of
+    several with guest slots, the last run where residents have replicas: then edges are many."""
     libraries: tuple[str, ...]
     """NVIDIA libraries that its compilation needs beside NVRTC."""
     functions: Callable[[Variant], tuple[CuSolverDx, ...]]
@@ -84,8 +85,10 @@ class DeviceSolver:
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
-    wide: Mapping[int, tuple[tuple[int, int, int], ...]] = field(default_factory=dict, hash=False)
-    """`shares` of sizes above `WORD_RANKS`; none: it takes no such components."""
+    by_size: Mapping[int, tuple[tuple[int, int, int], ...]] = field(
+        default_factory=dict, hash=False
+    )
+    """`shares` of sizes that have others. Sizes above `WORD_RANKS` have none but these."""
     plans: str = ""
     """The file in `kernels/` of its whole plans in one launch; none: it has none."""
 
@@ -94,19 +97,19 @@ class DeviceSolver:
         out: list[Variant] = []
         for size in SIZES:
             most = 0
-            for parts, turns, more in self.shares:
+            usual = self.shares if size <= WORD_RANKS else ()
+            for parts, turns, more in self.by_size.get(size, usual):
                 fits = size * parts % 32 == 0 and size * parts <= MAX_PUSHING_THREADS
-                if size <= WORD_RANKS and fits and (more or parts * turns > most):
+                if fits and (more or parts * turns > most):
                     out.append(Variant(size, parts, turns, bool(more)))
                     most = parts * turns
-            wide = self.wide.get(size, ())
-            out += [Variant(size, parts, turns, bool(more)) for parts, turns, more in wide]
         return out
 
     def variant(self, capacity: Capacity) -> Variant:
         """The variant for tables of a capacity."""
-        able = [variant for variant in self.variants() if variant.size == capacity.size]
-        return next(v for v in able if v.more or v.parts * v.turns >= capacity.max_edges)
+        of_size = [variant for variant in self.variants() if variant.size == capacity.size]
+        able = [v for v in of_size if v.more or v.parts * v.turns >= capacity.max_edges]
+        return able[-1 if capacity.max_replicas else 0]
 
     def program(self, variant: Variant) -> Program:
         """The program of a variant."""
@@ -143,7 +146,7 @@ def _guest_bytes(capacity: Capacity, num_blocks: int) -> int:
     """As `kernels/guests.cuh` and `kernels/choose.cuh` lay out a component."""
     c, a_set = capacity, 8 if capacity.size > 32 else 4
     of_experts = c.max_experts * (RESIDENT.size + a_set + 8)
-    of_ranks = c.size * (4 * c.num_places + 8 + 4 * -(-c.max_experts // 32) + 4 * c.num_guests)
+    of_ranks = 4 * c.size * (c.num_places + c.num_guests + 1) + 4 + REPLICA.size * c.max_replicas
     of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
     start = 8 * c.size * c.num_places
     of_fill = _multiple(8, start + c.max_experts * a_set + 4 * c.size)
@@ -187,7 +190,7 @@ DEVICE_SOLVERS = {
             functions=lambda variant: (),
             num_flow_bytes=_flow_bytes,
             num_own_bytes=lambda capacity: 0,
-            wide={128: ((2, 3, 0), (2, 6, 1)), 256: ((1, 6, 1),)},
+            by_size={128: ((2, 3, 0), (2, 6, 1)), 256: ((1, 6, 1),)},
             plans="plan.cu",
         ),
         DeviceSolver(
@@ -211,13 +214,14 @@ GUEST_SOLVERS = {
             "flow",
             "guests.cu",
             (structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
-            ((4, 3, 1),),
+            ((4, 2, 1),),
             libraries=(),
             functions=lambda variant: (),
             num_flow_bytes=_guest_bytes,
             num_own_bytes=lambda capacity: 0,
             num_threads=32 * len(RULES),
             num_cluster_blocks=4,
+            by_size={32: ((4, 1, 1), (4, 3, 1)), 64: ((4, 1, 1), (4, 3, 1))},
         ),
     )
 }
@@ -398,7 +402,7 @@ def check_fit(
             names the sizes. Or the solver takes no guest slots, or not the objective.
     """
     record = solver_record(solver, placement, objective)
-    if not record.wide and not placement.num_guests_per_rank:
+    if not placement.num_guests_per_rank and max(v.size for v in record.variants()) <= WORD_RANKS:
         num_ranks, num_experts = component_sizes(placement, placement.component)
         aims = "" if objective == "tokens" else f", where it minimises {objective},"
         check_word(num_ranks.max(), num_experts.max(), f"the solver {solver}{aims}")
