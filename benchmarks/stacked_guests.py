@@ -8,7 +8,9 @@ are `tokens` times 8, equal in all slots. One GPU, gated experts, torch's groupe
 - own: the rank's experts with all of the rows, and no guests, for comparison.
 - copied: one stack of own experts and guests in usual memory. Guests have no pool for all layers.
 - mapped: the same stack by CUDA's virtual memory: pages of the pool behind the layer's own pages.
-- second: one pass over own experts and one over the pool, as the clients of `Guests` do.
+- second: one pass over own experts and one over the pool, and the rows of both are concatenated.
+- joined: the same without that copy: own experts run over all rows, and the rows of guests are
+  written over the rest (`Share` and `Join` of `whole_layer.py`).
 
 "late" has guests arrive 0.25 ms after the start. One stack waits for them first. With two, own
 experts compute meanwhile. A figure is the median of milliseconds by the GPU's clock; ways run by
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from whole_layer import Join, Share
 
 from lplb_ep.tools import bench
 from lplb_ep.tools.tables import markdown_table
@@ -36,7 +39,7 @@ HIDDEN, WIDTH, NUM_OWN, NUM_TOPK = 7168, 2048, 32, 8
 SHAPES = ((HIDDEN, 2 * WIDTH), (WIDTH, HIDDEN))
 LATE_CYCLES = 500_000  # 0.25 ms at 1.98 GHz: about what a push of one expert takes
 NUM_WARM, NUM_RUNS = 3, 15
-WAYS = ("own", "copied", "mapped", "second")
+WAYS = ("own", "copied", "mapped", "second", "joined")
 PASSES = ("forward", "late", "forward and backward")
 
 
@@ -139,6 +142,11 @@ class Layer:
             arrive()
             others = experts(behind, self.stacks["pool"], self.ends["behind"])
             return torch.cat([out, others])
+        if way == "joined":
+            rows, behind = Share.apply(self.x, self.num_first)
+            out = experts(rows, self.stacks["own"], self.ends["first"])
+            arrive()
+            return Join.apply(out, experts(behind, self.stacks["pool"], self.ends["behind"]))
         if way != "own":
             arrive()
         return experts(self.x, self.stacks[way], self.ends["own" if way == "own" else "whole"])
@@ -153,7 +161,7 @@ class Layer:
 
     def backward(self, way: str) -> None:
         """Forward, and gradients of the rows and of all weights."""
-        names = ("own", "pool") if way == "second" else (way,)
+        names = ("own", "pool") if way in ("second", "joined") else (way,)
         inputs = [self.x, *(stack for name in names for stack in self.stacks[name])]
         torch.autograd.grad(self.forward(way), inputs, self.grad)
 
@@ -184,7 +192,7 @@ class Layer:
         """All ways but `own` have the same outputs."""
         with torch.no_grad():
             expected = self.forward("copied")
-            for way in ("mapped", "second"):
+            for way in ("mapped", "second", "joined"):
                 torch.testing.assert_close(self.forward(way), expected)
 
 

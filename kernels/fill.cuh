@@ -224,22 +224,30 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
     bool flag[V::words], stuck[V::words] = {};
     #pragma unroll 1
     for (; steps > 0; --steps) {
-        // The rank that passes tokens on.
+        // The rank that passes tokens on. Which ranks could take a guest does not depend on it.
         int excess[V::words], value[V::words], best = -1;
+        unsigned wide[V::words], widest = 0;  // keys: the largest is best, 0: none
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
-            excess[i] = -fill.slack[i];
+            int slack = fill.slack[i];
+            excess[i] = -slack;
             bool may = excess[i] >= least && !stuck[i];
             value[i] = !may ? -1 : rule.by_excess ? excess[i] : fill.priority[i];
             best = max(best, value[i]);
+            unsigned width = slack + unsigned((unsigned long long)unsigned(slack) * fill.noise[i] >> 32);
+            wide[i] = slack >= least && fill.used[i] < G ? width : 0;
+            widest = max(widest, wide[i]);
         }
         best = __reduce_max_sync(~0u, best);
+        widest = __reduce_max_sync(~0u, widest);
+        int spare = spare_slack(fill, G, rule.shift);
         if (best < 0) return true;
         unsigned known = lane == 0 ? atomicMax(fewest, 0u) : 0;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = value[i] == best;
         // Negated before it is read from its lane: NVRTC 13.0 loses a minus between that and a minimum of three.
         int from = first_of(flag), need = of_rank<V>(excess, from);
+        bool has_slot = of_rank<V>(fill.used, from) < G;
 
         // The tokens and experts of its places.
         Place* places = fill.places + from * S;
@@ -260,15 +268,16 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         }
 
         // The rank of a guest, which is on the node of this one, and so is its home.
-        bool near[V::words];
-        #pragma unroll
-        for (int i = 0; i < V::words; ++i) near[i] = true;
         if (start.node_size < start.ranks) {
             int begin = from / start.node_size * start.node_size;
             auto is_near = [&](int rank) { return unsigned(rank - begin) < unsigned(start.node_size); };
+            widest = most = 0;
             #pragma unroll
-            for (int i = 0; i < V::words; ++i) near[i] = is_near(lane + 32 * i);
-            most = 0;
+            for (int i = 0; i < V::words; ++i) {
+                if (!is_near(lane + 32 * i)) wide[i] = 0;
+                widest = max(widest, wide[i]);
+            }
+            widest = __reduce_max_sync(~0u, widest);
             #pragma unroll unrolled
             for (int i = 0; i < parts; ++i) {
                 if (x[i] > 0 && !is_near(start.residents[expert[i] & ~SHARED].home)) x[i] = 0;
@@ -276,21 +285,15 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
             }
         }
         most = __reduce_max_sync(~0u, most);
-        int spare = spare_slack(fill, G, rule.shift);
-        unsigned tight[V::words], wide[V::words], tightest = 0, widest = 0;  // keys: the largest is best
+        unsigned tight[V::words], tightest = 0;  // as `wide`
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
-            int slack = fill.slack[i];
-            bool may = most >= least && slack >= least && fill.used[i] < G && near[i];
-            unsigned width = slack + unsigned((unsigned long long)unsigned(slack) * fill.noise[i] >> 32);
-            wide[i] = may ? width : 0;
-            tight[i] = may && !rule.widest && slack >= min(need, most) ? ~width : 0;
-            widest = max(widest, wide[i]);
+            bool fits = wide[i] > 0 && fill.slack[i] >= min(need, most);
+            tight[i] = fits && !rule.widest ? ~wide[i] : 0;
             tightest = max(tightest, tight[i]);
         }
         tightest = __reduce_max_sync(~0u, tightest);
-        widest = __reduce_max_sync(~0u, widest);
-        if (widest == 0) {
+        if (widest == 0 || most < least) {
             #pragma unroll
             for (int i = 0; i < V::words; ++i) stuck[i] |= lane + 32 * i == from;
             __syncwarp();  // all lanes have read holders and tokens before a later step writes them
@@ -299,7 +302,6 @@ __device__ bool make_fill(const Start<V>& start, Fill<V>& fill, const Rule& rule
         #pragma unroll
         for (int i = 0; i < V::words; ++i) flag[i] = tightest != 0 ? tight[i] == tightest : wide[i] == widest;
         int to = first_of(flag), slack = of_rank<V>(fill.slack, to), used = of_rank<V>(fill.used, to);
-        bool has_slot = of_rank<V>(fill.used, from) < G;
         // No more than the excess, but all of the slack where the rest of the slack would stay unused.
         int aim = min(need, slack);
         if (slack > need && used == G - 1 && has_slot && slack - need > spare) aim = slack;

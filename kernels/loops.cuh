@@ -17,12 +17,14 @@ __device__ void each(const int* at, int from, int to, int by, int step, Take tak
     }
 }
 
-// Calls `take` for the numbers below `number`, each in one thread of the block. Most threads have at most one of them. So
-// the loop is not unrolled: a kernel that runs its code once waits longer for instructions than for anything else.
-template <int threads, typename Take>
+// Calls `take` for the numbers below `number`, each in one thread of the block, from the thread `first` on. Most threads
+// have at most one of them. So the loop is not unrolled: a kernel that runs its code once waits longer for instructions
+// than for anything else.
+template <int threads, int first = 0, typename Take>
 __device__ void block_stride(int number, Take take) {
+    if (first > 0 && threadIdx.x < first) return;
     #pragma unroll 1
-    for (int i = threadIdx.x; i < number; i += threads) take(i);
+    for (int i = threadIdx.x - first; i < number; i += threads - first) take(i);
 }
 
 }  // namespace lplb
