@@ -9,8 +9,8 @@ are `tokens` times 8, equal in all slots. One GPU, gated experts, torch's groupe
 - copied: one stack of own experts and guests in usual memory. Guests have no pool for all layers.
 - mapped: the same stack by CUDA's virtual memory: pages of the pool behind the layer's own pages.
 - second: one pass over own experts and one over the pool, and the rows of both are concatenated.
-- joined: the same without that copy: own experts run over all rows, and the rows of guests are
-  written over the rest (`Share` and `Join` of `whole_layer.py`).
+- joined: the same without that copy (`Share` and `Join` of `whole_layer.py`). Own experts run over
+  all rows, and the rows of guests are written over the rest.
 
 "late" has guests arrive 0.25 ms after the start. One stack waits for them first. With two, own
 experts compute meanwhile. A figure is the median of milliseconds by the GPU's clock; ways run by
