@@ -2,6 +2,7 @@
 
     python benchmarks/guests.py --milp 2000                # small instances against HiGHS
     python benchmarks/guests.py --pair FILE KEY FILE KEY   # earlier and live loads, layer by layer
+    python benchmarks/guests.py --pair FILE KEY FILE KEY --by-cost   # what plans by cost gain
     python benchmarks/guests.py --simulate                 # EP128 to EP2048 by domains
 
 A key names an array of a .npz file: counts [layers, E], or picks [layers, T, K] of 128 experts.
@@ -31,6 +32,8 @@ import torch
 from lplb_ep import Placement
 from lplb_ep.planning import reference
 from lplb_ep.planning.guests import choose_guests
+from lplb_ep.planning.guests_by_cost import plan_by_cost, push_waits
+from lplb_ep.planning.objectives import rank_costs
 from lplb_ep.problem import Problem
 from lplb_ep.tools.tables import text_table
 
@@ -42,6 +45,12 @@ SHAPES = [
     *((ranks, 1, 1) for ranks in (8, 16, 32, 64)),
 ]
 """Ranks, static replicas a rank, guests a rank."""
+
+
+COST_SHAPES = ((8, 6, False), (8, 1, True), (32, 2, False), (64, 1, False))
+"""Ranks, guests a rank, and whether homes are placed."""
+COST_TOKENS = (512, 1024, 4096, 8192)
+"""Of a rank, with eight picks each."""
 
 
 def optimum(load: np.ndarray, placement: Placement, guests: np.ndarray) -> float:
@@ -281,6 +290,64 @@ def on_recordings(args: argparse.Namespace) -> None:
             print(f"{title}: {len(pairs)} loads\n{text_table(HEADER, rows)}\n", flush=True)
 
 
+def by_cost(
+    pair: tuple[np.ndarray, np.ndarray],
+    num_ranks: int,
+    num_guests: int,
+    is_placed: bool,
+    tokens: int,
+) -> tuple[float, int, float]:
+    """Of a batch drawn from a layer's load: the largest rank's cost with guests, and their number.
+
+    The cost is over that at home, and so is the third value, of a plan by `tokens`.
+    """
+    torch.set_num_threads(1)
+    earlier, live = pair
+    shape = {"num_ranks": num_ranks, "num_guests_per_rank": num_guests}
+    if is_placed:
+        placement = Placement.from_history(earlier + 1e-3, num_redundant_per_rank=0, **shape)
+    else:
+        placement = Placement.homes_only(len(live), **shape)
+    rng = np.random.default_rng(int(live.sum()))
+    load = rng.multinomial(8 * tokens * num_ranks, live / live.sum()).astype(np.int64)
+    problem = Problem(objective="cost").checked(placement)
+    plan = plan_by_cost(load, placement, problem)
+
+    def cost(guests: np.ndarray, quota: np.ndarray) -> int:
+        waits = push_waits(guests, placement, problem)
+        return int(rank_costs(quota, placement.with_guests(guests), problem, waits).max())
+
+    home = np.zeros_like(plan.quota)
+    home[:, 0] = load
+    none = cost(np.full_like(plan.guests, -1), home)
+    usual = choose_guests(load, placement, problem)
+    optimum = reference.solve(torch.from_numpy(load), placement.with_guests(usual)).quota.numpy()
+    number = int((plan.guests >= 0).sum())
+    return cost(*plan) / none, number, cost(usual, optimum) / none
+
+
+def costs_on_recordings(args: argparse.Namespace) -> None:
+    """Prints what plans by cost reach with guests, and plans by tokens; means over layers."""
+    with multiprocessing.get_context("forkserver").Pool(args.processes) as pool:
+        for earlier_path, earlier_key, live_path, live_key in args.pair:
+            (earlier,), (live,) = (
+                read(earlier_path, earlier_key, None),
+                read(live_path, live_key, None),
+            )
+            pairs = [*zip(earlier, live, strict=True)][:: args.every]
+            rows = []
+            for ranks, guests, is_placed in COST_SHAPES:
+                row = [f"EP{ranks}, {'placed' if is_placed else 'in order'}, G {guests}"]
+                for tokens in COST_TOKENS:
+                    of = {"num_ranks": ranks, "num_guests": guests, "is_placed": is_placed}
+                    found = np.array(pool.map(partial(by_cost, tokens=tokens, **of), pairs))
+                    mean = found.mean(axis=0)
+                    row.append(f"{mean[0]:.3f} ({mean[1]:.1f}) {mean[2]:.3f}")
+                rows.append(row)
+            print(f"{len(pairs)} layers: by cost (guests), by tokens; without guests = 1")
+            print(text_table(["tokens a rank", *map(str, COST_TOKENS)], rows), flush=True)
+
+
 def drifted(seed: int, num_experts: int, correlation: float) -> tuple[np.ndarray, np.ndarray]:
     """An earlier and a live load [E] as uneven as DeepSeek-V3's."""
     rng = np.random.default_rng([13, seed])
@@ -327,6 +394,7 @@ def main() -> None:
     parser.add_argument("--least", type=int, default=1, help="tokens that a guest is chosen for")
     parser.add_argument("--every", type=int, default=1, help="take every n-th load")
     parser.add_argument("--for-lp", action="store_true", help="static copies, too; slow")
+    parser.add_argument("--by-cost", action="store_true", help="plans by cost of pairs of counts")
     parser.add_argument("--simulate", action="store_true", help="many ranks by domains")
     parser.add_argument("--megabytes", type=float, default=88, help="of an expert")
     parser.add_argument("--processes", type=int, default=2)
@@ -334,7 +402,7 @@ def main() -> None:
     if args.milp:
         against_milp(args.milp, args.processes)
     if args.pair:
-        on_recordings(args)
+        (costs_on_recordings if args.by_cost else on_recordings)(args)
     if args.simulate:
         simulate(args.processes)
 

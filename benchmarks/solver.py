@@ -32,7 +32,6 @@ from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.device_tables import LoadSolver
 from lplb_ep.planning.guests_by_cost import guests_of
 from lplb_ep.planning.solve import rank_load, rank_set_bound
-from lplb_ep.planning.structs import Status
 from lplb_ep.problem import Problem
 from lplb_ep.settings import GPU_SOLVERS
 from lplb_ep.tools.recordings import load_recording
@@ -53,7 +52,7 @@ def check(
     placement, load, base, quota, guests, by_highs = solved
     options = {} if base is None else {"base_load": torch.from_numpy(base)}
     row = torch.from_numpy(load)
-    chosen = guests_of(Status.OPTIMAL, load, placement, Problem(**options))
+    chosen = guests_of(load, placement, Problem(**options))
     assert (guests.numpy() == chosen).all(), f"other guests than the CPU's on {placement}"
     placement = placement.with_guests(chosen)
     held = rank_load(quota, placement) + (0 if base is None else options["base_load"])

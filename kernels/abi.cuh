@@ -118,6 +118,14 @@ __device__ inline int rule_of(int i) {
     return table[i];
 }
 
+constexpr int NUM_CHOICES = 8;  // of guests, for a plan by cost
+
+// Of choice i + 1: its tolerance << 1 | whether a guest is worth its push.
+__device__ inline int choice_rule_of(int i) {
+    constexpr int table[] = {1, 1001, 2001, 0, 2000, 4000, 10000};
+    return table[i];
+}
+
 constexpr unsigned MAX_TOTAL = 2147483647;  // tokens of a batch; and its number
 
 // The status and sums of a component of the replica graph.
@@ -472,7 +480,7 @@ struct Guests {
     const Resident* residents;  // [G, max_experts] of each component
     const Replica* replicas;    // [G, max_replicas] of each component
     const int* num_experts;     // [G] of each component
-    const short* places;        // [G, SIZE, residents of a rank] numbers of experts, -1 behind the last
+    const short* places;        // [G, SIZE, residents of a rank] numbers of experts, or -1
     int* chosen;                // [B, R, num_slots] the expert in each guest slot, -1: none
     int* lookup;                // [E] as the struct Table has them; or null, and so the next three
     int* experts;               // [M]
@@ -526,6 +534,19 @@ LPLB_PLACE(Objective, slope, 20);
 LPLB_PLACE(Objective, least_cost, 24);
 LPLB_PLACE(Objective, least_tiles, 28);
 LPLB_PLACE(Objective, free_rows, 32);
+
+// The choices of guests for a plan by cost, and memory for their plans.
+struct Choices {
+    int* plans;     // [B, G, NUM_CHOICES, 4 + SIZE * (num_slots + num_local_slots)]
+    int* num_done;  // [B, G] choices that are planned; all 0 before and after a launch
+    int push;       // nanoseconds that a rank waits for one guest
+    int worth;      // rows that cost as much, but no fewer than `min_tokens`
+};
+LPLB_SIZE(Choices, 24);
+LPLB_PLACE(Choices, plans, 0);
+LPLB_PLACE(Choices, num_done, 8);
+LPLB_PLACE(Choices, push, 16);
+LPLB_PLACE(Choices, worth, 20);
 
 #undef LPLB_SIZE
 #undef LPLB_PLACE

@@ -8,7 +8,7 @@ namespace lplb {
 template <typename V>
 struct Component {              // the pointers before `shape` are to shared memory, the others to device memory
     const Arc* arcs;
-    const short* copies;
+    const short* copies;        // without guests
     int* tokens;                // [arcs] of each copy
     int *first_of_rank, *second_of_rank;  // [size] see below
     typename V::Set* targets;   // [size] ranks that a rank's tokens could go to
@@ -28,6 +28,9 @@ struct Component {              // the pointers before `shape` are to shared mem
     __device__ int* deficit() const { return second_of_rank; }
     // Behind the flow: the load.
     __device__ int* load() const { return first_of_rank; }
+
+    // The arc at a place: arcs by expert, then local rank.
+    __device__ int arc_at(int place) const { return V::guests ? place : copies[place]; }
 
     __device__ int end_of_edges() const { return V::guests ? own_edges : shape.most_edges; }
 

@@ -137,7 +137,7 @@ __device__ bool balance(const Component<V>& c, const ResidualEdge<V> (&edges)[V:
 // The blocks behind those of the components number this rank's picks, which needs no quotas, and copy the counts.
 template <typename V>
 __device__ void number_picks(const Problem& p, char* shared) {
-    int first = p.num_components * V::blocks, helper = blockIdx.x - first, step = (gridDim.x - first) * V::threads;
+    int first = p.num_components * V::blocks * V::choices, helper = blockIdx.x - first, step = (gridDim.x - first) * V::threads;
     int number_of_counts = is_reused(p.turn) ? 0 : p.num_ranks * p.num_experts;
     #pragma unroll 1
     for (int i = helper * V::threads + threadIdx.x; i < number_of_counts; i += step)

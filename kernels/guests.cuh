@@ -138,7 +138,7 @@ __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& 
 template <typename V>
 __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c,
                              int arcs, int* __restrict__ chosen, int first) {
-    constexpr int step = V::threads - V::pushing;
+    constexpr int step = V::choices > 1 ? V::threads : V::threads - V::pushing;
     #pragma unroll 1
     for (int rank = first; rank < c.shape.ranks; rank += step)
         #pragma unroll 1
@@ -249,7 +249,7 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     int end = net.max_experts * of_expert + V::size * of_rank + 4 + g.max_replicas * sizeof(Replica);
     experts.arcs = reinterpret_cast<Arc*>(shared + (end + 15) / 16 * 16);
     experts.edges = reinterpret_cast<Edge*>(experts.arcs + net.max_arcs);
-    experts.load_by_place = reinterpret_cast<int*>(experts.edges + V::size * net.max_edges);
+    experts.load_by_place = reinterpret_cast<int*>(experts.edges + (V::choices > 1 ? 0 : V::size * net.max_edges));
     experts.tokens = experts.load_by_place + net.max_arcs;
     experts.own_rank = int(threadIdx.x / unsigned(g.num_local_slots));
     experts.own_resident = resident_in<V>(g, experts.own_rank, int(threadIdx.x % unsigned(g.num_local_slots)));
@@ -257,26 +257,30 @@ __device__ Experts<V> lay_out(const Problem& p, const Guests& g, char* shared) {
     return experts;
 }
 
-// The start of the flow where a fill chose the guests: the tokens of that fill.
-template <typename V>
-__device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
-    each_place<V>(g, c.shape.ranks, experts.own_rank, experts.own_resident, [&](int i, int rank, int place, int resident) {
+// Calls `take` for each place of a rank that has a copy of an expert with several: the place's number, its rank, and the arc.
+template <typename V, typename Take>
+__device__ void each_filled(const Guests& g, const Experts<V>& experts, int num_ranks, Take take) {
+    each_place<V>(g, num_ranks, experts.own_rank, experts.own_resident, [&](int i, int rank, int place, int resident) {
         int expert = expert_in(g, experts, rank, place, resident);
         if (expert < 0) return;
         typename V::Set holders = experts.ranks[expert];
         if (number_of<V>(holders) == 1) return;
-        c.tokens[experts.place[expert] + number_of<V>(holders & below<V>(rank))] = experts.filled[i];
+        take(i, rank, experts.place[expert] + number_of<V>(holders & below<V>(rank)));
+    });
+}
+
+// The start of the flow where a fill chose the guests: the tokens of that fill.
+template <typename V>
+__device__ void start_filled(const Guests& g, const Experts<V>& experts, const Component<V>& c) {
+    each_filled(g, experts, c.shape.ranks, [&](int i, int rank, int arc) {
+        c.tokens[arc] = experts.filled[i];
         atomicAdd(&c.movable()[rank], experts.filled[i]);
     });
 }
 
-// Lays out the flow over residents and guests, and solves it unless the batch failed before (`solves`). Meanwhile the
-// threads that do not push write the tables for `route`, and zero the quotas (`zeroes`). Returns false if the rounds did
-// not suffice. `is_filled`: a fill chose the guests.
-template <typename V, bool general>
-__device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c,
-                             bool solves, bool is_filled, bool zeroes, int* __restrict__ quota,
-                             int* __restrict__ chosen) {
+// Makes the arcs of residents and guests, and the edges of a flow. Returns numbers as `place_arcs` does.
+template <typename V>
+__device__ int put_guests(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c) {
     for (int rank = threadIdx.x; rank < c.shape.ranks; rank += V::threads) {
         c.movable()[rank] = 0;
         for (int slot = 0; slot < g.num_slots; ++slot) {
@@ -287,8 +291,20 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
     __syncthreads();  // sums are zero, and every expert has its guests, before copies are counted
     int arcs = place_arcs<V>(experts);
     c.shape.arcs = arcs & 0xffff;
-    c.shape.most_nth = make_edges(g, experts, c.shape.ranks);
+    if constexpr (V::choices > 1) __syncthreads();  // every expert has its place before its copies are written there
+    else c.shape.most_nth = make_edges(g, experts, c.shape.ranks);
     put_copies(p, g, experts, c);
+    return arcs;
+}
+
+// Lays out the flow over residents and guests, and solves it unless the batch failed before (`solves`). Meanwhile the
+// threads that do not push write the tables for `route`, and zero the quotas (`zeroes`). Returns false if the rounds did
+// not suffice. `is_filled`: a fill chose the guests.
+template <typename V, bool general>
+__device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>& experts, Component<V>& c,
+                             bool solves, bool is_filled, bool zeroes, int* __restrict__ quota,
+                             int* __restrict__ chosen) {
+    int arcs = put_guests(p, g, experts, c);
     __syncthreads();  // all copies and edges are written before any thread reads them
     bool balances = threadIdx.x < V::pushing, is_balanced = true;
     ResidualEdge<V> edges[V::turns];
@@ -316,7 +332,7 @@ __device__ bool solve_filled(const Problem& p, const Guests& g, const Experts<V>
 
 // The blocks of a cluster choose the guests of a component for one batch, and its first block solves it over
 // residents and guests. Where it has replicas, the flow over the residents decides whether guests are wanted. It is
-// solved while the other blocks make fills.
+// solved while the other blocks make fills. By cost each of several blocks plans a choice of guests (`PlanByCost`).
 template <typename V, bool general, typename Choose>
 __device__ void solve_with_guests(const Problem& p, const Guests& g, char* shared, Choose choose) {
     typedef typename V::Set Set;
@@ -364,34 +380,38 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     #pragma unroll 1
     for (int i = V::threads + threadIdx.x; i < g.max_replicas; i += V::threads) experts.replicas[i] = replicas[i];
     ending.status = max(ending.status, p.status);
-    bool is_first = block_of_component<V>() == 0, is_filled = false;
     bool solves = ending.status == OPTIMAL && c.shape.ranks > 0, chooses = solves && c.shape.ranks > 1;
-    bool zeroes = !chooses || g.max_replicas > 0 || V::blocks == 1 || !Choose::fills;  // else warps without a fill do it
-    if (chooses) choose.aim(c, ending.total, reinterpret_cast<char*>(experts.arcs));
-    if (V::blocks > 1 && is_first && threadIdx.x == 0)  // the best fill
-        arrivals_expect(&verdicts.best, c.shape.ranks * (g.num_slots + g.num_local_slots) * int(sizeof(int)));
-    if (V::blocks > 1) cluster_wait();  // the other blocks have begun before words are sent to them
-    __syncthreads();  // experts have their residents before any thread reads them
-    #pragma unroll 1
-    for (bool is_last = false;; is_last = true) {
-        if (is_first && (is_last || (chooses && g.max_replicas > 0))) {
-            if (!solve_filled<V, general>(p, g, experts, c, solves, is_filled, zeroes, quota, chosen))
-                ending.status = NOT_CONVERGED;
-            zeroes = false;
+    if constexpr (V::choices > 1) {
+        if (!choose.plan(p, experts, c, solves, ending.total, base, verdicts, quota, chosen)) return;
+    } else {
+        bool is_first = block_of_component<V>() == 0, is_filled = false;
+        bool zeroes = !chooses || g.max_replicas > 0 || V::blocks == 1 || !Choose::fills;  // else warps without a fill do it
+        if (chooses) choose.aim(c, ending.total, reinterpret_cast<char*>(experts.arcs));
+        if (V::blocks > 1 && is_first && threadIdx.x == 0)  // the best fill
+            arrivals_expect(&verdicts.best, c.shape.ranks * (g.num_slots + g.num_local_slots) * int(sizeof(int)));
+        if (V::blocks > 1) cluster_wait();  // the other blocks have begun before words are sent to them
+        __syncthreads();  // experts have their residents before any thread reads them
+        #pragma unroll 1
+        for (bool is_last = false;; is_last = true) {
+            if (is_first && (is_last || (chooses && g.max_replicas > 0))) {
+                if (!solve_filled<V, general>(p, g, experts, c, solves, is_filled, zeroes, quota, chosen))
+                    ending.status = NOT_CONVERGED;
+                zeroes = false;
+            }
+            if (is_last) break;
+            bool has_guests = chooses && choose(experts, c, verdicts, ending.status == OPTIMAL, base, quota);
+            if (!is_first) return;  // all words for this block have arrived
+            // Without guests the residents' plan stays. A single block has overwritten that plan by fills.
+            if (chooses && g.max_replicas > 0 && !has_guests && V::blocks > 1) break;
+            is_filled = has_guests && Choose::fills;
+            if (g.max_replicas > 0) {
+                __syncthreads();  // all have read the residents' loads before they are cleared
+                if (threadIdx.x < V::size) c.staying()[threadIdx.x] = base;
+            }
+            if (!has_guests)
+                for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
+            __syncthreads();  // useless guests and sums of the residents are cleared before copies are counted
         }
-        if (is_last) break;
-        bool has_guests = chooses && choose(experts, c, verdicts, ending.status == OPTIMAL, base, quota);
-        if (!is_first) return;  // all words for this block have arrived
-        // Without guests the residents' plan stays. A single block has overwritten that plan by fills.
-        if (chooses && g.max_replicas > 0 && !has_guests && V::blocks > 1) break;
-        is_filled = has_guests && Choose::fills;
-        if (g.max_replicas > 0) {
-            __syncthreads();  // all have read the residents' loads before they are cleared
-            if (threadIdx.x < V::size) c.staying()[threadIdx.x] = base;
-        }
-        if (!has_guests)
-            for (int i = threadIdx.x; i < V::size * g.num_slots; i += V::threads) experts.guests[i] = -1;
-        __syncthreads();  // useless guests and sums of the residents are cleared before copies are counted
     }
     if (solves) {
         #pragma unroll 1
@@ -404,7 +424,8 @@ __device__ void solve_with_guests(const Problem& p, const Guests& g, char* share
     }
     if (threadIdx.x == 0) p.endings[blockIdx.y * p.num_components + component<V>()] = ending;
     // No word may come to a block that has ended.
-    if (V::blocks > 1 && Choose::fills && chooses && g.max_replicas > 0) hear<V>(verdicts, 0);
+    if constexpr (V::blocks > 1)
+        if (Choose::fills && chooses && g.max_replicas > 0) hear<V>(verdicts, 0);
 }
 
 // Chooses the guests, by the level of the residents in `c.load()` where there are replicas.
@@ -430,7 +451,8 @@ struct Chooser {
         char* shared = reinterpret_cast<char*>(experts.arcs);
         Start<V> start{c.shape.ranks, experts.number, S, g.num_slots, g.num_ranks_per_node, g.max_replicas > 0,
                        experts.residents, experts.ranks, reinterpret_cast<Place*>(shared), c.movable()};
-        bool is_first = block_of_component<V>() == 0, has_replicas = g.max_replicas > 0;
+        // By cost there is no flow: the level of the residents is that of the even split.
+        bool is_first = block_of_component<V>() == 0, has_replicas = V::choices == 1 && g.max_replicas > 0;
         // The first block solves the residents' flow instead of fills.
         bool fills = V::blocks == 1 || !has_replicas || !is_first;
         if (V::blocks == 1 && has_replicas) {

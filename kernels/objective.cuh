@@ -50,20 +50,39 @@ struct Workplace {
     __device__ int of_warps() const { return OWN + max_arcs * int(sizeof(Amount) + sizeof(int)); }
 };
 
-// A component of a batch, by another objective than tokens.
+// What stays on the ranks of the component g, where there are no guests.
 template <typename V>
+struct Staying {
+    const Problem& p;
+    int g;
+    const int* quota;  // [E, C] where loads of experts with one copy are written
+
+    // Nanoseconds that this thread's rank waits for guests.
+    __device__ Amount wait() const { return 0; }
+
+    // Calls `take` for the rank and the rows of each expert with one copy.
+    template <typename Take>
+    __device__ void each_single(Take take) const {
+        #pragma unroll 1
+        for (int i = threadIdx.x; i < p.net.max_experts; i += V::threads) {
+            int packed = p.net.experts[g * p.net.max_experts + i], rank = packed >> 16;
+            if (packed >= 0 && rank < V::size) take(rank, quota[(packed & 0xffff) * p.max_replicas]);
+        }
+    }
+};
+
+// A component of a batch, by another objective than tokens. `Stays`: as `Staying`. `Flow`: calls `run_flow`.
+template <typename V, typename Stays, typename Flow>
 struct ByObjective {
     const Problem& p;
     const Objective& o;
     const Component<V>& c;
-    const ResidualEdge<V> (&edges)[V::turns];
-    Ending& ending;
-    int g;                      // of the component
-    const int* quota;           // [E, C] where loads of experts with one copy are written
+    const Stays& stays;
+    const Flow& flow;
     const int* load;            // [arcs] of experts with several, by place
     const Workplace<V>& place;
     CountCosts costs;
-    Verdicts<V>& verdicts;
+    ChainVerdicts<V>& verdicts;
     Sums total;                 // of one place: the least that all experts cost
     int& num_active;            // base loads and experts with tokens
 
@@ -90,7 +109,7 @@ struct ByObjective {
             int r = threadIdx.x, base = p.base != nullptr && r < c.shape.ranks ? p.base[c.ranks[r]] : 0;
             place.staying_tokens()[r] = place.load()[r] = c.staying()[r];
             place.staying_active()[r] = number = base > 0;
-            sum = costs.of(base);
+            sum = costs.of(base) + stays.wait();
             place.of_stays().set(r, sum);
             place.of_home().set(r, 0);
             place.of_tokens().set(r, 0);
@@ -100,26 +119,22 @@ struct ByObjective {
             num_active = 0;
         }
         __syncthreads();  // sums are initialised before any thread adds to them
-        #pragma unroll 1
-        for (int i = threadIdx.x; i < p.net.max_experts; i += V::threads) {
-            int packed = p.net.experts[g * p.net.max_experts + i], rank = packed >> 16;
-            if (packed < 0 || rank >= V::size) continue;
-            int rows = quota[(packed & 0xffff) * p.max_replicas];
-            if (rows == 0) continue;
+        stays.each_single([&](int rank, int rows) {
+            if (rows == 0) return;
             atomicAdd(&place.staying_active()[rank], 1);
             ++number;
-            if (o.kind == AIM_EXPERTS) continue;
+            if (o.kind == AIM_EXPERTS) return;
             Amount cost = costs.of(rows);
             place.of_stays().add(rank, cost);
             sum += cost;
-        }
+        });
         if (o.kind != AIM_EXPERTS) {
             #pragma unroll 1
             for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
                 Arc arc = c.arcs[a];
                 int rows = at_home(a);
                 if (rows > 0) place.of_home().add(arc.rank, costs.of(rows));
-                if (c.copies[arc.place] != a) continue;
+                if (c.arc_at(arc.place) != a) continue;
                 number += load[arc.place] > 0;
                 sum += least_of(load[arc.place], per);
             }
@@ -204,12 +219,8 @@ struct ByObjective {
                 take_kept();
                 __syncthreads();  // the even split is restored before the flow reads it
             }
-            run_flow<V, false>(p, c, edges, ending);
-            #pragma unroll 1
-            for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
-                int rows = c.tokens[a];
-                if (rows > 0) place.of_tokens().add(c.arcs[a].rank, costs.of(rows));
-            }
+            flow();
+            add_up_costs();
             __syncthreads();  // the cost of the plan by tokens is added up before it is read
             of_tokens = largest_with(place.of_tokens());
             from_home |= may_begin && 2 * of_home <= 3 * of_tokens;
@@ -219,8 +230,17 @@ struct ByObjective {
         else if ((of_best <= of_tokens) == is_near) take_kept();
     }
 
-    // Plans by active slots: the rows are in `c.tokens`.
-    __device__ void solve_experts() const {
+    // Adds up what the rows `c.tokens` cost, by rank.
+    __device__ void add_up_costs() const {
+        #pragma unroll 1
+        for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
+            int rows = c.tokens[a];
+            if (rows > 0) place.of_tokens().add(c.arcs[a].rank, costs.of(rows));
+        }
+    }
+
+    // Plans by active slots: the rows are in `c.tokens`. `tokens`: their number.
+    __device__ void solve_experts(int tokens) const {
         count();
         if (threadIdx.x < V::size) {
             c.staying()[threadIdx.x] = place.active()[threadIdx.x] = place.staying_active()[threadIdx.x];
@@ -230,12 +250,12 @@ struct ByObjective {
         #pragma unroll 1
         for (int a = threadIdx.x; a < c.shape.arcs; a += V::threads) {
             Arc arc = c.arcs[a];
-            bool is_here = load[arc.place] > 0 && c.copies[arc.place] == a;
+            bool is_here = load[arc.place] > 0 && c.arc_at(arc.place) == a;
             c.tokens[a] = is_here;
             if (is_here) atomicAdd(&c.movable()[arc.rank], 1);
         }
         __syncthreads();  // a unit of each expert is on its first copy, and their sums are whole, before the flow
-        run_flow<V, false>(p, c, edges, ending);
+        flow();
         int most_active = 0, most = 0;
         #pragma unroll
         for (int i = 0; i < V::words; ++i) {
@@ -257,7 +277,7 @@ struct ByObjective {
         __syncthreads();  // rows of whole experts are added up before the sums are read
         if (threadIdx.x < V::size)
             place.amount()[threadIdx.x] = place.staying_tokens()[threadIdx.x] + place.of_tokens().at(threadIdx.x);
-        int ranks = c.shape.ranks, mean = ending.total / ranks + (ending.total % ranks != 0);
+        int ranks = c.shape.ranks, mean = tokens / ranks + (tokens % ranks != 0);
         Search<V, CountTokens>{c, place.amount(), place.active(), place.own(), verdicts, place.reach(), {}, load, max(mean, most), most_active,
                                o.free_rows}.run();
     }
@@ -280,13 +300,16 @@ struct ByAim {
 
     __device__ void move(const Problem& p, int g, const Component<V>& c, const ResidualEdge<V> (&edges)[V::turns],
                          Ending& ending, const int* quota) const {
-        __shared__ Verdicts<V> verdicts;
+        __shared__ ChainVerdicts<V> verdicts;
         __shared__ unsigned total[3];
         __shared__ int num_active;
         const int* load = reinterpret_cast<const int*>(c.arcs + p.net.max_arcs);
         CountCosts costs(place.steps(), o.num_steps, o.tile, o.slope);
-        ByObjective<V> by{p, o, c, edges, ending, g, quota, load, place, costs, verdicts, {total, 1}, num_active};
-        if (o.kind == AIM_EXPERTS) by.solve_experts();
+        Staying<V> stays{p, g, quota};
+        auto flow = [&] { run_flow<V, false>(p, c, edges, ending); };
+        ByObjective<V, Staying<V>, decltype(flow)> by{p,     o,        c,          stays,     flow, load, place,
+                                                      costs, verdicts, {total, 1}, num_active};
+        if (o.kind == AIM_EXPERTS) by.solve_experts(ending.total);
         else by.solve_cost();
         by.add_up_loads();
     }

@@ -159,7 +159,7 @@ struct Reach {
 
 // The results that the warps of a block exchange in a round.
 template <typename V>
-struct Verdicts {
+struct ChainVerdicts {
     typename V::Set touched[NUM_AIMS + NUM_OTHERS];  // ranks of the chain that each has found; none: no chain
     int moves[NUM_AIMS + NUM_OTHERS];                // of that chain
     int best;                                        // the least `place_of` of a chain that is known
@@ -181,7 +181,7 @@ struct Search {
     Amount* amount;             // [size] of each rank
     int* active;                // [size] slots with rows, where these are limited
     Amount* own;                // [arcs] what the rows of each count
-    Verdicts<V>& verdicts;
+    ChainVerdicts<V>& verdicts;
     Reach<V> reach;
     Measure measure;
     const int* load;            // of experts, by place
@@ -219,7 +219,7 @@ struct Search {
 
     // The arc of the same expert on another rank.
     __device__ int arc_on(const Arc& arc, int rank) const {
-        return c.copies[arc.place + number_of<V>(Set(arc.ranks) & below<V>(rank))];
+        return c.arc_at(arc.place + number_of<V>(Set(arc.ranks) & below<V>(rank)));
     }
 
     // The amount of a rank, and its active slots, with more rows of an arc. Where a chain returns to its first

@@ -5,7 +5,8 @@
 
 namespace lplb {
 
-template <int size_, int parts_, int turns_, bool more_, int threads_, bool guests_ = false, int blocks_ = 1>
+template <int size_, int parts_, int turns_, bool more_, int threads_, bool guests_ = false, int blocks_ = 1,
+          int choices_ = 1>
 struct Variant {
     static constexpr int size = size_;        // the most ranks of a component
     static constexpr int parts = parts_;      // threads that share the edges of a rank
@@ -14,6 +15,8 @@ struct Variant {
     static constexpr int threads = threads_;  // of a block
     static constexpr bool guests = guests_;   // whether copies differ from batch to batch
     static constexpr int blocks = blocks_;    // blocks of a cluster, which share a component
+    // Blocks of a component that plan by cost, each with other guests; 1: one block, or a cluster, plans by tokens.
+    static constexpr int choices = choices_;
     static constexpr int words = (size + 31) / 32;  // ranks of a lane, since each warp works on all ranks
     static constexpr int pushing = size * parts;    // threads that push: the first of the block
     static constexpr int chunk = parts * turns;     // edges of a rank that tokens move along at once
@@ -23,6 +26,7 @@ struct Variant {
 
     static_assert(size <= 256, "an edge has its target and its number in a byte each");
     static_assert(!(wide && guests), "guests and what search.cuh moves have sets of one word");
+    static_assert(blocks == 1 || choices == 1, "one block plans a choice");
     static_assert(size <= threads, "a thread has each rank");
     static_assert(pushing % 32 == 0, "whole warps push: their votes and shuffles take all lanes");
     static_assert(pushing <= threads, "the threads that push are of the block");
@@ -33,11 +37,15 @@ struct Variant {
 
 // The number of the block's component.
 template <typename V>
-__device__ unsigned component() { return blockIdx.x / unsigned(V::blocks); }
+__device__ unsigned component() { return blockIdx.x / unsigned(V::blocks * V::choices); }
 
 // The block's number among those of its component. Block 0 solves.
 template <typename V>
 __device__ int block_of_component() { return int(blockIdx.x % unsigned(V::blocks)); }
+
+// The number of the block's choice of guests; the first has none.
+template <typename V>
+__device__ int choice_of_block() { return int(blockIdx.x % unsigned(V::choices)); }
 
 // The ranks whose flag is set. A lane has the flags of the ranks `lane`, `lane` + 32, ...
 template <typename V>

@@ -120,6 +120,12 @@ class CostModel:
         return int(self.most_rows(self.steps[0]))
 
     @cached_property
+    def push_rows(self) -> int:
+        """The most rows of a slot that cost no more than a push, which must be known."""
+        assert self.push is not None, "the cost of a push is not known"
+        return int(self.most_rows(self.push))
+
+    @cached_property
     def _table(self) -> Int64:
         """[1 + steps] by tiles."""
         return np.array([0, *self.steps])

@@ -13,7 +13,7 @@ import sys
 import time
 import unittest.mock
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ import lplb_ep  # noqa: E402
 from lplb_ep import Layer, Placement, Planner, Problem, check_plan  # noqa: E402
 from lplb_ep.comm import copies  # noqa: E402
 from lplb_ep.comm.exchange import Relay, WindowExchange, Windows  # noqa: E402
+from lplb_ep.cost import H200  # noqa: E402
 from lplb_ep.gpu.jit import Program  # noqa: E402
 from lplb_ep.planning import kernels, reference  # noqa: E402
 from lplb_ep.planning import planner as planner_module  # noqa: E402
@@ -38,6 +39,7 @@ from lplb_ep.planning.layout import capacity_for  # noqa: E402
 from lplb_ep.planning.plan import Plan  # noqa: E402
 from lplb_ep.planning.solvers import (  # noqa: E402
     DEVICE_SOLVERS,
+    GUEST_OBJECTIVE_SOLVERS,
     GUEST_SOLVERS,
     OBJECTIVE_SOLVERS,
     Variant,
@@ -88,11 +90,15 @@ def cases() -> list[Case]:
     out.append(Case("guests", run_guests, kernels.weights_program()))
     out += [
         Case(
-            f"choice-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
-            functools.partial(run_choice, v),
-            GUEST_SOLVERS["flow"].program(v),
+            f"{kind}-{v.size}-{v.parts}x{v.turns}{'+' * v.more}",
+            functools.partial(run, v),
+            solver.program(v),
         )
-        for v in GUEST_SOLVERS["flow"].variants()
+        for kind, run, solver in (
+            ("choice", run_choice, GUEST_SOLVERS["flow"]),
+            ("choice-by-cost", run_choice_by_cost, GUEST_OBJECTIVE_SOLVERS["flow"]),
+        )
+        for v in solver.variants()
     ]
     out += [
         Case(
@@ -242,6 +248,19 @@ def run_choice(variant: Variant) -> None:
     speed = torch.from_numpy(rng.integers(1, 6, placement.num_ranks))
     for bounds in ({}, {"base_load": base}, {"speed": speed}, {"guest_tolerance": 1.0}):
         layer = Layer(placement, Problem(**bounds))
+        plan_once(layer, "flow", topk, counts, "base_load" in bounds)
+
+
+def run_choice_by_cost(variant: Variant) -> None:
+    """The kernel of a variant, with guests that are worth their pushes."""
+    placement, rng = guest_placement_of(variant), np.random.default_rng(variant.size)
+    picked = GUEST_OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement))
+    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
+    base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
+    cost = replace(H200, tile=16, push=20_000)
+    for bounds in ({}, {"base_load": base}):
+        layer = Layer(placement, Problem(objective="cost", cost=cost, **bounds))
         plan_once(layer, "flow", topk, counts, "base_load" in bounds)
 
 

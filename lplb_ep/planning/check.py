@@ -48,7 +48,9 @@ def check_plan(
     if status is Status.REUSED:
         hold(not (fault := _fault_of_reused(plan, topk_idx, placement, rank)), fault)
         return
-    chosen = guests_of(status, plan.counts.cpu().long().sum(0).numpy(), placement, problem)
+    chosen = np.full((placement.num_ranks, placement.num_guests_per_rank), -1, np.int32)
+    if status is Status.OPTIMAL:
+        chosen = guests_of(plan.counts.cpu().long().sum(0).numpy(), placement, problem)
     hold(guests.equal(torch.from_numpy(chosen)), "guests are not those of the definition")
     placement = placement.with_guests(guests)
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas

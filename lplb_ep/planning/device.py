@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..comm.exchange import Exchange, Windows
@@ -15,6 +17,7 @@ from . import structs
 from .backend import Batch
 from .device_tables import MAX_ROUNDS, DeviceTables, to_device
 from .error_flags import ErrorFlags
+from .guests_by_cost import push_waits
 from .host import split_on_host
 from .inputs import logical_table
 from .kernels import NUM_THREADS, route_kernel
@@ -330,9 +333,12 @@ class DeviceBackend:
         on_ranks: torch.Tensor,
     ) -> Reached:
         placement = made_on or self.tables.placement
+        waits: npt.NDArray[np.int64] | int = 0
         if placement.num_guests_per_rank:
-            placement = placement.with_guests(self._results(results).guests.cpu().numpy())
-        return judge(quota, load, placement, self.problem, on_ranks=on_ranks)
+            guests = self._results(results).guests.cpu().numpy()
+            waits = push_waits(guests, placement, self.problem)
+            placement = placement.with_guests(guests)
+        return judge(quota, load, placement, self.problem, waits, on_ranks)
 
     def _make_launches(
         self, dtype: torch.dtype, indices: str, distinct: bool, exchanged: bool

@@ -16,8 +16,10 @@ from ..settings import MAX_ONE_LAUNCH
 from . import structs
 from .guest_layout import (
     GuestTables,
+    choice_shape,
     guest_tables,
     no_routes,
+    pack_choices,
     pack_guest_network,
     pack_guests,
 )
@@ -119,20 +121,22 @@ class DeviceTables:
         """The struct `Table`."""
         self._costs, self.objective = torch.empty(0, device=device), b""
         """The struct `Objective`; empty: of tokens."""
+        self._cost = problem.cost_model
         if objective != "tokens":
-            cost = problem.cost_model
-            self._costs = torch.from_numpy(cost_table(cost)).to(device)
-            self.objective = pack_objective(objective, cost, self._costs.data_ptr())
+            self._costs = torch.from_numpy(cost_table(self._cost)).to(device)
+            self.objective = pack_objective(objective, self._cost, self._costs.data_ptr())
+        self._plans = self.make_plans(1)
 
     @property
     def num_bytes(self) -> int:
         """Device memory that the tables take."""
-        held = (*self._tables.values(), *self._routes.values(), self._costs)
+        held = (*self._tables.values(), *self._routes.values(), self._costs, *self._plans)
         return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def num_solver_blocks(self, num_chunks: int = 0) -> int:
         """Blocks of a launch that solves, and numbers that many chunks of picks: whole clusters."""
-        return self._num_blocks * (self.num_components + -(-num_chunks // self._num_blocks))
+        solving = self._num_blocks * self._record.num_choices * self.num_components
+        return solving + self._num_blocks * -(-num_chunks // self._num_blocks)
 
     def plan_kernel(self, bounds: Sequence[torch.Tensor | None]) -> Kernel | None:
         """The kernel of whole plans in one launch, compiled now if it never was; None: `in_steps`.
@@ -146,8 +150,21 @@ class DeviceTables:
         signature = structs.PLAN_BY_OBJECTIVE if self.objective else signature
         return plan_kernel(self._record, self._variant, self.device.index, signature)
 
+    def make_plans(self, num_batches: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Memory for plans by cost with guests, of which one batch has several; see `Choices`."""
+        has_choices = self.objective and self.placement.num_guests_per_rank
+        shape = num_batches if has_choices else 0, *choice_shape(self._capacity)
+        num_done = torch.zeros(shape[:2], dtype=torch.int32, device=self.device)
+        return num_done.new_empty(shape), num_done
+
     def arguments(
-        self, problem: bytes, rule: GuestRule, chosen: int = 0, *, routes: bool = True
+        self,
+        problem: bytes,
+        rule: GuestRule,
+        chosen: int = 0,
+        *,
+        num_loads: int = 0,
+        plans: Sequence[torch.Tensor] | None = None,
     ) -> list[bytes]:
         """The arguments of a kernel that solves.
 
@@ -155,15 +172,18 @@ class DeviceTables:
             problem: the struct `Problem`.
             rule: when a batch takes guests.
             chosen: where guests are written, [B, R, G].
-            routes: whether tables to rewrite by are made for the guests; else there is one batch.
+            num_loads: B; 0: there is one batch, and tables to rewrite by are made for its guests.
+            plans: memory of `make_plans` for B loads; None: that of one batch.
         """
-        if self.objective:
-            return [problem, self.objective]
+        by = [self.objective] if self.objective else []
         if not self.placement.num_guests_per_rank:
-            return [problem]
-        routed = _addresses(self._routes) if routes else {}
+            return [problem, *by]
+        routed = {} if num_loads else _addresses(self._routes)
         tables = self.placement, self._capacity, _addresses(self._tables)
-        return [problem, pack_guests(*tables, routed, rule, chosen)]
+        if by:
+            memory = [one.data_ptr() for one in plans or self._plans]
+            by.append(pack_choices(self._cost, rule, *memory))
+        return [problem, pack_guests(*tables, routed, rule, chosen), *by]
 
     def _make(
         self, placement: Placement
@@ -297,7 +317,10 @@ class LoadSolver:
             )
             kernel = kernel_of(self._tables, bounds)
             grid = (self._tables.num_solver_blocks(), len(load))
-            arguments = self._tables.arguments(problem, guest_rule, guests.data_ptr(), routes=False)
+            plans = self._tables.make_plans(len(load))
+            arguments = self._tables.arguments(
+                problem, guest_rule, guests.data_ptr(), num_loads=len(load), plans=plans
+            )
             sizes = self._tables.num_solver_threads, self._tables.num_solver_bytes
             kernel(grid, *sizes, device, arguments)
         return quota, rank_load, endings[..., 0], guests

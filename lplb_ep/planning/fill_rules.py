@@ -47,3 +47,25 @@ NUM_TARGETS = 8
 """Different limits of the fills in a later round."""
 CLOSE = 9
 """Largest loads within a part of 2 to the minus this count as equal; then fewer copies win."""
+
+
+class ChoiceRule(NamedTuple):
+    """How a choice of guests for a plan by cost differs from the one for a plan by tokens."""
+
+    tolerance: int
+    """In `GUEST_PARTS` of the mean, unless the problem's is larger."""
+    is_worth: bool
+    """Whether a guest has at least as many rows as cost as much as its push."""
+
+
+CHOICE_RULES = (
+    ChoiceRule(0, True),
+    ChoiceRule(500, True),
+    ChoiceRule(1000, True),
+    ChoiceRule(0, False),
+    ChoiceRule(1000, False),
+    ChoiceRule(2000, False),
+    ChoiceRule(5000, False),
+)
+"""Of the choices behind the first one, which has no guests."""
+NUM_CHOICES = 1 + len(CHOICE_RULES)

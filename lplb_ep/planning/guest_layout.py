@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cost import CostModel
 from ..placement.table import Placement
 from ..problem import GuestRule
 from . import structs
+from .fill_rules import NUM_CHOICES
 from .layout import Capacity, Routes, guest_capacity, guest_components, pack_network
 from .structs import COPY, REPLICA, RESIDENT
 
@@ -107,6 +109,30 @@ def pack_guest_network(capacity: Capacity, addresses: Mapping[str, int]) -> byte
     made = ("arcs", "copies", "first_arc", "edges")
     given = {name: addresses[name] for name in ("shape", "experts", "ranks")}
     return pack_network(capacity, {**given, **dict.fromkeys(made, 0)})
+
+
+def choice_shape(capacity: Capacity) -> tuple[int, int, int]:
+    """The shape of `plans` of the struct `Choices`, for each batch."""
+    words = 4 + capacity.size * (capacity.num_guests + capacity.num_places)
+    return capacity.num_components, NUM_CHOICES, words
+
+
+def pack_choices(cost: CostModel, rule: GuestRule, plans: int, num_done: int) -> bytes:
+    """The struct `Choices`.
+
+    Args:
+        cost: the cost of a push, and of rows.
+        rule: when a batch takes guests.
+        plans: where they are written, [B, *choice_shape] int32.
+        num_done: [B, G] int32 zeros.
+    """
+    assert cost.push is not None, "a checked problem has the cost of a push"
+    return structs.CHOICES.pack(
+        plans=plans,
+        num_done=num_done,
+        push=cost.push,
+        worth=max(rule.min_tokens, cost.push_rows),
+    )
 
 
 def pack_guests(

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from ..placement.table import Placement
-from ..problem import GUEST_PARTS, MAX_TOTAL, Problem
+from ..problem import GUEST_PARTS, MAX_TOTAL, GuestRule, Problem
 from . import reference
 from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
 from .layout import guest_components
@@ -57,6 +57,37 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     Returns:
         [R, G] int32: the expert of each guest slot, -1 = empty; empty ones come last.
     """
+    residents = reference.solve(torch.from_numpy(load), placement, **problem.bounds).quota.numpy()
+    expert, column = np.nonzero(residents)
+    reached = np.zeros(placement.num_ranks, np.int64)
+    np.add.at(reached, placement.copy_rank[expert, column], residents[expert, column])
+    return fill_guests(load, placement, problem, problem.guest_rule, reached).guests
+
+
+class Filled(NamedTuple):
+    """Guests, and the tokens of every copy in the fill that chose them."""
+
+    guests: Int32
+    """[R, G], -1 = empty."""
+    tokens: Int64
+    """[R, E]; where there are no guests, experts are split evenly over their residents."""
+
+
+def fill_guests(
+    load: Int64,
+    placement: Placement,
+    problem: Problem,
+    rule: GuestRule,
+    reached: Int64 | None = None,
+) -> Filled:
+    """As `choose_guests`, by any rule.
+
+    Args:
+        load, placement, problem: as for `choose_guests`.
+        rule: when a batch takes guests.
+        reached: [R] tokens of each rank without guests, by which a domain has none; None: those of
+            the even split.
+    """
     R = placement.num_ranks
     guests = np.full((R, placement.num_guests_per_rank), -1, np.int32)
     base = np.zeros(R, np.int64) if problem.base_load is None else problem.base_load.numpy()
@@ -64,19 +95,15 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
     fastest = int(speed.max())
     holds = _holders(placement)
     tokens = _even_split(load, holds)
+    out = tokens.copy()
     label = guest_components(placement)
     domains = [np.flatnonzero(label == d) for d in range(label.max() + 1)]
     rank_load = tokens.sum(axis=1) + base
     mean = max(
         -(-int(rank_load[ranks].sum()) * fastest // int(speed[ranks].sum())) for ranks in domains
     )
-    rule = problem.guest_rule
     target = min(mean + mean * rule.tolerance // GUEST_PARTS, MAX_TOTAL)
-    residents = reference.solve(torch.from_numpy(load), placement, **problem.bounds).quota.numpy()
-    expert, column = np.nonzero(residents)
-    reached = base.copy()
-    np.add.at(reached, placement.copy_rank[expert, column], residents[expert, column])
-    level = _levels(reached, speed, fastest)
+    level = _levels(rank_load if reached is None else reached + base, speed, fastest)
     local = np.empty(R, np.int64)
     for ranks in domains:
         best = int(level[ranks].max())
@@ -98,11 +125,18 @@ def choose_guests(load: Int64, placement: Placement, problem: Problem) -> Int32:
         found = domain.best_fill(target)
         if found.level <= best - rule.min_tokens:
             guests[ranks] = found.guests
-    return guests
+            out[ranks] = 0
+            rank, place = np.nonzero(found.expert >= 0)
+            out[ranks[rank], found.expert[rank, place]] = found.tokens[rank, place]
+    return Filled(guests, out)
+
+
+def split_evenly(load: Int64, placement: Placement) -> Int64:
+    """[R, E]: the tokens of each rank, each expert split evenly over the ranks that hold it."""
+    return _even_split(load, _holders(placement))
 
 
 def _even_split(load: Int64, holds: Bool) -> Int64:
-    """[R, E]: the tokens of each rank, each expert split evenly over the ranks that hold it."""
     tokens = np.zeros(holds.shape, np.int64)
     number = holds.sum(axis=0)
     nth = np.cumsum(holds, axis=0) - 1
@@ -145,6 +179,9 @@ class _Fill(NamedTuple):
     """Whether all ranks are within what it aimed at."""
     guests: Int64
     """[R, G], -1 = empty."""
+    expert: Int64
+    tokens: Int64
+    """[R, S] of each place (`_Domain`)."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +243,8 @@ class _Domain:
         if self._is_over(filled.load, target):
             bucket = -(-(level - target) // max(1, target >> CLOSE))
         key = (bucket, int((guests >= 0).sum()), int(sent.max()), number)
-        return _Fill(key, level, not self._is_over(filled.load, aim), guests)
+        reaches = not self._is_over(filled.load, aim)
+        return _Fill(key, level, reaches, guests, filled.expert, filled.tokens)
 
     def _is_over(self, load: Int64, level: int) -> bool:
         """Whether a rank's excess over a level counts."""

@@ -17,8 +17,7 @@ from ..placement.table import Placement
 from ..problem import MAX_TOTAL, Problem
 from . import reference
 from .backend import REASONS, Batch, row_size
-from .guests_by_cost import guests_of, push_waits
-from .objectives import quotas_by_objective
+from .guests_by_cost import plan_load, push_waits
 from .plan import Plan, Results, number_of
 from .reuse import reuse
 from .solve import judge, rank_load
@@ -192,14 +191,13 @@ class HostBackend:
             by = None if given_load is None else given_load.numpy()
             if stays(load.numpy(), self._placement, self._problem, by):
                 status = Status.STAYED
-        guests = guests_of(status, load.numpy(), self._placement, self._problem)
-        waits = push_waits(guests, self._placement, self._problem)
-        filled, on_ranks = self._placement, None
-        quota = torch.zeros(self._placement.logical_to_physical.shape, dtype=torch.int32)
+        p, filled, on_ranks = self._placement, self._placement, None
+        guests = np.full((p.num_ranks, p.num_guests_per_rank), -1, np.int32)
+        quota = torch.zeros(p.logical_to_physical.shape, dtype=torch.int32)
         if status is Status.OPTIMAL:
+            guests, found = plan_load(load.numpy(), p, self._problem)
             if guests.size:
-                filled = self._placement.with_guests(guests)
-            found = quotas_by_objective(load.numpy(), filled, self._problem, waits=waits)
+                filled = p.with_guests(guests)
             quota = torch.from_numpy(found.astype(np.int32))
             shares = reference.split(counts, quota, filled)
             physical = reference.rewrite(picks, shares[self._rank], filled)
@@ -223,6 +221,7 @@ class HostBackend:
         self._exchanged, results = kept, functools.partial(Results, *kept)
         split = functools.partial(split_on_host, filled)
         number = number if guests.size else None
+        waits = push_waits(guests, p, self._problem)
         judged = functools.partial(judge, placement=filled, problem=self._problem, waits=waits)
         return Plan(physical.to(batch.topk_idx.device), results, split, judged, number, filled)
 

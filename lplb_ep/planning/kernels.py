@@ -11,7 +11,14 @@ from ..gpu.abi import Signature
 from ..gpu.jit import Program
 from ..gpu.launch import Kernel, Kernels, load
 from . import structs
-from .solvers import DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS, DeviceSolver, Variant
+from .solvers import (
+    DEVICE_SOLVERS,
+    GUEST_OBJECTIVE_SOLVERS,
+    GUEST_SOLVERS,
+    OBJECTIVE_SOLVERS,
+    DeviceSolver,
+    Variant,
+)
 
 NUM_THREADS = 1024
 """Threads of a block that counts or rewrites."""
@@ -29,7 +36,8 @@ def programs(*, one_launch: bool = True) -> list[Program]:
     Args:
         one_launch: whether those of plans in one launch are among them.
     """
-    records = [r for by in (DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS) for r in by.values()]
+    kinds = DEVICE_SOLVERS, GUEST_SOLVERS, OBJECTIVE_SOLVERS, GUEST_OBJECTIVE_SOLVERS
+    records = [record for kind in kinds for record in kind.values()]
     plans = records if one_launch else []
     return [
         *(record.program(v) for record in records for v in record.variants()),

@@ -62,11 +62,7 @@ def exact_solution(load: Int64, placement: Placement, problem: Problem) -> Int64
 
 
 def quotas_by_objective(
-    load: Int64,
-    placement: Placement,
-    problem: Problem,
-    exact: Int64 | None = None,
-    waits: Int64 | int = 0,
+    load: Int64, placement: Placement, problem: Problem, exact: Int64 | None = None
 ) -> Int64:
     """The quotas of a load by the problem's objective.
 
@@ -79,15 +75,13 @@ def quotas_by_objective(
       that costs least.
     - `auto`: the same.
 
-    The cost of a plan is its largest rank cost, with the waits for guests (`push_waits`). Each
-    component of the placement is separate.
+    The cost of a plan is its largest rank cost. Each component of the placement is separate.
 
     Args:
         load: [E] whole numbers, tokens of each expert.
-        placement: the copies, and the guests in their slots.
+        placement: the copies.
         problem: the objective, and base loads; checked.
         exact: what the plan builds on (`exact_solution`); None: the CPU's.
-        waits: [R] nanoseconds that ranks wait for guests, by cost.
 
     Returns:
         [E, C] whole numbers, rows sum to the load.
@@ -95,17 +89,36 @@ def quotas_by_objective(
     exact = exact_solution(load, placement, problem) if exact is None else exact
     if problem.objective_name == "tokens":
         return exact
-    base, out = _base(problem, placement), np.zeros_like(exact)
-    out[:, 0] = load  # of experts with one copy
+    out = exact.copy()
+    out[:, 0] = np.where((placement.copy_rank >= 0).sum(1) > 1, out[:, 0], load)
     for label in range(int(placement.component.max()) + 1):
-        members = placement.component == label
-        part = _Component(placement, members, load, base, np.broadcast_to(waits, members.shape))
-        of_arcs = exact[part.expert, part.column]
-        if problem.objective_name == "experts":
-            rows = part.solve_experts(of_arcs, problem.cost_model.free_rows)
-        else:
-            rows = part.solve_cost(of_arcs, problem.cost_model)
-        out[part.expert, part.column] = rows
+        out = improve(out, load, placement, problem, placement.component == label)
+    return out
+
+
+def improve(
+    start: Int64,
+    load: Int64,
+    placement: Placement,
+    problem: Problem,
+    members: Bool,
+    waits: Int64 | None = None,
+) -> Int64:
+    """Quotas of some ranks' experts, as `quotas_by_objective` has them from an exact solution.
+
+    Args:
+        start: [E, C], in the place of the exact solution.
+        load, placement, problem: as there; guests are in their slots.
+        members: [R] bool, the ranks. All copies of their experts are on them.
+        waits: [R] nanoseconds that ranks wait for guests; None: there are no guest slots.
+    """
+    part = _Component(placement, members, load, _base(problem, placement), waits)
+    out, of_arcs = start.copy(), start[part.expert, part.column]
+    if problem.objective_name == "experts":
+        rows = part.solve_experts(of_arcs, problem.cost_model.free_rows)
+    else:
+        rows = part.solve_cost(of_arcs, problem.cost_model)
+    out[part.expert, part.column] = rows
     return out
 
 
@@ -201,11 +214,11 @@ class _Component:
         members: [R] bool, the component's ranks.
         load: [E] tokens of each expert.
         base: [R] tokens that stay.
-        waits: [R] nanoseconds for pushes; 0 where ranks count otherwise.
+        waits: [R] nanoseconds for pushes; None: there are no guest slots.
     """
 
     def __init__(
-        self, placement: Placement, members: Bool, load: Int64, base: Int64, waits: Int64
+        self, placement: Placement, members: Bool, load: Int64, base: Int64, waits: Int64 | None
     ) -> None:
         copies = placement.copy_rank
         local = np.cumsum(members) - 1
@@ -213,10 +226,12 @@ class _Component:
         several = (copies >= 0).sum(1) > 1
         expert, column = np.nonzero((copies >= 0) & (several & is_here)[:, None])
         rank = local[copies[expert, column]]
-        order = np.lexsort((expert, rank))
+        # Of equal moves that of the first arc counts.
+        order = np.lexsort((expert, rank) if waits is None else (rank, expert))
         self.expert, self.column, self.rank = expert[order], column[order], rank[order]
-        """[arcs] each, by local rank, then expert."""
-        self.load, self.base, self._waits = load, base[members], waits[members]
+        """[arcs] each, by local rank, then expert; with guest slots the other way around."""
+        self.load, self.base = load, base[members]
+        self._waits = 0 if waits is None else waits[members]
         single = np.flatnonzero(is_here & ~several)
         self._of_single, self._single_rank = load[single], local[copies[single, 0]]
         self._several = np.flatnonzero(is_here & several)

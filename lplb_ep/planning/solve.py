@@ -17,11 +17,10 @@ from ..problem import MAX_TOTAL, Integers, Problem, as_integers
 from ..settings import Settings
 from . import reference
 from .device_tables import solve_on_device
-from .guests_by_cost import guests_of, push_waits
-from .objectives import Reached, quotas_by_objective
+from .guests_by_cost import guests_of, plan_load, push_waits
+from .objectives import Reached
 from .objectives import reached as reached_by_objective
 from .solvers import choose_solver
-from .structs import Status
 
 log = logger(__name__)
 
@@ -136,14 +135,13 @@ def solve(
     ).checked(placement)
     loads = problem.load
     assert loads is not None, "a load that is None is refused"
-    quotas, guests = _made_by(name, loads, placement, problem)
-    num_unfinished = 0 if name == "cpu" else sum(quota is None for quota in quotas)
+    quotas, guests, num_unfinished = _made_by(name, loads, placement, problem)
     filled = [placement.with_guests(chosen) if chosen.size else placement for chosen in guests]
-    proven = [
+    reached = [
         _prove(name, row, quota, one, problem, push_waits(chosen, placement, problem))
         for row, quota, one, chosen in zip(loads, quotas, filled, guests, strict=True)
     ]
-    loaded = [rank_load(quota, one) for (quota, _), one in zip(proven, filled, strict=True)]
+    loaded = [rank_load(quota, one) for quota, one in zip(quotas, filled, strict=True)]
     shape, device = load.shape[:-1], load.device
 
     def stacked(rows: list[torch.Tensor], *of_load: int) -> torch.Tensor:
@@ -155,11 +153,11 @@ def solve(
         return as_floats.reshape(shape).to(device)
 
     return Solution(
-        stacked([quota for quota, _ in proven], E, C).int(),
+        stacked(quotas, E, C).int(),
         stacked(loaded, R).int(),
-        numbers([how.bound for _, how in proven]),
-        stacked([how.tight_ranks for _, how in proven], R).bool(),
-        numbers([how.value for _, how in proven]),
+        numbers([how.bound for how in reached]),
+        stacked([how.tight_ranks for how in reached], R).bool(),
+        numbers([how.value for how in reached]),
         problem.objective_name,
         stacked([torch.from_numpy(chosen) for chosen in guests], R, G).int(),
         name,
@@ -169,13 +167,14 @@ def solve(
 
 def _made_by(
     solver: str, loads: torch.Tensor, placement: Placement, problem: Problem
-) -> tuple[list[torch.Tensor | None], list[npt.NDArray[np.int32]]]:
-    """A solver's quotas of each load, None where the CPU makes them; and the guests."""
-    quotas: list[torch.Tensor | None] = [None] * len(loads)
-    guests = [guests_of(Status.OPTIMAL, row.numpy(), placement, problem) for row in loads]
-    if solver == "cpu" or not len(loads):
-        return quotas, guests
+) -> tuple[list[torch.Tensor], list[npt.NDArray[np.int32]], int]:
+    """The quotas of each load and its guests; and for how many loads the CPU made them instead."""
+    rows = loads.numpy()
+    if solver == "cpu" or not len(rows):
+        planned = [plan_load(row, placement, problem) for row in rows]
+        return [_as_tensor(one.quota) for one in planned], [one.guests for one in planned], 0
     quotas, chosen = solve_on_device(loads, placement, solver, problem)
+    guests = [guests_of(row, placement, problem) for row in rows]
     wrong = np.flatnonzero((chosen.numpy() != np.array(guests)).any(axis=(1, 2)))
     assert not wrong.size, f"the {solver} solver chose other guests than the CPU for load {wrong}"
     num_unfinished = sum(quota is None for quota in quotas)
@@ -187,36 +186,40 @@ def _made_by(
             num_unfinished,
             len(loads),
         )
-    return quotas, guests
+    made = [
+        _as_tensor(plan_load(row, placement, problem).quota) if quota is None else quota
+        for row, quota in zip(rows, quotas, strict=True)
+    ]
+    return made, guests, num_unfinished
+
+
+def _as_tensor(quota: npt.NDArray[np.int64]) -> torch.Tensor:
+    return torch.from_numpy(quota.astype(np.int32))
 
 
 def _prove(
     solver: str,
     load: torch.Tensor,
-    quota: torch.Tensor | None,
+    quota: torch.Tensor,
     placement: Placement,
     problem: Problem,
     waits: npt.NDArray[np.int64],
-) -> tuple[torch.Tensor, Reached]:
-    """The proof of a solver's quotas, with these quotas; None: with those that the CPU finds.
+) -> Reached:
+    """The proof of a solver's quotas.
 
     Raises:
         AssertionError: they are not what the objective asks for.
     """
-    if quota is None:
-        found = quotas_by_objective(load.numpy(), placement, problem, waits=waits)
-        quota = torch.from_numpy(found.astype(np.int32))
-    else:
-        most = MAX_TOTAL if problem.max_quota is None else problem.max_quota
-        capacity = torch.tensor(placement.copy_rank >= 0) * most
-        legal = ((quota >= 0) & (quota <= capacity)).all() and (quota.sum(1) == load).all()
-        assert legal, f"the {solver} solver made quotas beyond their limits, or of another load"
+    most = MAX_TOTAL if problem.max_quota is None else problem.max_quota
+    capacity = torch.tensor(placement.copy_rank >= 0) * most
+    legal = ((quota >= 0) & (quota <= capacity)).all() and (quota.sum(1) == load).all()
+    assert legal, f"the {solver} solver made quotas beyond their limits, or of another load"
     how = judge(quota, load, placement, problem, waits)
     best = least_value(how, quota, load, placement, problem)
     assert best is None or how.value == best, (
         f"the {solver} solver reached {how.value}; the optimum is {best}"
     )
-    return quota, how
+    return how
 
 
 def judge(

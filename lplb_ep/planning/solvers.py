@@ -20,7 +20,7 @@ from ..logs import logger
 from ..placement.table import Placement
 from ..settings import MAX_ONE_LAUNCH, SOLVERS
 from . import structs
-from .fill_rules import RULES
+from .fill_rules import NUM_CHOICES, RULES
 from .layout import (
     SIZES,
     WORD_RANKS,
@@ -72,19 +72,21 @@ class DeviceSolver:
     shares: tuple[tuple[int, int, int], ...]
     """`parts`, `turns` and `more` of its variants. The first that take all edges of a rank run. Of
     several with guest slots, the last run where residents have replicas: then edges are many."""
-    libraries: tuple[str, ...]
-    """NVIDIA libraries that its compilation needs beside NVRTC."""
-    functions: Callable[[Variant], tuple[CuSolverDx, ...]]
-    """The functions of cuSolverDx that are linked to a variant."""
     num_flow_bytes: Callable[[Capacity, int], int]
     """Shared memory of a block, in bytes, for the flow and what it is made of, by how many blocks
     share a component."""
-    num_own_bytes: Callable[[Capacity], int]
+    libraries: tuple[str, ...] = ()
+    """NVIDIA libraries that its compilation needs beside NVRTC."""
+    functions: Callable[[Variant], tuple[CuSolverDx, ...]] = lambda variant: ()
+    """The functions of cuSolverDx that are linked to a variant."""
+    num_own_bytes: Callable[[Capacity], int] = lambda capacity: 0
     """Shared memory of a block, in bytes, that the solver needs beside the flow's."""
     num_threads: int = NUM_THREADS
     """Of a block."""
     num_cluster_blocks: int = 1
     """Blocks that share a component, on GPUs that have clusters."""
+    num_choices: int = 1
+    """Blocks of a component that each plan another choice of guests."""
     by_size: Mapping[int, tuple[tuple[int, int, int], ...]] = field(
         default_factory=dict, hash=False
     )
@@ -143,17 +145,26 @@ def _flow_bytes(capacity: Capacity, num_blocks: int) -> int:
 
 
 def _guest_bytes(capacity: Capacity, num_blocks: int) -> int:
+    return _domain_bytes(capacity, num_blocks, capacity.size * capacity.max_edges * EDGE.size)
+
+
+def _guest_objective_bytes(capacity: Capacity, num_blocks: int) -> int:
+    """As `kernels/guests_by_cost.cuh` lays out a component, without edges."""
+    return _domain_bytes(capacity, num_blocks, _search_bytes(capacity))
+
+
+def _domain_bytes(capacity: Capacity, num_blocks: int, beside_arcs: int) -> int:
     """As `kernels/guests.cuh` and `kernels/choose.cuh` lay out a component."""
     c, a_set = capacity, 8 if capacity.size > 32 else 4
     of_experts = c.max_experts * (RESIDENT.size + a_set + 8)
     of_ranks = 4 * c.size * (c.num_places + c.num_guests + 1) + 4 + REPLICA.size * c.max_replicas
-    of_arcs = c.max_arcs * (ARC.size + 4 + 4) + c.size * c.max_edges * EDGE.size
+    of_arcs = c.max_arcs * (ARC.size + 4 + 4)
     start = 8 * c.size * c.num_places
     of_fill = _multiple(8, start + c.max_experts * a_set + 4 * c.size)
     # The first of several blocks solves the residents instead.
     num_filling = num_blocks - (num_blocks > 1 and c.max_replicas > 0)
     choice = max(start + -(-len(RULES) // num_filling) * of_fill, 4 * c.num_components)
-    return _multiple(16, of_experts + of_ranks) + max(of_arcs, choice)
+    return _multiple(16, of_experts + of_ranks) + max(of_arcs + beside_arcs, choice)
 
 
 def _objective_bytes(capacity: Capacity, num_blocks: int) -> int:
@@ -186,10 +197,7 @@ DEVICE_SOLVERS = {
             "flow.cu",
             (structs.SOLVE, structs.SOLVE_GENERAL),
             ((2, 1, 0), (2, 2, 0), (4, 1, 0), (2, 3, 0), (4, 2, 0), (4, 3, 0), (4, 3, 1)),
-            libraries=(),
-            functions=lambda variant: (),
             num_flow_bytes=_flow_bytes,
-            num_own_bytes=lambda capacity: 0,
             by_size={128: ((2, 3, 0), (2, 6, 1)), 256: ((1, 6, 1),)},
             plans="plan.cu",
         ),
@@ -215,10 +223,7 @@ GUEST_SOLVERS = {
             "guests.cu",
             (structs.SOLVE_GUESTS, structs.SOLVE_GUESTS_GENERAL),
             ((4, 2, 1),),
-            libraries=(),
-            functions=lambda variant: (),
             num_flow_bytes=_guest_bytes,
-            num_own_bytes=lambda capacity: 0,
             num_threads=32 * len(RULES),
             num_cluster_blocks=4,
             by_size={32: ((4, 1, 1), (4, 3, 1)), 64: ((4, 1, 1), (4, 3, 1))},
@@ -234,16 +239,30 @@ OBJECTIVE_SOLVERS = {
             "objective.cu",
             (structs.SOLVE_BY_OBJECTIVE, structs.SOLVE_BY_OBJECTIVE),
             ((4, 3, 1),),
-            libraries=(),
-            functions=lambda variant: (),
             num_flow_bytes=_objective_bytes,
-            num_own_bytes=lambda capacity: 0,
             num_threads=NUM_PLAN_THREADS,
             plans="plan_by_objective.cu",
         ),
     )
 }
 """Those that minimise another objective than tokens, with the kernels that do."""
+
+
+GUEST_OBJECTIVE_SOLVERS = {
+    one.name: one
+    for one in (
+        DeviceSolver(
+            "flow",
+            "guests_by_cost.cu",
+            (structs.SOLVE_GUESTS_BY_COST, structs.SOLVE_GUESTS_BY_COST),
+            ((4, 3, 1),),
+            num_flow_bytes=_guest_objective_bytes,
+            num_threads=NUM_PLAN_THREADS,
+            num_choices=NUM_CHOICES,
+        ),
+    )
+}
+"""Those that take guest slots and minimise cost."""
 
 
 def solver_record(solver: str, placement: Placement, objective: str = "tokens") -> DeviceSolver:
@@ -254,13 +273,11 @@ def solver_record(solver: str, placement: Placement, objective: str = "tokens") 
             alone, and the objective is another one.
     """
     if objective != "tokens":
-        if solver not in OBJECTIVE_SOLVERS or placement.num_guests_per_rank:
-            raise ValueError(
-                f"the solver {solver} minimises tokens"
-                f"{' where there are guest slots' if placement.num_guests_per_rank else ''}, "
-                f"not {objective}; {' or '.join(OBJECTIVE_SOLVERS)} does without guest slots"
-            )
-        return OBJECTIVE_SOLVERS[solver]
+        records = GUEST_OBJECTIVE_SOLVERS if placement.num_guests_per_rank else OBJECTIVE_SOLVERS
+        if solver not in records:
+            able = " or ".join(records)
+            raise ValueError(f"the solver {solver} minimises tokens, not {objective}; {able} does")
+        return records[solver]
     if not placement.num_guests_per_rank:
         return DEVICE_SOLVERS[solver]
     if solver not in GUEST_SOLVERS:

@@ -10,7 +10,7 @@ import enum
 from ..gpu.abi import Signature, Struct, constant_text, enum_text, header, table_text
 from ..gpu.jit import KERNELS
 from ..problem import GUEST_PARTS, MAX_TOTAL
-from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
+from .fill_rules import CHOICE_RULES, CLOSE, NUM_CHOICES, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
 from .search_rules import SEARCH_CONSTANTS, Aim
 from .tallies import Tally
 
@@ -121,11 +121,7 @@ EXCHANGE = Struct(
 WINDOW = Struct(
     "Window",
     "Where ranks write each other's rows.",
-    (
-        "Word* const*",
-        "peers",
-        "[R] each rank's [2, R, size] words, null on other nodes; or null",
-    ),
+    ("Word* const*", "peers", "[R] each rank's [2, R, size] words, null on other nodes; or null"),
     ("Exchange*", "state", "of this rank"),
     ("int*", "rows", "[R, size] what was received"),
     ("volatile int*", "missing", "[R] in the host's memory: 1 where a row did not come in time"),
@@ -285,11 +281,7 @@ BATCH = Struct(
     ("int*", "guests", "[num_guests] the expert in each guest slot, -1: none"),
     (STATISTICS, "statistics", "which one more block of the grid keeps"),
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
-    (
-        "int*",
-        "row",
-        "[HEAD + E] (and R) to be zeroed for the next count, or null",
-    ),
+    ("int*", "row", "[HEAD + E] (and R) to be zeroed for the next count, or null"),
     ("int", "num_components", "G"),
     ("int", "rank", "this rank"),
     ("int", "num_guests", "guest slots of all ranks"),
@@ -297,11 +289,7 @@ BATCH = Struct(
     ("const int*", "turn", "as the struct Window has it: not 0, and quotas are reused; or null"),
     ("const int*", "own", "[E] this rank's counts, where `turn` is given"),
     ("int", "again", "1: a backward pass plans a batch again"),
-    (
-        "const int*",
-        "given_load",
-        "as the struct Problem has it; picks may keep their slots",
-    ),
+    ("const int*", "given_load", "as the struct Problem has it; picks may keep their slots"),
 )
 RESIDENT = Struct(
     "Resident",
@@ -329,11 +317,7 @@ GUESTS = Struct(
     ("const Resident*", "residents", "[G, max_experts] of each component"),
     ("const Replica*", "replicas", "[G, max_replicas] of each component"),
     ("const int*", "num_experts", "[G] of each component"),
-    (
-        "const short*",
-        "places",
-        "[G, SIZE, residents of a rank] numbers of experts, -1 behind the last",
-    ),
+    ("const short*", "places", "[G, SIZE, residents of a rank] numbers of experts, or -1"),
     ("int*", "chosen", "[B, R, num_slots] the expert in each guest slot, -1: none"),
     ("int*", "lookup", "[E] as the struct Table has them; or null, and so the next three"),
     ("int*", "experts", "[M]"),
@@ -345,12 +329,16 @@ GUESTS = Struct(
     ("int", "max_replicas", "replicas of a component that are no guests"),
     ("int", "max_several", "of a component: M is G times as many"),
     ("int", "max_copies", "of a component: N is G times as many"),
-    (
-        "int",
-        "tolerance",
-        "above the mean, in GUEST_PARTS of it, that needs no guests",
-    ),
+    ("int", "tolerance", "above the mean, in GUEST_PARTS of it, that needs no guests"),
     ("int", "min_tokens", "the least tokens that a guest is chosen for"),
+)
+CHOICES = Struct(
+    "Choices",
+    "The choices of guests for a plan by cost, and memory for their plans.",
+    ("int*", "plans", "[B, G, NUM_CHOICES, 4 + SIZE * (num_slots + num_local_slots)]"),
+    ("int*", "num_done", "[B, G] choices that are planned; all 0 before and after a launch"),
+    ("int", "push", "nanoseconds that a rank waits for one guest"),
+    ("int", "worth", "rows that cost as much, but no fewer than `min_tokens`"),
 )
 COUNT = Signature(
     "count",
@@ -368,11 +356,7 @@ COUNT = Signature(
     ("volatile int*", "error_flags", "[NUM_ERROR_FLAGS] in the host's memory"),
     (WINDOW, "window", "where rows are exchanged, if its peers are given"),
     ("int", "status", "of this rank"),
-    (
-        "int",
-        "num_local",
-        "slots of a rank, where picks are counted by rank, too; or 0",
-    ),
+    ("int", "num_local", "slots of a rank, where picks are counted by rank, too; or 0"),
 )
 GATHER = Signature(
     "gather",
@@ -393,6 +377,12 @@ SOLVE_BY_OBJECTIVE = Signature(
     "solve_by_objective",
     (PROBLEM, "problem", "and where its solution goes"),
     (OBJECTIVE, "objective", "and what rows cost"),
+)
+SOLVE_GUESTS_BY_COST = Signature(
+    "solve_guests_by_cost",
+    *SOLVE_GUESTS.arguments,
+    (OBJECTIVE, "objective", "and what rows cost"),
+    (CHOICES, "choices", "and what pushes cost"),
 )
 SPLIT = Signature(
     "split",
@@ -441,7 +431,15 @@ SIGNATURES = {
     one.name: one
     for one in (
         *(COUNT, GATHER, BROADCAST, SOLVE, SOLVE_GENERAL, SOLVE_GUESTS, SOLVE_GUESTS_GENERAL),
-        *(SOLVE_BY_OBJECTIVE, SPLIT, ROUTE, ROUTE_GENERAL, PLAN, PLAN_GENERAL),
+        *(
+            SOLVE_BY_OBJECTIVE,
+            SOLVE_GUESTS_BY_COST,
+            SPLIT,
+            ROUTE,
+            ROUTE_GENERAL,
+            PLAN,
+            PLAN_GENERAL,
+        ),
         *(PLAN_BY_OBJECTIVE, MASK),
     )
 }
@@ -457,7 +455,7 @@ def _word_of(rule: Rule) -> int:
 def abi_header() -> str:
     """The text of `kernels/abi.cuh`."""
     structs = [ENDING, COUNTS, PICKS, EXCHANGE, WINDOW, RELAY, ARC, EDGE, SHAPE, NETWORK, PROBLEM]
-    structs += [COPY, TABLE, STATISTICS, BATCH, RESIDENT, REPLICA, GUESTS, OBJECTIVE]
+    structs += [COPY, TABLE, STATISTICS, BATCH, RESIDENT, REPLICA, GUESTS, OBJECTIVE, CHOICES]
     parts = [
         "typedef unsigned long long Word;  // an integer of a row, and the number of its batch",
         enum_text(Status),
@@ -480,6 +478,12 @@ def abi_header() -> str:
         constant_text("int", "CLOSE", CLOSE, "levels within 2 to the minus this are equal"),
         constant_text("int", "FILLS", len(RULES), "of a round"),
         table_text("rule_of", [_word_of(rule) for rule in RULES], "How fill i decides: a `Rule`."),
+        constant_text("int", "NUM_CHOICES", NUM_CHOICES, "of guests, for a plan by cost"),
+        table_text(
+            "choice_rule_of",
+            [rule.tolerance << 1 | rule.is_worth for rule in CHOICE_RULES],
+            "Of choice i + 1: its tolerance << 1 | whether a guest is worth its push.",
+        ),
         constant_text("unsigned", "MAX_TOTAL", MAX_TOTAL, "tokens of a batch; and its number"),
         *(one.text for one in structs),
     ]

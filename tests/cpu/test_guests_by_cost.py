@@ -10,10 +10,10 @@ import torch
 from lplb_ep import CostModel, Layer, Placement, Planner, Problem, check_plan, solve
 from lplb_ep.planning import reference
 from lplb_ep.planning.guests import choose_guests
-from lplb_ep.planning.guests_by_cost import choose_guests_by_cost, guests_of, push_waits
-from lplb_ep.planning.objectives import quotas_by_objective, rank_costs
-from lplb_ep.planning.plan import Status
-from lplb_ep.planning.solvers import solver_record
+from lplb_ep.planning.guests_by_cost import Planned, plan_by_cost, push_waits
+from lplb_ep.planning.layout import guest_components
+from lplb_ep.planning.objectives import improve, rank_costs
+from lplb_ep.planning.solvers import check_fit, solver_record
 
 TILES = CostModel("tiles", 8, (100, 160), 60, 5, push=150)
 
@@ -23,10 +23,17 @@ def problem_of(placement, cost=TILES, **fields):
 
 
 def value_of(guests, load, placement, problem):
-    """What the largest rank costs with these guests."""
+    """What the largest rank costs with these guests, from the flow's solution."""
     filled, waits = placement.with_guests(guests), push_waits(guests, placement, problem)
-    quota = quotas_by_objective(load, filled, problem, waits=waits)
+    quota = reference.solve(torch.from_numpy(load), filled).quota.numpy().astype(np.int64)
+    quota = improve(quota, load, filled, problem, np.full(len(waits), True), waits)
     return rank_costs(quota, filled, problem, waits).max()
+
+
+def value_of_plan(plan, placement, problem):
+    """What the largest rank costs by a plan."""
+    waits = push_waits(plan.guests, placement, problem)
+    return rank_costs(plan.quota, placement.with_guests(plan.guests), problem, waits).max()
 
 
 def instance(seed, num_ranks=3, num_experts=6, num_guests=1):
@@ -59,7 +66,7 @@ def test_a_guest_is_taken_where_it_gains_more_than_its_push(push, number):
     """96 rows are 12 tiles, which cost 760. One of them costs 100 on the other rank."""
     placement = Placement.homes_only(2, 2, num_guests_per_rank=1)
     problem = problem_of(placement, replace(TILES, push=push))
-    guests = choose_guests_by_cost(np.array([96, 0]), placement, problem)
+    guests = plan_by_cost(np.array([96, 0]), placement, problem).guests
     assert (guests >= 0).sum() == number
     by_tokens = choose_guests(np.array([96, 0]), placement, problem)
     assert (by_tokens >= 0).sum() == 1
@@ -72,10 +79,10 @@ def test_guests_never_cost_more_than_none():
         placement, load, cost = instance(seed, 4, 12, 2)
         problem = problem_of(placement, cost)
         none = np.full((4, 2), -1)
-        found = choose_guests_by_cost(load, placement, problem)
+        found = plan_by_cost(load, placement, problem)
         at_most = value_of(none, load, placement, problem)
-        value = value_of(found, load, placement, problem)
-        assert value < at_most or (found == none).all()
+        value = value_of_plan(found, placement, problem)
+        assert value < at_most or (found.guests == none).all()
         by_tokens = choose_guests(load, placement, problem)
         assert value <= max(at_most, value_of(by_tokens, load, placement, problem))
         worse += value_of(by_tokens, load, placement, problem) > at_most
@@ -94,9 +101,9 @@ def test_choices_are_close_to_the_best_there_is():
             guests = np.array(chosen)[:, None]
             if push_waits(guests, placement, problem).max() < best:  # all else comes on top
                 best = min(best, value_of(guests, load, placement, problem))
-        found = choose_guests_by_cost(load, placement, problem)
-        taken += (found >= 0).any()
-        gaps.append(value_of(found, load, placement, problem) / best - 1)
+        found = plan_by_cost(load, placement, problem)
+        taken += (found.guests >= 0).any()
+        gaps.append(value_of_plan(found, placement, problem) / best - 1)
     assert 10 < taken < 40
     assert np.median(gaps) <= 0.01
     assert np.mean(np.array(gaps) <= 0.05) >= 0.8
@@ -106,9 +113,8 @@ def test_guests_without_tokens_are_not_pushed():
     for seed in range(40):
         placement, load, cost = instance(seed, 4, 12, 2)
         problem = problem_of(placement, cost)
-        guests = choose_guests_by_cost(load, placement, problem)
-        filled, waits = placement.with_guests(guests), push_waits(guests, placement, problem)
-        quota = quotas_by_objective(load, filled, problem, waits=waits)
+        guests, quota = plan_by_cost(load, placement, problem)
+        filled = placement.with_guests(guests)
         for rank, slots in enumerate(guests):
             for expert in slots[slots >= 0]:
                 assert quota[expert][filled.copy_rank[expert] == rank].sum() > 0
@@ -127,13 +133,13 @@ def test_plans_hold_the_guests_and_their_waits():
     assert (
         plan.reached.value
         == solution.reached
-        == value_of(plan.guests.numpy(), counts.sum(0).numpy(), placement, layer.problem)
+        == value_of_plan(Planned(plan.guests.numpy(), plan.quota.numpy()), placement, layer.problem)
     )
     assert solution.lower_bound <= solution.reached
     # The rank that waits computes less: 40 rows and a push, beside 56.
     assert solution.rank_load.tolist() == [56, 40]
-    home = guests_of(Status.STALE, counts.sum(0).numpy(), placement, layer.problem)
-    assert (home == -1).all()
+    stale = Planner(layer, rank=0, counts="given")(topk, counts=counts, stale=True)
+    assert (stale.guests == -1).all()
 
 
 def test_what_does_not_go_together_is_refused_by_name():
@@ -143,8 +149,14 @@ def test_what_does_not_go_together_is_refused_by_name():
     with pytest.raises(ValueError, match="the cost model 'tiles' has no `push`: set it"):
         Problem(objective="auto", cost=replace(TILES, push=None)).checked(placement)
     assert Problem(objective="tokens", cost=replace(TILES, push=None)).checked(placement)
-    with pytest.raises(ValueError, match="minimises tokens where there are guest slots, not cost"):
-        solver_record("flow", placement, "cost")
+    with pytest.raises(ValueError, match="cusolverdx minimises tokens, not cost; flow does"):
+        solver_record("cusolverdx", placement, "cost")
+    with pytest.raises(ValueError, match=r"the solver flow takes \d+ for .* 1 guest slots a rank"):
+        check_fit(placement, "flow", 8 * 1024, objective="cost")
+    check_fit(placement, "flow", 99 * 1024, objective="cost")
+    many = Placement.homes_only(65, 65, num_guests_per_rank=1)
+    with pytest.raises(ValueError, match="guest slots takes components of at most 64 ranks"):
+        check_fit(many, "flow", 227 * 1024, objective="cost")
 
 
 def test_pushes_are_compared_between_ranks_and_kept_in_files(tmp_path):
@@ -156,11 +168,20 @@ def test_pushes_are_compared_between_ranks_and_kept_in_files(tmp_path):
         replace(TILES, push=-1)
 
 
-def test_the_residents_are_planned_as_without_guest_slots():
-    placement = Placement.homes_only(6, 3, num_guests_per_rank=1)
-    load = np.array([30, 5, 60, 1, 0, 9])
-    problem = problem_of(placement, replace(TILES, push=10**6))
-    assert (choose_guests_by_cost(load, placement, problem) == -1).all()
-    optimum = reference.solve(torch.from_numpy(load), placement)
-    quota = quotas_by_objective(load, placement, problem)
-    assert (quota == optimum.quota.numpy()).all()
+def test_each_domain_chooses_by_itself():
+    """One of two nodes has nothing to gain, and its plan is the one that it has alone."""
+    problem_for = {}
+    placements = [Placement.homes_only(4 * n, 2 * n, 1, num_ranks_per_node=2) for n in (1, 2)]
+    for placement in placements:
+        problem_for[placement] = problem_of(placement, replace(TILES, push=50))
+    alone, both = placements
+    assert guest_components(both).tolist() == [0, 0, 1, 1]
+    hot, calm = [96, 0, 0, 0], [40, 8, 8, 40]
+    first = plan_by_cost(np.array(hot), alone, problem_for[alone])
+    second = plan_by_cost(np.array(calm), alone, problem_for[alone])
+    plan = plan_by_cost(np.array(hot + calm), both, problem_for[both])
+    assert (first.guests >= 0).any()
+    assert (second.guests == -1).all()
+    assert plan.guests[:2].tolist() == first.guests.tolist()
+    assert plan.guests[2:].tolist() == second.guests.tolist()
+    assert (plan.quota.sum(1) == hot + calm).all()

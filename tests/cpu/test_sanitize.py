@@ -8,8 +8,10 @@ from lplb_ep.planning.kernels import programs
 from lplb_ep.planning.layout import capacity_for
 from lplb_ep.planning.solvers import (
     DEVICE_SOLVERS,
+    GUEST_OBJECTIVE_SOLVERS,
     GUEST_SOLVERS,
     OBJECTIVE_SOLVERS,
+    check_fit,
     num_plan_bytes,
     num_static_bytes,
 )
@@ -53,6 +55,13 @@ def test_one_block_holds_the_plan_of_an_objective(variant):
 def test_the_placement_with_guests_of_a_variant_picks_it(variant):
     capacity = capacity_for(variants.guest_placement_of(variant))
     assert GUEST_SOLVERS["flow"].variant(capacity) == variant
+
+
+@pytest.mark.parametrize("variant", GUEST_OBJECTIVE_SOLVERS["flow"].variants(), ids=str)
+def test_the_placement_with_guests_by_cost_of_a_variant_picks_it(variant):
+    placement = variants.guest_placement_of(variant)
+    assert GUEST_OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement)) == variant
+    check_fit(placement, "flow", 227 * 1024, objective="cost")
 
 
 def test_cases_are_listed_with_their_programs(capsys):

@@ -424,7 +424,12 @@ FAULTS = [
         "true",
     ),
     Fault("an emptied slot is active", "search.cuh", "active -= keep == 0;", ""),
-    Fault("base loads cost nothing", "objective.cuh", "sum = costs.of(base);", "sum = 0;"),
+    Fault(
+        "base loads cost nothing",
+        "objective.cuh",
+        "sum = costs.of(base) + stays.wait();",
+        "sum = stays.wait();",
+    ),
     Fault("base loads are not active", "objective.cuh", "number = base > 0;", "number = 0;"),
     Fault("experts without tokens are active", "objective.cuh", "load[arc.place] > 0 && ", ""),
     Fault(
@@ -766,11 +771,14 @@ FAULTS = [
     Fault(
         "edges begin at the rank itself",
         "guests.cuh",
-        "rest &= rest - 1;\n                if (nth % V::parts != part) continue;",
-        "if (nth > 0) rest &= rest - 1;\n                if (nth % V::parts != part) continue;",
+        "            rest &= rest - 1;\n            int target",
+        "            if (nth > 0) rest &= rest - 1;\n            int target",
     ),
     Fault(
-        "edges of all ranks in one place", "guests.cuh", "if (rank / 32 == i) first = begin;", ""
+        "edges of all warps in one place",
+        "guests.cuh",
+        "int first = before + end - others;",
+        "int first = end - others;",
     ),
     Fault(
         "quotas of copies that do not exist stay",
@@ -904,6 +912,91 @@ FAULTS = [
         "(number_of<V>(holders & below<V>(rank)) < own % number)",
         "(number_of<V>(holders & ~below<V>(rank)) <= own % number)",
     ),
+    # Guests by cost
+    Fault(
+        "waits cost nothing",
+        "objective.cuh",
+        "sum = costs.of(base) + stays.wait();",
+        "sum = costs.of(base);",
+    ),
+    Fault(
+        "a rank does not wait for what homes send to others",
+        "guests_by_cost.cuh",
+        "return max(own, most);",
+        "return own;",
+    ),
+    Fault(
+        "guests without tokens are kept", "guests_by_cost.cuh", "if (tokens == 0) {", "if (false) {"
+    ),
+    Fault(
+        "no second search",
+        "guests_by_cost.cuh",
+        "if (--searches > 0 && trial.dropped) continue;",
+        "--searches;",
+    ),
+    Fault(
+        "two searches always",
+        "guests_by_cost.cuh",
+        "if (--searches > 0 && trial.dropped) continue;",
+        "if (--searches > 0) continue;",
+        "a search that begins where one with the same waits ended finds nothing more",
+    ),
+    Fault(
+        "dropped guests are waited for",
+        "guests_by_cost.cuh",
+        "- Amount(push) * fewer",
+        "- 0 * fewer",
+    ),
+    Fault("the last choice is taken", "guests_by_cost.cuh", "its > best ||", "its == NEVER ||"),
+    Fault(
+        "guests of choices that cost the same do not count",
+        "guests_by_cost.cuh",
+        "its == best && its_number >= fewest",
+        "its == best",
+    ),
+    Fault(
+        "all choices have the problem's tolerance",
+        "guests_by_cost.cuh",
+        "own.tolerance = max(g.tolerance, rule >> 1);",
+        ";",
+    ),
+    Fault(
+        "no guest must be worth its push",
+        "guests_by_cost.cuh",
+        "if (rule & 1) own.min_tokens = choices.worth;",
+        "",
+    ),
+    Fault(
+        "choices are counted once",
+        "guests_by_cost.cuh",
+        "        if (last) choices.num_done[which] = 0;\n",
+        "",
+    ),
+    Fault(
+        "the tokens of a fill are not the start",
+        "guests_by_cost.cuh",
+        "                if (is_filled) start_filled",
+        "                if (false) start_filled",
+    ),
+    Fault(
+        "quotas of copies that do not exist stay, by cost",
+        "guests_by_cost.cuh",
+        "if (writes) zero_quotas(",
+        "if (false) zero_quotas(",
+    ),
+    Fault(
+        "by cost the residents seem to be solved",
+        "guests.cuh",
+        "has_replicas = V::choices == 1 && g.max_replicas > 0;",
+        "has_replicas = g.max_replicas > 0;",
+    ),
+    Fault(
+        "no fence before the last block reads the plans",
+        "guests_by_cost.cuh",
+        "    __threadfence();  // the plans of the other",
+        "    // the plans of the other",
+        "memory is seen in the order of execution",
+    ),
     # Statistics
     Fault("a sample too few", "statistics.cuh", "before % statistics.every != 0", "before != 0"),
     Fault("samples lie in one place", "statistics.cuh", "% statistics.num_samples;", "% 1;"),
@@ -964,9 +1057,6 @@ FAULTS = [
 ]
 
 SURVIVING_BARRIERS = {
-    "base loads are written before tokens are added": (
-        "no test has guests beside replicas on one block, as on GPUs without clusters"
-    ),
     "an aligned arrival wants the whole warp, behind the initialisation": (
         "the emulator lets each thread arrive alone, and the last one has initialised the words"
     ),
@@ -986,10 +1076,11 @@ TESTS = {
     "choose.cuh": "guests",
     "fill.cuh": "guests",
     "flow.cuh": "solvers exchange",
-    "guests.cuh": "guests",
+    "guests.cuh": "guests guests_by_cost",
+    "guests_by_cost.cuh": "guests_by_cost",
     "interior.cu": "solvers",
     "number.cuh": "route",
-    "objective.cuh": "objectives",
+    "objective.cuh": "objectives guests_by_cost",
     "plan.cuh": "exchange route",
     "push.cuh": "solvers",
     "relay.cuh": "exchange",

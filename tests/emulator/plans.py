@@ -16,6 +16,7 @@ from lplb_ep.planning import guest_layout, kernels, layout, solvers, structs
 from lplb_ep.planning.device_tables import MAX_ROUNDS
 from lplb_ep.planning.solvers import (
     DEVICE_SOLVERS,
+    GUEST_OBJECTIVE_SOLVERS,
     GUEST_SOLVERS,
     OBJECTIVE_SOLVERS,
     Variant,
@@ -50,6 +51,12 @@ OBJECTIVE_VARIANTS = [v for v in OBJECTIVE_SOLVERS["flow"].variants() if v.size 
 """Of plans by another objective than tokens; the others are `long`."""
 
 
+GUEST_OBJECTIVE_VARIANTS = [
+    v for v in GUEST_OBJECTIVE_SOLVERS["flow"].variants() if v.size in (8, 64)
+]
+"""Of plans by cost with guests; the others are `long`."""
+
+
 def given_program(variant: Variant) -> Program:
     """The program of a variant for guests that are given."""
     return replace(GUEST_SOLVERS["flow"].program(variant), source="given.cu")
@@ -65,8 +72,10 @@ PROGRAMS = [
     *map(DEVICE_SOLVERS["flow"].program, VARIANTS),
     *map(given_program, GUEST_VARIANTS),
     *map(GUEST_SOLVERS["flow"].program, GUEST_VARIANTS),
+    replace(GUEST_SOLVERS["flow"], num_cluster_blocks=1).program(GUEST_VARIANTS[0]),
     *map(OBJECTIVE_SOLVERS["flow"].program, OBJECTIVE_VARIANTS),
     *map(OBJECTIVE_SOLVERS["flow"].plan_program, OBJECTIVE_VARIANTS),
+    *map(GUEST_OBJECTIVE_SOLVERS["flow"].program, GUEST_OBJECTIVE_VARIANTS),
     *map(DEVICE_SOLVERS["cusolverdx"].program, DEVICE_SOLVERS["cusolverdx"].variants()),
     *map(DEVICE_SOLVERS["flow"].plan_program, VARIANTS),
     *map(route_program, (np.int32, np.int64)),
@@ -82,7 +91,8 @@ def variant_for(placement: Placement, solver: str, objective: str = "tokens") ->
     if placement.num_guests_per_rank:
         variants = GUEST_VARIANTS
     if objective != "tokens":
-        variants = OBJECTIVE_VARIANTS
+        has_guests = placement.num_guests_per_rank > 0
+        variants = GUEST_OBJECTIVE_VARIANTS if has_guests else OBJECTIVE_VARIANTS
     return next(
         v for v in variants if v.size >= own.size and (v.more or v.parts * v.turns >= own.max_edges)
     )
@@ -128,6 +138,7 @@ class Rank:
         chunk: picks of a block, a multiple of 32.
         tag: of the placement, for the head of a row.
         given: whether guests are given instead of chosen.
+        one_block: whether a component has no cluster, as on GPUs older than sm_90.
         least_gain: tokens off the fullest rank for which a batch leaves home.
         keeps: whether picks are slots, which they keep where a batch stays.
         num_samples, every, mark_every: as `Statistics` has them.
@@ -147,6 +158,7 @@ class Rank:
         chunk: int = 128,
         tag: int = 77,
         given: bool = False,
+        one_block: bool = False,
         least_gain: int = 0,
         keeps: bool = False,
         num_samples: int = 0,
@@ -161,7 +173,9 @@ class Rank:
         variant = variant or variant_for(placement, solver, objective)
         capacity = replace(layout.capacity_for(placement), size=variant.size)
         record = solvers.solver_record(solver, placement, objective)
-        self._objective = b""
+        if one_block:
+            record = replace(record, num_cluster_blocks=1)
+        self._objective, self._problem_of = b"", problem
         if problem is not None and objective != "tokens":
             costs = memory.array(layout.cost_table(problem.cost_model), np.int32)
             at = costs.ctypes.data
@@ -170,6 +184,7 @@ class Rank:
         plans_whole = variant in record.plan_variants()
         self.plan_library = library(record.plan_program(variant)) if plans_whole else None
         self._num_blocks = num_blocks = record.num_cluster_blocks
+        self._num_choices = record.num_choices
         self._num_solver_bytes = record.num_shared_bytes(
             capacity, placement.num_experts, num_blocks
         )
@@ -187,7 +202,7 @@ class Rank:
             self._network = layout.pack_network(capacity, self._put(layout.tables(p, capacity)))
             self.routes = self._put(layout.routes(p, capacity))
         self.table = layout.pack_table(p, capacity, self.routes)
-        self.guest_rule = Problem().guest_rule
+        self.guest_rule = (problem or Problem()).guest_rule
         self.num_words = num_words(p.num_experts, p.num_ranks, least_gain)
         self.row = memory.zeros(self.num_words)
         self.head = memory.array([tag, 2, 3, 0], np.int32)
@@ -304,7 +319,7 @@ class Rank:
         """The launch of `solve`, or with speeds or capacities of `solve_general`."""
         problem = self._problem(picks, plan, rows, head, status, max_rounds, bounds)
         helpers = -(-picks.num_chunks // self._num_blocks)  # whole clusters of them
-        grid = self._num_blocks * (self.num_components + helpers), 1
+        grid = self._num_blocks * (self._num_choices * self.num_components + helpers), 1
         return self._solve(grid, problem, bounds, plan.guests, self.routes)
 
     def _problem(
@@ -366,7 +381,7 @@ class Rank:
             error_flags=0,
             **self._rest_of_problem(bounds, MAX_ROUNDS, 0),
         )
-        grid = self._num_blocks * self.num_components, len(loads)
+        grid = self._num_blocks * self._num_choices * self.num_components, len(loads)
         launch = self._solve(grid, problem, bounds, guests, {})
         return launch, quota, rank_load, endings
 
@@ -405,10 +420,19 @@ class Rank:
                 *(self.placement, self._capacity, self._tables, routes, self.guest_rule),
                 guests.ctypes.data,
             )
+            if self._objective:
+                arguments["choices"] = self._choices(grid[1])
         name = self._kernels[bool({"speed", "cap"} & bounds.keys())].name
         return self.solve_library.kernel(name)(
             grid, self._num_threads, self._num_solver_bytes, **arguments
         )
+
+    def _choices(self, num_batches: int) -> bytes:
+        assert self._problem_of is not None, "another objective than tokens is given"
+        shape = num_batches, *guest_layout.choice_shape(self._capacity)
+        plans, self.num_done = self.memory.empty(shape), self.memory.zeros(shape[:2])
+        at = plans.ctypes.data, self.num_done.ctypes.data
+        return guest_layout.pack_choices(self._problem_of.cost_model, self.guest_rule, *at)
 
     @property
     def num_by_status(self) -> np.ndarray:

@@ -434,9 +434,15 @@ def test_all_experts_of_an_engine_move_to_other_slots(make):
 WITH_SLOTS = Placement([0, 1, 2, -1, 3, 0, -1, -1], R, num_experts=E, num_guests_per_rank=1)
 
 
-def test_guests_are_those_of_the_cpu_in_every_kind_of_call(make):
+BY_COST = Problem(
+    objective="cost", cost=CostModel("tiles", 4, (100, 160), 60, 5, push=90), guest_min_tokens=1
+)
+
+
+@pytest.mark.parametrize("problem", [Problem(guest_min_tokens=1), BY_COST], ids=["tokens", "cost"])
+def test_guests_are_those_of_the_cpu_in_every_kind_of_call(problem, make):
     rng, rows, seen = np.random.default_rng(5), Rows(), set()
-    layer = Layer(WITH_SLOTS, Problem(guest_min_tokens=1))
+    layer = Layer(WITH_SLOTS, problem)
     given, exchanging = make(layer), make(layer, rows)
     host = Planner(layer, rank=RANK, counts="given", solver="cpu")
     homes, plans = torch.arange(E), []  # slots of engines that know of no guests
@@ -453,6 +459,9 @@ def test_guests_are_those_of_the_cpu_in_every_kind_of_call(make):
         ):
             check_plan(plan, topk, WITH_SLOTS, RANK, layer.problem)
             assert torch.equal(plan.guests, expected.guests)
+            if problem is BY_COST:
+                assert same(values(plan), values(expected))
+                assert plan.reached.value == expected.reached.value
             assert int(plan.status) == (Status.STALE if stale else Status.OPTIMAL)
             plans.append((plan, values(plan), plan.guests.clone()))
         seen.add(tuple(expected.guests.flatten().tolist()))
@@ -465,9 +474,10 @@ def test_guests_are_those_of_the_cpu_in_every_kind_of_call(make):
         assert torch.equal(plan.guests, guests)
 
 
-def test_residents_beside_guest_slots_are_replaced(make):
+@pytest.mark.parametrize("problem", [Problem(guest_min_tokens=1), BY_COST], ids=["tokens", "cost"])
+def test_residents_beside_guest_slots_are_replaced(problem, make):
     rng, rows = np.random.default_rng(6), Rows()
-    layer = Layer(WITH_SLOTS, Problem(guest_min_tokens=1))
+    layer = Layer(WITH_SLOTS, problem)
     layer.is_refreshable = True
     exchanging = make(layer, rows)
     for table in (None, [0, 1, 2, -1, 3, 1, 2, -1], [0, 1, 2, -1, 3, -1, 0, -1]):

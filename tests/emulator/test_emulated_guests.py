@@ -235,6 +235,22 @@ def test_guests_are_those_of_the_definition(R, node, memory, library):
     assert number > 5 or R < 3
 
 
+@pytest.mark.parametrize("redundant", [0, 1, 2])
+def test_one_block_chooses_as_the_definition(redundant, memory, library):
+    """Without clusters the block that solves the residents makes the fills, too."""
+    rng = np.random.default_rng(redundant)
+    placement = random_guest_placement(rng, 8, 26, redundant, 2, 4 + 4 * (redundant > 1))
+    rank = plans.Rank(memory, placement, 0, library, one_block=True)
+    loads = skewed(rng, placement)
+    assert check_choice(memory, rank, loads, orders=ORDERS[:2]) > 2
+    base = rng.integers(0, 400, 8)
+    problem = Problem(base_load=torch.from_numpy(base))
+    check_choice(memory, rank, loads, ORDERS[2:3], problem, base=base)
+    # One that residents balance, behind one that they do not.
+    calm = np.stack([loads[-1], np.full(26, 1000)])
+    check_choice(memory, rank, calm, orders=ORDERS[:1])
+
+
 @pytest.mark.parametrize(
     ("R", "node", "active"),
     [
@@ -289,8 +305,7 @@ def test_other_rules_base_loads_and_speeds(R, memory, library):
         loads = skewed(rng, placement, 1)
         bounds = {"base": rng.integers(0, 900, R), "speed": rng.integers(1, 9, R)}
         names = {"base": "base_load", "speed": "speed"}
-        one = () if R == 64 else ({"base"}, {"speed"})  # seconds each
-        for own in ({}, *one, {"base", "speed"}):
+        for own in ({}, {"base"}, {"speed"}, {"base", "speed"}):
             given = {name: bounds[name] for name in sorted(own)}
             of_problem = {names[name]: torch.from_numpy(value) for name, value in given.items()}
             tolerance, least = float(rng.choice([0, 0.01, 0.3])), int(rng.choice([1, 32, 200]))

@@ -6,14 +6,14 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from variants import make_batch, placement_of, plan_once
+from variants import guest_placement_of, make_batch, placement_of, plan_once
 
 import lplb_ep
-from lplb_ep import CostModel, Layer, Placement, Problem
+from lplb_ep import CostModel, Layer, Placement, Planner, Problem, check_plan
 from lplb_ep.cost import H200
 from lplb_ep.planning import objectives, solvers
 from lplb_ep.planning.device_tables import LoadSolver
-from lplb_ep.planning.solvers import OBJECTIVE_SOLVERS
+from lplb_ep.planning.solvers import GUEST_OBJECTIVE_SOLVERS, OBJECTIVE_SOLVERS
 
 pytestmark = pytest.mark.gpu
 
@@ -84,3 +84,56 @@ def test_planners_and_solve(objective):
     assert torch.equal(found.lower_bound.cpu(), expected.lower_bound)
     if objective == "experts":
         assert torch.equal(found.reached.cpu(), expected.reached)
+
+
+def same_as_the_cpu(placement, loads, **fields):
+    """Plans by cost with guests are the CPU's, bit for bit. Returns the guests."""
+    found = lplb_ep.solve(loads.cuda(), placement, "flow", objective="cost", **fields)
+    expected = lplb_ep.solve(loads, placement, "cpu", objective="cost", **fields)
+    assert torch.equal(found.guests.cpu(), expected.guests)
+    assert torch.equal(found.quota.cpu(), expected.quota)
+    assert torch.equal(found.rank_load.cpu(), expected.rank_load)
+    return expected.guests
+
+
+@pytest.mark.parametrize("variant", GUEST_OBJECTIVE_SOLVERS["flow"].variants(), ids=str)
+def test_every_variant_plans_guests_by_cost_as_the_cpu(variant):
+    rng, placement = np.random.default_rng(variant.size), guest_placement_of(variant)
+    loads = torch.from_numpy(rng.poisson(200 * rng.lognormal(0, 1.2, (4, placement.num_experts))))
+    base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
+    cost = dataclasses.replace(H200, tile=16, push=20_000)
+    assert (same_as_the_cpu(placement, loads, cost=cost) >= 0).any()
+    same_as_the_cpu(placement, loads, cost=cost, base_load=base)
+
+
+@pytest.mark.parametrize(("R", "node", "G"), [(8, 8, 6), (8, 4, 1), (32, 32, 2), (64, 8, 1)])
+@pytest.mark.parametrize("tokens", [64, 1024, 8192])
+def test_guests_by_cost_of_deepseek_v3s_size(R, node, G, tokens):
+    rng = np.random.default_rng(tokens)
+    placement = Placement.homes_only(256, R, G, num_ranks_per_node=node)
+    popularity = rng.lognormal(0, 0.7, (3, 256))
+    loads = [rng.multinomial(R * 8 * tokens, row / row.sum()) for row in popularity]
+    same_as_the_cpu(placement, torch.from_numpy(np.stack(loads)))
+
+
+def test_planners_choose_guests_by_cost_in_every_replay_of_a_graph():
+    rng, placement = np.random.default_rng(3), Placement.homes_only(64, 16, 2)
+    cost = dataclasses.replace(H200, tile=16, push=20_000)
+    layer = Layer(placement, Problem(objective="auto", cost=cost))
+    planner = Planner(layer, rank=5, counts="given", solver="flow")
+    batches = [[one.cuda() for one in make_batch(rng, placement, 5)] for _ in range(5)]
+    topk, counts = (one.clone() for one in batches[0])
+    planner(topk, counts=counts)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plan = planner(topk, counts=counts)
+        slots, guests = plan.topk_idx, plan.guests
+    for one, of_all in batches:
+        topk.copy_(one)
+        counts.copy_(of_all)
+        graph.replay()
+        eager = planner(one, counts=of_all)
+        assert torch.equal(slots, eager.topk_idx)
+        assert torch.equal(guests, eager.guests)
+        check_plan(eager, one, placement, 5, layer.problem)
+    planner.raise_errors()
