@@ -37,8 +37,8 @@ def each_kernel():
 
     kinds = {}
     for program in programs():
-        kind = (program.source, *(program.defines.get(name) for name in ("INDEX", "MORE")))
-        kinds.setdefault(kind, program)
+        more = program.defines["MORE"] if program.source == "flow.cu" else None
+        kinds.setdefault((program.source, program.defines.get("INDEX"), more), program)
     return list(kinds.values())
 
 

@@ -1,6 +1,7 @@
 """The project's own rules: layers, light import, settings in one place, packaging, README."""
 
 import ast
+import functools
 import inspect
 import itertools
 import math
@@ -50,11 +51,15 @@ PLAIN = [
 ]
 
 
+@functools.cache
 def trees():
     """Every module of the package: its name and its syntax tree."""
+    found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
-        yield ".".join(part for part in parts if part != "__init__"), ast.parse(path.read_text())
+        name = ".".join(part for part in parts if part != "__init__")
+        found.append((name, ast.parse(path.read_text())))
+    return found
 
 
 def inner_imports(name, tree):

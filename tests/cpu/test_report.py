@@ -273,19 +273,22 @@ def test_a_browser_leaves_out_layers_without_tokens(tmp_path):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
-@pytest.mark.parametrize("width", [360, 700, 1300])
-def test_charts_stay_in_their_cards(tmp_path, shown, width):
-    script = f"document.body.style.width = '{width}px'; dispatchEvent(new Event('resize'));"
-    script += """
+def test_charts_stay_in_their_cards(tmp_path, shown):
+    script = """
         const ends = (one) => one.getBoundingClientRect().right;
         const charts_ = [...document.querySelectorAll(".chart")];
-        const steps = charts_.map((one) => ends(one.closest(".card")) - ends(one));
+        const rests = (width) => {
+            document.body.style.width = `${width}px`;
+            dispatchEvent(new Event("resize"));
+            return charts_.map((one) => ends(one.closest(".card")) - ends(one));
+        };
+        const steps = [1300, 700, 360].map(rests);
         document.body.dataset.steps = encodeURIComponent(JSON.stringify(steps));
     """
     data, _ = body_of(browse(tmp_path, shown[3], "--dump-dom", script=script))
-    rests = json.loads(unquote(data["steps"]))
-    assert len(rests) == 7
-    assert min(rests) >= 0, rests
+    for width, rests in zip((1300, 700, 360), json.loads(unquote(data["steps"])), strict=True):
+        assert len(rests) == 7
+        assert min(rests) >= 0, (width, rests)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

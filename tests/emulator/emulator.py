@@ -34,7 +34,7 @@ ALIGNMENT = 256  # of an array, as of an allocation on a GPU
 
 _SIGNATURES = {**SIGNATURES, **weights_structs.SIGNATURES, BARRIER.name: BARRIER}
 # No symbols that libraries of other variants share.
-_OPTIONS = ("-std=c++17", "-g", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
+_OPTIONS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique")
 _CHECKED = ("-fsanitize=thread", "--param=tsan-distinguish-volatile=1", "-fno-extern-tls-init")
 _WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-sign-compare")
 _KERNEL = (
