@@ -9,7 +9,7 @@ import torch
 from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
-from .guests_by_cost import guests_of, push_waits
+from .guests_by_cost import guests_of, plan_load, push_waits
 from .plan import Plan
 from .reuse import reuse
 from .solve import judge, least_value, rank_load
@@ -48,10 +48,7 @@ def check_plan(
     if status is Status.REUSED:
         hold(not (fault := _fault_of_reused(plan, topk_idx, placement, rank)), fault)
         return
-    chosen = np.full((placement.num_ranks, placement.num_guests_per_rank), -1, np.int32)
-    if status is Status.OPTIMAL:
-        chosen = guests_of(plan.counts.cpu().long().sum(0).numpy(), placement, problem)
-    hold(guests.equal(torch.from_numpy(chosen)), "guests are not those of the definition")
+    hold(not (fault := _fault_of_guests(plan, status, placement, problem)), fault)
     placement = placement.with_guests(guests)
     R, E, C = placement.num_ranks, placement.num_experts, placement.max_replicas
     physical, logical = plan.topk_idx.cpu(), topk_idx.cpu()
@@ -97,9 +94,22 @@ def check_plan(
     if status is Status.OPTIMAL:
         if problem.max_quota is not None:
             hold((quota <= problem.max_quota.cpu()).all(), "a quota above its max_quota")
-        hold(not (fault := _fault_of(quota, load, placement, problem, chosen)), fault)
+        hold(not (fault := _fault_of(quota, load, placement, problem, guests.numpy())), fault)
     else:
         hold((quota[:, 1:] == 0).all(), "a plan that is not optimal must send every token home")
+
+
+def _fault_of_guests(plan: Plan, status: Status, placement: Placement, problem: Problem) -> str:
+    """The fault of a plan's guests; empty: none. By cost no quotas but the CPU's are right."""
+    guests, load = plan.guests.cpu().numpy(), plan.counts.cpu().long().sum(0).numpy()
+    chosen = np.full_like(guests, -1)
+    if status is Status.OPTIMAL and guests.size and problem.objective_name != "tokens":
+        chosen, quota = plan_load(load, placement, problem)
+        if not np.array_equal(plan.quota.cpu().numpy(), quota):
+            return "quotas are not those of the definition"
+    elif status is Status.OPTIMAL:
+        chosen = guests_of(load, placement, problem)
+    return "" if np.array_equal(guests, chosen) else "guests are not those of the definition"
 
 
 def _fault_of(

@@ -80,7 +80,8 @@ def solve(
 ) -> Solution:
     """Splits each expert's load over its copies so that the slowest rank is as fast as possible.
 
-    Where the placement has guest slots, they are filled for each load first (`choose_guests`).
+    Where the placement has guest slots, they are filled for each load first (`choose_guests`; by
+    cost `plan_by_cost`).
 
     minimise T subject to sum_c quota[e, c] = load[e] and
     (sum of quotas on r + base_load[r]) / speed[r] <= T for each rank r.
