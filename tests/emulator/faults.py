@@ -1060,6 +1060,9 @@ SURVIVING_BARRIERS = {
     "an aligned arrival wants the whole warp, behind the initialisation": (
         "the emulator lets each thread arrive alone, and the last one has initialised the words"
     ),
+    "the plan is written before the block is counted as done": (
+        "blocks are not compared with each other, and memory is seen in the order of execution"
+    ),
     "this chunk's tokens are subtracted before the next chunk reads a copy's rest": (
         "the barrier before it suffices; it goes when GPUs have run without it"
     ),
