@@ -291,8 +291,11 @@ __device__ int put_guests(const Problem& p, const Guests& g, const Experts<V>& e
     __syncthreads();  // sums are zero, and every expert has its guests, before copies are counted
     int arcs = place_arcs<V>(experts);
     c.shape.arcs = arcs & 0xffff;
-    if constexpr (V::choices > 1) __syncthreads();  // every expert has its place before its copies are written there
-    else c.shape.most_nth = make_edges(g, experts, c.shape.ranks);
+    if constexpr (V::choices > 1) {
+        __syncthreads();  // every expert has its place before its copies are written there
+    } else {
+        c.shape.most_nth = make_edges(g, experts, c.shape.ranks);
+    }
     put_copies(p, g, experts, c);
     return arcs;
 }
