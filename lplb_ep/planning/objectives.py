@@ -137,9 +137,11 @@ def reached(
     copies = (placement.copy_rank >= 0).sum(1)
     costs = torch.from_numpy(cost.least_of_experts(load, copies))
     stays = torch.from_numpy(cost.of_slots(base) + waits)
-    split = reference.solve(costs, placement, base_load=stays)
+    # Flows are of 31 bits. Larger costs are counted in units of a power of two, rounded down.
+    unit = max(0, int(costs.sum() + stays.sum()).bit_length() - 31)
+    split = reference.solve(costs >> unit, placement, base_load=stays >> unit)
     by_slots = -(-active.bound.numerator // active.bound.denominator) * cost.steps[0]
-    bound, tight_ranks = split.bound, split.tight_ranks
+    bound, tight_ranks = split.bound * 2**unit, split.tight_ranks
     if by_slots > bound:
         bound, tight_ranks = Fraction(by_slots), active.tight_ranks
     value = int(rank_costs(quota, placement, problem, waits).max())

@@ -111,6 +111,21 @@ def test_each_way_to_a_plan_by_cost():
     assert found >= {(True, False), (False, True), (False, False)}
 
 
+@pytest.mark.parametrize("shift", [0, 20, 30])
+def test_bounds_hold_beyond_31_bits(shift):
+    """Where costs sum to as much as 2**62: the bound is within 2**-20 of a plan's value, and not
+    above it."""
+    steep = CostModel("steep", 1, (1 << shift,), 1 << shift)
+    load = [2**31 - 201, 100, 100]
+    found = quota_of(load, PAIR, "cost", steep)
+    assert found.reached == 2**30 << shift  # (2**31 - 1) / 2, rounded up
+    assert found.lower_bound <= found.reached
+    assert found.lower_bound >= (2**30 << shift) * (1 - 2**-20)
+    # Not split evenly between ranks, but stuck on one.
+    found = quota_of([5, 2**31 - 201, 0], PAIR, "cost", steep, base_load=[7, 0])
+    assert (2**31 - 201 << shift) * (1 - 2**-20) <= found.lower_bound <= found.reached
+
+
 @pytest.mark.parametrize("objective", ["experts", "cost", "auto"])
 @pytest.mark.parametrize("seed", range(8))
 def test_plans_are_legal_and_prove_their_bounds(objective, seed):
