@@ -55,6 +55,13 @@ class CostModel:
     """Nanoseconds that a rank waits for the weights of one guest; None: not known."""
 
     def __post_init__(self) -> None:
+        for name in ("name", "about"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(
+                    f"{name} of a cost model must be a string; got {getattr(self, name)!r}"
+                )
+        if not isinstance(self.steps, (list, tuple)):
+            raise ValueError(f"steps of a cost model must be a list; got {self.steps!r}")
         object.__setattr__(self, "steps", tuple(self.steps))
         for name, values, least in (
             ("tile", (self.tile,), 1),
