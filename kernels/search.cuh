@@ -316,6 +316,7 @@ struct Search {
                 __syncwarp();  // a rank is recorded before a better move to it may overwrite that
             }
         }
+        __syncwarp();  // all lanes have read the arcs that may leave before those of the next front replace them
         Key least_key = __reduce_min_sync(~0u, best);
         is_mine = best == least_key;  // no two lanes have moves of the same arc
         return least_key;

@@ -1,5 +1,7 @@
 """Plans by active slots and by cost, emulated: those of the CPU from the same exact solution."""
 
+from dataclasses import replace
+
 import numpy as np
 import oracle
 import plans
@@ -127,6 +129,16 @@ def test_the_flow_comes_behind_a_search_that_does_not_suffice(memory, library):
         drifted = popularity * rng.lognormal(0, 0.4, 64)
         loads = rng.multinomial(8 * 8 * 64, drifted / drifted.sum())[None].astype(np.int64)
         check(memory, library, placement, loads, H200, orders=ORDERS[-1:])
+
+
+def test_fronts_of_more_arcs_than_lanes(memory, library):
+    """Of which the last lanes' have nowhere to go: in these the emulator saw a barrier missing."""
+    for seed in (50, 66, 93):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 8, 100, 40)
+        loads = rng.poisson(300 * rng.lognormal(0, 1.2, (2, 100)))
+        cost = replace(H200, tile=16)
+        check(memory, library, placement, loads, cost, orders=ORDERS[-1:])
 
 
 def test_the_plan_by_tokens_may_be_the_cheapest(memory, library):
