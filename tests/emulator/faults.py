@@ -920,6 +920,26 @@ FAULTS = [
         "sum = costs.of(base);",
     ),
     Fault(
+        "threads have their first place in later rounds, too",
+        "guests.cuh",
+        "        if (begin > 0) {",
+        "        if (false) {",
+    ),
+    Fault("edges of later rounds overwrite", "guests.cuh", "        before = total;", "        ;"),
+    Fault("sums of two rounds share their place", "guests.cuh", "round ^= 1", "round ^= 0"),
+    Fault(
+        "a thread has one replica",
+        "guests.cuh",
+        "i < g.max_replicas; i += V::threads) experts.replicas[i]",
+        "i < 0; i += V::threads) experts.replicas[i]",
+    ),
+    Fault(
+        "a thread has one place",
+        "choose.cuh",
+        "i < num_ranks * S; i += V::threads)",
+        "i < 0; i += V::threads)",
+    ),
+    Fault(
         "a rank does not wait for what homes send to others",
         "guests_by_cost.cuh",
         "return max(own, most);",

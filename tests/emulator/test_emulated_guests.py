@@ -297,6 +297,21 @@ def test_ranks_of_many_experts(R, E, G, memory, library):
     assert check_choice(memory, rank, skewed(rng, placement, 1), orders=ORDERS[:1]) > G
 
 
+@pytest.mark.parametrize(("E", "redundant", "G"), [(512, 0, 8), (200, 100, 1)])
+def test_more_places_and_replicas_than_threads(E, redundant, G, memory, library):
+    rng = np.random.default_rng(E)
+    placement = Placement.homes_only(E, 8, G)
+    if redundant:
+        placement = random_guest_placement(rng, 8, E, redundant, G)
+        assert layout.capacity_for(placement).max_replicas > GUEST_SOLVERS["flow"].num_threads
+    assert 8 * placement.num_local_slots > GUEST_SOLVERS["flow"].num_threads
+    loads = skewed(rng, placement, 1)
+    guests = random_guests(rng, placement, favourite=int(loads[1].argmax()))
+    check_choice(memory, plans.Rank(memory, placement, 0, library), loads, ORDERS[2:3])
+    rank = plans.Rank(memory, placement, 0, library, given=True)
+    check(memory, rank, guests, loads, ORDERS[1:2])
+
+
 @pytest.mark.parametrize("R", [3, 8, 20, 64])
 def test_other_rules_base_loads_and_speeds(R, memory, library):
     rng = np.random.default_rng(200 + R)
