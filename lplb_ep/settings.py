@@ -108,8 +108,8 @@ class Settings:
         "LPLB_EP_OBJECTIVE",
         "tokens",
         "Whose largest value over ranks a plan minimises: `tokens`, active slots and then tokens "
-        "(`experts`), or nanoseconds by the cost model (`cost`). `auto`: of these plans and of all "
-        "tokens at home, the one that costs least. A layer's `Problem` overrules it.",
+        "(`experts`), or nanoseconds by the cost model (`cost`). `auto` is `cost`, whose plan "
+        "costs no more than all tokens at home. A layer's `Problem` overrules it.",
         OBJECTIVES,
     )
     cost: str = _setting(

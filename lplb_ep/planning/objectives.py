@@ -43,7 +43,7 @@ class Reached(NamedTuple):
     value: Fraction | int
     """Of the largest rank, with base loads: tokens over speed, active slots, or nanoseconds."""
     bound: Fraction
-    """No plan on the placement has less."""
+    """No plan on the placement, with the same guests, has less."""
     tight_ranks: torch.Tensor
     """[R] bool: ranks that together prove the bound."""
 

@@ -132,6 +132,8 @@ class Plan:
     def reached(self) -> Reached:
         """The value of the largest rank in the unit of the objective, and the bound of all plans.
 
+        With guest slots the bound is of all plans with the same guests.
+
         The CPU computes it when it is read, from the results, which waits for a GPU.
         """
         load, on_ranks = self.counts.cpu().long().sum(0), self.rank_load.cpu()
