@@ -1,9 +1,11 @@
 """Guests that a plan by cost chooses: pushes count, against every choice there is."""
 
+import functools
 import itertools
 from dataclasses import replace
 
 import numpy as np
+import oracle
 import pytest
 import torch
 
@@ -125,6 +127,55 @@ def test_choices_are_close_to_the_best_there_is():
     assert 10 < taken < 40
     assert np.median(gaps) <= 0.01
     assert np.mean(np.array(gaps) <= 0.05) >= 0.8
+
+
+def best_of_all(load, placement, cost):
+    """The least largest cost of three ranks with one guest each: all guests and all splits.
+
+    Enumerated, with no solver. Of two copies one may as well have whole tiles."""
+    home, best = placement.home_rank, np.inf
+    of_rows = functools.partial(oracle.cost_of_rows, cost.steps, cost.tile, cost.slope)
+    choices = [[-1, *np.flatnonzero(home != rank)] for rank in range(3)]
+    for chosen in itertools.product(*choices):
+        ranks = oracle.with_guests(placement, np.array(chosen)[:, None]).copy_rank
+        sent = np.bincount(home[[e for e in chosen if e >= 0]], minlength=3)
+        pushes = [0 if e < 0 else max(1, sent[home[e]]) for e in chosen]
+        fixed = [cost.fixed + cost.push * number for number in pushes]
+        splits = []
+        for expert, rows in enumerate(load.tolist()):
+            held = [r for r in ranks[expert].tolist() if r >= 0]
+            if len(held) == 1:
+                fixed[held[0]] += of_rows(rows)
+                continue
+            parts = {n for i in range(0, rows + cost.tile, cost.tile) for n in (i, rows - i)}
+            parts = [n for n in parts if 0 <= n <= rows]
+            cuts = [c for c in itertools.product(parts, repeat=len(held) - 1) if sum(c) <= rows]
+            rest = [map(of_rows, (*c, rows - sum(c))) for c in cuts]
+            splits.append([list(zip(held, one, strict=True)) for one in rest])
+        if max(fixed) >= best:
+            continue
+        for split in itertools.product(*splits):
+            costs = list(fixed)
+            for rank, more in itertools.chain(*split):
+                costs[rank] += more
+            best = min(best, max(costs))
+    return best
+
+
+def test_plans_are_close_to_the_best_guests_and_splits():
+    gaps = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        placement = Placement.homes_only(6, 3, num_guests_per_rank=1)
+        load = rng.poisson(rng.lognormal(3.2, 1.0, 6)).astype(np.int64)
+        cost = replace(TILES, push=int(rng.choice([0, 50, 200, 400])))
+        problem = problem_of(placement, cost)
+        value = value_of_plan(plan_by_cost(load, placement, problem), placement, problem)
+        gaps.append(value / best_of_all(load, placement, cost) - 1)
+    assert min(gaps) >= 0
+    assert np.mean(np.array(gaps) <= 0.01) >= 0.7
+    assert np.mean(np.array(gaps) <= 0.05) >= 0.85
+    assert max(gaps) <= 0.12
 
 
 def test_guests_without_tokens_are_not_pushed():
