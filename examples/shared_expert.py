@@ -7,7 +7,8 @@ rank has its weights, and runs it for its own tokens. So a rank with hot experts
 top. Here it is one more expert, which every token picks, with a copy on every rank. Each copy takes
 tokens of its own rank first, so only those move that balance the rest.
 
-The table has the rows of the fullest rank over the mean, with no other copies: the median and the
+There are no other copies. One table has the rows of the fullest rank over the mean. The other has
+what the slowest rank's experts take by the cost model of an H200. Both have the median and the
 worst layer. Without a recording loads are as skewed as recorded ones. What the recipe is made of
 are two functions, `with_shared_expert` and `with_shared_pick`.
 """
@@ -19,7 +20,8 @@ import argparse
 import numpy as np
 import torch
 
-from lplb_ep import Placement, solve
+from lplb_ep import Placement, Problem, solve
+from lplb_ep.planning.objectives import rank_costs
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.tables import text_table
 
@@ -43,27 +45,33 @@ def with_shared_pick(
     return torch.cat([topk_idx, shared], dim=1), torch.cat([topk_weights, one], dim=1)
 
 
-def imbalances(load: np.ndarray, num_ranks: int, num_tokens: int) -> list[float]:
-    """The fullest rank over the mean: routed tokens alone, with shared ones that stay, as ballast.
+def compare(load: np.ndarray, num_ranks: int, num_tokens: int) -> tuple[list[float], list[float]]:
+    """A layer without the shared expert, where its tokens stay, and with it as ballast.
 
     Args:
         load: [E] tokens of each routed expert, of all ranks.
         num_ranks: R.
         num_tokens: of a rank, which all have.
+
+    Returns:
+        Of each way the fullest rank over the mean, and the milliseconds of the slowest rank.
     """
-    num_experts = len(load)
-    routed = np.reshape(load, (num_ranks, -1)).sum(1)
-    stays = torch.full((num_ranks,), num_tokens)
+    num_experts, stays = len(load), torch.full((num_ranks,), num_tokens)
     homes = Placement.homes_only(num_experts, num_ranks)
-    without = solve(torch.from_numpy(load), homes, base_load=stays)
-    whole = torch.from_numpy(np.append(load, num_ranks * num_tokens))
-    ballast = solve(whole, with_shared_expert(num_experts, num_ranks))
-    mean = routed.mean() + num_tokens
-    return [
-        routed.max() / routed.mean(),
-        float(without.reached) / mean,
-        float(ballast.reached) / mean,
-    ]
+    whole = np.append(load, num_ranks * num_tokens)
+    ways = (
+        (load, homes, None),
+        (load, homes, stays),
+        (whole, with_shared_expert(num_experts, num_ranks), None),
+    )
+    imbalances, times = [], []
+    for tokens, placement, base in ways:
+        solution = solve(torch.from_numpy(tokens), placement, base_load=base)
+        total = tokens.sum() + (0 if base is None else base.sum().item())
+        imbalances.append(float(solution.reached) * num_ranks / total)
+        problem = Problem(objective="cost", base_load=base)
+        times.append(1e-6 * float(rank_costs(solution.quota.numpy(), placement, problem).max()))
+    return imbalances, times
 
 
 def drawn_loads(rng: np.random.Generator, num_layers: int, num_experts: int) -> np.ndarray:
@@ -85,16 +93,17 @@ def main() -> None:
     weights = drawn_loads(rng, 20, 256)
     if args.recording:
         weights = np.asarray(load_recording(args.recording, key=args.key).counts.sum(0))
-    rows = []
+    tables: tuple[list[list[str]], list[list[str]]] = [], []
     for num_ranks in args.ranks:
         picks = num_ranks * args.tokens * args.topk
         shares = weights / weights.sum(1, keepdims=True)
-        layers = [
-            imbalances(rng.multinomial(picks, share), num_ranks, args.tokens) for share in shares
-        ]
-        cells = [f"{np.median(one):.3f} / {max(one):.3f}" for one in zip(*layers, strict=True)]
-        rows.append([f"EP{num_ranks}", *cells])
-    print(text_table(["median / worst", "routed alone", "shared stays", "as ballast"], rows))
+        layers = [compare(rng.multinomial(picks, one), num_ranks, args.tokens) for one in shares]
+        for table, of_layers in zip(tables, zip(*layers, strict=True), strict=True):
+            ways = zip(*of_layers, strict=True)
+            cells = [f"{np.median(one):.3f} / {max(one):.3f}" for one in ways]
+            table.append([f"EP{num_ranks}", *cells])
+    for what, table in zip(("fullest rank / mean", "ms by the cost model"), tables, strict=True):
+        print(text_table([what, "routed alone", "shared stays", "as ballast"], table) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,7 +51,10 @@ def test_the_example_shows_what_ballast_gains():
     command = [sys.executable, "-W", "error", str(EXAMPLE), "--tokens", "64"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = re.findall(r"^EP(\d+) +(.+)$", done.stdout, re.MULTILINE)
-    assert [name for name, _ in rows] == ["8", "32"]
-    for _, row in rows:
+    assert [name for name, _ in rows] == ["8", "32"] * 2
+    for number, (_, row) in enumerate(rows):
         alone, stays, ballast = (float(x) for x in re.findall(r"([\d.]+) / ", row))
-        assert 1 <= ballast < stays < alone
+        if number < 2:  # the fullest rank over the mean
+            assert 1 <= ballast < stays < alone
+        else:  # time, which a balance of tokens does not save where these are few
+            assert 0 < alone < min(stays, ballast)
