@@ -44,6 +44,7 @@ from lplb_ep.settings import MAX_ONE_LAUNCH
 
 E, R = 4, 2
 TWO = Placement([0, 1, 2, 3, 2, 0], R, home=[0, 1, 4, 3])  # slots 2 and 5 are replicas
+PLAIN = Layer(TWO)  # the layer that TWO stands for, whichever test is the first
 RANK = 1
 FIELDS = ("topk_idx", "counts", "quota", "rank_load", "status", "split")
 
