@@ -54,11 +54,11 @@ __device__ int nth_of_copies(const Arc& arc) {
     else return number_of<V>(arc.ranks & ((typename V::Set(1) << arc.rank) - 1));
 }
 
-// Splits each expert evenly over its copies. From there the flow takes half as many rounds as from the homes. With guests
-// the threads that push make their edges ready meanwhile.
+// Splits each expert evenly over its copies. From there the flow takes half as many rounds as from the homes. Threads
+// that push with guests make their edges ready meanwhile.
 template <typename V>
 __device__ void split_evenly(const Component<V>& c, const int* load) {
-    block_stride<V::threads, V::guests ? V::pushing : 0>(c.shape.arcs, [&](int a) {
+    block_stride<V::threads, V::apart>(c.shape.arcs, [&](int a) {
         Arc arc = c.arcs[a];
         int total = load[arc.place], number = number_of_copies<V>(arc);
         int place = nth_of_copies<V>(arc);

@@ -43,36 +43,46 @@ __device__ void zero_quotas(const Problem& p, const Experts<V>& experts, int fir
     }
 }
 
-// Finds where the arcs of each expert with several copies begin; a thread has one expert. Returns the number of all
-// arcs, and of these experts in the bits from 16 on, the same to every thread.
-template <typename V>
-__device__ int place_arcs(const Experts<V>& experts) {
-    static_assert(V::threads >= MAX_EXPERTS, "a thread has one expert");
-    constexpr int warps = V::threads / 32;
-    __shared__ int of_warp[warps];
-    int i = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int number = i < experts.number ? number_of<V>(experts.ranks[i]) : 0;
-    int own = number > 1 ? 1 << 16 | number : 0, end = own;  // one expert in the high half, its arcs in the low one
+// Sums of a value of each thread.
+struct Scanned {
+    int before, total;  // over the threads before this one, and over all
+};
+
+// Adds up a value of each thread. `of_warp`: memory for a word of each warp. `meet`: a barrier of the block.
+template <typename V, typename Meet>
+__device__ Scanned scan(int own, int* of_warp, Meet meet) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, end = own, before = 0, total = 0;
     #pragma unroll
     for (int other = 1; other < 32; other *= 2) {
         int its = __shfl_up_sync(~0u, end, other);
         if (other <= lane) end += its;
     }
     if (lane == 31) of_warp[warp] = end;
-    __syncthreads();  // the sums of all warps are written before they are added
-    int before = 0, total = 0;
+    meet();  // the sums of all warps are written before they are added
     #pragma unroll
-    for (int w = 0; w < warps; ++w) {
+    for (int w = 0; w < V::threads / 32; ++w) {
         int sum = of_warp[w];
         before += w < warp ? sum : 0;
         total += sum;
     }
-    if (i >= experts.number) return total;
-    int begin = before + end - own;
+    return {before + end - own, total};
+}
+
+// Finds where the arcs of each expert with several copies begin; a thread has one expert. Returns the number of all
+// arcs, and of these experts in the bits from 16 on, the same to every thread.
+template <typename V>
+__device__ int place_arcs(const Experts<V>& experts) {
+    static_assert(V::threads >= MAX_EXPERTS, "a thread has one expert");
+    __shared__ int of_warp[V::threads / 32];
+    int i = threadIdx.x, number = i < experts.number ? number_of<V>(experts.ranks[i]) : 0;
+    int own = number > 1 ? 1 << 16 | number : 0;  // one expert in the high half, its arcs in the low one
+    Scanned sums = scan<V>(own, of_warp, [] { __syncthreads(); });
+    if (i >= experts.number) return sums.total;
+    int begin = sums.before;
     experts.place[i] = short(begin & 0xffff);
     experts.several[i] = short(begin >> 16);
     if (number > 1) experts.load_by_place[begin & 0xffff] = experts.load[i];
-    return total;
+    return sums.total;
 }
 
 // The number of an expert's guests that come before the one in a rank's slot: in lower slots, or on lower ranks.
@@ -138,7 +148,7 @@ __device__ void put_copies(const Problem& p, const Guests& g, const Experts<V>& 
 template <typename V>
 __device__ void write_routes(const Problem& p, const Guests& g, const Experts<V>& experts, const Component<V>& c,
                              int arcs, int* __restrict__ chosen, int first) {
-    constexpr int step = V::choices > 1 ? V::threads : V::threads - V::pushing;
+    constexpr int step = V::threads - V::apart;
     #pragma unroll 1
     for (int rank = first; rank < c.shape.ranks; rank += step)
         #pragma unroll 1
@@ -181,9 +191,9 @@ __device__ int expert_in(const Guests& g, const Experts<V>& experts, int rank, i
 template <typename V>
 __device__ bool make_edges(const Guests& g, const Experts<V>& experts, int ranks) {
     typedef typename V::Set Set;
-    constexpr int warps = V::threads / 32, bits_of_set = 8 * sizeof(Set);
-    __shared__ int of_warp[2][warps];  // of two rounds: a round is read while the next is written
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, S = g.num_local_slots, before = 0, has_several = 0;
+    constexpr int bits_of_set = 8 * sizeof(Set);
+    __shared__ int of_warp[2][V::threads / 32];  // of two rounds: a round is read while the next is written
+    int S = g.num_local_slots, before = 0, has_several = 0;
     #pragma unroll 1
     for (int begin = 0, round = 0; begin < ranks * S; begin += V::threads, round ^= 1) {
         int i = begin + threadIdx.x, rank = experts.own_rank, resident = experts.own_resident;
@@ -193,24 +203,12 @@ __device__ bool make_edges(const Guests& g, const Experts<V>& experts, int ranks
         }
         int expert = rank < ranks ? expert_in(g, experts, rank, i - rank * S, resident) : -1;
         Set holders = expert < 0 ? Set{} : experts.ranks[expert];
-        int others = max(0, number_of<V>(holders) - 1), end = others;
-        #pragma unroll
-        for (int other = 1; other < 32; other *= 2) {
-            int its = __shfl_up_sync(~0u, end, other);
-            if (other <= lane) end += its;
-        }
-        if (lane == 31) of_warp[round][warp] = end;
-        has_several |= __syncthreads_or(others > 1);  // sums of all warps, and places of arcs, are written before they are read
-        int total = before;
-        #pragma unroll
-        for (int w = 0; w < warps; ++w) {
-            int sum = of_warp[round][w];
-            before += w < warp ? sum : 0;
-            total += sum;
-        }
-        int first = before + end - others;
+        int others = max(0, number_of<V>(holders) - 1);
+        // Places of arcs, too, are written before they are read.
+        Scanned sums = scan<V>(others, of_warp[round], [&] { has_several |= __syncthreads_or(others > 1); });
+        int first = before + sums.before;
         if (rank < ranks && i == rank * S) experts.first_edge[rank] = first;
-        before = total;
+        before += sums.total;
         if (others == 0) continue;
         // Ranks begin with different targets, so that they do not all fill the same one. The targets follow this
         // rank, which is rotated to the lowest bit.

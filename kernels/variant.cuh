@@ -19,6 +19,8 @@ struct Variant {
     static constexpr int choices = choices_;
     static constexpr int words = (size + 31) / 32;  // ranks of a lane, since each warp works on all ranks
     static constexpr int pushing = size * parts;    // threads that push: the first of the block
+    // Threads that push while the others make what depends on the guests; 0: all threads do the same.
+    static constexpr int apart = guests && choices == 1 ? pushing : 0;
     static constexpr int chunk = parts * turns;     // edges of a rank that tokens move along at once
     typedef typename Bits<words>::Type Set;         // ranks, as bits
 

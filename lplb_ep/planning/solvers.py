@@ -419,7 +419,7 @@ def check_fit(
             names the sizes. Or the solver takes no guest slots, or not the objective.
     """
     record = solver_record(solver, placement, objective)
-    if not placement.num_guests_per_rank and max(v.size for v in record.variants()) <= WORD_RANKS:
+    if not placement.num_guests_per_rank and max(record.by_size, default=0) <= WORD_RANKS:
         num_ranks, num_experts = component_sizes(placement, placement.component)
         aims = "" if objective == "tokens" else f", where it minimises {objective},"
         check_word(num_ranks.max(), num_experts.max(), f"the solver {solver}{aims}")

@@ -777,8 +777,8 @@ FAULTS = [
     Fault(
         "edges of all warps in one place",
         "guests.cuh",
-        "int first = before + end - others;",
-        "int first = end - others;",
+        "return {before + end - own, total};",
+        "return {end - own, total};",
     ),
     Fault(
         "quotas of copies that do not exist stay",
@@ -925,7 +925,12 @@ FAULTS = [
         "        if (begin > 0) {",
         "        if (false) {",
     ),
-    Fault("edges of later rounds overwrite", "guests.cuh", "        before = total;", "        ;"),
+    Fault(
+        "edges of later rounds overwrite",
+        "guests.cuh",
+        "        before += sums.total;",
+        "        ;",
+    ),
     Fault("sums of two rounds share their place", "guests.cuh", "round ^= 1", "round ^= 0"),
     Fault(
         "a thread has one replica",
@@ -1122,7 +1127,7 @@ TESTS = {
 
 def barriers() -> Iterator[Fault]:
     """A fault for each barrier: without it."""
-    pattern = r"(?:__sync(?:threads|warp)|sync_pushing<V>)\(\);  // (.*)"
+    pattern = r"(?:__sync(?:threads|warp)|sync_pushing<V>|meet)\(\);  // (.*)"
     for path in sorted((ROOT / "kernels").glob("*.cu*")):
         for found in re.finditer(pattern, path.read_text("utf-8")):
             name = f"no barrier: {found[1]}"
