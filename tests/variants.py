@@ -42,6 +42,7 @@ from lplb_ep.planning.solvers import (  # noqa: E402
     GUEST_OBJECTIVE_SOLVERS,
     GUEST_SOLVERS,
     OBJECTIVE_SOLVERS,
+    DeviceSolver,
     Variant,
 )
 from lplb_ep.planning.structs import HEAD, Status  # noqa: E402
@@ -192,11 +193,16 @@ def plan_once(
     check(plan, topk, layer, rank)
 
 
+def check_picks(record: DeviceSolver, placement: Placement, variant: Variant) -> None:
+    """Whether a solver takes this variant for a placement."""
+    picked = record.variant(capacity_for(placement))
+    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+
+
 def run_solver(solver: str, variant: Variant, most: int = 0) -> None:
     """Both kernels of a variant. `most`: picks of a plan in one launch."""
     placement, rng = placement_of(variant), np.random.default_rng(variant.size)
-    picked = DEVICE_SOLVERS[solver].variant(capacity_for(placement))
-    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    check_picks(DEVICE_SOLVERS[solver], placement, variant)
     R = placement.num_ranks
     topk, counts = make_batch(rng, placement, R // 2)
     load = counts.sum(0)
@@ -216,8 +222,7 @@ def run_objective(variant: Variant, most: int) -> None:
     """The kernel of a variant, for every objective but tokens. `most`: as of `run_solver`."""
     rng = np.random.default_rng(variant.size)
     placement = placement_of(variant, few=most > 0 and variant.size == 64)
-    picked = OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement))
-    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    check_picks(OBJECTIVE_SOLVERS["flow"], placement, variant)
     topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
     base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
     bounded = Layer(placement, Problem(objective="auto", base_load=base))
@@ -241,8 +246,7 @@ def guest_placement_of(variant: Variant) -> Placement:
 def run_choice(variant: Variant) -> None:
     """Both kernels of a variant, with guests that are chosen, and where residents suffice."""
     placement, rng = guest_placement_of(variant), np.random.default_rng(variant.size)
-    picked = GUEST_SOLVERS["flow"].variant(capacity_for(placement))
-    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    check_picks(GUEST_SOLVERS["flow"], placement, variant)
     topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
     base = torch.from_numpy(rng.integers(0, 800, placement.num_ranks))
     speed = torch.from_numpy(rng.integers(1, 6, placement.num_ranks))
@@ -254,8 +258,7 @@ def run_choice(variant: Variant) -> None:
 def run_choice_by_cost(variant: Variant) -> None:
     """The kernel of a variant, with guests that are worth their pushes."""
     placement, rng = guest_placement_of(variant), np.random.default_rng(variant.size)
-    picked = GUEST_OBJECTIVE_SOLVERS["flow"].variant(capacity_for(placement))
-    assert picked == variant, f"the capacity picks {picked}, not {variant}"
+    check_picks(GUEST_OBJECTIVE_SOLVERS["flow"], placement, variant)
     topk, counts = make_batch(rng, placement, placement.num_ranks // 2)
     base = torch.from_numpy(rng.integers(0, 300, placement.num_ranks))
     cost = replace(H200, tile=16, push=20_000)

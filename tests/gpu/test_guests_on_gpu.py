@@ -1,5 +1,7 @@
 """Guests on the GPU: those of the CPU's definition, and plans that are exact over them."""
 
+import dataclasses
+
 import numpy as np
 import oracle
 import pytest
@@ -9,6 +11,7 @@ from variants import guest_placement_of
 
 import lplb_ep
 from lplb_ep import Layer, Placement, Planner, Problem, check_plan
+from lplb_ep.cost import H200
 from lplb_ep.planning import reference as cpu
 from lplb_ep.planning.plan import Status
 from lplb_ep.planning.solvers import GUEST_SOLVERS
@@ -94,10 +97,15 @@ def test_a_batch_that_goes_home_has_no_guests():
     assert (planner(topk, counts=counts).guests >= 0).any()
 
 
-def test_a_graph_chooses_anew_in_each_replay():
+@pytest.mark.parametrize(
+    "problem",
+    [Problem(), Problem(objective="auto", cost=dataclasses.replace(H200, tile=16, push=20_000))],
+    ids=["tokens", "auto"],
+)
+def test_a_graph_chooses_anew_in_each_replay(problem):
     rng = np.random.default_rng(2)
     placement = Placement.homes_only(64, 16, 2)
-    layer = Layer(placement, Problem())
+    layer = Layer(placement, problem)
     planner = Planner(layer, rank=5, counts="given", solver="flow")
     batches = [make_batch(rng, placement, 5) for _ in range(6)]
     topk, counts = (x.clone() for x in batches[0])
@@ -113,7 +121,7 @@ def test_a_graph_chooses_anew_in_each_replay():
         eager = planner(one, counts=of_all)
         assert torch.equal(slots, eager.topk_idx)
         assert torch.equal(guests, eager.guests)
-        check_plan(eager, one, placement, 5)
+        check_plan(eager, one, placement, 5, layer.problem)
     planner.raise_errors()
 
 
