@@ -49,6 +49,7 @@ class LineFile:
             raise ValueError(f"path must end in .jsonl; got {os.fspath(path)}")
         now = datetime.datetime.now(datetime.timezone.utc)
         self._run = f"{now:%Y-%m-%dT%H:%M:%SZ} {uuid.uuid4().hex[:8]}"
+        self._begin = now.timestamp() - time.monotonic()  # the machine's clock may be set back
         self._window = Window()
         self._before: collections.Counter[str] = collections.Counter()
         self._waiting: dict[str, LayerStats] = {}
@@ -96,7 +97,7 @@ class LineFile:
         values = {
             "lplb_ep_metrics": VERSION,
             "run": self._run,
-            "time": round(time.time(), 3),
+            "time": round(self._begin + time.monotonic(), 3),
             "before": self._before[stats.layer],
             **{name: getattr(stats, name) for name in FIELDS},
         }

@@ -67,6 +67,19 @@ def run(tmp_path_factory):
     return path, whole
 
 
+def test_times_of_lines_do_not_go_back_with_the_clock(tmp_path, monkeypatch):
+    clock = itertools.count(2e9, -60)
+    monkeypatch.setattr(line_file.time, "time", lambda: next(clock))
+    layer, planner = planner_of("layer")
+    lines = LineFile(tmp_path / "run.jsonl")
+    for _ in range(3):
+        plan(planner, np.random.default_rng(0), 1)
+        lines.add(lines._window.stats([layer], renew_at=1))
+    times = [line.time for line in read_metrics(lines.path).lines]
+    assert len(times) == 3
+    assert times == sorted(times)
+
+
 def test_lines_are_windows_that_add_up_to_the_run(run):
     path, whole = run
     lines = read_metrics(path).lines
