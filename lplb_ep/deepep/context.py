@@ -6,10 +6,11 @@ One buffer serves every layer of a model, and every layer has a placement of its
 from __future__ import annotations
 
 import contextlib
-import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -73,27 +74,41 @@ def use(placement: Layer | Placement, slot: int = 0) -> Iterator[None]:
         _entered.reset(token)
 
 
-def modules_running() -> list[torch.nn.Module]:
-    """The modules whose code runs in this thread, innermost first.
+def modules_running() -> Iterator[torch.nn.Module]:
+    """Yields the modules whose code runs in this thread, innermost first.
 
     These are the `self` of a method, or of a function within one, that has not returned. A backward
     pass is no part of the method that began it. So a checkpoint inside a module is of that module
     in the recompute, too.
     """
-    modules: list[torch.nn.Module] = []
-    frame = inspect.currentframe()
+    last: torch.nn.Module | None = None
+    # One's own frame would hold itself, and with it all below, until garbage is collected.
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") not in _BACKWARD:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module) and not (modules and modules[-1] is owner):
-            modules.append(owner)
+        owner = _self_of(frame)
+        if isinstance(owner, torch.nn.Module) and owner is not last:
+            yield owner
+            last = owner
         frame = frame.f_back
-    return modules
+
+
+def _self_of(frame: FrameType) -> object:
+    """The `self` of a function that runs, if it has one.
+
+    Until Python 3.13 a frame whose locals are read keeps them until its function returns.
+    """
+    code = frame.f_code
+    has_one = "self" in code.co_varnames or "self" in code.co_freevars
+    return frame.f_locals.get("self") if has_one else None
 
 
 def layer_running() -> LayerUse | None:
     """The layer of the innermost attached module whose code runs in this thread."""
-    attached = (_attached.get(module) for module in modules_running())
-    return next((attachments[-1].use for attachments in attached if attachments), None)
+    for module in modules_running():
+        attachments = _attached.get(module)
+        if attachments:
+            return attachments[-1].use
+    return None
 
 
 def layer_in_force(buffer: Any, state: BufferState) -> LayerUse | None:

@@ -7,6 +7,7 @@ force while its forward runs, in a recompute too, whatever ran before.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -61,9 +62,12 @@ class NamedLayers:
         Raises:
             ContractError: as `know`.
         """
-        for module in modules_running()[-1:]:  # the outermost
-            self.know(module)
-        return layer_running()
+        use = layer_running()
+        if use is None:
+            for module in collections.deque(modules_running(), maxlen=1):  # the outermost
+                self.know(module)
+            use = layer_running()
+        return use
 
     def know(self, root: torch.nn.Module) -> None:
         """Attaches the modules below one that begins to run, unless it is known.

@@ -290,7 +290,8 @@ dist.destroy_process_group()
 
 
 MODEL = """
-import json, os, sys, torch, torch.distributed as dist
+import gc, json, os, sys, torch, weakref, torch.distributed as dist
+gc.disable()  # it would hide that something else holds the group
 import torch._dynamo  # as checkpoint does; if it is behind a group, the group outlives its end
 from torch.utils.checkpoint import checkpoint
 from deep_ep import Buffer
@@ -340,7 +341,9 @@ def train():  # its buffer, which holds the group, ends before the group does
         model(torch.randn(T, 8, requires_grad=True), order).sum().backward()
     return [len(rows_of[id(block["moe"])]) for block in model.blocks]
 sys.stdout.write(f"{train()}\\n")
+group = weakref.ref(dist.group.WORLD)
 dist.destroy_process_group()
+assert group() is None  # a thread of a group that is alive may abort the process as it ends
 """
 
 

@@ -1,5 +1,8 @@
 """Placements of a file, each in force while the module of its name runs."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from recording_buffer import OTHER, PLACEMENT, TOPK, E, planned, recorder, slots_seen
@@ -110,6 +113,27 @@ def test_a_recompute_finds_its_module(made, how):
         one.backward()
     right(model)
     assert [len(layer.mlp.seen) for layer in model.layers] == [4, 4, 4]
+
+
+def test_a_recompute_leaves_nothing_to_the_garbage_collector(made):
+    """What its functions held would stay in memory until a collection."""
+    held = []
+
+    class Holds(MoE):
+        def compute(self, x):
+            activation = x + 1
+            held.append(weakref.ref(activation))
+            return super().compute(activation)
+
+    model = Model([Block(Holds(made(), "plain")) for _ in range(3)])
+    gc.collect()
+    gc.disable()
+    try:
+        model(torch.ones((), requires_grad=True)).backward()
+        assert [activation() for activation in held] == [None] * 6
+    finally:
+        gc.enable()
+    right(model)
 
 
 def test_a_backward_pass_is_no_part_of_the_module_that_began_it(made):
