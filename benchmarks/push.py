@@ -176,28 +176,49 @@ def gradients(b: Bench, dtype: torch.dtype) -> dict[str, float]:
 
 
 def beside(b: Bench, num_gemms: int) -> dict[str, float]:
-    """Work on the current stream meanwhile: exposed is what the two take beyond the work alone."""
+    """Work on the current stream meanwhile: exposed is what both take beyond the work alone."""
     rows, inner, columns = GEMM
     x = torch.randn(rows, inner, device="cuda").bfloat16()
     y = torch.randn(inner, columns, device="cuda").bfloat16()
     out = torch.empty(rows, columns, device="cuda", dtype=torch.bfloat16)
+    float32 = {"device": "cuda", "dtype": torch.float32}
+    parts = [torch.ones(NUM_GUESTS, *shape, **float32) for shape in SHAPES.values()]
+    totals = [torch.ones(NUM_HOMES, *shape, **float32) for shape in SHAPES.values()]
 
     def gemms() -> None:
         for _ in range(num_gemms):
             torch.mm(x, y, out=out)
 
-    found = {}
-    for num_blocks in (8, 16):
-        one = b.transport(num_blocks=num_blocks)
-        found["GEMMs alone"] = b.milliseconds(one, gemms)
-
-        def call(one: PeerGuests = one) -> None:
-            one.push(b.layout, b.weights, b.tables[1])
+    def with_gemms(one: PeerGuests, begin: Callable[[PeerGuests], None]) -> Callable[[], None]:
+        def call() -> None:
+            begin(one)
             gemms()
             one.wait()
 
-        found[f"push beside GEMMs, {num_blocks} SMs"] = b.milliseconds(one, call)
-        b.check(one, 1)
+        return call
+
+    def push(one: PeerGuests) -> None:
+        one.push(b.layout, b.weights, b.tables[1])
+
+    def gradients_home(one: PeerGuests) -> None:
+        one.begin_reduce(b.layout, parts, totals, b.tables[2])
+
+    found = {}
+    for num_blocks in (8, 16):
+        one = b.transport(num_blocks=num_blocks)
+        alone = b.milliseconds(one, gemms)
+        found[f"{num_gemms} GEMMs alone"] = alone
+        for name, begin in (("push", push), ("gradients", gradients_home)):
+            for total in totals:
+                total.fill_(1)
+            took = b.milliseconds(one, with_gemms(one, begin))
+            found[f"{num_gemms} GEMMs and {name}, {num_blocks} SMs"] = took
+            found[f"exposed of {name}, {num_blocks} SMs"] = took - alone
+            if name == "push":
+                b.check(one, 1)
+        for total in totals:
+            assert (total == 1 + NUM_WARM + NUM_RUNS).all(), "sums are wrong"
+        dist.barrier(b.group)
     return found
 
 
@@ -205,7 +226,9 @@ def measure(group: dist.ProcessGroup, quick: bool) -> dict[str, float]:
     """Of one rank."""
     torch.cuda.set_device(group.rank() % torch.cuda.device_count())
     b = Bench(group)
-    found = {**copy_engines(b), **pushes(b, quick), **beside(b, 2), **gradients(b, torch.float32)}
+    found = {**copy_engines(b), **pushes(b, quick), **gradients(b, torch.float32)}
+    for num_gemms in (2, 8):
+        found |= beside(b, num_gemms)
     if not quick:
         found |= gradients(b, torch.bfloat16)
     return found
