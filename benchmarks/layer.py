@@ -39,6 +39,7 @@ from lplb_ep.tools import bench
 from lplb_ep.tools.calibrate import calibrate
 from lplb_ep.tools.grouped_gemms import Experts
 from lplb_ep.tools.recordings import load_recording
+from lplb_ep.tools.replay import even_quotas
 from lplb_ep.tools.tables import markdown_table, text_table
 
 Int64 = npt.NDArray[np.int64]
@@ -80,20 +81,12 @@ def slots_of(quota: Int64, placement: Placement) -> Int64:
     return rows.reshape(placement.num_ranks, -1)
 
 
-def even(load: Int64, placement: Placement) -> Int64:
-    """The quotas of an even split over an expert's copies."""
-    here = placement.logical_to_physical >= 0
-    number = here.sum(1, keepdims=True)
-    first = load[:, None] // number + (here.cumsum(1) <= load[:, None] % number)
-    return np.where(here, first, 0)
-
-
 def rows_of(
     load: Int64, placement: Placement, eplb: Placement, cost: CostModel
 ) -> dict[str, Int64]:
     """[R, slots] rows by every way of dividing a load."""
     size, number = placement.num_ranks, placement.num_experts // placement.num_ranks
-    found = {"plain": load.reshape(size, -1), "even": slots_of(even(load, eplb), eplb)}
+    found = {"plain": load.reshape(size, -1), "even": slots_of(even_quotas(load, eplb), eplb)}
     for objective in OBJECTIVES:
         problem = Problem(objective=objective, cost=cost)
         quota = quotas_by_objective(load, placement, problem)

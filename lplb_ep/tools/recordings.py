@@ -115,6 +115,29 @@ class Recording:
         Where the sums are more than a solver takes, they are scaled down: only shares matter."""
         return torch.from_numpy(_whole(self.counts.sum(0).numpy())[0])
 
+    def drawn(self, num_rows: int, seed: int = 0) -> Recording:
+        """Batches of another size: each layer's rows are drawn at random with its batch's shares.
+
+        Cells without tokens stay so.
+
+        Args:
+            num_rows: tokens of all experts together, in each layer of each batch.
+            seed: of the random numbers.
+
+        Raises:
+            ValueError: `num_rows` is not in [1, 2**31 - 1].
+        """
+        if not 1 <= num_rows <= MAX_TOTAL:
+            raise ValueError(f"num_rows must be in [1, {MAX_TOTAL}]; got {num_rows}")
+        rng = np.random.default_rng(seed)
+        counts = self.counts.numpy().astype(np.float64)
+        totals = counts.sum(2, keepdims=True)
+        shares = np.divide(counts, totals, out=counts, where=totals > 0)
+        drawn = rng.multinomial(np.where(totals[..., 0] > 0, num_rows, 0), shares)
+        remark = f"{num_rows} rows are drawn at random for each layer of a batch"
+        remarks = (*self.remarks, remark)
+        return replace(self, counts=torch.from_numpy(drawn), remarks=remarks, scale=1.0)
+
     def check_like(self, other: Recording) -> None:
         """Refuses another model's recording.
 

@@ -1,4 +1,4 @@
-"""Recorded batches on given placements: the imbalance of each layer."""
+"""Recorded batches on given placements: the imbalance of each layer, and what it costs in time."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..cost import CostModel
 from ..placement.table import Placement
 from ..planning import reference as cpu
+from ..planning.guests_by_cost import push_waits
+from ..planning.objectives import rank_costs
 from ..planning.reuse import check_every, reuse
 from ..planning.solve import Solution, rank_load, solve
 from ..problem import Problem
@@ -55,6 +58,9 @@ class Replay:
     """[N, L] int64: the most of these copies that one rank sends."""
     rank_loads: dict[str, torch.Tensor] = field(default_factory=dict)
     """[N, L, R] float64 by "home" and "lp": rank load / mean rank load, NaN where idle."""
+    costs: dict[str, torch.Tensor] = field(default_factory=dict)
+    """[N, L] float64 by the names in `COST_LABELS`: milliseconds of the slowest rank by a cost
+    model, NaN where idle. Empty: there was no cost model."""
 
     @property
     def is_idle(self) -> torch.Tensor:
@@ -63,21 +69,14 @@ class Replay:
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Median, mean and maximum over all cells with tokens, by column."""
-        return {
-            name: {
-                "median": float(np.median(values)),
-                "mean": float(values.mean()),
-                "worst": float(values.max()),
-            }
-            for name, column in self._columns().items()
-            for values in [column[~self.is_idle].numpy()]
-        }
+        return self._summary(self._columns())
 
     def rows(self) -> Iterator[list[Any]]:
         """A table with a head and a row for each cell, as CSV has it: empty where it is idle."""
         columns: dict[str, torch.Tensor] = dict(self._columns())
         if self.guests is not None and self.most_sent is not None:
             columns |= {"guests": self.guests, "most_sent": self.most_sent}
+        columns |= {f"{name}_ms": column for name, column in self.costs.items()}
         yield ["batch", "layer", *columns]
         for batch, layer in np.ndindex(*self.home.shape):
             values = [column[batch, layer].item() for column in columns.values()]
@@ -93,6 +92,9 @@ class Replay:
         found: dict[str, Any] = {"layers": list(self.layers), "imbalance": values}
         found["num_idle"] = int(self.is_idle.sum())
         found["summary"] = self.summary()
+        if self.costs:
+            times = {name: with_gaps(column.tolist()) for name, column in self.costs.items()}
+            found["cost_ms"] = {**times, "summary": self._summary(self.costs)}
         if self.leaves_node is not None:
             found["leaves_node"] = dict(zip(("home", "lp"), self.leaves_node.tolist(), strict=True))
         if self.guests is not None and self.most_sent is not None:
@@ -116,6 +118,36 @@ class Replay:
             columns += [("most by a rank", "{:.1f}", self.most_sent)]
             if expert_bytes is not None:
                 columns += [("GB moved", "{:.2f}", self.guests * (expert_bytes / 1e9))]
+        header, rows = self._lines(columns, by_batch)
+        if self.leaves_node is not None and not by_batch:
+            header += _LEAVES
+            away = self.leaves_node.numpy()
+            ends = [np.median(away, 1), away.mean(1), away.max(1)]
+            for row, shares in zip([*rows[:-4], *rows[-3:]], [*away.T, *ends], strict=True):
+                row += [f"{share:.1%}" for share in shares]
+        return text_table(header, rows)
+
+    def cost_table(self, *, by_batch: bool = False) -> str:
+        """The costs in the same lines, and the time of all layers one after another.
+
+        Args:
+            by_batch: a line for each batch instead (means over the layers).
+        """
+        columns = [(COST_LABELS[name], "{:.3f}", values) for name, values in self.costs.items()]
+        header, rows = self._lines(columns, by_batch)
+        of_batches = (values.nansum(1).mean() for values in self.costs.values())
+        rows.append(["all layers", *(f"{float(total):.3f}" for total in of_batches)])
+        return text_table(header, rows)
+
+    def _lines(
+        self, columns: Sequence[tuple[str, str, torch.Tensor]], by_batch: bool
+    ) -> tuple[list[str], list[list[str]]]:
+        """A head, and a row for each layer or batch and for each summary.
+
+        Args:
+            columns: their labels, formats, and values [N, L].
+            by_batch: whether rows are batches, and not layers.
+        """
         names = range(len(self.home)) if by_batch else self.layers
         idle = self.is_idle.numpy()
         cells = [np.ma.array(column.double().numpy(), mask=idle) for _, _, column in columns]
@@ -132,14 +164,18 @@ class Replay:
             for name, line in lines
         ]
         rows.insert(-3, [])
-        header = ["batch" if by_batch else "layer", *(label for label, _, _ in columns)]
-        if self.leaves_node is not None and not by_batch:
-            header += _LEAVES
-            away = self.leaves_node.numpy()
-            ends = [np.median(away, 1), away.mean(1), away.max(1)]
-            for row, shares in zip([*rows[:-4], *rows[-3:]], [*away.T, *ends], strict=True):
-                row += [f"{share:.1%}" for share in shares]
-        return text_table(header, rows)
+        return ["batch" if by_batch else "layer", *(label for label, _, _ in columns)], rows
+
+    def _summary(self, columns: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+        return {
+            name: {
+                "median": float(np.median(values)),
+                "mean": float(values.mean()),
+                "worst": float(values.max()),
+            }
+            for name, column in columns.items()
+            for values in [column[~self.is_idle].numpy()]
+        }
 
     def _columns(self) -> dict[str, torch.Tensor]:
         every = {name: getattr(self, name) for name in LABELS}
@@ -162,6 +198,13 @@ LABELS = {
     "reused": "quotas reused",
     "bound": "lower bound",
 }
+COST_LABELS = {
+    "home": "home slots",
+    "even": "even split",
+    "lp": "LP",
+    "by_cost": "plan by cost",
+    "bound": "lower bound",
+}
 _LEAVES = ["leave their node: at home", "LP"]
 
 
@@ -173,6 +216,7 @@ def replay(
     guest_tolerance: float | None = None,
     guest_min_tokens: int | None = None,
     every: int = 1,
+    cost: CostModel | None = None,
     progress: Callable[[int, int], None] = lambda done, num_layers: None,
 ) -> Replay:
     """What a recording's batches would have been on these placements.
@@ -182,6 +226,7 @@ def replay(
         placements: one for each of the L layers; E experts each.
         solver, guest_tolerance, guest_min_tokens: as for `solve`.
         every: batches from one whose quotas are reused by those behind it to the next; 1: none are.
+        cost: the cost of rows, for the times of these plans and for plans by it; None: no times.
         progress: is called with the number of layers done, and of all layers.
 
     Returns:
@@ -189,16 +234,14 @@ def replay(
 
     Raises:
         ValueError: the number of placements or of their experts is not the recording's. Or quotas
-            are to be reused on a placement with guest slots.
+            are to be reused on a placement with guest slots. Or there are guest slots, and the cost
+            model has no cost of a push.
     """
-    if len(placements) != len(recording.layers):
-        raise ValueError(
-            f"placements must be one for each of {len(recording.layers)} layers; "
-            f"got {len(placements)}"
-        )
+    _check(recording, placements, every)
     names = [name for name in LABELS if name != "reused" or every > 1]
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     by_rank: dict[str, list[torch.Tensor]] = {"home": [], "lp": []}
+    costs: list[dict[str, torch.Tensor]] = []
     moved: list[torch.Tensor] = []
     leaves: list[list[float]] = []
     rule: dict[str, Any] = {
@@ -206,27 +249,16 @@ def replay(
         "guest_min_tokens": guest_min_tokens,
     }
     for layer, placement in enumerate(placements):
-        check_every(every, placement, Problem())
-        R, E, active = placement.num_ranks, placement.num_experts, placement.active_ranks
-        if recording.num_experts != E:
-            raise ValueError(
-                f"placements must have the recording's {recording.num_experts} experts; got {E}"
-            )
         load = recording.counts[:, layer]
         total = load.sum(1).double()
-        mean = torch.where(total > 0, total / active.size, torch.nan)  # of idle cells there is none
+        # Of idle cells there is no mean.
+        mean = torch.where(total > 0, total / placement.active_ranks.size, torch.nan)
         solution = solve(load, placement, solver, **rule)
         residents = solution
         if placement.num_guests_per_rank:
             residents = solve(load, placement.with_guest_slots(0), solver)
-        slots = np.flatnonzero(placement.physical_to_logical >= 0)
-        in_order = active[np.arange(E) * active.size // E]
         rank_loads = {
-            "in_order": _even_rank_load(load, np.arange(E), in_order, R),
-            "home": _even_rank_load(load, np.arange(E), placement.home_rank, R),
-            "even": _even_rank_load(
-                load, placement.physical_to_logical[slots], slots // placement.num_local_slots, R
-            ),
+            **_without_plan(load, placement),
             "residents": residents.rank_load,
             "lp": solution.rank_load,
             "bound": solution.lower_bound[:, None],
@@ -237,13 +269,18 @@ def replay(
             by_rank[name].append(rank_loads[name] / mean[:, None])
         for name, column in columns.items():
             column.append(rank_loads[name].amax(1) / mean)
+        if cost is not None:
+            by_cost = solve(load, placement, solver, objective="cost", cost=cost, **rule)
+            costs.append(_milliseconds(load, placement, solution, by_cost, cost))
         moved.append(_copies_moved(solution.guests, placement))
-        if placement.num_ranks_per_node < R:
+        if placement.num_ranks_per_node < placement.num_ranks:
             leaves.append(_leave_node(solution, placement))
         progress(layer + 1, len(placements))
     stacked: dict[str, Any] = {name: torch.stack(values, 1) for name, values in columns.items()}
     away = torch.tensor(leaves, dtype=torch.float64).T if leaves else None
     found: dict[str, Any] = {"layers": recording.layers, "leaves_node": away}
+    if costs:
+        found["costs"] = {n: torch.stack([of[n] for of in costs], 1) for n in COST_LABELS}
     if len({placement.num_ranks for placement in placements}) == 1:
         found["rank_loads"] = {name: torch.stack(loads, 1) for name, loads in by_rank.items()}
     if not any(placement.num_guests_per_rank for placement in placements):
@@ -251,6 +288,41 @@ def replay(
         return Replay(**stacked, **found)
     guests, most_sent = torch.stack(moved, 2)
     return Replay(**stacked, **found, guests=guests, most_sent=most_sent)
+
+
+def even_quotas(load: npt.NDArray[np.int64], placement: Placement) -> npt.NDArray[np.int64]:
+    """The quotas [E, C] of a load [E] where an expert's copies get equal parts, rounded."""
+    here = placement.copy_rank >= 0
+    number = here.sum(1, keepdims=True)
+    parts = load[:, None] // number + (here.cumsum(1) <= load[:, None] % number)
+    return np.where(here, parts, 0)
+
+
+def _milliseconds(
+    load: torch.Tensor,
+    placement: Placement,
+    by_tokens: Solution,
+    by_cost: Solution,
+    model: CostModel,
+) -> dict[str, torch.Tensor]:
+    """[N] of the slowest rank, by the names in `COST_LABELS`, of loads [N, E]; NaN where idle."""
+    problem = Problem(objective="cost", cost=model).checked(placement)
+    residents = placement.with_guest_slots(0)
+    found: dict[str, list[int]] = {"home": [], "even": [], "lp": []}
+    for row, quota, guests in zip(load.numpy(), by_tokens.quota, by_tokens.guests, strict=True):
+        home = np.zeros(residents.copy_rank.shape, np.int64)
+        home[:, 0] = row
+        filled = placement.with_guests(guests) if guests.numel() else placement
+        waits = push_waits(guests, placement, problem)
+        for name, costs in (
+            ("home", rank_costs(home, residents, problem)),
+            ("even", rank_costs(even_quotas(row, residents), residents, problem)),
+            ("lp", rank_costs(quota.long().numpy(), filled, problem, waits)),
+        ):
+            found[name].append(int(costs.max()))
+    times = {name: torch.tensor(costs).double() for name, costs in found.items()}
+    times |= {"by_cost": by_cost.reached, "bound": by_cost.lower_bound}
+    return {n: torch.where(load.sum(1) > 0, of / 1e6, torch.nan) for n, of in times.items()}
 
 
 def _reused_rank_load(
@@ -304,6 +376,34 @@ def _leave_node(solution: Solution, placement: Placement) -> list[float]:
         for quota, guests in zip(solution.quota, solution.guests, strict=True)
     ]
     return [at_home, float(torch.tensor(shares).double() @ picks / picks.sum())]
+
+
+def _check(recording: Recording, placements: Sequence[Placement], every: int) -> None:
+    """Refuses what `replay` does."""
+    if len(placements) != len(recording.layers):
+        raise ValueError(
+            f"placements must be one for each of {len(recording.layers)} layers; "
+            f"got {len(placements)}"
+        )
+    for placement in placements:
+        check_every(every, placement, Problem())
+        if recording.num_experts != placement.num_experts:
+            raise ValueError(
+                f"placements must have the recording's {recording.num_experts} experts; got "
+                f"{placement.num_experts}"
+            )
+
+
+def _without_plan(load: torch.Tensor, placement: Placement) -> dict[str, torch.Tensor]:
+    """[N, R] float64 rank loads: experts in order, at home, and split evenly."""
+    E, R, active = placement.num_experts, placement.num_ranks, placement.active_ranks
+    slots = np.flatnonzero(placement.physical_to_logical >= 0)
+    in_slots, ranks = placement.physical_to_logical[slots], slots // placement.num_local_slots
+    return {
+        "in_order": _even_rank_load(load, np.arange(E), active[np.arange(E) * active.size // E], R),
+        "home": _even_rank_load(load, np.arange(E), placement.home_rank, R),
+        "even": _even_rank_load(load, in_slots, ranks, R),
+    }
 
 
 def _even_rank_load(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lplb_ep import Placement
+from lplb_ep.cost import CostModel
 from lplb_ep.placement.layer_files import load_placements, placements_of_modules
 from lplb_ep.tools import cli
 from lplb_ep.tools.recordings import load_recording
@@ -71,6 +72,37 @@ def test_replay_with_quotas_that_batches_share(tmp_path, capsys, fails):
     says = fails(*argv, "--every", 2, "--guests", 1)
     assert "--every (LPLB_EP_EVERY) does not go with guest slots" in says
     assert "--every must be a whole number in [1, 2**31); got 0" in fails(*argv, "--every", 0)
+
+
+def test_replay_in_time(recording, tmp_path, capsys, fails):
+    path, _ = recording
+    model = CostModel("mine", 16, (9_000,), 2_000, 4_000, about="a test")
+    model.save(tmp_path / "cost.json")
+    argv = ["replay", path, "--key", "new", "--ranks", 8]
+    eplb = ["--placement", "eplb", "--redundant", 2]
+    files = ["--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv"]
+    options = [*eplb, *files, "--rows-per-rank", 100, "--cost", tmp_path / "cost.json"]
+    assert cli.main([str(a) for a in (*argv, *options)]) == 0
+    out = capsys.readouterr().out
+    assert "800 rows are drawn at random for each layer of a batch" in out
+    assert "model      mine: a test\n" in out
+    told = json.loads((tmp_path / "out.json").read_text())["cost_ms"]
+    assert np.less_equal(told["by_cost"], told["lp"]).all()
+    head, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
+    assert [float(row[head.index("by_cost_ms")]) for row in rows] == told["by_cost"][0]
+
+    assert cli.main([str(a) for a in (*argv, "--guests", 1, "--cost", "h200")]) == 0
+    assert "experts, its wait for guests included" in capsys.readouterr().out
+    says = fails(*argv, "--guests", 1, "--cost", tmp_path / "cost.json")
+    assert "the cost model 'mine' has no `push`" in says
+    assert "cost.json: No such file" in fails(*argv, *eplb, "--cost", "cost.json")
+    for option in (["--cost", "h200"], ["--rows-per-rank", 9]):
+        says = fails(*argv, *eplb, *option, "--refresh", 2)
+        assert says.endswith(f"{option[0]} does not go with --refresh")
+    says = fails(*argv, *eplb, "--rows-per-rank", 0)
+    assert "--rows-per-rank times the ranks that take part must be in [1, " in says
+    says = fails(*argv, *options, "--json", tmp_path / "cost.json")
+    assert "would replace the file of --cost" in says
 
 
 def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):

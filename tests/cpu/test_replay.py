@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from lplb_ep import MissingPackageError, Placement, Settings, solve
+from lplb_ep.cost import H200, CostModel
 from lplb_ep.tools.plots import plot_placement, plot_replay, plot_training
 from lplb_ep.tools.recordings import Recording
-from lplb_ep.tools.replay import leaves_node, replay
+from lplb_ep.tools.replay import COST_LABELS, leaves_node, replay
 from lplb_ep.tools.tables import text_table
 from lplb_ep.tools.timeline import replay_over_time
 
@@ -283,3 +284,56 @@ def test_quotas_that_are_reused_cost_balance():
     assert late.reused[:2].equal(result.reused[:2])
     with pytest.raises(ValueError, match=r"every .* does not go with guest slots"):
         replay(recording, [Placement.homes_only(4, 2, 1)], every=2)
+
+
+def test_costs_by_hand():
+    """A slot costs 5 us, and 1 more for each further row; a rank 2, and a guest's push 3."""
+    cost = CostModel("a test", 1, (5_000,), 1_000, 2_000, push=3_000)
+    loads = Recording.of(torch.tensor([[[6, 2, 3, 1]], [[2, 0, 0, 2]]]), "a test")
+    found = replay(loads, [Placement([0, 1, -1, 2, 3, 0], 2)], cost=cost).costs
+    microseconds = {name: (1e3 * of).flatten().round().tolist() for name, of in found.items()}
+    # At home 10 + 6 and 7 + 5. Evenly expert 0 has 3 on each rank: 7 + 6, and 7 + 7 + 5.
+    assert microseconds["home"] == [18, 8]
+    assert microseconds["even"] == [21, 13]
+    assert microseconds["lp"] == [20, 8]  # 4 and 2 of expert 0: 8 + 6, and 6 + 7 + 5
+    assert microseconds["by_cost"] == [18, 8]
+    # One guest on rank 1 takes half of expert 0 off rank 0, and both wait for its push.
+    with_guest = Placement([0, 1, -1, 2, 3, -1], 2, num_guests_per_rank=1)
+    found = replay(loads, [with_guest], cost=cost, guest_min_tokens=1).costs
+    assert (1e3 * found["home"][0]).round().item() == 18
+    assert (1e3 * found["lp"][0]).round().item() == 23
+
+
+def test_costs_keep_their_order_and_idle_cells_have_none():
+    rng = np.random.default_rng(2)
+    counts = torch.from_numpy(rng.lognormal(5, 1, (3, 2, 16)).astype(np.int64))
+    counts[1, 0] = 0
+    placement = Placement.from_history(counts.sum((0, 1)), num_ranks=4, num_redundant_per_rank=1)
+    result = replay(Recording.of(counts, "a test"), [placement] * 2, cost=H200)
+    assert [*result.costs] == [*COST_LABELS]
+    at = {name: of[~result.is_idle] for name, of in result.costs.items()}
+    assert (at["by_cost"] <= torch.minimum(at["home"], at["lp"])).all()
+    assert (at["bound"] <= at["by_cost"]).all()
+    assert all(of.isnan().equal(result.is_idle) for of in result.costs.values())
+    told = json.loads(json.dumps(result.to_json(), allow_nan=False))["cost_ms"]
+    assert told["home"][1][0] is None
+    assert told["summary"]["home"]["worst"] == at["home"].max()
+    *_, worst, total = result.cost_table().splitlines()
+    assert worst.split()[1] == f"{at['home'].max():.3f}"
+    assert total.split()[2] == f"{at['home'].sum() / 3:.3f}"
+    head, *rows = result.rows()
+    assert head[-5:] == ["home_ms", "even_ms", "lp_ms", "by_cost_ms", "bound_ms"]
+    assert rows[2][-5:] == [None] * 5
+
+
+def test_batches_of_another_size_are_drawn():
+    counts = torch.tensor([[[900, 100, 0], [0, 0, 0]], [[10, 10, 20], [1, 0, 0]]])
+    recording = Recording.of(counts, "a test")
+    drawn = recording.drawn(5000)
+    assert drawn.counts.sum(2).tolist() == [[5000, 0], [5000, 5000]]
+    assert drawn.counts[0, 0, 0].item() == pytest.approx(4500, rel=0.02)
+    assert drawn.counts[0, 0, 2] == 0
+    assert drawn.counts.equal(recording.drawn(5000).counts)
+    assert not drawn.counts.equal(recording.drawn(5000, seed=1).counts)
+    with pytest.raises(ValueError, match=r"num_rows must be in \[1, "):
+        recording.drawn(0)

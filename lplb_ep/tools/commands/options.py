@@ -144,7 +144,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 def _inputs(args: argparse.Namespace) -> dict[str, str]:
     """The files that a command reads, and their options. `place` may replace that of --start."""
     found = {}
-    for name in ("file", "placement", "learn_from", "then"):
+    for name in ("file", "placement", "learn_from", "then", "cost"):
         said = getattr(args, name, None) or []
         for text in [said] if isinstance(said, str) else said:
             option = "the recording" if name == "file" else f"--{name.replace('_', '-')}"

@@ -30,6 +30,7 @@ from .placed import (
 )
 
 if TYPE_CHECKING:
+    from ...cost import CostModel
     from ...placement.table import Placement
     from ..recordings import Recording
 
@@ -53,6 +54,17 @@ def add(commands: Any) -> None:
         default=1,
         metavar="N",
         help="also with quotas that N batches share, as LPLB_EP_EVERY=N has them; 1: without",
+    )
+    replay.add_argument(
+        "--cost",
+        metavar="FILE",
+        help="also the time of the slowest rank, and plans by cost: a file of calibrate, or h200",
+    )
+    replay.add_argument(
+        "--rows-per-rank",
+        type=int,
+        metavar="N",
+        help="draw each batch anew, with N rows a rank in the mean; default: as recorded",
     )
     add_outputs(replay, "the layers' imbalance, or with --refresh that over time")
     _add_over_time(replay)
@@ -89,7 +101,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_outputs(args)
         _check_over_time(args)
         check_least(args, "expert_bytes")
-        rule = guest_rule(args)
+        rule, cost = guest_rule(args), _cost_model(args.cost)
         from ..replay import replay
 
         recording, learned = recordings_of(args)
@@ -97,9 +109,14 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         check_guest_options(args, placements)
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
+        if args.rows_per_rank is not None:
+            with as_typed({"num_rows": "--rows-per-rank times the ranks that take part"}):
+                recording = recording.drawn(args.rows_per_rank * placements[0].active_ranks.size)
         with as_typed({"every": "--every"}):
             progress = Progress("replaying")
-            result = replay(recording, placements, every=args.every, progress=progress, **rule)
+            result = replay(
+                recording, placements, every=args.every, cost=cost, progress=progress, **rule
+            )
 
         num_batches, num_layers, _ = recording.counts.shape
         about = about_placements(args, learned, placements)
@@ -124,7 +141,21 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             print(f"reused     one in {args.every} batches is solved, the others reuse its quotas")
         print()
         print(result.table(args.expert_bytes, by_batch=args.by_batch))
+        if cost is not None:
+            waits = ", its wait for guests included" if result.guests is not None else ""
+            print(f"\ntime       ms of the slowest rank's experts{waits}")
+            print(f"model      {cost.name}{f': {cost.about}' if cost.about else ''}\n")
+            print(result.cost_table(by_batch=args.by_batch))
     return 0
+
+
+def _cost_model(request: str | None) -> CostModel | None:
+    """That of `--cost`: the built-in one by its name, or a file."""
+    from ...cost import H200, CostModel
+
+    if request is None:
+        return None
+    return H200 if request == H200.name else CostModel.load(request)
 
 
 def _check_over_time(args: argparse.Namespace) -> None:
@@ -141,8 +172,9 @@ def _check_over_time(args: argparse.Namespace) -> None:
     _refresh_settings(args)
     if args.by_batch:
         raise ValueError("--by-batch does not go with --refresh")
-    if args.every != 1:
-        raise ValueError("--every does not go with --refresh")
+    for name, usual in (("every", 1), ("cost", None), ("rows_per_rank", None)):
+        if getattr(args, name) != usual:
+            raise ValueError(f"--{name.replace('_', '-')} does not go with --refresh")
 
 
 def _refresh_settings(args: argparse.Namespace) -> Settings:
