@@ -203,17 +203,16 @@ def beside(b: Bench, num_gemms: int) -> dict[str, float]:
     def gradients_home(one: PeerGuests) -> None:
         one.begin_reduce(b.layout, parts, totals, b.tables[2])
 
-    found = {}
+    alone = b.milliseconds(b.transport(), gemms)
+    found = {f"{num_gemms} GEMMs alone": alone}
     for num_blocks in (8, 16):
         one = b.transport(num_blocks=num_blocks)
-        alone = b.milliseconds(one, gemms)
-        found[f"{num_gemms} GEMMs alone"] = alone
+        for total in totals:
+            total.fill_(1)
         for name, begin in (("push", push), ("gradients", gradients_home)):
-            for total in totals:
-                total.fill_(1)
             took = b.milliseconds(one, with_gemms(one, begin))
-            found[f"{num_gemms} GEMMs and {name}, {num_blocks} SMs"] = took
-            found[f"exposed of {name}, {num_blocks} SMs"] = took - alone
+            what = f"{num_gemms} GEMMs and {name}, {num_blocks} SMs"
+            found |= {what: took, f"exposed, {what}": took - alone}
             if name == "push":
                 b.check(one, 1)
         for total in totals:

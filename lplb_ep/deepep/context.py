@@ -98,8 +98,8 @@ def _self_of(frame: FrameType) -> object:
     Until Python 3.13 a frame whose locals are read keeps them until its function returns.
     """
     code = frame.f_code
-    has_one = "self" in code.co_varnames or "self" in code.co_freevars
-    return frame.f_locals.get("self") if has_one else None
+    names = (*code.co_varnames, *code.co_cellvars, *code.co_freevars)
+    return frame.f_locals.get("self") if "self" in names else None
 
 
 def layer_running() -> LayerUse | None:

@@ -234,10 +234,10 @@ def replay(
 
     Raises:
         ValueError: the number of placements or of their experts is not the recording's. Or quotas
-            are to be reused on a placement with guest slots. Or there are guest slots, and the cost
-            model has no cost of a push.
+            are to be reused on a placement with guest slots. Or there is a cost model, and counts
+            are scaled, or there are guest slots and it has no cost of a push.
     """
-    _check(recording, placements, every)
+    _check(recording, placements, every, cost)
     names = [name for name in LABELS if name != "reused" or every > 1]
     columns: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     by_rank: dict[str, list[torch.Tensor]] = {"home": [], "lp": []}
@@ -291,8 +291,8 @@ def replay(
 
 
 def even_quotas(load: npt.NDArray[np.int64], placement: Placement) -> npt.NDArray[np.int64]:
-    """The quotas [E, C] of a load [E] where an expert's copies get equal parts, rounded."""
-    here = placement.copy_rank >= 0
+    """The quotas [E, C] of a load [E] where an expert's slots get equal parts, rounded."""
+    here = placement.logical_to_physical >= 0
     number = here.sum(1, keepdims=True)
     parts = load[:, None] // number + (here.cumsum(1) <= load[:, None] % number)
     return np.where(here, parts, 0)
@@ -308,15 +308,16 @@ def _milliseconds(
     """[N] of the slowest rank, by the names in `COST_LABELS`, of loads [N, E]; NaN where idle."""
     problem = Problem(objective="cost", cost=model).checked(placement)
     residents = placement.with_guest_slots(0)
+    at = residents.logical_to_physical >= 0
+    ranks = residents.logical_to_physical[at] // residents.num_local_slots
     found: dict[str, list[int]] = {"home": [], "even": [], "lp": []}
     for row, quota, guests in zip(load.numpy(), by_tokens.quota, by_tokens.guests, strict=True):
-        home = np.zeros(residents.copy_rank.shape, np.int64)
-        home[:, 0] = row
         filled = placement.with_guests(guests) if guests.numel() else placement
         waits = push_waits(guests, placement, problem)
+        even = model.of_slots(even_quotas(row, residents)[at])
         for name, costs in (
-            ("home", rank_costs(home, residents, problem)),
-            ("even", rank_costs(even_quotas(row, residents), residents, problem)),
+            ("home", model.fixed + np.bincount(placement.home_rank, model.of_slots(row))),
+            ("even", model.fixed + np.bincount(ranks, even)),
             ("lp", rank_costs(quota.long().numpy(), filled, problem, waits)),
         ):
             found[name].append(int(costs.max()))
@@ -378,8 +379,15 @@ def _leave_node(solution: Solution, placement: Placement) -> list[float]:
     return [at_home, float(torch.tensor(shares).double() @ picks / picks.sum())]
 
 
-def _check(recording: Recording, placements: Sequence[Placement], every: int) -> None:
+def _check(
+    recording: Recording, placements: Sequence[Placement], every: int, cost: CostModel | None
+) -> None:
     """Refuses what `replay` does."""
+    if cost is not None and recording.scale != 1:
+        raise ValueError(
+            f"counts are scaled by {recording.scale:.6g}, so their times say nothing; draw batches "
+            "of a size with Recording.drawn"
+        )
     if len(placements) != len(recording.layers):
         raise ValueError(
             f"placements must be one for each of {len(recording.layers)} layers; "

@@ -96,6 +96,10 @@ def test_replay_in_time(recording, tmp_path, capsys, fails):
     says = fails(*argv, "--guests", 1, "--cost", tmp_path / "cost.json")
     assert "the cost model 'mine' has no `push`" in says
     assert "cost.json: No such file" in fails(*argv, *eplb, "--cost", "cost.json")
+    assert "--cost must be a file of calibrate, or h200; got ''" in fails(*argv, *eplb, "--cost=")
+    np.save(tmp_path / "means.npy", np.full((2, 16), 0.5))
+    says = fails("replay", tmp_path / "means.npy", "--ranks", 8, *eplb, "--cost", "h200")
+    assert says.endswith("draw batches of a size with --rows-per-rank")
     for option in (["--cost", "h200"], ["--rows-per-rank", 9]):
         says = fails(*argv, *eplb, *option, "--refresh", 2)
         assert says.endswith(f"{option[0]} does not go with --refresh")

@@ -304,6 +304,23 @@ def test_costs_by_hand():
     assert (1e3 * found["lp"][0]).round().item() == 23
 
 
+def test_the_even_split_has_a_part_for_each_slot_in_tokens_and_in_time():
+    """Expert 0 has two slots on rank 0 and one on rank 1, with 3 rows each."""
+    cost = CostModel("a test", 1, (5_000,), 1_000, 2_000)
+    loads = Recording.of(torch.tensor([[[9, 1, 1, 1]]]), "a test")
+    result = replay(loads, [Placement([0, 1, 0, 0, 2, 3], 2)], cost=cost)
+    assert result.even.item() == pytest.approx(7 / 6)
+    assert result.costs["even"].item() == pytest.approx(0.021)  # 2, and 7 + 5 + 7
+
+
+def test_scaled_counts_have_no_times():
+    means = Recording.of(torch.tensor([[[0.5, 0.25]]]), "means")
+    placements = [Placement([0, 1], 2)]
+    with pytest.raises(ValueError, match=r"counts are scaled by .* Recording\.drawn"):
+        replay(means, placements, cost=H200)
+    assert replay(means.drawn(9), placements, cost=H200).costs["home"].item() > 0
+
+
 def test_costs_keep_their_order_and_idle_cells_have_none():
     rng = np.random.default_rng(2)
     counts = torch.from_numpy(rng.lognormal(5, 1, (3, 2, 16)).astype(np.int64))

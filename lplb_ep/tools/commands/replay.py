@@ -112,7 +112,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         if args.rows_per_rank is not None:
             with as_typed({"num_rows": "--rows-per-rank times the ranks that take part"}):
                 recording = recording.drawn(args.rows_per_rank * placements[0].active_ranks.size)
-        with as_typed({"every": "--every"}):
+        with as_typed({"every": "--every", "Recording.drawn": "--rows-per-rank"}):
             progress = Progress("replaying")
             result = replay(
                 recording, placements, every=args.every, cost=cost, progress=progress, **rule
@@ -155,6 +155,8 @@ def _cost_model(request: str | None) -> CostModel | None:
 
     if request is None:
         return None
+    if not request:
+        raise ValueError(f"--cost must be a file of calibrate, or {H200.name}; got ''")
     return H200 if request == H200.name else CostModel.load(request)
 
 

@@ -115,6 +115,29 @@ def test_a_recompute_finds_its_module(made, how):
     assert [len(layer.mlp.seen) for layer in model.layers] == [4, 4, 4]
 
 
+def test_a_recompute_finds_the_self_that_is_no_parameter(made):
+    """As in a method that takes any arguments, and that a function within it needs, too."""
+
+    class Packed(MoE):
+        def compute(*args):
+            self, x = args
+
+            def slots():
+                return slots_seen(self.drop_in).clone()
+
+            self.drop_in.get_dispatch_layout(TOPK, E)
+            self.seen.append(slots())
+            return x * self.weight
+
+        def forward(self, x):
+            return checkpoint(Packed.compute, self, x, use_reentrant=False)
+
+    model = Model([Block(Packed(made())) for _ in range(3)])
+    model(torch.ones((), requires_grad=True)).backward()
+    right(model)
+    assert [len(layer.mlp.seen) for layer in model.layers] == [2, 2, 2]
+
+
 def test_a_recompute_leaves_nothing_to_the_garbage_collector(made):
     """What its functions held would stay in memory until a collection."""
     held = []
