@@ -38,8 +38,8 @@ from lplb_ep.settings import OBJECTIVES
 from lplb_ep.tools import bench
 from lplb_ep.tools.calibrate import calibrate
 from lplb_ep.tools.grouped_gemms import Experts
+from lplb_ep.tools.plan_times import even_quotas
 from lplb_ep.tools.recordings import load_recording
-from lplb_ep.tools.replay import even_quotas
 from lplb_ep.tools.tables import markdown_table, text_table
 
 Int64 = npt.NDArray[np.int64]

@@ -158,6 +158,7 @@ LAYERS = [
     "tools.routed_ids",
     "tools.recordings",
     "tools.sample",
+    "tools.plan_times",
     "tools.replay",
     "tools.timeline",
     "tools.metric_lines",

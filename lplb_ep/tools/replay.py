@@ -1,4 +1,4 @@
-"""Recorded batches on given placements: the imbalance of each layer, and what it costs in time."""
+"""Recorded batches on given placements: the imbalance of each layer, and times by a cost model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ import torch
 from ..cost import CostModel
 from ..placement.table import Placement
 from ..planning import reference as cpu
-from ..planning.guests_by_cost import push_waits
-from ..planning.objectives import rank_costs
 from ..planning.reuse import check_every, reuse
 from ..planning.solve import Solution, rank_load, solve
 from ..problem import Problem
+from .plan_times import COST_LABELS, milliseconds
 from .recordings import Recording
 from .tables import text_table
 
@@ -198,13 +197,6 @@ LABELS = {
     "reused": "quotas reused",
     "bound": "lower bound",
 }
-COST_LABELS = {
-    "home": "home slots",
-    "even": "even split",
-    "lp": "LP",
-    "by_cost": "plan by cost",
-    "bound": "lower bound",
-}
 _LEAVES = ["leave their node: at home", "LP"]
 
 
@@ -271,7 +263,7 @@ def replay(
             column.append(rank_loads[name].amax(1) / mean)
         if cost is not None:
             by_cost = solve(load, placement, solver, objective="cost", cost=cost, **rule)
-            costs.append(_milliseconds(load, placement, solution, by_cost, cost))
+            costs.append(milliseconds(load, placement, solution, by_cost, cost))
         moved.append(_copies_moved(solution.guests, placement))
         if placement.num_ranks_per_node < placement.num_ranks:
             leaves.append(_leave_node(solution, placement))
@@ -288,42 +280,6 @@ def replay(
         return Replay(**stacked, **found)
     guests, most_sent = torch.stack(moved, 2)
     return Replay(**stacked, **found, guests=guests, most_sent=most_sent)
-
-
-def even_quotas(load: npt.NDArray[np.int64], placement: Placement) -> npt.NDArray[np.int64]:
-    """The quotas [E, C] of a load [E] where an expert's slots get equal parts, rounded."""
-    here = placement.logical_to_physical >= 0
-    number = here.sum(1, keepdims=True)
-    parts = load[:, None] // number + (here.cumsum(1) <= load[:, None] % number)
-    return np.where(here, parts, 0)
-
-
-def _milliseconds(
-    load: torch.Tensor,
-    placement: Placement,
-    by_tokens: Solution,
-    by_cost: Solution,
-    model: CostModel,
-) -> dict[str, torch.Tensor]:
-    """[N] of the slowest rank, by the names in `COST_LABELS`, of loads [N, E]; NaN where idle."""
-    problem = Problem(objective="cost", cost=model).checked(placement)
-    residents = placement.with_guest_slots(0)
-    at = residents.logical_to_physical >= 0
-    ranks = residents.logical_to_physical[at] // residents.num_local_slots
-    found: dict[str, list[int]] = {"home": [], "even": [], "lp": []}
-    for row, quota, guests in zip(load.numpy(), by_tokens.quota, by_tokens.guests, strict=True):
-        filled = placement.with_guests(guests) if guests.numel() else placement
-        waits = push_waits(guests, placement, problem)
-        even = model.of_slots(even_quotas(row, residents)[at])
-        for name, costs in (
-            ("home", model.fixed + np.bincount(placement.home_rank, model.of_slots(row))),
-            ("even", model.fixed + np.bincount(ranks, even)),
-            ("lp", rank_costs(quota.long().numpy(), filled, problem, waits)),
-        ):
-            found[name].append(int(costs.max()))
-    times = {name: torch.tensor(costs).double() for name, costs in found.items()}
-    times |= {"by_cost": by_cost.reached, "bound": by_cost.lower_bound}
-    return {n: torch.where(load.sum(1) > 0, of / 1e6, torch.nan) for n, of in times.items()}
 
 
 def _reused_rank_load(

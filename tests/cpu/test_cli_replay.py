@@ -86,7 +86,10 @@ def test_replay_in_time(recording, tmp_path, capsys, fails):
     out = capsys.readouterr().out
     assert "800 rows are drawn at random for each layer of a batch" in out
     assert "model      mine: a test\n" in out
-    told = json.loads((tmp_path / "out.json").read_text())["cost_ms"]
+    assert "placement  eplb, 8 ranks, 32 slots for 16 experts, batches of 100 rows a rank\n" in out
+    told = json.loads((tmp_path / "out.json").read_text())
+    assert (told["cost_model"], told["rows_per_rank"]) == ("mine", 100)
+    told = told["cost_ms"]
     assert np.less_equal(told["by_cost"], told["lp"]).all()
     head, *rows = csv.reader((tmp_path / "out.csv").read_text().splitlines())
     assert [float(row[head.index("by_cost_ms")]) for row in rows] == told["by_cost"][0]

@@ -8,9 +8,10 @@ import torch
 
 from lplb_ep import MissingPackageError, Placement, Settings, solve
 from lplb_ep.cost import H200, CostModel
+from lplb_ep.tools.plan_times import COST_LABELS
 from lplb_ep.tools.plots import plot_placement, plot_replay, plot_training
 from lplb_ep.tools.recordings import Recording
-from lplb_ep.tools.replay import COST_LABELS, leaves_node, replay
+from lplb_ep.tools.replay import leaves_node, replay
 from lplb_ep.tools.tables import text_table
 from lplb_ep.tools.timeline import replay_over_time
 

@@ -110,8 +110,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         if args.refresh is not None:
             return _replay_over_time(args, recording, learned, placements)
         if args.rows_per_rank is not None:
-            with as_typed({"num_rows": "--rows-per-rank times the ranks that take part"}):
-                recording = recording.drawn(args.rows_per_rank * placements[0].active_ranks.size)
+            recording = _drawn(recording, placements, args.rows_per_rank)
         with as_typed({"every": "--every", "Recording.drawn": "--rows-per-rank"}):
             progress = Progress("replaying")
             result = replay(
@@ -123,6 +122,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
         where = in_words(args, about, recording)
         if args.learn_from is not None:
             where += f", learned from {learned.source}"
+        if args.rows_per_rank is not None:
+            where += f", batches of {args.rows_per_rank} rows a rank"
+        about |= {"rows_per_rank": args.rows_per_rank, "cost_model": cost and cost.name}
         told = {"recording": recording.source, **about, **result.to_json(args.expert_bytes)}
         write_json(args.json, told)
         write_csv(args.csv, result.rows())
@@ -147,6 +149,15 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             print(f"model      {cost.name}{f': {cost.about}' if cost.about else ''}\n")
             print(result.cost_table(by_batch=args.by_batch))
     return 0
+
+
+def _drawn(recording: Recording, placements: Sequence[Placement], num_rows: int) -> Recording:
+    """Batches of the size that `--rows-per-rank` says."""
+    sizes = {placement.active_ranks.size for placement in placements}
+    if len(sizes) > 1:
+        raise ValueError("--rows-per-rank needs placements of equally many ranks")
+    with as_typed({"num_rows": "--rows-per-rank times the ranks that take part"}):
+        return recording.drawn(num_rows * sizes.pop())
 
 
 def _cost_model(request: str | None) -> CostModel | None:
