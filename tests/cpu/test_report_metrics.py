@@ -80,6 +80,18 @@ def test_times_of_lines_do_not_go_back_with_the_clock(tmp_path, monkeypatch):
     assert times == sorted(times)
 
 
+def test_times_of_a_page_do_not_go_back_where_a_layer_lags(run, tmp_path):
+    """The second layer's last batches come behind further ones of the first."""
+    lines = [json.loads(line) for line in run[0].read_text().splitlines()]
+    spread = [json.dumps({**line, "time": 10.0 * (i + 1)}) for i, line in enumerate(lines)]
+    path = tmp_path / "run.jsonl"
+    path.write_text("\n".join(spread) + "\n")
+    times = content_of(page_of_metrics(read_metrics(path)))["times"]
+    assert len(lines) == 11
+    assert times[-2:] == [110.0, 110.0]  # lines 11, of the second layer, and 10
+    assert times == sorted(times)
+
+
 def test_lines_are_windows_that_add_up_to_the_run(run):
     path, whole = run
     lines = read_metrics(path).lines
