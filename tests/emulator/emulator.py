@@ -7,6 +7,7 @@ blocks and ranks. `device.cpp` is what they call, `copies.cpp` has their bulk co
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -14,12 +15,13 @@ import re
 import struct
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from lplb_ep.comm.copies import BARRIER
 from lplb_ep.gpu.jit import KERNELS, Program
@@ -308,6 +310,23 @@ class Memory:
         if message is not None:
             libraries = {one.keeps[0] for stream in streams for one in stream if one.made.entry}
             raise EmulationError(_with_lines(message.decode(), at.value, libraries))
+
+
+def register_tensors(objects: Iterable[object]) -> None:
+    """Lets kernels access the memory of the tensors among some objects.
+
+    A tensor without a storage is left out: a sparse one, or one that was cleared as garbage while
+    something still refers to it.
+    """
+    storages = {}
+    for one in objects:
+        if type(one) is torch.Tensor:
+            with contextlib.suppress(NotImplementedError):
+                storage = one.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+    for address, size in storages.items():
+        if size:
+            runtime().emulator_register(ctypes.c_void_p(address), ctypes.c_size_t(size), 1)
 
 
 def _with_lines(message: str, at: int | None, libraries: set[Library]) -> str:

@@ -82,13 +82,7 @@ class Driver:
         *_, num_shared_bytes, stream, arguments, _extra = rest
         assert stream == Torch.STREAM
         kernel, memory = self._kernels[function - 1], emulator.Memory()
-        storages = {
-            storage.data_ptr(): storage.nbytes()
-            for one in (*self._older, *gc.get_objects())
-            if type(one) is torch.Tensor and (storage := one.untyped_storage()).nbytes()
-        }
-        for address, size in storages.items():
-            emulator.runtime().emulator_register(ctypes.c_void_p(address), ctypes.c_size_t(size), 1)
+        emulator.register_tensors((*self._older, *gc.get_objects()))
         module = ctypes.pointer(kernel.library.module)
         made = emulator._Operation(kernel.entry, module, arguments, (x, y), threads)
         made.num_shared_bytes, made.cluster = num_shared_bytes, kernel.cluster
@@ -671,6 +665,15 @@ def test_no_graph_captures_what_lies_on_the_cpu(make, monkeypatch):
         given(on_gpu, counts=counts)
     with pytest.raises(ContractError, match="topk_idx lies on the CPU"):
         given(counts, counts=on_gpu)
+
+
+def test_tensors_without_a_storage_are_no_memory_of_kernels(make):
+    sparse = torch.eye(2).to_sparse()
+    with pytest.raises(NotImplementedError):
+        sparse.untyped_storage()
+    given = make(TWO)
+    given(torch.tensor([[0, 1]]), counts=torch.tensor([[0, 0, 0, 0], [1, 1, 0, 0]]))
+    assert given.num_batches == {Status.OPTIMAL: 1}
 
 
 def test_batches_that_grow_leave_little_behind(make):

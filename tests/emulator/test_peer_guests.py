@@ -73,13 +73,7 @@ class Driver:
     def run(self, order):
         """Runs what was kept. Kernels may access the tensors that live now."""
         memory = emulator.Memory()
-        storages = {
-            storage.data_ptr(): storage.nbytes()
-            for one in gc.get_objects()
-            if type(one) is torch.Tensor and (storage := one.untyped_storage()).nbytes()
-        }
-        for address, size in storages.items():
-            emulator.runtime().emulator_register(ctypes.c_void_p(address), ctypes.c_size_t(size), 1)
+        emulator.register_tensors(gc.get_objects())
         streams, self.operations = self.operations, {}
         memory.run(*streams.values(), order=order)
 
