@@ -66,10 +66,10 @@ FIGURES = {
         (2, 240, "layers-shifted", f"python benchmarks/whole_layer.py {LOADS} --shift"),
         (2, 240, "pairs-tokens", PAIRS),
         (2, 240, "pairs-auto", f"env LPLB_EP_OBJECTIVE=auto {PAIRS}"),
-        (2, 300, "megatron", f"{MEGATRON} --layers 2 --sequences 60"),
-        (2, 300, "megatron-one-layer", f"{MEGATRON} --layers 1 --sequences 120"),
-        (2, 420, "torchtitan", f"{TITAN} --runs plain,balanced,forced,reseeded"),
-        (2, 300, "torchtitan-replicas", f"{TITAN} --runs plain,balanced --replicas 2"),
+        (2, 600, "megatron", f"{MEGATRON} --layers 2 --sequences 60"),
+        (2, 600, "megatron-one-layer", f"{MEGATRON} --layers 1 --sequences 120"),
+        (2, 600, "torchtitan", f"{TITAN} --runs plain,balanced,forced,reseeded"),
+        (2, 420, "torchtitan-replicas", f"{TITAN} --runs plain,balanced --replicas 2"),
     )
 }
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, command: str, path: Path, seconds: float) -> bool:
-    """Runs one, all of whose processes end with it; returns whether it ended well."""
+    """Runs one figure, and ends all of its processes; returns whether it ended well."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     start = time.monotonic()
     with path.open("w", encoding="utf-8") as out:

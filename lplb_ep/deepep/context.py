@@ -82,7 +82,8 @@ def modules_running() -> Iterator[torch.nn.Module]:
     in the recompute, too.
     """
     last: torch.nn.Module | None = None
-    # One's own frame would hold itself, and with it all below, until garbage is collected.
+    # This frame is left out: its locals, once read, would hold the frame itself. Only the garbage
+    # collector would then free it and its callers.
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") not in _BACKWARD:
         owner = _self_of(frame)
@@ -95,7 +96,7 @@ def modules_running() -> Iterator[torch.nn.Module]:
 def _self_of(frame: FrameType) -> object:
     """The `self` of a function that runs, if it has one.
 
-    Until Python 3.13 a frame whose locals are read keeps them until its function returns.
+    Before Python 3.13, reading a frame's locals keeps them alive until its function returns.
     """
     code = frame.f_code
     names = (*code.co_varnames, *code.co_cellvars, *code.co_freevars)

@@ -338,7 +338,7 @@ def _leave_node(solution: Solution, placement: Placement) -> list[float]:
 def _check(
     recording: Recording, placements: Sequence[Placement], every: int, cost: CostModel | None
 ) -> None:
-    """Refuses what `replay` does."""
+    """Raises the errors of `replay`, before the work is done."""
     if cost is not None and recording.scale != 1:
         raise ValueError(
             f"counts are scaled by {recording.scale:.6g}, so their times say nothing; draw batches "

@@ -59,7 +59,7 @@ def page_of_metrics(metrics: Metrics, notes: Sequence[str] = ()) -> str:
         for name, number in line.stats.by_status.items():
             ended[name][at] += number
         times[at[0]] = max(times[at[0]], line.time)
-    # A layer that lags writes its batches later: then all layers have come that far.
+    # A point's time is when all layers had come so far; one that lags writes its batches later.
     times = np.maximum.accumulate(times)
     is_empty = sums["batches"] == 0
     data = {
