@@ -13,9 +13,14 @@ Tokens do not move here; `benchmarks/whole_layer.py` moves them.
 - tokens, experts, cost, auto: `Placement.for_lp`'s copies, by that objective
 - ideal: every rank has the mean number of tokens, and equal experts
 
-Each figure is the mean over batches of milliseconds of a layer. `best` says how far `auto` is above
-the fastest column but the ideal. The ranks timed are those that cost at least three quarters of the
-dearest by the cost model. `lplb-ep calibrate` has made the model, or it is made at the start.
+Each figure is the mean over batches of milliseconds of a layer. The last column says how far `auto`
+is above the fastest column but the ideal. The ranks timed are those that cost at least three
+quarters of the dearest by the cost model. `lplb-ep calibrate` has made the model, or it is made at
+the start.
+
+A second table has the plans: microseconds of one without its exchange, as a CUDA graph of batches
+with the same live load. Its last column has `auto` with its plan above the fastest of the others
+with theirs.
 """
 
 from __future__ import annotations
@@ -31,10 +36,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lplb_ep import Placement, Problem
+from lplb_ep import Placement, Planner, Problem
 from lplb_ep.cost import CostModel
 from lplb_ep.planning.objectives import quotas_by_objective
-from lplb_ep.settings import OBJECTIVES
+from lplb_ep.settings import MAX_ONE_LAUNCH, OBJECTIVES
 from lplb_ep.tools import bench
 from lplb_ep.tools.calibrate import calibrate
 from lplb_ep.tools.grouped_gemms import Experts
@@ -46,6 +51,7 @@ Int64 = npt.NDArray[np.int64]
 
 NUM_REDUNDANT, HIDDEN, WIDTH = 2, 7168, 2048
 COLUMNS = ("plain", "even", *OBJECTIVES, "ideal")
+PLANS = {objective: f"plan by {objective}" for objective in OBJECTIVES}
 MODEL_ROWS = 2048  # of a slot, in the mean of the largest batches that a cost model is made from
 NEAR = 0.75  # of the dearest rank by the model: those are timed
 
@@ -96,16 +102,35 @@ def rows_of(
     return {**found, "ideal": mean}
 
 
-def drawn(weights: Int64, num_tokens: int, num_topk: int, seed: int) -> Int64:
-    """[E] a batch's picks: for each token so many different experts."""
+def drawn(weights: Int64, num_tokens: int, num_topk: int, seed: int) -> torch.Tensor:
+    """[T, K] a batch's picks: for each token so many different experts."""
     generator = torch.Generator().manual_seed(seed)
     chances = torch.from_numpy(weights).double().clamp(min=1e-9).expand(num_tokens, -1)
-    picks = torch.multinomial(chances, num_topk, generator=generator)
-    return np.bincount(picks.flatten().numpy(), minlength=len(weights)).astype(np.int64)
+    return torch.multinomial(chances, num_topk, generator=generator)
+
+
+def counted(picks: torch.Tensor, num_experts: int) -> Int64:
+    """[E] how many picks each expert has."""
+    return np.bincount(picks.flatten().numpy(), minlength=num_experts).astype(np.int64)
+
+
+def plan_time(
+    topk_idx: torch.Tensor, placement: Placement, objective: str, cost: CostModel
+) -> float:
+    """Microseconds of one rank's plan, for the picks [R, T, K] of all ranks."""
+    rank, num_experts = placement.num_ranks // 2, placement.num_experts
+    options: dict[str, Any] = dict(objective=objective, cost=cost, one_launch=MAX_ONE_LAUNCH)
+    planner = Planner(placement, rank=rank, counts="given", solver="flow", **options)
+    counts = torch.from_numpy(np.stack([counted(picks, num_experts) for picks in topk_idx]))
+    own, of_all = topk_idx[rank].cuda(), counts.int().cuda()
+    taken = bench.time_graph(lambda _: planner(own, counts=of_all))
+    planner.raise_errors()
+    return taken
 
 
 def measure(args: argparse.Namespace, num_ranks: int, cost: CostModel | None) -> dict[str, Any]:
-    """{tokens: {column: [milliseconds of each batch]}} of a number of ranks."""
+    """{tokens: {column: [of each batch]}} of a number of ranks. Columns of experts are in
+    milliseconds, and those of plans in microseconds."""
     live, learned = (
         load_recording(args.recording, key=key, layout=args.layout).counts.sum(0)
         for key in (args.key, args.learn_from)
@@ -115,7 +140,7 @@ def measure(args: argparse.Namespace, num_ranks: int, cost: CostModel | None) ->
     clock = Clock(num_slots, most)
     cost = cost or calibrate(clock.rank, num_slots, MODEL_ROWS, torch.cuda.get_device_name()).model
     found: dict[int, dict[str, list[float]]] = {
-        tokens: {column: [] for column in COLUMNS} for tokens in args.tokens
+        tokens: {column: [] for column in (*COLUMNS, *PLANS.values())} for tokens in args.tokens
     }
     for layer in np.linspace(0, len(live) - 1, args.layers).round().astype(int):
         sizes: dict[str, Any] = dict(num_ranks=num_ranks, num_redundant_per_rank=NUM_REDUNDANT)
@@ -123,27 +148,37 @@ def measure(args: argparse.Namespace, num_ranks: int, cost: CostModel | None) ->
         eplb = Placement.from_history(history, **sizes)
         placement = Placement.for_lp(history[None], time_budget_s=2, **sizes)
         for tokens, times in found.items():
-            load = drawn(np.asarray(live[layer]), num_ranks * tokens, args.topk, int(layer))
+            picks = drawn(np.asarray(live[layer]), num_ranks * tokens, args.topk, int(layer))
+            load = counted(picks, live.shape[1])
             for column, rows in rows_of(load, placement, eplb, cost).items():
                 times[column].append(clock.layer(rows, cost) / 1e6)
+            of_ranks = picks.view(num_ranks, tokens, args.topk)
+            for objective, column in PLANS.items():
+                times[column].append(plan_time(of_ranks, placement, objective, cost))
     return found
 
 
-def table_of(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """A row for each number of ranks and tokens."""
-    rows = []
+def tables_of(found: dict[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+    """Of experts and of plans: a row for each number of ranks and tokens."""
+    experts, plans = [], []
     for name, times_of in found.items():
         for tokens, times in times_of.items():
-            means = {column: statistics.mean(times[column]) for column in COLUMNS}
-            best = min(means[c] for c in COLUMNS if c not in ("auto", "ideal"))
-            rows.append(
-                [
-                    f"{name}, {tokens} tokens a rank",
-                    *(f"{means[column]:.3f}" for column in COLUMNS),
-                    f"{means['auto'] / best - 1:+.1%}",
-                ]
-            )
-    return ["ms", *COLUMNS, "auto above the best"], rows
+            ms = {column: statistics.mean(of_batches) for column, of_batches in times.items()}
+            whole = {
+                column: ms[column] + ms.get(PLANS.get(column, ""), 0) / 1e3 for column in COLUMNS
+            }
+            row = f"{name}, {tokens} tokens a rank"
+            experts.append([row, *(f"{ms[column]:.3f}" for column in COLUMNS), above_others(ms)])
+            us = [f"{ms[column]:.1f}" for column in PLANS.values()]
+            plans.append([row, *us, above_others(whole)])
+    last = "auto above the best"
+    return [(["ms", *COLUMNS, last], experts), (["us", *PLANS.values(), last], plans)]
+
+
+def above_others(times: dict[str, float]) -> str:
+    """How far `auto` is above the fastest other column but the ideal."""
+    best = min(times[column] for column in COLUMNS if column not in ("auto", "ideal"))
+    return f"{times['auto'] / best - 1:+.1%}"
 
 
 def main() -> None:
@@ -164,12 +199,12 @@ def main() -> None:
     found = {}
     for num_ranks in args.ranks:
         found[f"EP{num_ranks}"] = measure(args, num_ranks, cost)
-        head, rows = table_of(found)
-        print(text_table(head, rows), flush=True)
+        tables = tables_of(found)
+        print("\n\n".join(text_table(*table) for table in tables), flush=True)
         if args.markdown:
-            Path(args.markdown).write_text(markdown_table(head, rows))
+            Path(args.markdown).write_text("\n".join(markdown_table(*table) for table in tables))
         if args.json:
-            Path(args.json).write_text(json.dumps({**bench.conditions(), "ms": found}, indent=1))
+            Path(args.json).write_text(json.dumps({**bench.conditions(), "times": found}, indent=1))
 
 
 if __name__ == "__main__":

@@ -524,6 +524,7 @@ struct Objective {
     int least_cost;    // of an expert beyond the table, for `least_tiles`
     int least_tiles;   // tiles that cost that
     int free_rows;     // of a slot, that cost no more than one
+    int most_rows;     // of an expert with tokens in the mean, up to which a plan is searched for
 };
 LPLB_SIZE(Objective, 40);
 LPLB_PLACE(Objective, costs, 0);
@@ -534,6 +535,7 @@ LPLB_PLACE(Objective, slope, 20);
 LPLB_PLACE(Objective, least_cost, 24);
 LPLB_PLACE(Objective, least_tiles, 28);
 LPLB_PLACE(Objective, free_rows, 32);
+LPLB_PLACE(Objective, most_rows, 36);
 
 // The choices of guests for a plan by cost, and memory for their plans.
 struct Choices {

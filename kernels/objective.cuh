@@ -198,17 +198,18 @@ struct ByObjective {
         return Search<V, CountCosts>{c, place.amount(), place.active(), place.own(), verdicts, place.reach(), costs, load, least, 0, 0}.run();
     }
 
-    // Plans by cost: the rows replace the even split in `c.tokens`.
-    __device__ void solve_cost() const {
+    // Plans by cost: the rows replace the even split in `c.tokens`. `tokens`: their number.
+    __device__ void solve_cost(int tokens) const {
         count();
         Amount by_slots, least = least_cost(by_slots);
         Amount of_home = largest_with(place.of_home()), of_best = 0, of_tokens = 0;
         if (of_home <= least) return put_home();
         // The search runs before the flow where it would begin at home in any case. If it reaches the bound, no flow is
         // needed. Else the search runs behind the flow. The loop has the code of both once.
-        bool may_begin = 2 * by_slots >= least, is_near = may_begin && 2 * of_home <= 3 * least, from_home = is_near;
+        bool searches = tokens <= Amount(o.most_rows) * num_active, may_begin = searches && 2 * by_slots >= least;
+        bool is_near = may_begin && 2 * of_home <= 3 * least, from_home = is_near;
         #pragma unroll 1
-        for (int turn = is_near; turn < 2 + is_near; ++turn) {
+        for (int turn = is_near; turn < 1 + searches + is_near; ++turn) {
             if (turn == 1) {
                 if (from_home) put_home();
                 of_best = improve_cost(from_home ? place.of_home() : place.of_tokens(), least);
@@ -223,6 +224,7 @@ struct ByObjective {
             add_up_costs();
             __syncthreads();  // the cost of the plan by tokens is added up before it is read
             of_tokens = largest_with(place.of_tokens());
+            if (!searches) of_best = of_tokens;
             from_home |= may_begin && 2 * of_home <= 3 * of_tokens;
         }
         // The cheapest, in this order: all at home, the improved plan, the plan by tokens. One of two plans is in `kept`.
@@ -310,7 +312,7 @@ struct ByAim {
         ByObjective<V, Staying<V>, decltype(flow)> by{p,     o,        c,          stays,     flow, load, place,
                                                       costs, verdicts, {total, 1}, num_active};
         if (o.kind == AIM_EXPERTS) by.solve_experts(ending.total);
-        else by.solve_cost();
+        else by.solve_cost(ending.total);
         by.add_up_loads();
     }
 };

@@ -126,6 +126,11 @@ class CostModel:
         """The most rows of a slot that cost no more than a single one."""
         return int(self.most_rows(self.steps[0]))
 
+    @property
+    def table_rows(self) -> int:
+        """The rows of a slot up to which the table has steps. Beyond them a line goes on."""
+        return self.tile * len(self.steps)
+
     @cached_property
     def push_rows(self) -> int:
         """The most rows of a slot that cost no more than a push, which must be known."""

@@ -108,8 +108,9 @@ class Settings:
         "LPLB_EP_OBJECTIVE",
         "tokens",
         "Whose largest value over ranks a plan minimises: `tokens`, active slots and then tokens "
-        "(`experts`), or nanoseconds by the cost model (`cost`). `auto` is `cost`, whose plan "
-        "costs no more than all tokens at home. A layer's `Problem` overrules it.",
+        "(`experts`), or nanoseconds by the cost model (`cost`). `auto` is `cost` too, "
+        "but by tokens where experts have more rows than the model's table. A layer's `Problem` "
+        "overrules it.",
         OBJECTIVES,
     )
     cost: str = _setting(

@@ -73,7 +73,8 @@ def quotas_by_objective(
       for `tokens`. It starts at home where active slots are half of the bound or more, unless home
       costs more than 1.5 times as much. Of home, what the search finds and that solution, the first
       that costs least.
-    - `auto`: the same.
+    - `auto`: the same, up to a mean of `CostModel.table_rows` tokens an expert with tokens. Above
+      it there is no search, which takes longer than it gains.
 
     The cost of a plan is its largest rank cost. Each component of the placement is separate.
 
@@ -117,7 +118,9 @@ def improve(
     if problem.objective_name == "experts":
         rows = part.solve_experts(of_arcs, problem.cost_model.free_rows)
     else:
-        rows = part.solve_cost(of_arcs, problem.cost_model)
+        is_bounded = problem.objective_name == "auto" and waits is None
+        cost = problem.cost_model
+        rows = part.solve_cost(of_arcs, cost, cost.table_rows if is_bounded else NO_LIMIT)
     out[part.expert, part.column] = rows
     return out
 
@@ -247,24 +250,28 @@ class _Component:
         Experts of at most `splits_above` rows stay whole."""
         whole = exact * self.load[self.expert]
         most_active = int((self._staying_active() + self._sums(whole > 0)).max())
-        # Base loads and experts, on as many ranks.
-        total = int(self.base.sum() + self._of_single.sum() + self.load[self._several].sum())
-        limits = _Limits(_Tokens(), self._bound(_Tokens(), total), most_active, splits_above)
+        bound = self._bound(_Tokens(), self._num_tokens())
+        limits = _Limits(_Tokens(), bound, most_active, splits_above)
         return self._search(whole, limits)
 
-    def solve_cost(self, tokens: Int64, cost: CostModel) -> Int64:
-        """[arcs] the rows of each by cost, where these rows [arcs] are the solution for tokens."""
+    def solve_cost(self, tokens: Int64, cost: CostModel, most_rows: int) -> Int64:
+        """[arcs] the rows of each by cost, where these rows [arcs] are the solution for tokens.
+
+        There is no search where experts with tokens have more than `most_rows` in the mean."""
         of_several = self.load[self._several]
         total = int(self._staying(cost).sum() + cost.least_of_experts(of_several).sum())
         # Some rank has at least the mean number of active slots, and each costs the first step.
         active = self._staying_active()
-        mean = -(-int(active.sum() + (of_several > 0).sum()) // active.size)
+        num_active = int(active.sum() + (of_several > 0).sum())
+        mean = -(-num_active // active.size)
         by_slots = max(mean, int(active.max())) * cost.steps[0]
         limits = _Limits(cost, max(self._bound(cost, total), by_slots), NO_LIMIT, 0)
         home = np.where(self.column == 0, self.load[self.expert], 0)
         of_home, of_tokens = self.largest(home, cost), self.largest(tokens, cost)
         if of_home <= limits.least:
             return home
+        if self._num_tokens() > most_rows * num_active:
+            return home if of_home <= of_tokens else tokens
         begins_at_home = 2 * by_slots >= limits.least and 2 * of_home <= 3 * of_tokens
         best = self._search(home if begins_at_home else tokens, limits)
         return min(home, best, tokens, key=lambda rows: self.largest(rows, cost))
@@ -272,6 +279,10 @@ class _Component:
     def largest(self, rows: Int64, measure: _Measure) -> int:
         """What the largest rank counts with these rows of the arcs."""
         return int((self._staying(measure) + self._sums(measure.of_slots(rows))).max())
+
+    def _num_tokens(self) -> int:
+        """Of base loads and experts."""
+        return int(self.base.sum() + self._of_single.sum() + self.load[self._several].sum())
 
     def _bound(self, measure: _Measure, total: int) -> int:
         """What some rank counts at least, where all of them do so much."""

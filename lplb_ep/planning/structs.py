@@ -227,6 +227,11 @@ OBJECTIVE = Struct(
     ("int", "least_cost", "of an expert beyond the table, for `least_tiles`"),
     ("int", "least_tiles", "tiles that cost that"),
     ("int", "free_rows", "of a slot, that cost no more than one"),
+    (
+        "int",
+        "most_rows",
+        "of an expert with tokens in the mean, up to which a plan is searched for",
+    ),
 )
 COPY = Struct(
     "Copy",

@@ -1,6 +1,7 @@
 """Plans by active slots and by cost, judged by a matching and by mixed-integer programs."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import oracle
@@ -84,7 +85,6 @@ def test_plans_by_cost_cost_no_more_than_others():
             )
             for name in ("tokens", "experts", "cost", "auto")
         }
-        assert (quotas["auto"] == quotas["cost"]).all()
         costs = {
             name: objectives.rank_costs(quota, placement, problem).max()
             for name, quota in {**quotas, "home": at_home}.items()
@@ -93,6 +93,35 @@ def test_plans_by_cost_cost_no_more_than_others():
         assert costs["cost"] == min(costs.values())
         if costs["home"] == costs["cost"]:
             assert (quotas["cost"] == at_home).all() or placement.component.max() > 0
+
+
+def test_auto_searches_up_to_the_end_of_the_table():
+    """Above that it takes home or the plan by tokens, whichever costs less."""
+    cost = CostModel("stairs", 10, (50, 60, 110, 120), 30)
+    assert cost.table_rows == 40
+    found = set()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 4, 8, 2)
+        if placement.component.max() > 0:
+            continue  # each has a mean of its own
+        base = rng.integers(0, 2, 4) * rng.integers(0, 200, 4)
+        load = rng.poisson(rng.lognormal(3.3, 0.9, 8))
+        problem = Problem(base_load=torch.from_numpy(base), cost=cost)
+        home = np.pad(load[:, None], ((0, 0), (0, placement.max_replicas - 1)))
+        tokens, by_cost, auto = (
+            objectives.quotas_by_objective(load, placement, replace(problem, objective=name))
+            for name in ("tokens", "cost", "auto")
+        )
+        is_large = load.sum() + base.sum() > 40 * ((load > 0).sum() + (base > 0).sum())
+        of_home, of_tokens = (
+            objectives.rank_costs(quota, placement, problem).max() for quota in (home, tokens)
+        )
+        # Home is tried first where no plan can cost less; it is the same plan here.
+        cheaper = home if of_home <= of_tokens else tokens
+        assert (auto == (cheaper if is_large else by_cost)).all()
+        found.add((bool(is_large), bool((by_cost == cheaper).all()), bool((cheaper == home).all())))
+    assert found >= {(True, False, False), (True, True, True), (False, False, False)}
 
 
 def test_each_way_to_a_plan_by_cost():

@@ -167,6 +167,26 @@ def test_all_tokens_at_home_are_as_cheap_as_any_plan(memory, library):
         assert (objectives.quotas_by_objective(loads[0], placement, problem) == home).all()
 
 
+def test_auto_searches_up_to_the_end_of_the_table(memory, library):
+    """The loads of a batch differ in size, so that some are above it and others are not."""
+    cost = CostModel("stairs", 10, (50, 60, 110, 120), 30)
+    rng = np.random.default_rng(0)
+    placement = oracle.random_placement(rng, 8, 20, 2)
+    loads = np.stack([rng.poisson(rng.lognormal(3.3, 0.9, 20)) for _ in range(6)])
+    base = rng.integers(0, 2, 8) * rng.integers(0, 200, 8)
+    for given in (None, base):
+        check(memory, library, placement, loads, cost, given, ORDERS[:1])
+    auto, by_cost = (Problem(objective=name, cost=cost) for name in ("auto", "cost"))
+    differs = [
+        (
+            objectives.quotas_by_objective(load, placement, auto)
+            != objectives.quotas_by_objective(load, placement, by_cost)
+        ).any()
+        for load in loads
+    ]
+    assert set(differs) == {True, False}
+
+
 def test_the_bound_of_mean_slots_rounds_up(memory, library):
     """With these seeds plans differ where it rounds down."""
     for seed in (18, 121, 499):
