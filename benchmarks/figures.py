@@ -34,11 +34,16 @@ class Figure(NamedTuple):
     the path of results without its ending."""
 
 
+PATIENCE_S = 60
+"""For a figure at its limit to end its processes; torchrun kills its own after 30."""
 BENCH = "python -m lplb_ep.tools.cli bench"
 LOADS = (
     "{recordings}/deepseek_v3_0324_mmlu_counts.npz --key mmlu_seqlen_8k --learn-from mmlu_seqlen_4k"
 )
-PAIRS = f"python benchmarks/paired_layers.py {LOADS} --tokens 8 128 4096 --rounds 15"
+LAYERS = f"python benchmarks/whole_layer.py {LOADS} --ranks {{ranks}}"
+PAIRS = (
+    f"python benchmarks/paired_layers.py {LOADS} --ranks {{ranks}} --tokens 8 128 4096 --rounds 15"
+)
 MEGATRON = (
     "python -m torch.distributed.run --nproc-per-node {ranks} benchmarks/megatron_training.py "
     "--hidden 2048 --ffn 6144 --experts 16 --skew 0.2 --sequence 512 --steps 300"
@@ -61,9 +66,9 @@ FIGURES = {
         (2, 120, "push", "python benchmarks/push.py --ranks {ranks} --quick"),
         (2, 120, "replicas", "python benchmarks/replicas.py --ranks {ranks}"),
         (2, 120, "exchange", "python benchmarks/exchange.py --ranks {ranks} --tokens 8 128 4096"),
-        (2, 240, "calls", "python benchmarks/calls.py"),
-        (2, 240, "layers", f"python benchmarks/whole_layer.py {LOADS}"),
-        (2, 240, "layers-shifted", f"python benchmarks/whole_layer.py {LOADS} --shift"),
+        (2, 240, "calls", "python benchmarks/calls.py --ranks {ranks}"),
+        (2, 240, "layers", LAYERS),
+        (2, 240, "layers-shifted", f"{LAYERS} --shift"),
         (2, 240, "pairs-tokens", PAIRS),
         (2, 240, "pairs-auto", f"env LPLB_EP_OBJECTIVE=auto {PAIRS}"),
         (2, 600, "megatron", f"{MEGATRON} --layers 2 --sequences 60"),
@@ -90,13 +95,16 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:
         parser.error(f"no figure {unknown[0]!r}: {', '.join(FIGURES)}")
     chosen = {name: FIGURES[name] for name in args.names or FIGURES}
+    # Shells make commands behind `&` ignore it, and figures would, too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(args.out).resolve()
-    recordings = Path(args.recordings).resolve()
+    recordings = shlex.quote(str(Path(args.recordings).resolve()))
     num_gpus = 0 if args.list else _num_gpus()
     ranks = args.ranks or max(num_gpus, 2)
     until, failed = time.monotonic() + args.limit, 0
     for name, figure in chosen.items():
-        command = figure.command.format(recordings=recordings, ranks=ranks, out=folder / name)
+        out = shlex.quote(str(folder / name))
+        command = figure.command.format(recordings=recordings, ranks=ranks, out=out)
         if args.list:
             print(f"{name}\n    {command}")
             continue
@@ -132,9 +140,12 @@ def _run(name: str, command: str, path: Path, seconds: float) -> bool:
         except subprocess.TimeoutExpired:
             ended = f"ended at its limit of {seconds:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):  # all of them have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            # Launchers end what has left their group: torchrun its ranks, others the daemon of MPS.
+            for number in (signal.SIGINT, signal.SIGKILL):
+                with contextlib.suppress(ProcessLookupError):  # all of them have ended
+                    os.killpg(process.pid, number)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(PATIENCE_S)
     print(f"{name}: {ended}, {time.monotonic() - start:.0f} s, {path}", flush=True)
     return process.returncode == 0
 

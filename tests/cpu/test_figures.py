@@ -1,8 +1,10 @@
 """`benchmarks/figures.py` runs what RESULTS.md has, and keeps what each command printed."""
 
 import importlib.util
+import os
 import re
 import shlex
+import signal
 import time
 from pathlib import Path
 
@@ -24,14 +26,16 @@ def figures():
 def run(figures, tmp_path, monkeypatch, capsys):
     """Runs commands of Python as figures; returns the status, what was said, and the folder."""
 
-    def run_figures(programs, *options, num_gpus=1, seconds=60):
+    def run_figures(programs, *options, num_gpus=1, seconds=60, arguments=""):
         commands = {
-            name: figures.Figure(1 + (name == "two"), seconds, f"python -c {shlex.quote(program)}")
+            name: figures.Figure(
+                1 + (name == "two"), seconds, f"python -c {shlex.quote(program)} {arguments}"
+            )
             for name, program in programs.items()
         }
         monkeypatch.setattr(figures, "FIGURES", commands)
         monkeypatch.setattr(figures, "_num_gpus", lambda: num_gpus)
-        failed = figures.main([*options, "--out", str(tmp_path / "found")])
+        failed = figures.main(["--out", str(tmp_path / "found"), *options])
         return failed, capsys.readouterr().out, tmp_path / "found"
 
     return run_figures
@@ -47,12 +51,13 @@ def test_each_figure_leaves_what_it_printed(run):
     assert "two: left out, for it wants GPUs: 2" in said
 
 
-def test_a_figure_that_takes_too_long_ends_with_its_processes(run, tmp_path):
+def test_a_figure_that_takes_too_long_ends_with_its_processes(figures, run, tmp_path, monkeypatch):
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
     program = (
-        f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); "
-        "print('first'); p.wait()"
+        "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}]); print('first'); p.wait()"
     )
+    monkeypatch.setattr(figures, "PATIENCE_S", 0.1)
     failed, said, folder = run({"slow": program, "next": ""}, seconds=2)
     assert failed == 1
     assert "slow: ended at its limit of 2 s" in said
@@ -64,12 +69,40 @@ def test_a_figure_that_takes_too_long_ends_with_its_processes(run, tmp_path):
     assert (failed, said) == (0, "one: left out, for no time is left\n")
 
 
+def test_a_figure_ends_what_left_its_group(run, tmp_path):
+    """As torchrun's ranks do, and the daemon of MPS."""
+    program = (
+        "import subprocess, time\n"
+        "p = subprocess.Popen(['sleep', '99'], start_new_session=True)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))\n"
+        "try: time.sleep(99)\n"
+        "finally: p.kill(); p.wait()"
+    )
+    failed, said, _ = run({"slow": program}, seconds=2)
+    assert failed == 1
+    assert "slow: ended at its limit of 2 s" in said
+    child = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+def test_folders_may_have_any_name(run, tmp_path):
+    program = "import sys; print(sys.argv[1:])"
+    folder = tmp_path / "o'ne {two}"
+    options = "--recordings", str(folder), "--out", str(folder)
+    failed, _, _ = run({"one": program}, *options, arguments="{recordings}/x.npz {out}.png")
+    assert failed == 0
+    told = (folder / "one.txt").read_text()
+    assert told.endswith(f"\n\n{[f'{folder}/x.npz', f'{folder}/one.png']}\n")
+
+
 def test_the_commands_are_those_of_the_scripts(figures, capsys):
     """A script or option that is renamed is renamed here, too."""
     assert figures.main(["--list", "--ranks", "4"]) == 0
     said = capsys.readouterr().out
     assert not re.search(r"[{}]", said)
     assert "--nproc-per-node 4 benchmarks/megatron_training.py" in said
+    assert all("{ranks}" in of.command for of in figures.FIGURES.values() if of.gpus > 1)
     options = {
         "benchmarks/megatron_training.py": ["examples/megatron_gpt.py"],
         "lplb_ep.tools.cli": ["lplb_ep/tools/commands/bench.py"],
