@@ -316,7 +316,7 @@ def register_tensors(objects: Iterable[object]) -> None:
     """Lets kernels access the memory of the tensors among some objects.
 
     A tensor without a storage is left out: a sparse one, or one that was cleared as garbage while
-    something still refers to it.
+    something still refers to it. So is one on the device `meta`, whose storage has no address.
     """
     storages = {}
     for one in objects:
@@ -325,7 +325,7 @@ def register_tensors(objects: Iterable[object]) -> None:
                 storage = one.untyped_storage()
                 storages[storage.data_ptr()] = storage.nbytes()
     for address, size in storages.items():
-        if size:
+        if address and size:
             runtime().emulator_register(ctypes.c_void_p(address), ctypes.c_size_t(size), 1)
 
 
