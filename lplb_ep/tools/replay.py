@@ -351,6 +351,8 @@ def _check(
         )
     for placement in placements:
         check_every(every, placement, Problem())
+        if cost is not None:
+            Problem(objective="cost", cost=cost).checked(placement)
         if recording.num_experts != placement.num_experts:
             raise ValueError(
                 f"placements must have the recording's {recording.num_experts} experts; got "

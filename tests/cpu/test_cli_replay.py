@@ -11,7 +11,7 @@ import pytest
 
 from lplb_ep import Placement
 from lplb_ep.cost import CostModel
-from lplb_ep.placement.layer_files import load_placements, placements_of_modules
+from lplb_ep.placement.layer_files import load_placements, placements_of_modules, save_placements
 from lplb_ep.tools import cli
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.replay import replay
@@ -110,6 +110,11 @@ def test_replay_in_time(recording, tmp_path, capsys, fails):
     assert "--rows-per-rank times the ranks that take part must be in [1, " in says
     says = fails(*argv, *options, "--json", tmp_path / "cost.json")
     assert "would replace the file of --cost" in says
+    sizes = {layer: Placement.homes_only(16, ranks) for layer, ranks in enumerate((8, 8, 4))}
+    save_placements(tmp_path / "sizes.json", sizes)
+    given = "replay", path, "--key", "new", "--placement", tmp_path / "sizes.json"
+    says = fails(*given, "--rows-per-rank", 9)
+    assert says.endswith("--rows-per-rank needs placements of equally many ranks")
 
 
 def test_replay_of_a_saved_placement_with_a_picture(recording, tmp_path):

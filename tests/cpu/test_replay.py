@@ -322,6 +322,19 @@ def test_scaled_counts_have_no_times():
     assert replay(means.drawn(9), placements, cost=H200).costs["home"].item() > 0
 
 
+def test_a_model_without_pushes_is_refused_before_any_layer_is_replayed():
+    placements = [Placement.homes_only(4, 2), Placement.homes_only(4, 2, 1)]
+    done = []
+    with pytest.raises(ValueError, match="has no `push`"):
+        replay(
+            Recording.of(torch.ones(2, 4), "a test"),
+            placements,
+            cost=CostModel("a test", 1, (5,), 1),
+            progress=lambda *numbers: done.append(numbers),
+        )
+    assert not done
+
+
 def test_costs_keep_their_order_and_idle_cells_have_none():
     rng = np.random.default_rng(2)
     counts = torch.from_numpy(rng.lognormal(5, 1, (3, 2, 16)).astype(np.int64))
