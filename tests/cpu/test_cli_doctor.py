@@ -6,7 +6,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from lplb_ep import Layer, Placement, Planner
+from lplb_ep import CostModel, Layer, Placement, Planner
 from lplb_ep.metrics import LineFile
 from lplb_ep.metrics.layers import stats_of
 from lplb_ep.planning import solvers
@@ -108,6 +108,38 @@ def test_files_that_are_not_there_or_are_others(told, tmp_path):
         said
         == f"error {tmp_path}/a.json is not JSON: byte 2 is no UTF-8; so it is not a cost model"
     )
+
+
+# --- settings that do not go together -------------------------------------------------------------
+
+
+def test_settings_that_exclude_each_other_are_found(told):
+    _, said = told("batches", LPLB_EP_MIN_GAIN=5)
+    assert said == "all exchanged and solved, each by its own counts"
+    status, said = told("batches", LPLB_EP_OBJECTIVE="auto")
+    assert status == 2
+    assert "min_gain (LPLB_EP_MIN_GAIN) does not go with the objective 'auto'" in said
+    asked = {"LPLB_EP_MIN_GAIN": 0, "LPLB_EP_EVERY": 2, "LPLB_EP_ONE_LAUNCH": 64}
+    status, said = told("batches", LPLB_EP_REPLICAS="valid", **asked)
+    assert status == 2
+    assert "LPLB_EP_EVERY) does not go with one_launch (LPLB_EP_ONE_LAUNCH)" in said
+
+
+def test_placements_that_the_settings_exclude_are_found(told, tmp_path):
+    path = tmp_path / "p.json"
+    Placement.homes_only(8, 2, num_guests_per_rank=1).save(path)
+    assert told("placement", LPLB_EP_PLACEMENT=path, LPLB_EP_OBJECTIVE="auto")[0] == 0
+    CostModel("mine", 64, (10,), 10).save(tmp_path / "cost.json")
+    status, said = told("placement", LPLB_EP_COST=tmp_path / "cost.json")
+    assert status == 2
+    assert "the cost model 'mine' has no `push`" in said
+    assert "does not go with guest slots" in told("placement", LPLB_EP_OBJECTIVE="experts")[1]
+
+
+def test_whole_experts_are_split_by_costs(told):
+    """As `Problem.fingerprint` has it: the cost model is part of such plans."""
+    _, said = told("cost", LPLB_EP_OBJECTIVE="experts")
+    assert said.endswith("; the objective experts splits only those above 128 rows")
 
 
 # --- plans in one launch --------------------------------------------------------------------------

@@ -8,14 +8,17 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ... import __version__
 from ...errors import MissingPackageError
 from ...settings import Settings, cache_directory
 from .options import in_one_line
+
+if TYPE_CHECKING:
+    from ...placement.table import Placement
 
 # name, distributions that bring it, what it is for, how to get it
 _PACKAGES = (
@@ -112,7 +115,6 @@ def _print_devices() -> None:
 def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
     """What the settings lead to on this machine: a choice and its reason, by part."""
     from ...deepep.drop_in import choose_backend
-    from ...placement.layer_files import placements_of_modules
     from ...planning.solvers import choose_solver
 
     choices: dict[str, Callable[[], tuple[str, str]]] = {
@@ -124,13 +126,7 @@ def _choices(settings: Settings) -> dict[str, Callable[[], tuple[str, str]]]:
         "batches": lambda: _describe_batches(settings),
     }
     if settings.placement:
-        choices["placement"] = lambda: (
-            settings.placement,
-            "; ".join(
-                f"{name}: {placement}" if name else repr(placement)
-                for name, placement in placements_of_modules(settings.placement).items()
-            ),
-        )
+        choices["placement"] = lambda: _describe_placement(settings)
         choices["guests"] = lambda: _describe_guests(settings)
     if settings.one_launch:
         choices["launches"] = lambda: _describe_launches(settings)
@@ -248,6 +244,38 @@ def _kernel_cache() -> tuple[str, str]:
     return str(directory), f"{entries} compiled kernel(s)"
 
 
+def _describe_placement(settings: Settings) -> tuple[str, str]:
+    """The placements of `LPLB_EP_PLACEMENT`.
+
+    Raises:
+        ValueError: the file has none, or one does not go with the settings; names both.
+    """
+    from ...placement.layer_files import placements_of_modules
+
+    placements = placements_of_modules(settings.placement)
+    for name, placement in placements.items():
+        _check_planned(settings, placement, name)
+    said = (
+        f"{name}: {placement}" if name else repr(placement)
+        for name, placement in placements.items()
+    )
+    return settings.placement, "; ".join(said)
+
+
+def _check_planned(settings: Settings, placement: Placement, name: str = "") -> None:
+    """Holds a placement, by its module's name, against the settings that it would be planned with.
+
+    Raises:
+        ValueError: they do not go together; names the setting.
+    """
+    from ...deepep.channels import PlannerSettings
+
+    try:
+        PlannerSettings.of(replace(settings, mode="1")).check_placement(placement)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}" if name else str(error)) from None
+
+
 def _describe_guests(settings: Settings) -> tuple[str, str]:
     """Most guest slots of a placement of `LPLB_EP_PLACEMENT`, and what they ask for."""
     from ...placement.layer_files import placements_of_modules
@@ -275,13 +303,22 @@ def _describe_cost(settings: Settings) -> tuple[str, str]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     model, why = choose_cost(settings.cost, device)
-    is_used = settings.objective in ("cost", "auto")
-    used = "" if is_used else f"; the objective {settings.objective} takes no costs"
+    used = {
+        "tokens": "; the objective tokens takes no costs",
+        "experts": f"; the objective experts splits only those above {model.free_rows} rows",
+    }.get(settings.objective, "")
     return model.name, f"{why} ({model.about}){used}"
 
 
 def _describe_batches(settings: Settings) -> tuple[str, str]:
-    """Which batches are exchanged and solved."""
+    """Which batches are exchanged and solved.
+
+    Raises:
+        ValueError: settings do not go together; names them.
+    """
+    from ...placement.table import Placement
+
+    _check_planned(replace(settings, cost=""), Placement([0], 1))
     if settings.every == 1:
         return "all", "exchanged and solved, each by its own counts"
     return (
