@@ -46,7 +46,8 @@ def calibrate(
 
     Args:
         time: takes the rows of each slot.
-        num_slots: of the rank.
+        num_slots: of the rank, at least 2: the times of one slot do not tell its own constant from
+            the rank's.
         max_rows: the most of a slot, in the mean of the largest batches.
         name, about: of the model.
         tiles: rows of a step, of which the best is taken.
@@ -54,11 +55,7 @@ def calibrate(
     Raises:
         ValueError: an argument is out of range.
     """
-    if num_slots < 1 or max_rows < max(tiles):
-        raise ValueError(
-            f"calibration needs at least 1 slot and {max(tiles)} rows; "
-            f"got {num_slots} and {max_rows}"
-        )
+    check_sizes(num_slots, max_rows, tiles)
     rng = np.random.default_rng(2026)
     batches = _designed(num_slots, max_rows) + _mixed(rng, num_slots, max_rows)
     timed = np.array([time(rows.tolist()) for rows in batches])
@@ -71,6 +68,19 @@ def calibrate(
     _, best = min(fits, key=lambda fit: fit[0])
     errors = _errors(best, others, truth)
     return Calibration(best, statistics.median(errors), max(errors), len(timed) + len(truth))
+
+
+def check_sizes(num_slots: int, max_rows: int, tiles: Sequence[int] = TILES) -> None:
+    """Checks whether a model can be fitted to batches of such sizes, as `calibrate` has them.
+
+    Raises:
+        ValueError: there are too few slots or rows; names both.
+    """
+    if num_slots < 2 or max_rows < max(tiles):
+        raise ValueError(
+            f"calibration needs num_slots of at least 2 and max_rows of {max(tiles)}; "
+            f"got {num_slots} and {max_rows}"
+        )
 
 
 def _designed(num_slots: int, max_rows: int) -> list[Rows]:

@@ -17,12 +17,19 @@ _NUM_WARM, _NUM_RUNS = 2, 5
 _AHEAD_CYCLES = 10_000_000  # GPU cycles: the CPU queues all runs before the first begins
 
 
-def check_gemm(gemm: str) -> None:
+def check_gemm(gemm: str, dtype: str) -> None:
     """Checks whether the current machine has a grouped GEMM.
 
+    Args:
+        gemm: one of `GEMMS`.
+        dtype: one of `DTYPES`.
+
     Raises:
+        ValueError: the GEMM does not take the dtype.
         MissingPackageError: there is no CUDA device, or the package is not installed.
     """
+    if gemm == "deep_gemm" and dtype != "bfloat16":
+        raise ValueError(f"deep_gemm takes bfloat16 alone here; got {dtype}")
     if not torch.cuda.is_available():
         raise MissingPackageError("experts are timed on a CUDA device, and there is none")
     if importlib.util.find_spec(gemm) is None:
@@ -40,13 +47,13 @@ class Experts:
         max_rows: the most rows of all slots.
 
     Raises:
-        MissingPackageError: as `check_gemm`.
+        ValueError, MissingPackageError: as `check_gemm`.
     """
 
     def __init__(
         self, num_slots: int, hidden: int, width: int, dtype: str, gemm: str, max_rows: int
     ) -> None:
-        check_gemm(gemm)
+        check_gemm(gemm, dtype)
         options: dict[str, Any] = {"device": "cuda", "dtype": getattr(torch, dtype)}
         make = {
             "torch": _with_torch,
@@ -57,7 +64,7 @@ class Experts:
         self._tokens = torch.randn(max_rows, hidden, **options)
 
     def nanoseconds(self, rows: Sequence[int]) -> float:
-        """The time of a pass with these rows of each slot, on the GPU alone."""
+        """The nanoseconds of a pass with these rows of each slot, on the GPU alone."""
         run = self._prepare(self._tokens, list(rows))
         for _ in range(_NUM_WARM):
             run()
@@ -107,8 +114,9 @@ def _with_deep_gemm(num_slots: int, hidden: int, width: int, options: dict[str, 
     def prepare(tokens: torch.Tensor, rows: list[int]) -> Callable[[], Any]:
         # Rows of a slot are padded to whole blocks, which all name it.
         padded = [-(-number // alignment) * alignment for number in rows]
-        slots = torch.arange(num_slots).repeat_interleave(torch.tensor(padded)).int().cuda()
-        x = torch.zeros(sum(padded), hidden, **options)
+        slots = torch.arange(num_slots).repeat_interleave(torch.tensor(padded)).int()
+        slots = slots.to(options["device"])
+        x = torch.randn(sum(padded), hidden, **options)  # a GPU multiplies zeros in less time
         first, inside = torch.empty(len(x), 2 * width, **options), torch.empty_like(x)
 
         def run() -> torch.Tensor:

@@ -1,10 +1,14 @@
 """`lplb-ep calibrate`: the fit, on synthetic timings, and the command where there is no GPU."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
+import torch
 
 from lplb_ep import CostModel
-from lplb_ep.tools import calibrate, cli
+from lplb_ep.tools import calibrate, cli, grouped_gemms
 
 TRUE = CostModel(
     "true",
@@ -47,9 +51,10 @@ def test_what_no_table_has_is_reported_as_an_error():
     assert found.error > 0.1
 
 
-@pytest.mark.parametrize("size", [(0, 1024), (8, 100)])
+@pytest.mark.parametrize("size", [(0, 1024), (1, 1024), (8, 100)])
 def test_sizes_out_of_range_are_refused(size):
-    with pytest.raises(ValueError, match="needs at least 1 slot and 256 rows"):
+    """Of a single slot no time tells what the slot costs from what the rank does."""
+    with pytest.raises(ValueError, match="needs num_slots of at least 2 and max_rows of 256; got"):
         calibrate.calibrate(timer_of(TRUE), *size, "found")
 
 
@@ -60,6 +65,10 @@ def test_sizes_out_of_range_are_refused(size):
         (["--gemm", "cutlass"], "--gemm must be one of torch, deep_gemm, transformer_engine; got"),
         (["--dtype", "int8"], "--dtype must be one of bfloat16, float16; got 'int8'"),
         (["--slots", "0"], "--slots must be at least 1; got 0"),
+        (["--slots", "1"], "calibration needs --slots of at least 2 and --max-rows of 256; got 1"),
+        (["--max-rows", "10"], "calibration needs --slots of at least 2 and --max-rows of 256"),
+        (["--push-gbps", "0.01"], "--push-gbps 0.01 is too slow: a push takes 8.81 s"),
+        (["--gemm", "deep_gemm", "--dtype", "float16"], "deep_gemm takes bfloat16 alone here"),
         (["-o", "no/such/folder/cost.json"], "there is no directory no/such/folder"),
     ],
 )
@@ -73,6 +82,26 @@ def test_mistakes_take_one_line(tmp_path, capsys, monkeypatch, options, message)
     assert message in line
 
 
+def test_deep_gemm_multiplies_no_zeros(monkeypatch):
+    """A GPU takes less time and power for them, so costs came out too low."""
+    seen = []
+
+    def multiply(x, weights, out, slots):
+        assert x.count_nonzero() > 0.99 * x.numel()
+        seen.append(slots.tolist())
+        out.copy_((x.float()[:, None] @ weights[slots.long()].float().mT)[:, 0])
+
+    deep_gemm = types.SimpleNamespace(
+        m_grouped_bf16_gemm_nt_contiguous=multiply,
+        get_m_alignment_for_contiguous_layout=lambda: 4,
+    )
+    monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm)
+    options = {"device": "cpu", "dtype": torch.bfloat16}
+    run = grouped_gemms._with_deep_gemm(3, 8, 16, options)(torch.empty(9, 8), [5, 0, 1])
+    assert run().shape == (12, 8)
+    assert seen == [[0] * 8 + [2] * 4] * 2
+
+
 def test_the_command_writes_what_it_found(tmp_path, capsys, monkeypatch):
     class Experts:
         def __init__(self, *sizes, max_rows):
@@ -80,7 +109,7 @@ def test_the_command_writes_what_it_found(tmp_path, capsys, monkeypatch):
             self.nanoseconds = timer_of(TRUE)
 
     monkeypatch.setattr("lplb_ep.tools.grouped_gemms.Experts", Experts)
-    monkeypatch.setattr("lplb_ep.tools.grouped_gemms.check_gemm", lambda gemm: None)
+    monkeypatch.setattr("lplb_ep.tools.grouped_gemms.check_gemm", lambda *asked: None)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "A GPU")
     path = tmp_path / "cost.json"
     sizes = ["--slots", "4", "--hidden", "64", "--width", "32", "--max-rows", "1024"]

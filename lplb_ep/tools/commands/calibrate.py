@@ -19,10 +19,17 @@ def add(commands: Any) -> None:
     )
     parser.set_defaults(command=_run)
     parser.add_argument("-o", "--output", required=True, metavar="PATH", help="the file to write")
-    parser.add_argument("--slots", type=int, default=34, metavar="S", help="of a rank; 34")
+    parser.add_argument(
+        "--slots", type=int, default=34, metavar="S", help="of a rank, at least 2; 34"
+    )
     parser.add_argument("--hidden", type=int, default=7168, metavar="H", help="of a token; 7168")
     parser.add_argument("--width", type=int, default=2048, metavar="W", help="of an expert; 2048")
-    parser.add_argument("--dtype", default="bfloat16", metavar="TYPE", help="bfloat16 or float16")
+    parser.add_argument(
+        "--dtype",
+        default="bfloat16",
+        metavar="TYPE",
+        help="bfloat16 or float16; deep_gemm takes bfloat16 alone",
+    )
     parser.add_argument(
         "--gemm",
         default="torch",
@@ -44,7 +51,7 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace, rest: list[str]) -> int:
     with one_line_errors():
         check_outputs(args)
-        from ..calibrate import calibrate
+        from ..calibrate import calibrate, check_sizes
         from ..grouped_gemms import DTYPES, GEMMS, Experts, check_gemm
 
         for option, value, choices in (
@@ -59,7 +66,16 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
                 raise ValueError(f"--{name} must be at least 1; got {getattr(args, option)}")
         if not args.push_gbps > 0:
             raise ValueError(f"--push-gbps must be above 0; got {args.push_gbps:g}")
-        check_gemm(args.gemm)
+        # Three matrices of an expert, two bytes an element.
+        push = 6 * args.hidden * args.width / args.push_gbps
+        if push >= 2**31 - 1:
+            raise ValueError(
+                f"--push-gbps {args.push_gbps:g} is too slow: a push takes {push / 1e9:.3g} s, "
+                "and a cost model has 2.1 s at most"
+            )
+        with as_typed({"num_slots": "--slots", "max_rows": "--max-rows"}):
+            check_sizes(args.slots, args.max_rows)
+        check_gemm(args.gemm, args.dtype)
         import torch
 
         device = torch.cuda.get_device_name()
@@ -69,11 +85,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> int:
             f"{device}, {args.slots} slots, experts {args.hidden} x {args.width}, {args.dtype}, "
             f"{args.gemm} {torch.__version__ if args.gemm == 'torch' else ''}".rstrip()
         )
-        with as_typed({"num_slots": "--slots", "max_rows": "--max-rows"}):
-            done = calibrate(experts.nanoseconds, args.slots, args.max_rows, device, about)
-        # Three matrices of an expert, two bytes an element.
-        push = round(6 * args.hidden * args.width / args.push_gbps)
-        model = dataclasses.replace(done.model, push=push)
+        done = calibrate(experts.nanoseconds, args.slots, args.max_rows, device, about)
+        model = dataclasses.replace(done.model, push=round(push))
         model.save(args.output)
     print(f"{about}\n{done.num_timed} batches timed; of 200 that were not fitted, the model is off")
     print(f"by {100 * done.error:.1f} % in the median, by {100 * done.worst:.1f} % at worst")
