@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from functools import cached_property
 
@@ -84,7 +84,14 @@ class CostModel:
             raise ValueError("steps of a cost model must not decrease")
 
     def of_slots(self, rows: npt.ArrayLike) -> Int64:
-        """Nanoseconds of slots by their rows, integers of any shape that are not negative."""
+        """Nanoseconds of slots.
+
+        Args:
+            rows: of each, integers of any shape that are not negative.
+
+        Returns:
+            int64 of the same shape.
+        """
         tiles, last = -(-np.asarray(rows, np.int64) // self.tile), len(self.steps)
         return self._table[np.minimum(tiles, last)] + self.slope * np.maximum(tiles - last, 0)
 
@@ -95,6 +102,9 @@ class CostModel:
             load: integers of any shape that are not negative.
             copies: of each expert, from 1, which it may be cut over; None: over any number. Up to
                 `FEW_COPIES` and `FEW_TILES` the bound is exact for that number.
+
+        Returns:
+            int64 nanoseconds of the same shape.
         """
         tiles = -(-np.asarray(load, np.int64) // self.tile)
         least, (cost, per) = self._least
@@ -113,7 +123,14 @@ class CostModel:
         return out
 
     def most_rows(self, cost: npt.ArrayLike) -> Int64:
-        """The most rows of a slot within a cost, in whole tiles; -1 for a cost below 0."""
+        """The most rows of a slot within a cost, in whole tiles.
+
+        Args:
+            cost: nanoseconds, integers of any shape.
+
+        Returns:
+            int64 of the same shape, at most 2**31 - 1; -1 for a cost below 0.
+        """
         left = np.asarray(cost, np.int64)
         tiles = np.searchsorted(self._table, left, side="right") - 1
         more = (left - self._table[-1]) // self.slope if self.slope else _LARGEST
@@ -188,9 +205,14 @@ class CostModel:
             raise ValueError(f"{error}; so it is not a cost model") from None
         if not isinstance(content, dict) or content.pop(_KEY, None) != _VERSION:
             raise ValueError(f"{where} is not a cost model saved by this version")
+        others = [name for name in content if name not in (f.name for f in fields(cls))]
+        missing = [f.name for f in fields(cls) if f.default is MISSING and f.name not in content]
+        for what, names in (("has no field", others), ("needs the field", missing)):
+            if names:
+                raise ValueError(f"{where}: a cost model {what} {names[0]!r}")
         try:
             return cls(**content)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
 

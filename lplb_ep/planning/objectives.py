@@ -105,7 +105,7 @@ def improve(
     members: Bool,
     waits: Int64 | None = None,
 ) -> Int64:
-    """Quotas of some ranks' experts, as `quotas_by_objective` has them from an exact solution.
+    """Quotas [E, C] for some ranks, as `quotas_by_objective` has them from an exact solution.
 
     Args:
         start: [E, C], in the place of the exact solution.

@@ -100,7 +100,9 @@ def test_a_file_keeps_a_model(tmp_path):
         ({"about": None}, "about of a cost model must be a string; got None"),
         ({"slope": -1}, "slope of a cost model must be whole numbers"),
         ({"fixed": None}, "fixed of a cost model must be whole numbers"),
-        ({"speed": 1}, "unexpected keyword argument 'speed'"),
+        ({"speed": 1}, "a cost model has no field 'speed'"),
+        ({"self": 1}, "a cost model has no field 'self'"),
+        ('{"lplb_ep_cost": 1, "name": "x", "tile": 4}', "a cost model needs the field 'steps'"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path, content, message):
