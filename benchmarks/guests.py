@@ -33,7 +33,7 @@ from lplb_ep import Placement
 from lplb_ep.planning import reference
 from lplb_ep.planning.guests import choose_guests
 from lplb_ep.planning.guests_by_cost import plan_by_cost, push_waits
-from lplb_ep.planning.objectives import rank_costs
+from lplb_ep.planning.values import rank_costs
 from lplb_ep.problem import Problem
 from lplb_ep.tools.tables import text_table
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from lplb_ep import Placement, Problem
-from lplb_ep.planning import objectives
+from lplb_ep.planning import objectives, values
 from lplb_ep.settings import OBJECTIVES
 from lplb_ep.tools.tables import text_table
 
@@ -44,11 +44,11 @@ def judge_costs(number: int, seed: int) -> None:
         problem = Problem(base_load=torch.from_numpy(base), objective="cost", cost=cost)
         tokens = objectives.exact_solution(load, placement, problem)
         quota = objectives.quotas_by_objective(load, placement, problem, tokens)
-        found = int(objectives.rank_costs(quota, placement, problem).max())
-        worse += found > objectives.rank_costs(tokens, placement, problem).max()
+        found = int(values.rank_costs(quota, placement, problem).max())
+        worse += found > values.rank_costs(tokens, placement, problem).max()
         by_slots = problem.with_defaults(objective="experts")
         whole = objectives.quotas_by_objective(load, placement, by_slots)
-        above_experts += found > objectives.rank_costs(whole, placement, problem).max()
+        above_experts += found > values.rank_costs(whole, placement, problem).max()
         shape = cost.steps, cost.tile, cost.slope
         best, bound = oracle.least_cost(placement, load, *shape, base)
         if best is None or best > bound * 1.0001 + 1:  # HiGHS ran out of time
@@ -56,7 +56,7 @@ def judge_costs(number: int, seed: int) -> None:
             continue
         best += cost.fixed
         gaps.append(found / best - 1)
-        said = float(objectives.reached(quota, load, placement, problem).bound)
+        said = float(values.reached(quota, load, placement, problem).bound)
         assert said <= best + 1e-6 * best, f"instance {seed + i}: the bound {said} is above {best}"
         bounds.append(best / said - 1)
     show("cost", gaps, 0.01)
@@ -77,7 +77,7 @@ def judge_whole(number: int, seed: int) -> None:
         placement, load, base, cost = cost_instance(seed + i, most=30)
         problem = Problem(base_load=torch.from_numpy(base), objective="experts", cost=cost)
         quota = objectives.quotas_by_objective(load, placement, problem)
-        most = int(objectives.reached(quota, load, placement, problem).value)
+        most = int(values.reached(quota, load, placement, problem).value)
         best, _ = oracle.least_tokens_of_whole(placement, load, most, base)
         found = base.copy()
         expert, column = np.nonzero(placement.copy_rank >= 0)
@@ -94,7 +94,7 @@ def judge_slots(number: int, seed: int) -> None:
         placement, load, base, _ = cost_instance(seed + i)
         problem = Problem(base_load=torch.from_numpy(base), objective="experts")
         quota = objectives.quotas_by_objective(load, placement, problem)
-        found = objectives.reached(quota, load, placement, problem).value
+        found = values.reached(quota, load, placement, problem).value
         wrong += found != oracle.least_active(placement, load, base)
     print(f"active slots: {wrong} of {number} differ from a matching's")
 
@@ -137,12 +137,12 @@ def columns(load: np.ndarray, placement: Placement) -> list[str]:
     """Of one load: the largest rank cost of every plan in ms."""
     home = np.zeros(placement.copy_rank.shape, np.int64)
     home[:, 0] = load
-    cells, start = [objectives.rank_costs(home, placement, Problem()).max()], time.perf_counter()
+    cells, start = [values.rank_costs(home, placement, Problem()).max()], time.perf_counter()
     for objective in OBJECTIVES:
         problem = Problem(objective=objective)
         quota = objectives.quotas_by_objective(load, placement, problem)
-        cells.append(objectives.rank_costs(quota, placement, problem).max())
-    cells.append(float(objectives.reached(quota, load, placement, problem).bound))
+        cells.append(values.rank_costs(quota, placement, problem).max())
+    cells.append(float(values.reached(quota, load, placement, problem).bound))
     took = 1e3 * (time.perf_counter() - start)
     return [*(f"{float(cell) / 1e6:.3f}" for cell in cells), f"{took:.0f}"]
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lplb_ep import Placement, Problem, solve
-from lplb_ep.planning.objectives import rank_costs
+from lplb_ep.planning.values import rank_costs
 from lplb_ep.tools.recordings import load_recording
 from lplb_ep.tools.tables import text_table
 

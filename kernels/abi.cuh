@@ -525,8 +525,9 @@ struct Objective {
     int least_tiles;   // tiles that cost that
     int free_rows;     // of a slot, that cost no more than one
     int most_rows;     // of an expert with tokens in the mean, up to which a plan is searched for
+    int least_gap;     // above the bound from which it is, for each rank; 0: any, and home first
 };
-LPLB_SIZE(Objective, 40);
+LPLB_SIZE(Objective, 48);
 LPLB_PLACE(Objective, costs, 0);
 LPLB_PLACE(Objective, kind, 8);
 LPLB_PLACE(Objective, num_steps, 12);
@@ -536,6 +537,7 @@ LPLB_PLACE(Objective, least_cost, 24);
 LPLB_PLACE(Objective, least_tiles, 28);
 LPLB_PLACE(Objective, free_rows, 32);
 LPLB_PLACE(Objective, most_rows, 36);
+LPLB_PLACE(Objective, least_gap, 40);
 
 // The choices of guests for a plan by cost, and memory for their plans.
 struct Choices {

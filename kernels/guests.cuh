@@ -51,8 +51,13 @@ struct Scanned {
 // Adds up a value of each thread. `of_warp`: memory for a word of each warp. `meet`: a barrier of the block.
 template <typename V, typename Meet>
 __device__ Scanned scan(int own, int* of_warp, Meet meet) {
-    int warp = threadIdx.x / 32, end = sum_to_lane(own), before = 0, total = 0;
-    if (threadIdx.x % 32 == 31) of_warp[warp] = end;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, end = own, before = 0, total = 0;
+    #pragma unroll
+    for (int other = 1; other < 32; other *= 2) {
+        int its = __shfl_up_sync(~0u, end, other);
+        if (other <= lane) end += its;
+    }
+    if (lane == 31) of_warp[warp] = end;
     meet();  // the sums of all warps are written before they are added
     #pragma unroll
     for (int w = 0; w < V::threads / 32; ++w) {

@@ -207,7 +207,7 @@ struct ByObjective {
         // The search runs before the flow where it would begin at home in any case. If it reaches the bound, no flow is
         // needed. Else the search runs behind the flow. The loop has the code of both once.
         bool searches = tokens <= Amount(o.most_rows) * num_active, may_begin = searches && 2 * by_slots >= least;
-        bool is_near = may_begin && 2 * of_home <= 3 * least, from_home = is_near;
+        bool is_near = may_begin && o.least_gap == 0 && 2 * of_home <= 3 * least, from_home = is_near;
         #pragma unroll 1
         for (int turn = is_near; turn < 1 + searches + is_near; ++turn) {
             if (turn == 1) {
@@ -224,6 +224,7 @@ struct ByObjective {
             add_up_costs();
             __syncthreads();  // the cost of the plan by tokens is added up before it is read
             of_tokens = largest_with(place.of_tokens());
+            if (o.least_gap > 0) searches &= min(of_home, of_tokens) - least > Amount(o.least_gap) * c.shape.ranks;
             if (!searches) of_best = of_tokens;
             from_home |= may_begin && 2 * of_home <= 3 * of_tokens;
         }

@@ -250,108 +250,76 @@ struct Search {
         return number;
     }
 
-    // The ranks to which the rows of an arc may go: none has been reached, but for the first rank, to which a chain returns.
-    __device__ Set targets_of(const Arc& arc, Set seen, bool may_close) const {
-        Set targets = Set(arc.ranks) & ~seen;
-        if (may_close && has(Set(arc.ranks), first) && arc_on(arc, first) != reach.left()[reach.via()[arc.rank]])
-            targets |= Set(1) << first;
-        return targets;
-    }
-
     // Finds the best moves from the front to other ranks, and records how these are reached. The best move that ends a
     // chain stays in the lane that found it. Returns its key, the same to every lane.
     __device__ Key find_moves(int number, Set seen, bool may_close) {
         Key best = NONE;
         #pragma unroll 1
-        for (int begin = 0; begin < number; begin += 32) {
-            int lane = threadIdx.x % 32;
+        for (int i = threadIdx.x % 32; __any_sync(~0u, i < number); i += 32) {
+            int a = 0;
+            Arc leaves{};
             Leaving leave{};
             Set targets{};
-            if (begin + lane < number) {
-                int a = reach.leaving()[begin + lane];
-                Arc leaves = c.arcs[a];
+            if (i < number) {
+                a = reach.leaving()[i];
+                leaves = c.arcs[a];
                 leave = leaving(leaves, a);
-                if (leave.moved > 0) targets = targets_of(leaves, seen, may_close);
+                targets = leave.moved > 0 ? Set(leaves.ranks) & ~seen : 0;
+                if (leave.moved > 0 && may_close && has(Set(leaves.ranks), first) &&
+                    arc_on(leaves, first) != reach.left()[reach.via()[leaves.rank]])
+                    targets |= Set(1) << first;
             }
-            // A move for each lane: arcs of experts with many copies would keep theirs waiting.
-            int own = number_of<V>(targets), so_far = sum_to_lane(own), total = __shfl_sync(~0u, so_far, 31);
             #pragma unroll 1
-            for (int i = lane; i - lane < total; i += 32) {
-                int of = lane_of(i, so_far), nth = i - __shfl_sync(~0u, so_far - own, of);
-                Leaving its{__shfl_sync(~0u, leave.moved, of), __shfl_sync(~0u, leave.active, of), __shfl_sync(~0u, leave.rest, of)};
-                find_move(begin + of, nth_of(__shfl_sync(~0u, targets, of), nth), i < total, its, best);
+            while (__any_sync(~0u, targets != 0)) {
+                int rank = 0, enters = 0, active = 0;
+                Amount count = 0;
+                Key key = NONE;
+                if (targets != 0) {
+                    rank = lowest_of<V>(targets);
+                    targets &= targets - 1;
+                    enters = arc_on(leaves, rank);
+                    count = with(enters, rank, leave.moved, leaves.rank, active);
+                    key = Key(min(count >> unit, Amount((1 << COUNT_BITS) - 1))) << 16 | unsigned(a);
+                    bool crowds = active > most_active;
+                    if (crowds) key |= CROWDS;
+                    if (crowds || count > aim) {
+                        if (rank == first) key = NONE;
+                        else atomicMin(&reach.keys()[rank], key);
+                    } else {
+                        if (key < best) {
+                            best = key;
+                            arc = a;
+                            to = enters;
+                            moved = leave.moved;
+                            rest = leave.rest;
+                            left_active = leave.active;
+                            end = count;
+                            end_active = active;
+                            source = leaves.rank;
+                            target = rank;
+                        }
+                        key = NONE;
+                    }
+                }
+                __syncwarp();  // keys are lowered before they are compared
+                if (key != NONE && reach.keys()[rank] == key) {
+                    reach.amount()[rank] = count;
+                    reach.rest()[rank] = leave.rest;
+                    reach.active()[rank] = active;
+                    reach.rest_active()[rank] = leave.active;
+                    reach.from()[rank] = leaves.rank;
+                    reach.via()[rank] = leaves.rank == first ? rank : reach.via()[leaves.rank];
+                    reach.left()[rank] = a;
+                    reach.entered()[rank] = enters;
+                    reach.moved()[rank] = leave.moved;
+                }
+                __syncwarp();  // a rank is recorded before a better move to it may overwrite that
             }
         }
         __syncwarp();  // all lanes have read the arcs that may leave before those of the next front replace them
         Key least_key = __reduce_min_sync(~0u, best);
-        // Moves of one arc may have the same key: that to the first rank counts.
-        unsigned rank = best == least_key ? unsigned(target) : ~0u;
-        is_mine = rank == __reduce_min_sync(~0u, rank);
+        is_mine = best == least_key;  // no two lanes have moves of the same arc
         return least_key;
-    }
-
-    // The lane that has the i-th move. `so_far`: the number of moves of this lane and of those before it.
-    __device__ static int lane_of(int i, int so_far) {
-        int of = 0;
-        #pragma unroll
-        for (int step = 16; step > 0; step /= 2)
-            if (__shfl_sync(~0u, so_far, of + step - 1) <= i) of += step;
-        return of;
-    }
-
-    // The rank of a set before which the set has `nth` others.
-    __device__ static int nth_of(Set set, int nth) {
-        #pragma unroll 1
-        for (; nth > 0; --nth) set &= set - 1;
-        return lowest_of<V>(set);
-    }
-
-    // The move to a rank of the i-th arc that may leave. A better one than `best` that ends a chain stays in this lane.
-    __device__ void find_move(int i, int rank, bool is_one, const Leaving& leave, Key& best) {
-        int a = 0, enters = 0, active = 0;
-        Arc leaves{};
-        Amount count = 0;
-        Key key = NONE;
-        if (is_one) {
-            a = reach.leaving()[i];
-            leaves = c.arcs[a];
-            enters = arc_on(leaves, rank);
-            count = with(enters, rank, leave.moved, leaves.rank, active);
-            key = Key(min(count >> unit, Amount((1 << COUNT_BITS) - 1))) << 16 | unsigned(a);
-            bool crowds = active > most_active;
-            if (crowds) key |= CROWDS;
-            if (crowds || count > aim) {
-                if (rank == first) key = NONE;
-                else atomicMin(&reach.keys()[rank], key);
-            } else {
-                if (key < best) {
-                    best = key;
-                    arc = a;
-                    to = enters;
-                    moved = leave.moved;
-                    rest = leave.rest;
-                    left_active = leave.active;
-                    end = count;
-                    end_active = active;
-                    source = leaves.rank;
-                    target = rank;
-                }
-                key = NONE;
-            }
-        }
-        __syncwarp();  // keys are lowered before they are compared
-        if (key != NONE && reach.keys()[rank] == key) {
-            reach.amount()[rank] = count;
-            reach.rest()[rank] = leave.rest;
-            reach.active()[rank] = active;
-            reach.rest_active()[rank] = leave.active;
-            reach.from()[rank] = leaves.rank;
-            reach.via()[rank] = leaves.rank == first ? rank : reach.via()[leaves.rank];
-            reach.left()[rank] = a;
-            reach.entered()[rank] = enters;
-            reach.moved()[rank] = leave.moved;
-        }
-        __syncwarp();  // a rank is recorded before a better move to it may overwrite that
     }
 
     // Looks for a chain. Returns the number of its moves, the same to every lane; 0: none. `attempt`: the number of the

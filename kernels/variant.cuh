@@ -49,17 +49,6 @@ __device__ int block_of_component() { return int(blockIdx.x % unsigned(V::blocks
 template <typename V>
 __device__ int choice_of_block() { return int(blockIdx.x % unsigned(V::choices)); }
 
-// The sum of a number over the lanes up to this one.
-__device__ int sum_to_lane(int own) {
-    int sum = own;
-    #pragma unroll
-    for (int other = 1; other < 32; other *= 2) {
-        int its = __shfl_up_sync(~0u, sum, other);
-        if (other <= int(threadIdx.x % 32)) sum += its;
-    }
-    return sum;
-}
-
 // The ranks whose flag is set. A lane has the flags of the ranks `lane`, `lane` + 32, ...
 template <typename V>
 __device__ typename V::Set vote(const bool (&flag)[V::words]) {

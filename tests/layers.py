@@ -66,6 +66,7 @@ LAYERS = [
     "planning.structs",
     "planning.inputs",
     "planning.reference",
+    "planning.values",
     "planning.objectives",
     "planning.stay",
     "planning.reuse",

@@ -22,12 +22,12 @@ from .host import split_on_host
 from .inputs import logical_table
 from .kernels import NUM_THREADS, route_kernel
 from .launches import Launches, Workspace
-from .objectives import Reached
 from .plan import Plan, Results, number_of
 from .reuse import check_windows
 from .solve import judge
 from .statistics import DeviceStatistics
 from .structs import Status
+from .values import Reached
 
 NUM_SPLIT_THREADS = 64
 

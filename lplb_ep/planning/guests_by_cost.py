@@ -12,7 +12,8 @@ from ..problem import GuestRule, Problem
 from .fill_rules import CHOICE_RULES
 from .guests import Bool, Filled, Int32, Int64, choose_guests, fill_guests, split_evenly
 from .layout import guest_components
-from .objectives import improve, quotas_by_objective, rank_costs
+from .objectives import improve, quotas_by_objective
+from .values import rank_costs
 
 
 class Planned(NamedTuple):

@@ -17,7 +17,7 @@ from ..cost import MAX_STEPS, CostModel
 from ..placement.optimum import components
 from ..placement.table import Placement
 from . import structs
-from .search_rules import NO_LIMIT, Aim
+from .search_rules import AUTO_GAP, NO_LIMIT, Aim
 from .structs import ARC, COPY, EDGE, MAX_EXPERTS, MAX_PLACES
 
 SIZES = (8, 16, 32, 64, 128, 256)
@@ -382,6 +382,7 @@ def pack_objective(objective: str, cost: CostModel, address: int) -> bytes:
         least_tiles=least_tiles,
         free_rows=cost.free_rows,
         most_rows=min(cost.table_rows, NO_LIMIT) if objective == "auto" else NO_LIMIT,
+        least_gap=AUTO_GAP if objective == "auto" else 0,
     )
 
 

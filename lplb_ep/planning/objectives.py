@@ -9,7 +9,6 @@ the same, bit for bit, from its own exact solution. There a warp looks for each 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -21,6 +20,7 @@ from ..placement.table import Placement
 from ..problem import Problem
 from . import reference
 from .search_rules import (
+    AUTO_GAP,
     CHAIN,
     COUNT_BITS,
     FINEST,
@@ -30,22 +30,12 @@ from .search_rules import (
     SEARCH_ROUNDS,
     SHRINK,
 )
+from .values import active_solution, base_load
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
 _Chain = list[tuple[int, int, int]]
 """Moves of rows: the arcs that they leave and enter, and their number."""
-
-
-class Reached(NamedTuple):
-    """The value of a plan in the unit of its objective, and the bound of all plans."""
-
-    value: Fraction | int
-    """Of the largest rank, with base loads: tokens over speed, active slots, or nanoseconds."""
-    bound: Fraction
-    """No plan on the placement, with the same guests, has less."""
-    tight_ranks: torch.Tensor
-    """[R] bool: ranks that together prove the bound."""
 
 
 def exact_solution(load: Int64, placement: Placement, problem: Problem) -> Int64:
@@ -56,7 +46,7 @@ def exact_solution(load: Int64, placement: Placement, problem: Problem) -> Int64
         fullest rank. By others, quotas with the fewest tokens on the fullest rank.
     """
     if problem.objective_name == "experts":
-        return _active(load, placement, problem).quota.numpy().astype(np.int64)
+        return active_solution(load, placement, problem).quota.numpy().astype(np.int64)
     optimum = reference.solve(torch.from_numpy(load), placement, **problem.bounds)
     return optimum.quota.numpy().astype(np.int64)
 
@@ -73,8 +63,9 @@ def quotas_by_objective(
       for `tokens`. It starts at home where active slots are half of the bound or more, unless home
       costs more than 1.5 times as much. Of home, what the search finds and that solution, the first
       that costs least.
-    - `auto`: the same, up to a mean of `CostModel.table_rows` tokens an expert with tokens. Above
-      it there is no search, which takes longer than it gains.
+    - `auto`: the same, but for searches that take longer than they gain. So there is none where
+      experts with tokens have more than `CostModel.table_rows` in the mean. Nor is there where home
+      or the solution for `tokens` is within `AUTO_GAP` for each rank of the bound.
 
     The cost of a plan is its largest rank cost. Each component of the placement is separate.
 
@@ -113,70 +104,14 @@ def improve(
         members: [R] bool, the ranks. All copies of their experts are on them.
         waits: [R] nanoseconds that ranks wait for guests; None: there are no guest slots.
     """
-    part = _Component(placement, members, load, _base(problem, placement), waits)
+    part = _Component(placement, members, load, base_load(problem, placement), waits)
     out, of_arcs = start.copy(), start[part.expert, part.column]
     if problem.objective_name == "experts":
         rows = part.solve_experts(of_arcs, problem.cost_model.free_rows)
     else:
-        is_bounded = problem.objective_name == "auto" and waits is None
-        cost = problem.cost_model
-        rows = part.solve_cost(of_arcs, cost, cost.table_rows if is_bounded else NO_LIMIT)
+        may_skip = problem.objective_name == "auto" and waits is None
+        rows = part.solve_cost(of_arcs, problem.cost_model, may_skip)
     out[part.expert, part.column] = rows
-    return out
-
-
-def reached(
-    quota: Int64, load: Int64, placement: Placement, problem: Problem, waits: Int64 | int = 0
-) -> Reached:
-    """The value of quotas [E, C] of a load [E] by `experts`, `cost` or `auto`, and the bound."""
-    base = _base(problem, placement)
-    active = _active(load, placement, problem)
-    if problem.objective_name == "experts":
-        value = int(_of_ranks(quota > 0, base > 0, placement).max())
-        return Reached(value, active.bound, active.tight_ranks)
-    # Costs have two bounds. One is of the least that each expert costs over as many copies, and
-    # these costs are split at will. The other is of the active slots, each with its first step.
-    cost = problem.cost_model
-    copies = (placement.copy_rank >= 0).sum(1)
-    costs = torch.from_numpy(cost.least_of_experts(load, copies))
-    stays = torch.from_numpy(cost.of_slots(base) + waits)
-    # Flows are of 31 bits. Larger costs are counted in units of a power of two, rounded down.
-    unit = max(0, int(costs.sum() + stays.sum()).bit_length() - 31)
-    split = reference.solve(costs >> unit, placement, base_load=stays >> unit)
-    by_slots = -(-active.bound.numerator // active.bound.denominator) * cost.steps[0]
-    bound, tight_ranks = split.bound * 2**unit, split.tight_ranks
-    if by_slots > bound:
-        bound, tight_ranks = Fraction(by_slots), active.tight_ranks
-    value = int(rank_costs(quota, placement, problem, waits).max())
-    return Reached(value, cost.fixed + bound, tight_ranks)
-
-
-def rank_costs(
-    quota: Int64, placement: Placement, problem: Problem, waits: Int64 | int = 0
-) -> Int64:
-    """[R] nanoseconds of each rank, by quotas [E, C], and by its wait for guests."""
-    cost, base = problem.cost_model, _base(problem, placement)
-    return cost.fixed + _of_ranks(cost.of_slots(quota), cost.of_slots(base) + waits, placement)
-
-
-def _active(load: Int64, placement: Placement, problem: Problem) -> reference.Optimum:
-    """The flow with one unit for each expert that has tokens, and for each base load."""
-    base = torch.from_numpy((_base(problem, placement) > 0).astype(np.int64))
-    return reference.solve(torch.from_numpy((load > 0).astype(np.int64)), placement, base_load=base)
-
-
-def _base(problem: Problem, placement: Placement) -> Int64:
-    base = problem.base_load
-    return np.zeros(placement.num_ranks, np.int64) if base is None else base.numpy()
-
-
-def _of_ranks(
-    of_copies: npt.NDArray[np.generic], base: Int64 | Bool, placement: Placement
-) -> Int64:
-    """[R]: sums of [E, C] over the copies of each rank, on top of [R]."""
-    expert, column = np.nonzero(placement.copy_rank >= 0)
-    out = base.astype(np.int64)
-    np.add.at(out, placement.copy_rank[expert, column], of_copies[expert, column])
     return out
 
 
@@ -254,10 +189,10 @@ class _Component:
         limits = _Limits(_Tokens(), bound, most_active, splits_above)
         return self._search(whole, limits)
 
-    def solve_cost(self, tokens: Int64, cost: CostModel, most_rows: int) -> Int64:
+    def solve_cost(self, tokens: Int64, cost: CostModel, may_skip: bool) -> Int64:
         """[arcs] the rows of each by cost, where these rows [arcs] are the solution for tokens.
 
-        There is no search where experts with tokens have more than `most_rows` in the mean."""
+        `may_skip`: without a search that would take longer than it gains."""
         of_several = self.load[self._several]
         total = int(self._staying(cost).sum() + cost.least_of_experts(of_several).sum())
         # Some rank has at least the mean number of active slots, and each costs the first step.
@@ -270,8 +205,11 @@ class _Component:
         of_home, of_tokens = self.largest(home, cost), self.largest(tokens, cost)
         if of_home <= limits.least:
             return home
-        if self._num_tokens() > most_rows * num_active:
-            return home if of_home <= of_tokens else tokens
+        if may_skip:
+            gap = min(of_home, of_tokens) - limits.least
+            is_large = self._num_tokens() > cost.table_rows * num_active
+            if is_large or gap <= AUTO_GAP * self.base.size:
+                return home if of_home <= of_tokens else tokens
         begins_at_home = 2 * by_slots >= limits.least and 2 * of_home <= 3 * of_tokens
         best = self._search(home if begins_at_home else tokens, limits)
         return min(home, best, tokens, key=lambda rows: self.largest(rows, cost))

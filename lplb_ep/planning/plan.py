@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from ..placement.table import Placement
-from .objectives import Reached
 from .structs import Status as Status
+from .values import Reached
 
 
 class Results(NamedTuple):

@@ -18,9 +18,9 @@ from ..settings import Settings
 from . import reference
 from .device_tables import solve_on_device
 from .guests_by_cost import guests_of, plan_load, push_waits
-from .objectives import Reached
-from .objectives import reached as reached_by_objective
 from .solvers import choose_solver
+from .values import Reached
+from .values import reached as reached_by_objective
 
 log = logger(__name__)
 

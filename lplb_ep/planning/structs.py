@@ -232,6 +232,7 @@ OBJECTIVE = Struct(
         "most_rows",
         "of an expert with tokens in the mean, up to which a plan is searched for",
     ),
+    ("int", "least_gap", "above the bound from which it is, for each rank; 0: any, and home first"),
 )
 COPY = Struct(
     "Copy",

@@ -9,8 +9,8 @@ import torch
 from ..cost import CostModel
 from ..placement.table import Placement
 from ..planning.guests_by_cost import push_waits
-from ..planning.objectives import rank_costs
 from ..planning.solve import Solution
+from ..planning.values import rank_costs
 from ..problem import Problem
 
 COST_LABELS = {

@@ -14,8 +14,9 @@ from lplb_ep.planning import reference
 from lplb_ep.planning.guests import choose_guests
 from lplb_ep.planning.guests_by_cost import Planned, plan_by_cost, push_waits
 from lplb_ep.planning.layout import guest_components
-from lplb_ep.planning.objectives import exact_solution, improve, rank_costs
+from lplb_ep.planning.objectives import exact_solution, improve
 from lplb_ep.planning.solvers import check_fit, solver_record
+from lplb_ep.planning.values import rank_costs
 
 TILES = CostModel("tiles", 8, (100, 160), 60, 5, push=150)
 
