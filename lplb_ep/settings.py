@@ -108,8 +108,8 @@ class Settings:
         "LPLB_EP_OBJECTIVE",
         "tokens",
         "Whose largest value over ranks a plan minimises: `tokens`, active slots and then tokens "
-        "(`experts`), or nanoseconds by the cost model (`cost`). `auto` is `cost` without searches that "
-        "take longer than they gain. A layer's `Problem` overrules it.",
+        "(`experts`), or nanoseconds by the cost model (`cost`). `auto` is `cost` without "
+        "searches that take longer than they gain. A layer's `Problem` overrules it.",
         OBJECTIVES,
     )
     cost: str = _setting(

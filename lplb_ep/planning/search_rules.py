@@ -30,9 +30,9 @@ SHRINK = 2
 """A step that leads nowhere becomes 2 to the minus this of it."""
 NO_LIMIT = 2**31 - 1
 """Active slots of a rank that has as many as it likes."""
-AUTO_GAP = 6_000
-"""Nanoseconds for each rank that a plan must be above the bound for `auto` to search. On an H200 a
-search takes 2 to 6 of these microseconds a rank, and finds half of what is above the bound."""
+AUTO_GAP = 3_000
+"""Nanoseconds for each rank by which a plan must be above the bound for `auto` to search. On an
+H200 a search takes as much time, and a plan cannot gain more than that distance."""
 COUNT_BITS = 15
 """Bits to which what ranks count is compared; the largest rank has one less."""
 

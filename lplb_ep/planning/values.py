@@ -69,6 +69,7 @@ def active_solution(load: Int64, placement: Placement, problem: Problem) -> refe
 
 
 def base_load(problem: Problem, placement: Placement) -> Int64:
+    """[R] tokens that stay on each rank; 0 where the problem has none."""
     base = problem.base_load
     return np.zeros(placement.num_ranks, np.int64) if base is None else base.numpy()
 
