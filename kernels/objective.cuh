@@ -204,8 +204,8 @@ struct ByObjective {
         Amount by_slots, least = least_cost(by_slots);
         Amount of_home = largest_with(place.of_home()), of_best = 0, of_tokens = 0;
         if (of_home <= least) return put_home();
-        // The search runs before the flow where it would begin at home in any case. If it reaches the bound, no flow is
-        // needed. Else the search runs behind the flow. The loop has the code of both once.
+        // By `cost` the search runs before the flow where it would begin at home in any case. If it reaches the bound, no
+        // flow is needed. Else the search runs behind the flow. The loop has the code of both once.
         bool searches = tokens <= Amount(o.most_rows) * num_active, may_begin = searches && 2 * by_slots >= least;
         bool is_near = may_begin && o.least_gap == 0 && 2 * of_home <= 3 * least, from_home = is_near;
         #pragma unroll 1

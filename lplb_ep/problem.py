@@ -59,7 +59,8 @@ class Problem:
     objective: str | None = None
     """The quantity whose largest value over ranks plans minimise, one of `OBJECTIVES`. `tokens`:
     the linear program. `experts`: active slots, and then tokens. `cost`: nanoseconds by `cost`.
-    `auto`: the same. None: the setting, or its default."""
+    `auto`: the same, without searches that take longer than they gain. None: the setting, or its
+    default."""
     cost: CostModel | None = None
     """The cost of rows, and of pushes of guests; None: the setting's model, or an H200's."""
     guest_tolerance: float | None = None
