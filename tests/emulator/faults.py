@@ -372,6 +372,18 @@ FAULTS = [
         "searches &= min(of_home, of_tokens) - least > Amount(o.least_gap) * c.shape.ranks;",
         "searches &= true;",
     ),
+    Fault(
+        "auto does not search batches of just the table's rows",
+        "objective.cuh",
+        "tokens <= Amount(o.most_rows)",
+        "tokens < Amount(o.most_rows)",
+    ),
+    Fault(
+        "auto searches just at the gap",
+        "objective.cuh",
+        "- least > Amount(o.least_gap)",
+        "- least >= Amount(o.least_gap)",
+    ),
     Fault("auto searches before the flow", "objective.cuh", " && o.least_gap == 0", ""),
     Fault("chains do not close", "search.cuh", "moves > 1) != NONE", "false) != NONE"),
     Fault(

@@ -12,6 +12,7 @@ from emulator import ORDERS
 from lplb_ep import CostModel, Placement, Problem
 from lplb_ep.cost import H200
 from lplb_ep.planning import objectives
+from lplb_ep.planning.search_rules import AUTO_GAP
 from lplb_ep.planning.solvers import OBJECTIVE_SOLVERS
 from lplb_ep.planning.structs import Status
 
@@ -186,6 +187,23 @@ def test_auto_does_not_search_where_it_takes_longer_than_it_gains(unit, memory, 
         for load in loads
     ]
     assert set(differs) == ({True} if unit == 10 else {True, False})
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_auto_decides_at_its_limits_as_the_cpu(is_large, memory, library):
+    """Just `AUTO_GAP` above the bound, or just the table's rows in the mean, with these seeds."""
+    short = CostModel("short", 10, (50_000, 60_000, 110_000, 120_000), 30_000)
+    stairs = CostModel("stairs", 10, tuple(3_000 * n for n in range(2, 18)), 3_000)
+    assert stairs.slope == AUTO_GAP, "costs are multiples of the gap"
+    for seed in (1, 8, 11) if is_large else (83, 88, 92):
+        rng = np.random.default_rng(seed)
+        placement = oracle.random_placement(rng, 4, 10, 2)
+        load = rng.poisson(rng.lognormal(3.0, 0.9, 10))
+        if is_large:
+            load[load.argmax()] += short.table_rows * (load > 0).sum() - load.sum()
+        check(
+            memory, library, placement, load[None], short if is_large else stairs, orders=ORDERS[:1]
+        )
 
 
 def test_the_bound_of_mean_slots_rounds_up(memory, library):
