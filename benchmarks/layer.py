@@ -20,7 +20,8 @@ the start.
 
 A second table has the plans: microseconds of one without its exchange, as a CUDA graph of batches
 with the same live load. Its last column has `auto` with its plan above the fastest of the others
-with theirs.
+with theirs. Experts are timed with the CPU's quotas, and plans are the GPU's. Near a limit of
+`auto` one may be searched where the other is not.
 """
 
 from __future__ import annotations
