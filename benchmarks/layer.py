@@ -39,6 +39,7 @@ import torch
 
 from lplb_ep import Placement, Planner, Problem
 from lplb_ep.cost import CostModel
+from lplb_ep.planning import reference
 from lplb_ep.planning.objectives import quotas_by_objective
 from lplb_ep.settings import MAX_ONE_LAUNCH, OBJECTIVES
 from lplb_ep.tools import bench
@@ -110,11 +111,6 @@ def drawn(weights: Int64, num_tokens: int, num_topk: int, seed: int) -> torch.Te
     return torch.multinomial(chances, num_topk, generator=generator)
 
 
-def counted(picks: torch.Tensor, num_experts: int) -> Int64:
-    """[E] how many picks each expert has."""
-    return np.bincount(picks.flatten().numpy(), minlength=num_experts).astype(np.int64)
-
-
 def plan_time(
     topk_idx: torch.Tensor, placement: Placement, objective: str, cost: CostModel
 ) -> float:
@@ -122,8 +118,8 @@ def plan_time(
     rank, num_experts = placement.num_ranks // 2, placement.num_experts
     options: dict[str, Any] = dict(objective=objective, cost=cost, one_launch=MAX_ONE_LAUNCH)
     planner = Planner(placement, rank=rank, counts="given", solver="flow", **options)
-    counts = torch.from_numpy(np.stack([counted(picks, num_experts) for picks in topk_idx]))
-    own, of_all = topk_idx[rank].cuda(), counts.int().cuda()
+    counts = torch.stack([reference.count(picks, num_experts) for picks in topk_idx])
+    own, of_all = topk_idx[rank].cuda(), counts.cuda()
     taken = bench.time_graph(lambda _: planner(own, counts=of_all))
     planner.raise_errors()
     return taken
@@ -150,7 +146,7 @@ def measure(args: argparse.Namespace, num_ranks: int, cost: CostModel | None) ->
         placement = Placement.for_lp(history[None], time_budget_s=2, **sizes)
         for tokens, times in found.items():
             picks = drawn(np.asarray(live[layer]), num_ranks * tokens, args.topk, int(layer))
-            load = counted(picks, live.shape[1])
+            load = reference.count(picks, live.shape[1]).numpy().astype(np.int64)
             for column, rows in rows_of(load, placement, eplb, cost).items():
                 times[column].append(clock.layer(rows, cost) / 1e6)
             of_ranks = picks.view(num_ranks, tokens, args.topk)
