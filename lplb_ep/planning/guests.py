@@ -20,6 +20,7 @@ from ..problem import GUEST_PARTS, MAX_TOTAL, GuestRule, Problem
 from . import reference
 from .fill_rules import CLOSE, NUM_ROUNDS, NUM_TARGETS, RULES, Rule
 from .layout import guest_components
+from .values import base_load
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -90,7 +91,7 @@ def fill_guests(
     """
     R = placement.num_ranks
     guests = np.full((R, placement.num_guests_per_rank), -1, np.int32)
-    base = np.zeros(R, np.int64) if problem.base_load is None else problem.base_load.numpy()
+    base = base_load(problem, placement)
     speed = np.ones(R, np.int64) if problem.speed is None else problem.speed.numpy()
     fastest = int(speed.max())
     holds = _holders(placement)

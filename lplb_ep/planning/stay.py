@@ -9,6 +9,7 @@ import torch
 from ..placement.table import Placement
 from ..problem import Problem
 from .structs import HEAD
+from .values import base_load
 
 Int64 = npt.NDArray[np.int64]
 
@@ -56,7 +57,7 @@ def stays(
     if not problem.least_gain:
         return False
     R = placement.num_ranks
-    base = np.zeros(R, np.int64) if problem.base_load is None else problem.base_load.numpy()
+    base = base_load(problem, placement)
     home, single_load = base.copy(), base.copy()
     np.add.at(home, placement.home_rank, load)
     single = (placement.copy_rank >= 0).sum(1) == 1
